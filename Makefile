@@ -1,0 +1,43 @@
+# `make demo` and `make test` are each one command on a fresh clone: they install what they need into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install test demo demo-full quality generator clean-demo
+
+help:
+	@echo "make install    .venv with everything (PYTHON=python3.12 to choose; 3.11 or newer)"
+	@echo "make demo       the whole pipeline on real images, on two CPU cores, in minutes"
+	@echo "make demo-full  the table of the README; as long as it takes, resumes when run again"
+	@echo "make test       the test suite"
+	@echo "make quality    ruff: lint and format"
+	@echo "make generator  train the demo's generator again (about an hour; needs Debian's dataset-fashion-mnist)"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt constraints.txt demo/requirements.txt demo/build/classifier.py
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; choose one with PYTHON=" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r demo/requirements.txt -c constraints.txt
+	$(BIN)/python demo/build/classifier.py
+	@touch $@
+
+test: install
+	$(BIN)/python -m pytest
+
+demo: install
+	$(BIN)/python demo/run.py
+
+demo-full: install
+	$(BIN)/python demo/run.py --full
+
+quality: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+generator: install
+	$(BIN)/python demo/build/data.py
+	$(BIN)/python demo/build/generator.py
+
+clean-demo:
+	rm -rf demo/runs demo/runs-full

@@ -1,0 +1,76 @@
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from utils.cli.errors import UserError, run_script
+from utils.cli.parsing import ScriptArgumentParser, require_positive
+
+
+@dataclass
+class Arguments:
+    learning_rate: float = 1e-3
+    names: list[str] = field(default_factory=lambda: ["a"])
+    flip: bool = True
+    kind: Literal["x", "y"] = "x"
+    steps: int | None = None
+
+
+def parse(*argv):
+    return ScriptArgumentParser(Arguments).parse(argv)[0]
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("learning_rate: 5e-5\nflip: false\nnames: [b, c]\nsteps: 7\n")
+    arguments = parse(str(recipe), "--steps", "9")
+    assert arguments == Arguments(5e-5, ["b", "c"], False, "x", 9)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("learning_rat: 1", "key 'learning_rat' is no flag of this script, did you mean learning_rate?"),
+        ("learning_rate: fast", "'learning_rate: fast'"),
+        ("kind: z", "'kind: z'"),
+        ("steps: [1, 2]", "'steps' takes one value"),
+        ("- a", "must be a mapping"),
+        ("a: [", "malformed"),
+    ],
+)
+def test_a_bad_recipe_is_an_error_that_names_file_and_key(tmp_path, recipe, message):
+    path = tmp_path / "r.yaml"
+    path.write_text(recipe)
+    with pytest.raises(UserError) as error:
+        parse(str(path))
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+
+
+def test_a_missing_recipe_is_an_error():
+    with pytest.raises(UserError, match="no-such.yaml: recipe cannot be read"):
+        parse("no-such.yaml")
+
+
+@pytest.mark.parametrize("argv", [["--learning_rat", "1"], ["--steps", "many"], ["--kind", "z"], ["--step", "1"]])
+def test_bad_flags_are_an_error_that_names_them(argv):
+    with pytest.raises(UserError, match=argv[0].replace("--", "--?")):
+        parse(*argv)
+
+
+def test_a_user_error_ends_the_script_with_one_line_and_status_2(capsys):
+    def main():
+        require_positive(num_shots=-1)
+
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main)
+    captured = capsys.readouterr()
+    assert exit_info.value.code == 2
+    assert captured.err.count("\n") == 1
+    assert "--num_shots -1: must be above 0" in captured.err
+    assert captured.out == ""
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_script(lambda: 1 / 0)

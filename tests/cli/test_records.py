@@ -1,0 +1,37 @@
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from utils.cli.errors import UserError
+from utils.cli.records import read_record, write_record, write_run_config
+
+
+@dataclass
+class Options:
+    hub_token: str = "hf_secret"
+    placeholder_token: str = "<s>"
+    seed: int = 3
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    write_record(tmp_path / "new" / "r.json", {"a": [1, 2]})
+    assert read_record(tmp_path / "new" / "r.json") == {"a": [1, 2]}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 2}', '{"a": 1}'])
+def test_what_is_no_record_of_this_version_is_an_error(tmp_path, text):
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(UserError, match="r.json"):
+        read_record(tmp_path / "r.json")
+
+
+def test_run_config_holds_options_and_versions_but_no_access_token(tmp_path):
+    write_run_config(tmp_path, [Options()], started=0)
+    text = (tmp_path / "run_config.json").read_text()
+    record = json.loads(text)
+    assert record["options"] == {"placeholder_token": "<s>", "seed": 3}
+    assert {"torch", "diffusers", "transformers"} <= set(record["versions"])
+    assert record["peak_memory_gib"] > 0
+    assert "hf_secret" not in text

@@ -1,0 +1,50 @@
+"""Argument groups that more than one script takes."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class RealDataArguments:
+    """The labelled real images."""
+
+    _argument_group_name = "real images"
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Real image set: a data set id on the Hub, or a local folder."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the data set on the Hub."}
+    )
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the images; found by its type when not given."}
+    )
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the labels; found by its type when not given."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split with the training images."})
+    train_val_split: float = field(
+        default=0.1,
+        metadata={
+            "help": "Share of the training images, in (0, 1), carved off as validation part where there is none."
+        },
+    )
+    num_shots: int | None = field(
+        default=None, metadata={"help": "Use this many training images per class; all of them when not given."}
+    )
+    few_shot_seed: int = field(
+        default=0, metadata={"help": "Which images the shots are; the K-shot images are among the K+1-shot ones."}
+    )
+
+
+@dataclass
+class HubArguments:
+    """Publishing and access."""
+
+    _argument_group_name = "Hub"
+
+    push_to_hub: bool = field(default=False, metadata={"help": "Publish the output folder on the Hub."})
+    hub_private_repo: bool = field(default=False, metadata={"help": "Make the repository private when creating it."})
+    hub_token: str | None = field(
+        default=None, metadata={"help": "Access token; HF_TOKEN or `hf auth login` when not given."}
+    )

@@ -1,0 +1,22 @@
+"""Errors that a user can cause: one line on stderr, exit status 2, no traceback."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Bad input. The message names the flag and its value, what is wrong with it, and what would be right."""
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Call a script's `main`; a `UserError` ends it with one line and exit status 2, a bug keeps its traceback."""
+    try:
+        main()
+    except UserError as error:
+        message = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,95 @@
+"""The JSON records that connect the steps: one module writes and reads all of them."""
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+from utils.cli.errors import UserError
+
+SCHEMA_VERSION = 1
+
+DSI_CONFIG = "dsi_config.json"
+GENERATION_CONFIG = "generation_config.json"
+BRIDGED_CONFIG = "bridged_config.json"
+RUN_CONFIG = "run_config.json"
+ALL_RESULTS = "all_results.json"
+
+PACKAGES = ("torch", "torchvision", "transformers", "diffusers", "datasets", "accelerate", "huggingface_hub", "timm")
+
+
+def write_record(path: str | Path, record: dict) -> None:
+    """Write `record` with its schema version as JSON, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_record(path: str | Path) -> dict:
+    """Return a record without its schema version.
+
+    Raises:
+        UserError: the file is no record, or was written by a newer version of these scripts.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a record ({error}).") from None
+    version = record.pop("schema_version", None) if isinstance(record, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema_version is {version}, this version of the scripts reads {SCHEMA_VERSION}.")
+    return record
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of the packages that decide a result."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def code_commit() -> str | None:
+    """Return the git commit of these scripts, None outside a checkout."""
+    result = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or None
+
+
+def peak_memory_gib() -> float:
+    """Return the largest resident memory of this process so far, in GiB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
+def write_run_config(output_dir: str | Path, options: list, started: float) -> dict:
+    """Write `run_config.json`: resolved options without tokens, versions, commit, hardware, seconds, peak memory.
+
+    `options` are argument dataclasses, `started` is the `time.time()` at which the script began.
+    """
+    resolved = {}
+    for group in options:
+        values = group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
+        resolved.update(
+            {key: value for key, value in values.items() if not key.endswith("token") or key == "placeholder_token"}
+        )
+    record = {
+        "options": resolved,
+        "versions": package_versions(),
+        "code_commit": code_commit(),
+        "hardware": {"device": _device_name(), "num_cpus": os.cpu_count(), "platform": platform.platform()},
+        "seconds": round(time.time() - started, 1),
+        "peak_memory_gib": peak_memory_gib(),
+    }
+    write_record(Path(output_dir) / RUN_CONFIG, record)
+    return record
+
+
+def _device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
