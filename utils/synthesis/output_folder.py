@@ -1,0 +1,73 @@
+"""The output folder: which settings it was made with, and whether a run may go on in it."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from utils.cli.errors import UserError
+from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, package_versions, read_record, write_record
+from utils.synthesis.plan import GenerationPlan
+from utils.synthesis.sources import Sources
+
+DATA_DIR = "data"
+PREVIEW = "preview.png"
+CARD = "README.md"
+
+
+def check_output_folder(output_dir: str | Path, settings: dict, num_images_per_class: int, overwrite: bool) -> None:
+    """Check that images of these settings may be added to a folder: it is new, empty, or was made with them.
+
+    Raises:
+        UserError: it was made with other settings (unless `overwrite`), holds more images, or is no synthetic set.
+    """
+    folder = Path(output_dir)
+    if folder.is_file():
+        raise UserError(f"--output_dir {folder}: is a file; name a folder.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / GENERATION_CONFIG).is_file():
+        raise UserError(
+            f"--output_dir {folder}: is not empty and has no {GENERATION_CONFIG}, so it is no synthetic set; "
+            "name another folder (--overwrite_output_dir does not delete this one)."
+        )
+    if overwrite:
+        return
+    record = read_record(folder / GENERATION_CONFIG)
+    made_with = record["settings"]
+    differing = [key for key in settings if made_with.get(key) != settings[key]]
+    if differing:
+        listed = "; ".join(f"{key} was {made_with.get(key)!r}, now {settings[key]!r}" for key in differing)
+        raise UserError(
+            f"--output_dir {folder}: was made with other settings ({listed}); "
+            "name another folder, or replace it with --overwrite_output_dir."
+        )
+    if num_images_per_class < record["num_images_per_class"]:
+        raise UserError(
+            f"--num_images_per_class {num_images_per_class}: '{folder}' is a set of "
+            f"{record['num_images_per_class']} a class, which can only grow; name another folder."
+        )
+
+
+def start_output_folder(
+    output_dir: str | Path, settings: dict, plan: GenerationPlan, sources: Sources, overwrite: bool
+) -> None:
+    """Write `generation_config.json`; with `overwrite`, first delete what a former run has made, and nothing else."""
+    folder = Path(output_dir)
+    if overwrite and (folder / GENERATION_CONFIG).is_file():
+        shutil.rmtree(folder / DATA_DIR, ignore_errors=True)
+        for name in (GENERATION_CONFIG, RUN_CONFIG, PREVIEW, CARD):
+            (folder / name).unlink(missing_ok=True)
+    record = {
+        "settings": settings,
+        "fingerprint": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "num_images_per_class": plan.num_images_per_class,
+        "num_images": plan.num_images,
+        "generator": {"id": sources.generator.name, "revision": sources.generator.revision},
+        "token": sources.token and sources.token.to_dict(),
+        "real_images": sources.real_images,
+        "class_names": sources.class_names,
+        "train_indices": sources.train_indices,
+        "package_versions": package_versions(),
+    }
+    write_record(folder / GENERATION_CONFIG, record)
