@@ -38,6 +38,20 @@ class RealDataArguments:
 
 
 @dataclass
+class ModelArguments:
+    """The pretrained classifier."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str = field(
+        default="timm/resnet18.tv_in1k",
+        metadata={"help": "Pretrained image classifier of transformers or timm: a model id on the Hub, or a folder."},
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+
+
+@dataclass
 class HubArguments:
     """Publishing and access."""
 
