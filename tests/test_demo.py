@@ -1,0 +1,66 @@
+"""The embedded default: its data, its generator, and that a style token really learns a style."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import load_dataset
+
+import generate_synthetic
+import train_dsi
+from demo.style_figures import as_array, border_brightness, saturation
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def in_root(monkeypatch):
+    """Run from the repository root, as the demo's recipes name its folders from there."""
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_real_images_are_balanced_and_no_image_is_in_two_parts(in_root):
+    splits = load_dataset("demo/fashion-mnist")
+    pixels = {}
+    for name, split in splits.items():
+        assert np.bincount(split["label"]).tolist() == [200] * 10
+        pixels[name] = {image.tobytes() for image in split["image"]}
+    assert not pixels["train"] & pixels["test"]
+    assert not pixels["train"] & pixels["validation"]
+
+
+def test_the_target_style_is_none_of_the_named_ones(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "demo" / "build")
+    from styles import STYLE_NAMES, is_chromatic, style_parameters
+
+    assert len(STYLE_NAMES) == 100
+    for name in STYLE_NAMES:
+        foreground, _, _ = style_parameters(name)
+        assert max(foreground) - min(foreground) >= 0.25 * max(foreground)
+    assert not is_chromatic("lightgrey")
+    sys.modules.pop("styles")
+
+
+def test_a_style_token_moves_the_images_towards_the_real_ones(in_root, tmp_path):
+    """The real images are light grey on black: border brightness 0.00, saturation 0.00.
+
+    The bounds held with room to spare over five seeds: `demo/README.md` has the figures.
+    """
+    style = tmp_path / "style"
+    health = train_dsi.main(
+        ["demo/recipes/dsi.yaml", "--max_train_steps", "100", "--lr_warmup_steps", "5", "--output_dir", str(style)]
+    )
+    assert health["token_learned"]
+    assert health["loss_trained_token"] < health["loss_no_token"]
+    figures = {}
+    for use_token in ("true", "false"):
+        images = tmp_path / f"images-{use_token}"
+        generate_synthetic.main(
+            ["demo/recipes/generate.yaml", "--learned_embeds", str(style), "--use_style_token", use_token,
+             "--num_images_per_class", "5", "--output_dir", str(images)]
+        )  # fmt: skip
+        pixels = as_array(load_dataset(str(images), split="train"))
+        figures[use_token] = border_brightness(pixels), saturation(pixels)
+    assert figures["true"][0] < 0.10 < 0.25 < figures["false"][0]
+    assert figures["true"][1] < 0.15 < 0.25 < figures["false"][1]
