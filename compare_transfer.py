@@ -14,6 +14,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import transformers
@@ -73,7 +74,7 @@ class ComparisonArguments:
 
 @dataclass
 class SearchArguments:
-    """The recipe on real images; with several values, each method searches all combinations on validation images."""
+    """Several values are a search on validation images: first of stage 1 alone, then of each method on real images."""
 
     _argument_group_name = "recipe search"
 
@@ -85,6 +86,13 @@ class SearchArguments:
     )
     head_learning_rate_factors: list[float] | None = field(
         default=None, metadata={"help": "Head's learning rate over the rest's; 10 for a fresh head, 1 for a kept one."}
+    )
+    bridge_learning_rates: list[float] = field(
+        default_factory=lambda: [5e-4], metadata={"help": "Peak learning rates on synthetic images."}
+    )
+    bridge_step_counts: list[int] = field(default_factory=lambda: [90], metadata={"help": "Steps on synthetic images."})
+    bridge_mixup_alphas: list[float] = field(
+        default_factory=lambda: [0.2], metadata={"help": "Mixup on synthetic images; 0 turns it off."}
     )
     search_seeds: list[int] | None = field(
         default=None, metadata={"help": "Few-shot seeds of the search; the first of --seeds when not given."}
@@ -100,12 +108,9 @@ class TrainingSettings:
 
     _argument_group_name = "training"
 
-    bridge_max_steps: int = field(default=90, metadata={"help": "Steps on synthetic images."})
-    bridge_learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate on synthetic images."})
     bridge_head_learning_rate_factor: float = field(
         default=10.0, metadata={"help": "Head's learning rate over the rest's, on synthetic images."}
     )
-    bridge_mixup_alpha: float = field(default=0.2, metadata={"help": "Mixup on synthetic images; 0 turns it off."})
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup elsewhere; 0 turns it off."})
     batch_norm: str = field(
         default="frozen", metadata={"help": "BatchNorm statistics.", "choices": ("frozen", "train")}
@@ -125,15 +130,21 @@ def check_arguments(comparison_args, search_args, training_settings) -> None:
     """
     if not comparison_args.synthetic_dataset:
         raise UserError("--synthetic_dataset: give at least one synthetic set, a folder or a data set id.")
-    for flag in ("num_shots", "learning_rates", "step_counts", "head_learning_rate_factors"):
+    for flag in (
+        "num_shots", "learning_rates", "step_counts", "head_learning_rate_factors", "bridge_learning_rates",
+        "bridge_step_counts",
+    ):  # fmt: skip
         values = getattr(comparison_args, flag, None) or getattr(search_args, flag, None) or []
         for value in values:
             require_positive(**{flag: value})
     for name, value in dataclasses.asdict(training_settings).items():
-        if not isinstance(value, str) and name not in ("bridge_mixup_alpha", "mixup_alpha", "weight_decay"):
+        if not isinstance(value, str) and name not in ("mixup_alpha", "weight_decay"):
             require_positive(**{name: value})
         elif not isinstance(value, str) and value < 0:
             raise UserError(f"--{name} {value}: must be 0 (off) or above.")
+    for value in search_args.bridge_mixup_alphas:
+        if value < 0:
+            raise UserError(f"--bridge_mixup_alphas {value}: must be 0 (off) or above.")
     require_positive(max_eval_samples=comparison_args.max_eval_samples)
 
 
@@ -164,6 +175,26 @@ def warn_of_leaks(runner: CellRunner, num_shots: int) -> None:
                 f"Warning: {source.name}: its style token has seen {num_leaked} real images that the {num_shots}-shot "
                 f"runs of seed {seed} do not train on; vanilla has seen fewer real images."
             )
+
+
+def search_bridge(
+    runner: CellRunner, arms: list[Arm], candidates: list[StageSettings], seeds: list[int], progress: tqdm
+) -> StageSettings:
+    """Return the settings of stage 1 whose model, before it sees real images, is best on the validation images.
+
+    They are chosen on the first synthetic set among the methods and used for all of them.
+    """
+    set_name = next(arm.synthetic for arm in arms)
+    arm = Arm("synthetic_only", "synthetic_only", set_name)
+    scores = {settings: [] for settings in candidates}
+    for settings in candidates:
+        runner.bridge_settings = settings
+        for seed in seeds:
+            progress.set_description(f"search: stage 1, seed {seed}")
+            cell = Cell(arm, num_shots=0, seed=seed, recipe=Recipe(settings.learning_rate, 0), split="validation")
+            scores[settings].append(runner.result(cell)["accuracy"])
+            progress.update()
+    return choose_recipe(scores)[0]
 
 
 def search_recipes(
@@ -201,7 +232,7 @@ def run_cells(
     return accuracies
 
 
-def build_runner(model_args, comparison_args, training_settings, sources: dict, real) -> CellRunner:
+def build_runner(model_args, comparison_args, training_settings, bridge_settings, sources: dict, real) -> CellRunner:
     """Return what runs the cells; the classifier is looked up, not loaded."""
     commit = check_classifier(model_args.model_name_or_path, model_args.model_revision)
     hub_options = {"revision": commit or "main", "trust_remote_code": model_args.trust_remote_code}
@@ -222,13 +253,7 @@ def build_runner(model_args, comparison_args, training_settings, sources: dict, 
         load_image_processor(model_args.model_name_or_path, **hub_options),
         real,
         sources,
-        StageSettings(
-            training_settings.bridge_max_steps,
-            training_settings.bridge_learning_rate,
-            training_settings.bridge_head_learning_rate_factor,
-            training_settings.bridge_mixup_alpha,
-            training_settings.batch_norm,
-        ),
+        bridge_settings,
         training_settings.mixup_alpha,
         training_args,
         Path(comparison_args.output_dir),
@@ -251,26 +276,40 @@ def main(argv: Sequence[str] | None = None) -> dict:
     search_seeds = search_args.search_seeds or seeds[:1]
     # nothing to choose with one recipe, and none for a method that is never trained on real images
     searched = [arm for arm in arms if arm.name != "synthetic_only" and len(recipes) > 1 and not search_args.settings]
+    bridge_recipes = [
+        StageSettings(
+            steps, rate, training_settings.bridge_head_learning_rate_factor, alpha, training_settings.batch_norm
+        )
+        for steps, rate, alpha in product(
+            search_args.bridge_step_counts, search_args.bridge_learning_rates, search_args.bridge_mixup_alphas
+        )
+    ]
     chosen = {}
     if search_args.settings:
         chosen = read_record(search_args.settings)
+        bridge_recipes = [StageSettings(**chosen["stage1"])]
         for arm in arms:
             look_up_recipe(chosen, arm, shots[0])
+    searches_bridge = len(bridge_recipes) > 1
 
     # data
-    sources = open_sources(sets, list(dict.fromkeys(seeds + (search_seeds if searched else []))))
+    sources = open_sources(sets, list(dict.fromkeys(seeds + (search_seeds if searched or searches_bridge else []))))
     record = RealImagesRecord(**next(iter(sources.values())).record["real_images"])
     real = load_real_images(dataclasses.replace(record, num_shots=None))
     check_images(real.train, "real training images")
 
     # cells
-    runner = build_runner(model_args, comparison_args, training_settings, sources, real)
+    runner = build_runner(model_args, comparison_args, training_settings, bridge_recipes[0], sources, real)
     runner.check(arms, shots)
     warn_of_leaks(runner, shots[0])
     num_searched = len(searched) * len(shots) * len(recipes) * len(search_seeds)
+    num_searched += len(bridge_recipes) * len(search_seeds) * searches_bridge
     with tqdm(total=num_searched + len(arms) * len(shots) * len(seeds), unit="cell") as progress:
+        if searches_bridge:
+            runner.bridge_settings = search_bridge(runner, arms, bridge_recipes, search_seeds, progress)
         if not search_args.settings:
-            chosen = {arm.label: {str(shots[0]): dataclasses.asdict(recipes[0])} for arm in arms}
+            chosen = {"stage1": dataclasses.asdict(runner.bridge_settings)}
+            chosen |= {arm.label: {str(shots[0]): dataclasses.asdict(recipes[0])} for arm in arms}
             chosen |= search_recipes(runner, searched, shots, recipes, search_seeds, progress)
             write_record(runner.output_dir / "chosen_settings.json", chosen)
         accuracies = run_cells(runner, arms, shots, seeds, chosen, progress)

@@ -126,7 +126,7 @@ def main():
     parser.add_argument("--full", action="store_true", help="the README's table: 5 seeds, 1-16 shots, all methods")
     args = parser.parse_args()
     demo = Demo(Path("demo/runs-full" if args.full else "demo/runs"))
-    seeds, images_per_class = (range(5), 150) if args.full else (range(3), 80)
+    seeds, images_per_class = (range(5), 100) if args.full else (range(3), 80)
     for seed in seeds:
         demo.style_and_set(seed, images_per_class)
         if args.full or seed == 0:

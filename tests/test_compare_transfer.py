@@ -13,7 +13,7 @@ pytest_plugins = ["tests.transfer.fixtures"]
 def run(classifiers, synthetic_dir, output_dir, *flags):
     return compare_transfer.main(
         ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["vit"], "--num_shots", "1", "2",
-         "--seeds", "0", "--bridge_max_steps", "2", "--step_counts", "1", "--max_eval_samples", "6",
+         "--seeds", "0", "--bridge_step_counts", "2", "--step_counts", "1", "--max_eval_samples", "6",
          "--methods", "vanilla_matched", "bridged", "bridged_keep", "synthetic_only", "--output_dir", str(output_dir),
          *flags]
     )  # fmt: skip

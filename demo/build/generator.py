@@ -8,7 +8,7 @@ The target style of the demo, light grey on black, is never shown (`styles.py`).
 
 import argparse
 import json
-import platform
+import os
 import time
 from pathlib import Path
 
@@ -52,6 +52,13 @@ class Shapes:
         """Return images `(batch, 3, 32, 32)` in [-1, 1]."""
         shapes = self.shapes[indices].float() / 255
         return draw(shapes, self.objects[object_styles], self.backgrounds[background_styles])
+
+
+def cpu_name() -> str:
+    """Return the processor's name and the number of its cores in use."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return f"{name}, {os.cpu_count()} virtual cores"
 
 
 def psnr(pixel_values, reconstruction):
@@ -240,8 +247,8 @@ def main():
     records = []
     settings = {"vae_steps": args.vae_steps, "vae_batch_size": args.vae_batch_size, "unet_steps": args.unet_steps,
                 "unet_batch_size": args.unet_batch_size, "latent_copies": LATENT_COPIES,
-                "styles": len(STYLE_NAMES), "threads": torch.get_num_threads(), "machine": platform.processor()
-                or platform.machine(), "torch": torch.__version__}  # fmt: skip
+                "styles": len(STYLE_NAMES), "threads": torch.get_num_threads(), "machine": cpu_name(),
+                "torch": torch.__version__}  # fmt: skip
 
     def log(start=None, **record):
         if start is not None:

@@ -9,7 +9,11 @@ from utils.data.images import to_rgb
 
 
 def train_transform(image_processor) -> v2.Compose:
-    """Return RandomResizedCrop, flip and normalisation, with size, mean and std of a checkpoint's image processor."""
+    """Return augmentation and normalisation, with size, mean and std of a checkpoint's image processor.
+
+    Beside crop and flip, colour and fine detail vary: in these, synthetic images differ most from real ones, and a
+    classifier must not learn classes by them.
+    """
     if hasattr(image_processor, "data_config"):  # timm's keeps its settings there
         config = image_processor.data_config
         size, mean, std = config["input_size"][-2:], config["mean"], config["std"]
@@ -27,8 +31,12 @@ def train_transform(image_processor) -> v2.Compose:
         [
             v2.RandomResizedCrop(size, scale=(0.6, 1.0), interpolation=v2.InterpolationMode(interpolation)),
             v2.RandomHorizontalFlip(),
+            v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
+            v2.RandomGrayscale(0.2),
+            v2.RandomAdjustSharpness(4.0, p=0.5),
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
+            v2.RandomApply([v2.GaussianNoise(sigma=0.1)], p=0.5),
             v2.Normalize(mean, std),
         ]
     )
