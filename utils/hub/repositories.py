@@ -31,7 +31,7 @@ class Source:
 
     @property
     def is_local(self) -> bool:
-        return Path(self.name).is_dir()
+        return bool(self.name) and Path(self.name).is_dir()  # Path("") is the working directory
 
     def file(self, filename: str) -> Path:
         """Return the local path of one file, downloaded if need be.
