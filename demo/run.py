@@ -1,6 +1,7 @@
 """The whole pipeline on real images, on two CPU cores, without network: `make demo` and `make demo-full`.
 
-Each step is a command that you could type; what is finished is not done again, so an interrupted run goes on.
+Each step is a command that you could type; what is finished is not done again, so an interrupted run goes on. Two steps
+run side by side, each on one core: small networks are bound by the overhead of each call and gain little from a second.
 """
 
 import argparse
@@ -9,146 +10,196 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCH += ["--num_cpu_threads_per_process", "1"]
+PICTURES = {
+    "style.png": "real images, synthetic without and with the token",
+    "style-0/training.png": "the style token's learning curve",
+    "synthetic-0/preview.png": "the synthetic set, a row a class",
+    "bridged-0/report.png": "learning curves of both stages, confusion matrix",
+    "comparison/comparison.png": "accuracy over the number of real images, a line a method",
+}
 
 
-class Demo:
-    """Runs the steps one after another and remembers their seconds."""
+@dataclass(frozen=True)
+class Step:
+    """A command (a script with its flags), why it is run, and the file that is there once it is finished."""
+
+    name: str
+    why: str
+    finished: Path
+    command: tuple[str, ...]
+
+    @property
+    def argv(self) -> list[str]:
+        python = Path(sys.executable)
+        if self.command[0].startswith("demo/"):
+            return [str(python), *self.command]
+        return [str(python.with_name("accelerate")), "launch", *LAUNCH, *self.command]
+
+
+class Runner:
+    """Runs steps, says what each does, and remembers its seconds."""
 
     def __init__(self, runs_dir: Path):
         self.runs_dir = runs_dir
         self.seconds_path = runs_dir / "seconds.json"
         self.seconds = json.loads(self.seconds_path.read_text()) if self.seconds_path.exists() else {}
+        self.lock = threading.Lock()
 
-    def step(self, name: str, why: str, finished: Path, *command: str) -> None:
-        """Say what happens and why, run `accelerate launch command` (or python, for a demo script), time it."""
-        print(f"\n\033[1m{name}\033[0m: {why}", flush=True)
-        if name in self.seconds and finished.exists():
-            print(f"  done before in {self.seconds[name]:.0f} s: {finished}")
+    def run(self, step: Step, show: bool = False) -> None:
+        """Run one step; its output goes to a log file, or to the terminal with `show`."""
+        if step.name in self.seconds and step.finished.exists():
+            self.say(f"{step.name}: done before in {self.seconds[step.name]:.0f} s")
             return
-        shown = " ".join(["python" if command[0].startswith("demo/") else "accelerate launch", shlex.join(command)])
-        print(f"  $ {shown}", flush=True)
-        python = Path(sys.executable)
-        if command[0].startswith("demo/"):
-            full_command = [python, *command]
-        else:
-            threads = ["--num_cpu_threads_per_process", str(os.cpu_count())]
-            full_command = [python.with_name("accelerate"), "launch", *LAUNCH, *threads, *command]
+        launcher = "python" if step.command[0].startswith("demo/") else "accelerate launch"
+        self.say(f"\033[1m{step.name}\033[0m: {step.why}\n  $ {launcher} {shlex.join(step.command)}")
+        log_path = self.runs_dir / "logs" / f"{step.name.replace(' ', '-').replace(',', '')}.log"
+        log_path.parent.mkdir(parents=True, exist_ok=True)
         started = time.time()
-        result = subprocess.run(full_command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False)
+        with log_path.open("w") as log:
+            result = subprocess.run(
+                step.argv, cwd=ROOT, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+                stdout=None if show else log, stderr=None if show else subprocess.STDOUT,
+            )  # fmt: skip
         if result.returncode:
-            sys.exit(f"{name} failed; run the same make command again to go on from here.")
-        self.seconds[name] = round(time.time() - started, 1)
-        self.seconds_path.parent.mkdir(parents=True, exist_ok=True)
-        self.seconds_path.write_text(json.dumps(self.seconds, indent=2) + "\n")
+            raise RuntimeError(f"{step.name} failed, see {log_path}; the same make command goes on from here")
+        with self.lock:
+            self.seconds[step.name] = round(time.time() - started, 1)
+            self.seconds_path.write_text(json.dumps(self.seconds, indent=2) + "\n")
+        if not show:
+            self.say(f"  {step.name}: finished in {self.seconds[step.name]:.0f} s")
 
-    def style_and_set(self, seed: int, images_per_class: int) -> None:
-        """Learn the style from the 1-shot images of a few-shot seed, and draw a synthetic set with it."""
-        style, images = self.runs_dir / f"style-{seed}", self.runs_dir / f"synthetic-{seed}"
-        self.step(
-            f"style token, seed {seed}",
-            "ten real images, one of each class, become one token; the generator stays as it is",
+    def side_by_side(self, *lanes: list[Step]) -> None:
+        """Run lists of steps at the same time, each list in its order."""
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            for future in [pool.submit(lambda steps=steps: [self.run(step) for step in steps]) for steps in lanes]:
+                future.result()
+
+    def say(self, text: str) -> None:
+        with self.lock:
+            print(text, flush=True)
+
+
+def style_and_set(runs_dir: Path, seed: int, images_per_class: int) -> list[Step]:
+    """Return the steps that learn a few-shot seed's style from its 1-shot images, and draw a set in it."""
+    style, images = runs_dir / f"style-{seed}", runs_dir / f"synthetic-{seed}"
+    return [
+        Step(
+            f"style token, seed {seed}", "ten real images, one of each class, become one token",
             style / "dsi_config.json",
-            "train_dsi.py", "demo/recipes/dsi.yaml", "--few_shot_seed", str(seed), "--seed", str(seed),
-            "--output_dir", str(style),
-        )  # fmt: skip
-        self.step(
-            f"synthetic set, seed {seed}",
-            f"the generator draws {images_per_class} images of each class in that style, with labels",
+            ("train_dsi.py", "demo/recipes/dsi.yaml", "--few_shot_seed", str(seed), "--seed", str(seed),
+             "--output_dir", str(style)),
+        ),
+        Step(
+            f"synthetic set, seed {seed}", f"the generator draws {images_per_class} images of each class in that style",
             images / "run_config.json",
-            "generate_synthetic.py", "demo/recipes/generate.yaml", "--learned_embeds", str(style),
-            "--seed", str(seed), "--num_images_per_class", str(images_per_class), "--output_dir", str(images),
-        )  # fmt: skip
+            ("generate_synthetic.py", "demo/recipes/generate.yaml", "--learned_embeds", str(style), "--seed",
+             str(seed), "--num_images_per_class", str(images_per_class), "--output_dir", str(images)),
+        ),
+    ]  # fmt: skip
 
-    def plain_set(self, seed: int, images_per_class: int) -> None:
-        """Draw the control: the same generator and classes, without the style token."""
-        images = self.runs_dir / f"plain-{seed}"
-        self.step(
-            f"control set, seed {seed}",
-            f"{images_per_class} images of each class without the token: what the generator draws unasked",
-            images / "run_config.json",
-            "generate_synthetic.py", "demo/recipes/generate.yaml", "--learned_embeds",
-            str(self.runs_dir / f"style-{seed}"), "--use_style_token", "false", "--seed", str(seed),
-            "--num_images_per_class", str(images_per_class), "--output_dir", str(images),
-        )  # fmt: skip
 
-    def style_figures(self) -> None:
-        self.step(
-            "style figures",
-            "are the synthetic images like the real ones? brightness at the border, colour, Frechet distance",
-            self.runs_dir / "style.png",
-            "demo/style_figures.py", "--real", "demo/fashion-mnist", "--with_token",
-            str(self.runs_dir / "synthetic-0"), "--without_token", str(self.runs_dir / "plain-0"),
-            "--classifier", "demo/classifier", "--output_dir", str(self.runs_dir),
-        )  # fmt: skip
+def plain_set(runs_dir: Path, seed: int, images_per_class: int) -> Step:
+    """Return the control: the same generator and classes, without the style token."""
+    images = runs_dir / f"plain-{seed}"
+    return Step(
+        f"control set, seed {seed}", f"{images_per_class} of each class without the token: what it draws unasked",
+        images / "run_config.json",
+        ("generate_synthetic.py", "demo/recipes/generate.yaml", "--learned_embeds", str(runs_dir / f"style-{seed}"),
+         "--use_style_token", "false", "--seed", str(seed), "--num_images_per_class", str(images_per_class),
+         "--output_dir", str(images)),
+    )  # fmt: skip
 
-    def train_bridged(self) -> None:
-        self.step(
-            "bridged transfer",
-            "an ImageNet classifier is fine-tuned on the synthetic images, then on the ten real ones",
-            self.runs_dir / "bridged-0" / "all_results.json",
-            "train_bridged.py", "demo/recipes/bridged.yaml", "--synthetic_dataset",
-            str(self.runs_dir / "synthetic-0"), "--output_dir", str(self.runs_dir / "bridged-0"),
-        )  # fmt: skip
 
-    def compare(self, why: str, recipe: str, *arguments: str) -> None:
-        output_dir = self.runs_dir / "comparison"
-        self.step(
-            "comparison", why, output_dir / "comparison.md",
-            "compare_transfer.py", recipe, "--output_dir", str(output_dir), *arguments,
-        )  # fmt: skip
+def style_figures(runs_dir: Path) -> Step:
+    return Step(
+        "style figures", "are the synthetic images like the real ones? border, colour, Frechet distance",
+        runs_dir / "style.png",
+        ("demo/style_figures.py", "--real", "demo/fashion-mnist", "--with_token", str(runs_dir / "synthetic-0"),
+         "--without_token", str(runs_dir / "plain-0"), "--classifier", "demo/classifier",
+         "--output_dir", str(runs_dir)),
+    )  # fmt: skip
 
-    def finish(self) -> None:
-        """Print the seconds of the steps and where the pictures are."""
-        print("\n\033[1mWhat it took\033[0m")
-        for name, seconds in self.seconds.items():
-            print(f"  {name:26s} {seconds:7.0f} s")
-        print(f"  {'all':26s} {sum(self.seconds.values()):7.0f} s")
-        print("\n\033[1mPictures\033[0m")
-        pictures = {
-            "style.png": "real images, synthetic without and with the token",
-            "style-0/training.png": "the style token's learning curve",
-            "synthetic-0/preview.png": "the synthetic set, a row a class",
-            "bridged-0/report.png": "learning curves of both stages, confusion matrix",
-            "comparison/comparison.png": "accuracy over the number of real images, a line a method",
-        }
-        for name, what in pictures.items():
-            if (self.runs_dir / name).exists():
-                print(f"  {self.runs_dir / name}: {what}")
+
+def train_bridged(runs_dir: Path) -> Step:
+    return Step(
+        "bridged transfer", "an ImageNet classifier is fine-tuned on the synthetic, then on ten real images",
+        runs_dir / "bridged-0" / "all_results.json",
+        ("train_bridged.py", "demo/recipes/bridged.yaml", "--synthetic_dataset", str(runs_dir / "synthetic-0"),
+         "--output_dir", str(runs_dir / "bridged-0")),
+    )  # fmt: skip
+
+
+def compare(runs_dir: Path, name: str, why: str, recipe: str, sets: list[str], *methods: str) -> Step:
+    """Return a comparison; several of them may share the output folder, as finished cells are kept in it."""
+    chosen = ("--methods", *methods) if methods else ()
+    return Step(
+        name, why, runs_dir / "comparison" / "comparison.md",
+        ("compare_transfer.py", recipe, "--synthetic_dataset", *sets, "--output_dir", str(runs_dir / "comparison"),
+         *chosen),
+    )  # fmt: skip
+
+
+def print_ending(runner: Runner, seconds: float) -> None:
+    """Print what the steps took, the style figures, and where the pictures are."""
+    print("\n\033[1mSeconds\033[0m (two steps at a time)")
+    for name, step_seconds in runner.seconds.items():
+        print(f"  {name:36s} {step_seconds:7.0f}")
+    print(f"  {'this run, from start to end':36s} {seconds:7.0f}")
+    print("\n\033[1mStyle\033[0m")
+    print((runner.runs_dir / "style.txt").read_text(), end="")
+    print("\n\033[1mPictures\033[0m")
+    for name, what in PICTURES.items():
+        print(f"  {runner.runs_dir / name}: {what}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="the README's table: 5 seeds, 1-16 shots, all methods")
     args = parser.parse_args()
-    demo = Demo(Path("demo/runs-full" if args.full else "demo/runs"))
-    seeds, images_per_class = (range(5), 100) if args.full else (range(3), 80)
-    for seed in seeds:
-        demo.style_and_set(seed, images_per_class)
-        if args.full or seed == 0:
-            demo.plain_set(seed, images_per_class if args.full else 30)
-        if seed == 0:
-            demo.style_figures()
-            demo.train_bridged()
-    synthetic_set = str(demo.runs_dir / "synthetic-{seed}")
+    started = time.time()
+    runs_dir = Path("demo/runs-full" if args.full else "demo/runs")
+    num_seeds, images_per_class = (5, 100) if args.full else (3, 60)
+    runner = Runner(runs_dir)
+    sets = [f"dsi={runs_dir / 'synthetic-{seed}'}"]
+    first = [
+        *style_and_set(runs_dir, 0, images_per_class),
+        plain_set(runs_dir, 0, images_per_class if args.full else 20),
+    ]
+    others = [step for seed in range(1, num_seeds) for step in style_and_set(runs_dir, seed, images_per_class)]
     if args.full:
-        plain_set = str(demo.runs_dir / "plain-{seed}")
-        demo.compare(
-            "every method on the same real images; learning rate and steps of each were chosen on validation images",
-            "demo/recipes/compare_full.yaml", "--synthetic_dataset", f"dsi={synthetic_set}", f"plain={plain_set}",
+        sets.append(f"plain={runs_dir / 'plain-{seed}'}")
+        others += [plain_set(runs_dir, seed, images_per_class) for seed in range(1, num_seeds)]
+    runner.side_by_side([*first, style_figures(runs_dir), train_bridged(runs_dir)] if args.full else first, others)
+    recipe = "demo/recipes/compare_full.yaml" if args.full else "demo/recipes/compare.yaml"
+    if not args.full:
+        runner.side_by_side(
+            [
+                compare(
+                    runs_dir, "comparison, its rivals", "real images only, with as many steps; and both kinds mixed",
+                    recipe, sets, "vanilla_matched", "mix",
+                )
+            ],
+            [
+                style_figures(runs_dir), train_bridged(runs_dir),
+                compare(runs_dir, "comparison, bridged", "the same real images, bridged", recipe, sets,
+                        "bridged", "bridged_keep"),
+            ],
         )  # fmt: skip
-    else:
-        demo.compare(
-            "is it the bridge? vanilla with as many steps, mixing, and bridging, on the same real images, 3 seeds",
-            "demo/recipes/compare.yaml",
-            "--synthetic_dataset", f"dsi={synthetic_set}",
-        )  # fmt: skip
-    demo.finish()
+    runner.run(compare(runs_dir, "comparison", "all methods, on the same real images", recipe, sets), show=True)
+    print_ending(runner, time.time() - started)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RuntimeError as error:
+        sys.exit(f"demo: {error}")

@@ -92,18 +92,21 @@ def main():
     }
     features, processor = Features(args.classifier), AutoImageProcessor.from_pretrained(args.classifier)
     table = {}
-    print(f"{'':16s}" + "".join(f"{column:>20s}" for column in COLUMNS))
+    lines = [f"{'':16s}" + "".join(f"{column:>20s}" for column in COLUMNS)]
     for name, images in sets.items():
         # the same number of images on both sides: the distance falls with the number
         count = min(len(images), len(real["validation"]))
-        distance = frechet_distance(
-            features, processor, real["validation"], images.shuffle(seed=0).select(range(count))
-        )
+        chosen = images.shuffle(seed=0).select(range(count))
+        distance = frechet_distance(features, processor, real["validation"], chosen)
         pixels = as_array(images)
         table[name] = dict(zip(COLUMNS, (border_brightness(pixels), saturation(pixels), distance)), images=count)
-        print(f"{name:16s}" + "".join(f"{table[name][column]:20.3f}" for column in COLUMNS) + f"  {count} images")
+        values = "".join(f"{table[name][column]:20.3f}" for column in COLUMNS)
+        lines.append(f"{name:16s}{values}  ({count} images)")
+    text = "\n".join(lines) + "\n"
+    print(text, end="")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "style.json").write_text(json.dumps(table, indent=2) + "\n")
+    (args.output_dir / "style.txt").write_text(text)
     draw_rows(args.output_dir / "style.png", sets, class_names)
     print(f"picture: {args.output_dir / 'style.png'}")
 
