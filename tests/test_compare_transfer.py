@@ -49,6 +49,27 @@ def test_recipes_are_chosen_on_validation(classifiers, synthetic_dir, tmp_path, 
     }
 
 
+def test_stage_1_is_chosen_on_validation_and_kept_for_all_methods(classifiers, synthetic_dir, tmp_path, monkeypatch):
+    asked = []
+
+    def result(self, cell):
+        asked.append((cell.arm.name, cell.split, self.bridge_settings.learning_rate))
+        return {"accuracy": float(self.bridge_settings.learning_rate == 1e-3)}
+
+    monkeypatch.setattr(CellRunner, "result", result)
+    run(classifiers, synthetic_dir, tmp_path, "--bridge_learning_rates", "1e-4", "1e-3", "5e-3")
+    assert [ask for ask in asked if ask[1] == "validation"] == [
+        ("synthetic_only", "validation", rate) for rate in (1e-4, 1e-3, 5e-3)
+    ]
+    assert {rate for _, split, rate in asked if split == "test"} == {1e-3}
+    chosen = json.loads((tmp_path / "chosen_settings.json").read_text())
+    assert chosen["stage1"]["learning_rate"] == 1e-3
+    again = ["--settings", str(tmp_path / "chosen_settings.json"), "--bridge_learning_rates", "1e-4"]
+    asked.clear()
+    run(classifiers, synthetic_dir, tmp_path / "again", *again)
+    assert {rate for _, _, rate in asked} == {1e-3}
+
+
 def test_shots_are_the_images_of_load_real_images(real_images_dir):
     record = RealImagesRecord(str(real_images_dir))
     real = load_real_images(record)
