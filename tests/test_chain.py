@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 def launch(script, *arguments, cwd):
     """Run a script as a user does, on the CPU; return what it printed."""
     accelerate = Path(sys.executable).with_name("accelerate")
-    options = ["--cpu", "--num_processes", "1", "--num_cpu_threads_per_process", "2"]
+    options = ["--cpu", "--num_processes", "1", "--num_cpu_threads_per_process", "1"]
     result = subprocess.run(
         [accelerate, "launch", *options, ROOT / script, *arguments],
         cwd=cwd, capture_output=True, text=True, env=os.environ | {"HF_HOME": str(cwd / "hf-home")}, check=False,
