@@ -49,14 +49,11 @@ def as_array(images: Dataset) -> np.ndarray:
     return np.stack([np.asarray(image.convert("RGB")) for image in images["image"]])
 
 
-def frechet_distance(features: Features, processor, first: Dataset, second: Dataset) -> float:
-    metric = FrechetInceptionDistance(feature=features, normalize=True)
-    metric.set_dtype(torch.float64)
-    for images, is_real in ((first, True), (second, False)):
-        for start in range(0, len(images), 100):
-            batch = [image.convert("RGB") for image in images[start : start + 100]["image"]]
-            metric.update(processor(batch, return_tensors="pt")["pixel_values"], real=is_real)
-    return metric.compute().item()
+def update(metric: FrechetInceptionDistance, processor, images: Dataset, is_real: bool) -> None:
+    """Add a set's features to one side of the distance."""
+    for start in range(0, len(images), 100):
+        batch = [image.convert("RGB") for image in images[start : start + 100]["image"]]
+        metric.update(processor(batch, return_tensors="pt")["pixel_values"], real=is_real)
 
 
 def draw_rows(path: Path, rows: dict[str, Dataset], class_names: list[str], per_class: int = 2) -> None:
@@ -90,14 +87,17 @@ def main():
         "without token": load_dataset(args.without_token, split="train"),
         "with token": load_dataset(args.with_token, split="train"),
     }
-    features, processor = Features(args.classifier), AutoImageProcessor.from_pretrained(args.classifier)
-    table = {}
+    processor = AutoImageProcessor.from_pretrained(args.classifier)
+    metric = FrechetInceptionDistance(Features(args.classifier), reset_real_features=False, normalize=True)
+    metric.set_dtype(torch.float64)
+    update(metric, processor, real["validation"], is_real=True)
+    table, smallest = {}, min(len(images) for images in sets.values())
     lines = [f"{'':16s}" + "".join(f"{column:>20s}" for column in COLUMNS)]
     for name, images in sets.items():
-        # the same number of images on both sides: the distance falls with the number
-        count = min(len(images), len(real["validation"]))
-        chosen = images.shuffle(seed=0).select(range(count))
-        distance = frechet_distance(features, processor, real["validation"], chosen)
+        metric.reset()
+        count = min(len(images), smallest)  # of equal size: the distance falls with the number of images
+        update(metric, processor, images.shuffle(seed=0).select(range(count)), is_real=False)
+        distance = metric.compute().item()
         pixels = as_array(images)
         table[name] = dict(zip(COLUMNS, (border_brightness(pixels), saturation(pixels), distance)), images=count)
         values = "".join(f"{table[name][column]:20.3f}" for column in COLUMNS)
