@@ -88,7 +88,7 @@ class Runner:
             print(text, flush=True)
 
 
-def style_and_set(runs_dir: Path, seed: int, images_per_class: int) -> list[Step]:
+def style_and_set(runs_dir: Path, seed: int, num_steps: int, images_per_class: int) -> list[Step]:
     """Return the steps that learn a few-shot seed's style from its 1-shot images, and draw a set in it."""
     style, images = runs_dir / f"style-{seed}", runs_dir / f"synthetic-{seed}"
     return [
@@ -96,7 +96,7 @@ def style_and_set(runs_dir: Path, seed: int, images_per_class: int) -> list[Step
             f"style token, seed {seed}", "ten real images, one of each class, become one token",
             style / "dsi_config.json",
             ("train_dsi.py", "demo/recipes/dsi.yaml", "--few_shot_seed", str(seed), "--seed", str(seed),
-             "--output_dir", str(style)),
+             "--max_train_steps", str(num_steps), "--output_dir", str(style)),
         ),
         Step(
             f"synthetic set, seed {seed}", f"the generator draws {images_per_class} images of each class in that style",
@@ -138,13 +138,12 @@ def train_bridged(runs_dir: Path) -> Step:
     )  # fmt: skip
 
 
-def compare(runs_dir: Path, name: str, why: str, recipe: str, sets: list[str], *methods: str) -> Step:
+def compare(runs_dir: Path, name: str, why: str, recipe: str, sets: list[str], *flags: str) -> Step:
     """Return a comparison; several of them may share the output folder, as finished cells are kept in it."""
-    chosen = ("--methods", *methods) if methods else ()
     return Step(
         name, why, runs_dir / "comparison" / "comparison.md",
         ("compare_transfer.py", recipe, "--synthetic_dataset", *sets, "--output_dir", str(runs_dir / "comparison"),
-         *chosen),
+         *flags),
     )  # fmt: skip
 
 
@@ -167,33 +166,32 @@ def main():
     args = parser.parse_args()
     started = time.time()
     runs_dir = Path("demo/runs-full" if args.full else "demo/runs")
-    num_seeds, images_per_class = (5, 100) if args.full else (3, 60)
+    num_seeds, num_steps, images_per_class = (5, 200, 100) if args.full else (3, 100, 60)
     runner = Runner(runs_dir)
-    sets = [f"dsi={runs_dir / 'synthetic-{seed}'}"]
-    first = [
-        *style_and_set(runs_dir, 0, images_per_class),
-        plain_set(runs_dir, 0, images_per_class if args.full else 20),
-    ]
-    others = [step for seed in range(1, num_seeds) for step in style_and_set(runs_dir, seed, images_per_class)]
+    styles_and_sets = [style_and_set(runs_dir, seed, num_steps, images_per_class) for seed in range(num_seeds)]
+    others = [step for steps in styles_and_sets[1:] for step in steps]
+    sets, recipe = [f"dsi={runs_dir / 'synthetic-{seed}'}"], "demo/recipes/compare.yaml"
+    control = plain_set(runs_dir, 0, images_per_class if args.full else 20)
+    first = [*styles_and_sets[0], control, style_figures(runs_dir)]
     if args.full:
         sets.append(f"plain={runs_dir / 'plain-{seed}'}")
+        recipe = "demo/recipes/compare_full.yaml"
         others += [plain_set(runs_dir, seed, images_per_class) for seed in range(1, num_seeds)]
-    runner.side_by_side([*first, style_figures(runs_dir), train_bridged(runs_dir)] if args.full else first, others)
-    recipe = "demo/recipes/compare_full.yaml" if args.full else "demo/recipes/compare.yaml"
-    if not args.full:
+        runner.side_by_side([*first, train_bridged(runs_dir)], others)
+    else:
+        runner.side_by_side(first, others)
+        why = "real images only, with as many steps; both kinds mixed; bridged"
+        rivals = ("--methods", "vanilla_matched", "mix", "--seeds", "0", "1")
+        bridged = ("--methods", "bridged", "bridged_keep")
+        last = ("--methods", "vanilla_matched", "mix", "--seeds", "2")
         runner.side_by_side(
+            [compare(runs_dir, "comparison, part 1", why, recipe, sets, *rivals)],
             [
-                compare(
-                    runs_dir, "comparison, its rivals", "real images only, with as many steps; and both kinds mixed",
-                    recipe, sets, "vanilla_matched", "mix",
-                )
+                train_bridged(runs_dir),
+                compare(runs_dir, "comparison, part 2", why, recipe, sets, *bridged),
+                compare(runs_dir, "comparison, part 3", why, recipe, sets, *last),
             ],
-            [
-                style_figures(runs_dir), train_bridged(runs_dir),
-                compare(runs_dir, "comparison, bridged", "the same real images, bridged", recipe, sets,
-                        "bridged", "bridged_keep"),
-            ],
-        )  # fmt: skip
+        )
     runner.run(compare(runs_dir, "comparison", "all methods, on the same real images", recipe, sets), show=True)
     print_ending(runner, time.time() - started)
 
