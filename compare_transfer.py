@@ -18,6 +18,7 @@ from itertools import product
 from pathlib import Path
 
 import transformers
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
@@ -146,6 +147,11 @@ def check_arguments(comparison_args, search_args, training_settings) -> None:
         if value < 0:
             raise UserError(f"--bridge_mixup_alphas {value}: must be 0 (off) or above.")
     require_positive(max_eval_samples=comparison_args.max_eval_samples)
+    if PartialState().num_processes > 1:
+        raise UserError(
+            "--num_processes: the comparison runs in one process; run parts of it (--methods, --seeds) "
+            "into the same --output_dir side by side, then all of it: finished cells are kept."
+        )
 
 
 def open_sources(sets: dict[str, str], seeds: list[int]) -> dict[tuple[str, int], SyntheticSource]:

@@ -170,28 +170,30 @@ def main():
     runner = Runner(runs_dir)
     styles_and_sets = [style_and_set(runs_dir, seed, num_steps, images_per_class) for seed in range(num_seeds)]
     others = [step for steps in styles_and_sets[1:] for step in steps]
+    first = [
+        *styles_and_sets[0],
+        plain_set(runs_dir, 0, images_per_class if args.full else 20),
+        style_figures(runs_dir),
+    ]
     sets, recipe = [f"dsi={runs_dir / 'synthetic-{seed}'}"], "demo/recipes/compare.yaml"
-    control = plain_set(runs_dir, 0, images_per_class if args.full else 20)
-    first = [*styles_and_sets[0], control, style_figures(runs_dir)]
+    rivals, bridged = ["vanilla_matched", "mix"], ["bridged", "bridged_keep"]
     if args.full:
-        sets.append(f"plain={runs_dir / 'plain-{seed}'}")
-        recipe = "demo/recipes/compare_full.yaml"
         others += [plain_set(runs_dir, seed, images_per_class) for seed in range(1, num_seeds)]
-        runner.side_by_side([*first, train_bridged(runs_dir)], others)
+        sets, recipe = [*sets, f"plain={runs_dir / 'plain-{seed}'}"], "demo/recipes/compare_full.yaml"
+        bridged += ["bridged@plain", "synthetic_only", "synthetic_only@plain", "vanilla"]
+    runner.side_by_side(first, others)
+
+    def part(number: int, why: str, methods: list[str], *seeds: str) -> Step:
+        return compare(runs_dir, f"comparison, part {number}", why, recipe, sets, "--methods", *methods, *seeds)
+
+    why = "real images only, with as many steps; both kinds mixed"
+    lane = [train_bridged(runs_dir), part(2, "synthetic images first, then the real ones", bridged)]
+    if args.full:
+        runner.side_by_side([part(1, why, rivals)], lane)
     else:
-        runner.side_by_side(first, others)
-        why = "real images only, with as many steps; both kinds mixed; bridged"
-        rivals = ("--methods", "vanilla_matched", "mix", "--seeds", "0", "1")
-        bridged = ("--methods", "bridged", "bridged_keep")
-        last = ("--methods", "vanilla_matched", "mix", "--seeds", "2")
-        runner.side_by_side(
-            [compare(runs_dir, "comparison, part 1", why, recipe, sets, *rivals)],
-            [
-                train_bridged(runs_dir),
-                compare(runs_dir, "comparison, part 2", why, recipe, sets, *bridged),
-                compare(runs_dir, "comparison, part 3", why, recipe, sets, *last),
-            ],
-        )
+        # the rivals take more steps: a third of them goes to the other core
+        lane.append(part(3, why, rivals, "--seeds", "2"))
+        runner.side_by_side([part(1, why, rivals, "--seeds", "0", "1")], lane)
     runner.run(compare(runs_dir, "comparison", "all methods, on the same real images", recipe, sets), show=True)
     print_ending(runner, time.time() - started)
 

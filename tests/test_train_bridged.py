@@ -1,10 +1,14 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from datasets import Image, load_dataset
 from transformers import pipeline
 
 import train_bridged
-from tests.conftest import CLASS_NAMES
+from tests.conftest import CLASS_NAMES, save_image_set
 from utils.cli.errors import UserError
 
 pytest_plugins = ["tests.transfer.fixtures"]
@@ -53,3 +57,50 @@ def test_bad_input_is_one_user_error_and_nothing_is_written(flags, message, synt
     with pytest.raises(UserError, match=message):
         train_bridged.main([*flags, "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def rewrite_train_split(folder, change):
+    """Replace the train rows of an image set by `change(row)`, images as they are stored."""
+    path = folder / "data" / "train-00000.parquet"
+    rows = load_dataset("parquet", data_files=str(path), split="train").cast_column("image", Image(decode=False))
+    rows = rows.map(change, with_indices=True)
+    path.unlink()
+    rows.to_parquet(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda row, i: {"image": {"bytes": b"torn", "path": None}} if i == 1 else row,
+            "row 1, column 'image': damaged",
+        ),
+        (lambda row, i: {"label": -1} if i == 2 else row, "1 of 9 images .* have no label, the first in row 2"),
+    ],
+)
+def test_damaged_images_and_missing_labels_are_found_before_a_model_loads(change, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_bridged, "check_classifier", lambda *_: pytest.fail("a model was looked up"))
+    save_image_set(tmp_path / "real", {"train": 3, "test": 2})
+    rewrite_train_split(tmp_path / "real", change)
+    with pytest.raises(UserError, match=message):
+        train_bridged.main(["--dataset_name", str(tmp_path / "real"), "--method", "vanilla",
+                            "--output_dir", str(tmp_path / "out")])  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_of_the_synthetic_set_that_do_not_fit_are_listed(make_synthetic_dir, tmp_path):
+    renamed = make_synthetic_dir("renamed", ["red_square", "green circle", "blue stripe"])
+    with pytest.raises(UserError, match="missing: blue-stripe; extra: blue stripe"):
+        train_bridged.main(["--synthetic_dataset", str(renamed), "--output_dir", str(tmp_path / "out")])
+
+
+def test_error_is_one_line_with_exit_status_2(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "train_bridged.py", "--synthetic_dataset", "no folder"],
+        cwd=Path(train_bridged.__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "train_bridged.py: error: --synthetic_dataset no folder: neither an existing folder nor a repository id like "
+        "'user/name'."
+    ]

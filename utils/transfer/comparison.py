@@ -145,7 +145,8 @@ def _spread(values: np.ndarray) -> float | None:
 def describe_findings(summary: dict, baseline: str | None, num_seeds: int) -> str:
     """Return in words what was found, whichever way it went.
 
-    A difference within two standard errors of the paired gains (with one seed: any) is called no clear difference.
+    A difference within two standard errors of the paired gains is called no clear difference; with one seed there is
+    no such bound, and the number stands alone.
     """
     if baseline is None:
         return "No vanilla run among the methods: nothing to compare with."
@@ -156,7 +157,9 @@ def describe_findings(summary: dict, baseline: str | None, num_seeds: int) -> st
         parts = []
         for shots, entry in by_shots.items():
             gain, spread = entry["gain"], entry["gain_std"]
-            if spread is None or abs(gain) <= 2 * spread / np.sqrt(num_seeds):
+            if spread is None:
+                verdict = "differs by an amount that one seed cannot tell from noise"
+            elif abs(gain) <= 2 * spread / np.sqrt(num_seeds):
                 verdict = "makes no clear difference"
             else:
                 verdict = "gains" if gain > 0 else "loses"

@@ -73,7 +73,7 @@ def print_results(title: str, results: dict) -> None:
 
 def plot_comparison(path: str | Path, summary: dict) -> None:
     """Draw accuracy over shots, a line a method, with the spread over seeds."""
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     shots = list(next(iter(summary.values())))
     for position, (method, by_shots) in enumerate(summary.items()):
         # beside each other, else the error bars hide one another
@@ -87,7 +87,7 @@ def plot_comparison(path: str | Path, summary: dict) -> None:
     axis.minorticks_off()
     axis.set(xlabel="real images per class", ylabel="test accuracy, % (bars: standard deviation over seeds)")
     axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside right upper")  # beside the lines: the axes have no corner that is always free
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
