@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install test demo demo-full quality generator clean-demo
+.PHONY: help install test soak demo demo-full quality generator clean-demo
 
 help:
 	@echo "make install    .venv with everything (PYTHON=python3.12 to choose; 3.11 or newer)"
 	@echo "make demo       the whole pipeline on real images, on two CPU cores, in minutes"
 	@echo "make demo-full  the table of the README; as long as it takes, resumes when run again"
 	@echo "make test       the test suite"
+	@echo "make soak       the checks that take too long for it"
 	@echo "make quality    ruff: lint and format"
 	@echo "make generator  train the demo's generator again (about an hour; needs Debian's dataset-fashion-mnist)"
 
@@ -24,6 +25,9 @@ $(VENV)/.installed: requirements.txt constraints.txt demo/requirements.txt demo/
 
 test: install
 	$(BIN)/python -m pytest
+
+soak: install
+	$(BIN)/python -m pytest -m soak
 
 demo: install
 	$(BIN)/python demo/run.py

@@ -180,7 +180,8 @@ def main():
     if args.full:
         others += [plain_set(runs_dir, seed, images_per_class) for seed in range(1, num_seeds)]
         sets, recipe = [*sets, f"plain={runs_dir / 'plain-{seed}'}"], "demo/recipes/compare_full.yaml"
-        bridged += ["bridged@plain", "synthetic_only", "synthetic_only@plain", "vanilla"]
+        bridged += ["bridged@plain", "synthetic_only", "synthetic_only@plain"]
+        rivals.append("vanilla")
     runner.side_by_side(first, others)
 
     def part(number: int, why: str, methods: list[str], *seeds: str) -> Step:
@@ -189,6 +190,8 @@ def main():
     why = "real images only, with as many steps; both kinds mixed"
     lane = [train_bridged(runs_dir), part(2, "synthetic images first, then the real ones", bridged)]
     if args.full:
+        # alone, as all other parts begin with the settings of stage 1 that it chooses
+        runner.run(part(0, "synthetic images alone: which settings of stage 1?", ["synthetic_only"]))
         runner.side_by_side([part(1, why, rivals)], lane)
     else:
         # the rivals take more steps: a third of them goes to the other core
