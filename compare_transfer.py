@@ -184,13 +184,13 @@ def warn_of_leaks(runner: CellRunner, num_shots: int) -> None:
 
 
 def search_bridge(
-    runner: CellRunner, arms: list[Arm], candidates: list[StageSettings], seeds: list[int], progress: tqdm
+    runner: CellRunner, candidates: list[StageSettings], seeds: list[int], progress: tqdm
 ) -> StageSettings:
     """Return the settings of stage 1 whose model, before it sees real images, is best on the validation images.
 
-    They are chosen on the first synthetic set among the methods and used for all of them.
+    They are chosen on the first synthetic set that was given and used for all of them.
     """
-    set_name = next(arm.synthetic for arm in arms)
+    set_name, _ = next(iter(runner.sources))
     arm = Arm("synthetic_only", "synthetic_only", set_name)
     scores = {settings: [] for settings in candidates}
     for settings in candidates:
@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     num_searched += len(bridge_recipes) * len(search_seeds) * searches_bridge
     with tqdm(total=num_searched + len(arms) * len(shots) * len(seeds), unit="cell") as progress:
         if searches_bridge:
-            runner.bridge_settings = search_bridge(runner, arms, bridge_recipes, search_seeds, progress)
+            runner.bridge_settings = search_bridge(runner, bridge_recipes, search_seeds, progress)
         if not search_args.settings:
             chosen = {"stage1": dataclasses.asdict(runner.bridge_settings)}
             chosen |= {arm.label: {str(shots[0]): dataclasses.asdict(recipes[0])} for arm in arms}

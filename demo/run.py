@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+NUM_LANES = 2
 LAUNCH = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 LAUNCH += ["--num_cpu_threads_per_process", "1"]
 PICTURES = {
@@ -78,8 +79,8 @@ class Runner:
             self.say(f"  {step.name}: finished in {self.seconds[step.name]:.0f} s")
 
     def side_by_side(self, *lanes: list[Step]) -> None:
-        """Run lists of steps at the same time, each list in its order."""
-        with ThreadPoolExecutor(len(lanes)) as pool:
+        """Run lists of steps, two lists at the same time, each in its order."""
+        with ThreadPoolExecutor(NUM_LANES) as pool:
             for future in [pool.submit(lambda steps=steps: [self.run(step) for step in steps]) for steps in lanes]:
                 future.result()
 
@@ -176,27 +177,25 @@ def main():
         style_figures(runs_dir),
     ]
     sets, recipe = [f"dsi={runs_dir / 'synthetic-{seed}'}"], "demo/recipes/compare.yaml"
-    rivals, bridged = ["vanilla_matched", "mix"], ["bridged", "bridged_keep"]
     if args.full:
         others += [plain_set(runs_dir, seed, images_per_class) for seed in range(1, num_seeds)]
         sets, recipe = [*sets, f"plain={runs_dir / 'plain-{seed}'}"], "demo/recipes/compare_full.yaml"
-        bridged += ["bridged@plain", "synthetic_only", "synthetic_only@plain"]
-        rivals.append("vanilla")
     runner.side_by_side(first, others)
 
-    def part(number: int, why: str, methods: list[str], *seeds: str) -> Step:
-        return compare(runs_dir, f"comparison, part {number}", why, recipe, sets, "--methods", *methods, *seeds)
+    def part(why: str, *methods: str) -> Step:
+        return compare(runs_dir, f"compare {' '.join(methods)}", why, recipe, sets, "--methods", *methods)
 
-    why = "real images only, with as many steps; both kinds mixed"
-    lane = [train_bridged(runs_dir), part(2, "synthetic images first, then the real ones", bridged)]
+    matched = part("real images only, for as many steps as both stages together", "vanilla_matched")
+    mix = part("both kinds of images mixed in one stage, for as many steps", "mix")
+    bridged = part("synthetic images first, then the real ones; fresh or kept head", "bridged", "bridged_keep")
     if args.full:
         # alone, as all other parts begin with the settings of stage 1 that it chooses
-        runner.run(part(0, "synthetic images alone: which settings of stage 1?", ["synthetic_only"]))
-        runner.side_by_side([part(1, why, rivals)], lane)
+        runner.run(part("synthetic images alone: which settings of stage 1?", "synthetic_only"))
+        plain = part("the same without the style token", "bridged@plain", "synthetic_only@plain")
+        vanilla = part("real images only, for the steps of stage 2", "vanilla")
+        runner.side_by_side([matched], [mix], [bridged, train_bridged(runs_dir)], [plain], [vanilla])
     else:
-        # the rivals take more steps: a third of them goes to the other core
-        lane.append(part(3, why, rivals, "--seeds", "2"))
-        runner.side_by_side([part(1, why, rivals, "--seeds", "0", "1")], lane)
+        runner.side_by_side([matched], [mix], [bridged, train_bridged(runs_dir)])
     runner.run(compare(runs_dir, "comparison", "all methods, on the same real images", recipe, sets), show=True)
     print_ending(runner, time.time() - started)
 

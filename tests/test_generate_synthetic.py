@@ -1,6 +1,7 @@
 """generate_synthetic.py end to end, in process, with a tiny pipeline of the real classes."""
 
 import hashlib
+import io
 import json
 import re
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Image, load_dataset
 from huggingface_hub import DatasetCard
+from PIL import Image as PILImage
 from safetensors.torch import save_file
 
 from generate_synthetic import main, public_command
@@ -17,6 +19,7 @@ from tests.conftest import CLASS_NAMES
 from utils.cli.errors import UserError
 from utils.cli.records import write_record
 from utils.data.prompts import token_text
+from utils.synthesis.shards import encode_image
 
 PLACEHOLDER = "<dsi-style>"
 
@@ -92,6 +95,25 @@ def test_load_dataset_gives_images_and_the_real_names(finished_set):
     assert images[1]["prompt"] == f"A green circle photo in the style of {PLACEHOLDER}"
     assert images[0]["guidance_scale"] == 3.0
     assert len(set(images["seed"])) == 21
+    for path in finished_set.glob("data/*.parquet"):  # each file by itself, without what the card says
+        assert load_dataset("parquet", data_files=str(path), split="train").features == images.features
+
+
+def test_an_image_is_what_the_pipeline_draws_with_its_prompt_and_seed(finished_set, token_dir, tiny_pipeline_dir):
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.load_textual_inversion(str(token_dir / "learned_embeds.safetensors"))
+    row = load_dataset(str(finished_set), split="train")[4]
+    images = [
+        pipe(row["prompt"], generator=torch.Generator().manual_seed(seed), guidance_scale=3.0, num_inference_steps=2,
+             height=32, width=32, output_type="np").images[0]
+        for seed in (row["seed"], row["seed"] + 1)
+    ]  # fmt: skip
+    same, other = (PILImage.open(io.BytesIO(encode_image(pixels, "jpeg", 95))) for pixels in images)
+    drawn = np.asarray(row["image"], dtype=int)
+    assert np.abs(np.asarray(same) - drawn).mean() < 1 < 10 < np.abs(np.asarray(other) - drawn).mean()
 
 
 def test_records_and_card_name_sources_and_counts(finished_set, token_dir, real_images_dir):
@@ -115,10 +137,11 @@ def test_resume_after_lost_and_torn_shards_is_byte_identical(copied_set, options
     (copied_set / "data/train-00001.parquet").unlink()
     torn = copied_set / "data/train-00002.parquet"
     torn.write_bytes(torn.read_bytes()[:-20])
-    (copied_set / "data/.train-00001.parquet.tmp").write_bytes(b"left over")
+    (copied_set / "data/.train-00099.parquet.tmp").write_bytes(b"left over")
     results = main([*options, "--output_dir", str(copied_set)])
     assert results["num_drawn"] == 8 + 5
     assert shard_hashes(copied_set) == before
+    assert not list(copied_set.glob("data/.*"))
 
 
 def test_more_images_later_keep_the_first_ones(copied_set, options):
@@ -223,7 +246,7 @@ def test_pipeline_that_draws_black_ends_in_one_error(tiny_pipeline_dir, real_ima
         (["--learned_embeds", "{real}"], "the folder has no dsi_config.json"),
         (["--learned_embeds", "{token}", "--dataset_name", "beans"], "--dataset_name beans: not together"),
         (["--learned_embeds", "{token}", "--prompt_template", "a {class}"], "has no {token}"),
-        (["--learned_embeds", "{token}", "--prompt_template", "{class} {token}" + " word" * 80], "would be cut to"),
+        (["--learned_embeds", "{token}", "--prompt_template", "{class} {token}" + " a" * 64], "has 78 tokens"),
         (["--learned_embeds", "{token}", "--scheduler", "Nothing"], "--scheduler Nothing"),
         (["--learned_embeds", "{token}", "--batch_size", "0"], "--batch_size 0"),
         (["--learned_embeds", "{token}", "--jpeg_quality", "101"], "--jpeg_quality 101"),
@@ -254,7 +277,5 @@ def test_command_in_the_card_hides_the_hub_token():
 
 
 def test_preview_rows_are_classes(finished_set):
-    from PIL import Image as PILImage
-
     sheet = np.asarray(PILImage.open(finished_set / "preview.png"))
     assert sheet.shape[0] == 3 * 100
