@@ -23,7 +23,7 @@ from transformers import TrainingArguments, set_seed
 from utils.cli.arguments import ModelArguments, RealDataArguments
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import ScriptArgumentParser, require_positive
-from utils.cli.records import ALL_RESULTS, BRIDGED_CONFIG, write_record, write_run_config
+from utils.cli.records import ALL_RESULTS, BRIDGED_CONFIG, check_not_finished, write_record, write_run_config
 from utils.data.real_images import RealImagesRecord, check_images, load_real_images
 from utils.data.splits import SPLIT_SEED
 from utils.hub.model_card import write_model_card
@@ -113,6 +113,7 @@ class BridgedTrainingArguments(TrainingArguments):
     output_dir: str | None = field(
         default=None, metadata={"help": "Output folder; '<synthetic set>-bridged' (the method's name) when not given."}
     )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a classifier that is there already."})
     do_train: bool = field(default=True, metadata={"help": "Train; without it there is nothing to do."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per device and step."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per device in evaluation."})
@@ -176,6 +177,7 @@ def check_arguments(model_args, real_args, synthetic_args, bridge_args, training
     for name in ("bridge_mixup_alpha", "mixup_alpha"):
         if getattr(bridge_args, name) < 0:
             raise UserError(f"--{name} {getattr(bridge_args, name)}: must be 0 (off) or above.")
+    check_not_finished(training_args.output_dir, BRIDGED_CONFIG, "a classifier", training_args.overwrite_output_dir)
     if not training_args.do_train:
         raise UserError("--do_train false: there is nothing else to do; for predictions use a transformers pipeline.")
     for name in ("resume_from_checkpoint", "load_best_model_at_end"):
@@ -284,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     # stages
     output_dir = Path(training_args.output_dir)
+    if is_main_process:
+        (output_dir / BRIDGED_CONFIG).unlink(missing_ok=True)  # from here on, what is there is being replaced
     bridge_settings, settings = stage_settings(bridge_args, training_args, {k: len(v) for k, v in images.items()})
     stages = plan_stages(bridge_args.method, bridge_settings, settings, bridge_args.head_init, bridge_args.match_steps)
     train_images = EvalImages(real.train, image_processor)
@@ -315,7 +319,6 @@ def main(argv: Sequence[str] | None = None) -> dict:
         config = describe_run(model_args, bridge_args, real, source, stages)
         save_classifier(model, image_processor, output_dir)
         write_record(output_dir / ALL_RESULTS, results)
-        write_record(output_dir / BRIDGED_CONFIG, config)
         plot_report(output_dir / "report.png", log_histories, logits, labels, real.class_names)
         write_run_config(output_dir, [model_args, real_args, synthetic_args, bridge_args, training_args], started)
         print_results(f"{bridge_args.method}: {output_dir}", results)
@@ -323,6 +326,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         # card
         model_id = training_args.hub_model_id or output_dir.resolve().name
         write_model_card(output_dir, model_id, pretrained, config, results)
+        write_record(output_dir / BRIDGED_CONFIG, config)  # last: its presence says that the classifier is finished
         if training_args.push_to_hub:
             logger.info(
                 publish_folder(

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from utils.cli.arguments import HubArguments, RealDataArguments
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import ScriptArgumentParser, require_positive
-from utils.cli.records import DSI_CONFIG, write_record, write_run_config
+from utils.cli.records import DSI_CONFIG, check_not_finished, write_record, write_run_config
 from utils.data.prompts import DSI_TEMPLATE, PLAIN_TEMPLATE, check_template, prompt_nouns, render_prompt, token_text
 from utils.hub.repositories import Source, open_source, publish_folder
 
@@ -88,11 +88,7 @@ def check_arguments(token_args: TokenArguments, training_args: TrainingArguments
     )  # fmt: skip
     for template in token_args.prompt_templates:
         check_template(template, needs_token=True)
-    if (Path(training_args.output_dir) / DSI_CONFIG).exists() and not training_args.overwrite_output_dir:
-        raise UserError(
-            f"--output_dir {training_args.output_dir}: holds a style token already; choose another folder or give "
-            "--overwrite_output_dir."
-        )
+    check_not_finished(training_args.output_dir, DSI_CONFIG, "a style token", training_args.overwrite_output_dir)
 
 
 def open_base_model(model_args: ModelArguments, token: str | None) -> Source:

@@ -97,7 +97,7 @@ def style_and_set(runs_dir: Path, seed: int, num_steps: int, images_per_class: i
             f"style token, seed {seed}", "ten real images, one of each class, become one token",
             style / "dsi_config.json",
             ("train_dsi.py", "demo/recipes/dsi.yaml", "--few_shot_seed", str(seed), "--seed", str(seed),
-             "--max_train_steps", str(num_steps), "--output_dir", str(style)),
+             "--max_train_steps", str(num_steps), "--output_dir", str(style), "--overwrite_output_dir"),
         ),
         Step(
             f"synthetic set, seed {seed}", f"the generator draws {images_per_class} images of each class in that style",
@@ -135,7 +135,7 @@ def train_bridged(runs_dir: Path) -> Step:
         "bridged transfer", "an ImageNet classifier is fine-tuned on the synthetic, then on ten real images",
         runs_dir / "bridged-0" / "all_results.json",
         ("train_bridged.py", "demo/recipes/bridged.yaml", "--synthetic_dataset", str(runs_dir / "synthetic-0"),
-         "--output_dir", str(runs_dir / "bridged-0")),
+         "--output_dir", str(runs_dir / "bridged-0"), "--overwrite_output_dir"),
     )  # fmt: skip
 
 

@@ -30,6 +30,8 @@ def test_bridged_from_the_record_alone_gives_a_pipeline(classifiers, synthetic_d
     for name in ("README.md", "report.png", "all_results.json", "run_config.json", "stage1/model.safetensors"):
         assert (tmp_path / "out" / name).is_file()
     assert not list((tmp_path / "out").rglob("training_args.bin"))
+    with pytest.raises(UserError, match="holds a classifier already"):
+        train_bridged.main(["--synthetic_dataset", str(synthetic_dir), "--output_dir", str(tmp_path / "out")])
 
 
 def test_vanilla_needs_no_synthetic_set_and_matches_steps(classifiers, real_images_dir, tmp_path):

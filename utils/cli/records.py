@@ -48,6 +48,20 @@ def read_record(path: str | Path) -> dict:
     return record
 
 
+def check_not_finished(output_dir: str | Path, record_name: str, what: str, overwrite: bool) -> None:
+    """Check that no finished result lies in a folder: a run would write over it. `overwrite` allows that.
+
+    Raises:
+        UserError: the folder holds the record that a script writes last, or is a file.
+    """
+    if Path(output_dir).is_file():
+        raise UserError(f"--output_dir {output_dir}: is a file; name a folder.")
+    if (Path(output_dir) / record_name).exists() and not overwrite:
+        raise UserError(
+            f"--output_dir {output_dir}: holds {what} already; choose another folder or give --overwrite_output_dir."
+        )
+
+
 def package_versions() -> dict[str, str]:
     """Return the installed versions of the packages that decide a result."""
     return {name: metadata.version(name) for name in PACKAGES}
