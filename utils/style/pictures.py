@@ -20,5 +20,6 @@ def plot_training(path: str | Path, loss_history: list[float], health: dict) -> 
     values = [health[f"loss_{arm}"] for arm in arms]
     bars.bar([arm.replace("_", "\n") for arm in arms], values, color=["0.8", "0.6", "tab:blue"])
     bars.bar_label(bars.containers[0], fmt="%.3f")
-    bars.set(title=f"{health['num_images']} {health['images']}, fixed noise", ylabel="denoising loss")
+    bars.margins(y=0.12)  # room for the figures above the bars
+    bars.set(title=f"{health['num_images']} {health['images']},\nfixed noise", ylabel="denoising loss")
     figure.savefig(path, dpi=120)
