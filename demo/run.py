@@ -47,18 +47,18 @@ class Step:
 
 
 class Runner:
-    """Runs steps, says what each does, and remembers its seconds."""
+    """Runs steps, says what each does, and remembers its seconds and the memory that the script recorded."""
 
     def __init__(self, runs_dir: Path):
         self.runs_dir = runs_dir
-        self.seconds_path = runs_dir / "seconds.json"
-        self.seconds = json.loads(self.seconds_path.read_text()) if self.seconds_path.exists() else {}
+        self.costs_path = runs_dir / "steps.json"
+        self.costs = json.loads(self.costs_path.read_text()) if self.costs_path.exists() else {}
         self.lock = threading.Lock()
 
     def run(self, step: Step, show: bool = False) -> None:
         """Run one step; its output goes to a log file, or to the terminal with `show`."""
-        if step.name in self.seconds and step.finished.exists():
-            self.say(f"{step.name}: done before in {self.seconds[step.name]:.0f} s")
+        if step.name in self.costs and step.finished.exists():
+            self.say(f"{step.name}: done before in {self.costs[step.name]['seconds']:.0f} s")
             return
         launcher = "python" if step.command[0].startswith("demo/") else "accelerate launch"
         self.say(f"\033[1m{step.name}\033[0m: {step.why}\n  $ {launcher} {shlex.join(step.command)}")
@@ -72,11 +72,14 @@ class Runner:
             )  # fmt: skip
         if result.returncode:
             raise RuntimeError(f"{step.name} failed, see {log_path}; the same make command goes on from here")
+        seconds = round(time.time() - started, 1)
+        run_config = step.finished.parent / "run_config.json"
+        memory = json.loads(run_config.read_text())["peak_memory_gib"] if run_config.exists() else None
         with self.lock:
-            self.seconds[step.name] = round(time.time() - started, 1)
-            self.seconds_path.write_text(json.dumps(self.seconds, indent=2) + "\n")
+            self.costs[step.name] = {"seconds": seconds, "peak_memory_gib": memory}
+            self.costs_path.write_text(json.dumps(self.costs, indent=2) + "\n")
         if not show:
-            self.say(f"  {step.name}: finished in {self.seconds[step.name]:.0f} s")
+            self.say(f"  {step.name}: finished in {seconds:.0f} s")
 
     def side_by_side(self, *lanes: list[Step]) -> None:
         """Run lists of steps, two lists at the same time, each in its order."""
@@ -149,11 +152,12 @@ def compare(runs_dir: Path, name: str, why: str, recipe: str, sets: list[str], *
 
 
 def print_ending(runner: Runner, seconds: float) -> None:
-    """Print what the steps took, the style figures, and where the pictures are."""
-    print("\n\033[1mSeconds\033[0m (two steps at a time)")
-    for name, step_seconds in runner.seconds.items():
-        print(f"  {name:36s} {step_seconds:7.0f}")
-    print(f"  {'this run, from start to end':36s} {seconds:7.0f}")
+    """Print what the steps cost, the style figures, and where the pictures are."""
+    print("\n\033[1mSeconds and peak memory\033[0m (two steps at a time)")
+    for name, cost in runner.costs.items():
+        memory = f" {cost['peak_memory_gib']:6.1f} GiB" if cost["peak_memory_gib"] else ""
+        print(f"  {name:36s} {cost['seconds']:7.0f} s{memory}")
+    print(f"  {'this run, from start to end':36s} {seconds:7.0f} s")
     print("\n\033[1mStyle\033[0m")
     print((runner.runs_dir / "style.txt").read_text(), end="")
     print("\n\033[1mPictures\033[0m")
