@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 from utils.cli.arguments import ModelArguments
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import ScriptArgumentParser, require_positive
-from utils.cli.records import read_record, write_record, write_run_config
+from utils.cli.records import read_record, resolve_options, write_record, write_run_config
 from utils.data.real_images import RealImagesRecord, check_images, load_real_images
 from utils.transfer.cells import CellRunner
 from utils.transfer.classifiers import check_classifier, load_image_processor
@@ -71,6 +71,9 @@ class ComparisonArguments:
         default=None, metadata={"help": "Use so many validation and test images, evenly spread; all when not given."}
     )
     output_dir: str = field(default="comparison", metadata={"help": "Output folder; finished cells in it are kept."})
+    hub_token: str | None = field(
+        default=None, metadata={"help": "Access token; HF_TOKEN or `hf auth login` when not given."}
+    )
 
 
 @dataclass
@@ -154,15 +157,18 @@ def check_arguments(comparison_args, search_args, training_settings) -> None:
         )
 
 
-def open_sources(sets: dict[str, str], seeds: list[int]) -> dict[tuple[str, int], SyntheticSource]:
+def open_sources(
+    sets: dict[str, str], seeds: list[int], token: str | None = None
+) -> dict[tuple[str, int], SyntheticSource]:
     """Return the synthetic sets by name and few-shot seed.
 
     Raises:
         UserError: a set is not there, or was made for other real images than the first.
     """
-    sources = {
-        (name, seed): open_synthetic(path.replace("{seed}", str(seed))) for name, path in sets.items() for seed in seeds
-    }
+    paths = {(name, seed): path.replace("{seed}", str(seed)) for name, path in sets.items() for seed in seeds}
+    # each set once: all seeds get the same commit of it
+    opened = {path: open_synthetic(path, token=token) for path in dict.fromkeys(paths.values())}
+    sources = {key: opened[path] for key, path in paths.items()}
     first, *others = sources.values()
     for source in others:
         ours, theirs = (item.record["real_images"]["dataset_name"] for item in (first, source))
@@ -240,8 +246,13 @@ def run_cells(
 
 def build_runner(model_args, comparison_args, training_settings, bridge_settings, sources: dict, real) -> CellRunner:
     """Return what runs the cells; the classifier is looked up, not loaded."""
-    commit = check_classifier(model_args.model_name_or_path, model_args.model_revision)
-    hub_options = {"revision": commit or "main", "trust_remote_code": model_args.trust_remote_code}
+    token = comparison_args.hub_token or None
+    commit = check_classifier(model_args.model_name_or_path, model_args.model_revision, token)
+    hub_options = {
+        "revision": commit or "main",
+        "trust_remote_code": model_args.trust_remote_code,
+        "token": token,
+    }
     training_args = TrainingArguments(
         output_dir=str(Path(comparison_args.output_dir) / "work"),
         per_device_train_batch_size=training_settings.per_device_train_batch_size,
@@ -271,7 +282,7 @@ def build_runner(model_args, comparison_args, training_settings, bridge_settings
 def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
     parser = ScriptArgumentParser([ModelArguments, ComparisonArguments, SearchArguments, TrainingSettings])
-    model_args, comparison_args, search_args, training_settings = options = parser.parse(argv)
+    model_args, comparison_args, search_args, training_settings = groups = parser.parse(argv)
     check_arguments(comparison_args, search_args, training_settings)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -299,9 +310,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
     searches_bridge = len(bridge_recipes) > 1
 
     # data
-    sources = open_sources(sets, list(dict.fromkeys(seeds + (search_seeds if searched or searches_bridge else []))))
+    token = comparison_args.hub_token or None
+    all_seeds = list(dict.fromkeys(seeds + (search_seeds if searched or searches_bridge else [])))
+    sources = open_sources(sets, all_seeds, token)
     record = RealImagesRecord(**next(iter(sources.values())).record["real_images"])
-    real = load_real_images(dataclasses.replace(record, num_shots=None))
+    real = load_real_images(dataclasses.replace(record, num_shots=None), token)
     check_images(real.train, "real training images")
 
     # cells
@@ -328,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     write_record(runner.output_dir / "comparison.json", comparison)
     (runner.output_dir / "comparison.md").write_text(to_markdown(summary, findings, baseline), encoding="utf-8")
     plot_comparison(runner.output_dir / "comparison.png", summary)
-    write_run_config(runner.output_dir, list(options), started)
+    write_run_config(runner.output_dir, resolve_options(groups), started)
     print_comparison(summary, findings, baseline)
     return comparison
 

@@ -10,8 +10,6 @@
 Run the same command again after an interruption, or with a larger --num_images_per_class, to go on where it stopped.
 """
 
-import shlex
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,11 +17,14 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from utils.cli.arguments import HubArguments, RealDataArguments
+from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import ScriptArgumentParser, require_positive
-from utils.cli.records import GENERATION_CONFIG, read_record, write_run_config
+from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, read_record, resolve_options, write_run_config
 from utils.data.prompts import check_template, render_prompt
-from utils.hub.repositories import publish_folder
+from utils.hub.merged_card import check_card
+from utils.hub.publishing import publish_folder
+from utils.hub.targets import open_target
 from utils.synthesis.output_folder import PREVIEW, check_output_folder, start_output_folder
 from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.sources import Sources, native_resolution, read_plain_sources, read_token_sources
@@ -31,6 +32,8 @@ from utils.synthesis.sources import Sources, native_resolution, read_plain_sourc
 # what decides, besides the sources, what image number n is; num_images_per_class only says how many there are
 SAMPLING_SETTINGS = ("guidance_scale", "num_inference_steps", "scheduler", "seed", "batch_size")
 OUTPUT_SETTINGS = ("images_per_shard", "image_format", "jpeg_quality")
+SHARDS = ("data/train-*.parquet",)
+PUBLISHED_FILES = (*SHARDS, PREVIEW, GENERATION_CONFIG, RUN_CONFIG, "README.md")
 
 
 @dataclass
@@ -164,16 +167,6 @@ def collect_settings(
     }
 
 
-def public_command(argv: list[str] | None) -> str:
-    """Return the command of this run without the value of --hub_token."""
-    argv = sys.argv[1:] if argv is None else argv
-    hidden = [
-        "--hub_token=..." if word.startswith("--hub_token=") else "..." if previous == "--hub_token" else word
-        for previous, word in zip([None, *argv], argv)
-    ]
-    return f"accelerate launch generate_synthetic.py {shlex.join(hidden)}"
-
-
 def print_dry_run(draw, plan: GenerationPlan, token_counts: list[int], encode, accelerator) -> dict:
     """Print class names, prompts, and the cost of the whole set, estimated from two real batches."""
     if not accelerator.is_main_process:
@@ -201,18 +194,28 @@ def print_dry_run(draw, plan: GenerationPlan, token_counts: list[int], encode, a
 
 
 def write_card(
-    output_dir: str, features, plan: GenerationPlan, num_redraws: dict[str, int], command: str, hub_token: str | None
+    output_dir: str,
+    features,
+    plan: GenerationPlan,
+    num_redraws: dict[str, int],
+    command: str,
+    hub_id: str | None,
+    hub_token: str | None,
 ) -> None:
     """Write the dataset card from the folder's own record, with the licences that the sources' cards name."""
-    from utils.hub.dataset_card import read_license, write_dataset_card
+    from utils.hub.dataset_card import write_dataset_card
+    from utils.hub.licenses import read_licenses
 
     record = read_record(Path(output_dir) / GENERATION_CONFIG)
     generator, real = record["generator"], record["real_images"]
-    licenses = {
-        generator["id"]: read_license(generator["id"], "model", generator["revision"], hub_token),
-        real["dataset_name"]: read_license(real["dataset_name"], "dataset", real["dataset_revision"], hub_token),
-    }
-    write_dataset_card(output_dir, features, record, plan.prompts, num_redraws, licenses, command)
+    licenses = read_licenses(
+        [
+            (generator["id"], "model", generator["revision"]),
+            (real["dataset_name"], "dataset", real["dataset_revision"]),
+        ],
+        hub_token,
+    )
+    write_dataset_card(output_dir, features, record, plan.prompts, num_redraws, licenses, command, hub_id)
 
 
 def print_summary(output_dir: str, plan: GenerationPlan, results: dict) -> None:
@@ -227,11 +230,17 @@ def print_summary(output_dir: str, plan: GenerationPlan, results: dict) -> None:
 
 def main(argv=None) -> dict:
     started = time.time()
-    source_args, data_args, sampling_args, output_args, hub_args = options = ScriptArgumentParser(
+    source_args, data_args, sampling_args, output_args, hub_args = groups = ScriptArgumentParser(
         (SourceArguments, RealDataArguments, SamplingArguments, OutputArguments, PublishingArguments),
         description=__doc__,
     ).parse(argv)
     check_arguments(sampling_args, output_args)
+    hub_target = None
+    if hub_args.push_to_hub:
+        hub_target = open_target(
+            output_args.output_dir, hub_args.hub_dataset_id, "dataset", hub_args.hub_private_repo,
+            hub_args.hub_revision, hub_args.hub_token,
+        )  # fmt: skip
     sources = read_sources(source_args, data_args, hub_args.hub_token)
     template = sampling_args.prompt_template or sources.prompt_template
     check_template(template, needs_token=sources.token is not None)
@@ -248,6 +257,7 @@ def main(argv=None) -> dict:
     settings = collect_settings(sources, template, resolution, accelerator.mixed_precision, sampling_args, output_args)
     output_dir = output_args.output_dir
     check_output_folder(output_dir, settings, sampling_args.num_images_per_class, output_args.overwrite_output_dir)
+    check_card(Path(output_dir) / "README.md")
     placeholder = sources.token.placeholder_token if sources.token else ""
     plan = GenerationPlan(
         class_names=tuple(sources.class_names),
@@ -316,8 +326,10 @@ def main(argv=None) -> dict:
     if accelerator.is_main_process:
         draw_contact_sheet(output_dir, plan).save(Path(output_dir) / PREVIEW)
         num_redraws = shards.count_class_redraws(output_dir, plan, max_redraws)
-        write_card(output_dir, features, plan, num_redraws, public_command(argv), hub_args.hub_token)
-        run = write_run_config(output_dir, options, started)
+        command = public_command("generate_synthetic.py", argv)
+        hub_id = hub_target.repo_id if hub_target else None
+        write_card(output_dir, features, plan, num_redraws, command, hub_id, hub_args.hub_token)
+        run = write_run_config(output_dir, resolve_options(groups), started)
         num_drawn = sum(len(plan.shard(number)) for number in missing)
         results = {
             "num_images": plan.num_images,
@@ -327,10 +339,8 @@ def main(argv=None) -> dict:
             "seconds": run["seconds"],
         }
         print_summary(output_dir, plan, results)
-        if hub_args.push_to_hub:
-            publish_folder(
-                output_dir, hub_args.hub_dataset_id, "dataset", hub_args.hub_private_repo, hub_args.hub_token
-            )
+        if hub_target is not None:
+            publish_folder(output_dir, hub_target, PUBLISHED_FILES, stale_patterns=SHARDS)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results

@@ -21,13 +21,26 @@ from datasets import concatenate_datasets
 from transformers import TrainingArguments, set_seed
 
 from utils.cli.arguments import ModelArguments, RealDataArguments
+from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import ScriptArgumentParser, require_positive
-from utils.cli.records import ALL_RESULTS, BRIDGED_CONFIG, check_not_finished, write_record, write_run_config
+from utils.cli.records import (
+    ALL_RESULTS,
+    BRIDGED_CONFIG,
+    RUN_CONFIG,
+    read_record,
+    resolve_options,
+    was_finished,
+    write_record,
+    write_run_config,
+)
 from utils.data.real_images import RealImagesRecord, check_images, load_real_images
 from utils.data.splits import SPLIT_SEED
+from utils.hub.licenses import read_licenses
+from utils.hub.merged_card import check_card
 from utils.hub.model_card import write_model_card
-from utils.hub.repositories import publish_folder
+from utils.hub.publishing import publish_finished, publish_folder
+from utils.hub.targets import open_target
 from utils.transfer.classifiers import check_classifier, load_image_processor, save_classifier
 from utils.transfer.fine_tuning import run_stage, steps_per_epoch
 from utils.transfer.image_datasets import EvalImages, take_spread
@@ -38,6 +51,13 @@ from utils.transfer.report import plot_report, print_results
 from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, load_synthetic, open_synthetic
 
 logger = logging.getLogger(__name__)
+
+# the classifier itself, no stage and no training state
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+PUBLISHED_FILES = (
+    *WEIGHTS, "config.json", "preprocessor_config.json", "report.png", ALL_RESULTS, BRIDGED_CONFIG, RUN_CONFIG,
+    "README.md",
+)  # fmt: skip
 
 
 @dataclass
@@ -144,6 +164,10 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
         recorded = source.record["real_images"]
         if real_args.dataset_name in (None, recorded["dataset_name"]):
             parser.set_defaults(**recorded)
+    elif synthetic_args.synthetic_dataset_revision is not None:
+        raise UserError(
+            f"--synthetic_dataset_revision {synthetic_args.synthetic_dataset_revision}: needs --synthetic_dataset."
+        )
     elif bridge_args.method != "vanilla":
         raise UserError(f"--synthetic_dataset: --method {bridge_args.method} needs one; only vanilla does without.")
     elif bridge_args.match_steps and bridge_args.bridge_max_steps is None:
@@ -177,7 +201,6 @@ def check_arguments(model_args, real_args, synthetic_args, bridge_args, training
     for name in ("bridge_mixup_alpha", "mixup_alpha"):
         if getattr(bridge_args, name) < 0:
             raise UserError(f"--{name} {getattr(bridge_args, name)}: must be 0 (off) or above.")
-    check_not_finished(training_args.output_dir, BRIDGED_CONFIG, "a classifier", training_args.overwrite_output_dir)
     if not training_args.do_train:
         raise UserError("--do_train false: there is nothing else to do; for predictions use a transformers pipeline.")
     for name in ("resume_from_checkpoint", "load_best_model_at_end"):
@@ -261,6 +284,20 @@ def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
     model_args, real_args, synthetic_args, bridge_args, training_args, source = parse_arguments(argv)
 
+    output_dir = Path(training_args.output_dir)
+    options = resolve_options([model_args, real_args, synthetic_args, bridge_args, training_args])
+    finished = was_finished(output_dir, BRIDGED_CONFIG, "a classifier", options, training_args.overwrite_output_dir)
+    hub_target = None
+    if training_args.push_to_hub:
+        hub_target = open_target(
+            output_dir, training_args.hub_model_id, "model", bool(training_args.hub_private_repo),
+            training_args.hub_revision, training_args.hub_token,
+        )  # fmt: skip
+    if finished:
+        publish_finished(output_dir, hub_target, PUBLISHED_FILES)
+        return read_record(output_dir / ALL_RESULTS)
+    check_card(output_dir / "README.md")
+
     # logging
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     transformers.utils.logging.set_verbosity_error()
@@ -269,14 +306,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
     set_seed(training_args.seed)
 
     # data
-    token = training_args.hub_token
+    token = training_args.hub_token or None
+    pretrained = model_args.model_name_or_path
+    model_args.model_revision = check_classifier(pretrained, model_args.model_revision, token)
     real, images = load_images(real_args, synthetic_args, bridge_args, source, token)
     validation = take_spread(real.validation, training_args.max_eval_samples)
     test = take_spread(real.test, training_args.max_eval_samples)
 
     # model
-    pretrained = model_args.model_name_or_path
-    model_args.model_revision = check_classifier(pretrained, model_args.model_revision, token)
     hub_options = {
         "revision": model_args.model_revision or "main",
         "trust_remote_code": model_args.trust_remote_code,
@@ -285,7 +322,6 @@ def main(argv: Sequence[str] | None = None) -> dict:
     image_processor = load_image_processor(pretrained, **hub_options)
 
     # stages
-    output_dir = Path(training_args.output_dir)
     if is_main_process:
         (output_dir / BRIDGED_CONFIG).unlink(missing_ok=True)  # from here on, what is there is being replaced
     bridge_settings, settings = stage_settings(bridge_args, training_args, {k: len(v) for k, v in images.items()})
@@ -295,13 +331,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
     log_histories = {}
     for stage in stages:
         stage_dir = output_dir / stage.name
-        start, options = (output_dir / "stage1", {}) if stage.name == "stage2" else (pretrained, hub_options)
+        start, start_options = (output_dir / "stage1", {}) if stage.name == "stage2" else (pretrained, hub_options)
         logger.info(
             f"{stage.name}: {stage.settings.max_steps} steps on {len(images[stage.images])} images ({stage.images})"
         )
         model, done = run_stage(
             stage, start, real.class_names, images[stage.images], image_processor, training_args, stage_dir, validation,
-            **options,
+            **start_options,
         )  # fmt: skip
         results |= {f"{stage.name}_{key}": value for key, value in done.summary().items()}
         log_histories[stage.name] = done.log_history
@@ -320,19 +356,21 @@ def main(argv: Sequence[str] | None = None) -> dict:
         save_classifier(model, image_processor, output_dir)
         write_record(output_dir / ALL_RESULTS, results)
         plot_report(output_dir / "report.png", log_histories, logits, labels, real.class_names)
-        write_run_config(output_dir, [model_args, real_args, synthetic_args, bridge_args, training_args], started)
+        write_run_config(output_dir, options, started)
         print_results(f"{bridge_args.method}: {output_dir}", results)
 
         # card
-        model_id = training_args.hub_model_id or output_dir.resolve().name
-        write_model_card(output_dir, model_id, pretrained, config, results)
+        model_id = hub_target.repo_id if hub_target else output_dir.resolve().name
+        sources = [(pretrained, "model", model_args.model_revision)]
+        sources.append((real.record.dataset_name, "dataset", real.record.dataset_revision))
+        if source is not None:
+            sources.append((source.name, "dataset", source.revision))
+        licenses = read_licenses(sources, token)
+        command = public_command("train_bridged.py", argv)
+        write_model_card(output_dir, model_id, pretrained, config, results, licenses, command)
         write_record(output_dir / BRIDGED_CONFIG, config)  # last: its presence says that the classifier is finished
-        if training_args.push_to_hub:
-            logger.info(
-                publish_folder(
-                    output_dir, training_args.hub_model_id, "model", bool(training_args.hub_private_repo), token
-                )
-            )
+        if hub_target is not None:
+            publish_folder(output_dir, hub_target, PUBLISHED_FILES, stale_patterns=WEIGHTS)
     return results
 
 

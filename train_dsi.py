@@ -16,14 +16,27 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from utils.cli.arguments import HubArguments, RealDataArguments
+from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import ScriptArgumentParser, require_positive
-from utils.cli.records import DSI_CONFIG, check_not_finished, write_record, write_run_config
+from utils.cli.records import (
+    DSI_CONFIG,
+    RUN_CONFIG,
+    read_record,
+    resolve_options,
+    was_finished,
+    write_record,
+    write_run_config,
+)
 from utils.data.prompts import DSI_TEMPLATE, PLAIN_TEMPLATE, check_template, prompt_nouns, render_prompt, token_text
-from utils.hub.repositories import Source, open_source, publish_folder
+from utils.hub.merged_card import check_card
+from utils.hub.publishing import publish_finished, publish_folder
+from utils.hub.repositories import Source, open_source
+from utils.hub.targets import open_target
 
 SUPPORTED_PIPELINES = ("StableDiffusionPipeline",)
 NUM_HEALTH_IMAGES = 64
+PUBLISHED_FILES = ("learned_embeds.safetensors", "training.png", DSI_CONFIG, RUN_CONFIG, "README.md")
 
 
 @dataclass
@@ -88,7 +101,6 @@ def check_arguments(token_args: TokenArguments, training_args: TrainingArguments
     )  # fmt: skip
     for template in token_args.prompt_templates:
         check_template(template, needs_token=True)
-    check_not_finished(training_args.output_dir, DSI_CONFIG, "a style token", training_args.overwrite_output_dir)
 
 
 def open_base_model(model_args: ModelArguments, token: str | None) -> Source:
@@ -96,8 +108,8 @@ def open_base_model(model_args: ModelArguments, token: str | None) -> Source:
     source = open_source(
         model_args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", "model", model_args.revision, token
     )
-    model_index = json.loads(source.file("model_index.json").read_text(encoding="utf-8"))
-    pipeline_class = model_index.get("_class_name")
+    path = source.file("model_index.json", "a pipeline of diffusers")
+    pipeline_class = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
     if pipeline_class not in SUPPORTED_PIPELINES:
         raise UserError(
             f"--pretrained_model_name_or_path {source.name}: is a {pipeline_class}; supported: "
@@ -124,11 +136,14 @@ def load_components(source: Source, weight_dtype):
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    options = {"revision": source.revision, "token": source.token}
-    text_encoder = CLIPTextModel.from_pretrained(source.name, subfolder="text_encoder", dtype=torch.float32, **options)
-    vae = AutoencoderKL.from_pretrained(source.name, subfolder="vae", torch_dtype=torch.float32, **options)
-    unet = UNet2DConditionModel.from_pretrained(source.name, subfolder="unet", torch_dtype=weight_dtype, **options)
-    noise_scheduler = DDPMScheduler.from_pretrained(source.name, subfolder="scheduler", **options)
+    options = source.load_options()
+    with source.reading("does not load as a Stable Diffusion pipeline"):
+        text_encoder = CLIPTextModel.from_pretrained(
+            source.name, subfolder="text_encoder", dtype=torch.float32, **options
+        )
+        vae = AutoencoderKL.from_pretrained(source.name, subfolder="vae", torch_dtype=torch.float32, **options)
+        unet = UNet2DConditionModel.from_pretrained(source.name, subfolder="unet", torch_dtype=weight_dtype, **options)
+        noise_scheduler = DDPMScheduler.from_pretrained(source.name, subfolder="scheduler", **options)
     return text_encoder, vae.requires_grad_(False), unet.requires_grad_(False), noise_scheduler
 
 
@@ -148,11 +163,23 @@ def print_summary(output_dir: Path, health: dict, seconds: float) -> None:
 
 def main(argv=None) -> dict:
     started = time.time()
-    model_args, data_args, token_args, training_args, hub_args = ScriptArgumentParser(
+    model_args, data_args, token_args, training_args, hub_args = groups = ScriptArgumentParser(
         (ModelArguments, RealDataArguments, TokenArguments, TrainingArguments, PublishingArguments),
         description=__doc__,
     ).parse(argv)
     check_arguments(token_args, training_args, data_args)
+    options, output_dir = resolve_options(groups), Path(training_args.output_dir)
+    finished = was_finished(output_dir, DSI_CONFIG, "a style token", options, training_args.overwrite_output_dir)
+    hub_target = None
+    if hub_args.push_to_hub:
+        hub_target = open_target(
+            output_dir, hub_args.hub_model_id, "model", hub_args.hub_private_repo, hub_args.hub_revision,
+            hub_args.hub_token,
+        )  # fmt: skip
+    if finished:
+        publish_finished(output_dir, hub_target, PUBLISHED_FILES)
+        return read_record(output_dir / DSI_CONFIG)["health"]
+    check_card(output_dir / "README.md")
     source = open_base_model(model_args, hub_args.hub_token)
 
     # these take seconds to import: only once the arguments are known to be good
@@ -164,6 +191,7 @@ def main(argv=None) -> dict:
     from transformers import CLIPTokenizer
 
     from utils.data.real_images import RealImagesRecord, check_images, load_real_images
+    from utils.hub.licenses import read_licenses
     from utils.hub.token_card import write_token_card
     from utils.style.draws import draw_step
     from utils.style.health import fixed_noise_losses, judge, prediction_target
@@ -177,9 +205,8 @@ def main(argv=None) -> dict:
     )
 
     # Tokenizer, images and prompts: everything that can be wrong, before a model loads
-    tokenizer = CLIPTokenizer.from_pretrained(
-        source.name, subfolder="tokenizer", revision=source.revision, token=source.token
-    )
+    with source.reading("has no usable tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(source.name, subfolder="tokenizer", **source.load_options())
     initializer_id = add_placeholder_tokens(
         tokenizer, token_args.placeholder_token, token_args.num_vectors, token_args.initializer_token
     )
@@ -273,7 +300,7 @@ def main(argv=None) -> dict:
         "vocabulary_norm_quantile": round(norm_quantile, 4),
     }
     record = {
-        "base_model": {"id": source.name, "revision": source.commit()},
+        "base_model": {"id": source.name, "revision": source.revision},
         "real_images": real_images.record.to_dict(),
         "train_indices": real_images.train_indices.tolist(),
         "class_names": real_images.class_names,
@@ -287,17 +314,23 @@ def main(argv=None) -> dict:
         "health": health,
     }
     if accelerator.is_main_process:
-        output_dir = Path(training_args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         save_learned_embeds(output_dir, token_args.placeholder_token, style_token.rows)
         plot_training(output_dir / "training.png", loss_history, health)
-        options = [model_args, data_args, token_args, training_args, hub_args]
         run = write_run_config(output_dir, options, started)
-        write_token_card(output_dir, record, run)
+        licenses = read_licenses(
+            [
+                (source.name, "model", record["base_model"]["revision"]),
+                (real_images.record.dataset_name, "dataset", real_images.record.dataset_revision),
+            ],
+            hub_args.hub_token,
+        )
+        hub_id = hub_target.repo_id if hub_target else None
+        write_token_card(output_dir, record, run, licenses, public_command("train_dsi.py", argv), hub_id)
         write_record(output_dir / DSI_CONFIG, record)  # last: its presence says that the token is finished
         print_summary(output_dir, health, run["seconds"])
-        if hub_args.push_to_hub:
-            publish_folder(output_dir, hub_args.hub_model_id, "model", hub_args.hub_private_repo, hub_args.hub_token)
+        if hub_target is not None:
+            publish_folder(output_dir, hub_target, PUBLISHED_FILES)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return {**health, "loss_history": loss_history}

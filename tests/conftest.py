@@ -1,8 +1,20 @@
-"""Fixtures: no network, tiny models of the real classes, a small labelled image set."""
+"""Fixtures: a local Hub in place of the network, tiny models of the real classes, a small labelled image set."""
 
+import atexit
 import os
+import tempfile
+from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+from tests.local_hub import LocalHub
+
+# Before anything of Hugging Face is imported: the clients read their environment once.
+_work_dir = tempfile.TemporaryDirectory(prefix="tests-")
+_hub = LocalHub(Path(_work_dir.name) / "hub", lfs_threshold=2**20)
+_hub.__enter__()
+atexit.register(_hub.__exit__)
+_environment = _hub.environment(Path(_work_dir.name) / "hf-home") | {"TOKENIZERS_PARALLELISM": "false"}
+os.environ.clear()
+os.environ.update(_environment)
 
 import json
 
@@ -13,14 +25,10 @@ from PIL import Image as PILImage
 CLASS_NAMES = ["red_square", "green circle", "blue-stripe"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def separate_hf_home(tmp_path_factory):
-    """Keep data set caches out of the user's home."""
-    import datasets
-
-    cache = tmp_path_factory.mktemp("hf-home")
-    datasets.config.HF_DATASETS_CACHE = cache
-    return cache
+@pytest.fixture(scope="session")
+def local_hub_server():
+    """The session's Hub, which the clients in this process talk to as well."""
+    return _hub
 
 
 @pytest.fixture(autouse=True)

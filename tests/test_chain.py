@@ -1,53 +1,90 @@
-"""The three commands of the README through `accelerate launch`, each in a process of its own, with folders for ids."""
+"""The three commands of the README, verbatim, over the local Hub, each in a process and a home of its own."""
 
 import json
-import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from transformers import pipeline
+import pytest
 
 from tests.conftest import CLASS_NAMES
+from tests.hub.fault_sweep import LEFT_OUT
 
-pytest_plugins = ["tests.transfer.fixtures"]
+pytest_plugins = ["tests.transfer.fixtures", "tests.local_hub.fixtures"]
 ROOT = Path(__file__).parent.parent
+TOKEN = "hf_user_secret"
+SHORT = {
+    "train_dsi.py": "--max_train_steps 2 --train_batch_size 2 --num_shots 2",
+    "generate_synthetic.py": "--num_images_per_class 4 --num_inference_steps 2",
+    "train_bridged.py": "--bridge_max_steps 2 --max_steps 2 --push_to_hub",
+}
+FULL = {"train_dsi.py": "", "generate_synthetic.py": "", "train_bridged.py": "--push_to_hub"}
 
 
-def launch(script, *arguments, cwd):
-    """Run a script as a user does, on the CPU; return what it printed."""
-    accelerate = Path(sys.executable).with_name("accelerate")
-    options = ["--cpu", "--num_processes", "1", "--num_cpu_threads_per_process", "1"]
-    result = subprocess.run(
-        [accelerate, "launch", *options, ROOT / script, *arguments],
-        cwd=cwd, capture_output=True, text=True, env=os.environ | {"HF_HOME": str(cwd / "hf-home")}, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+def readme_commands() -> list[str]:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Use it: three commands")[1]
+    return re.search(r"```bash\n(.*?)```", section, re.DOTALL).group(1).splitlines()
 
 
-def test_each_step_finds_all_it_needs_in_the_records_of_the_one_before(
-    tiny_pipeline_dir, classifiers, real_images_dir, tmp_path
-):
-    quick = tmp_path / "quick.json"
-    quick.write_text(json.dumps({"max_train_steps": 2, "train_batch_size": 2, "num_shots": 2}))
-    launch(
-        "train_dsi.py", str(quick), "--pretrained_model_name_or_path", tiny_pipeline_dir, "--dataset_name",
-        real_images_dir, "--output_dir", "squares-style", cwd=tmp_path,
-    )  # fmt: skip
-    printed = launch(
-        "generate_synthetic.py", "--learned_embeds", "squares-style", "--output_dir", "squares-syn",
-        "--num_images_per_class", "4", "--num_inference_steps", "2", cwd=tmp_path,
-    )  # fmt: skip
-    assert "accelerate launch train_bridged.py --synthetic_dataset squares-syn" in printed
-    launch(
-        "train_bridged.py", "--synthetic_dataset", "squares-syn", "--model_name_or_path", classifiers["timm"],
-        "--bridge_max_steps", "2", "--max_steps", "2", cwd=tmp_path,
-    )  # fmt: skip
-    record = json.loads((tmp_path / "squares-syn-bridged" / "bridged_config.json").read_text())
-    assert record["real_images"]["dataset_name"] == str(real_images_dir)
-    assert len(record["train_indices"]) == 6
-    classify = pipeline("image-classification", model=str(tmp_path / "squares-syn-bridged"))
-    assert {prediction["label"] for prediction in classify(str(tmp_path / "squares-syn" / "preview.png"))} == set(
-        CLASS_NAMES
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def hub(local_hub, real_images_dir, tiny_pipeline_dir, classifiers):
+    """A Hub with a person's image set, and what the scripts take when nothing else is asked for."""
+    local_hub.add_user("user", TOKEN)
+    for repo_id, repo_type, folder in (
+        ("user/cars", "dataset", real_images_dir),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "model", tiny_pipeline_dir),
+        ("timm/resnet18.tv_in1k", "model", Path(classifiers["timm"])),
+    ):
+        local_hub.create_repo(repo_id, repo_type).commit(files_below(folder))
+    return local_hub
+
+
+@pytest.mark.parametrize("flags", [SHORT, pytest.param(FULL, marks=pytest.mark.soak)], ids=["short", "verbatim"])
+def test_the_readme_commands_end_in_a_model_that_a_pipeline_loads(flags, hub, tmp_path):
+    for script in flags:
+        (tmp_path / script).symlink_to(ROOT / script)
+    commands = readme_commands()
+    assert [shlex.split(command)[2] for command in commands] == list(flags)
+    for number, command in enumerate(commands):
+        words = shlex.split(command)
+        words = [str(Path(sys.executable).with_name(words[0])), *words[1:], *flags[words[2]].split()]
+        env = hub.environment(tmp_path / f"home-{number}", TOKEN) | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert TOKEN not in done.stdout + done.stderr
+    check_repositories(hub)
+    load = (
+        "from transformers import pipeline; import sys\n"
+        "classify = pipeline('image-classification', model='user/cars-syn-bridged')\n"
+        "print(sorted(answer['label'] for answer in classify(sys.argv[1])))"
     )
+    env = hub.environment(tmp_path / "home-last")  # no token: anyone's machine
+    command = [sys.executable, "-c", load, str(tmp_path / "cars-syn" / "preview.png")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == [str(sorted(CLASS_NAMES))], done.stderr[-3000:]
+
+
+def check_repositories(hub) -> None:
+    """Check that each step recorded the commits of the one before, and that nothing leaked."""
+    token = hub.repo("user/cars-style").files()
+    images = hub.repo("user/cars-syn", "dataset").files()
+    model = hub.repo("user/cars-syn-bridged").files()
+    dsi, generation = json.loads(token["dsi_config.json"]), json.loads(images["generation_config.json"])
+    bridged = json.loads(model["bridged_config.json"])
+    real_commit = hub.repo("user/cars", "dataset").commits()[0].id
+    assert {record["real_images"]["dataset_revision"] for record in (dsi, generation, bridged)} == {real_commit}
+    assert generation["token"]["revision"] == hub.repo("user/cars-style").commits()[0].id
+    assert bridged["synthetic_dataset"]["revision"] == hub.repo("user/cars-syn", "dataset").commits()[0].id
+    assert b'pipe.load_textual_inversion("user/cars-style")' in token["README.md"]
+    assert b"--synthetic_dataset user/cars-syn" in images["README.md"]
+    assert b'model="user/cars-syn-bridged"' in model["README.md"]
+    for repo in hub.repos():
+        names = [name for name in repo.files() if not name.startswith("unet/")]
+        assert not [name for name in names if name in LEFT_OUT or name.startswith(("stage", "checkpoint"))]
+        assert not [name for name, content in repo.files().items() if TOKEN.encode() in content]

@@ -14,8 +14,9 @@ from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
 from safetensors.torch import save_file
 
-from generate_synthetic import main, public_command
+from generate_synthetic import main
 from tests.conftest import CLASS_NAMES
+from utils.cli.commands import public_command
 from utils.cli.errors import UserError
 from utils.cli.records import write_record
 from utils.data.prompts import token_text
@@ -270,10 +271,12 @@ def test_bad_input_is_one_error_before_any_model(
 
 
 def test_command_in_the_card_hides_the_hub_token():
-    for argv in (["--hub_token", "hf_secret", "--seed", "1"], ["--hub_token=hf_secret", "--seed", "1"]):
-        command = public_command(argv)
-        assert "secret" not in command
-        assert command.endswith("--seed 1")
+    for flag in ("--hub_token", "--hub-token"):
+        for words in ([flag, "hf_secret"], [f"{flag}=hf_secret"]):
+            command = public_command("generate_synthetic.py", [*words, "--output_dir", "my set"])
+            assert "secret" not in command
+            assert command.startswith(f"accelerate launch generate_synthetic.py {flag}")
+            assert command.endswith("--output_dir 'my set'")
 
 
 def test_preview_rows_are_classes(finished_set):

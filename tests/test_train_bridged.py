@@ -30,7 +30,7 @@ def test_bridged_from_the_record_alone_gives_a_pipeline(classifiers, synthetic_d
     for name in ("README.md", "report.png", "all_results.json", "run_config.json", "stage1/model.safetensors"):
         assert (tmp_path / "out" / name).is_file()
     assert not list((tmp_path / "out").rglob("training_args.bin"))
-    with pytest.raises(UserError, match="holds a classifier already"):
+    with pytest.raises(UserError, match="holds a classifier made with other options"):
         train_bridged.main(["--synthetic_dataset", str(synthetic_dir), "--output_dir", str(tmp_path / "out")])
 
 
@@ -49,13 +49,14 @@ def test_vanilla_needs_no_synthetic_set_and_matches_steps(classifiers, real_imag
         (["--method", "bridged", "--dataset_name", "x"], "--synthetic_dataset"),
         (["--method", "vanilla"], "--dataset_name"),
         (["--synthetic_dataset", "SYN", "--num_shots", "0"], "--num_shots"),
-        (["--synthetic_dataset", "SYN", "--label_column_name", "colour"], "not in"),
+        (["--synthetic_dataset", "SYN", "--model_name_or_path", "VIT", "--label_column_name", "colour"], "not in"),
+        (["--synthetic_dataset_revision", "v1", "--dataset_name", "x", "--method", "vanilla"], "needs --synthetic_d"),
         (["--synthetic_dataset", "no folder"], "neither an existing folder"),
         (["--synthetic_dataset", "SYN", "--model_name_or_path", "no folder"], "--model_name_or_path"),
     ],
 )
-def test_bad_input_is_one_user_error_and_nothing_is_written(flags, message, synthetic_dir, tmp_path):
-    flags = [str(synthetic_dir) if flag == "SYN" else flag for flag in flags]
+def test_bad_input_is_one_user_error_and_nothing_is_written(flags, message, synthetic_dir, classifiers, tmp_path):
+    flags = [{"SYN": str(synthetic_dir), "VIT": classifiers["vit"]}.get(flag, flag) for flag in flags]
     with pytest.raises(UserError, match=message):
         train_bridged.main([*flags, "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
@@ -81,7 +82,8 @@ def rewrite_train_split(folder, change):
     ],
 )
 def test_damaged_images_and_missing_labels_are_found_before_a_model_loads(change, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_bridged, "check_classifier", lambda *_: pytest.fail("a model was looked up"))
+    monkeypatch.setattr(train_bridged, "check_classifier", lambda *_: None)
+    monkeypatch.setattr(train_bridged, "load_image_processor", lambda *_, **__: pytest.fail("a model was loaded"))
     save_image_set(tmp_path / "real", {"train": 3, "test": 2})
     rewrite_train_split(tmp_path / "real", change)
     with pytest.raises(UserError, match=message):
@@ -90,10 +92,13 @@ def test_damaged_images_and_missing_labels_are_found_before_a_model_loads(change
     assert not (tmp_path / "out").exists()
 
 
-def test_classes_of_the_synthetic_set_that_do_not_fit_are_listed(make_synthetic_dir, tmp_path):
+def test_classes_of_the_synthetic_set_that_do_not_fit_are_listed(make_synthetic_dir, classifiers, tmp_path):
     renamed = make_synthetic_dir("renamed", ["red_square", "green circle", "blue stripe"])
     with pytest.raises(UserError, match="missing: blue-stripe; extra: blue stripe"):
-        train_bridged.main(["--synthetic_dataset", str(renamed), "--output_dir", str(tmp_path / "out")])
+        train_bridged.main(
+            ["--synthetic_dataset", str(renamed), "--model_name_or_path", classifiers["vit"],
+             "--output_dir", str(tmp_path / "out")]
+        )  # fmt: skip
 
 
 def test_error_is_one_line_with_exit_status_2(tmp_path):

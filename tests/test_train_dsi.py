@@ -94,7 +94,7 @@ def test_a_token_that_cannot_learn_is_said_plainly(run, capsys):
     [
         ({"dataset_name": None}, "--dataset_name is missing"),
         ({"dataset_name": "./nowhere"}, "--dataset_name ./nowhere: neither an existing folder"),
-        ({"pretrained_model_name_or_path": "user/nothing"}, "user/nothing: no such folder here, and the Hub cannot be"),
+        ({"pretrained_model_name_or_path": "user/nothing"}, "user/nothing: neither a folder nor a model repository"),
         ({"pretrained_model_name_or_path": "./nowhere"}, "--pretrained_model_name_or_path ./nowhere: neither"),
         ({"label_column_name": "colour"}, "--label_column_name colour: not in"),
         ({"placeholder_token": "style</w>"}, "--placeholder_token style</w>: the tokenizer has"),
@@ -124,9 +124,11 @@ def test_a_pipeline_of_another_kind_is_an_error_that_lists_the_supported(run, tm
 
 
 def test_a_finished_token_is_not_overwritten_unasked(run, tmp_path):
-    run()
+    health = run()
     before = (tmp_path / "style" / "learned_embeds.safetensors").read_bytes()
-    with pytest.raises(UserError, match="holds a style token already"):
+    again = run()
+    assert again == {name: value for name, value in health.items() if name != "loss_history"}
+    with pytest.raises(UserError, match="holds a style token made with other options \\(seed was 0\\)"):
         run(seed=5)
     assert (tmp_path / "style" / "learned_embeds.safetensors").read_bytes() == before
     run(seed=5, learning_rate=0.1, overwrite_output_dir=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import pytest
 
 from utils.cli.errors import UserError
-from utils.cli.records import read_record, write_record, write_run_config
+from utils.cli.records import read_record, resolve_options, write_record, write_run_config
 
 
 @dataclass
@@ -28,7 +28,7 @@ def test_what_is_no_record_of_this_version_is_an_error(tmp_path, text):
 
 
 def test_run_config_holds_options_and_versions_but_no_access_token(tmp_path):
-    write_run_config(tmp_path, [Options()], started=0)
+    write_run_config(tmp_path, resolve_options([Options()]), started=0)
     text = (tmp_path / "run_config.json").read_text()
     record = json.loads(text)
     assert record["options"] == {"placeholder_token": "<s>", "seed": 3}

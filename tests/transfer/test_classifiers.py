@@ -17,6 +17,8 @@ def test_reset_changes_the_head_only_and_keep_nothing(classifiers, name, tmp_pat
     fresh = load_classifier(str(tmp_path), CLASS_NAMES, True, seed=1)
     changed = {key for key, value in fresh.state_dict().items() if not torch.equal(value, saved[key])}
     assert all(torch.equal(saved[key], value) for key, value in first.state_dict().items())
+    again = load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0)  # the same draw once more is no error
+    assert all(torch.equal(saved[key], value) for key, value in again.state_dict().items())
     head = set(head_parameter_names(fresh))
     assert changed and changed <= head
     assert {key for key in head if key.endswith("weight")} <= changed

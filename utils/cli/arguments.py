@@ -59,6 +59,9 @@ class HubArguments:
 
     push_to_hub: bool = field(default=False, metadata={"help": "Publish the output folder on the Hub."})
     hub_private_repo: bool = field(default=False, metadata={"help": "Make the repository private when creating it."})
+    hub_revision: str | None = field(
+        default=None, metadata={"help": "Branch to publish to, made when it is not there; main when not given."}
+    )
     hub_token: str | None = field(
         default=None, metadata={"help": "Access token; HF_TOKEN or `hf auth login` when not given."}
     )

@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -19,6 +20,8 @@ GENERATION_CONFIG = "generation_config.json"
 BRIDGED_CONFIG = "bridged_config.json"
 RUN_CONFIG = "run_config.json"
 ALL_RESULTS = "all_results.json"
+
+NOT_OF_THE_RESULT = ("push_to_hub", "overwrite_output_dir")
 
 PACKAGES = ("torch", "torchvision", "transformers", "diffusers", "datasets", "accelerate", "huggingface_hub", "timm")
 
@@ -48,18 +51,39 @@ def read_record(path: str | Path) -> dict:
     return record
 
 
-def check_not_finished(output_dir: str | Path, record_name: str, what: str, overwrite: bool) -> None:
-    """Check that no finished result lies in a folder: a run would write over it. `overwrite` allows that.
+def resolve_options(groups: Iterable) -> dict:
+    """Return flag -> value of argument dataclasses, as JSON holds them, without access tokens."""
+    resolved = {}
+    for group in groups:
+        values = group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
+        resolved.update(
+            {key: value for key, value in values.items() if not key.endswith("token") or key == "placeholder_token"}
+        )
+    return json.loads(json.dumps(resolved))
+
+
+def was_finished(output_dir: str | Path, record_name: str, what: str, options: dict, overwrite: bool) -> bool:
+    """Say whether a folder holds the finished result of a run with these options, those of publishing aside.
+
+    Such a run is not done again: the same command goes on with publishing. `overwrite` starts from scratch.
 
     Raises:
-        UserError: the folder holds the record that a script writes last, or is a file.
+        UserError: it holds the result of a run with other options, or is a file.
     """
-    if Path(output_dir).is_file():
-        raise UserError(f"--output_dir {output_dir}: is a file; name a folder.")
-    if (Path(output_dir) / record_name).exists() and not overwrite:
+    folder = Path(output_dir)
+    if folder.is_file():
+        raise UserError(f"--output_dir {folder}: is a file; name a folder.")
+    if overwrite or not (folder / record_name).exists():
+        return False
+    before = read_record(folder / RUN_CONFIG)["options"]
+    names = [name for name in options if not name.startswith("hub_") and name not in NOT_OF_THE_RESULT]
+    differing = [f"{name} was {before.get(name)}" for name in names if before.get(name) != options[name]]
+    if differing:
         raise UserError(
-            f"--output_dir {output_dir}: holds {what} already; choose another folder or give --overwrite_output_dir."
+            f"--output_dir {folder}: holds {what} made with other options ({'; '.join(differing)}); choose another "
+            "folder or give --overwrite_output_dir."
         )
+    return True
 
 
 def package_versions() -> dict[str, str]:
@@ -80,19 +104,13 @@ def peak_memory_gib() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
-def write_run_config(output_dir: str | Path, options: list, started: float) -> dict:
-    """Write `run_config.json`: resolved options without tokens, versions, commit, hardware, seconds, peak memory.
+def write_run_config(output_dir: str | Path, options: dict, started: float) -> dict:
+    """Write `run_config.json`: options (of `resolve_options`), versions, commit, hardware, seconds, peak memory.
 
-    `options` are argument dataclasses, `started` is the `time.time()` at which the script began.
+    `started` is the `time.time()` at which the script began.
     """
-    resolved = {}
-    for group in options:
-        values = group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
-        resolved.update(
-            {key: value for key, value in values.items() if not key.endswith("token") or key == "placeholder_token"}
-        )
     record = {
-        "options": resolved,
+        "options": options,
         "versions": package_versions(),
         "code_commit": code_commit(),
         "hardware": {"device": _device_name(), "num_cpus": os.cpu_count(), "platform": platform.platform()},

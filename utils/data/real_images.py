@@ -3,12 +3,12 @@
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
 from utils.data.splits import few_shot_indices, stratified_split
+from utils.hub.data_sets import load_data_set
 from utils.hub.repositories import open_source
 
 
@@ -91,21 +91,10 @@ def load_real_images(record: RealImagesRecord, token: str | None = None) -> Real
 
 def _load_splits(record: RealImagesRecord, token: str | None) -> tuple[DatasetDict, RealImagesRecord]:
     source = open_source(record.dataset_name, "--dataset_name", "dataset", record.dataset_revision, token)
-    try:
-        splits = load_dataset(
-            record.dataset_name, record.dataset_config_name, revision=record.dataset_revision, token=token
-        )
-    except DatasetNotFoundError as error:
-        raise UserError(f"--dataset_name {record.dataset_name}: not found, private or gated ({error}).") from None
-    except ConnectionError as error:
-        raise UserError(f"--dataset_name {record.dataset_name}: the Hub cannot be reached ({error}).") from None
-    except ValueError as error:
-        raise UserError(f"--dataset_name {record.dataset_name}: {error}") from None
+    splits = load_data_set(source, record.dataset_config_name)
     if record.train_split not in splits:
         raise UserError(f"--train_split {record.train_split}: '{record.dataset_name}' has {', '.join(splits)}.")
-    if not source.is_local:
-        record = replace(record, dataset_revision=source.commit())
-    return splits, record
+    return splits, replace(record, dataset_revision=source.revision)
 
 
 def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str]:

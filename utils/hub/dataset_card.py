@@ -7,22 +7,12 @@ from datasets import DatasetInfo, Features, SplitInfo
 from datasets.info import DatasetInfosDict
 from datasets.splits import SplitDict
 from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import DatasetCard, DatasetCardData, RepoCard
+from huggingface_hub import DatasetCard, DatasetCardData
 
-from utils.cli.errors import UserError
-from utils.hub.repositories import open_source
+from utils.hub.licenses import License, common_license, hub_ids
+from utils.hub.merged_card import save_card
 
 TEMPLATE = Path(__file__).parent / "templates" / "dataset_card.md.jinja"
-UNKNOWN_LICENSE = "unknown"
-
-
-def read_license(name: str, repo_type: str, revision: str | None = None, token: str | None = None) -> str:
-    """Return the licence that the card of a folder or repository names, 'unknown' where it names none."""
-    try:
-        path = open_source(name, "licence of", repo_type, revision, token).file("README.md")
-    except UserError:
-        return UNKNOWN_LICENSE
-    return RepoCard.load(path, ignore_metadata_errors=True).data.get("license") or UNKNOWN_LICENSE
 
 
 def write_dataset_card(
@@ -31,22 +21,26 @@ def write_dataset_card(
     record: dict,
     prompts: Sequence[str],
     num_redraws: dict[str, int],
-    licenses: dict[str, str],
+    licenses: dict[str, License],
     command: str,
+    hub_id: str | None = None,
 ) -> None:
     """Write `README.md` for a synthetic set from its `generation_config.json` record.
 
     `num_redraws` has a count a class; `licenses` maps each source's name to its licence: the set gets theirs where
-    they agree, 'unknown' where not. Local paths are named in the text only: the Hub takes ids in the metadata.
+    they agree, 'unknown' where not. Local paths are named in the text only: the Hub takes ids in the metadata. The
+    code in the card names `hub_id` where the set is published, else the folder. A card that is there already is merged.
+
+    Raises:
+        UserError: that card's metadata are malformed.
     """
     output_dir = Path(output_dir)
     num_bytes = sum(path.stat().st_size for path in output_dir.glob("data/train-*.parquet"))
-    generator_id = record["generator"]["id"]
     metadata = DatasetCardData(
-        license=next(iter(licenses.values())) if len(set(licenses.values())) == 1 else UNKNOWN_LICENSE,
+        **common_license(licenses.values()).to_metadata(),
         task_categories=["image-classification"],
         tags=["synthetic", "bridged-transfer", "diffusers"],
-        base_model=None if Path(generator_id).exists() else generator_id,
+        base_model=next(iter(hub_ids(record["generator"]["id"])), None),
     )
     split = SplitInfo("train", num_bytes=num_bytes, num_examples=record["num_images"])
     info = DatasetInfo(
@@ -58,11 +52,11 @@ def write_dataset_card(
     card = DatasetCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
-        name=output_dir.resolve().name,
+        name=hub_id or output_dir.resolve().name,
         record=record,
         prompts=prompts,
         num_redraws=num_redraws,
         licenses=licenses,
         command=command,
     )
-    card.save(output_dir / "README.md")
+    save_card(card, output_dir / "README.md")

@@ -1,8 +1,12 @@
 """The model card of a bridged classifier."""
 
+import math
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from utils.hub.licenses import License, common_license, hub_ids
+from utils.hub.merged_card import save_card
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
 METRIC_NAMES = {
@@ -13,34 +17,37 @@ METRIC_NAMES = {
 }
 
 
-def write_model_card(output_dir: str | Path, model_name: str, base_model: str, config: dict, results: dict) -> None:
+def write_model_card(
+    output_dir: str | Path,
+    model_name: str,
+    base_model: str,
+    config: dict,
+    results: dict,
+    licenses: dict[str, License],
+    command: str,
+) -> None:
     """Write `README.md` with a `model-index`, the data sets linked.
 
-    `config` is what `bridged_config.json` holds, `results` what `all_results.json` holds. Local paths are named in the
-    text only: the Hub takes ids in the metadata.
+    `config` is what `bridged_config.json` holds, `results` what `all_results.json` holds, `licenses` maps each source's
+    name to its licence, of which the classifier gets that of `base_model`. Local paths are named in the text only: the
+    Hub takes ids in the metadata. A card that is there already is merged.
+
+    Raises:
+        UserError: that card's metadata are malformed.
     """
     real = config["real_images"]["dataset_name"]
     synthetic = config["synthetic_dataset"]["name"] if config["synthetic_dataset"] else None
+    base_models = hub_ids(base_model)
     data = ModelCardData(
+        **common_license([licenses[base_model]]).to_metadata(),
         model_name=model_name,
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=["bridged-transfer", "image-classification", "synthetic-data"],
-        base_model=None if Path(base_model).exists() else base_model,
-        datasets=[name for name in (real, synthetic) if name and not Path(name).exists()] or None,
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=Path(real).name if Path(real).exists() else real,
-                dataset_name=Path(real).name,
-                dataset_split="test",
-                metric_type=metric,
-                metric_name=METRIC_NAMES[metric],
-                metric_value=round(results[f"test_{metric}"], 4),
-            )
-            for metric in METRIC_NAMES
-            if f"test_{metric}" in results
-        ],
+        base_model=base_models[0] if base_models else None,
+        base_model_relation="finetune" if base_models else None,
+        datasets=hub_ids(real, synthetic) or None,
+        eval_results=eval_results(real, results) or None,
     )
     card = ModelCard.from_template(
         data,
@@ -52,5 +59,25 @@ def write_model_card(output_dir: str | Path, model_name: str, base_model: str, c
         config=config,
         results=results,
         metric_names=METRIC_NAMES,
+        licenses=licenses,
+        command=command,
     )
-    card.save(Path(output_dir) / "README.md")
+    save_card(card, Path(output_dir) / "README.md")
+
+
+def eval_results(dataset_name: str, results: dict) -> list[EvalResult]:
+    """Return the test metrics of `results` that are numbers, for a `model-index`."""
+    folder_or_repository = Path(dataset_name).resolve().name if Path(dataset_name).is_dir() else dataset_name
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=folder_or_repository,
+            dataset_name=Path(folder_or_repository).name,
+            dataset_split="test",
+            metric_type=metric,
+            metric_name=metric_name,
+            metric_value=round(float(results[f"test_{metric}"]), 4),
+        )
+        for metric, metric_name in METRIC_NAMES.items()
+        if math.isfinite(results.get(f"test_{metric}", math.nan))
+    ]

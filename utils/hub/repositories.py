@@ -1,109 +1,273 @@
-"""Folders and Hub repositories: where an input comes from, and the one place that publishes an output."""
+"""Inputs: a local folder, or a Hub repository at a commit; what is wrong with one is said in one line."""
 
+import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # the base of the http client's errors: of httpx or httpx2, whichever huggingface_hub uses
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+    XetDownloadError,
+)
 
 from utils.cli.errors import UserError
 
 REPO_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
-NEVER_PUBLISHED = [
-    "**/checkpoint-*",
-    "checkpoint-*",
-    "**/training_args.bin",
-    "training_args.bin",
-    "*.tmp",
-    ".*",
-    "logs/*",
-]
+HUB_TOKEN, HF_TOKEN, LOGIN = "--hub_token", "HF_TOKEN", "of `hf auth login`"
+TYPE_NAMES = {"model": "model", "dataset": "data set", "space": "space"}
+# OSError has the clients' own connection errors, and those of the cache on disk
+CLIENT_ERRORS = (
+    HTTPError,
+    OSError,
+    EntryNotFoundError,
+    HFValidationError,
+    RevisionResolutionError,
+    XetDownloadError,
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """An input: a local folder, or a repository at a commit. `flag` is the flag that named it, for messages."""
+    """An input: a local folder, or a repository at a revision. `flag` is the flag that named it, for messages.
+
+    What `open_source` returns has the commit for its revision, so that all of its files are of one version.
+    """
 
     name: str
     flag: str
     repo_type: str = "model"
     revision: str | None = None
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
 
     @property
     def is_local(self) -> bool:
         return bool(self.name) and Path(self.name).is_dir()  # Path("") is the working directory
 
-    def file(self, filename: str) -> Path:
-        """Return the local path of one file, downloaded if need be.
+    def file(self, filename: str, expected: str | None = None) -> Path:
+        """Return the local path of one file, downloaded if need be. `expected` says what it would be with that file.
 
         Raises:
-            UserError: there is no such repository or file, or it cannot be reached.
+            UserError: there is no such repository or file, it may not be read, or it cannot be reached.
         """
         if self.is_local:
             path = Path(self.name) / filename
             if not path.is_file():
-                raise UserError(f"{self.flag} {self.name}: the folder has no {filename}.")
+                raise UserError(self._no_file("folder", filename, expected))
             return path
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+        with self.reading(f"{filename} cannot be downloaded", filename, expected):
+            return Path(hf_hub_download(self.name, filename, **self._where))
 
-        try:
-            return Path(
-                hf_hub_download(self.name, filename, repo_type=self.repo_type, revision=self.revision, token=self.token)
-            )
-        except RepositoryNotFoundError:
-            raise UserError(
-                f"{self.flag} {self.name}: neither a folder nor a {self.repo_type} repository on the Hub."
-            ) from None
-        except LocalEntryNotFoundError:
-            raise UserError(
-                f"{self.flag} {self.name}: no such folder here, and the Hub cannot be reached for a repository."
-            ) from None
-        except EntryNotFoundError:
-            raise UserError(f"{self.flag} {self.name}: the repository has no {filename}.") from None
+    def has_one_of(self, filenames: list[str]) -> bool:
+        """Return whether there is one of these files, without downloading it; offline, whether the cache has it.
+
+        Raises:
+            UserError: the repository cannot be read.
+        """
+        if self.is_local:
+            return any((Path(self.name) / filename).is_file() for filename in filenames)
+        place = {"repo_type": self.repo_type, "revision": self.revision}
+        if any(isinstance(try_to_load_from_cache(self.name, filename, **place), str) for filename in filenames):
+            return True
+        if constants.HF_HUB_OFFLINE:
+            return False
+        with self.reading("its files cannot be listed"):
+            return any(HfApi().file_exists(self.name, filename, **self._where) for filename in filenames)
 
     def commit(self) -> str | None:
-        """Return the commit of a repository, None for a local folder."""
+        """Return the commit of a repository, None for a local folder. Without a network it is the cache's.
+
+        Raises:
+            UserError: there is no such repository or revision, it may not be read, or it cannot be reached.
+        """
         if self.is_local:
             return None
         if self.revision and COMMIT.match(self.revision):
             return self.revision
-        from huggingface_hub import HfApi
+        with self.reading("its commit is not known"):
+            # warns when it turns to the cache, which nobody needs who has set HF_HUB_OFFLINE
+            return str(
+                HfApi().resolve_revision(self.name, **self._where, local_files_only=constants.HF_HUB_OFFLINE).resolved
+            )
 
-        return HfApi().repo_info(self.name, repo_type=self.repo_type, revision=self.revision, token=self.token).sha
+    def is_reachable(self) -> bool:
+        """Return whether the Hub answers, without the clients' half minute of new tries where it does not.
+
+        Raises:
+            UserError: it answers that there is no such repository or revision, or that it may not be seen.
+        """
+        if constants.HF_HUB_OFFLINE:
+            return False
+        try:
+            HfApi().repo_info(self.name, **self._where, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except CLIENT_ERRORS as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+                raise UserError(self._describe(error, "cannot be read")) from None
+            return False
+        return True
+
+    def check_access(self) -> None:
+        """Ask the Hub whether the files may be read.
+
+        Raises:
+            UserError: they may not, or the Hub cannot be reached.
+        """
+        with self.reading("cannot be read"):
+            HfApi().auth_check(self.name, repo_type=self.repo_type, token=self.token)
+
+    def load_options(self) -> dict:
+        """Return the options with which `from_pretrained` loads this very version."""
+        options = {"revision": self.revision, "token": self.token}
+        return options if self.is_local or self.is_reachable() else {**options, "local_files_only": True}
+
+    @contextmanager
+    def reading(
+        self,
+        problem: str,
+        filename: str | None = None,
+        expected: str | None = None,
+        also: tuple[type[Exception], ...] = (),
+    ) -> Iterator[None]:
+        """Turn a client's failure within the block into one line; `problem` for those that have none of their own.
+
+        `also` are other errors that mean that what was read cannot be used.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except (*CLIENT_ERRORS, *also) as error:
+            raise UserError(self._describe(error, problem, filename, expected)) from None
+
+    @property
+    def _where(self) -> dict:
+        return {"repo_type": self.repo_type, "revision": self.revision, "token": self.token}
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.flag} {self.name}:"
+
+    def _no_file(self, place: str, filename: str, expected: str | None) -> str:
+        return f"{self._prefix} the {place} has no {filename}{f', so it is not {expected}' if expected else ''}."
+
+    def _describe(
+        self, error: Exception, problem: str, filename: str | None = None, expected: str | None = None
+    ) -> str:
+        causes = list(_causes(error))
+
+        def caused_by(*kinds: type) -> bool:
+            return any(isinstance(cause, kinds) for cause in causes)
+
+        if caused_by(GatedRepoError):
+            origin = _token_origin(self.token)
+            how = f"with the account of the token ({origin})" if origin else f"then {_how_to_log_in(None)}"
+            return f"{self._prefix} is gated; accept its conditions at {self._page()}, {how}."
+        if caused_by(RepositoryNotFoundError):
+            return f"{self._prefix} {self._not_found()}."
+        if caused_by(RevisionNotFoundError):
+            return f"{self._prefix} the repository has no branch, tag or commit '{self.revision}'."
+        if caused_by(RemoteEntryNotFoundError) and filename:
+            return self._no_file("repository", filename, expected)
+        if caused_by(HFValidationError):
+            return f"{self._prefix} neither an existing folder nor a repository id like 'user/name'."
+        answers = [cause for cause in causes if isinstance(cause, HfHubHTTPError) and cause.response is not None]
+        if answers:
+            return f"{self._prefix} {self._refusal(answers[0].response.status_code, answers[0].server_message)}."
+        if caused_by(FileMetadataError):
+            return f"{self._prefix} {constants.ENDPOINT} does not answer like a Hub; check HF_ENDPOINT and the proxy."
+        if caused_by(HTTPError, ConnectionError, LocalEntryNotFoundError, RevisionResolutionError):
+            missing = f"{filename} of it" if filename else "it"
+            at_revision = f" at revision '{self.revision}'" if self.revision else ""
+            cache = f"the cache ({constants.HF_HUB_CACHE}) does not have {missing}{at_revision}"
+            if constants.HF_HUB_OFFLINE:
+                return f"{self._prefix} no such folder here, and {cache}; unset HF_HUB_OFFLINE to download it."
+            return (
+                f"{self._prefix} no such folder here, the Hub ({constants.ENDPOINT}) cannot be reached "
+                f"({_first_line(causes[-1])}), and {cache}."
+            )
+        return f"{self._prefix} {problem} ({error})."
+
+    def _not_found(self) -> str:
+        for repo_type in [other for other in TYPE_NAMES if other != self.repo_type]:
+            try:
+                HfApi().repo_info(self.name, repo_type=repo_type, token=self.token)
+            except CLIENT_ERRORS:
+                continue
+            return f"is a {TYPE_NAMES[repo_type]} repository, a {TYPE_NAMES[self.repo_type]} is wanted"
+        kind = TYPE_NAMES[self.repo_type]
+        origin = _token_origin(self.token)
+        seen = f"that the token ({origin}) may read" if origin else "that is public"
+        return f"neither a folder nor a {kind} repository {seen}; for a private one, {_how_to_log_in(origin)}"
+
+    def _refusal(self, status: int, server_message: str | None) -> str:
+        if status == 401:
+            origin = _token_origin(self.token)
+            return f"the Hub does not accept the token ({origin}), it is wrong or expired; {_how_to_log_in(origin)}"
+        detail = f": {server_message}" if server_message else ""
+        if status == 403:
+            return f"the token ({_token_origin(self.token)}) may not read it{detail}"
+        later = "; try again later" if status == 429 or status >= 500 else ""
+        return f"the Hub ({constants.ENDPOINT}) answers with error {status}{detail}{later}"
+
+    def _page(self) -> str:
+        folder = "" if self.repo_type == "model" else f"{self.repo_type}s/"
+        return f"{constants.ENDPOINT}/{folder}{self.name}"
 
 
 def open_source(
     name: str, flag: str, repo_type: str = "model", revision: str | None = None, token: str | None = None
 ) -> Source:
-    """Return the input called `name`, a local folder or a repository id.
+    """Return the input called `name`, a local folder or a repository id, at the commit that `revision` now is.
 
     Raises:
-        UserError: `name` is neither; a revision is given for a folder.
+        UserError: `name` is neither; a revision is given for a folder; what `Source.commit` raises.
     """
-    source = Source(name, flag, repo_type, revision, token)
+    source = Source(name, flag, repo_type, revision, token or None)  # an empty token would be an illegal header
     if source.is_local:
         if revision is not None:
             raise UserError(f"{flag} {name}: is a local folder, a revision ('{revision}') only goes with a repository.")
     elif not REPO_ID.match(name):
         raise UserError(f"{flag} {name}: neither an existing folder nor a repository id like 'user/name'.")
-    return source
+    return replace(source, revision=source.commit())
 
 
-def publish_folder(
-    folder: str | Path, repo_id: str | None, repo_type: str, private: bool = False, token: str | None = None
-) -> str:
-    """Upload a folder, all but checkpoints and training state, and return the URL of the commit.
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
-    `repo_id` defaults to the folder's name under the user.
-    """
-    from huggingface_hub import HfApi
 
-    api = HfApi(token=token)
-    created = api.create_repo(
-        repo_id or Path(folder).resolve().name, repo_type=repo_type, private=private, exist_ok=True
-    )
-    info = api.upload_folder(
-        repo_id=created.repo_id, folder_path=folder, repo_type=repo_type, ignore_patterns=NEVER_PUBLISHED
-    )
-    return str(info)
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _token_origin(token: str | None) -> str | None:
+    """Return where the token comes from, None without one."""
+    if token:
+        return HUB_TOKEN
+    if os.environ.get(HF_TOKEN, "").strip():
+        return HF_TOKEN
+    return LOGIN if get_token() else None
+
+
+def _how_to_log_in(origin: str | None) -> str:
+    # a token that is given hides those below it
+    return {
+        HUB_TOKEN: "give another --hub_token",
+        HF_TOKEN: "set another HF_TOKEN or give --hub_token",
+        LOGIN: "log in anew with `hf auth login` or give --hub_token",
+        None: "log in with `hf auth login` or give --hub_token",
+    }[origin]

@@ -4,20 +4,45 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from utils.hub.licenses import License, common_license, hub_ids
+from utils.hub.merged_card import save_card
+
 TEMPLATE = Path(__file__).parent / "templates" / "token_card.md.jinja"
 
 
-def write_token_card(output_dir: str | Path, record: dict, run: dict) -> None:
-    """Write `README.md` for a token from its `dsi_config.json` and `run_config.json` records."""
-    base_model, dataset = record["base_model"]["id"], record["real_images"]["dataset_name"]
+def write_token_card(
+    output_dir: str | Path,
+    record: dict,
+    run: dict,
+    licenses: dict[str, License],
+    command: str,
+    hub_id: str | None = None,
+) -> None:
+    """Write `README.md` for a token from its `dsi_config.json` and `run_config.json` records.
+
+    `licenses` maps each source's name to its licence; the token gets that of the base model. The code in the card
+    names `hub_id` where the token is published, else the folder. A card that is there already is merged.
+
+    Raises:
+        UserError: that card's metadata are malformed.
+    """
+    base_models = hub_ids(record["base_model"]["id"])
     metadata = ModelCardData(
-        # ids only: the metadata link to the Hub, where a local folder is nothing
-        base_model=None if Path(base_model).is_dir() else base_model,
-        datasets=None if Path(dataset).is_dir() else [dataset],
+        **common_license([licenses[record["base_model"]["id"]]]).to_metadata(),
+        base_model=base_models[0] if base_models else None,
+        base_model_relation="adapter" if base_models else None,
+        datasets=hub_ids(record["real_images"]["dataset_name"]) or None,
         library_name="diffusers",
+        pipeline_tag="text-to-image",
         tags=["textual_inversion", "dataset-style-inversion", "bridged-transfer"],
     )
     card = ModelCard.from_template(
-        metadata, template_path=str(TEMPLATE), name=Path(output_dir).resolve().name, record=record, run=run
+        metadata,
+        template_path=str(TEMPLATE),
+        name=hub_id or Path(output_dir).resolve().name,
+        record=record,
+        run=run,
+        licenses=licenses,
+        command=command,
     )
-    card.save(Path(output_dir) / "README.md")
+    save_card(card, Path(output_dir) / "README.md")

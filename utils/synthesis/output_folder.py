@@ -12,7 +12,6 @@ from utils.synthesis.sources import Sources
 
 DATA_DIR = "data"
 PREVIEW = "preview.png"
-CARD = "README.md"
 
 
 def check_output_folder(output_dir: str | Path, settings: dict, num_images_per_class: int, overwrite: bool) -> None:
@@ -52,11 +51,14 @@ def check_output_folder(output_dir: str | Path, settings: dict, num_images_per_c
 def start_output_folder(
     output_dir: str | Path, settings: dict, plan: GenerationPlan, sources: Sources, overwrite: bool
 ) -> None:
-    """Write `generation_config.json`; with `overwrite`, first delete what a former run has made, and nothing else."""
+    """Write `generation_config.json`; with `overwrite`, first delete what a former run has made, and nothing else.
+
+    The card stays until the new one is merged with it: a person may have written in it.
+    """
     folder = Path(output_dir)
     if overwrite and (folder / GENERATION_CONFIG).is_file():
         shutil.rmtree(folder / DATA_DIR, ignore_errors=True)
-        for name in (GENERATION_CONFIG, RUN_CONFIG, PREVIEW, CARD):
+        for name in (GENERATION_CONFIG, RUN_CONFIG, PREVIEW):
             (folder / name).unlink(missing_ok=True)
     record = {
         "settings": settings,

@@ -42,9 +42,8 @@ def count_prompt_tokens(
     Raises:
         UserError: a prompt is longer than the text encoder takes; the message shows where it would be cut.
     """
-    tokenizer = CLIPTokenizer.from_pretrained(
-        generator.name, subfolder="tokenizer", revision=generator.revision, token=generator.token
-    )
+    with generator.reading("has no usable tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(generator.name, subfolder="tokenizer", **generator.load_options())
     if token is not None:
         vectors = token_text(token.placeholder_token, token.num_vectors)
         tokenizer.add_tokens(vectors.split())
@@ -66,9 +65,8 @@ def load_pipeline(
     generator: Source, token: StyleToken | None, scheduler: str, dtype: torch.dtype, device: torch.device
 ) -> StableDiffusionPipeline:
     """Return the generator with the style token in its vocabulary and the scheduler built from its own config."""
-    pipe = StableDiffusionPipeline.from_pretrained(
-        generator.name, revision=generator.revision, token=generator.token, dtype=dtype
-    )
+    with generator.reading("does not load as a Stable Diffusion pipeline"):
+        pipe = StableDiffusionPipeline.from_pretrained(generator.name, dtype=dtype, **generator.load_options())
     if token is not None:
         pipe.load_textual_inversion(str(token.path))
     if scheduler != OWN_SCHEDULER:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from utils.cli.arguments import RealDataArguments
@@ -12,6 +12,7 @@ from utils.data.prompts import DSI_TEMPLATE, PLAIN_TEMPLATE, prompt_nouns
 from utils.hub.repositories import Source, open_source
 
 LEARNED_EMBEDS = "learned_embeds.safetensors"
+TOKEN = "a style token of train_dsi.py"
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,15 @@ def read_token_sources(
         UserError: neither folder nor repository, a file or an entry is missing, no class names.
     """
     source = open_source(learned_embeds, "--learned_embeds", revision=revision, token=hub_token)
-    record = read_record(source.file(DSI_CONFIG))
-    path = source.file(LEARNED_EMBEDS)
+    record = read_record(source.file(DSI_CONFIG, TOKEN))
+    path = source.file(LEARNED_EMBEDS, TOKEN)
     if not record.get("class_names"):
         raise UserError(f"--learned_embeds {learned_embeds}: its {DSI_CONFIG} has no class names.")
     try:
         base_model = record["base_model"]
         token = StyleToken(
             id=learned_embeds,
-            revision=source.commit(),
+            revision=source.revision,
             sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
             placeholder_token=record["placeholder_token"],
             num_vectors=record["num_vectors"],
@@ -110,13 +111,17 @@ def open_generator(name: str, flag: str, revision: str | None, hub_token: str | 
         UserError: it is neither folder nor repository, or another pipeline.
     """
     source = open_source(name, flag, revision=revision, token=hub_token)
-    pipeline_class = json.loads(source.file("model_index.json").read_text(encoding="utf-8")).get("_class_name")
+    path = source.file("model_index.json", "a pipeline of diffusers")
+    pipeline_class = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
     if pipeline_class != "StableDiffusionPipeline":
         raise UserError(f"{flag} {name}: is a {pipeline_class}; only StableDiffusionPipeline is supported.")
-    return replace(source, revision=source.commit())
+    return source
 
 
 def native_resolution(generator: Source) -> int:
     """Return the pixels a side for which the generator was trained: latent size times the VAE's scale factor."""
-    unet, vae = (json.loads(generator.file(f"{part}/config.json").read_text()) for part in ("unet", "vae"))
+    unet, vae = (
+        json.loads(generator.file(f"{part}/config.json", "a Stable Diffusion pipeline").read_text())
+        for part in ("unet", "vae")
+    )
     return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)

@@ -163,7 +163,10 @@ class CellRunner:
     def _load_synthetic(self, key: tuple[str, int]) -> Dataset:
         if key not in self._synthetic:
             self._synthetic[key] = load_synthetic(
-                self.sources[key], self.real.class_names, self.max_synthetic_samples_per_class
+                self.sources[key],
+                self.real.class_names,
+                self.max_synthetic_samples_per_class,
+                self.hub_options.get("token"),
             )
         return self._synthetic[key]
 

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import ClassLabel, Dataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets import ClassLabel, Dataset
 
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record
-from utils.hub.repositories import open_source
+from utils.hub.data_sets import load_data_set
+from utils.hub.repositories import Source, open_source
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ def open_synthetic(name: str, revision: str | None = None, token: str | None = N
         UserError: there is no such set, or it has no record.
     """
     source = open_source(name, "--synthetic_dataset", "dataset", revision, token)
-    record = read_record(source.file(GENERATION_CONFIG))
-    return SyntheticSource(name, source.commit(), record)
+    record = read_record(source.file(GENERATION_CONFIG, "a synthetic set of generate_synthetic.py"))
+    return SyntheticSource(name, source.revision, record)
 
 
 def load_synthetic(
@@ -41,10 +41,8 @@ def load_synthetic(
     Raises:
         UserError: the set cannot be loaded; its classes are not `class_names`; the message lists which.
     """
-    try:
-        images = load_dataset(source.name, revision=source.revision, token=token, split="train")
-    except (DatasetNotFoundError, ConnectionError, ValueError) as error:
-        raise UserError(f"--synthetic_dataset {source.name}: cannot be loaded ({error}).") from None
+    repository = Source(source.name, "--synthetic_dataset", "dataset", source.revision, token or None)
+    images = load_data_set(repository, split="train")
     if not isinstance(images.features.get("label"), ClassLabel) or "image" not in images.features:
         raise UserError(f"--synthetic_dataset {source.name}: has no 'image' and 'label' (ClassLabel) columns.")
     names = images.features["label"].names

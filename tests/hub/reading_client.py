@@ -1,0 +1,86 @@
+"""A client for test_reading.py, in a process of its own: reads inputs by id, answers with commits or error lines.
+
+Cases come as JSON on stdin: {"name": [kind, repository, revision, --hub_token, HF_TOKEN]}.
+"""
+
+import json
+import os
+import sys
+import time
+
+from utils.cli.errors import UserError
+from utils.hub.repositories import open_source
+
+
+def read_file(name: str, revision: str | None, token: str | None) -> dict:
+    source = open_source(name, "--model_name_or_path", "model", revision, token)
+    return {"commit": source.revision, "text": source.file("config.json").read_text()}
+
+
+def read_base_model(name: str, revision: str | None, token: str | None) -> dict:
+    import torch
+
+    from train_dsi import ModelArguments, load_components, open_base_model
+
+    source = open_base_model(ModelArguments(name, revision), token)
+    *_, unet, _ = load_components(source, torch.float32)
+    return {"commit": source.revision, "sample_size": unet.config.sample_size}
+
+
+def read_token(name: str, revision: str | None, token: str | None) -> dict:
+    from utils.synthesis.sources import read_token_sources
+
+    sources = read_token_sources(name, revision, True, token)
+    return {"commit": sources.token.revision, "generator": sources.generator.revision}
+
+
+def read_real_images(name: str, revision: str | None, token: str | None) -> dict:
+    from utils.data.real_images import RealImagesRecord, load_real_images
+
+    images = load_real_images(RealImagesRecord(name, dataset_revision=revision), token)
+    return {"commit": images.record.dataset_revision, "num_images": len(images.train) + len(images.validation)}
+
+
+def read_synthetic_images(name: str, revision: str | None, token: str | None) -> dict:
+    from tests.conftest import CLASS_NAMES
+    from utils.transfer.synthetic_images import load_synthetic, open_synthetic
+
+    source = open_synthetic(name, revision, token)
+    return {"commit": source.revision, "num_images": len(load_synthetic(source, CLASS_NAMES, None, token))}
+
+
+def read_classifier(name: str, revision: str | None, token: str | None) -> dict:
+    from utils.transfer.classifiers import check_classifier, load_image_processor, load_pretrained
+
+    commit = check_classifier(name, revision, token)
+    load_image_processor(name, revision=commit, token=token)
+    return {"commit": commit, "num_labels": load_pretrained(name, revision=commit, token=token).config.num_labels}
+
+
+READERS = {
+    "file": read_file,
+    "base_model": read_base_model,
+    "token": read_token,
+    "real": read_real_images,
+    "synthetic": read_synthetic_images,
+    "classifier": read_classifier,
+}
+
+
+def main() -> None:
+    answers = {}
+    for case, (kind, name, revision, hub_token, env_token) in json.load(sys.stdin).items():
+        os.environ.pop("HF_TOKEN", None)
+        if env_token is not None:
+            os.environ["HF_TOKEN"] = env_token
+        started = time.monotonic()
+        try:
+            answers[case] = READERS[kind](name, revision, hub_token)
+        except UserError as error:
+            answers[case] = {"line": str(error)}
+        answers[case]["seconds"] = round(time.monotonic() - started, 1)
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""The three cards: metadata that the Hub takes, licences of the sources, the command, pictures, and a person's text."""
+
+import shutil
+
+import pytest
+import yaml
+from datasets import ClassLabel, Features, Image, load_dataset
+from huggingface_hub import DatasetCard, ModelCard
+
+import generate_synthetic
+import train_bridged
+import train_dsi
+from tests.conftest import CLASS_NAMES
+from utils.cli.errors import UserError
+from utils.hub.dataset_card import write_dataset_card
+from utils.hub.licenses import License, common_license, hub_ids, read_license
+from utils.hub.merged_card import BEGIN, END
+from utils.hub.model_card import write_model_card
+from utils.hub.token_card import write_token_card
+
+pytest_plugins = ["tests.transfer.fixtures"]
+
+MIT, UNKNOWN = License("mit"), License()
+SECRET = "hf_secretsecretsecret"
+STAGE = {
+    "name": "vanilla", "images": "real", "reset_head": True,
+    "settings": {
+        "max_steps": 2, "learning_rate": 0.1, "head_learning_rate_factor": 1, "mixup_alpha": 0, "batch_norm": "frozen",
+    },
+}  # fmt: skip
+
+
+def write_classifier_card(folder, base_model="user/resnet", real="user/cars", synthetic="user/cars-syn", **metrics):
+    config = {
+        "method": "bridged", "class_names": CLASS_NAMES, "stages": [STAGE],
+        "real_images": {"dataset_name": real, "num_shots": 2}, "synthetic_dataset": {"name": synthetic},
+    }  # fmt: skip
+    results = {"num_test_images": 3, "vanilla_images_seen": 4, "leep_pretrained": None, "leep_bridged": None, **metrics}
+    licenses = {base_model: MIT, real: License("other", "Cars 1.0", "https://cars"), synthetic: UNKNOWN}
+    write_model_card(folder, "user/cars-bridged", base_model, config, results, licenses, "the command")
+    return ModelCard.load(folder / "README.md")
+
+
+def write_style_card(folder, base_model="user/sd", real="user/cars"):
+    health = {"num_images": 1, "images": "validation images", "token_learned": True}
+    record = {
+        "base_model": {"id": base_model, "revision": None}, "real_images": {"dataset_name": real}, "num_vectors": 1,
+        "placeholder_token": "<style>", "max_train_steps": 3, "train_indices": [0], "prompt_nouns": ["car"],
+        "prompt_templates": ["a {class} in {token}"],
+        "health": {**health, "loss_no_token": 1, "loss_untrained_token": 1, "loss_trained_token": 0.5},
+    }  # fmt: skip
+    run = {"seconds": 1.0, "hardware": {"device": "cpu"}}
+    write_token_card(folder, record, run, {base_model: MIT, real: UNKNOWN}, "the command")
+    return ModelCard.load(folder / "README.md")
+
+
+def write_set_card(folder, licenses, generator="user/sd"):
+    features = Features({"image": Image(), "label": ClassLabel(names=CLASS_NAMES)})
+    record = {
+        "generator": {"id": generator, "revision": None}, "token": None, "settings": {"seed": 0}, "num_images": 3,
+        "num_images_per_class": 1, "class_names": CLASS_NAMES, "real_images": {"dataset_name": "user/cars"},
+    }  # fmt: skip
+    no_redraws = dict.fromkeys(CLASS_NAMES, 0)
+    write_dataset_card(folder, features, record, ["p"] * 3, no_redraws, licenses, "the command")
+    return DatasetCard.load(folder / "README.md")
+
+
+def metadata_of(folder) -> dict:
+    return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+
+
+def write_source(folder, text):
+    folder.mkdir()
+    (folder / "README.md").write_text(text)
+    return str(folder)
+
+
+def test_token_card_has_metadata_that_the_hub_links(tmp_path):
+    card = write_style_card(tmp_path)
+    assert metadata_of(tmp_path) == {
+        "base_model": "user/sd", "base_model_relation": "adapter", "datasets": ["user/cars"], "license": "mit",
+        "library_name": "diffusers", "pipeline_tag": "text-to-image",
+        "tags": ["textual_inversion", "dataset-style-inversion", "bridged-transfer"],
+    }  # fmt: skip
+    assert "- `user/sd`: mit\n- `user/cars`: unknown\n" in card.text
+
+
+def test_classifier_card_has_metadata_that_the_hub_links(tmp_path):
+    card = write_classifier_card(tmp_path, test_accuracy=0.123456, test_macro_f1=0.5)
+    assert card.data.base_model == "user/resnet"
+    assert card.data.base_model_relation == "finetune"
+    assert card.data.datasets == ["user/cars", "user/cars-syn"]
+    assert card.data.license == "mit"
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-classification")
+    assert card.data.model_name == "user/cars-bridged"
+    found = [(result.metric_type, result.metric_value, result.dataset_type) for result in card.data.eval_results]
+    assert found == [("accuracy", 0.1235, "user/cars"), ("macro_f1", 0.5, "user/cars")]
+    assert "- `user/resnet`: mit\n- `user/cars`: [other (Cars 1.0)](https://cars)\n- `user/cars-syn`: unknown\n" in (
+        card.text
+    )
+
+
+def test_only_numbers_get_into_the_model_index(tmp_path):
+    assert [result.metric_type for result in write_classifier_card(
+        tmp_path / "some", test_accuracy=0.5, test_macro_f1=float("nan")
+    ).data.eval_results] == ["accuracy"]  # fmt: skip
+    assert write_classifier_card(tmp_path / "none").data.eval_results is None
+    assert "model-index" not in metadata_of(tmp_path / "none")
+
+
+@pytest.mark.parametrize("write", [write_classifier_card, write_style_card])
+def test_folders_are_not_in_the_metadata(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models/base", "data/cars"):  # these look like repository ids
+        (tmp_path / folder).mkdir(parents=True)
+    for base, real in ((str(tmp_path / "models/base"), str(tmp_path / "data/cars")), ("models/base", "data/cars")):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        write(tmp_path / "out", base_model=base, real=real)
+        metadata = metadata_of(tmp_path / "out")
+        assert {"base_model", "base_model_relation"}.isdisjoint(metadata)
+        assert set(metadata.get("datasets", [])) <= {"user/cars-syn"}
+        assert str(tmp_path) not in str(metadata)
+    assert "base_model" not in write_set_card(tmp_path / "set", {"models/base": MIT}, "models/base").data.to_dict()
+    assert hub_ids("models/base", "user/a", None, "user/a", "/abs", "user/b") == ["user/a", "user/b"]
+
+
+@pytest.mark.parametrize(
+    ("licenses", "expected"),
+    [
+        ([MIT, MIT], {"license": "mit"}),
+        ([MIT, License("apache-2.0")], {"license": "unknown"}),
+        ([MIT, UNKNOWN], {"license": "unknown"}),
+        ([License("other", "Rail", "https://rail")] * 2,
+         {"license": "other", "license_name": "Rail", "license_link": "https://rail"}),
+        ([License("other", "Rail"), License("other", "Cars")], {"license": "unknown"}),
+        ([License("mit, apache-2.0")] * 2, {"license": "unknown"}),
+        ([], {"license": "unknown"}),
+    ],
+)  # fmt: skip
+def test_a_set_has_the_licence_of_its_sources_where_they_agree(licenses, expected, tmp_path):
+    assert common_license(licenses).to_metadata() == expected
+    card = write_set_card(tmp_path, dict(zip(("user/sd", "user/cars"), licenses)))
+    assert {key: value for key, value in card.data.to_dict().items() if key.startswith("license")} == expected
+    for name, license in zip(("user/sd", "user/cars"), licenses):
+        assert f"- `{name}`: {license}\n" in card.text
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\nlicense: mit\n---\n", MIT),
+        ("---\nlicense: [mit]\n---\n", MIT),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", License("mit, apache-2.0")),
+        ("---\nlicense: other\nlicense_name: Rail\nlicense_link: https://rail\n---\n",
+         License("other", "Rail", "https://rail")),
+        ("---\nlicense: other\nlicense_name: Rail\nlicense_link: LICENSE.md\n---\n", License("other", "Rail")),
+        ("---\ntags: [mit]\n---\nlicense: mit", UNKNOWN),
+        ("no metadata", UNKNOWN),
+        ("---\nlicense: [mit\n---\n", UNKNOWN),
+        ("---\nlicense: mit\nno: key\nmodel-index: nonsense\n---\n", MIT),
+    ],
+)  # fmt: skip
+def test_the_licence_of_a_folder_is_what_its_card_names(card, expected, tmp_path):
+    assert read_license(write_source(tmp_path / "source", card), "model") == expected
+
+
+def test_a_licence_that_cannot_be_read_is_unknown(tmp_path):
+    assert read_license(str(tmp_path), "model") == UNKNOWN  # no card
+    assert read_license("user/out-of-reach", "dataset") == UNKNOWN
+    assert read_license("user/out-of-reach", "dataset", "0" * 40, SECRET) == UNKNOWN
+    assert read_license("neither folder nor id", "model") == UNKNOWN
+
+
+def test_the_licence_of_a_repository_is_read_at_the_commit_with_the_token(tmp_path, monkeypatch):
+    from utils.hub import repositories
+
+    asked = {}
+
+    def hf_hub_download(repo_id, filename, **where):
+        asked.update(repo_id=repo_id, filename=filename, **where)
+        return tmp_path / "source" / "README.md"
+
+    write_source(tmp_path / "source", "---\nlicense: mit\n---\n")
+    monkeypatch.setattr(repositories, "hf_hub_download", hf_hub_download)
+    assert read_license("user/cars", "dataset", "a" * 40, SECRET) == MIT
+    wanted = {"repo_id": "user/cars", "repo_type": "dataset", "revision": "a" * 40, "token": SECRET}
+    assert asked == {**wanted, "filename": "README.md"}
+
+
+@pytest.fixture(scope="module")
+def licensed(tmp_path_factory, tiny_pipeline_dir, real_images_dir, classifiers):
+    """The sources of all three scripts, copied, with cards: the pipeline and the images are mit, the classifier not."""
+    folder = tmp_path_factory.mktemp("licensed")
+    sources = {"pipeline": tiny_pipeline_dir, "images": real_images_dir, "classifier": classifiers["timm"]}
+    for name, source in sources.items():
+        shutil.copytree(source, folder / name)
+        license = "apache-2.0" if name == "classifier" else "mit"
+        (folder / name / "README.md").write_text(f"---\nlicense: {license}\n---\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def commands(licensed):
+    """Three short runs, one after the other: the script and its arguments, with the access token."""
+    style, images, out = (str(licensed / name) for name in ("style", "cars-syn", "cars-bridged"))
+    return {
+        style: (train_dsi, [
+            "--pretrained_model_name_or_path", str(licensed / "pipeline"), "--dataset_name", str(licensed / "images"),
+            "--max_train_steps", "2", "--train_batch_size", "2", "--output_dir", style, "--hub_token", SECRET,
+        ]),
+        images: (generate_synthetic, [
+            "--learned_embeds", style, "--num_images_per_class", "2", "--num_inference_steps", "1",
+            "--output_dir", images, f"--hub_token={SECRET}",
+        ]),
+        out: (train_bridged, [
+            "--synthetic_dataset", images, "--model_name_or_path", str(licensed / "classifier"), "--num_shots", "2",
+            "--max_steps", "2", "--bridge_max_steps", "3", "--max_eval_samples", "6", "--use_cpu",
+            "--output_dir", out, "--hub-token", SECRET,
+        ]),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outputs(licensed, commands):
+    from accelerate.state import AcceleratorState
+
+    for script, argv in commands.values():
+        script.main(argv)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return licensed
+
+
+def test_each_script_writes_its_licence_its_command_and_no_secret(outputs, commands):
+    licenses = {"style": "mit", "cars-syn": "mit", "cars-bridged": "apache-2.0"}
+    for name, license in licenses.items():
+        folder = outputs / name
+        script, argv = commands[str(folder)]
+        text = (folder / "README.md").read_text()
+        assert metadata_of(folder)["license"] == license
+        assert str(outputs) not in str(metadata_of(folder))
+        assert text.index(BEGIN) < text.index(f"accelerate launch {script.__name__}.py ") < text.index(END)
+        assert f"--output_dir {folder}" in text
+        for path in folder.rglob("*"):
+            assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+    for source, license in (("images", "mit"), ("cars-syn", "mit"), ("classifier", "apache-2.0")):
+        assert f"- `{outputs / source}`: {license}\n" in (outputs / "cars-bridged" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "picture"), [("style", "training.png"), ("cars-syn", "preview.png"), ("cars-bridged", "report.png")]
+)
+def test_each_card_shows_a_picture_that_lies_beside_it(outputs, name, picture):
+    assert f"]({picture})\n" in (outputs / name / "README.md").read_text()
+    assert (outputs / name / picture).stat().st_size > 100
+
+
+@pytest.fixture
+def edited_set(outputs, tmp_path):
+    """A synthetic set whose card a person has edited: text on both sides, a licence, tags."""
+    folder = shutil.copytree(outputs / "cars-syn", tmp_path / "edited")
+    path = folder / "README.md"
+    text = path.read_text().replace("license: mit\n", "license: cc-by-4.0  # ours\nlanguage: no\n")
+    text = text.replace("tags:\n", "tags:\n- mine\n").replace(BEGIN, f"My introduction.\n\n{BEGIN}\nNOT KEPT")
+    path.write_text(text + "\nMy last words.\n")
+    return folder
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite_output_dir", "--seed", "1"]])
+def test_a_set_with_an_edited_card_grows_and_loads(edited_set, outputs, commands, flags):
+    _, argv = commands[str(outputs / "cars-syn")]
+    generate_synthetic.main([*argv, "--output_dir", str(edited_set), "--num_images_per_class", "3", *flags])
+    card = DatasetCard.load(edited_set / "README.md")
+    assert card.data.dataset_info["splits"][0]["num_examples"] == 9
+    assert card.data.configs == [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}]
+    assert card.data.tags == ["mine", "synthetic", "bridged-transfer", "diffusers"]
+    assert "license: cc-by-4.0  # ours\nlanguage: no\n" in (edited_set / "README.md").read_text()
+    assert card.text.strip().startswith("My introduction.")
+    assert card.text.strip().endswith("My last words.")
+    assert "NOT KEPT" not in card.text
+    assert "9 images of 3 classes" in card.text
+    images = load_dataset(str(edited_set), split="train")
+    assert len(images) == 9
+    assert images.features["label"] == ClassLabel(names=CLASS_NAMES)
+
+
+def test_a_malformed_card_is_an_error_before_a_model_loads(outputs, commands, tmp_path, monkeypatch):
+    from diffusers import StableDiffusionPipeline
+
+    def fail(*_, **__):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", fail)
+    monkeypatch.setattr(train_dsi, "load_components", fail)
+    monkeypatch.setattr(train_bridged, "load_images", fail)
+    for name in ("style", "cars-syn", "cars-bridged"):
+        script, argv = commands[str(outputs / name)]
+        folder = shutil.copytree(outputs / name, tmp_path / name)
+        (folder / "README.md").write_text("---\nlicense: [mit\n---\nMine.\n")
+        with pytest.raises(UserError, match=f"{name}/README.md: its metadata are no YAML"):
+            script.main([*argv, "--output_dir", str(folder), "--overwrite_output_dir"])
+        assert (folder / "README.md").read_text() == "---\nlicense: [mit\n---\nMine.\n"

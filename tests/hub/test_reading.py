@@ -1,0 +1,276 @@
+"""Every input by id, through the real clients: the commit it comes from, and the one line when it cannot be read."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.conftest import CLASS_NAMES
+from tests.local_hub import Fault, LocalHub
+from utils.cli.records import DSI_CONFIG, write_record
+
+pytest_plugins = ["tests.transfer.fixtures"]
+
+REPOSITORY_ROOT = Path(__file__).parents[2]
+KINDS = {
+    "base_model": ("model", "sd", "--pretrained_model_name_or_path"),
+    "token": ("model", "style", "--learned_embeds"),
+    "real": ("dataset", "cars", "--dataset_name"),
+    "synthetic": ("dataset", "syn", "--synthetic_dataset"),
+    "classifier": ("model", "vit", "--model_name_or_path"),
+}
+NOWHERE = "http://127.0.0.1:9"  # nobody listens there
+
+
+def ask(hub: LocalHub, hf_home: Path, cases: dict, **environment) -> tuple[dict, str]:
+    """Return the answers of a client in a process of its own, and what it wrote to stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hub.reading_client"],
+        input=json.dumps({case: (*values, *[None] * (5 - len(values))) for case, values in cases.items()}),
+        env=hub.environment(hf_home) | environment, cwd=REPOSITORY_ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def files_of(folder: str | Path) -> dict[str, Path]:
+    return {str(path.relative_to(folder)): path for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def write_token(folder: Path, generator: str, generator_revision: str) -> None:
+    record = {
+        "base_model": {"id": generator, "revision": generator_revision}, "class_names": CLASS_NAMES,
+        "prompt_nouns": CLASS_NAMES, "real_images": {}, "placeholder_token": "<dsi-style>", "num_vectors": 1,
+        "resolution": 32,
+    }  # fmt: skip
+    write_record(folder / DSI_CONFIG, record)
+    (folder / "learned_embeds.safetensors").write_bytes(b"rows")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_pipeline_dir, real_images_dir, synthetic_dir, classifiers):
+    """A Hub where ada has every kind of input: public, private and gated; `v1`, `dev` and `main` of each differ."""
+    with LocalHub(tmp_path_factory.mktemp("hub"), cdn=True) as hub:
+        hub.add_user("ada", "hf_ada")
+        hub.add_user("bob", "hf_bob", role="read")
+        folders = {
+            "sd": tiny_pipeline_dir, "cars": real_images_dir, "syn": synthetic_dir, "vit": classifiers["vit"],
+            "timm": classifiers["timm"], "style": tmp_path_factory.mktemp("style"),
+        }  # fmt: skip
+        commits = {}
+        for name in ("sd", "style", "cars", "syn", "vit", "timm"):
+            if name == "style":
+                write_token(folders[name], "ada/sd", commits["sd"]["v1"])
+            files = files_of(folders[name])
+            # the later commits of a data set have two and three times the images
+            path, rows = "data/train", files.get("data/train-00000.parquet", b"no image")
+            for access in ("", "-private", "-gated"):
+                repo_type = "dataset" if name in ("cars", "syn") else "model"
+                access_options = {"private": access == "-private", "gated": access == "-gated"}
+                repo = hub.create_repo(f"ada/{name}{access}", repo_type, **access_options)
+                commits[name + access] = {"v1": repo.commit(files)}
+                repo.tags["v1"] = repo.find_commit("main")
+                commits[name + access]["dev"] = repo.commit({f"{path}-1.parquet": rows})
+                repo.branches["dev"] = repo.find_commit("main")
+                commits[name + access]["main"] = repo.commit({f"{path}-2.parquet": rows})
+        hub.create_repo("ada/nothing")
+        hub.create_repo("ada/nothing-set", "dataset")
+        hub.create_repo("ada/torn", "dataset").commit({"data/train-00000.parquet": b"torn"})
+        hub.create_repo("ada/headless").commit({"config.json": Path(classifiers["vit"]) / "config.json"})
+        yield SimpleNamespace(hub=hub, commits=commits, homes=tmp_path_factory.mktemp("homes"))
+
+
+@pytest.fixture(scope="module")
+def asked(world):
+    """What a client with an empty HF_HOME makes of every input, and the requests that it sent."""
+    cases = {}
+    for kind, (repo_type, name, _) in KINDS.items():
+        repo = f"ada/{name}"
+        cases |= {
+            f"{kind}, missing": (kind, "ada/no-such"),
+            f"{kind}, missing, logged in": (kind, "ada/no-such", None, None, "hf_bob"),
+            f"{kind}, private": (kind, f"{repo}-private"),
+            f"{kind}, private, other user": (kind, f"{repo}-private", None, "hf_bob"),
+            f"{kind}, gated": (kind, f"{repo}-gated"),
+            f"{kind}, gated, other user": (kind, f"{repo}-gated", None, "hf_bob"),
+            f"{kind}, bad --hub_token": (kind, repo, None, "hf_expired", "hf_ada"),
+            f"{kind}, bad HF_TOKEN": (kind, repo, None, None, "hf_expired"),
+            f"{kind}, other type": (kind, "ada/vit" if repo_type == "dataset" else "ada/cars"),
+            f"{kind}, no revision": (kind, repo, "v9"),
+            f"{kind}, no commit": (kind, repo, "0" * 40),
+            f"{kind}, nothing in it": (kind, "ada/nothing-set" if repo_type == "dataset" else "ada/nothing"),
+            # before anything of it is in the cache
+            f"{kind}, empty --hub_token": (kind, repo, None, ""),
+            f"{kind}, main": (kind, repo),
+            f"{kind}, tag": (kind, repo, "v1"),
+            f"{kind}, branch": (kind, repo, "dev"),
+            f"{kind}, commit": (kind, repo, world.commits[name]["v1"]),
+            f"{kind}, private, --hub_token": (kind, f"{repo}-private", None, "hf_ada", "hf_expired"),
+            f"{kind}, gated, HF_TOKEN": (kind, f"{repo}-gated", None, None, "hf_ada"),
+        }
+    cases["timm"] = ("classifier", "ada/timm")
+    cases["headless"] = ("classifier", "ada/headless")
+    cases["torn"] = ("real", "ada/torn")
+    cases["odd name"] = ("classifier", "ada/a--b..c")
+    answers, _ = ask(world.hub, world.homes / "used", cases)
+    return SimpleNamespace(answers=answers, log=list(world.hub.log), cdn_log=list(world.hub.cdn_log))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_input_by_id_is_read_at_its_revision_and_its_commit_is_told(kind, asked, world):
+    _, name, _ = KINDS[kind]
+    public = world.commits[name]
+    expected = {
+        "main": public["main"], "tag": public["v1"], "branch": public["dev"], "commit": public["v1"],
+        "private, --hub_token": world.commits[f"{name}-private"]["main"],
+        "gated, HF_TOKEN": world.commits[f"{name}-gated"]["main"], "empty --hub_token": public["main"],
+    }  # fmt: skip
+    assert {case: asked.answers[f"{kind}, {case}"].get("commit") for case in expected} == expected
+
+
+@pytest.mark.parametrize(("kind", "num_images"), [("real", 60), ("synthetic", 18)])
+def test_the_images_are_those_of_the_revision(kind, num_images, asked):
+    counts = [asked.answers[f"{kind}, {case}"]["num_images"] for case in ("tag", "branch", "main", "commit")]
+    assert counts == [num_images, 2 * num_images, 3 * num_images, num_images]
+
+
+def test_a_token_names_the_commit_of_its_generator(asked, world):
+    assert asked.answers["token, main"]["generator"] == world.commits["sd"]["v1"]
+
+
+def test_a_timm_classifier_is_read_by_id(asked, world):
+    assert asked.answers["timm"]["commit"] == world.commits["timm"]["main"]
+
+
+LINES = {
+    "missing": "neither a folder nor a {type} repository that is public; for a private one, "
+    "log in with `hf auth login` or give --hub_token.",
+    "missing, logged in": "neither a folder nor a {type} repository that the token (HF_TOKEN) may read; "
+    "for a private one, set another HF_TOKEN or give --hub_token.",
+    "private": "neither a folder nor a {type} repository that is public; for a private one, "
+    "log in with `hf auth login` or give --hub_token.",
+    "private, other user": "neither a folder nor a {type} repository that the token (--hub_token) may read; "
+    "for a private one, give another --hub_token.",
+    "gated": "is gated; accept its conditions at {page}-gated, then log in with `hf auth login` or give --hub_token.",
+    "gated, other user": "is gated; accept its conditions at {page}-gated, with the account of the token "
+    "(--hub_token).",
+    "bad --hub_token": "the Hub does not accept the token (--hub_token), it is wrong or expired; "
+    "give another --hub_token.",
+    "bad HF_TOKEN": "the Hub does not accept the token (HF_TOKEN), it is wrong or expired; "
+    "set another HF_TOKEN or give --hub_token.",
+    "other type": "is a {other type} repository, a {type} is wanted.",
+    "no revision": "the repository has no branch, tag or commit 'v9'.",
+    "no commit": "the repository has no branch, tag or commit '0000000000000000000000000000000000000000'.",
+}
+REPOS = {
+    "missing": "ada/no-such", "missing, logged in": "ada/no-such", "private": "{repo}-private",
+    "private, other user": "{repo}-private", "gated": "{repo}-gated", "gated, other user": "{repo}-gated",
+    "other type": "{other repo}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_cannot_be_read_is_one_line(kind, asked, world):
+    repo_type, name, flag = KINDS[kind]
+    is_model = repo_type == "model"
+    words = {
+        "type": "model" if is_model else "data set", "other type": "data set" if is_model else "model",
+        "repo": f"ada/{name}", "other repo": "ada/cars" if is_model else "ada/vit",
+        "page": f"{world.hub.url}/{'' if is_model else 'datasets/'}ada/{name}",
+    }  # fmt: skip
+    expected = {case: f"{flag} {REPOS.get(case, '{repo}')}: {line}".format_map(words) for case, line in LINES.items()}
+    assert {case: asked.answers[f"{kind}, {case}"].get("line") for case in LINES} == expected
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("base_model, nothing in it", "the repository has no model_index.json, so it is not a pipeline of diffusers."),
+        ("token, nothing in it", "the repository has no dsi_config.json, so it is not a style token of train_dsi.py."),
+        ("synthetic, nothing in it", "the repository has no generation_config.json, so it is not a synthetic set of"),
+        ("classifier, nothing in it", "the repository has no config.json, so it is not a checkpoint of transformers"),
+        ("real, nothing in it", "doesn't contain any data files"),
+        ("headless", "--model_name_or_path ada/headless: has no weights; one of model.safetensors,"),
+        ("torn", "--dataset_name ada/torn: cannot be loaded (Parquet file size is 4 bytes"),
+        ("odd name", "--model_name_or_path ada/a--b..c: neither an existing folder nor a repository id like"),
+    ],
+)
+def test_what_is_in_the_repository_does_not_do(case, message, asked):
+    assert message in asked.answers[case]["line"]
+
+
+def test_after_the_commit_is_known_nothing_is_asked_of_a_branch(asked):
+    reads = [re.search("/(resolve|tree|paths-info)/([^/]+)", request.path) for request in asked.log]
+    assert {read[2] for read in reads if read and not re.fullmatch("[0-9a-f]{40}", read[2])} == set()
+
+
+def test_a_token_goes_to_the_hub_only(asked):
+    assert {"hf_ada", "hf_bob"} < {request.token for request in asked.log}
+    assert asked.cdn_log and {request.token for request in asked.cdn_log} == {None}
+
+
+def test_a_stored_login_is_used_and_the_flag_wins(world):
+    home = world.homes / "login"
+    home.mkdir()
+    (home / "token").write_text("hf_ada")
+    cases = {
+        "flag": ("file", "ada/vit-private", None, "hf_bob"), "stored": ("file", "ada/vit-private"),
+        "missing": ("file", "ada/no-such"),
+    }  # fmt: skip
+    answers, _ = ask(world.hub, home, cases)
+    assert answers["stored"]["commit"] == world.commits["vit-private"]["main"]
+    assert "that the token (--hub_token) may read" in answers["flag"]["line"]
+    assert "the token (of `hf auth login`) may read; for a private one, log in anew" in answers["missing"]["line"]
+
+
+OUT_OF_REACH = {"HF_HUB_OFFLINE": {"HF_HUB_OFFLINE": "1"}, "no network": {"HF_ENDPOINT": NOWHERE}}
+
+
+@pytest.mark.parametrize("how", OUT_OF_REACH)
+def test_out_of_reach_the_cache_is_used_at_the_same_commits(how, asked, world):
+    cases = {kind: (kind, f"ada/{name}") for kind, (_, name, _) in KINDS.items()}
+    cases |= {"real, tag": ("real", "ada/cars", "v1"), "synthetic, tag": ("synthetic", "ada/syn", "v1")}
+    cases["real, commit"] = ("real", "ada/cars", world.commits["cars"]["dev"])
+    answers, stderr = ask(world.hub, world.homes / "used", cases, **OUT_OF_REACH[how])
+    for kind in KINDS:
+        assert without_seconds(answers[kind]) == without_seconds(asked.answers[f"{kind}, main"])
+    assert without_seconds(answers["synthetic, tag"]) == without_seconds(asked.answers["synthetic, tag"])
+    assert [answers[case]["num_images"] for case in ("real, tag", "real, commit")] == [60, 120]
+    assert sum(answer["seconds"] for answer in answers.values()) < 20  # no half minute of new tries for each
+    told = [name for _, name, _ in KINDS.values() if f"Using cached commit hash for 'ada/{name}'" in stderr]
+    assert len(told) == (len(KINDS) if how == "no network" else 0)
+    assert ("--dataset_name ada/cars: the Hub cannot be reached" in stderr) == (how == "no network")
+
+
+@pytest.mark.parametrize("how", OUT_OF_REACH)
+def test_out_of_reach_and_not_in_the_cache_is_one_line(how, world):
+    home = world.homes / f"empty, {how}"
+    cases = {kind: (kind, f"ada/{name}") for kind, (_, name, _) in KINDS.items()}
+    cases["real, commit"] = ("real", "ada/cars", world.commits["cars"]["main"])
+    answers, _ = ask(world.hub, home, cases, **OUT_OF_REACH[how])
+    for kind, (_, name, flag) in KINDS.items():
+        reason = f"the Hub ({NOWHERE}) cannot be reached ([Errno 111] Connection refused), "
+        cache, then = f"the cache ({home}/hub) does not have it", "; unset HF_HUB_OFFLINE to download it"
+        middle = f"{reason}and {cache}" if how == "no network" else f"and {cache}{then}"
+        assert answers[kind]["line"] == f"{flag} ada/{name}: no such folder here, {middle}."
+    assert f"does not have the images of commit {world.commits['cars']['main']}" in answers["real, commit"]["line"]
+
+
+def test_a_hub_that_fails_is_one_line_or_the_cache(asked, world):
+    world.hub.inject(Fault("status", path="ada/(cars|timm)", times=None, status=503))
+    cases = {"cached": ("real", "ada/cars"), "not cached": ("classifier", "ada/timm-private", None, "hf_ada")}
+    answers, _ = ask(world.hub, world.homes / "used", cases)
+    world.hub.clear_faults()
+    assert answers["cached"]["commit"] == world.commits["cars"]["main"]
+    assert re.fullmatch(
+        r"--model_name_or_path ada/timm-private: the Hub \(.*\) answers with error 503.*; try again later\.",
+        answers["not cached"]["line"],
+    )
+
+
+def without_seconds(answer: dict) -> dict:
+    return {key: value for key, value in answer.items() if key != "seconds"}

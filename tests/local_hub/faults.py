@@ -1,0 +1,75 @@
+"""Faults on demand, and the record of what was asked."""
+
+import re
+import threading
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, eq=False)
+class Fault:
+    """What goes wrong with the requests that match, `times` times, after the first `skip` of them.
+
+    Kinds: `status` answers with `status` and does nothing; `drop` closes the connection without an answer and does
+    nothing; `truncate` sends half of the answer's body and closes; `lost_answer` does the work and closes without an
+    answer; `delay` sleeps `seconds`, then goes on.
+    """
+
+    kind: Literal["status", "drop", "truncate", "lost_answer", "delay"]
+    method: str | None = None  # None: any
+    path: str = ""  # regular expression, searched in the path as it came, without the query
+    times: int | None = 1  # None: for ever
+    skip: int = 0
+    status: int = 503
+    retry_after: int | None = None  # seconds, for a 429
+    seconds: float = 0.0
+
+    def __post_init__(self):
+        if self.kind not in ("status", "drop", "truncate", "lost_answer", "delay"):
+            raise ValueError(f"no fault of kind '{self.kind}'")
+
+    def matches(self, method: str, path: str) -> bool:
+        return self.method in (None, method) and re.search(self.path, path) is not None
+
+
+@dataclass(frozen=True)
+class LoggedRequest:
+    method: str
+    path: str  # as it came, quoted
+    query: str
+    token: str | None
+    status: int | None  # of the work done, even if the answer was lost; None: nothing was answered
+    fault: str | None  # the kind of the fault that struck
+    num_bytes_in: int  # of the body
+    headers: dict[str, str]  # lower-case names
+
+
+class FaultPlan:
+    """The faults still to come. A request meets at most one: the first injected that is due."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.fired: list[Fault] = []
+        self._num_matches: dict[Fault, int] = {}  # in the order of injection
+
+    def inject(self, fault: Fault) -> None:
+        with self.lock:
+            self._num_matches[fault] = 0
+
+    def clear(self) -> None:
+        with self.lock:
+            self._num_matches.clear()
+            self.fired.clear()
+
+    def strike(self, method: str, path: str) -> Fault | None:
+        """Return the fault that this request meets, and count it as fired."""
+        with self.lock:
+            matching = [fault for fault in self._num_matches if fault.matches(method, path)]
+            for fault in matching:
+                self._num_matches[fault] += 1  # `skip` counts requests, whether or not another fault struck them
+            for fault in matching:
+                left = fault.times is None or self.fired.count(fault) < fault.times
+                if left and self._num_matches[fault] > fault.skip:
+                    self.fired.append(fault)
+                    return fault
+        return None

@@ -1,0 +1,132 @@
+"""Making, describing and naming repositories: create, delete, settings, info, commits, branches, tags."""
+
+from tests.local_hub.accounts import find_repo, find_writable_repo, require_writer
+from tests.local_hub.messages import Answer, HubError, Request, json_answer
+from tests.local_hub.reading import lfs_fields, page
+from tests.local_hub.storage import Repository
+
+
+def repo_url(hub, repo: Repository) -> str:
+    return f"{hub.url}/{'datasets/' if repo.type == 'dataset' else ''}{repo.id}"
+
+
+def create(hub, request: Request) -> Answer:
+    account = require_writer(hub, request)
+    asked = request.json()
+    owner, repo_type = asked.get("organization") or account.name, asked.get("type") or "model"
+    if owner != account.name:
+        raise HubError(403, f"You don't have the rights to create a {repo_type} under the namespace '{owner}'.")
+    if repo_type not in ("model", "dataset"):
+        raise HubError(400, f"the local Hub has no {repo_type}s")
+    repo_id = f"{owner}/{asked['name']}"
+    with hub.lock:
+        if (repo_type, repo_id) in hub.repositories:
+            # With exist_ok the client goes on, and reads the address from this very body.
+            url = repo_url(hub, hub.repositories[repo_type, repo_id])
+            raise HubError(409, f"You already created this {repo_type} repo: {repo_id}", url=url)
+        repo = hub.create_repo(repo_id, repo_type, private=asked.get("visibility") == "private")
+    return json_answer({"url": repo_url(hub, repo), "name": repo.id, "id": repo.id})
+
+
+def delete(hub, request: Request) -> Answer:
+    account, asked = require_writer(hub, request), request.json()
+    repo_id = f"{asked.get('organization') or account.name}/{asked['name']}"
+    repo = find_writable_repo(hub, request, asked.get("type") or "model", repo_id)
+    with hub.lock:
+        del hub.repositories[repo.type, repo.id]
+    return json_answer({})
+
+
+def change_settings(hub, request: Request, repo_type: str, repo_id: str) -> Answer:
+    repo, asked = find_writable_repo(hub, request, repo_type, repo_id), request.json()
+    if "visibility" in asked:
+        repo.private = asked["visibility"] == "private"
+    if "gated" in asked:
+        repo.gated = bool(asked["gated"])
+    return json_answer({"private": repo.private, "gated": repo.gated})
+
+
+def info(hub, request: Request, repo_type: str, repo_id: str, revision: str | None = None) -> Answer:
+    repo = find_repo(hub, request, repo_type, repo_id)
+    commit = repo.find_commit(revision or "main")
+    siblings = [
+        {"rfilename": path, "size": file.size, "blobId": file.git_oid} | lfs_fields(file, "sha256")
+        for path, file in sorted(commit.files.items())
+    ]
+    described = {"_id": repo.id, "id": repo.id, "author": repo.owner, "sha": commit.id, "siblings": siblings}
+    described |= {"private": repo.private, "gated": "manual" if repo.gated else False, "disabled": False, "tags": []}
+    described |= {
+        "lastModified": commit.date,
+        "createdAt": repo.commits(commit.id)[-1].date,
+        "downloads": 0,
+        "likes": 0,
+    }
+    return json_answer(described)
+
+
+def list_refs(hub, request: Request, repo_type: str, repo_id: str) -> Answer:
+    repo = find_repo(hub, request, repo_type, repo_id)
+
+    def described(refs: dict, kind: str) -> list[dict]:
+        return [
+            {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit.id} for name, commit in refs.items()
+        ]
+
+    branches, tags = described(repo.branches, "heads"), described(repo.tags, "tags")
+    return json_answer({"branches": branches, "tags": tags, "converts": [], "pullRequests": []})
+
+
+def list_commits(hub, request: Request, repo_type: str, repo_id: str, revision: str) -> Answer:
+    repo = find_repo(hub, request, repo_type, repo_id)
+    commits = [
+        {
+            "id": commit.id,
+            "title": commit.title,
+            "message": commit.description,
+            "date": commit.date,
+            "authors": [{"user": commit.author}],
+        }
+        for commit in repo.commits(revision)
+    ]
+    return page(hub, request, commits)
+
+
+def create_branch(hub, request: Request, repo_type: str, repo_id: str, branch: str) -> Answer:
+    repo = find_writable_repo(hub, request, repo_type, repo_id)
+    start = repo.find_commit(request.json().get("startingPoint") or "main")
+    _add_ref(repo, repo.branches, branch, start)
+    return json_answer({})
+
+
+def delete_branch(hub, request: Request, repo_type: str, repo_id: str, branch: str) -> Answer:
+    repo = find_writable_repo(hub, request, repo_type, repo_id)
+    if branch == "main":
+        raise HubError(403, "The branch 'main' stays.")
+    _remove_ref(repo, repo.branches, branch)
+    return json_answer({})
+
+
+def create_tag(hub, request: Request, repo_type: str, repo_id: str, revision: str) -> Answer:
+    repo = find_writable_repo(hub, request, repo_type, repo_id)
+    _add_ref(repo, repo.tags, request.json()["tag"], repo.find_commit(revision))
+    return json_answer({})
+
+
+def delete_tag(hub, request: Request, repo_type: str, repo_id: str, tag: str) -> Answer:
+    repo = find_writable_repo(hub, request, repo_type, repo_id)
+    _remove_ref(repo, repo.tags, tag)
+    return json_answer({})
+
+
+def _add_ref(repo: Repository, refs: dict, name: str, commit) -> None:
+    with repo.lock:
+        if name in refs:
+            raise HubError(409, f"The reference '{name}' is there already.")
+        refs[name] = commit
+
+
+def _remove_ref(repo: Repository, refs: dict, name: str) -> None:
+    with repo.lock:
+        if name not in refs:
+            raise HubError(404, f"Invalid rev id: {name}", "RevisionNotFound")
+        del refs[name]

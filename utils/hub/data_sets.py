@@ -1,0 +1,75 @@
+"""Labelled image sets out of a folder or a Hub repository, at the commit of their source."""
+
+import logging
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, config, load_dataset
+from datasets.exceptions import DatasetsError
+from datasets.naming import camelcase_to_snakecase
+from datasets.packaged_modules.cache.cache import Cache
+from huggingface_hub import constants
+
+from utils.cli.errors import UserError
+from utils.hub.repositories import CLIENT_ERRORS, Source
+
+logger = logging.getLogger(__name__)
+
+
+def load_data_set(source: Source, config_name: str | None = None, split: str | None = None) -> DatasetDict | Dataset:
+    """Return the splits of a data set, or one of them; from the cache where the Hub is out of reach.
+
+    Raises:
+        UserError: it may not be read, cannot be reached and is not in the cache, or is no data set.
+    """
+    if not source.is_local and not source.is_reachable():
+        return _load_from_cache(source, config_name, split)
+    try:
+        loaded = load_dataset(source.name, config_name, split=split, revision=source.revision, token=source.token)
+    except (*CLIENT_ERRORS, DatasetsError, ValueError, RuntimeError) as error:
+        # datasets says the same of a missing, a private and a gated set, and drops the cause
+        if not source.is_local and not isinstance(error, ValueError):
+            source.check_access()
+        raise UserError(f"{source.flag} {source.name}: cannot be loaded ({_innermost(error)}).") from None
+    if not source.is_local:
+        _check_commit(loaded if isinstance(loaded, dict) else {split: loaded}, source)
+    return loaded
+
+
+def _load_from_cache(source: Source, config_name: str | None, split: str | None) -> DatasetDict | Dataset:
+    """Load what datasets has cached of this very commit; `load_dataset` would take the last that it cached."""
+    out_of_reach = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+    namespace, name = source.name.split("/")
+    sets = Path(config.HF_DATASETS_CACHE) / f"{namespace}___{camelcase_to_snakecase(name)}"
+    folders = [path.parent for path in sorted(sets.glob(f"{config_name or '*'}/*/{source.revision}/dataset_info.json"))]
+    if config_name is None and len(folders) > 1:
+        folders = [folder for folder in folders if folder.parts[-3] == "default"]
+    if not folders:
+        which = f"'{config_name}'" if config_name else "the images"
+        raise UserError(
+            f"{source.flag} {source.name}: {out_of_reach}, and the cache ({sets.parent}) does not have {which} of "
+            f"commit {source.revision}."
+        )
+    if not constants.HF_HUB_OFFLINE:
+        logger.warning(f"{source.flag} {source.name}: {out_of_reach}, commit {source.revision} is read from the cache.")
+    *_, found_config, version, commit = folders[-1].parts
+    builder = Cache(repo_id=source.name, dataset_name=name, config_name=found_config, version=version, hash=commit)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
+
+
+def _check_commit(splits: dict[str, Dataset], source: Source) -> None:
+    """Check that the images are those of the source's commit: when the Hub fails, datasets takes the last it cached."""
+    files = [Path(file["filename"]) for images in splits.values() for file in images.cache_files]
+    others = {path.parent.name for path in files} - {source.revision}
+    if others:
+        raise UserError(
+            f"{source.flag} {source.name}: the Hub failed, and the cache has the images of commit "
+            f"{', '.join(sorted(others))} last, not those of {source.revision}; try again later."
+        )
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """Return what stopped the building of a set: 'An error occurred while generating the dataset' helps nobody."""
+    while isinstance(error, DatasetsError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
