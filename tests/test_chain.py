@@ -59,6 +59,9 @@ def test_the_readme_commands_end_in_a_model_that_a_pipeline_loads(flags, hub, tm
         assert done.returncode == 0, done.stderr[-3000:]
         assert TOKEN not in done.stdout + done.stderr
     check_repositories(hub)
+    written = [path for name in ("cars-style", "cars-syn", "cars-syn-bridged") for path in (tmp_path / name).rglob("*")]
+    assert not [path for path in written if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert not [request for request in hub.log if TOKEN in request.path + request.query]
     load = (
         "from transformers import pipeline; import sys\n"
         "classify = pipeline('image-classification', model='user/cars-syn-bridged')\n"

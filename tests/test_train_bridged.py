@@ -37,10 +37,13 @@ def test_bridged_from_the_record_alone_gives_a_pipeline(classifiers, synthetic_d
 def test_vanilla_needs_no_synthetic_set_and_matches_steps(classifiers, real_images_dir, tmp_path):
     results = train_bridged.main(
         ["--dataset_name", str(real_images_dir), "--method", "vanilla", "--match_steps", "--num_shots", "2",
-         "--model_name_or_path", classifiers["vit"], "--output_dir", str(tmp_path / "out"), *SMALL]
+         "--model_name_or_path", classifiers["vit"], "--output_dir", str(tmp_path / "out"), "--hub_token",
+         "hf_some_secret", *SMALL]
     )  # fmt: skip
     assert results["vanilla_steps"] == 5
     assert results["leep_bridged"] is None
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not [path for path in written if b"hf_some_secret" in path.read_bytes()]
 
 
 @pytest.mark.parametrize(

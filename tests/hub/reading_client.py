@@ -53,8 +53,9 @@ def read_classifier(name: str, revision: str | None, token: str | None) -> dict:
     from utils.transfer.classifiers import check_classifier, load_image_processor, load_pretrained
 
     commit = check_classifier(name, revision, token)
-    load_image_processor(name, revision=commit, token=token)
-    return {"commit": commit, "num_labels": load_pretrained(name, revision=commit, token=token).config.num_labels}
+    hub_options = {"revision": commit, "token": token or None}  # as the scripts do
+    load_image_processor(name, **hub_options)
+    return {"commit": commit, "num_labels": load_pretrained(name, **hub_options).config.num_labels}
 
 
 READERS = {

@@ -111,6 +111,14 @@ def test_many_files_go_in_several_commits_with_the_card_in_the_last(hub, tmp_pat
     assert set(first.paths) == {"data/train-00000.parquet", "data/train-00001.parquet"}
 
 
+def test_a_file_above_the_threshold_goes_by_lfs_whatever_its_name(hub, tmp_path):
+    folder = write_folder(tmp_path / "cars", FOLDERS["model"], "x")
+    (folder / "config.json").write_bytes(b"{" + b" " * hub.lfs_threshold + b"}")
+    publish(folder, repo_type="model")
+    assert published(hub, repo_type="model")["config.json"] == (folder / "config.json").read_bytes()
+    assert max(request.num_bytes_in for request in hub.log if "/commit/" in request.path) < hub.lfs_threshold
+
+
 def test_after_a_kill_only_what_is_missing_is_sent(hub, tmp_path, run_with_hub):
     folder = write_folder(tmp_path / "cars", FOLDERS["set"], "killed")
     hub.inject(Fault("delay", "POST", "/commit/", seconds=60))
