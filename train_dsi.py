@@ -147,6 +147,39 @@ def load_components(source: Source, weight_dtype):
     return text_encoder, vae.requires_grad_(False), unet.requires_grad_(False), noise_scheduler
 
 
+def describe_token(source: Source, real_images, nouns: list[str], token_args, training_args) -> dict:
+    """Return what the next step needs to know of a token: base model, images, class names, prompts."""
+    return {
+        "base_model": {"id": source.name, "revision": source.revision},
+        "real_images": real_images.record.to_dict(),
+        "train_indices": real_images.train_indices.tolist(),
+        "class_names": real_images.class_names,
+        "prompt_nouns": nouns,
+        "prompt_templates": token_args.prompt_templates,
+        "placeholder_token": token_args.placeholder_token,
+        "num_vectors": token_args.num_vectors,
+        "initializer_token": token_args.initializer_token,
+        "max_train_steps": training_args.max_train_steps,
+    }
+
+
+def write_records(
+    output_dir: Path, record: dict, options: dict, started: float, command: str, hub_id: str | None, token: str | None
+) -> None:
+    """Write `run_config.json`, the card, and last `dsi_config.json`: its presence says that the token is finished."""
+    from utils.hub.licenses import read_licenses
+    from utils.hub.token_card import write_token_card
+
+    base_model, real = record["base_model"], record["real_images"]
+    sources = [
+        (base_model["id"], "model", base_model["revision"]),
+        (real["dataset_name"], "dataset", real["dataset_revision"]),
+    ]
+    run = write_run_config(output_dir, options, started)
+    write_token_card(output_dir, record, run, read_licenses(sources, token), command, hub_id)
+    write_record(output_dir / DSI_CONFIG, record)
+
+
 def print_summary(output_dir: Path, health: dict, seconds: float) -> None:
     """Print what the token learned, where it lies, and the next command."""
     print(f"Denoising loss on {health['num_images']} {health['images']}, with fixed noise:")
@@ -191,8 +224,6 @@ def main(argv=None) -> dict:
     from transformers import CLIPTokenizer
 
     from utils.data.real_images import RealImagesRecord, check_images, load_real_images
-    from utils.hub.licenses import read_licenses
-    from utils.hub.token_card import write_token_card
     from utils.style.draws import draw_step
     from utils.style.health import fixed_noise_losses, judge, prediction_target
     from utils.style.latents import encode_latents
@@ -299,36 +330,16 @@ def main(argv=None) -> dict:
         "embedding_norm": round(norm, 4),
         "vocabulary_norm_quantile": round(norm_quantile, 4),
     }
-    record = {
-        "base_model": {"id": source.name, "revision": source.revision},
-        "real_images": real_images.record.to_dict(),
-        "train_indices": real_images.train_indices.tolist(),
-        "class_names": real_images.class_names,
-        "prompt_nouns": nouns,
-        "prompt_templates": token_args.prompt_templates,
-        "placeholder_token": token_args.placeholder_token,
-        "num_vectors": token_args.num_vectors,
-        "initializer_token": token_args.initializer_token,
-        "resolution": resolution,
-        "max_train_steps": training_args.max_train_steps,
-        "health": health,
-    }
+    record = describe_token(source, real_images, nouns, token_args, training_args)
+    record |= {"resolution": resolution, "health": health}
     if accelerator.is_main_process:
+        hub_id = hub_target.repo_id if hub_target else None
+        command = public_command("train_dsi.py", argv)
         output_dir.mkdir(parents=True, exist_ok=True)
         save_learned_embeds(output_dir, token_args.placeholder_token, style_token.rows)
         plot_training(output_dir / "training.png", loss_history, health)
-        run = write_run_config(output_dir, options, started)
-        licenses = read_licenses(
-            [
-                (source.name, "model", record["base_model"]["revision"]),
-                (real_images.record.dataset_name, "dataset", real_images.record.dataset_revision),
-            ],
-            hub_args.hub_token,
-        )
-        hub_id = hub_target.repo_id if hub_target else None
-        write_token_card(output_dir, record, run, licenses, public_command("train_dsi.py", argv), hub_id)
-        write_record(output_dir / DSI_CONFIG, record)  # last: its presence says that the token is finished
-        print_summary(output_dir, health, run["seconds"])
+        write_records(output_dir, record, options, started, command, hub_id, hub_args.hub_token)
+        print_summary(output_dir, health, time.time() - started)
         if hub_target is not None:
             publish_folder(output_dir, hub_target, PUBLISHED_FILES)
     accelerator.wait_for_everyone()
