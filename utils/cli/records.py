@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import time
@@ -101,7 +102,11 @@ def code_commit() -> str | None:
 
 def peak_memory_gib() -> float:
     """Return the largest resident memory of this process so far, in GiB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    status = Path("/proc/self/status")
+    if not status.exists():  # not Linux
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    # a process inherits ru_maxrss from the one that started it, as from `accelerate launch`
+    return round(int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20, 2)
 
 
 def write_run_config(output_dir: str | Path, options: dict, started: float) -> dict:
