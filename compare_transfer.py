@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 from utils.cli.arguments import ModelArguments
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import ScriptArgumentParser, require_positive
-from utils.cli.records import read_record, resolve_options, write_record, write_run_config
+from utils.cli.records import image_set_name, read_record, resolve_options, write_record, write_run_config
 from utils.data.real_images import RealImagesRecord, check_images, load_real_images
 from utils.transfer.cells import CellRunner
 from utils.transfer.classifiers import check_classifier, load_image_processor
@@ -171,7 +171,7 @@ def open_sources(
     sources = {key: opened[path] for key, path in paths.items()}
     first, *others = sources.values()
     for source in others:
-        ours, theirs = (item.record["real_images"]["dataset_name"] for item in (first, source))
+        ours, theirs = (image_set_name(item.record["real_images"]) for item in (first, source))
         if ours != theirs:
             raise UserError(f"--synthetic_dataset {source.name}: was made for '{theirs}', {first.name} for '{ours}'.")
     return sources
@@ -314,8 +314,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     all_seeds = list(dict.fromkeys(seeds + (search_seeds if searched or searches_bridge else [])))
     sources = open_sources(sets, all_seeds, token)
     record = RealImagesRecord(**next(iter(sources.values())).record["real_images"])
-    real = load_real_images(dataclasses.replace(record, num_shots=None), token)
-    check_images(real.train, "real training images")
+    real = load_real_images(dataclasses.replace(record, num_shots=None, max_train_samples=None), token)
+    check_images(real.train, "real training images", real.record.image_column_name, real.train_indices)
 
     # cells
     runner = build_runner(model_args, comparison_args, training_settings, bridge_recipes[0], sources, real)

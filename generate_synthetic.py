@@ -20,7 +20,15 @@ from utils.cli.arguments import HubArguments, RealDataArguments
 from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import ScriptArgumentParser, require_positive
-from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, read_record, resolve_options, write_run_config
+from utils.cli.records import (
+    GENERATION_CONFIG,
+    RUN_CONFIG,
+    image_set_name,
+    read_record,
+    resolve_options,
+    write_run_config,
+)
+from utils.data.class_folders import check_real_images_given
 from utils.data.prompts import check_template, render_prompt
 from utils.hub.merged_card import check_card
 from utils.hub.publishing import publish_folder
@@ -122,11 +130,12 @@ def read_sources(source_args: SourceArguments, data_args: RealDataArguments, hub
         )
     if source_args.learned_embeds_revision is not None:
         raise UserError(f"--learned_embeds_revision {source_args.learned_embeds_revision}: needs --learned_embeds.")
-    if source_args.pretrained_model_name_or_path is None or data_args.dataset_name is None:
+    if None in (source_args.pretrained_model_name_or_path, data_args.dataset_name or data_args.train_dir):
         raise UserError(
             "--learned_embeds is missing: a style token's folder or repository id; or, without a token, both "
-            "--pretrained_model_name_or_path and --dataset_name."
+            "--pretrained_model_name_or_path and --dataset_name (or --train_dir)."
         )
+    check_real_images_given(data_args)
     return read_plain_sources(source_args.pretrained_model_name_or_path, source_args.revision, data_args, hub_token)
 
 
@@ -211,7 +220,7 @@ def write_card(
     licenses = read_licenses(
         [
             (generator["id"], "model", generator["revision"]),
-            (real["dataset_name"], "dataset", real["dataset_revision"]),
+            (image_set_name(real), "dataset", real["dataset_revision"]),
         ],
         hub_token,
     )

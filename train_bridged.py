@@ -34,6 +34,7 @@ from utils.cli.records import (
     write_record,
     write_run_config,
 )
+from utils.data.class_folders import check_real_images_given
 from utils.data.real_images import RealImagesRecord, check_images, load_real_images
 from utils.data.splits import SPLIT_SEED
 from utils.hub.licenses import read_licenses
@@ -162,7 +163,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
             synthetic_args.synthetic_dataset, synthetic_args.synthetic_dataset_revision, training_args.hub_token
         )
         recorded = source.record["real_images"]
-        if real_args.dataset_name in (None, recorded["dataset_name"]):
+        given = real_args.dataset_name, real_args.train_dir
+        if given in ((None, None), (recorded["dataset_name"], recorded.get("train_dir"))):
             parser.set_defaults(**recorded)
     elif synthetic_args.synthetic_dataset_revision is not None:
         raise UserError(
@@ -172,9 +174,11 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
         raise UserError(f"--synthetic_dataset: --method {bridge_args.method} needs one; only vanilla does without.")
     elif bridge_args.match_steps and bridge_args.bridge_max_steps is None:
         raise UserError("--match_steps: give --synthetic_dataset or --bridge_max_steps, the steps to match.")
-    elif real_args.dataset_name is None:
-        raise UserError("--dataset_name: give the real images, or a --synthetic_dataset whose record names them.")
-    name = Path(synthetic_args.synthetic_dataset or real_args.dataset_name).name
+    elif real_args.dataset_name is None and real_args.train_dir is None:
+        raise UserError(
+            "--dataset_name or --train_dir: give the real images, or a --synthetic_dataset whose record names them."
+        )
+    name = Path(synthetic_args.synthetic_dataset or real_args.dataset_name or real_args.train_dir).name
     parser.set_defaults(output_dir=f"{name}-{bridge_args.method}")
     arguments = parser.parse(argv)
     check_arguments(*arguments)
@@ -187,8 +191,8 @@ def check_arguments(model_args, real_args, synthetic_args, bridge_args, training
     Raises:
         UserError: a value is out of range, or asks for what this script does not do.
     """
+    check_real_images_given(real_args)
     require_positive(
-        num_shots=real_args.num_shots,
         max_synthetic_samples_per_class=synthetic_args.max_synthetic_samples_per_class,
         bridge_num_train_epochs=bridge_args.bridge_num_train_epochs,
         bridge_max_steps=bridge_args.bridge_max_steps,
@@ -247,7 +251,7 @@ def stage_settings(bridge_args, training_args, num_images: dict[str, int]) -> tu
 def load_images(real_args, synthetic_args, bridge_args, source: SyntheticSource | None, token: str | None) -> tuple:
     """Return the real images and the training images by kind (`real`, `synthetic`, `both`), checked."""
     real = load_real_images(RealImagesRecord(**dataclasses.asdict(real_args)), token)
-    check_images(real.train, "real training images")
+    check_images(real.train, "real training images", real.record.image_column_name, real.train_indices)
     images = {"real": real.train}
     if source is not None:
         images["synthetic"] = load_synthetic(
@@ -362,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         # card
         model_id = hub_target.repo_id if hub_target else output_dir.resolve().name
         sources = [(pretrained, "model", model_args.model_revision)]
-        sources.append((real.record.dataset_name, "dataset", real.record.dataset_revision))
+        sources.append((real.record.name, "dataset", real.record.dataset_revision))
         if source is not None:
             sources.append((source.name, "dataset", source.revision))
         licenses = read_licenses(sources, token)

@@ -1,16 +1,15 @@
 import pytest
 
 from utils.cli.errors import UserError
-from utils.data.prompts import DSI_TEMPLATE, check_template, prompt_nouns, render_prompt, token_text
-
-
-def test_prompt_nouns_lose_underscores_and_double_spaces():
-    assert prompt_nouns(["ankle_boot", "T-shirt/top", "red  fox"]) == ["ankle boot", "T-shirt/top", "red fox"]
-
-
-def test_prompt_nouns_that_collide_are_an_error():
-    with pytest.raises(UserError, match="apple pie"):
-        prompt_nouns(["apple_pie", "apple pie"])
+from utils.data.prompts import (
+    CLASSLESS_TEMPLATE,
+    DSI_TEMPLATE,
+    PLAIN_TEMPLATE,
+    check_template,
+    read_templates_file,
+    render_prompt,
+    token_text,
+)
 
 
 def test_render_prompt_writes_every_vector_of_the_token():
@@ -18,14 +17,58 @@ def test_render_prompt_writes_every_vector_of_the_token():
     assert prompt == "A bag photo in the style of <s> <s>_1 <s>_2"
 
 
+def test_check_template_takes_our_own():
+    check_template(DSI_TEMPLATE, needs_token=True)
+    check_template(PLAIN_TEMPLATE, needs_token=False)
+    check_template(CLASSLESS_TEMPLATE, needs_token=True, needs_class=False)
+
+
 @pytest.mark.parametrize(
-    ("template", "needs_token", "message"),
+    ("template", "needs", "message"),
     [
-        ("a photo in {token}", True, "no {class}"),
-        ("a {class}", True, "no {token}"),
-        ("a {class} in {token}", False, "there is no style token"),
+        ("a photo in {token}", {}, "--prompt_template 'a photo in {token}': has no {class}; .* '" + DSI_TEMPLATE),
+        ("a {class}", {}, "has no {token}; right is for example '" + DSI_TEMPLATE),
+        ("a {class} in {token}", {"needs_token": False}, "has {token}, but there is no style token"),
+        ("a photo", {"needs_token": False}, "has no {class}; right is for example '" + PLAIN_TEMPLATE),
+        ("a {klass} in {token}", {}, "has {klass}, which nothing fills"),
+        ("a {class} in {token} {}", {}, "has {}, which nothing fills"),
+        ("a {class} in {token}", {"needs_class": False}, "--include_class_name false: template .* has {class}"),
+        ("a photo", {"needs_class": False}, "has no {token}; right is for example '" + CLASSLESS_TEMPLATE),
+        ("a {class}", {"flag": "--prompt_templates"}, "--prompt_templates 'a {class}': has no {token}"),
     ],
 )
-def test_check_template_names_what_is_missing(template, needs_token, message):
+def test_check_template_names_what_is_wrong(template, needs, message):
     with pytest.raises(UserError, match=message):
-        check_template(template, needs_token)
+        check_template(template, **{"needs_token": True, **needs})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.txt", "# ours\na {class} in {token}\n\n  {token}: a {class}\n"),
+        ("t.json", '["a {class} in {token}", "{token}: a {class}"]'),
+        ("t.yaml", "- a {class} in {token}\n- '{token}: a {class}'\n"),
+    ],
+)
+def test_read_templates_file_gives_the_templates_in_order(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert read_templates_file(str(tmp_path / name)) == ["a {class} in {token}", "{token}: a {class}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.txt", "# nothing\n\n", "has no templates"),
+        ("t.yaml", "a: b", "must be a list of templates"),
+        ("t.yaml", "- a photo\n- {class}\n", r"template 2 \({'class': None}\): must be text, in YAML within quotes"),
+        ("t.json", '["a", " "]', r"template 2 \(' '\): must be text"),
+        ("t.json", "[", "is malformed"),
+        ("t.yaml", "- {class} in {token}", "is malformed"),
+    ],
+)
+def test_read_templates_file_names_file_and_entry(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"--prompt_templates_file {tmp_path}/{name}: {message}"):
+        read_templates_file(str(tmp_path / name))
+    with pytest.raises(UserError, match="--prompt_templates_file no.txt: cannot be read"):
+        read_templates_file("no.txt")

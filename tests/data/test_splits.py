@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from utils.data.splits import few_shot_indices, stratified_split
+from utils.data.splits import balanced_indices, few_shot_indices, stratified_split
 
 LABELS = np.repeat([0, 1, 2], [30, 50, 20])
 
@@ -32,3 +32,24 @@ def test_few_shot_indices_of_other_seeds_differ():
 def test_few_shot_indices_of_too_many_shots_raise_with_the_class():
     with pytest.raises(ValueError, match="label 2 has 20 images, 21"):
         few_shot_indices(LABELS, 21, 0)
+
+
+def test_balanced_indices_are_nested_and_balanced():
+    chosen = [set(balanced_indices(LABELS, number, 1)) for number in range(1, 101)]
+    for smaller, larger in zip(chosen, chosen[1:]):
+        assert smaller < larger
+    for number, indices in enumerate(chosen[:60], 1):
+        counts = np.bincount(LABELS[sorted(indices)], minlength=3)
+        assert counts.sum() == number
+        assert counts.max() - counts.min() <= 1
+    assert np.bincount(LABELS[sorted(chosen[74])]).tolist() == [28, 27, 20]  # the last class has no more
+
+
+def test_balanced_indices_of_k_for_each_class_are_those_of_k_shots():
+    for num_shots in (1, 4, 20):
+        expected = few_shot_indices(LABELS, num_shots, 7).tolist()
+        assert balanced_indices(LABELS, 3 * num_shots, 7).tolist() == expected
+
+
+def test_balanced_indices_of_more_than_there_are_take_all_in_order():
+    assert balanced_indices(LABELS, 1000, 0).tolist() == list(range(100))

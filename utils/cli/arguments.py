@@ -12,6 +12,13 @@ class RealDataArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "Real image set: a data set id on the Hub, or a local folder."}
     )
+    train_dir: str | None = field(
+        default=None,
+        metadata={"help": "In place of --dataset_name: a folder with a subfolder of images for each class."},
+    )
+    validation_dir: str | None = field(
+        default=None, metadata={"help": "Held-out images in class folders, as split 'validation'; needs --train_dir."}
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the data set on the Hub."}
@@ -34,6 +41,10 @@ class RealDataArguments:
     )
     few_shot_seed: int = field(
         default=0, metadata={"help": "Which images the shots are; the K-shot images are among the K+1-shot ones."}
+    )
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={"help": "Use at most so many training images, as many of each class; all when not given."},
     )
 
 

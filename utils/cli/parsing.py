@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -47,7 +47,7 @@ class ScriptArgumentParser(HfArgumentParser):
         )
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
-            raise UserError(f"{unknown[0]}: no such flag{_suggestion(unknown[0], flags)}; --help lists them.")
+            raise UserError(f"{unknown[0]}: no such flag{suggestion(unknown[0], flags)}; --help lists them.")
         return tuple(instances)
 
     def _apply_recipe(self, path: Path) -> None:
@@ -55,7 +55,7 @@ class ScriptArgumentParser(HfArgumentParser):
         defaults = {}
         for key, value in read_mapping(path, "recipe").items():
             if key not in actions:
-                raise UserError(f"{path}: key '{key}' is no flag of this script{_suggestion(key, list(actions))}.")
+                raise UserError(f"{path}: key '{key}' is no flag of this script{suggestion(key, list(actions))}.")
             defaults[key] = self._convert(path, key, value, actions[key])
             actions[key].required = False
         self.set_defaults(**defaults)
@@ -75,8 +75,9 @@ class ScriptArgumentParser(HfArgumentParser):
         return [converted] if action.nargs == "+" else converted
 
 
-def _suggestion(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """Return ', did you mean x?' for the known name that is closest, nothing where none is close."""
+    close = difflib.get_close_matches(str(name), known, n=1)
     return f", did you mean {close[0]}?" if close else ""
 
 
@@ -86,16 +87,49 @@ def read_mapping(path: Path, what: str) -> dict:
     Raises:
         UserError: the file is missing, malformed, or holds something else than a mapping.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        mapping = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"{path}: {what} cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: {what} is malformed: {error}") from None
+    mapping = read_yaml_or_json(path, f"{path}: {what}")
     if not isinstance(mapping, dict):
         raise UserError(f"{path}: {what} must be a mapping of names to values.")
     return mapping
+
+
+def read_yaml_or_json(path: Path, name: str) -> object:
+    """Return what a YAML or JSON file holds; messages begin with `name`.
+
+    Raises:
+        UserError: the file is missing or malformed.
+    """
+    text = read_text(path, name)
+    try:
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is also YAML's of the date 2020-13-01
+        raise UserError(f"{name} is malformed: {error}") from None
+
+
+def read_entries(path: Path, name: str) -> object:
+    """Return what a YAML or JSON file holds, or the lines of any other file without blank ones and # comments.
+
+    Raises:
+        UserError: the file is missing or malformed; the message begins with `name`.
+    """
+    if path.suffix in RECIPE_SUFFIXES:
+        return read_yaml_or_json(path, name)
+    lines = [line.strip() for line in read_text(path, name).splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def read_text(path: Path, name: str) -> str:
+    """Return the text of a UTF-8 file; messages begin with `name`.
+
+    Raises:
+        UserError: the file is missing, or no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{name} cannot be read (not UTF-8).") from None
 
 
 def require_positive(**values: float | None) -> None:
@@ -107,3 +141,14 @@ def require_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and value <= 0:
             raise UserError(f"--{name} {value}: must be above 0.")
+
+
+def require_not_negative(**values: float | None) -> None:
+    """Check that every given flag value is 0 or above (None passes).
+
+    Raises:
+        UserError: a value is below 0.
+    """
+    for name, value in values.items():
+        if value is not None and value < 0:
+            raise UserError(f"--{name} {value}: must be 0 or above.")

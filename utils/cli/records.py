@@ -22,7 +22,12 @@ BRIDGED_CONFIG = "bridged_config.json"
 RUN_CONFIG = "run_config.json"
 ALL_RESULTS = "all_results.json"
 
-NOT_OF_THE_RESULT = ("push_to_hub", "overwrite_output_dir")
+# options that may differ between two runs with the same result, beside those of publishing
+NOT_OF_THE_RESULT = (
+    "push_to_hub", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "checkpointing_steps",
+    "checkpoints_total_limit", "validation_steps", "report_to", "dataloader_num_workers", "latent_cache_dir",
+)  # fmt: skip
+STYLE_TOKEN_OPTIONS = ("placeholder_token", "initializer_token")  # no access tokens
 
 PACKAGES = ("torch", "torchvision", "transformers", "diffusers", "datasets", "accelerate", "huggingface_hub", "timm")
 
@@ -52,15 +57,26 @@ def read_record(path: str | Path) -> dict:
     return record
 
 
+def image_set_name(real_images: dict) -> str:
+    """Return what the real images of a record are called: their data set, else the folder of their class folders."""
+    return real_images.get("dataset_name") or real_images["train_dir"]
+
+
 def resolve_options(groups: Iterable) -> dict:
     """Return flag -> value of argument dataclasses, as JSON holds them, without access tokens."""
     resolved = {}
     for group in groups:
         values = group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
         resolved.update(
-            {key: value for key, value in values.items() if not key.endswith("token") or key == "placeholder_token"}
+            {key: value for key, value in values.items() if not key.endswith("token") or key in STYLE_TOKEN_OPTIONS}
         )
     return json.loads(json.dumps(resolved))
+
+
+def differing_options(before: dict, options: dict) -> list[str]:
+    """Return 'name was value' for every option on which a result depends and that was another before."""
+    names = [name for name in options if not name.startswith("hub_") and name not in NOT_OF_THE_RESULT]
+    return [f"{name} was {before.get(name)}" for name in names if before.get(name) != options[name]]
 
 
 def was_finished(output_dir: str | Path, record_name: str, what: str, options: dict, overwrite: bool) -> bool:
@@ -76,9 +92,7 @@ def was_finished(output_dir: str | Path, record_name: str, what: str, options: d
         raise UserError(f"--output_dir {folder}: is a file; name a folder.")
     if overwrite or not (folder / record_name).exists():
         return False
-    before = read_record(folder / RUN_CONFIG)["options"]
-    names = [name for name in options if not name.startswith("hub_") and name not in NOT_OF_THE_RESULT]
-    differing = [f"{name} was {before.get(name)}" for name in names if before.get(name) != options[name]]
+    differing = differing_options(read_record(folder / RUN_CONFIG)["options"], options)
     if differing:
         raise UserError(
             f"--output_dir {folder}: holds {what} made with other options ({'; '.join(differing)}); choose another "

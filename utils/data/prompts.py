@@ -1,36 +1,54 @@
-"""Prompts: class names into nouns, nouns and the style token into prompts. No torch."""
+"""Prompts: nouns and the style token into prompts. No torch."""
+
+import re
+from pathlib import Path
 
 from utils.cli.errors import UserError
+from utils.cli.parsing import read_entries
 
 DSI_TEMPLATE = "A {class} photo in the style of {token}"
+CLASSLESS_TEMPLATE = "A photo in the style of {token}"
 PLAIN_TEMPLATE = "A good photo of the {class}"
 
 
-def prompt_nouns(class_names: list[str]) -> list[str]:
-    """Return class names as they are written in prompts: underscores and runs of spaces become one space.
+def check_template(
+    template: str, *, needs_token: bool, needs_class: bool = True, flag: str = "--prompt_template"
+) -> None:
+    """Check that a template has `{class}` and `{token}` exactly where they are used, and no other placeholder.
 
     Raises:
-        UserError: two classes would get the same noun.
+        UserError: a place is missing, or is there and will not be filled; the message begins with `flag`.
     """
-    nouns = [" ".join(name.replace("_", " ").split()) for name in class_names]
-    doubles = sorted({noun for noun in nouns if nouns.count(noun) > 1})
-    if doubles:
-        raise UserError(f"class names {doubles}: several classes have this name in a prompt; rename them.")
-    return nouns
-
-
-def check_template(template: str, needs_token: bool) -> None:
-    """Check that a prompt template has `{class}`, and `{token}` exactly where a style token is used.
-
-    Raises:
-        UserError: a place is missing, or `{token}` is there without a style token.
-    """
-    if "{class}" not in template:
-        raise UserError(f"--prompt_template '{template}': has no {{class}}; right is for example '{DSI_TEMPLATE}'.")
-    if needs_token and "{token}" not in template:
-        raise UserError(f"--prompt_template '{template}': has no {{token}}; right is for example '{DSI_TEMPLATE}'.")
+    name = f"{flag} '{template}':"
+    right = PLAIN_TEMPLATE if not needs_token else DSI_TEMPLATE if needs_class else CLASSLESS_TEMPLATE
+    if not needs_class and "{class}" in template:
+        raise UserError(f"--include_class_name false: template '{template}' has {{class}}; right is '{right}'.")
     if not needs_token and "{token}" in template:
-        raise UserError(f"--prompt_template '{template}': has {{token}}, but there is no style token.")
+        raise UserError(f"{name} has {{token}}, but there is no style token.")
+    unknown = [place for place in re.findall(r"\{[^{}]*\}", template) if place not in ("{class}", "{token}")]
+    if unknown:
+        raise UserError(f"{name} has {unknown[0]}, which nothing fills; right is for example '{right}'.")
+    for place, is_needed in (("{class}", needs_class), ("{token}", needs_token)):
+        if is_needed and place not in template:
+            raise UserError(f"{name} has no {place}; right is for example '{right}'.")
+
+
+def read_templates_file(path: str) -> list[str]:
+    """Return the templates of a file: a YAML or JSON list by its suffix, or one a line.
+
+    Raises:
+        UserError: the file cannot be read, is no list, is empty, or has an entry that is no text.
+    """
+    flag = f"--prompt_templates_file {path}:"
+    templates = read_entries(Path(path), flag)
+    if not isinstance(templates, list):
+        raise UserError(f"{flag} must be a list of templates.")
+    if not templates:
+        raise UserError(f"{flag} has no templates.")
+    for number, template in enumerate(templates, 1):
+        if not isinstance(template, str) or not template.strip():
+            raise UserError(f"{flag} template {number} ({template!r}): must be text, in YAML within quotes.")
+    return templates
 
 
 def render_prompt(template: str, noun: str, token_text: str = "") -> str:

@@ -1,22 +1,37 @@
-"""The labelled real images: load, find columns, check, and split. The same images for every script and method."""
+"""The labelled real images: load, find columns, split and check. The same images for every script and method."""
 
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from io import BytesIO
 
 import numpy as np
+import PIL.ExifTags
+import PIL.Image
+import PIL.ImageOps
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets.utils.file_utils import xopen
 from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
-from utils.data.splits import few_shot_indices, stratified_split
+from utils.cli.records import image_set_name
+from utils.data.class_folders import load_class_folders
+from utils.data.images import to_rgb
+from utils.data.splits import balanced_indices, few_shot_indices, stratified_split
 from utils.hub.data_sets import load_data_set
 from utils.hub.repositories import open_source
+
+NUM_THREADS = min(16, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
 class RealImagesRecord:
     """What one needs to load the same images again; part of every step's record."""
 
-    dataset_name: str
+    dataset_name: str | None = None
+    train_dir: str | None = None
+    validation_dir: str | None = None
     dataset_config_name: str | None = None
     dataset_revision: str | None = None
     image_column_name: str | None = None
@@ -25,6 +40,11 @@ class RealImagesRecord:
     train_val_split: float = 0.1
     num_shots: int | None = None
     few_shot_seed: int = 0
+    max_train_samples: int | None = None
+
+    @property
+    def name(self) -> str:
+        return image_set_name(asdict(self))
 
     @classmethod
     def from_arguments(cls, arguments) -> "RealImagesRecord":
@@ -37,7 +57,7 @@ class RealImagesRecord:
 
 @dataclass(frozen=True)
 class RealImages:
-    """Splits with the columns `image` and `label`. `train` is the few-shot subset where shots were asked for.
+    """Splits with the columns `image` and `label`. `train` is a subset where one is asked for.
 
     `record` is resolved (columns found, commit pinned). `train_indices` are the rows of the train split that `train`
     holds: what a token or a classifier has seen.
@@ -81,19 +101,28 @@ def load_real_images(record: RealImagesRecord, token: str | None = None) -> Real
         kept, held_out = stratified_split(labels[indices], min(record.train_val_split * len(train) / len(indices), 0.5))
         validation = train.select(indices[held_out])
         indices = indices[kept]
-    if record.num_shots is not None:
-        try:
-            indices = indices[few_shot_indices(labels[indices], record.num_shots, record.few_shot_seed)]
-        except ValueError as error:
-            raise UserError(f"--num_shots {record.num_shots}: {error} in '{record.dataset_name}'.") from None
+    indices = indices[_training_subset(labels[indices], record)]
     return RealImages(train.select(indices), validation, test, class_names, record, indices)
 
 
+def _training_subset(labels: np.ndarray, record: RealImagesRecord) -> np.ndarray:
+    num_samples = len(labels) if record.max_train_samples is None else record.max_train_samples
+    if record.num_shots is not None:
+        try:
+            shots = few_shot_indices(labels, record.num_shots, record.few_shot_seed)
+        except ValueError as error:
+            raise UserError(f"--num_shots {record.num_shots}: {error} in '{record.name}'.") from None
+        num_samples = min(num_samples, len(shots))  # the shots are the first of the balanced order
+    return balanced_indices(labels, num_samples, record.few_shot_seed)
+
+
 def _load_splits(record: RealImagesRecord, token: str | None) -> tuple[DatasetDict, RealImagesRecord]:
+    if record.train_dir is not None:
+        return load_class_folders(record.train_dir, record.validation_dir), record
     source = open_source(record.dataset_name, "--dataset_name", "dataset", record.dataset_revision, token)
     splits = load_data_set(source, record.dataset_config_name)
     if record.train_split not in splits:
-        raise UserError(f"--train_split {record.train_split}: '{record.dataset_name}' has {', '.join(splits)}.")
+        raise UserError(f"--train_split {record.train_split}: '{record.name}' has {', '.join(splits)}.")
     return splits, replace(record, dataset_revision=source.revision)
 
 
@@ -106,14 +135,14 @@ def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str
     columns = ", ".join(features)
     for flag, name in (("image", record.image_column_name), ("label", record.label_column_name)):
         if name is not None and name not in features:
-            raise UserError(f"--{flag}_column_name {name}: not in '{record.dataset_name}'; columns are {columns}.")
+            raise UserError(f"--{flag}_column_name {name}: not in '{record.name}'; columns are {columns}.")
 
     def only(kind: type, flag: str) -> str:
         found = [name for name, feature in features.items() if isinstance(feature, kind)]
         if len(found) != 1:
             what = "no" if not found else "more than one"
             raise UserError(
-                f"--{flag}_column_name: '{record.dataset_name}' has {what} column of type {kind.__name__}; "
+                f"--{flag}_column_name: '{record.name}' has {what} column of type {kind.__name__}; "
                 f"name it, columns are {columns}."
             )
         return found[0]
@@ -136,7 +165,7 @@ def _standardise(splits: DatasetDict, record: RealImagesRecord) -> tuple[Dataset
         if missing:
             raise UserError(
                 f"--label_column_name {columns[1]}: {len(missing)} of {len(values)} images of split '{name}' of "
-                f"'{record.dataset_name}' have no label, the first in row {missing[0]}."
+                f"'{record.name}' have no label, the first in row {missing[0]}."
             )
     if not isinstance(train.features["label"], ClassLabel):
         names = sorted({str(label) for split in splits.values() for label in split["label"]})
@@ -147,15 +176,97 @@ def _standardise(splits: DatasetDict, record: RealImagesRecord) -> tuple[Dataset
     return splits, splits[record.train_split].features["label"].names
 
 
-def check_images(images: Dataset, what: str) -> None:
-    """Decode every image once, before any model loads.
+def inspect_images(
+    images: Dataset, what: str, rank: int = 0, num_parts: int = 1, show_progress: bool = True
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Decode the images of the rows `rank`, `rank + num_parts`, ... once, in threads.
+
+    Returns row -> SHA-256 of the encoded bytes for the good ones, and row -> what is wrong for the damaged ones.
+    """
+    encoded = images.select_columns("image").cast_column("image", Image(decode=False))
+    rows = range(rank, len(images), num_parts)
+    hashes, problems = {}, {}
+    with (
+        ThreadPoolExecutor(NUM_THREADS) as threads,
+        tqdm(
+            total=len(rows), desc=f"checking {what}", unit="image", leave=False, disable=not show_progress
+        ) as progress,
+    ):
+        # a piece at a time: `map` takes all that it is given, and these are the bytes of whole files
+        for start in range(0, len(rows), 8 * NUM_THREADS):
+            piece = rows[start : start + 8 * NUM_THREADS]
+            for row, (digest, problem) in zip(piece, threads.map(_inspect_image, encoded[piece]["image"])):
+                if problem is None:
+                    hashes[row] = digest
+                else:
+                    problems[row] = problem
+            progress.update(len(piece))
+    return hashes, problems
+
+
+def _inspect_image(encoded: dict | None) -> tuple[str | None, str | None]:
+    """Return the hash of an image's bytes, and what is wrong with the image."""
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
+        return None, "no image"
+    path, content = encoded["path"], encoded["bytes"]
+    try:
+        if content is None:
+            with xopen(path, "rb") as file:
+                content = file.read()
+        image = PIL.Image.open(BytesIO(content))
+        image.draft("RGB", (1, 1))  # a JPEG is decoded to an eighth of its size, which still reads all of its bytes
+        image.load()
+        if image.getexif().get(PIL.ExifTags.Base.Orientation) is not None:
+            PIL.ImageOps.exif_transpose(image)  # as `datasets` does, which stops at EXIF that `to_rgb` ignores
+        to_rgb(image)
+    except Exception as error:  # on damaged files Pillow raises nearly anything
+        reason = "no known image format" if isinstance(error, PIL.UnidentifiedImageError) else str(error)
+        return None, f"{reason or type(error).__name__}{f', file {path}' if path else ''}"
+    return hashlib.sha256(content).hexdigest(), None
+
+
+def refuse_damaged(
+    problems: dict[int, str], what: str, column: str = "image", rows: np.ndarray | None = None, can_skip: bool = False
+) -> None:
+    """Raise where `inspect_images` found damaged images among `what`.
+
+    `column` is the user's name of it, `rows` maps inspected rows to those of the user's split, `can_skip` says whether
+    the script has the flag --skip_bad_images.
 
     Raises:
-        UserError: an image is damaged; the message names its row and column.
+        UserError: there are damaged images; the message counts them and names the first.
     """
-    undecoded = images.cast_column("image", Image(decode=False))
-    for row in tqdm(range(len(undecoded)), desc=f"checking {what}", unit="image", leave=False):
-        try:
-            Image().decode_example(undecoded[row]["image"])
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{what}: row {row}, column 'image': damaged image ({error}).") from None
+    if not problems:
+        return
+    first = min(problems)
+    row = first if rows is None else rows[first]
+    raise UserError(
+        f"{what}: row {row}, column '{column}': damaged ({problems[first]}); damaged in all: {len(problems)}; repair "
+        f"or remove what is damaged{', or give --skip_bad_images' if can_skip else ''}."
+    )
+
+
+def check_images(images: Dataset, what: str, column: str = "image", rows: np.ndarray | None = None) -> None:
+    """Decode every image once, before any model loads; `column` and `rows` as in `refuse_damaged`.
+
+    Raises:
+        UserError: an image is damaged.
+    """
+    _, problems = inspect_images(images, what)
+    refuse_damaged(problems, what, column, rows)
+
+
+def drop_damaged(real_images: RealImages, problems: dict[int, str]) -> RealImages:
+    """Return the images without the rows of `train` that are in `problems`.
+
+    Raises:
+        UserError: a class has no other images.
+    """
+    train = real_images.train
+    kept = np.setdiff1d(np.arange(len(train)), list(problems))
+    labels = np.asarray(train["label"])
+    lost = np.setdiff1d(labels, labels[kept])
+    if lost.size:
+        names = ", ".join(real_images.class_names[label] for label in lost)
+        raise UserError(f"--skip_bad_images: all training images of {names} are damaged.")
+    return replace(real_images, train=train.select(kept), train_indices=real_images.train_indices[kept])

@@ -34,6 +34,18 @@ def few_shot_indices(labels: np.ndarray, num_shots: int, seed: int) -> np.ndarra
     return np.sort(np.concatenate(chosen))
 
 
+def balanced_indices(labels: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
+    """Return the sorted indices of `num_samples` images, taken from the classes in turn; all where there are fewer.
+
+    They are among those of any larger number, and K for each class are those of K shots. With fewer samples than
+    classes the last classes have none.
+    """
+    classes = [_shuffled_class(labels, label, seed) for label in np.unique(labels)]
+    turns = np.concatenate([np.arange(len(indices)) for indices in classes])
+    # a stable sort: the first image of every class, then the second of every class
+    return np.sort(np.concatenate(classes)[np.argsort(turns, kind="stable")][:num_samples])
+
+
 def _shuffled_class(labels: np.ndarray, label: int, seed: int) -> np.ndarray:
     indices = np.flatnonzero(labels == label)
     return np.random.default_rng([seed, int(label)]).permutation(indices)

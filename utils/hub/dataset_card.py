@@ -9,6 +9,7 @@ from datasets.splits import SplitDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from utils.cli.records import image_set_name
 from utils.hub.licenses import License, common_license, hub_ids
 from utils.hub.merged_card import save_card
 
@@ -53,6 +54,7 @@ def write_dataset_card(
         metadata,
         template_path=str(TEMPLATE),
         name=hub_id or output_dir.resolve().name,
+        real=image_set_name(record["real_images"]),
         record=record,
         prompts=prompts,
         num_redraws=num_redraws,

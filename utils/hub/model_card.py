@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from utils.cli.records import image_set_name
 from utils.hub.licenses import License, common_license, hub_ids
 from utils.hub.merged_card import save_card
 
@@ -35,7 +36,7 @@ def write_model_card(
     Raises:
         UserError: that card's metadata are malformed.
     """
-    real = config["real_images"]["dataset_name"]
+    real = image_set_name(config["real_images"])
     synthetic = config["synthetic_dataset"]["name"] if config["synthetic_dataset"] else None
     base_models = hub_ids(base_model)
     data = ModelCardData(
