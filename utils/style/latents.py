@@ -1,44 +1,242 @@
-"""The VAE's posteriors of all images, encoded once and kept in memory."""
+"""The VAE's posteriors of all images: encoded once, kept on disk in shards, read through a memory map."""
 
-from dataclasses import dataclass
+import hashlib
+import json
+import logging
+import os
+import platform
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 
+from utils.cli.errors import UserError
 from utils.data.images import centre_square, to_model_range
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
+FORMAT_VERSION = 1  # raised by every change of what is encoded or how it is written
+IMAGES_PER_SHARD = 256
+BATCH_SIZE = 16  # batches are cut within a shard: its bytes are the same whichever process encodes it
+# Half the disk of float32. Rounding to 1/2000 of a value is nothing beside the noise of training, and every standard
+# deviation fits: diffusers clamps the log variance to at most 20.
+DTYPE = torch.float16
+
+
+def latent_key(image_digests: Sequence[str], resolution: int, vae_identity: str, num_copies: int) -> str:
+    """Return a hash, 64 hex digits, of all that decides the latents; `image_digests` are of the images, in order."""
+    facts = [FORMAT_VERSION, IMAGES_PER_SHARD, resolution, vae_identity, num_copies, *image_digests]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
 class LatentCache:
-    """Posterior mean and standard deviation `(copies, images, channels, height, width)`; copy 1 is mirrored."""
+    """A folder of shards, each with the posteriors of `IMAGES_PER_SHARD` images, in their order.
 
-    mean: torch.Tensor
-    std: torch.Tensor
+    A shard is whole or absent, whatever dies and however many runs write at a time. Copy 0 is of the images as they
+    are, copy 1, where `num_copies` is 2, of the mirrored ones.
+    """
+
+    def __init__(
+        self, cache_dir: str | Path, image_digests: Sequence[str], resolution: int, vae_identity: str, num_copies: int
+    ):
+        self.folder = Path(cache_dir) / latent_key(image_digests, resolution, vae_identity, num_copies)
+        self.num_images = len(image_digests)
+        self.resolution = resolution
+        self.vae_identity = vae_identity
+        self.num_copies = num_copies
+
+    def missing_shards(self, rank: int = 0, num_parts: int = 1) -> list[int]:
+        """Return which of the shards `rank::num_parts` are absent or damaged, with a warning for a damaged one."""
+        missing = []
+        for number in range(self._num_shards)[rank::num_parts]:
+            is_there = os.path.exists(self._path(number))  # asked first: another run may write it any moment
+            if not self._is_whole(number):
+                missing.append(number)
+                if is_there:
+                    logger.warning("%s: damaged; its images are encoded again.", self._path(number))
+        return missing
+
+    @torch.no_grad()
+    def encode(self, vae, images: Dataset, shard_numbers: list[int], show_progress: bool) -> None:
+        """Encode the column `image`, centre-cropped, and write these shards.
+
+        A shard that another run is at is left to it, and looked at again in the end: that run may have died.
+
+        Raises:
+            UserError: the folder cannot be written, as when the disk is full; the latents are not finite.
+        """
+        assert len(images) == self.num_images
+        self._start_folder()
+        undecoded = images.cast_column("image", Image(decode=False))
+        total = sum(len(self._rows(number)) for number in shard_numbers)
+        with tqdm(total=total, desc="encoding images", unit="image", disable=not show_progress) as progress:
+            held = [n for n in shard_numbers if not self._encode_shard(n, vae, undecoded, progress, wait=False)]
+            for number in held:
+                progress.set_postfix_str("waiting for another run")
+                self._encode_shard(number, vae, undecoded, progress, wait=True)
+
+    def open(self) -> "Latents":
+        """Map all shards.
+
+        Raises:
+            RuntimeError: one is missing, or is no shard at all.
+        """
+        try:
+            return Latents([self._path(number) for number in range(self._num_shards)])
+        except (OSError, SafetensorError) as error:
+            raise RuntimeError(f"{self.folder}: a shard is missing ({error}); encode it first.") from error
 
     @property
-    def num_copies(self) -> int:
-        return self.mean.shape[0]
+    def _num_shards(self) -> int:
+        return len(range(0, self.num_images, IMAGES_PER_SHARD))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.safetensors"
+
+    def _rows(self, number: int) -> range:
+        return range(self.num_images)[number * IMAGES_PER_SHARD : (number + 1) * IMAGES_PER_SHARD]
+
+    def _start_folder(self) -> None:
+        """Make the folder, and write for a person who finds it what it is; nothing reads that."""
+        facts = {name: getattr(self, name) for name in ("num_images", "num_copies", "resolution", "vae_identity")}
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "latents.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    def _is_whole(self, number: int) -> bool:
+        try:
+            with safe_open(self._path(number), framework="pt") as file:
+                metadata, moments = file.metadata(), file.get_tensors()
+        except (OSError, SafetensorError):
+            return False
+        if {name: value.dtype for name, value in moments.items()} != {"mean": DTYPE, "std": DTYPE}:
+            return False
+        return metadata == {"sha256": self._digest(number, moments)}
+
+    def _digest(self, number: int, moments: dict[str, torch.Tensor]) -> str:
+        """Return a hash of a shard's place and contents, so that one of another place or shape is found, too."""
+        digest = hashlib.sha256(f"{self.folder.name} {number}".encode())
+        for name, value in sorted(moments.items()):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.numpy())
+        return digest.hexdigest()
+
+    def _encode_shard(self, number: int, vae, undecoded: Dataset, progress: tqdm, wait: bool) -> bool:
+        """Encode and write a shard unless it is whole; return False when another run holds it and we don't wait."""
+        try:
+            with self._writing():
+                lock = FileLock(self._hidden_path(number, "lock")).acquire(blocking=wait)
+        except Timeout:
+            return False
+        with lock:
+            if self._is_whole(number):
+                progress.update(len(self._rows(number)))
+            else:
+                batches = _load_batches(undecoded, self._rows(number), self.resolution)
+                self._write(number, _encode_batches(vae, batches, self.num_copies, progress))
+        return True
+
+    def _write(self, number: int, moments: dict[str, torch.Tensor]) -> None:
+        """Write a shard under a temporary name, flush it to disk and rename it; its lock is held."""
+        contents = save(moments, metadata={"sha256": self._digest(number, moments)})
+        # some shared disks lock within a machine only, so runs on two machines must not meet in one temporary
+        temporary = self._hidden_path(number, f"{platform.node()}.{uuid.uuid4().hex}.tmp")
+        with self._writing():
+            for leftover in self.folder.glob(self._hidden_path(number, f"{platform.node()}.*.tmp").name):
+                leftover.unlink()  # of a run on this machine that was killed, else it would hold the lock
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(contents)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self._path(number))
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def _hidden_path(self, number: int, ending: str) -> Path:
+        return self.folder / f".{self._path(number).stem}.{ending}"
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Timeout:
+            raise
+        except OSError as error:
+            raise UserError(
+                f"--latent_cache_dir {self.folder.parent}: cannot be written ({error.strerror}); free some space or "
+                "name another folder."
+            ) from error
+
+
+class Latents:
+    """The posteriors of a cache's images by index, mapped: pages that are not in use cost no memory."""
+
+    def __init__(self, shard_paths: list[Path]):
+        self._shard_paths = shard_paths
+        self._shards = [load_file(path) for path in shard_paths]
+        means = [shard["mean"] for shard in self._shards]
+        self.num_images = sum(mean.shape[1] for mean in means)
+        self.num_copies = means[0].shape[0]
+        self.latent_shape = tuple(means[0].shape[2:])
+
+    def __reduce__(self):
+        return Latents, (self._shard_paths,)  # else a spawned worker would be sent all latents
+
+    def mean(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return the unscaled posterior means `(batch, channels, height, width)` float32 of images not mirrored."""
+        return self._take("mean", indices, torch.zeros_like(indices))
 
     def sample(self, indices: torch.Tensor, copies: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Return unscaled latents `(batch, channels, height, width)` drawn with standard normal `noise`."""
-        return self.mean[copies, indices] + self.std[copies, indices] * noise
+        """Return unscaled latents `(batch, channels, height, width)` float32, drawn with standard normal `noise`."""
+        return self._take("mean", indices, copies) + self._take("std", indices, copies) * noise
+
+    def _take(self, name: str, indices: torch.Tensor, copies: torch.Tensor) -> torch.Tensor:
+        places = [divmod(index, IMAGES_PER_SHARD) for index in indices.tolist()]
+        rows = [self._shards[number][name][copy, row] for (number, row), copy in zip(places, copies.tolist())]
+        return torch.stack(rows).float()
 
 
-@torch.no_grad()
-def encode_latents(
-    vae, images: Dataset, resolution: int, *, random_flip: bool, show_progress: bool, batch_size: int = 16
-) -> LatentCache:
-    """Encode the column `image` of a data set, centre-cropped to `resolution` pixels, mirrored too if asked for."""
-    copies = 2 if random_flip else 1
-    means, stds = [[] for _ in range(copies)], [[] for _ in range(copies)]
-    starts = range(0, len(images), batch_size)
-    for start in tqdm(starts, desc="encoding images", unit="batch", disable=not show_progress):
-        batch = images[start : start + batch_size]["image"]
-        pixel_values = torch.from_numpy(to_model_range([centre_square(image, resolution) for image in batch]))
+def _load_batches(images: Dataset, rows: range, resolution: int) -> Iterator[torch.Tensor]:
+    """Yield `(batch, 3, height, width)` float32 in [-1, 1]; threads load the next batch while the VAE is at one."""
+
+    def load(image: dict) -> torch.Tensor:
+        square = centre_square(Image().decode_example(image), resolution)
+        return torch.from_numpy(to_model_range([square]))
+
+    with ThreadPoolExecutor(min(os.cpu_count(), 8)) as pool:
+        starts = range(0, len(rows), BATCH_SIZE)
+        # map starts its calls at once, the generator makes it only when asked: one batch is ahead
+        batches = (pool.map(load, images[rows[start : start + BATCH_SIZE]]["image"]) for start in starts)
+        current = next(batches)
+        for following in batches:
+            yield torch.cat(list(current))
+            current = following
+        yield torch.cat(list(current))
+
+
+def _encode_batches(vae, batches: Iterator[torch.Tensor], num_copies: int, progress: tqdm) -> dict[str, torch.Tensor]:
+    """Return `mean` and `std` of the posteriors, `(copies, images, channels, height, width)` on the CPU."""
+    moments = {"mean": [], "std": []}
+    for pixel_values in batches:
         pixel_values = pixel_values.to(vae.device, vae.dtype)
-        for copy in range(copies):
-            posterior = vae.encode(pixel_values.flip(-1) if copy else pixel_values).latent_dist
-            means[copy].append(posterior.mean.float().cpu())
-            stds[copy].append(posterior.std.float().cpu())
-    return LatentCache(*(torch.stack([torch.cat(copy) for copy in parts]) for parts in (means, stds)))
+        copies = [pixel_values, pixel_values.flip(-1)][:num_copies]
+        posteriors = [vae.encode(copy).latent_dist for copy in copies]
+        for name, parts in moments.items():
+            parts.append(torch.stack([getattr(posterior, name) for posterior in posteriors]).to("cpu", DTYPE))
+        progress.update(len(pixel_values))
+    moments = {name: torch.cat(parts, dim=1) for name, parts in moments.items()}
+    if not all(value.isfinite().all() for value in moments.values()):
+        raise UserError(
+            "--pretrained_model_name_or_path: its VAE gives latents that are not finite; its weights are damaged, or "
+            "do not work in this precision."
+        )  # else they would stay in the cache, for all later runs
+    return moments
