@@ -74,14 +74,10 @@ def real_images_dir(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_pipeline_dir(tmp_path_factory):
-    """A saved `StableDiffusionPipeline` of the real classes at tiny size: 32 pixels, random weights, v-prediction."""
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def save_tiny_tokenizer(folder):
+    """Return a `CLIPTokenizer` with the alphabet and one word, 'style', made from files in `folder`."""
+    from transformers import CLIPTokenizer
 
-    folder = tmp_path_factory.mktemp("models") / "tiny-pipeline"
     folder.mkdir()
     letters = list("abcdefghijklmnopqrstuvwxyz0123456789-_<>.,/")
     merges = [("s", "t"), ("st", "y"), ("sty", "l"), ("styl", "e</w>")]
@@ -89,24 +85,52 @@ def tiny_pipeline_dir(tmp_path_factory):
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
-    tokenizer = CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77)
-    torch.manual_seed(0)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2, projection_dim=16, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
+    return CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77)
+
+
+def tiny_text_config(tokenizer, **settings):
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        **{
+            "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "projection_dim": 16, "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, **settings,
+        }
     )  # fmt: skip
-    vae = AutoencoderKL(
+
+
+def tiny_vae():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, layers_per_block=1, sample_size=32,
     )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
-        attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+
+
+def tiny_unet(**settings):
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **settings,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_dir(tmp_path_factory):
+    """A saved `StableDiffusionPipeline` of the real classes at tiny size: 32 pixels, random weights, v-prediction."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-pipeline"
+    tokenizer = save_tiny_tokenizer(folder)
+    torch.manual_seed(0)
+    text_encoder = CLIPTextModel(tiny_text_config(tokenizer))
+    vae, unet = tiny_vae(), tiny_unet(cross_attention_dim=16)
     scheduler = DDIMScheduler(
         prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1, clip_sample=False
     )
@@ -116,3 +140,42 @@ def tiny_pipeline_dir(tmp_path_factory):
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_pipeline_dir(tmp_path_factory):
+    """A saved `StableDiffusionXLPipeline` of the real classes at tiny size: 32 pixels, random weights, epsilon.
+
+    Its second text encoder pools at the largest token id (`eos_token_id` 2), as that of the published model does.
+    """
+    import torch
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-xl-pipeline"
+    tokenizer = save_tiny_tokenizer(folder)
+    torch.manual_seed(0)
+    layers = {"num_hidden_layers": 2}
+    pipe = StableDiffusionXLPipeline(
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModel(tiny_text_config(tokenizer, **layers)),
+        text_encoder_2=CLIPTextModelWithProjection(
+            tiny_text_config(tokenizer, **layers, hidden_size=24, projection_dim=8, eos_token_id=2)
+        ),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=tiny_unet(
+            cross_attention_dim=40, addition_embed_type="text_time", addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=8 + 6 * 4,
+        ),
+        scheduler=EulerDiscreteScheduler(),
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def read_rows(folder) -> list:
+    """Return the learned rows `(num_vectors, dim)` of each text encoder in a token's folder."""
+    from utils.style.token import LEARNED_EMBEDS, load_learned_embeds
+
+    return load_learned_embeds(folder / LEARNED_EMBEDS)

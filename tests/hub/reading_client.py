@@ -20,11 +20,12 @@ def read_file(name: str, revision: str | None, token: str | None) -> dict:
 def read_base_model(name: str, revision: str | None, token: str | None) -> dict:
     import torch
 
-    from train_dsi import ModelArguments, load_components, open_base_model
+    from utils.style.base_models import open_base_model
 
-    source = open_base_model(ModelArguments(name, revision), token)
-    *_, unet, _ = load_components(source, torch.float32)
-    return {"commit": source.revision, "sample_size": unet.config.sample_size}
+    base_model = open_base_model(name, "--pretrained_model_name_or_path", revision, token)
+    base_model.load_tokenizers(), base_model.load_text_encoders(torch.float32), base_model.load_vae()
+    unet = base_model.load_unet(torch.float32)
+    return {"commit": base_model.source.revision, "sample_size": unet.config.sample_size}
 
 
 def read_token(name: str, revision: str | None, token: str | None) -> dict:

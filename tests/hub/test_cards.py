@@ -17,6 +17,7 @@ from utils.hub.licenses import License, common_license, hub_ids, read_license
 from utils.hub.merged_card import BEGIN, END
 from utils.hub.model_card import write_model_card
 from utils.hub.token_card import write_token_card
+from utils.style.base_models import BaseModel
 
 pytest_plugins = ["tests.transfer.fixtures"]
 
@@ -47,7 +48,9 @@ def write_style_card(folder, base_model="user/sd", real="user/cars"):
         "base_model": {"id": base_model, "revision": None}, "real_images": {"dataset_name": real}, "num_vectors": 1,
         "placeholder_token": "<style>", "max_train_steps": 3, "train_indices": [0], "prompt_nouns": ["car"],
         "prompt_templates": ["a {class} in {token}"],
-        "health": {**health, "loss_no_token": 1, "loss_untrained_token": 1, "loss_trained_token": 0.5},
+        "health": {
+            **health, "loss_no_token": 1, "loss_untrained_token": 1, "loss_trained_token": 0.5, "embeddings": [],
+        },
     }  # fmt: skip
     run = {"seconds": 1.0, "hardware": {"device": "cpu"}}
     write_token_card(folder, record, run, {base_model: MIT, real: UNKNOWN}, "the command")
@@ -290,7 +293,7 @@ def test_a_malformed_card_is_an_error_before_a_model_loads(outputs, commands, tm
         pytest.fail("a model was loaded")
 
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", fail)
-    monkeypatch.setattr(train_dsi, "load_components", fail)
+    monkeypatch.setattr(BaseModel, "load_unet", fail)
     monkeypatch.setattr(train_bridged, "load_images", fail)
     for name in ("style", "cars-syn", "cars-bridged"):
         script, argv = commands[str(outputs / name)]

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from utils.cli.records import image_set_name
 from utils.hub.licenses import License, common_license, hub_ids
 from utils.hub.merged_card import save_card
 
+STYLE_PICTURE = "style.png"
 TEMPLATE = Path(__file__).parent / "templates" / "token_card.md.jinja"
 
 
@@ -26,12 +28,13 @@ def write_token_card(
     Raises:
         UserError: that card's metadata are malformed.
     """
+    real = image_set_name(record["real_images"])
     base_models = hub_ids(record["base_model"]["id"])
     metadata = ModelCardData(
         **common_license([licenses[record["base_model"]["id"]]]).to_metadata(),
         base_model=base_models[0] if base_models else None,
         base_model_relation="adapter" if base_models else None,
-        datasets=hub_ids(record["real_images"]["dataset_name"]) or None,
+        datasets=hub_ids(real) or None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["textual_inversion", "dataset-style-inversion", "bridged-transfer"],
@@ -40,9 +43,11 @@ def write_token_card(
         metadata,
         template_path=str(TEMPLATE),
         name=hub_id or Path(output_dir).resolve().name,
+        real=real,
         record=record,
         run=run,
         licenses=licenses,
         command=command,
+        has_style_picture=(Path(output_dir) / STYLE_PICTURE).is_file(),
     )
     save_card(card, Path(output_dir) / "README.md")

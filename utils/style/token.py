@@ -3,34 +3,66 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils.cli.errors import UserError
 from utils.data.prompts import token_text
 
 LEARNED_EMBEDS = "learned_embeds.safetensors"
+XL_KEYS = ("clip_l", "clip_g")
 
 
-def add_placeholder_tokens(tokenizer, placeholder_token: str, num_vectors: int, initializer_token: str) -> int:
-    """Add the placeholder's tokens to `tokenizer`, named as `load_textual_inversion` does; return the initializer's id.
+def add_placeholder_tokens(
+    tokenizers: list, placeholder_token: str, num_vectors: int, initializer_token: str
+) -> list[int]:
+    """Add the placeholder's tokens to each tokenizer, named as `load_textual_inversion` does.
+
+    Return the initializer's id in each.
 
     Raises:
-        UserError: the placeholder is in the vocabulary already; the initializer is not exactly one token.
+        UserError: the placeholder is in the vocabulary already or not found in a prompt; the initializer is not
+            exactly one token.
     """
-    names = token_text(placeholder_token, num_vectors).split(" ")
-    taken = [name for name in names if name in tokenizer.get_vocab()]
-    if taken:
-        raise UserError(
-            f"--placeholder_token {placeholder_token}: the tokenizer has {taken[0]} already; choose another."
-        )
-    initializer_ids = tokenizer.encode(initializer_token, add_special_tokens=False)
-    if len(initializer_ids) != 1:
-        raise UserError(
-            f"--initializer_token {initializer_token}: is {len(initializer_ids)} tokens, must be one, such as 'style'."
-        )
-    tokenizer.add_tokens(names)
-    return initializer_ids[0]
+    names = [name for name in token_text(placeholder_token, num_vectors).split(" ") if name]
+    initializer_ids = []
+    for tokenizer in tokenizers:
+        taken = [name for name in names if name in tokenizer.get_vocab()]
+        if taken:
+            raise UserError(
+                f"--placeholder_token {placeholder_token}: the tokenizer has {taken[0]} already; choose another."
+            )
+        ids = tokenizer.encode(initializer_token, add_special_tokens=False)
+        if len(ids) != 1:
+            raise UserError(
+                f"--initializer_token {initializer_token}: is {len(ids)} tokens, must be one, such as 'style'."
+            )
+        tokenizer.add_tokens(names)
+        new_ids = list(range(len(tokenizer) - num_vectors, len(tokenizer)))
+        if tokenizer.encode(" ".join(names), add_special_tokens=False) != new_ids:
+            raise UserError(
+                f"--placeholder_token '{placeholder_token}': the tokenizer does not find it in a prompt; choose "
+                "something like '<my-style>', without spaces."
+            )
+        initializer_ids += ids
+    return initializer_ids
+
+
+def check_prompt_lengths(tokenizers: list, prompts: list[str]) -> None:
+    """Check that no prompt is cut: the style token is at its end.
+
+    Raises:
+        UserError: a prompt has more tokens than the text encoder takes.
+    """
+    for tokenizer in tokenizers:
+        for prompt in prompts:
+            length = len(tokenizer(prompt).input_ids)
+            if length > tokenizer.model_max_length:
+                kept = tokenizer.decode(tokenizer(prompt, truncation=True).input_ids, skip_special_tokens=True)
+                raise UserError(
+                    f"--prompt_templates: '{prompt}' is {length} tokens, the text encoder takes "
+                    f"{tokenizer.model_max_length} and would see '{kept}' only; shorten the template or the class name."
+                )
 
 
 class StyleTokenEmbedding(nn.Module):
@@ -71,15 +103,34 @@ def splice_style_token(
     return embedding
 
 
-def vocabulary_norm_quantile(embedding: StyleTokenEmbedding) -> tuple[float, float]:
-    """Return the token's mean row norm, and the share of the vocabulary's rows, in [0, 1], whose norm is smaller."""
-    norm = embedding.rows.detach().norm(dim=-1).mean()
-    vocabulary = embedding.table.weight.detach().float().norm(dim=-1)
-    return norm.item(), (vocabulary < norm.to(vocabulary.device)).float().mean().item()
+@torch.no_grad()
+def norm_in_vocabulary(embedding: StyleTokenEmbedding) -> dict:
+    """Return the token's mean row norm, the share of the vocabulary's rows whose norm is smaller, and their quantiles.
+
+    A norm far above all words' says that training has diverged.
+    """
+    vocabulary = embedding.table.weight.float().norm(dim=-1)
+    norm = embedding.rows.norm(dim=-1).mean()
+    quantiles = vocabulary.quantile(vocabulary.new_tensor([0.05, 0.5, 0.95]))
+    return {
+        "norm": round(norm.item(), 4),
+        "vocabulary_quantile": round((vocabulary < norm).float().mean().item(), 4),
+        "vocabulary_5_50_95": [round(value, 4) for value in quantiles.tolist()],
+    }
 
 
-def save_learned_embeds(output_dir: str | Path, placeholder_token: str, rows: torch.Tensor) -> Path:
-    """Write `{placeholder_token: (num_vectors, dim)}` float32, as `pipe.load_textual_inversion` takes it."""
+def save_learned_embeds(output_dir: str | Path, placeholder_token: str, rows: list[torch.Tensor]) -> Path:
+    """Write the rows `(num_vectors, dim)` of each text encoder as float32, for `pipe.load_textual_inversion`.
+
+    One encoder: `{placeholder_token: rows}`; both of Stable Diffusion XL: `{"clip_l": rows, "clip_g": rows}`.
+    """
     path = Path(output_dir) / LEARNED_EMBEDS
-    save_file({placeholder_token: rows.detach().float().cpu().contiguous()}, path)
+    names = [placeholder_token] if len(rows) == 1 else XL_KEYS
+    save_file({name: value.detach().float().cpu().contiguous() for name, value in zip(names, rows, strict=True)}, path)
     return path
+
+
+def load_learned_embeds(path: str | Path) -> list[torch.Tensor]:
+    """Return the rows that `save_learned_embeds` wrote, in the order of the text encoders."""
+    tensors = load_file(path)
+    return [tensors[name] for name in XL_KEYS] if XL_KEYS[0] in tensors else list(tensors.values())

@@ -8,8 +8,10 @@ from pathlib import Path
 from utils.cli.arguments import RealDataArguments
 from utils.cli.errors import UserError
 from utils.cli.records import DSI_CONFIG, read_record
-from utils.data.prompts import DSI_TEMPLATE, PLAIN_TEMPLATE, prompt_nouns
+from utils.data.class_names import prompt_nouns
+from utils.data.prompts import DSI_TEMPLATE, PLAIN_TEMPLATE
 from utils.hub.repositories import Source, open_source
+from utils.style.base_models import open_base_model
 
 LEARNED_EMBEDS = "learned_embeds.safetensors"
 TOKEN = "a style token of train_dsi.py"
@@ -77,7 +79,7 @@ def read_token_sources(
             class_names=record["class_names"],
             prompt_nouns=record["prompt_nouns"],
             real_images=record["real_images"],
-            prompt_template=record.get("prompt_templates", [DSI_TEMPLATE])[0] if use_style_token else PLAIN_TEMPLATE,
+            prompt_template=_class_template(record.get("prompt_templates", [])) if use_style_token else PLAIN_TEMPLATE,
             token=token if use_style_token else None,
             train_indices=record.get("train_indices") if use_style_token else None,
             resolution=record["resolution"],
@@ -100,8 +102,13 @@ def read_plain_sources(
     generator = open_generator(pretrained_model_name_or_path, "--pretrained_model_name_or_path", revision, hub_token)
     images = load_real_images(RealImagesRecord.from_arguments(real_data), hub_token)
     if not images.class_names:
-        raise UserError(f"--dataset_name {real_data.dataset_name}: its label column has no class names.")
+        raise UserError(f"--dataset_name {images.record.name}: its label column has no class names.")
     return Sources(generator, images.class_names, prompt_nouns(images.class_names), images.record.to_dict())
+
+
+def _class_template(templates: list[str]) -> str:
+    """Return the first of a token's templates that has a place for the class name, which images are drawn for."""
+    return next((template for template in templates if "{class}" in template), DSI_TEMPLATE)
 
 
 def open_generator(name: str, flag: str, revision: str | None, hub_token: str | None) -> Source:
@@ -110,12 +117,12 @@ def open_generator(name: str, flag: str, revision: str | None, hub_token: str | 
     Raises:
         UserError: it is neither folder nor repository, or another pipeline.
     """
-    source = open_source(name, flag, revision=revision, token=hub_token)
-    path = source.file("model_index.json", "a pipeline of diffusers")
-    pipeline_class = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
-    if pipeline_class != "StableDiffusionPipeline":
-        raise UserError(f"{flag} {name}: is a {pipeline_class}; only StableDiffusionPipeline is supported.")
-    return source
+    base_model = open_base_model(name, flag, revision, hub_token)
+    if base_model.is_xl:
+        raise UserError(
+            f"{flag} {name}: is a {base_model.pipeline_class}; images are drawn by Stable Diffusion 1.x/2.x."
+        )
+    return base_model.source
 
 
 def native_resolution(generator: Source) -> int:

@@ -1,0 +1,145 @@
+"""A token's training that is killed and resumed, on one process and on two, equals one that was left alone."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import read_rows
+from utils.cli.errors import UserError
+from utils.cli.records import read_record
+from utils.style import checkpoints
+
+pytest_plugins = ["tests.style.fixtures"]
+ROOT = Path(__file__).parent.parent
+FLAGS = {"max_train_steps": 7, "checkpointing_steps": 2, "gradient_accumulation_steps": 2, "lr_scheduler": "cosine"}
+# train_dsi.py, whose first process kills itself after a checkpoint; says what accelerate made of the launch
+CHILD = """
+import os, signal, sys
+from accelerate import PartialState
+import train_dsi
+from utils.style import checkpoints
+
+save_checkpoint = checkpoints.save_checkpoint
+
+def save_and_die(folder, progress, *args):
+    save_checkpoint(folder, progress, *args)
+    if str(progress.step) == os.environ.get("DIE_AT"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoints.save_checkpoint = save_and_die
+train_dsi.main(sys.argv[1:])
+print(PartialState().distributed_type.name, PartialState().num_processes, "processes")
+"""
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """Make the next call of a function, where a module has it, the last of its run."""
+
+    def kill(module, name: str, call: int) -> None:
+        original, calls = getattr(module, name), []
+
+        def die(*args, **kwargs):
+            calls.append(None)
+            if len(calls) == call:
+                monkeypatch.setattr(module, name, original)
+                raise Killed
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, die)
+
+    return kill
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "call", "left"),
+    [
+        ("train_dsi", "denoising_loss", 3, []),  # before the first checkpoint
+        ("train_dsi", "denoising_loss", 2 * 5 + 1, ["checkpoint-2", "checkpoint-4"]),  # in the middle of a step
+        ("utils.style.checkpoints", "write_record", 2, ["checkpoint-2"]),  # while a checkpoint is written
+        ("train_dsi", "write_records", 1, ["checkpoint-2", "checkpoint-4", "checkpoint-6"]),  # after the last step
+    ],
+)
+def test_a_killed_run_that_is_resumed_equals_one_that_was_left_alone(run_dsi, kill, module, name, call, left, tmp_path):
+    import importlib
+
+    whole = run_dsi(output_dir=tmp_path / "whole", **FLAGS)
+    kill(importlib.import_module(module), name, call)
+    with pytest.raises(Killed):
+        run_dsi(**FLAGS)
+    assert [path.name for path in sorted((tmp_path / "style").glob("checkpoint-*"))] == left
+    assert not (tmp_path / "style" / "dsi_config.json").exists()
+    resumed = run_dsi(resume_from_checkpoint="latest", **FLAGS)
+    assert resumed == whole  # health and every loss
+    assert torch.equal(*(read_rows(tmp_path / folder)[0] for folder in ("whole", "style")))
+
+
+def test_a_checkpoint_by_its_path_is_gone_on_from_in_another_folder(run_dsi, tmp_path):
+    run_dsi(output_dir=tmp_path / "whole", **FLAGS)
+    run_dsi(resume_from_checkpoint=tmp_path / "whole" / "checkpoint-4", **FLAGS)
+    assert torch.equal(*(read_rows(tmp_path / folder)[0] for folder in ("whole", "style")))
+    record = read_record(tmp_path / "whole" / "checkpoint-4" / checkpoints.STATE_RECORD)
+    assert record["progress"]["step"] == 4
+
+
+def test_an_unfinished_run_is_not_started_again_unasked(run_dsi, kill, tmp_path):
+    import train_dsi
+
+    kill(train_dsi, "denoising_loss", 2 * 3)
+    with pytest.raises(Killed):
+        run_dsi(**FLAGS)
+    with pytest.raises(UserError, match="holds checkpoint-2 of an unfinished run; give --resume_from_checkpoint"):
+        run_dsi(**FLAGS)
+    with pytest.raises(UserError, match="learning_rate was 0.1"):
+        run_dsi(**FLAGS | {"learning_rate": 0.2}, resume_from_checkpoint="latest")
+    run_dsi(**FLAGS | {"checkpointing_steps": 100}, overwrite_output_dir=True)
+    assert not list((tmp_path / "style").glob("checkpoint-*"))
+
+
+def launch(argv: list[str], tmp_path: Path, num_processes: int, **environment) -> subprocess.CompletedProcess:
+    """Run the child on CPU processes: `--multi_gpu` is how `accelerate launch` starts more than one of them."""
+    child = tmp_path / "child.py"
+    child.write_text(CHILD)
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    command = [accelerate, "launch", "--multi_gpu", "--num_processes", str(num_processes), "--num_machines", "1",
+               "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([*command, str(child), *argv], env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_give_the_same_token_as_one_and_resume_exactly(
+    run_dsi, tiny_pipeline_dir, real_images_dir, tmp_path
+):
+    """At the same images a step: two processes of 2 x 2 images, one process of 4 x 2."""
+    one = run_dsi(output_dir=tmp_path / "one", **FLAGS, train_batch_size=4)
+    flags = {
+        "pretrained_model_name_or_path": tiny_pipeline_dir, "dataset_name": real_images_dir, "learning_rate": 0.1,
+        "num_validation_images": 0, "latent_cache_dir": tmp_path / "latents-of-two", "train_batch_size": 2, **FLAGS,
+    }  # fmt: skip
+    argv = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+    whole = launch([*argv, "--output_dir", str(tmp_path / "two")], tmp_path, 2)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert re.findall(r"MULTI_CPU \d+ processes", whole.stdout) == ["MULTI_CPU 2 processes"] * 2
+    rows = {name: read_rows(tmp_path / name)[0] for name in ("one", "two")}
+    assert torch.allclose(rows["one"], rows["two"], atol=1e-3)  # steps of about 0.1
+    assert read_record(tmp_path / "two" / "dsi_config.json")["health"]["loss_trained_token"] == pytest.approx(
+        one["loss_trained_token"], abs=1e-4
+    )
+
+    argv += ["--output_dir", str(tmp_path / "killed")]
+    assert launch(argv, tmp_path, 2, DIE_AT="4").returncode != 0
+    assert not (tmp_path / "killed" / "dsi_config.json").exists()
+    with pytest.raises(UserError, match="8 images a step over all processes, this run has 4"):
+        run_dsi(**flags, output_dir=tmp_path / "killed", resume_from_checkpoint="latest")
+    resumed = launch([*argv, "--resume_from_checkpoint", "latest"], tmp_path, 2)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert torch.equal(read_rows(tmp_path / "killed")[0], rows["two"])
