@@ -247,6 +247,21 @@ def prepare_prompts(tokenizers: list, class_names: list[str], templates: list[st
     return nouns, PromptIds.tokenize(tokenizers, prompts, plain_prompts, device)
 
 
+def prepare_optimizer(rows: list, training_args: TrainingArguments) -> tuple:
+    """Return AdamW for the token's rows, and its learning rate schedule over the optimiser's steps."""
+    import torch
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.AdamW(rows, lr=training_args.learning_rate, weight_decay=0.0)
+    lr_scheduler = get_scheduler(
+        training_args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=training_args.lr_warmup_steps,
+        num_training_steps=training_args.max_train_steps,
+    )
+    return optimizer, lr_scheduler
+
+
 def prepare_unet(unet, training_args: TrainingArguments):
     """Return the U-Net as training calls it; `unet` itself stays what measuring and drawing call."""
     import torch
@@ -315,7 +330,6 @@ def main(argv: Sequence[str] | None = None) -> dict:
     # these take seconds to import: only once the arguments are known to be good
     import torch
     from accelerate.utils import set_seed
-    from diffusers.optimization import get_scheduler
 
     from utils.data.real_images import RealImagesRecord
     from utils.style.checkpoints import TrainingProgress, find_checkpoint, load_checkpoint, save_checkpoint
@@ -351,13 +365,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     unet = base_model.load_unet(weight_dtype).to(accelerator.device)
     text_encoders = base_model.load_text_encoders(weight_dtype)
     encoder = PromptEncoder(text_encoders, tokenizers, token_args.num_vectors, initializer_ids)
-    optimizer = torch.optim.AdamW(encoder.rows, lr=training_args.learning_rate, weight_decay=0.0)
-    lr_scheduler = get_scheduler(
-        training_args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=training_args.lr_warmup_steps,
-        num_training_steps=training_args.max_train_steps,
-    )
+    optimizer, lr_scheduler = prepare_optimizer(encoder.rows, training_args)
     prompt_encoder, optimizer = accelerator.prepare(encoder, optimizer)
     trained_unet = prepare_unet(unet, training_args)
 
@@ -384,8 +392,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     progress = TrainingProgress(options, prompt_ids.key(key), steps.images_per_step)
     if checkpoint is not None:
         progress = load_checkpoint(checkpoint, progress, encoder.rows, optimizer, lr_scheduler, accelerator.scaler)
-    elif accelerator.is_main_process:
-        start_token_folder(output_dir)
+    if accelerator.is_main_process:
+        start_token_folder(output_dir, keep_checkpoints=checkpoint is not None)
     accelerator.init_trackers("train_dsi", {name: str(value) for name, value in options.items()})
     loader = step_loader(
         steps, progress.step, training_args.max_train_steps, training_args.dataloader_num_workers,

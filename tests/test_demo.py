@@ -71,3 +71,15 @@ def test_a_style_token_moves_the_images_towards_the_real_ones(seed, in_root, tmp
     assert health["loss_trained_token"] < health["loss_no_token"]
     assert figures["true"][0] < 0.05 < 0.25 < figures["false"][0]
     assert figures["true"][1] < 0.10 < 0.25 < figures["false"][1]
+
+
+def test_the_token_lowers_the_loss_of_images_that_it_has_not_seen(in_root, tmp_path):
+    health = train_dsi.main(
+        ["--pretrained_model_name_or_path", "demo/generator", "--dataset_name", "demo/fashion-mnist",
+         "--initializer_token", "photo", "--max_train_samples", "50", "--max_train_steps", "40", "--train_batch_size",
+         "32", "--learning_rate", "1e-2", "--num_validation_images", "0", "--output_dir", str(tmp_path / "style")]
+    )  # fmt: skip
+    assert health["images"] == "validation images"
+    assert health["token_learned"]
+    assert health["loss_trained_token"] < 0.9 * health["loss_untrained_token"]
+    assert health["loss_trained_token"] < health["loss_no_token"]

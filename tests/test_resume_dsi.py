@@ -85,7 +85,7 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_left_alone(run_dsi, ki
 
 def test_a_checkpoint_by_its_path_is_gone_on_from_in_another_folder(run_dsi, tmp_path):
     run_dsi(output_dir=tmp_path / "whole", **FLAGS)
-    run_dsi(resume_from_checkpoint=tmp_path / "whole" / "checkpoint-4", **FLAGS)
+    run_dsi(resume_from_checkpoint=tmp_path / "whole" / "checkpoint-4", **FLAGS | {"checkpointing_steps": 100})
     assert torch.equal(*(read_rows(tmp_path / folder)[0] for folder in ("whole", "style")))
     record = read_record(tmp_path / "whole" / "checkpoint-4" / checkpoints.STATE_RECORD)
     assert record["progress"]["step"] == 4

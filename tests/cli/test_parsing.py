@@ -9,7 +9,7 @@ from utils.cli.parsing import ScriptArgumentParser, require_positive
 
 @dataclass
 class Arguments:
-    learning_rate: float = 1e-3
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak."})
     names: list[str] = field(default_factory=lambda: ["a"])
     flip: bool = True
     kind: Literal["x", "y"] = "x"
@@ -45,6 +45,16 @@ def test_a_bad_recipe_is_an_error_that_names_file_and_key(tmp_path, recipe, mess
         parse(str(path))
     assert str(path) in str(error.value)
     assert message in str(error.value)
+
+
+def test_help_has_the_docstring_as_written_and_each_flag_once():
+    text = ScriptArgumentParser(Arguments, description="First.\n\n    a command  --steps 3").format_help()
+    assert "First.\n\n    a command  --steps 3\n" in text
+    assert "  --learning_rate RATE" in text
+    assert "(default: 0.001)" in text
+    assert "--learning-rate" not in text
+    assert "default: None" not in text
+    assert "-h, --help" in text
 
 
 def test_a_missing_recipe_is_an_error():

@@ -16,6 +16,20 @@ from utils.cli.errors import UserError
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with a script's docstring as it is written, one spelling of each flag, and the defaults that are some."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        values = self._format_args(action, self._get_default_metavar_for_optional(action).rpartition("_")[2])
+        spellings = [option for option in action.option_strings if "-" not in option[2:]]
+        return f"{', '.join(spellings)} {values}".strip()
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class ScriptArgumentParser(HfArgumentParser):
     """`HfArgumentParser` without abbreviations, with recipes below flags, and with errors of one line."""
 
@@ -23,6 +37,7 @@ class ScriptArgumentParser(HfArgumentParser):
         super().__init__(
             dataclass_types,
             allow_abbrev=False,
+            formatter_class=HelpFormatter,
             usage="%(prog)s [recipe.yaml] [flags; recipe keys are flags]",
             **kwargs,
         )

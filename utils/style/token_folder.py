@@ -21,12 +21,12 @@ def checkpoint_folders(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def start_token_folder(output_dir: Path) -> None:
-    """Make the folder; remove checkpoints and the record of the token that is being replaced."""
+def start_token_folder(output_dir: Path, keep_checkpoints: bool) -> None:
+    """Make the folder, or remove what says that the token which is being replaced is finished."""
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in (DSI_CONFIG, STYLE_PICTURE):
         (output_dir / name).unlink(missing_ok=True)
-    for folder in checkpoint_folders(output_dir):
+    for folder in [] if keep_checkpoints else checkpoint_folders(output_dir):
         shutil.rmtree(folder)
 
 
