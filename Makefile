@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install test soak local-hub demo demo-full quality generator clean-demo
+.PHONY: help install test soak bench local-hub demo demo-full quality generator clean-demo
 
 help:
 	@echo "make install    .venv with everything (PYTHON=python3.12 to choose; 3.11 or newer)"
@@ -11,6 +11,7 @@ help:
 	@echo "make demo-full  the table of the README; as long as it takes, resumes when run again"
 	@echo "make test       the test suite"
 	@echo "make soak       the checks that take too long for it"
+	@echo "make bench      speed and memory of train_dsi.py (DIFFUSERS=<checkout> to compare), into benchmarks/train_dsi.md"
 	@echo "make local-hub  a Hugging Face Hub on this machine, to try --push_to_hub without network"
 	@echo "make quality    ruff: lint and format"
 	@echo "make generator  train the demo's generator again (about an hour; needs Debian's dataset-fashion-mnist)"
@@ -29,6 +30,15 @@ test: install
 
 soak: install
 	$(BIN)/python -m pytest -m soak
+
+bench: install
+	$(BIN)/python -m benchmarks.dsi_cache
+	$(BIN)/python -m benchmarks.dsi_memory
+ifdef DIFFUSERS
+	$(BIN)/python -m benchmarks.dsi_speed --diffusers $(DIFFUSERS)
+else
+	@echo "Left out: the speed beside diffusers' own script; make bench DIFFUSERS=<checkout of diffusers>."
+endif
 
 local-hub: install
 	$(BIN)/python -m tests.local_hub

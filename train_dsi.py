@@ -273,21 +273,25 @@ def prepare_unet(unet, training_args: TrainingArguments):
     return torch.compile(unet, backend=training_args.torch_compile_backend) if training_args.torch_compile else unet
 
 
-def denoising_loss(batch: dict, unet, noise_scheduler, prompt_encoder, prompt_ids, latent_scale, resolution: int):
-    """Return the loss of textual inversion (Gal et al. 2022) with prompts that name class and style token."""
+def denoising_loss(batch: dict, unet, dtype, noise_scheduler, prompt_encoder, prompt_ids, latent_scale, resolution):
+    """Return the loss of textual inversion (Gal et al. 2022) with prompts that name class and style token.
+
+    `dtype` is the U-Net's: to ask it, as for its device, takes milliseconds.
+    """
     from torch.nn import functional as F
 
     from utils.style.health import prediction_target
     from utils.style.prompt_encoder import encode_distinct, unet_arguments
 
+    device = prompt_ids.training.device
     latents, noise, timesteps = (
-        batch[name].to(unet.device, non_blocking=True) for name in ("latents", "noise", "timesteps")
+        batch[name].to(device, non_blocking=True) for name in ("latents", "noise", "timesteps")
     )
     latents = latents * latent_scale
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     conditioning = encode_distinct(prompt_encoder, prompt_ids, batch["templates"], batch["labels"])
-    arguments = unet_arguments(conditioning, resolution, unet.dtype)
-    model_pred = unet(noisy_latents.to(unet.dtype), timesteps, **arguments).sample
+    arguments = unet_arguments(conditioning, resolution, dtype)
+    model_pred = unet(noisy_latents.to(dtype), timesteps, **arguments).sample
     target = prediction_target(noise_scheduler, latents, noise, timesteps)
     return F.mse_loss(model_pred.float(), target.float())
 
@@ -408,8 +412,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         for part in micro_batches(batch, accumulation):
             with accelerator.accumulate(prompt_encoder):
                 loss = denoising_loss(
-                    part, trained_unet, noise_scheduler, prompt_encoder, prompt_ids, base_model.latent_scale, resolution
-                )
+                    part, trained_unet, weight_dtype, noise_scheduler, prompt_encoder, prompt_ids,
+                    base_model.latent_scale, resolution,
+                )  # fmt: skip
                 accelerator.backward(loss)
                 optimizer.step()
                 if accelerator.sync_gradients:

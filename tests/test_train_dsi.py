@@ -212,6 +212,10 @@ def test_a_damaged_image_is_an_error_or_left_out_and_counted(run_dsi, class_fold
     assert not (tmp_path / "style").exists()
     assert run_dsi(**flags, skip_bad_images=True)["num_skipped_images"] == 2
     assert "2 damaged images were left out" in capsys.readouterr().out
+    flags |= {"num_shots": 4, "skip_bad_images": True, "output_dir": tmp_path / "few"}
+    few = run_dsi(**flags)
+    seen = read_record(tmp_path / "few" / "dsi_config.json")["train_indices"]
+    assert few["num_images"] == len(seen) == 8 - few["num_skipped_images"]
 
 
 def test_prompts_come_from_files_and_class_names_are_corrected(run_dsi, monkeypatch, tmp_path):

@@ -53,6 +53,13 @@ def test_every_image_is_shown_once_an_epoch_and_in_another_order_in_the_next(lat
     assert np.bincount(steps[0]["labels"]).tolist() == [2, 2, 1]
 
 
+def test_every_image_of_a_step_has_noise_of_its_own(latents):
+    noise = make_steps(latents)[0]["noise"]
+    assert len({row.numpy().tobytes() for row in noise}) == 8
+    assert abs(noise.mean()) < 0.1
+    assert noise.std() == pytest.approx(1, abs=0.1)
+
+
 @pytest.mark.parametrize("num_parts", [2, 4])
 def test_the_parts_of_all_processes_are_the_whole_step(latents, num_parts):
     whole = make_steps(latents)[3]

@@ -47,23 +47,29 @@ def load_style_images(record: RealImagesRecord, skip_bad_images: bool, token: st
         UserError: what `load_real_images` raises; damaged images, where they are not to be skipped.
     """
     real = load_real_images(record, token)
+    column = real.record.image_column_name
     digests, problems = _inspect(real.train, "training images")
-    held_out, held_out_name = real.validation, "validation images"
-    if record.num_shots is not None or len(held_out) == 0:
-        held_out, held_out_name = real.train, "training images"
-    held_out_rows = np.random.default_rng(0).permutation(len(held_out))[:NUM_HELD_OUT_IMAGES]
-    held_out = held_out.select(held_out_rows)
-    held_out_digests, held_out_problems = _inspect(held_out, held_out_name)
     if not skip_bad_images:
-        column = real.record.image_column_name
         refuse_damaged(problems, "training images", column, real.train_indices, can_skip=True)
-        refuse_damaged(held_out_problems, held_out_name, column, held_out_rows, can_skip=True)
+    real = drop_damaged(real, problems)
+    digests = [digests[row] for row in sorted(digests)]
+    if record.num_shots is not None or len(real.validation) == 0:
+        rows = _some_rows(real.train)
+        held_out_digests = [digests[row] for row in rows]
+        return StyleImages(
+            real, digests, real.train.select(rows), held_out_digests, "training images", num_skipped=len(problems)
+        )
+    rows = _some_rows(real.validation)
+    held_out = real.validation.select(rows)
+    held_out_digests, held_out_problems = _inspect(held_out, "validation images")
+    if not skip_bad_images:
+        refuse_damaged(held_out_problems, "validation images", column, rows, can_skip=True)
     return StyleImages(
-        real=drop_damaged(real, problems),
-        digests=[digests[row] for row in sorted(digests)],
+        real=real,
+        digests=digests,
         held_out=held_out.select(sorted(held_out_digests)),
         held_out_digests=[held_out_digests[row] for row in sorted(held_out_digests)],
-        held_out_name=held_out_name,
+        held_out_name="validation images",
         num_skipped=len(problems) + len(held_out_problems),
     )
 
@@ -87,6 +93,10 @@ def load_latents(
         cache.encode(vae, images, missing, show_progress=state.is_local_main_process)
     state.wait_for_everyone()
     return cache.open(), cache.folder.name
+
+
+def _some_rows(images: Dataset) -> np.ndarray:
+    return np.random.default_rng(0).permutation(len(images))[:NUM_HELD_OUT_IMAGES]
 
 
 def _inspect(images: Dataset, what: str) -> tuple[dict[int, str], dict[int, str]]:

@@ -1,0 +1,98 @@
+"""Run a command as a child process and watch it: when its progress bars move, how much memory it holds."""
+
+import os
+import re
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+BAR = re.compile(r"([^\r\n:|]+): +\d+%\|[^|]*\| +(\d+)/(\d+) ")
+MEMORY_FIELDS = ("VmHWM", "RssAnon", "RssFile")
+SECONDS_BETWEEN_LOOKS = 0.05
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One drawing of a progress bar: the units done, and the seconds since the command's start."""
+
+    seconds: float
+    done: int
+
+
+@dataclass(frozen=True)
+class Child:
+    """A command that has ended; `peaks` in MiB by MEMORY_FIELDS and "device", `bars` by description and total."""
+
+    seconds: float
+    peaks: dict[str, float]
+    bars: dict[tuple[str, int], list[Tick]]
+
+    def units_per_second(self, description: str, total: int, first: int = 0, last: int | None = None) -> float:
+        """Return a bar's speed between its units `first` and `last` (the end)."""
+        ticks = self.bars[description, total]
+        # a bar may be drawn again when it is closed
+        start, end = (next(tick for tick in ticks if tick.done >= unit) for unit in (first, last or total))
+        return (end.done - start.done) / (end.seconds - start.seconds)
+
+
+def run_child(command: list[str], log_path: Path, environment: dict[str, str]) -> Child:
+    """Run `command` to its end, with `environment` on top of this process's; its output goes to a log.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    device_memory_before = device_memory()
+    peaks: dict[str, float] = {}
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | environment)
+    bars: dict[tuple[str, int], list[Tick]] = {}
+    reader = threading.Thread(target=read_bars, args=(process.stdout.fileno(), log_path, started, bars))
+    reader.start()
+    while process.poll() is None:
+        memory = tree_memory(process.pid) | {"device": device_memory() - device_memory_before}
+        peaks = {name: max(value, peaks.get(name, 0)) for name, value in memory.items()}
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    seconds = time.perf_counter() - started
+    reader.join()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit status {process.returncode}\n{log_path.read_text()[-3000:]}")
+    return Child(seconds, peaks, bars)
+
+
+def read_bars(descriptor: int, log_path: Path, started: float, bars: dict[tuple[str, int], list[Tick]]) -> None:
+    """Copy a pipe into a log until its end, and add every drawing of a tqdm bar to `bars` as it comes."""
+    with log_path.open("wb") as log:
+        # a bar is drawn by one short write, which a pipe hands on whole
+        while chunk := os.read(descriptor, 65536):
+            seconds = time.perf_counter() - started
+            log.write(chunk)
+            for description, done, total in BAR.findall(chunk.decode(errors="replace")):
+                bars.setdefault((description.strip(), int(total)), []).append(Tick(seconds, int(done)))
+
+
+def tree_memory(pid: int) -> dict[str, float]:
+    """Return MEMORY_FIELDS in MiB, summed over a process and its descendants; nothing of one that has just ended."""
+    memory = dict.fromkeys(MEMORY_FIELDS, 0.0)
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        children = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:
+        return memory
+    for name, kib in re.findall(rf"({'|'.join(MEMORY_FIELDS)}):\s+(\d+) kB", status):
+        memory[name] = int(kib) / 1024
+    for child in sum(children, []):
+        for name, value in tree_memory(int(child)).items():
+            memory[name] += value
+    return memory
+
+
+def device_memory() -> float:
+    """Return the GPU's memory in use by all processes, in MiB; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**20

@@ -1,0 +1,214 @@
+"""train_dsi.py beside diffusers' script for the same job, examples/textual_inversion/textual_inversion.py.
+
+    git clone --depth 1 --branch v0.42.1 https://github.com/huggingface/diffusers
+    python -m benchmarks.dsi_speed --diffusers diffusers
+
+Same weights, images, batch, precision and learning rate, in alternation, each run a process of its own. On a GPU the
+pipeline has the size of Stable Diffusion 1.5; on a CPU there are the demo's, and one scaled down in which the VAE has
+the same share. textual_inversion_sdxl.py is left out.
+"""
+
+import argparse
+import re
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.children import Child, run_child
+from benchmarks.commands import TRAINING_BAR, environment_of, our_command
+from benchmarks.image_sets import write_demo_images, write_flat_folder, write_textures
+from benchmarks.pipelines import SCALED, SD15, TINY, Cost, demo_cost, save_demo_pipeline, save_pipeline
+from benchmarks.report import format_table, show, write_section
+
+THEIR_SCRIPT = "examples/textual_inversion/textual_inversion.py"
+THEIR_BAR = "Steps"
+CLONE = "git clone --depth 1 --branch v0.42.1 https://github.com/huggingface/diffusers"
+LEARNING_RATE = 5e-4
+WARMUP_STEPS = 10  # train_dsi.py waits for a GPU at every tenth step only: there its bar tells the truth
+MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both scripts are run with; `flat_dir` has the training images of `parquet_dir`."""
+
+    name: str
+    pipeline_dir: Path
+    cost: Cost
+    parquet_dir: Path
+    flat_dir: Path
+    resolution: int
+    batch_size: int
+    measured_steps: int  # a multiple of 10
+    mixed_precision: str = "no"
+
+    @property
+    def num_steps(self) -> int:
+        return WARMUP_STEPS + self.measured_steps + 1
+
+    def samples_per_second(self, child: Child, bar: str) -> float:
+        """Return a run's speed after the warm-up, without the last step, in which train_dsi.py judges the token."""
+        return self.batch_size * child.units_per_second(bar, self.num_steps, WARMUP_STEPS, self.num_steps - 1)
+
+
+def cpu_cases(work_dir: Path) -> list[Case]:
+    # whole batches: a short last one would be counted as a whole one
+    demo_set = write_demo_images(work_dir / "demo-set", num_images=62 * 32)
+    scaled_set = write_textures(work_dir / "scaled-set", 64, SCALED.resolution)
+    return [
+        Case(
+            "The demo's pipeline, 32 px, batch 32, float32", save_demo_pipeline(work_dir / "demo"), demo_cost(),
+            demo_set, write_flat_folder(demo_set, work_dir / "demo-flat"), resolution=32, batch_size=32,
+            measured_steps=100,
+        ),
+        Case(
+            f"Stable Diffusion 1.5 scaled down, {SCALED.resolution} px, batch 8, float32",
+            save_pipeline(SCALED, work_dir / "scaled"), SCALED.cost(), scaled_set,
+            write_flat_folder(scaled_set, work_dir / "scaled-flat"), SCALED.resolution, batch_size=8,
+            measured_steps=20,
+        ),
+    ]  # fmt: skip
+
+
+def gpu_cases(work_dir: Path, small: bool) -> list[Case]:
+    shape, batch_sizes = (TINY, (2, 4)) if small else (SD15, (8, 16))
+    pipeline_dir, cost = save_pipeline(shape, work_dir / "pipeline"), shape.cost()
+    parquet_dir = write_textures(work_dir / "set", 64, shape.resolution)
+    flat_dir = write_flat_folder(parquet_dir, work_dir / "flat")
+    return [
+        Case(
+            f"Size of {'a test' if small else 'Stable Diffusion 1.5'}, {shape.resolution} px, batch {size}, bfloat16",
+            pipeline_dir, cost, parquet_dir, flat_dir, shape.resolution, size, measured_steps=50,
+            mixed_precision="bf16",
+        )
+        for size in batch_sizes
+    ]  # fmt: skip
+
+
+def ours(case: Case, work_dir: Path) -> list[str]:
+    return our_command(
+        case.pipeline_dir, case.parquet_dir, work_dir, resolution=case.resolution, train_batch_size=case.batch_size,
+        max_train_steps=case.num_steps, learning_rate=LEARNING_RATE, mixed_precision=case.mixed_precision,
+    )  # fmt: skip
+
+
+def theirs(script: Path, case: Case, work_dir: Path) -> list[str]:
+    flags = {
+        "pretrained_model_name_or_path": case.pipeline_dir, "train_data_dir": case.flat_dir, "repeats": 1,
+        "placeholder_token": "<dsi-style>", "initializer_token": "style", "learnable_property": "style",
+        "resolution": case.resolution, "train_batch_size": case.batch_size, "max_train_steps": case.num_steps,
+        "learning_rate": LEARNING_RATE, "lr_warmup_steps": 0, "mixed_precision": case.mixed_precision, "seed": 0,
+        "save_steps": 10**9, "checkpointing_steps": 10**9, "output_dir": work_dir / "theirs",
+        "report_to": "all",  # that are installed: it has no "none", and its default stops without tensorboard
+    }  # fmt: skip
+    return [sys.executable, str(script), *(f"--{name}={value}" for name, value in flags.items())]
+
+
+def matrix_rate(device: str, mixed_precision: str) -> float:
+    """Return the operations per second of a large matrix product, the median of several."""
+    size, dtype = MATRIX_SIZE[device], torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(12):
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def alternate(script: Path, case: Case, rounds: int, device: str) -> tuple[list[Child], list[Child], list[float]]:
+    """Run both scripts in turn; return our runs, their runs and the matrix rates. Each of our runs caches anew."""
+    our_runs, their_runs, rates = [], [], []
+    for number in range(rounds):
+        rates.append(matrix_rate(device, case.mixed_precision))
+        with tempfile.TemporaryDirectory() as folder:
+            work_dir = Path(folder)
+            environment = environment_of(work_dir, device)
+            our_runs.append(run_child(ours(case, work_dir), work_dir / "ours.log", environment))
+            their_runs.append(run_child(theirs(script, case, work_dir), work_dir / "theirs.log", environment))
+        print(
+            f"{case.name}, round {number + 1} of {rounds}: "
+            f"{case.samples_per_second(our_runs[-1], TRAINING_BAR):.1f} and "
+            f"{case.samples_per_second(their_runs[-1], THEIR_BAR):.1f} samples/s",
+            flush=True,
+        )
+    return our_runs, their_runs, rates
+
+
+def median_row(name: str, runs: list[Child], speeds: list[float], operations: int, rate: float) -> dict[str, str]:
+    """Return a table's row: medians over the runs of a script that computes `operations` for a sample."""
+    speed = statistics.median(speeds)
+    peaks = {name: statistics.median(run.peaks[name] for run in runs) / 1024 for name in runs[0].peaks}
+    on_gpu = {"GPU memory, GiB": f"{peaks['device']:.1f}"} if peaks["device"] else {}
+    return {
+        "": name,
+        "samples/s": f"{speed:.1f}",
+        "whole command, s": f"{statistics.median(run.seconds for run in runs):.0f}",
+        "memory, GiB": f"{peaks['VmHWM']:.2f}",
+        **on_gpu,
+        "GFLOP a sample": f"{operations / 1e9:,.2f}",
+        "TFLOP/s": f"{speed * operations / 1e12:.3g}",
+        "of the matrix rate": f"{speed * operations / rate:.0%}",
+    }
+
+
+def compare(script: Path, case: Case, rounds: int, device: str) -> str:
+    """Measure a case; return its part of the report."""
+    our_runs, their_runs, rates = alternate(script, case, rounds, device)
+    our_speeds = [case.samples_per_second(run, TRAINING_BAR) for run in our_runs]
+    their_speeds = [case.samples_per_second(run, THEIR_BAR) for run in their_runs]
+    ratios = [our_speed / their_speed for our_speed, their_speed in zip(our_speeds, their_speeds)]
+    rate = statistics.median(rates)
+    rows = [
+        median_row("`train_dsi.py`", our_runs, our_speeds, case.cost.unet, rate),
+        median_row("diffusers", their_runs, their_speeds, case.cost.unet + case.cost.vae_encode, rate),
+    ]
+    return (
+        f"**{case.name}: {statistics.median(ratios):.2f} times diffusers' samples/s** (in single rounds "
+        f"{min(ratios):.2f} to {max(ratios):.2f}). The VAE's operations are {case.cost.vae_share:.3f} of the U-Net's; "
+        f"a large matrix product reaches {rate / 1e12:.3g} TFLOP/s here.\n\n{format_table(rows)}"
+    )
+
+
+def describe_method(script: Path, rounds: int, device: str) -> str:
+    version = re.search(r'check_min_version\("(.+)"\)', script.read_text())[1]
+    threads = ", on one CPU thread as under `accelerate launch`" if device == "cpu" else ""
+    return (
+        f"Against `textual_inversion.py` of diffusers {version}, unmodified; `textual_inversion_sdxl.py` is left out. "
+        f"Medians of {rounds} alternating rounds{threads}. Samples/s are those of the steps after the warm-up; the "
+        "whole command includes starting, for ours also caching all latents and judging the token. Memory is VmHWM. "
+        "Operations (U-Net forward and backward to the text embedding, encoding by the VAE) are counted; in Stable "
+        f"Diffusion 1.5 at {SD15.resolution} px those of the VAE are {SD15.cost().vae_share:.3f} of the U-Net's."
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--diffusers", type=Path, default=Path("diffusers"), help="checkout of diffusers' repository")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each script")
+    parser.add_argument("--device", choices=MATRIX_SIZE, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--small", action="store_true", help="try the GPU's cases at small size; nothing is written")
+    args = parser.parse_args()
+    script = args.diffusers / THEIR_SCRIPT
+    if not script.exists():
+        parser.error(f"--diffusers {args.diffusers}: has no {THEIR_SCRIPT}; get it with: {CLONE}")
+    if args.device == "cpu":
+        torch.set_num_threads(1)  # as the scripts have
+    with tempfile.TemporaryDirectory() as work_dir:
+        on_gpu = args.small or args.device == "cuda"
+        cases = gpu_cases(Path(work_dir), args.small) if on_gpu else cpu_cases(Path(work_dir))
+        parts = [compare(script, case, args.rounds, args.device) for case in cases]
+    title = f"Speed beside diffusers, on a {'GPU' if args.device == 'cuda' else 'CPU'}"
+    body = "\n\n".join([describe_method(script, args.rounds, args.device), *parts])
+    show(title, body)
+    if not args.small:
+        write_section(title, body)
+
+
+if __name__ == "__main__":
+    main()

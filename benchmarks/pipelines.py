@@ -1,0 +1,136 @@
+"""Stable Diffusion pipelines to measure with: random weights of the real classes, and the demo's own."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+DEMO_DIR = Path(__file__).parents[1] / "demo" / "generator"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating point operations for one image; the text encoder's one percent is left out."""
+
+    vae_encode: int
+    unet: int  # forward, and backward to the text embedding with frozen weights
+
+    @property
+    def vae_share(self) -> float:
+        """Encoding by the VAE as a part of what the U-Net takes."""
+        return self.vae_encode / self.unet
+
+
+def count_cost(unet: UNet2DConditionModel, vae: AutoencoderKL, prompt_length: int) -> Cost:
+    """Count the operations of a training step; on the meta device nothing is computed."""
+    images = torch.empty(1, 3, vae.config.sample_size, vae.config.sample_size)
+    latents = torch.empty(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    embeddings = torch.empty(1, prompt_length, unet.config.cross_attention_dim, requires_grad=True)
+    with FlopCounterMode(display=False) as vae_counter, torch.no_grad():
+        vae.encode(images)
+    with FlopCounterMode(display=False) as unet_counter:
+        unet.requires_grad_(False)(latents, torch.zeros(1, dtype=torch.long), embeddings).sample.sum().backward()
+    return Cost(vae_counter.get_total_flops(), unet_counter.get_total_flops())
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths and sizes of a pipeline; kinds and number of layers are those of Stable Diffusion 1.5."""
+
+    resolution: int
+    unet_widths: tuple[int, ...]
+    vae_widths: tuple[int, ...]
+    norm_num_groups: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    prompt_length: int
+    vocabulary: int | None = None  # the demo tokenizer's own
+
+    def cost(self) -> Cost:
+        with torch.device("meta"):
+            return count_cost(self.build_unet(), self.build_vae(), self.prompt_length)
+
+    def build_unet(self) -> UNet2DConditionModel:
+        num_crossed = len(self.unet_widths) - 1
+        return UNet2DConditionModel(
+            sample_size=self.resolution // 2 ** (len(self.vae_widths) - 1), block_out_channels=self.unet_widths,
+            down_block_types=("CrossAttnDownBlock2D",) * num_crossed + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * num_crossed,
+            norm_num_groups=self.norm_num_groups, cross_attention_dim=self.text_width,
+        )  # fmt: skip
+
+    def build_vae(self) -> AutoencoderKL:
+        num_blocks = len(self.vae_widths)
+        return AutoencoderKL(
+            sample_size=self.resolution, block_out_channels=self.vae_widths, layers_per_block=2,
+            down_block_types=("DownEncoderBlock2D",) * num_blocks, up_block_types=("UpDecoderBlock2D",) * num_blocks,
+            norm_num_groups=self.norm_num_groups,
+        )  # fmt: skip
+
+    def build_text_encoder(self, tokenizer) -> CLIPTextModel:
+        return CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer), hidden_size=self.text_width, intermediate_size=4 * self.text_width,
+                num_hidden_layers=self.text_layers, num_attention_heads=self.text_heads,
+                max_position_embeddings=self.prompt_length, bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            )
+        )  # fmt: skip
+
+
+SD15 = Shape(
+    512, (320, 640, 1280, 1280), (128, 256, 512, 512), norm_num_groups=32, text_width=768, text_layers=12,
+    text_heads=12, prompt_length=77, vocabulary=49408,
+)  # fmt: skip
+# a step of about a second on two CPU cores, of which the VAE has the same share as in Stable Diffusion 1.5
+SCALED = Shape(
+    128, (96, 192, 384, 384), (32, 80, 144, 144), norm_num_groups=16, text_width=128, text_layers=4, text_heads=4,
+    prompt_length=24,
+)  # fmt: skip
+TINY = Shape(32, (16, 32), (8, 16), norm_num_groups=8, text_width=32, text_layers=1, text_heads=2, prompt_length=24)
+
+
+def save_pipeline(shape: Shape, folder: Path) -> Path:
+    """Write a pipeline of random float32 weights, always the same ones."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(shape, folder)
+    StableDiffusionPipeline(
+        vae=shape.build_vae(), unet=shape.build_unet(), text_encoder=shape.build_text_encoder(tokenizer),
+        tokenizer=tokenizer, scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def load_tokenizer(shape: Shape, folder: Path) -> CLIPTokenizer:
+    """Return the demo's tokenizer, its vocabulary padded with words that no prompt has; `folder` is written to."""
+    definition = json.loads((DEMO_DIR / "tokenizer" / "tokenizer.json").read_text())
+    words = definition["model"]["vocab"]
+    words |= {f"unused{number}": number for number in range(len(words), shape.vocabulary or 0)}
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    options = json.loads((DEMO_DIR / "tokenizer" / "tokenizer_config.json").read_text())
+    options |= {"model_max_length": shape.prompt_length, "max_length": shape.prompt_length}
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def save_demo_pipeline(folder: Path) -> Path:
+    """Write the demo's generator in float32: diffusers' script would train a text encoder saved in fp16 in fp16."""
+    StableDiffusionPipeline.from_pretrained(DEMO_DIR, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def demo_cost() -> Cost:
+    with torch.device("meta"):
+        unet, vae = (
+            kind.from_config(kind.load_config(DEMO_DIR, subfolder=folder))
+            for kind, folder in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
+        )
+        text_config = CLIPTextConfig.from_pretrained(DEMO_DIR, subfolder="text_encoder")
+        return count_cost(unet, vae, text_config.max_position_embeddings)

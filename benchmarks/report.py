@@ -1,0 +1,51 @@
+"""`benchmarks/train_dsi.md`: a section for each benchmark, replaced when it is run again."""
+
+import os
+import re
+import shlex
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+
+from utils.cli.records import package_versions
+
+REPORT = Path(__file__).with_name("train_dsi.md")
+INTRO = "# Speed and memory of train_dsi.py\n\nWritten by `make bench`; every figure is measured, none typed in.\n"
+
+
+def format_table(rows: list[dict[str, str]]) -> str:
+    """Return a markdown table of rows with the same keys, its column titles."""
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def describe_run() -> str:
+    """Return this process's command, machine, package versions and date, as a line of markdown."""
+    script = Path(sys.argv[0]).stem
+    command = shlex.join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]])
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    return f"`{command}`, {date.today()}, on {name_machine()}; {versions}."
+
+
+def name_machine() -> str:
+    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    machine = f"{len(os.sched_getaffinity(0))} cores of {cpu}"
+    return f"{torch.cuda.get_device_name()} and {machine}" if torch.cuda.is_available() else machine
+
+
+def show(title: str, body: str) -> None:
+    """Print a section."""
+    Console(width=120).print(Markdown(f"## {title}\n\n{body}"))
+
+
+def write_section(title: str, body: str) -> None:
+    """Put a section into the report, in the place of one with the same title."""
+    report = REPORT.read_text() if REPORT.exists() else INTRO
+    _, *sections = report.split("\n## ")
+    by_title = {section.partition("\n")[0]: section for section in sections}
+    by_title[title] = f"{title}\n\n{body}\n\n{describe_run()}\n"
+    REPORT.write_text("\n## ".join([INTRO, *by_title.values()]))
