@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig
 
 from benchmarks.children import Child, run_child
 from benchmarks.commands import TRAINING_BAR, environment_of, our_command
@@ -121,11 +123,41 @@ def matrix_rate(device: str, mixed_precision: str) -> float:
     return 2 * size**3 / statistics.median(seconds)
 
 
-def alternate(script: Path, case: Case, rounds: int, device: str) -> tuple[list[Child], list[Child], list[float]]:
-    """Run both scripts in turn; return our runs, their runs and the matrix rates. Each of our runs caches anew."""
-    our_runs, their_runs, rates = [], [], []
+def unet_alone(case: Case, device: str) -> float:
+    """Return the samples/s of the U-Net's forward and backward pass: more than anything that trains through it has."""
+    options = {"device": device, "dtype": torch.bfloat16 if case.mixed_precision == "bf16" else torch.float32}
+    unet = UNet2DConditionModel.from_pretrained(case.pipeline_dir, subfolder="unet").to(**options).requires_grad_(False)
+    text_config = CLIPTextConfig.from_pretrained(case.pipeline_dir, subfolder="text_encoder")
+    config, batch = unet.config, case.batch_size
+    latents = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size, **options)
+    prompts = torch.randn(
+        batch, text_config.max_position_embeddings, config.cross_attention_dim, requires_grad=True, **options
+    )
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        unet(latents, 500, prompts).sample.square().mean().backward()
+        prompts.grad.sum().item()  # waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    return batch / statistics.median(seconds)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Both scripts' runs, and of each round the rates of the U-Net alone and of a large matrix product."""
+
+    our_runs: list[Child]
+    their_runs: list[Child]
+    unet_rates: list[float]
+    matrix_rates: list[float]
+
+
+def alternate(script: Path, case: Case, rounds: int, device: str) -> Measured:
+    """Run both scripts in turn. Each of our runs caches anew."""
+    our_runs, their_runs, unet_rates, rates = [], [], [], []
     for number in range(rounds):
         rates.append(matrix_rate(device, case.mixed_precision))
+        unet_rates.append(unet_alone(case, device))
         with tempfile.TemporaryDirectory() as folder:
             work_dir = Path(folder)
             environment = environment_of(work_dir, device)
@@ -137,7 +169,7 @@ def alternate(script: Path, case: Case, rounds: int, device: str) -> tuple[list[
             f"{case.samples_per_second(their_runs[-1], THEIR_BAR):.1f} samples/s",
             flush=True,
         )
-    return our_runs, their_runs, rates
+    return Measured(our_runs, their_runs, unet_rates, rates)
 
 
 def median_row(name: str, runs: list[Child], speeds: list[float], operations: int, rate: float) -> dict[str, str]:
@@ -159,19 +191,22 @@ def median_row(name: str, runs: list[Child], speeds: list[float], operations: in
 
 def compare(script: Path, case: Case, rounds: int, device: str) -> str:
     """Measure a case; return its part of the report."""
-    our_runs, their_runs, rates = alternate(script, case, rounds, device)
-    our_speeds = [case.samples_per_second(run, TRAINING_BAR) for run in our_runs]
-    their_speeds = [case.samples_per_second(run, THEIR_BAR) for run in their_runs]
+    measured = alternate(script, case, rounds, device)
+    our_speeds = [case.samples_per_second(run, TRAINING_BAR) for run in measured.our_runs]
+    their_speeds = [case.samples_per_second(run, THEIR_BAR) for run in measured.their_runs]
     ratios = [our_speed / their_speed for our_speed, their_speed in zip(our_speeds, their_speeds)]
-    rate = statistics.median(rates)
+    rate, unet_rate = statistics.median(measured.matrix_rates), statistics.median(measured.unet_rates)
     rows = [
-        median_row("`train_dsi.py`", our_runs, our_speeds, case.cost.unet, rate),
-        median_row("diffusers", their_runs, their_speeds, case.cost.unet + case.cost.vae_encode, rate),
+        median_row("`train_dsi.py`", measured.our_runs, our_speeds, case.cost.unet, rate),
+        median_row("diffusers", measured.their_runs, their_speeds, case.cost.unet + case.cost.vae_encode, rate),
     ]
+    bound = unet_rate / statistics.median(their_speeds)
     return (
         f"**{case.name}: {statistics.median(ratios):.2f} times diffusers' samples/s** (in single rounds "
         f"{min(ratios):.2f} to {max(ratios):.2f}). The VAE's operations are {case.cost.vae_share:.3f} of the U-Net's; "
-        f"a large matrix product reaches {rate / 1e12:.3g} TFLOP/s here.\n\n{format_table(rows)}"
+        f"a large matrix product reaches {rate / 1e12:.3g} TFLOP/s here. The U-Net alone, forward and backward, does "
+        f"{unet_rate:.1f} samples/s: no trainer that goes through it can be more than {bound:.2f} times diffusers'."
+        f"\n\n{format_table(rows)}"
     )
 
 
