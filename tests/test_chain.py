@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.conftest import CLASS_NAMES
+import generate_synthetic
+import train_bridged
+import train_dsi
+from tests.conftest import CLASS_NAMES, draw_image
 from tests.hub.fault_sweep import LEFT_OUT
 
 pytest_plugins = ["tests.transfer.fixtures", "tests.local_hub.fixtures"]
@@ -91,3 +95,29 @@ def check_repositories(hub) -> None:
         names = [name for name in repo.files() if not name.startswith("unet/")]
         assert not [name for name in names if name in LEFT_OUT or name.startswith(("stage", "checkpoint"))]
         assert not [name for name, content in repo.files().items() if TOKEN.encode() in content]
+
+
+def test_class_folders_go_through_all_three_steps(tiny_pipeline_dir, classifiers, tmp_path):
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("tabby cat", "poodle")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(10):
+            draw_image(label, rng).save(tmp_path / "photos" / name / f"{number}.png")
+    style, images, model = (str(tmp_path / name) for name in ("style", "images", "model"))
+    train_dsi.main(
+        ["--train_dir", str(tmp_path / "photos"), "--pretrained_model_name_or_path", str(tiny_pipeline_dir),
+         "--output_dir", style, "--max_train_steps", "2", "--num_validation_images", "0", "--num_shots", "4"]
+    )  # fmt: skip
+    generate_synthetic.main(
+        ["--learned_embeds", style, "--output_dir", images, "--num_images_per_class", "3", "--num_inference_steps", "2"]
+    )
+    results = train_bridged.main(
+        ["--synthetic_dataset", images, "--model_name_or_path", classifiers["timm"], "--output_dir", model,
+         "--bridge_max_steps", "2", "--max_steps", "2"]
+    )  # fmt: skip
+    assert results["num_test_images"] == 2
+    config = json.loads((tmp_path / "model" / "bridged_config.json").read_text())
+    assert config["class_names"] == ["poodle", "tabby cat"]
+    token = json.loads((tmp_path / "style" / "dsi_config.json").read_text())
+    assert config["train_indices"] == token["train_indices"]  # the token's shots
+    assert len(config["train_indices"]) == 8
