@@ -132,10 +132,44 @@ def test_the_same_seed_gives_the_same_token_and_another_does_not(run_dsi, tmp_pa
     assert not torch.equal(rows[0], rows[2])
 
 
-def test_workers_and_gradient_checkpointing_change_nothing(run_dsi, tmp_path):
+def test_the_first_loss_is_what_the_pipelines_own_parts_give(run_dsi, tiny_pipeline_dir, monkeypatch):
+    """The untrained token is the word 'style'; the script only says what it drew."""
+    batches = []
+    original = train_dsi.denoising_loss
+    monkeypatch.setattr(train_dsi, "denoising_loss", lambda *args: (batches.append(args[0]), original(*args))[1])
+    [loss] = run_dsi(max_train_steps=1, train_batch_size=6)["loss_history"]
+    [batch] = batches
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+    nouns = ["red square", "green circle", "blue-stripe"]
+    prompts = [f"A {nouns[label]} photo in the style of style" for label in batch["labels"]]
+    alphas = pipe.scheduler.alphas_cumprod[batch["timesteps"]].view(-1, 1, 1, 1)
+    latents, noise = batch["latents"] * pipe.vae.config.scaling_factor, batch["noise"]
+    with torch.no_grad():
+        noisy_latents = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
+        prediction = pipe.unet(
+            noisy_latents, batch["timesteps"], pipe.encode_prompt(prompts, "cpu", 1, False)[0]
+        ).sample
+    velocity = alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
+    assert loss == pytest.approx((prediction - velocity).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("random_flip", "copies"), [(True, {1, 2}), (False, {1})])
+def test_mirrored_images_are_used_only_where_they_are_wanted(run_dsi, random_flip, copies, tmp_path):
+    run_dsi(random_flip=random_flip)  # held-out images have one copy
+    folders = (tmp_path / "latents").glob("*/latents.json")
+    assert {json.loads(path.read_text())["num_copies"] for path in folders} == copies
+
+
+def test_workers_and_gradient_checkpointing_change_nothing(run_dsi, monkeypatch, tmp_path):
     run_dsi(output_dir=tmp_path / "plain")
+    checkpointed = []
+    original = UNet2DConditionModel.enable_gradient_checkpointing
+    monkeypatch.setattr(
+        UNet2DConditionModel, "enable_gradient_checkpointing", lambda self: (checkpointed.append(self), original(self))
+    )
     run_dsi(output_dir=tmp_path / "others", dataloader_num_workers=1, gradient_checkpointing=True)
     assert torch.equal(*(read_rows(tmp_path / name)[0] for name in ("plain", "others")))
+    assert len(checkpointed) == 1
 
 
 def test_accumulated_batches_give_the_same_token_as_one_large(run_dsi, tmp_path):
@@ -146,10 +180,16 @@ def test_accumulated_batches_give_the_same_token_as_one_large(run_dsi, tmp_path)
     assert torch.allclose(*rows, atol=1e-4)  # steps of about 0.1
 
 
-def test_a_compiled_unet_gives_the_same_token(run_dsi, tmp_path):
+def test_a_compiled_unet_gives_the_same_token(run_dsi, monkeypatch, tmp_path):
     run_dsi(output_dir=tmp_path / "plain")
+    backends = []
+    original = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, backend: (backends.append(backend), original(*args, backend=backend))[1]
+    )
     run_dsi(output_dir=tmp_path / "compiled", torch_compile=True, torch_compile_backend="aot_eager")
     assert torch.allclose(*(read_rows(tmp_path / name)[0] for name in ("plain", "compiled")), atol=1e-4)
+    assert backends == ["aot_eager"]
 
 
 def test_rows_stay_float32_beside_a_model_in_half_precision(run_dsi, monkeypatch, tmp_path):
