@@ -301,12 +301,11 @@ def log_picture(accelerator, path: Path, step: int) -> None:
     import numpy as np
     from PIL import Image
 
-    pixels = np.asarray(Image.open(path).convert("RGB"))[None]
+    options = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"style": pixels}, step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            tracker.log_images({"style": pixels}, step)
+        if tracker.name in options:
+            pixels = np.asarray(Image.open(path).convert("RGB"))[None]
+            tracker.log_images({"style": pixels}, step, **options[tracker.name])
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
