@@ -11,6 +11,7 @@ The diffusion model stays frozen; only the token's rows are trained, over the im
 in every prompt (bridged transfer, arXiv 2403.19866).
 """
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -193,6 +194,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
             "constant_with_warmup."
         )
     check_real_images_given(data_args)
+    # part of the options of a run: a checkpoint is not gone on from in another precision
+    training_args.mixed_precision = training_args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return (*groups, read_templates(token_args))
 
 

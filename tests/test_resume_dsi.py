@@ -91,7 +91,7 @@ def test_a_checkpoint_by_its_path_is_gone_on_from_in_another_folder(run_dsi, tmp
     assert record["progress"]["step"] == 4
 
 
-def test_an_unfinished_run_is_not_started_again_unasked(run_dsi, kill, tmp_path):
+def test_an_unfinished_run_is_not_started_again_unasked(run_dsi, kill, monkeypatch, tmp_path):
     import train_dsi
 
     kill(train_dsi, "denoising_loss", 2 * 3)
@@ -101,6 +101,10 @@ def test_an_unfinished_run_is_not_started_again_unasked(run_dsi, kill, tmp_path)
         run_dsi(**FLAGS)
     with pytest.raises(UserError, match="learning_rate was 0.1"):
         run_dsi(**FLAGS | {"learning_rate": 0.2}, resume_from_checkpoint="latest")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16` does
+    with pytest.raises(UserError, match="mixed_precision was no"):
+        run_dsi(**FLAGS, resume_from_checkpoint="latest")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     run_dsi(**FLAGS | {"checkpointing_steps": 100}, overwrite_output_dir=True)
     assert not list((tmp_path / "style").glob("checkpoint-*"))
 
