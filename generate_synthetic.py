@@ -35,7 +35,7 @@ from utils.hub.publishing import publish_folder
 from utils.hub.targets import open_target
 from utils.synthesis.output_folder import PREVIEW, check_output_folder, start_output_folder
 from utils.synthesis.plan import GenerationPlan
-from utils.synthesis.sources import Sources, native_resolution, read_plain_sources, read_token_sources
+from utils.synthesis.sources import Sources, read_plain_sources, read_token_sources
 
 # what decides, besides the sources, what image number n is; num_images_per_class only says how many there are
 SAMPLING_SETTINGS = ("guidance_scale", "num_inference_steps", "scheduler", "seed", "batch_size")
@@ -262,7 +262,7 @@ def main(argv=None) -> dict:
 
     # Everything that can be wrong, before a model loads
     accelerator = Accelerator()
-    resolution = sampling_args.resolution or sources.resolution or native_resolution(sources.generator)
+    resolution = sampling_args.resolution or sources.resolution
     settings = collect_settings(sources, template, resolution, accelerator.mixed_precision, sampling_args, output_args)
     output_dir = output_args.output_dir
     check_output_folder(output_dir, settings, sampling_args.num_images_per_class, output_args.overwrite_output_dir)

@@ -1,7 +1,6 @@
 """What a synthetic set is made from: generator, class names, style token. Read from records, before any model loads."""
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from utils.cli.records import DSI_CONFIG, read_record
 from utils.data.class_names import prompt_nouns
 from utils.data.prompts import DSI_TEMPLATE, PLAIN_TEMPLATE
 from utils.hub.repositories import Source, open_source
-from utils.style.base_models import open_base_model
+from utils.style.base_models import BaseModel, open_base_model
 
 LEARNED_EMBEDS = "learned_embeds.safetensors"
 TOKEN = "a style token of train_dsi.py"
@@ -43,10 +42,10 @@ class Sources:
     class_names: list[str]
     prompt_nouns: list[str]
     real_images: dict
+    resolution: int
     prompt_template: str = PLAIN_TEMPLATE
     token: StyleToken | None = None
     train_indices: list[int] | None = None
-    resolution: int | None = None
 
 
 def read_token_sources(
@@ -75,7 +74,7 @@ def read_token_sources(
         return Sources(
             generator=open_generator(
                 base_model["id"], "base model of --learned_embeds", base_model["revision"], hub_token
-            ),
+            ).source,
             class_names=record["class_names"],
             prompt_nouns=record["prompt_nouns"],
             real_images=record["real_images"],
@@ -103,7 +102,13 @@ def read_plain_sources(
     images = load_real_images(RealImagesRecord.from_arguments(real_data), hub_token)
     if not images.class_names:
         raise UserError(f"--dataset_name {images.record.name}: its label column has no class names.")
-    return Sources(generator, images.class_names, prompt_nouns(images.class_names), images.record.to_dict())
+    return Sources(
+        generator.source,
+        images.class_names,
+        prompt_nouns(images.class_names),
+        images.record.to_dict(),
+        resolution=generator.native_resolution,
+    )
 
 
 def _class_template(templates: list[str]) -> str:
@@ -111,8 +116,8 @@ def _class_template(templates: list[str]) -> str:
     return next((template for template in templates if "{class}" in template), DSI_TEMPLATE)
 
 
-def open_generator(name: str, flag: str, revision: str | None, hub_token: str | None) -> Source:
-    """Return a Stable Diffusion 1.x/2.x pipeline's source, its commit pinned.
+def open_generator(name: str, flag: str, revision: str | None, hub_token: str | None) -> BaseModel:
+    """Return a Stable Diffusion 1.x/2.x pipeline, its commit pinned.
 
     Raises:
         UserError: it is neither folder nor repository, or another pipeline.
@@ -122,13 +127,4 @@ def open_generator(name: str, flag: str, revision: str | None, hub_token: str | 
         raise UserError(
             f"{flag} {name}: is a {base_model.pipeline_class}; images are drawn by Stable Diffusion 1.x/2.x."
         )
-    return base_model.source
-
-
-def native_resolution(generator: Source) -> int:
-    """Return the pixels a side for which the generator was trained: latent size times the VAE's scale factor."""
-    unet, vae = (
-        json.loads(generator.file(f"{part}/config.json", "a Stable Diffusion pipeline").read_text())
-        for part in ("unet", "vae")
-    )
-    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    return base_model
