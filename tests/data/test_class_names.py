@@ -3,7 +3,7 @@ import json
 import pytest
 
 from utils.cli.errors import UserError
-from utils.data.class_names import prompt_nouns, read_class_names_file
+from utils.data.class_names import list_names, prompt_nouns, propose_noun, read_class_names, read_class_names_file
 
 CLASS_NAMES = ["n01440764", "no", "ankle_boot"]
 
@@ -11,6 +11,47 @@ CLASS_NAMES = ["n01440764", "no", "ankle_boot"]
 def read(folder, name, text):
     (folder / name).write_text(text, encoding="utf-8")
     return read_class_names_file(str(folder / name), CLASS_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "noun"),
+    [
+        ("AnnualCrop", "annual crop"),
+        ("CupOfTea", "cup of tea"),
+        ("redFox", "red fox"),
+        ("TVStand", "TV stand"),
+        ("SmartTV", "smart TV"),
+        ("Big_RedFox", "Big red fox"),
+        ("apple_pie", "apple pie"),
+        ("Apple___Black_rot", "Apple Black rot"),
+        ("001.Black_footed_Albatross", "Black footed Albatross"),
+        ("001.ak47", "ak47"),
+        (" 3_dog ", "dog"),
+        ("12 - dog", "dog"),
+        ("00-dog", "dog"),
+        ("n02085620-Chihuahua", "Chihuahua"),
+        ("boeing737", "boeing 737"),
+        ("iPhone14", "iPhone 14"),
+        ("18wheeler", "18 wheeler"),
+        ("label3", "label 3"),
+    ],
+)
+def test_propose_noun_writes_separate_words(class_name, noun):
+    assert propose_noun(class_name) == noun
+
+
+@pytest.mark.parametrize(
+    "class_name",
+    ["iPhone", "F-16A", "F/A-18", "T-shirt/top", "DC-10", "A320", "C-130", "737-200", "BAE 146-200", "ak47", "mp3",
+     "18-wheeler", "2.0 turbo", "1st base", "MacBook", "McLaren", "DeLorean", "WiFi", "CDs", "USB", "Ankle boot",
+     "éclair", "犬", "12", "___", "n02123045"],
+)  # fmt: skip
+def test_propose_noun_leaves_brands_and_types_alone(class_name):
+    assert propose_noun(class_name) == class_name
+
+
+def test_propose_noun_keeps_the_type_of_a_brand():
+    assert propose_noun("BMW_X5") == "BMW X5"
 
 
 def test_prompt_nouns_lose_underscores_and_double_spaces():
@@ -26,6 +67,11 @@ def test_prompt_nouns_that_collide_are_an_error_that_says_what_corrects_them(cor
     names = ["apple_pie", "fig"] if corrections else ["apple_pie", "apple pie", "fig"]
     with pytest.raises(UserError, match="'apple_pie', '.*': all are 'apple pie' in a prompt; .* --class_names_file"):
         prompt_nouns(names, corrections)
+
+
+def test_prompt_nouns_that_differ_in_case_only_are_an_error():
+    with pytest.raises(UserError, match="classes 'Jay', 'jay': all are 'Jay' in a prompt"):
+        prompt_nouns(["wren", "Jay", "jay"])
 
 
 @pytest.mark.parametrize(
@@ -63,6 +109,8 @@ def test_a_list_is_in_label_order(tmp_path, name, text):
         ("nouns.yaml", "ankle_boot: 1", "entry 'ankle_boot: 1': put quotes"),
         ("nouns.json", '["a", null, "c"]', "entry 'no: None': put quotes"),
         ("nouns.json", '{"no": " "}', "entry 'no': its noun is empty"),
+        ("nouns.yaml", "'no': a\nankle_boot: b\n'no': c", "class 'no': is there twice"),
+        ("nouns.json", '{"no": "a", "no": "b"}', "class 'no': is there twice"),
         ("nouns.yaml", "boot", "must be a mapping of class names to nouns, or a list"),
         ("nouns.json", "{", "is malformed: Expecting"),
         ("nouns.yaml", "no: 2020-13-01", "is malformed: month must be"),
@@ -79,3 +127,66 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
     (tmp_path / "latin.txt").write_bytes("Äpfel".encode("latin-1"))
     with pytest.raises(UserError, match="cannot be read .not UTF-8"):
         read_class_names_file(str(tmp_path / "latin.txt"), CLASS_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("names.yaml", "zebra: striped horse\nAnnualCrop: ' a   field'\n'no': Noh mask\n"),
+        ("names.json", '{"zebra": "striped horse", "AnnualCrop": "a field", "no": "Noh mask"}'),
+    ],
+)
+def test_read_class_names_of_a_mapping_keeps_order_and_nouns(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    names = read_class_names(str(tmp_path / name))
+    assert list(names.items()) == [("zebra", "striped horse"), ("AnnualCrop", "a field"), ("no", "Noh mask")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("names.txt", "# ours\nzebra\n\nAnnualCrop\napple_pie\n"),
+        ("names.json", '["zebra", "AnnualCrop", "apple_pie"]'),
+        ("names.yml", "- zebra\n- AnnualCrop\n- apple_pie\n"),
+    ],
+)
+def test_read_class_names_of_a_list_proposes_the_nouns(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    names = read_class_names(str(tmp_path / name))
+    assert list(names.items()) == [("zebra", "zebra"), ("AnnualCrop", "annual crop"), ("apple_pie", "apple pie")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("names.txt", "# nothing\n\n", "has no classes"),
+        ("names.json", "{}", "has no classes"),
+        ("names.yaml", "", "must be a mapping of class names to nouns, or a list"),
+        ("names.yaml", "cat\n", "must be a mapping of class names to nouns, or a list"),
+        ("names.txt", "cat\ndog\ncat\n", "class 'cat': is there twice"),
+        ("names.yaml", 'cat: a\ndog: b\n"cat": c\n', "class 'cat': is there twice"),
+        ("names.json", '{"cat": "a", "dog": "b", "cat": "c"}', "class 'cat': is there twice"),
+        ("names.yaml", "- cat\n- no\n", r"class 2 \(False\): must be text, in YAML within quotes"),
+        ("names.json", '["cat", " "]', r"class 2 \(' '\): must be text"),
+        ("names.yaml", "1: cat\n", "entry '1: cat': put quotes"),
+        ("names.json", '{"cat": " "}', "entry 'cat': its noun is empty"),
+        ("names.json", '{" ": "cat"}', "entry ' : cat': its class name is empty"),
+        ("names.json", "[", "is malformed"),
+    ],
+)
+def test_read_class_names_of_a_bad_file_names_file_and_entry(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"--class_names_file {tmp_path}/{name}: {message}"):
+        read_class_names(str(tmp_path / name))
+
+
+def test_read_class_names_with_equal_nouns_is_an_error(tmp_path):
+    (tmp_path / "names.yaml").write_text("crane: crane\ncrane2: Crane\n")
+    with pytest.raises(UserError, match="classes 'crane', 'crane2': all are 'crane' in a prompt"):
+        read_class_names(str(tmp_path / "names.yaml"))
+
+
+def test_list_names_stops_at_ten():
+    assert list_names(["a", "b"]) == "'a', 'b'"
+    assert list_names(list("abcdefghij")).endswith("'i', 'j'")
+    assert list_names(list("abcdefghijkl")).endswith("'j' and 2 more")

@@ -1,26 +1,76 @@
 """Class names into the nouns that stand for them in prompts. No torch."""
 
+import json
+import re
 from pathlib import Path
 
+import yaml
+
 from utils.cli.errors import UserError
-from utils.cli.parsing import read_entries, suggestion
+from utils.cli.parsing import read_entries, read_text, suggestion
+
+# '001.Black_footed_Albatross', '3_dog', '12 - dog', '00-dog', 'n02085620-Chihuahua'; but not '18-wheeler', '737-200'
+NUMBERING = re.compile(r"(?:n\d{8}[-_ ]+|\d+(?:\s*[._)]+\s*|\s+-\s+)|0\d*[- ]+)(?=[^\W\d_])")
+# three letters make a word, as in 'boeing737' and '18wheeler'; with fewer it is a type, as 'A320', 'ak47', '500ml'
+GLUED_DIGITS = re.compile(r"(?<=[A-Za-z]{2}[a-z])(?=\d)|(?<=\d)(?=[A-Za-z][a-z]{2})")
+MAX_LISTED = 10
+
+
+def propose_noun(class_name: str) -> str:
+    """Return the noun of a class as far as its name tells it: without numbering in front, in separate words.
+
+    It is the class name itself where nothing would be left.
+    """
+    text = separate_digits(drop_numbering(class_name).replace("_", " "))
+    return split_camel_case(" ".join(text.split())) or class_name
+
+
+def drop_numbering(class_name: str) -> str:
+    """Return '001.Black_footed_Albatross' as 'Black_footed_Albatross'."""
+    match = NUMBERING.match(class_name.lstrip())
+    return class_name.lstrip()[match.end() :] if match else class_name
+
+
+def separate_digits(text: str) -> str:
+    """Return 'boeing737' as 'boeing 737'; short types such as 'A320' stay whole."""
+    return GLUED_DIGITS.sub(" ", text)
+
+
+def split_camel_case(text: str) -> str:
+    """Return 'AnnualCrop' as 'annual crop' and 'TVStand' as 'TV stand', word by word."""
+    return " ".join(_split_word(word) for word in text.split(" "))
+
+
+def _split_word(word: str) -> str:
+    """Split one word, unless a part is too short for a word of its own: 'iPhone', 'McLaren', 'WiFi', 'DeLorean'."""
+    parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", word)
+    is_split = (
+        len(parts) > 1
+        and "".join(parts) == word
+        and all(len(part) > 2 or len(part) == 2 and part.isupper() for part in (parts[0], parts[-1]))
+        and parts[0] != "Mac"
+    )
+    return " ".join(part if part.isupper() else part.lower() for part in parts) if is_split else word
 
 
 def prompt_nouns(class_names: list[str], corrections: dict[str, str] | None = None) -> list[str]:
-    """Return class names as they are written in prompts: corrected, or with underscores and runs of spaces as a space.
+    """Return class names as they are written in prompts: corrected, or as `propose_noun` does it.
 
     Raises:
-        UserError: two classes would get the same noun.
+        UserError: two classes would get the same noun; upper and lower case are the same to a text encoder.
     """
     corrections = corrections or {}
-    nouns = [" ".join(corrections.get(name, name.replace("_", " ")).split()) for name in class_names]
-    doubles = sorted({noun for noun in nouns if nouns.count(noun) > 1})
-    if doubles:
-        alike = [name for name, noun in zip(class_names, nouns) if noun == doubles[0]]
-        raise UserError(
-            f"classes {', '.join(repr(name) for name in alike)}: all are '{doubles[0]}' in a prompt; rename them, or "
-            "give their nouns to train_dsi.py with --class_names_file."
-        )
+    nouns = [" ".join(corrections[name].split()) if name in corrections else propose_noun(name) for name in class_names]
+    alike: dict[str, list[str]] = {}
+    for name, noun in zip(class_names, nouns):
+        alike.setdefault(noun.casefold(), []).append(name)
+    for name, noun in zip(class_names, nouns):
+        names = alike[noun.casefold()]
+        if len(names) > 1:
+            raise UserError(
+                f"classes {', '.join(repr(name) for name in names)}: all are '{noun}' in a prompt; rename them, or "
+                "give each its own noun with --class_names_file."
+            )
     return nouns
 
 
@@ -30,10 +80,11 @@ def read_class_names_file(path: str, class_names: list[str]) -> dict[str, str]:
     A mapping or list is YAML or JSON by its suffix, any other file has a noun a line; a list is in label order.
 
     Raises:
-        UserError: the file cannot be read; a class is unknown; a noun is empty or no text; too few or too many nouns.
+        UserError: the file cannot be read; a class is unknown or there twice; a noun is empty or no text; too few or
+            too many nouns.
     """
     flag = f"--class_names_file {path}:"
-    entries = read_entries(Path(path), flag)
+    entries = _read_names(path, flag)
     if isinstance(entries, list):
         if len(entries) != len(class_names):
             raise UserError(
@@ -41,17 +92,73 @@ def read_class_names_file(path: str, class_names: list[str]) -> dict[str, str]:
                 f"order; the first class is '{class_names[0]}'."
             )
         entries = dict(zip(class_names, entries))
-    if not isinstance(entries, dict):
-        raise UserError(f"{flag} must be a mapping of class names to nouns, or a list of nouns.")
     for name, noun in entries.items():
-        _check_entry(flag, name, noun, class_names)
+        _check_text(flag, name, noun)
+        if name not in class_names:
+            raise UserError(f"{flag} entry '{name}': no such class{suggestion(name, class_names)}.")
     return entries
 
 
-def _check_entry(flag: str, name: object, noun: object, class_names: list[str]) -> None:
+def read_class_names(path: str) -> dict[str, str]:
+    """Return class name -> noun in the order of the label ids, for a set of images that has no real one beside it.
+
+    The file is a mapping of class names to nouns, or a list of class names, whose nouns are then proposed; YAML or
+    JSON by its suffix, any other file has a class name a line.
+
+    Raises:
+        UserError: the file cannot be read or is empty; a class is there twice; a name or noun is empty or no text; two
+            classes would get the same noun.
+    """
+    flag = f"--class_names_file {path}:"
+    entries = _read_names(path, flag)
+    if not entries:
+        raise UserError(f"{flag} has no classes.")
+    if isinstance(entries, list):
+        for number, name in enumerate(entries, 1):
+            if not isinstance(name, str) or not name.strip():
+                raise UserError(f"{flag} class {number} ({name!r}): must be text, in YAML within quotes.")
+        _check_single(flag, entries)
+        return dict(zip(entries, prompt_nouns(entries)))
+    for name, noun in entries.items():
+        _check_text(flag, name, noun)
+    return dict(zip(entries, prompt_nouns(list(entries), entries)))
+
+
+def list_names(names: list[str]) -> str:
+    """Return names as a message lists them: the first ten, and how many more there are."""
+    rest = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(repr(name) for name in names[:MAX_LISTED]) + rest
+
+
+def _read_names(path: str, flag: str) -> dict | list:
+    entries = read_entries(Path(path), flag)
+    if not isinstance(entries, (dict, list)):
+        raise UserError(f"{flag} must be a mapping of class names to nouns, or a list of nouns.")
+    if isinstance(entries, dict):
+        _check_single(flag, _read_keys(Path(path), flag))
+    return entries
+
+
+def _read_keys(path: Path, flag: str) -> list[str]:
+    """Return the keys of a mapping as they are written: a parsed one has lost all but the last of equal ones."""
+    text = read_text(path, flag)
+    if path.suffix == ".json":
+        return [key for key, _ in json.loads(text, object_pairs_hook=list)]
+    return [str(key.value) for key, _ in yaml.compose(text, Loader=yaml.SafeLoader).value]
+
+
+def _check_single(flag: str, names: list[str]) -> None:
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise UserError(f"{flag} class '{name}': is there twice.")
+        seen.add(name)
+
+
+def _check_text(flag: str, name: object, noun: object) -> None:
     if not isinstance(name, str) or not isinstance(noun, str):
         raise UserError(f"{flag} entry '{name}: {noun}': put quotes around what is no text in YAML, as 'no' and '1'.")
-    if name not in class_names:
-        raise UserError(f"{flag} entry '{name}': no such class{suggestion(name, class_names)}.")
+    if not name.strip():
+        raise UserError(f"{flag} entry '{name}: {noun}': its class name is empty.")
     if not noun.strip():
         raise UserError(f"{flag} entry '{name}': its noun is empty.")

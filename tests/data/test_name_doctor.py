@@ -1,0 +1,244 @@
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from utils.cli.errors import UserError
+from utils.data.class_names import prompt_nouns, read_class_names, read_class_names_file
+from utils.data.name_doctor import (
+    DOUBLE_MEANINGS,
+    Finding,
+    check_strict,
+    diagnose,
+    print_findings,
+    write_class_names,
+)
+
+
+def find(*class_names: str, given=()) -> list[Finding]:
+    return diagnose(list(class_names), prompt_nouns(list(class_names)), given)
+
+
+def problems(*class_names: str, given=()) -> list[tuple[str, str]]:
+    return [(finding.class_name, finding.problem) for finding in find(*class_names, given=given)]
+
+
+def printed(findings: list[Finding], width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    print_findings(findings, console)
+    return console.file.getvalue()
+
+
+def test_diagnose_of_good_names_says_nothing():
+    assert find("airplane", "T-shirt/top", "F-16A", "iPhone", "BMW X5", "red fox", "Ankle boot", "C-130", "A320") == []
+
+
+@pytest.mark.parametrize(
+    ("class_name", "problem"),
+    [
+        ("n02123045", "a WordNet id"),
+        ("12", "no letters"),
+        ("737-200", "no letters"),
+        ("--", "no letters"),
+        ("3f2a9c41", "an id"),
+        ("3F2A9C41", "an id"),
+        ("550e8400-e29b-41d4-a716-446655440000", "an id"),
+        ("class_12", "an id"),
+        ("label3", "an id"),
+        ("Category 7", "an id"),
+        ("c0", "an id"),
+        ("/m/01g317", "an id"),
+        ("01_class_3", "an id"),
+    ],
+)
+def test_diagnose_of_an_id_asks_for_a_noun(class_name, problem):
+    (finding,) = find("airplane", class_name)
+    assert (finding.class_name, finding.problem) == (class_name, f"{problem}: give its noun")
+    assert finding.is_warning
+    assert finding.proposal is None
+
+
+@pytest.mark.parametrize("class_name", ["cafe", "facade", "face2face", "class", "dead cat", "cab2", "decade12"])
+def test_diagnose_of_a_word_like_an_id_finds_none(class_name):
+    assert not any("give its noun" in problem for _, problem in problems("airplane", class_name))
+
+
+@pytest.mark.parametrize(
+    ("class_name", "problem", "is_warning", "proposal"),
+    [
+        ("AnnualCrop", "CamelCase", True, "annual crop"),
+        ("apple_pie", "underscores", False, "apple pie"),
+        ("boeing737", "digits glued to a word", True, "boeing 737"),
+        ("001.Albatross", "numbering in front", True, "Albatross"),
+    ],
+)
+def test_diagnose_of_a_spelling_proposes_the_noun(class_name, problem, is_warning, proposal):
+    assert find("airplane", class_name) == [Finding(class_name, proposal, problem, is_warning, proposal)]
+
+
+def test_diagnose_of_several_spellings_names_each():
+    assert [problem for _, problem in problems("airplane", "01.big_RedFox2")] == [
+        "numbering in front", "underscores", "digits glued to a word", "CamelCase",
+    ]  # fmt: skip
+
+
+def test_diagnose_of_numbering_in_all_classes_is_a_note():
+    assert [finding.is_warning for finding in find("001.Wren", "002.Finch")] == [False, False]
+    assert [finding.is_warning for finding in find("2_door_car", "bus")] == [True, False]
+
+
+def test_diagnose_of_a_noun_that_was_not_mended_warns():
+    names, nouns = ["01.Wren", "02.RedFinch"], ["01.Wren", "02.RedFinch"]
+    findings = diagnose(names, nouns)
+    assert all(finding.is_warning for finding in findings)
+    assert [(finding.noun, finding.proposal) for finding in findings[-2:]] == [("02.RedFinch", "red finch")] * 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("T-shirt", "t shirt"),
+        ("post card", "Postcard"),
+        ("sunglass", "sunglasses"),
+        ("box", "boxes"),
+        ("puppy", "puppies"),
+        ("cookie", "cookies"),
+        ("fox", "fox!"),
+    ],
+)
+def test_diagnose_of_nearly_the_same_nouns_warns_of_both(one, other):
+    expected = [(one, f"nearly the same as '{other}'"), (other, f"nearly the same as '{one}'")]
+    assert problems("airplane", one, other) == expected
+
+
+def test_diagnose_of_a_noun_within_another_names_where():
+    assert problems("apple", "apple_pie", "pineapple", "green apples", "rice bowl", "rice") == [
+        ("apple", "also part of 'apple pie', 'green apples'"),
+        ("apple_pie", "underscores"),
+        ("rice", "also part of 'rice bowl'"),
+    ]
+
+
+def test_diagnose_of_words_that_are_not_side_by_side_finds_no_part():
+    assert problems("sea lion", "sea mountain lion") == []
+
+
+@pytest.mark.parametrize("class_name", ["crane", "Crane", "cranes"])
+def test_diagnose_of_a_double_meaning_names_both(class_name):
+    assert problems("wren", class_name) == [(class_name, "two meanings: write 'crane bird' or 'construction crane'")]
+
+
+def test_diagnose_of_a_word_that_ends_like_a_plural_takes_it_whole():
+    assert problems("Iris") == [("Iris", "two meanings: write 'iris flower' or 'iris of an eye'")]
+    assert problems("bus", "bu", "S", "glass house", "glas house") == []
+
+
+def test_double_meanings_are_settled_by_what_they_propose():
+    assert len(DOUBLE_MEANINGS) >= 60
+    for word, meanings in DOUBLE_MEANINGS.items():
+        assert [problem for _, problem in problems(word)] == [f"two meanings: write '{meanings[0]}' or '{meanings[1]}'"]
+        assert len(set(meanings)) == 2
+        for meaning in meanings:
+            assert problems(meaning) == []
+
+
+def test_diagnose_says_nothing_of_nouns_that_a_person_chose():
+    names = ["n02123045", "crane", "apple", "apple_pie", "AnnualCrop"]
+    assert problems(*names, given={"n02123045", "crane", "apple", "AnnualCrop"}) == [("apple_pie", "underscores")]
+    # as in the record of a style token, which has nouns and not who chose them
+    nouns = ["tabby cat", "crane bird", "apple fruit", "apple pie", "field"]
+    assert [finding.class_name for finding in diagnose(names, nouns)] == ["apple_pie"]
+
+
+def test_diagnose_still_compares_with_nouns_that_a_person_chose():
+    names = ["n02123045", "tabby cat"]
+    assert [finding.class_name for finding in diagnose(names, ["Tabby-cats", "tabby cat"], {"n02123045"})] == [
+        "tabby cat"
+    ]
+
+
+def test_diagnose_of_a_thousand_classes_takes_no_time():
+    names = [f"thing {number} of kind {number % 7} and more words" for number in range(1000)]
+    began = time.perf_counter()
+    diagnose(names, names)
+    assert time.perf_counter() - began < 2
+
+
+def test_print_findings_shows_class_noun_problem_and_proposal():
+    text = printed(find("AnnualCrop", "crane", "[red]hat_[/red]", "[blue]boeing737[/blue]"))
+    assert "AnnualCrop" in text and "annual crop" in text and "CamelCase" in text
+    assert "[blue]boeing737[/blue]" in text and "[blue]boeing 737[/blue]" in text
+    assert "two meanings: write" in text
+    assert "underscores (1): '[red]hat_[/red]' is '[red]hat [/red]' in a prompt" in text
+
+
+def test_print_findings_of_200_classes_stays_short():
+    names = [f"fox_{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(200)]
+    assert printed(find(*names)) == "underscores (200): 'fox_aa' is 'fox aa' in a prompt\n"
+    text = printed(find(*(f"n{number:08}" for number in range(200)), "crane"))
+    assert "a WordNet id: give its noun: 192 more" in text
+    assert "n00000007" in text and "n00000008" not in text
+    assert "crane" in text
+    assert len(text.splitlines()) < 20
+
+
+def test_print_findings_of_nothing_prints_nothing():
+    assert printed([]) == ""
+
+
+def test_check_strict_lists_the_classes_with_warnings():
+    check_strict(find("apple_pie", "wren"))
+    with pytest.raises(UserError, match="--strict_class_names true: warnings for 'crane', 'BigBoeing737';"):
+        check_strict(find("crane", "apple_pie", "BigBoeing737"))
+    with pytest.raises(UserError, match="'n00000009' and 2 more; --class_names_file settles them"):
+        check_strict(find(*(f"n{number:08}" for number in range(12))))
+
+
+HARD_NAMES = [
+    "no", "1", "null", "~", "it's", 'a "b"', "a: b", "a #b", "#c", "- d", "犬", "é\u2028x", "[x]", "{y}", "*z", "&w",
+    "tab\there", "bell\x07", "x" * 300, "2020-01-01", "?", "emoji 😀", " blank ", "line\nbreak", "1e3", "key:", "%",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml"])
+def test_write_class_names_is_read_back_with_any_names(tmp_path, suffix):
+    path = tmp_path / "new" / f"names{suffix}"
+    nouns = prompt_nouns(HARD_NAMES)
+    findings = diagnose(HARD_NAMES, nouns) + [Finding("no", "no", "like bell\x07, line\nbreak: x", True, "not\u2028y")]
+    write_class_names(path, HARD_NAMES, nouns, findings)
+    expected = list(zip(HARD_NAMES, nouns))
+    assert list(read_class_names(str(path)).items()) == expected
+    assert list(read_class_names_file(str(path), HARD_NAMES).items()) == expected
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_write_class_names_puts_findings_above_their_line(tmp_path):
+    names, nouns = ["crane", "RedFox", "BlueFox", "wren"], ["crane", "RedFox", "blue fox", "犬 " * 40 + "wren"]
+    write_class_names(tmp_path / "names.yaml", names, nouns, diagnose(names, nouns))
+    lines = (tmp_path / "names.yaml").read_text().splitlines()
+    assert "--class_names_file" in lines[1]
+    assert lines[2:] == [
+        "# two meanings: write 'crane bird' or 'construction crane'",
+        "crane: crane",
+        "# CamelCase; proposal: red fox",
+        "RedFox: RedFox",
+        "# CamelCase",
+        "BlueFox: blue fox",
+        f"wren: {nouns[3]}",
+    ]
+
+
+def test_write_class_names_that_fails_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "names.yaml"
+    write_class_names(path, ["a"], ["a"], [])
+    before = path.read_bytes()
+    (tmp_path / ".names.yaml.tmp").mkdir()  # in the place of the temporary file
+    with pytest.raises(OSError):
+        write_class_names(path, ["b"], ["b"], [])
+    assert path.read_bytes() == before
+
+
+def test_write_class_names_that_would_not_be_read_as_yaml_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="names.txt: class names are written as YAML; .* ends in .yaml"):
+        write_class_names(tmp_path / "names.txt", ["a"], ["a"], [])

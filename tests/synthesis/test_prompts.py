@@ -1,0 +1,281 @@
+import json
+import subprocess
+import sys
+import tracemalloc
+from collections import Counter
+
+import pytest
+
+from utils.cli.errors import UserError
+from utils.data.prompts import DSI_TEMPLATE, PLAIN_TEMPLATE, check_template
+from utils.synthesis.prompts import PROMPT_SETS, TemplatePrompts, build_templates, read_prompts_file
+
+NOUNS = ("dog", "house cat", "suv")
+
+
+def make_prompts(num_templates: int = 5, nouns=NOUNS) -> TemplatePrompts:
+    templates = tuple(f"{number}: a {{class}} in the style of {{token}}" for number in range(num_templates))
+    return TemplatePrompts(templates, nouns, "<style>")
+
+
+def read(folder, *lines, labels=(0, 1, 2), placeholder="<style>", nouns=NOUNS):
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (folder / "p.jsonl").write_text(text, encoding="utf-8")
+    names = ["dog", "house_cat", "suv"]
+    return read_prompts_file(str(folder / "p.jsonl"), names, list(nouns), list(labels), placeholder)
+
+
+def entry(label: str, prompt: str) -> dict:
+    return {"label": label, "prompt": prompt}
+
+
+def test_single_is_the_template_alone():
+    assert build_templates("single", DSI_TEMPLATE) == [DSI_TEMPLATE]
+
+
+@pytest.mark.parametrize(
+    ("template", "beginning", "ending"),
+    [
+        (DSI_TEMPLATE, "A {class} photo, from ", ", in the style of {token}"),
+        ("A {class}, in the style of {token}. ", "A {class}, from ", ", in the style of {token}."),
+        (PLAIN_TEMPLATE, "A good photo of the {class}, from ", ""),
+        ("A {class}.", "A {class}, from ", "."),
+        ("{token}: a {class}", "{token}: a {class}, from ", ""),
+        ("in the style of {token}, a {class}", "in the style of {token}, a {class}, from ", ""),
+    ],
+)
+def test_diverse_varies_between_sentence_and_style(template, beginning, ending):
+    templates = build_templates("diverse", template)
+    assert 100 <= len(set(templates)) == len(templates) <= 300
+    assert templates[0].startswith(beginning)
+    assert all(variant.endswith(ending) for variant in templates)
+    for variant in templates:
+        check_template(variant, needs_token="{token}" in template)
+        assert variant.count("in the style of") == template.count("in the style of")
+        assert ",," not in variant and "  " not in variant and variant == variant.strip()
+
+
+def test_diverse_varies_viewpoint_background_and_light_in_every_combination():
+    parts = [template.split(", ")[1:4] for template in build_templates("diverse", DSI_TEMPLATE)]
+    values = [{part[position] for part in parts} for position in range(3)]
+    assert [len(value) for value in values] == [8, 6, 4]
+
+
+@pytest.mark.parametrize("prompt_set", PROMPT_SETS)
+@pytest.mark.parametrize("template", [DSI_TEMPLATE, PLAIN_TEMPLATE])
+def test_prompt_sets_leave_room_for_long_nouns_in_77_tokens(prompt_set, template):
+    noun = "one two three four five six"
+    for variant in build_templates(prompt_set, template):
+        prompt = variant.format(**{"class": noun, "token": "<style>"})
+        # common words are one token each, a comma is one; begin and end are two
+        assert len(prompt.replace(",", " ,").split()) + 2 <= 40
+
+
+def test_prompt_gives_each_template_an_equal_share_of_every_class():
+    prompts = make_prompts(5)
+    for label in range(3):
+        for rounds in range(4):
+            drawn = Counter(prompts.prompt(label, number) for number in range(5 * rounds, 5 * rounds + 5))
+            assert set(drawn.values()) == {1} and len(drawn) == 5
+
+
+def test_prompt_is_filled_with_noun_and_token():
+    assert make_prompts(1).prompt(1, 7) == "0: a house cat in the style of <style>"
+    assert TemplatePrompts(("a {class}",), NOUNS).prompt(2, 0) == "a suv"
+
+
+def test_prompt_is_pinned():
+    prompts = make_prompts(5)
+    assert [prompts.prompt(0, number)[0] for number in range(12)] == list("412034120334")
+    assert [prompts.prompt(1, number)[0] for number in range(5)] == list("03412")
+
+
+def test_prompt_of_a_class_is_the_same_beside_other_classes():
+    alone, among = make_prompts(nouns=("suv",)), make_prompts()
+    assert [alone.prompt(0, number) for number in range(20)] == [among.prompt(2, number) for number in range(20)]
+
+
+def test_prompt_is_independent_of_the_order_of_templates():
+    prompts = make_prompts(5)
+    turned = TemplatePrompts(prompts.templates[::-1], NOUNS, "<style>")
+    assert [prompts.prompt(0, number) for number in range(9)] == [turned.prompt(0, number) for number in range(9)]
+
+
+def test_prompt_starts_at_another_template_in_other_classes():
+    prompts = make_prompts(50, tuple(f"thing {number}" for number in range(40)))
+    assert len({prompts.prompt(label, 0)[:2] for label in range(40)}) > 15
+
+
+def test_prompts_meet_every_value_of_what_alternates_with_the_number():
+    prompts = make_prompts(2)
+    assert len({(prompts.prompt(0, number), number % 2) for number in range(40)}) == 4
+
+
+def test_first_prompts_of_diverse_differ_in_every_part():
+    prompts = TemplatePrompts(tuple(build_templates("diverse", DSI_TEMPLATE)), NOUNS, "<style>")
+    parts = [prompts.prompt(0, number).split(", ")[1:4] for number in range(24)]
+    seen = [len({part[position] for part in parts}) for position in range(3)]
+    assert all(count >= minimum for count, minimum in zip(seen, (5, 5, 4)))
+
+
+def test_examples_are_the_first_different_prompts():
+    prompts = make_prompts(5)
+    assert prompts.examples(1) == [prompts.prompt(1, number) for number in range(3)]
+    assert len(set(prompts.examples(1))) == 3
+    assert make_prompts(1).examples(0) == ["0: a dog in the style of <style>"]
+
+
+def test_longest_has_each_template_and_each_noun_at_its_longest():
+    templates = (
+        "a {class}, {token}" + ", and more" * 9,
+        "{token} of a very big {class} and more words behind it",
+        "{token}: {class}",
+    )
+    prompts = TemplatePrompts(templates, ("suv", "house cat", "dog"), "<s>")
+    assert list(prompts.longest()) == [
+        ("a house cat, <s>" + ", and more" * 9, len("a house cat, <s>")),
+        ("<s> of a very big house cat and more words behind it", len("<s> of a very big house cat")),
+        ("<s>: house cat", len("<s>: house cat")),
+        *[
+            (f"<s> of a very big {noun} and more words behind it", len(f"<s> of a very big {noun}"))
+            for noun in ("suv", "house cat", "dog")
+        ],
+    ]
+
+
+def test_longest_of_hundreds_of_classes_is_no_product():
+    prompts = make_prompts(200, tuple(f"thing {number}" for number in range(1000)))
+    assert sum(1 for _ in prompts.longest()) == 1200
+
+
+def test_longest_goes_to_the_first_place_where_there_are_two():
+    prompts = TemplatePrompts(("a {class}, {token}, {class}, {token}",), ("dog",), "<s>")
+    assert list(prompts.longest())[0] == ("a dog, <s>, dog, <s>", len("a dog, <s>"))
+
+
+def test_prompts_of_600_000_images_take_no_memory():
+    prompts = TemplatePrompts(tuple(build_templates("diverse", DSI_TEMPLATE)), NOUNS, "<style>")
+    prompts.prompt(0, 0)
+    tracemalloc.start()
+    for number in range(0, 600_000, 30):
+        prompts.prompt(number % 3, number)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50_000
+
+
+def test_sha256_changes_with_all_that_decides_the_prompts(tmp_path):
+    templates = [
+        make_prompts(5), make_prompts(6), make_prompts(5, ("dog", "cat", "suv")),
+        TemplatePrompts(make_prompts(5).templates, NOUNS, "<other>"),
+    ]  # fmt: skip
+    captions = [
+        read(tmp_path, entry("dog", "a dog {token}"), labels=[0]),
+        read(tmp_path, entry("dog", "one dog {token}"), labels=[0]),
+        read(tmp_path, entry("suv", "a dog {token}"), labels=[2]),
+        read(tmp_path, entry("dog", "a dog {token}"), labels=[0], placeholder="<other>"),
+        read(tmp_path, entry("dog", "a dog {token}"), labels=[0], nouns=("hound", "cat", "suv")),
+    ]
+    assert len({prompts.sha256 for prompts in templates + captions}) == 9
+    assert make_prompts(5).sha256 == make_prompts(5).sha256
+    assert captions[0].sha256 == read(tmp_path, entry("dog", "a dog {token}"), labels=[0]).sha256
+
+
+def test_read_prompts_file_gives_each_class_its_captions_in_turn(tmp_path):
+    prompts = read(
+        tmp_path,
+        entry("dog", "a {class} asleep, {token}"),
+        entry("suv", "a suv in\u2028the   rain, {token}"),
+        "",
+        entry("dog", "one dog, {token}"),
+        '{"label": "house_cat", "prompt": "a {class}\u2028 {token}"}',
+    )
+    assert [prompts.prompt(0, number) for number in range(3)] == [
+        "a dog asleep, <style>", "one dog, <style>", "a dog asleep, <style>",
+    ]  # fmt: skip
+    assert prompts.prompt(1, 5) == "a house cat <style>"
+    assert prompts.prompt(2, 5) == "a suv in the rain, <style>"
+    assert prompts.examples(0) == ["a dog asleep, <style>", "one dog, <style>"]
+
+
+def test_read_prompts_file_leaves_out_classes_that_are_not_drawn(tmp_path):
+    both = read(tmp_path, entry("dog", "a dog, {token}"), entry("suv", "a suv, {token}"), labels=[2])
+    one = read(tmp_path, entry("suv", "a suv, {token}"), labels=[2])
+    assert both == one
+    assert both.prompt(2, 0) == "a suv, <style>"
+
+
+def test_examples_of_captions_are_different(tmp_path):
+    captions = [entry("dog", f"dog {word}, {{token}}") for word in ("a", "a", "b", "c", "d")]
+    assert read(tmp_path, *captions, labels=[0]).examples(0) == [f"dog {word}, <style>" for word in "abc"]
+
+
+def test_longest_of_captions_ends_behind_noun_and_token(tmp_path):
+    prompts = read(
+        tmp_path,
+        entry("dog", "{token}: a {class} at home"),
+        entry("dog", "a bulldog, dogma, {token}: a Dog at home"),
+        entry("dog", "a hound, {token}, at home"),
+        entry("dog", "many {class}s, {token}, at home"),
+        labels=[0],
+        placeholder="<dog-style>",
+    )
+    assert [prompt[:end] for prompt, end in prompts.longest()] == [
+        "<dog-style>: a dog",
+        "a bulldog, dogma, <dog-style>: a Dog",
+        "a hound, <dog-style>, at home",
+        "many dogs, <dog-style>",
+    ]
+    assert [prompt for prompt, _ in prompts.longest()][0] == "<dog-style>: a dog at home"
+
+
+def test_longest_of_captions_takes_no_place_for_a_class_of_its_name(tmp_path):
+    prompts = read(tmp_path, entry("dog", "{token} of a coin"), labels=[0], nouns=("token", "cat", "suv"))
+    assert list(prompts.longest()) == [("<style> of a coin", len("<style> of a coin"))]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "is no JSON .*; right is {"),
+        ("a suv in the rain", "is no JSON"),
+        ('["dog", "a dog"]', "must be an object with 'label' and 'prompt'; right is {"),
+        ('"dog"', "must be an object"),
+        ({"label": "dog"}, "must be an object with 'label' and 'prompt'"),
+        ({"prompt": "a dog {token}"}, "must be an object with 'label' and 'prompt'"),
+        (
+            {"label": "dog", "prompt": "a {token}", "negative_prompt": "x"},
+            "must be an object with 'label' and 'prompt'",
+        ),
+        (entry("hose_cat", "a {token}"), "label 'hose_cat': no such class, did you mean house_cat"),
+        ({"label": 1, "prompt": "a {token}"}, "label 1: no such class"),
+        ({"label": ["dog"], "prompt": "a {token}"}, r"label \['dog'\]: no such class"),
+        (entry("dog", " "), "prompt ' ': must be text"),
+        ({"label": "dog", "prompt": None}, "prompt None: must be text"),
+        (entry("dog", "a dog"), "'a dog': has no {token}"),
+        (entry("dog", "a {clas}, {token}"), "'a {clas}, {token}': has {clas}, which nothing fills"),
+    ],
+)
+def test_read_prompts_file_names_file_and_line(tmp_path, line, message):
+    with pytest.raises(UserError, match=f"--prompts_file {tmp_path}/p.jsonl: line 3: {message}"):
+        read(tmp_path, entry("dog", "a dog, {token}"), "", line)
+
+
+def test_read_prompts_file_refuses_the_token_where_there_is_none(tmp_path):
+    assert read(tmp_path, entry("dog", "a dog"), labels=[0], placeholder=None).prompt(0, 3) == "a dog"
+    with pytest.raises(UserError, match="line 1: 'a dog, {token}': has {token}, but there is no style token"):
+        read(tmp_path, entry("dog", "a dog, {token}"), labels=[0], placeholder=None)
+
+
+def test_read_prompts_file_without_a_class_names_it(tmp_path):
+    with pytest.raises(UserError, match="p.jsonl: has no prompt for 'house_cat', 'suv'; right is at least"):
+        read(tmp_path, entry("dog", "a dog, {token}"))
+    with pytest.raises(UserError, match="has no prompt for 'dog'"):
+        read(tmp_path, "", labels=[0])
+    with pytest.raises(UserError, match="--prompts_file no.jsonl: cannot be read"):
+        read_prompts_file("no.jsonl", ["dog"], ["dog"], [0], None)
+
+
+def test_names_and_prompts_import_no_torch():
+    code = "import sys, utils.data.name_doctor, utils.synthesis.prompts; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
