@@ -100,12 +100,12 @@ def tiny_text_config(tokenizer, **settings):
     )  # fmt: skip
 
 
-def tiny_vae():
+def tiny_vae(**settings):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, layers_per_block=1, sample_size=32,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, layers_per_block=1, sample_size=32, **settings,
     )  # fmt: skip
 
 
@@ -169,6 +169,76 @@ def tiny_xl_pipeline_dir(tmp_path_factory):
             projection_class_embeddings_input_dim=8 + 6 * 4,
         ),
         scheduler=EulerDiscreteScheduler(),
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def tiny_t5():
+    """Return a `T5Tokenizer` of single letters and a T5 encoder, 32 numbers wide."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789-_<>.,/"]
+    tokenizer = T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_ff=32, d_kv=16, num_heads=2, num_layers=1,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return tokenizer, T5EncoderModel(config)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3_pipeline_dir(tmp_path_factory):
+    """A saved `StableDiffusion3Pipeline` of the real classes at tiny size: 32 pixels, random weights, T5 as well."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd3-pipeline"
+    tokenizer = save_tiny_tokenizer(folder)
+    torch.manual_seed(0)
+    t5_tokenizer, t5 = tiny_t5()
+    text_config = tiny_text_config(tokenizer, num_hidden_layers=2)
+    pipe = StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=16, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, out_channels=4,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModelWithProjection(text_config),
+        text_encoder_2=CLIPTextModelWithProjection(text_config),
+        text_encoder_3=t5,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=t5_tokenizer,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_flux_pipeline_dir(tmp_path_factory):
+    """A saved `FluxPipeline` of the real classes at tiny size: random weights, guidance embedded as in FLUX.1-dev."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-flux-pipeline"
+    tokenizer = save_tiny_tokenizer(folder)
+    torch.manual_seed(0)
+    t5_tokenizer, t5 = tiny_t5()
+    pipe = FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModel(tiny_text_config(tokenizer)),
+        text_encoder_2=t5,
+        tokenizer=tokenizer,
+        tokenizer_2=t5_tokenizer,
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return folder

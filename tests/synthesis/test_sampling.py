@@ -1,64 +1,225 @@
-"""Batches, redraws and their cap, with a drawing function whose bad images are chosen by the test."""
+"""Sampling with tiny pipelines of the real classes: what is drawn is what the pipeline itself draws."""
+
+import logging
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPAGPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPImageProcessor
 
-from tests.synthesis.test_plan import make_plan
 from utils.cli.errors import UserError
-from utils.synthesis.sampling import draw_batch
-from utils.synthesis.shards import count_class_redraws, make_row, shard_path, synthetic_features, write_shard
+from utils.synthesis.sampling import PromptCache, Sampler
+
+KINDS = ["tiny_pipeline_dir", "tiny_xl_pipeline_dir", "tiny_sd3_pipeline_dir", "tiny_flux_pipeline_dir"]
+PROMPTS = ["a red square", "a green circle", "a red square"]
+SEEDS = [3, 4, 5]
+SETTINGS = {"height": 32, "width": 32, "num_inference_steps": 2}
 
 
-def draw_black_until(good_redraws: dict[int, int], calls: list):
-    """Return a drawing function: image `index` is black before its redraw `good_redraws[index]`."""
-
-    def draw(images):
-        calls.append([image.index for image in images])
-        pixels = np.stack([np.random.default_rng(image.seed).random((4, 4, 3), dtype=np.float32) for image in images])
-        for position, image in enumerate(images):
-            if image.redraw < good_redraws.get(image.index, 0):
-                pixels[position] = 0
-        return pixels, [False] * len(images)
-
-    return draw
+def load(folder) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def test_black_images_are_redrawn_with_the_next_seed_at_the_same_batch_size():
-    plan, calls = make_plan(), []
-    batch = range(3, 6)
-    drawn = draw_batch(draw_black_until({4: 2}, calls), plan, batch, plan.shard(0), max_redraws=2)
-    assert [image.index for image, _ in drawn] == [3, 4, 5]
-    assert [image.redraw for image, _ in drawn] == [0, 2, 0]
-    assert drawn[1][0].seed == plan.image(4, 2).seed
-    assert all(pixels.any() for _, pixels in drawn)
-    assert calls == [[3, 4, 5]] * 3
+def make_sampler(pipe, num_at_a_time=3, **options) -> Sampler:
+    return Sampler(pipe, resolution=32, num_inference_steps=2, num_at_a_time=num_at_a_time, **options)
 
 
-def test_redraws_do_not_change_the_good_images_of_the_batch():
-    plan = make_plan()
-    clean = draw_batch(draw_black_until({}, []), plan, range(3), plan.shard(0), max_redraws=3)
-    redrawn = draw_batch(draw_black_until({1: 3}, []), plan, range(3), plan.shard(0), max_redraws=3)
-    for position in (0, 2):
-        np.testing.assert_array_equal(clean[position][1], redrawn[position][1])
+def draw_alone(pipe, prompt, seed, **options) -> np.ndarray:
+    """Return what a user of diffusers gets, as levels."""
+    generator = torch.Generator().manual_seed(seed)
+    return np.rint(pipe(prompt, generator=generator, output_type="np", **SETTINGS, **options).images[0] * 255)
 
 
-def test_cap_of_redraws_ends_in_an_error_with_class_and_prompt():
-    plan = make_plan()
-    with pytest.raises(UserError, match=r"--max_redraws 1: .*b \('a b'\): black"):
-        draw_batch(draw_black_until({4: 2}, []), plan, range(3, 6), plan.shard(0), max_redraws=1)
+def assert_same(drawn, levels):
+    """Equal but for the noise of other kernels, which may tip a few values over to the next level."""
+    difference = np.abs(np.asarray(levels, dtype=int) - drawn)
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
-def test_padding_is_left_out_and_never_redrawn():
-    plan, calls = make_plan(), []
-    drawn = draw_batch(draw_black_until({8: 99}, calls), plan, range(6, 9), plan.shard(0), max_redraws=1)
-    assert [image.index for image, _ in drawn] == [6, 7]
-    assert len(calls) == 1
+@pytest.fixture
+def pipe(tiny_pipeline_dir):
+    return load(tiny_pipeline_dir)
 
 
-def test_redraws_are_counted_per_class_from_the_shards(tmp_path):
-    plan = make_plan(num_images_per_class=4)
-    features = synthetic_features(list(plan.class_names))
-    for number in range(plan.num_shards):
-        images = [plan.image(index, redraw=2 if index in (1, 10) else 0) for index in plan.shard(number)]
-        write_shard(shard_path(tmp_path, number), [make_row(image, b"", 3.0) for image in images], features)
-    assert count_class_redraws(tmp_path, plan, max_redraws=2) == {"a": 0, "b": 4, "c": 0}
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("negative_prompt", ["", "ugly"])
+def test_images_are_those_the_pipeline_draws(kind, guidance_scale, negative_prompt, request):
+    folder = request.getfixturevalue(kind)
+    takes_it = kind != "tiny_flux_pipeline_dir"
+    sampler = make_sampler(load(folder), negative_prompt=negative_prompt if takes_it else "")
+    pixels, problems = sampler.draw(PROMPTS, SEEDS, guidance_scale)
+    assert (pixels.shape, pixels.dtype, problems) == ((3, 32, 32, 3), np.uint8, [None] * 3)
+    options = {"negative_prompt": negative_prompt} if negative_prompt and takes_it else {}
+    user = load(folder)
+    for prompt, seed, drawn in zip(PROMPTS, SEEDS, pixels):
+        assert_same(drawn, draw_alone(user, prompt, seed, guidance_scale=guidance_scale, **options))
+    assert np.abs(pixels[0].astype(int) - pixels[2]).mean() > 1  # the same prompt, another seed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_asked_for_changes_the_image(kind, request):
+    """Else the comparison with the pipeline would say little."""
+    pipe = load(request.getfixturevalue(kind))
+    pixels, _ = make_sampler(pipe).draw(["a red square", "a green circle", "zzz"], [3, 3, 3], 4.0)
+    guided, _ = make_sampler(pipe).draw(["a red square"], [3], 40.0)
+    others = [pixels[1], guided[0]]
+    if kind != "tiny_flux_pipeline_dir":
+        others.append(make_sampler(pipe, negative_prompt="ugly").draw(["a red square"], [3], 4.0)[0][0])
+    assert all((np.abs(other.astype(int) - pixels[0]) > 1).any() for other in others)
+
+
+def test_a_pipeline_of_another_kind_gets_its_prompts_as_text(pipe):
+    pag = StableDiffusionPAGPipeline(**pipe.components, requires_safety_checker=False)
+    pixels, _ = make_sampler(pag, negative_prompt="ugly").draw(PROMPTS, SEEDS, 4.0)
+    for prompt, seed, drawn in zip(PROMPTS, SEEDS, pixels):
+        assert_same(drawn, draw_alone(pag, prompt, seed, guidance_scale=4.0, negative_prompt="ugly"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_on_a_gpu_are_those_of_the_cpu(kind, request):
+    pipe = load(request.getfixturevalue(kind))
+    expected, _ = make_sampler(pipe).draw(PROMPTS, SEEDS, 4.0)
+    pixels, problems = make_sampler(pipe.to("cuda")).draw(PROMPTS, SEEDS, 4.0)
+    assert problems == [None] * 3
+    assert np.abs(pixels.astype(int) - expected).mean() < 1
+
+
+def test_an_image_does_not_depend_on_its_batch(pipe):
+    sampler = make_sampler(pipe)
+    pixels, _ = sampler.draw(PROMPTS, SEEDS, 4.0)
+    others, _ = sampler.draw(["z", PROMPTS[1], "zz"], [7, SEEDS[1], 8], 4.0)
+    np.testing.assert_array_equal(others[1], pixels[1])
+    alone, _ = sampler.draw(PROMPTS[1:2], SEEDS[1:2], 4.0)  # padded: computed by the same kernels
+    np.testing.assert_array_equal(alone, pixels[1:2])
+    again, _ = sampler.draw(PROMPTS * 2, SEEDS + [6, 7, 8], 4.0)  # more than fit at a time
+    np.testing.assert_array_equal(again[:3], pixels)
+    assert again.shape[0] == 6
+
+
+def count_calls(module) -> list:
+    calls = []
+    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+# for the negative prompt diffusers encodes a prompt beside it; XL takes zeros for none, and FLUX has none
+@pytest.mark.parametrize(("kind", "encoder", "num_for_negative"), zip(KINDS, ["", "_2", "_3", "_2"], [2, 1, 2, 0]))
+def test_each_prompt_is_encoded_once(kind, encoder, num_for_negative, request):
+    pipe = load(request.getfixturevalue(kind))
+    calls = count_calls(getattr(pipe, f"text_encoder{encoder}"))
+    sampler = make_sampler(pipe)
+    for seeds in ([1, 2, 3], [4, 5, 6]):
+        sampler.draw(PROMPTS, seeds, 1.0)
+    assert len(calls) == 2
+    for guidance_scale in (3.0, 4.0):
+        sampler.draw(PROMPTS, SEEDS, guidance_scale)
+    assert len(calls) == 2 + num_for_negative
+
+
+def test_cache_is_bounded_and_keeps_what_came_first(pipe):
+    one = PromptCache(pipe, "").batch(["a"], False)["prompt_embeds"].nbytes
+    cache = PromptCache(pipe, "", max_bytes=2 * one + 1)
+    calls = count_calls(pipe.text_encoder)
+    for _ in range(2):
+        for prompt in ("a", "b", "c"):
+            embeds = cache.batch([prompt], False)["prompt_embeds"]
+            expected = pipe.encode_prompt(prompt, "cpu", 1, False)[0]
+            torch.testing.assert_close(embeds, expected)
+    assert len(calls) - 6 == 4  # 'c' twice; 6 are the test's own
+    assert list(cache.kept) == ["a", "b"]
+
+
+def limit_memory(pipe, num_images: int) -> list[int]:
+    """Let the U-Net run out of memory above `num_images`; return the sizes that it is called with."""
+    sizes = []
+
+    def check(_, arguments):
+        sizes.append(len(arguments[0]))
+        if len(arguments[0]) > num_images:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    pipe.unet.register_forward_pre_hook(check)
+    return sizes
+
+
+def test_out_of_memory_halves_the_batch_and_says_so_once(tiny_pipeline_dir, pipe, caplog):
+    expected, _ = make_sampler(load(tiny_pipeline_dir), 5).draw(["a"] * 5, [1, 2, 3, 4, 5], 1.0)
+    sizes, sampler = limit_memory(pipe, 2), make_sampler(pipe, 5)
+    pixels, problems = sampler.draw(["a"] * 5, [1, 2, 3, 4, 5], 1.0)
+    assert_same(pixels, expected)
+    assert problems == [None] * 5
+    assert sampler.num_at_a_time == 2
+    assert sizes == [5] + [2] * 6  # two steps each for 2, 2 and the last one with its padding
+    sampler.draw(["a"] * 5, SEEDS + [1, 2], 1.0)
+    assert caplog.messages == ["Out of memory with 5 images at a time: from now on 2."]
+
+
+def test_out_of_memory_with_one_image_is_an_error_that_says_what_to_lower(pipe):
+    limit_memory(pipe, 0)
+    with pytest.raises(UserError, match=r"^--resolution 32: not even one image .* lower it, .*--mixed_precision bf16"):
+        make_sampler(pipe, 4).draw(["a"] * 4, [1, 2, 3, 4], 1.0)
+
+
+def add_safety_checker(pipe, flags_all: bool) -> None:
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**size, "image_size": 16, "patch_size": 8}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=size, vision_config=vision, projection_dim=16))
+    checker.concept_embeds_weights.fill_(-2.0 if flags_all else 2.0)  # a cosine is never below or above these
+    checker.special_care_embeds_weights.fill_(2.0)
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    pipe.register_modules(safety_checker=checker.eval(), feature_extractor=processor)
+
+
+@pytest.mark.parametrize(("flags_all", "problem"), [(True, "flagged by the safety checker"), (False, None)])
+def test_flagged_images_are_told_from_others(pipe, flags_all, problem):
+    add_safety_checker(pipe, flags_all)
+    assert make_sampler(pipe).draw(PROMPTS, SEEDS, 1.0)[1] == [problem] * 3
+
+
+def test_bad_images_are_named_and_the_others_kept(pipe):
+    def spoil(_, arguments, image):
+        image[1], image[2] = float("nan"), -1.0
+        return image
+
+    expected, _ = make_sampler(pipe).draw(PROMPTS, SEEDS, 1.0)
+    pipe.vae.decoder.register_forward_hook(spoil)
+    pixels, problems = make_sampler(pipe).draw(PROMPTS, SEEDS, 1.0)
+    assert problems == [None, "not a number", "black"]
+    np.testing.assert_array_equal(pixels[0], expected[0])
+
+
+def test_nothing_is_printed_or_logged(pipe, capfd, caplog, monkeypatch):
+    pipe.set_progress_bar_config(disable=False)
+    add_safety_checker(pipe, flags_all=True)
+    library = logging.getLogger("diffusers")
+    monkeypatch.setattr(library, "handlers", [caplog.handler])
+    prompt = "a very " + "long " * 80 + "prompt"
+    sampler = make_sampler(pipe)
+    capfd.readouterr()
+    sampler.draw([prompt] * 3, SEEDS, 4.0)
+    assert (capfd.readouterr(), caplog.messages) == (("", ""), [])
+    draw_alone(pipe, prompt, 0)  # the pipeline itself tells of both, and may do so again
+    assert any("truncated" in message for message in caplog.messages)
+    assert any("black image" in message for message in caplog.messages)
+
+
+def test_compiled_model_is_not_compiled_again_for_batches_and_guidance_scales(tiny_pipeline_dir, pipe):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    sampler = make_sampler(pipe, compile_model=True, compile_backend="eager")
+    pixels, _ = sampler.draw(PROMPTS, SEEDS, 4.0)
+    expected, _ = make_sampler(load(tiny_pipeline_dir)).draw(PROMPTS, SEEDS, 4.0)
+    assert_same(pixels, expected)
+    num_graphs = counters["stats"]["unique_graphs"]
+    assert num_graphs > 0
+    sampler.draw(PROMPTS, [6, 7, 8], 3.0)
+    sampler.draw(PROMPTS[:2], SEEDS[:2], 2.5)
+    assert counters["stats"]["unique_graphs"] == num_graphs

@@ -139,11 +139,24 @@ class BaseModel:
 
 
 def open_base_model(name: str, flag: str, revision: str | None = None, token: str | None = None) -> BaseModel:
-    """Return a pipeline of a supported kind, its commit pinned, after a look at its `model_index.json`.
+    """Return a pipeline that a style token can be learned for.
 
     Raises:
-        UserError: it is neither folder nor repository, may not be read, or is another pipeline. For a repository
-            that is known to be gone the message names its mirror.
+        UserError: it is another pipeline, or what `open_pipeline` raises.
+    """
+    source, pipeline_class = open_pipeline(name, flag, revision, token)
+    if pipeline_class not in SUPPORTED_PIPELINES:
+        supported = ", ".join(f"{name} ({what})" for name, what in SUPPORTED_PIPELINES.items())
+        raise UserError(f"{flag} {name}: is a {pipeline_class}; supported: {supported}.")
+    return BaseModel(source, pipeline_class)
+
+
+def open_pipeline(name: str, flag: str, revision: str | None, token: str | None) -> tuple[Source, str | None]:
+    """Return a pipeline of any kind, its commit pinned, and its class after a look at its `model_index.json`.
+
+    Raises:
+        UserError: it is neither folder nor repository, may not be read, or is no pipeline. For a repository that is
+            known to be gone the message names its mirror.
     """
     try:
         source = open_source(name, flag, revision=revision, token=token)
@@ -152,8 +165,4 @@ def open_base_model(name: str, flag: str, revision: str | None = None, token: st
             raise
         raise UserError(f"{flag} {name}: is gone from the Hub; its mirror is {MIRRORS[name]}.") from None
     path = source.file("model_index.json", "a pipeline of diffusers")
-    pipeline_class = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
-    if pipeline_class not in SUPPORTED_PIPELINES:
-        supported = ", ".join(f"{name} ({what})" for name, what in SUPPORTED_PIPELINES.items())
-        raise UserError(f"{flag} {name}: is a {pipeline_class}; supported: {supported}.")
-    return BaseModel(source, pipeline_class)
+    return source, json.loads(path.read_text(encoding="utf-8")).get("_class_name")

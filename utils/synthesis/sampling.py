@@ -1,131 +1,202 @@
-"""Sampling planned images with a Stable Diffusion pipeline: one generator an image, bad images drawn again."""
+"""Sampling: prompts and seeds into checked pixels, one noise generator an image."""
 
-from collections.abc import Callable
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import diffusers
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
-from diffusers.schedulers import KarrasDiffusionSchedulers
-from transformers import CLIPTokenizer
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 
 from utils.cli.errors import UserError
-from utils.data.prompts import token_text
-from utils.hub.repositories import Source
-from utils.synthesis.checks import find_problem
-from utils.synthesis.plan import GenerationPlan, PlannedImage
-from utils.synthesis.sources import StyleToken
+from utils.synthesis.checks import find_problems
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-OWN_SCHEDULER = "default"
+# what `encode_prompt` returns, in its order, by the names with which the pipeline takes it; LIBRARIES: it differs from
+# pipeline to pipeline, so that others get their prompts as text
+SD_EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds")
+POOLED_EMBEDDINGS = (*SD_EMBEDDINGS, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+EMBEDDINGS = {
+    "StableDiffusionPipeline": SD_EMBEDDINGS,
+    "StableDiffusionXLPipeline": POOLED_EMBEDDINGS,
+    "StableDiffusion3Pipeline": POOLED_EMBEDDINGS,
+    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds"),
+}
+CACHE_BYTES = 2**30
+CONVOLUTIONAL = (UNet2DConditionModel, AutoencoderKL)
 
-# planned images -> pixels `(batch, height, width, 3)` float32 in [0, 1], and the safety checker's flags
-Draw = Callable[[list[PlannedImage]], tuple[np.ndarray, list[bool]]]
+# the arguments of a pipeline's call that stand for a prompt, each `(1, ...)`
+Embeddings = dict[str, torch.Tensor]
 
 
-def check_scheduler(scheduler: str) -> None:
-    """Check that Stable Diffusion can sample with a scheduler.
+class PromptCache:
+    """Prompts into a pipeline's embeddings, each encoded alone, so that they do not depend on a batch.
 
-    Raises:
-        UserError: diffusers has no such scheduler, or it does not fit.
+    Embeddings are kept in the host's memory until `max_bytes` are full (8,000 prompts of Stable Diffusion in half
+    precision, 250 of FLUX), and then no others: classes come round in turns, where keeping the latest used would
+    throw each one out just before its next use.
     """
-    known = [OWN_SCHEDULER, *KarrasDiffusionSchedulers.__members__]
-    if scheduler not in known:
-        raise UserError(f"--scheduler {scheduler}: not among {', '.join(known)}.")
+
+    def __init__(self, pipe: DiffusionPipeline, negative_prompt: str, max_bytes: int = CACHE_BYTES):
+        self.pipe = pipe
+        self.negative_prompt = negative_prompt
+        self.names = EMBEDDINGS[type(pipe).__name__]
+        self.free_bytes = max_bytes
+        self.kept: dict[str, Embeddings] = {}
+        self.negative: Embeddings = {}
+
+    def batch(self, prompts: list[str], with_negative: bool) -> Embeddings:
+        """Return the pipeline's arguments for prompts, `(batch, ...)` on its device."""
+        encoded = {prompt: self._encode(prompt) for prompt in dict.fromkeys(prompts)}
+        arguments = {
+            name: torch.cat([encoded[prompt][name] for prompt in prompts]).to(self.pipe.device)
+            for name in encoded[prompts[0]]
+        }
+        if with_negative and not self.negative:
+            self.negative = self._call("", is_negative=True)
+        if with_negative:
+            size = len(prompts)
+            arguments |= {name: value.expand(size, *value.shape[1:]) for name, value in self.negative.items()}
+        return arguments
+
+    def _encode(self, prompt: str) -> Embeddings:
+        if prompt in self.kept:
+            return self.kept[prompt]
+        embeddings = {name: value.cpu() for name, value in self._call(prompt, is_negative=False).items()}
+        num_bytes = sum(value.nbytes for value in embeddings.values())
+        if num_bytes <= self.free_bytes:
+            self.free_bytes -= num_bytes
+            self.kept[prompt] = embeddings
+        return embeddings
+
+    def _call(self, prompt: str, is_negative: bool) -> Embeddings:
+        """Return the embeddings of `prompt`, or of the negative prompt, on the device."""
+        arguments = {"prompt": prompt, "device": self.pipe.device, "num_images_per_prompt": 1}
+        parameters = inspect.signature(self.pipe.encode_prompt).parameters
+        arguments |= {name: None for name in ("prompt_2", "prompt_3") if name in parameters}
+        if "do_classifier_free_guidance" in parameters:
+            arguments["do_classifier_free_guidance"] = is_negative
+        if is_negative:
+            # None and "" are not the same: Stable Diffusion XL takes zeros for None
+            arguments["negative_prompt"] = self.negative_prompt or None
+        values = dict(zip(self.names, self.pipe.encode_prompt(**arguments)))
+        return {name: value for name, value in values.items() if name.startswith("negative") == is_negative}
 
 
-def count_prompt_tokens(
-    prompts: tuple[str, ...], template: str, generator: Source, token: StyleToken | None
-) -> list[int]:
-    """Return the tokens of each prompt with start and end; every vector of the style token counts as one.
+class Sampler:
+    """Draws batches with a pipeline, `num_at_a_time` images at a time: fewer from the first time that memory is short.
 
-    Raises:
-        UserError: a prompt is longer than the text encoder takes; the message shows where it would be cut.
+    Every call of the pipeline has just as many images, the last one repeated where there are fewer: another number
+    would be computed by other kernels, and compiled once more.
     """
-    with generator.reading("has no usable tokenizer"):
-        tokenizer = CLIPTokenizer.from_pretrained(generator.name, subfolder="tokenizer", **generator.load_options())
-    if token is not None:
-        vectors = token_text(token.placeholder_token, token.num_vectors)
-        tokenizer.add_tokens(vectors.split())
-        prompts = tuple(prompt.replace(token.placeholder_token, vectors) for prompt in prompts)
-    counts, limit = [], tokenizer.model_max_length
-    for prompt in prompts:
-        ids = tokenizer(prompt).input_ids
-        if len(ids) > limit:
-            cut = tokenizer.decode(ids[1 : limit - 1])
-            raise UserError(
-                f"--prompt_template '{template}': '{prompt}' has {len(ids)} tokens, the text encoder takes {limit}; "
-                f"it would be cut to '{cut}'."
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        *,
+        resolution: int,
+        num_inference_steps: int,
+        negative_prompt: str = "",
+        num_at_a_time: int,
+        compile_model: bool = False,
+        compile_backend: str = "inductor",
+    ):
+        self.pipe = pipe
+        self.negative_prompt = negative_prompt
+        self.num_at_a_time = num_at_a_time
+        self.settings = {"height": resolution, "width": resolution, "num_inference_steps": num_inference_steps}
+        self.cache = PromptCache(pipe, negative_prompt) if type(pipe).__name__ in EMBEDDINGS else None
+        self.parameters = inspect.signature(pipe.__call__).parameters
+        pipe.set_progress_bar_config(disable=True)
+        for part in pipe.components.values():
+            # a gain for convolutions in half precision on a GPU; on a CPU it cost 0 to 5 % of a run
+            if isinstance(part, CONVOLUTIONAL) and pipe.device.type == "cuda":
+                part.to(memory_format=torch.channels_last)
+        if compile_model:
+            # Inductor's `freezing` is no faster on a CPU, and costs a copy of the weights
+            denoiser = pipe.components["unet" if "unet" in pipe.components else "transformer"]
+            denoiser.compile(backend=compile_backend, dynamic=False)
+
+    def draw(self, prompts: list[str], seeds: list[int], guidance_scale: float) -> tuple[np.ndarray, list[str | None]]:
+        """Return the pixels of images, uint8 `(batch, height, width, 3)`, and what is wrong with each, None if nothing.
+
+        An image's noise comes from a CPU generator with its own seed: the same on every device and in every batch.
+        A bad image's pixels mean nothing.
+
+        Raises:
+            UserError: not even one image at a time fits in memory.
+        """
+        pixels, problems = [], []
+        while len(problems) < len(prompts):
+            part = slice(len(problems), len(problems) + self.num_at_a_time)
+            drawn = self._try_to_draw(prompts[part], seeds[part], guidance_scale)
+            if drawn is None:
+                self._halve()
+                continue
+            pixels.append(drawn[0])
+            problems += drawn[1]
+        return np.concatenate(pixels), problems
+
+    def _try_to_draw(self, prompts: list[str], seeds: list[int], guidance_scale: float):
+        """Return pixels and problems of at most `num_at_a_time` images, None where that is too many for the memory."""
+        size = len(prompts)
+        padding = self.num_at_a_time - size
+        try:
+            pixels, flags = self._call(prompts + prompts[-1:] * padding, seeds + seeds[-1:] * padding, guidance_scale)
+            levels, problems = find_problems(pixels[:size], flags[:size])
+            return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy(), problems
+        except torch.OutOfMemoryError:
+            return None  # and with the error go the references to what filled the memory
+
+    @torch.inference_mode()
+    def _call(self, prompts: list[str], seeds: list[int], guidance_scale: float) -> tuple[torch.Tensor, list[bool]]:
+        """Return pixels `(batch, 3, height, width)` in [0, 1] on the device, and the safety checker's flags."""
+        with _quiet():
+            output = self.pipe(
+                **self._prompt_arguments(prompts, guidance_scale),
+                **self.settings,
+                guidance_scale=guidance_scale,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                output_type="pt",
             )
-        counts.append(len(ids))
-    return counts
+        # only some pipelines have a safety checker, and not all of those have one loaded
+        return output.images, output.get("nsfw_content_detected") or [False] * len(prompts)
 
+    def _prompt_arguments(self, prompts: list[str], guidance_scale: float) -> dict:
+        if self.cache is not None:
+            return self.cache.batch(
+                prompts, with_negative=guidance_scale > 1 and "true_cfg_scale" not in self.parameters
+            )
+        if self.negative_prompt:
+            return {"prompt": prompts, "negative_prompt": [self.negative_prompt] * len(prompts)}
+        return {"prompt": prompts}
 
-def load_pipeline(
-    generator: Source, token: StyleToken | None, scheduler: str, dtype: torch.dtype, device: torch.device
-) -> StableDiffusionPipeline:
-    """Return the generator with the style token in its vocabulary and the scheduler built from its own config."""
-    with generator.reading("does not load as a Stable Diffusion pipeline"):
-        pipe = StableDiffusionPipeline.from_pretrained(generator.name, dtype=dtype, **generator.load_options())
-    if token is not None:
-        pipe.load_textual_inversion(str(token.path))
-    if scheduler != OWN_SCHEDULER:
-        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
-
-
-def make_draw(
-    pipe: StableDiffusionPipeline,
-    prompts: tuple[str, ...],
-    resolution: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-) -> Draw:
-    """Return the function that draws a batch of planned images. Every prompt is encoded once, here.
-
-    The noise of an image comes from a CPU generator of its own: the same on every device and in every batch.
-    """
-    with torch.no_grad():
-        embeds = {prompt: pipe.encode_prompt(prompt, pipe.device, 1, True) for prompt in set(prompts)}
-
-    def draw(images: list[PlannedImage]) -> tuple[np.ndarray, list[bool]]:
-        output = pipe(
-            prompt_embeds=torch.cat([embeds[image.prompt][0] for image in images]),
-            negative_prompt_embeds=torch.cat([embeds[image.prompt][1] for image in images]),
-            generator=[torch.Generator("cpu").manual_seed(image.seed) for image in images],
-            height=resolution,
-            width=resolution,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            output_type="np",
+    def _halve(self) -> None:
+        if self.num_at_a_time == 1:
+            raise UserError(
+                f"--resolution {self.settings['height']}: not even one image at a time fits in the memory of "
+                f"{self.pipe.device}; lower it, or draw in half precision (accelerate launch --mixed_precision bf16)."
+            )
+        logger.warning(
+            "Out of memory with %d images at a time: from now on %d.", self.num_at_a_time, self.num_at_a_time // 2
         )
-        return output.images, output.nsfw_content_detected or [False] * len(images)
+        self.num_at_a_time //= 2
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
 
-    return draw
 
-
-def draw_batch(
-    draw: Draw, plan: GenerationPlan, batch: range, kept: range, max_redraws: int
-) -> list[tuple[PlannedImage, np.ndarray]]:
-    """Draw a batch of the plan until none of its images is bad; those outside `kept` are padding and left out.
-
-    A redraw repeats the whole batch with new seeds for the bad images only, so that the batch keeps its size.
-
-    Raises:
-        UserError: images stay bad after `max_redraws` redraws; the message lists classes and prompts.
-    """
-    images = [plan.image(index) for index in batch]
-    pending = [position for position, index in enumerate(batch) if index in kept]
-    good = {}
-    for redraw in range(max_redraws + 1):
-        pixels, flags = draw(images)
-        problems = {position: find_problem(pixels[position], flags[position]) for position in pending}
-        good.update({i: (images[i], pixels[i]) for i in pending if problems[i] is None})
-        pending = [i for i in pending if problems[i] is not None]
-        if not pending:
-            return [good[position] for position in sorted(good)]
-        for i in pending:
-            images[i] = plan.image(batch[i], redraw + 1)
-    listed = sorted({f"{plan.class_names[images[i].label]} ('{images[i].prompt}'): {problems[i]}" for i in pending})
-    raise UserError(f"--max_redraws {max_redraws}: after as many redraws images are still bad; {'; '.join(listed)}.")
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries from a warning at every cut prompt and flagged image: these are told once, and counted."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [library.level for library in loggers]
+    for library in loggers:
+        library.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for library, level in zip(loggers, levels):
+            library.setLevel(level)

@@ -1,0 +1,223 @@
+"""Generators: what is read from their configs, and what loads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPImageProcessor
+
+from utils.cli.errors import UserError
+from utils.style.token import save_learned_embeds
+from utils.synthesis.generators import (
+    check_scheduler,
+    load_pipeline,
+    open_generator,
+)
+from utils.synthesis.sampling import Sampler
+from utils.synthesis.sources import StyleToken
+
+pytest_plugins = ["tests.synthesis.fixtures"]
+KINDS = ["tiny_pipeline_dir", "tiny_xl_pipeline_dir", "tiny_sd3_pipeline_dir", "tiny_flux_pipeline_dir"]
+CPU = torch.device("cpu")
+PLACEHOLDER = "<dsi-style>"
+
+
+def open_folder(folder):
+    return open_generator(str(folder), "--model", None, None)
+
+
+@pytest.fixture
+def generator(tiny_pipeline_dir):
+    return open_folder(tiny_pipeline_dir)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "takes_style_tokens", "takes_negative_prompt", "resolution"),
+    [
+        ("tiny_pipeline_dir", "DPMSolverMultistepScheduler", True, True, 32),
+        ("tiny_xl_pipeline_dir", "DPMSolverMultistepScheduler", True, True, 32),
+        ("tiny_sd3_pipeline_dir", "default", False, True, 32),
+        ("tiny_flux_pipeline_dir", "default", False, False, 256),
+    ],
+)
+def test_what_a_generator_takes_is_known_before_it_loads(
+    kind, scheduler, takes_style_tokens, takes_negative_prompt, resolution, request
+):
+    generator = open_folder(request.getfixturevalue(kind))
+    assert generator.default_scheduler == scheduler
+    assert generator.takes_style_tokens is takes_style_tokens
+    assert generator.takes_negative_prompt is takes_negative_prompt
+    assert generator.native_resolution == resolution  # latents a side times two, the tiny VAE's scale
+    check_scheduler(generator, scheduler)
+
+
+@pytest.mark.parametrize(("kind", "step"), zip(KINDS, [8, 8, 16, 16]))
+def test_resolution_of_full_size_models_goes_in_steps_of_their_patches(kind, step, copy_pipeline):
+    generator = open_folder(copy_pipeline(kind, vae={"block_out_channels": [128, 256, 512, 512]}))
+    assert generator.resolution_step == step
+    assert generator.native_resolution == (1024 if kind == "tiny_flux_pipeline_dir" else 128)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pipeline_draws_at_one_step_beyond_its_resolution(kind, request):
+    generator = open_folder(request.getfixturevalue(kind))
+    pipe = load_pipeline(generator, None, generator.default_scheduler, torch.float32, CPU)
+    size = 32 + generator.resolution_step
+    pixels, problems = Sampler(pipe, resolution=size, num_inference_steps=2, num_at_a_time=1).draw(["a"], [0], 2.0)
+    assert (pixels.shape, problems) == ((1, size, size, 3), [None])
+
+
+def test_a_generator_that_does_not_say_its_resolution_needs_one(copy_pipeline):
+    generator = open_folder(copy_pipeline("tiny_flux_pipeline_dir", index={"_class_name": "ChromaPipeline"}))
+    with pytest.raises(UserError, match="^--model .*copied: its configs do not say .*; give --resolution.$"):
+        _ = generator.native_resolution
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionControlNetPipeline",
+        "WanPipeline",
+        "Mine",
+        ["mine", "My"],
+        None,
+    ],
+)
+def test_another_pipeline_is_an_error_that_lists_the_supported(kind, copy_pipeline):
+    folder = copy_pipeline("tiny_pipeline_dir", index={"_class_name": kind})
+    with pytest.raises(
+        UserError, match="^--model .*copied: is a .*; supported: StableDiffusionPipeline, .*FluxPipe"
+    ) as e:
+        open_folder(folder)
+    assert str(kind) in str(e.value) and "ControlNet" not in str(e.value).split("supported")[1]
+
+
+def test_a_generator_that_is_gone_is_an_error_that_names_its_mirror():
+    with pytest.raises(UserError, match="^--model runwayml/.* is gone .* mirror is stable-diffusion-v1-5/stable-dif"):
+        open_generator("runwayml/stable-diffusion-v1-5", "--model", None, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "listed"),
+    [
+        ("tiny_pipeline_dir", "FlowMatchEulerDiscreteScheduler", "default, DDIMScheduler, .*UniPCMultistepScheduler"),
+        ("tiny_pipeline_dir", "DPMSolverSDEScheduler", "default, DDIMScheduler"),
+        ("tiny_sd3_pipeline_dir", "DPMSolverMultistepScheduler", "default, FlowMatchEulerDiscreteScheduler.$"),
+        ("tiny_flux_pipeline_dir", "Mine", "default, FlowMatchEulerDiscreteScheduler.$"),
+    ],
+)
+def test_scheduler_that_does_not_fit_is_an_error_that_lists_the_others(kind, scheduler, listed, request):
+    generator = open_folder(request.getfixturevalue(kind))
+    with pytest.raises(UserError, match=f"^--scheduler {scheduler}: does not fit .* takes {listed}"):
+        check_scheduler(generator, scheduler)
+
+
+def make_token(folder, rows: list[torch.Tensor], num_vectors: int) -> StyleToken:
+    path = save_learned_embeds(folder, PLACEHOLDER, rows)
+    return StyleToken("my-style", None, "", PLACEHOLDER, num_vectors, path)
+
+
+@pytest.mark.parametrize("num_vectors", [1, 3])
+@pytest.mark.parametrize(("kind", "widths"), [("tiny_pipeline_dir", [16]), ("tiny_xl_pipeline_dir", [16, 24])])
+def test_style_token_is_in_every_text_encoder(kind, widths, num_vectors, tmp_path, request):
+    rows = [torch.randn(num_vectors, width) for width in widths]
+    token = make_token(tmp_path, rows, num_vectors)
+    pipe = load_pipeline(open_folder(request.getfixturevalue(kind)), token, "default", torch.float32, CPU)
+    prompt = pipe.maybe_convert_prompt(f"a style {PLACEHOLDER}", pipe.tokenizer)
+    for value, number in zip(rows, ["", "_2"]):
+        tokenizer, text_encoder = getattr(pipe, f"tokenizer{number}"), getattr(pipe, f"text_encoder{number}")
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids[2:]
+        torch.testing.assert_close(text_encoder.get_input_embeddings().weight[ids], value)
+    draw = Sampler(pipe, resolution=32, num_inference_steps=2, num_at_a_time=1).draw
+    with_token, without = (draw([prompt], [0], 1.0)[0] for prompt in (f"a style {PLACEHOLDER}", "a style"))
+    assert (with_token != without).any()
+
+
+def test_placeholder_is_the_records_whatever_the_file_calls_it(generator, tmp_path):
+    save_file({"*": torch.ones(1, 16)}, tmp_path / "learned.safetensors")
+    token = StyleToken("my-style", None, "", PLACEHOLDER, 1, tmp_path / "learned.safetensors")
+    assert PLACEHOLDER in load_pipeline(generator, token, "default", torch.float32, CPU).tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("rows", [[torch.ones(2, 24)], [torch.ones(1, 16)], [torch.ones(2, 16), torch.ones(2, 24)]])
+def test_style_token_of_another_generator_is_an_error(rows, generator, tmp_path):
+    token = make_token(tmp_path, rows, num_vectors=2)
+    with pytest.raises(UserError, match=r"^--learned_embeds my-style: .* take \[\(2, 16\)\]; choose a token that was"):
+        load_pipeline(generator, token, "default", torch.float32, CPU)
+
+
+def test_style_token_for_a_pipeline_that_takes_none_is_an_error(tiny_flux_pipeline_dir, tmp_path):
+    token = make_token(tmp_path, [torch.ones(1, 16)], 1)
+    with pytest.raises(UserError, match="^--learned_embeds my-style: .* FluxPipeline, which takes no style tokens"):
+        load_pipeline(open_folder(tiny_flux_pipeline_dir), token, "default", torch.float32, CPU)
+
+
+def test_scheduler_keeps_the_pipelines_own_settings(generator):
+    own = load_pipeline(generator, None, "default", torch.float32, CPU).scheduler
+    other = load_pipeline(generator, None, "EulerDiscreteScheduler", torch.float32, CPU).scheduler
+    assert (type(own).__name__, type(other).__name__) == ("DDIMScheduler", "EulerDiscreteScheduler")
+    assert other.config.prediction_type == own.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("dtype", "force_upcast", "vae_dtype"),
+    [
+        (torch.float16, True, torch.float32),
+        (torch.float16, False, torch.float16),
+        (torch.bfloat16, True, torch.bfloat16),
+    ],
+)
+def test_vae_is_in_float32_where_it_overflows_in_half_precision(kind, dtype, force_upcast, vae_dtype, copy_pipeline):
+    generator = open_folder(copy_pipeline(kind, vae={"force_upcast": force_upcast}))
+    pipe = load_pipeline(generator, None, "default", dtype, CPU)
+    assert pipe.vae.dtype == vae_dtype
+    denoiser = pipe.components.get("unet") or pipe.components["transformer"]
+    assert denoiser.dtype == pipe.text_encoder.dtype == dtype
+    sampler = Sampler(pipe, resolution=32, num_inference_steps=2, num_at_a_time=2)
+    assert sampler.draw(["a", "b"], [0, 1], 2.0)[1] == [None, None]
+    assert pipe.vae.dtype == vae_dtype
+
+
+def test_vae_is_in_float32_where_its_config_says_nothing(copy_pipeline):
+    folder = copy_pipeline("tiny_pipeline_dir")
+    path = folder / "vae" / "config.json"
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "force_upcast"})
+    )
+    assert load_pipeline(open_folder(folder), None, "default", torch.float16, CPU).vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_weights_that_are_no_safetensors_are_refused(part, copy_pipeline):
+    folder = copy_pipeline("tiny_pipeline_dir")
+    (weights,) = (folder / part).glob("*.safetensors")
+    torch.save({}, weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(UserError, match="^--model .*copied: its pipeline cannot be loaded from safetensors .*safetens"):
+        load_pipeline(open_folder(folder), None, "default", torch.float32, CPU)
+
+
+def test_code_in_a_repository_is_not_run(copy_pipeline):
+    folder = copy_pipeline("tiny_pipeline_dir", index={"unet": ["my_unet", "MyUNet"]})
+    (folder / "unet" / "my_unet.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass MyUNet: pass\n")
+    with pytest.raises(UserError, match="^--model .*copied: its pipeline cannot be loaded"):
+        load_pipeline(open_folder(folder), None, "default", torch.float32, CPU)
+    assert not (folder / "ran").exists()
+
+
+def test_safety_checker_of_the_repository_stays(tiny_pipeline_dir, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**size, "image_size": 16, "patch_size": 8}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=size, vision_config=vision, projection_dim=16))
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+    pipe.register_modules(safety_checker=checker, feature_extractor=CLIPImageProcessor())
+    pipe.save_pretrained(tmp_path)
+    loaded = load_pipeline(open_folder(Path(tmp_path)), None, "default", torch.float32, CPU)
+    assert isinstance(loaded.safety_checker, StableDiffusionSafetyChecker)
