@@ -169,6 +169,12 @@ def open_sources(
     # each set once: all seeds get the same commit of it
     opened = {path: open_synthetic(path, token=token) for path in dict.fromkeys(paths.values())}
     sources = {key: opened[path] for key, path in paths.items()}
+    for source in sources.values():
+        if source.record["real_images"] is None:
+            raise UserError(
+                f"--synthetic_dataset {source.name}: was made for a list of class names, its record names no real "
+                "images; make it with --dataset_name."
+            )
     first, *others = sources.values()
     for source in others:
         ours, theirs = (image_set_name(item.record["real_images"]) for item in (first, source))

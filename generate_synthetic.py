@@ -2,46 +2,57 @@
 
     accelerate launch generate_synthetic.py --learned_embeds user/cars-style --output_dir cars-syn --push_to_hub
     accelerate launch generate_synthetic.py --learned_embeds cars-style --num_images_per_class 200 --dry_run
+    accelerate launch generate_synthetic.py --learned_embeds cars-style --prompt_set diverse --guidance_scale 2 3 4
     accelerate launch generate_synthetic.py --learned_embeds cars-style --use_style_token false --output_dir cars-plain
-    accelerate launch generate_synthetic.py --dataset_name user/cars \\
-        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
-    accelerate launch generate_synthetic.py recipe.yaml --output_dir cars-syn
+    accelerate launch generate_synthetic.py --class_names_file names.yaml \\
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium --mixed_precision bf16
+    accelerate launch --multi_gpu --num_processes 8 generate_synthetic.py recipe.yaml --output_dir cars-syn
 
 Run the same command again after an interruption, or with a larger --num_images_per_class, to go on where it stopped.
 """
 
+import os
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
-
-from tqdm.auto import tqdm
 
 from utils.cli.arguments import HubArguments, RealDataArguments
 from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
-from utils.cli.parsing import ScriptArgumentParser, require_positive
-from utils.cli.records import (
-    GENERATION_CONFIG,
-    RUN_CONFIG,
-    image_set_name,
-    read_record,
-    resolve_options,
-    write_run_config,
-)
+from utils.cli.interruptions import ending_cleanly
+from utils.cli.parsing import ScriptArgumentParser, require_not_negative, require_positive, suggestion
+from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, resolve_options, write_run_config
 from utils.data.class_folders import check_real_images_given
-from utils.data.prompts import check_template, render_prompt
+from utils.data.name_doctor import check_strict, diagnose, print_findings, write_class_names
+from utils.data.prompts import check_template
 from utils.hub.merged_card import check_card
 from utils.hub.publishing import publish_folder
 from utils.hub.targets import open_target
-from utils.synthesis.output_folder import PREVIEW, check_output_folder, start_output_folder
-from utils.synthesis.plan import GenerationPlan
-from utils.synthesis.sources import Sources, read_plain_sources, read_token_sources
+from utils.synthesis.output_folder import (
+    CHECKSUMS,
+    CLASS_NAMES,
+    PREVIEW,
+    QUALITY_FILES,
+    STATE_DIR,
+    check_folder_is_shared,
+    check_output_folder,
+    disk_full_is_said,
+    settings_fingerprint,
+    start_output_folder,
+)
+from utils.synthesis.plan import MAX_REDRAWS, GenerationPlan
+from utils.synthesis.prompts import TemplatePrompts, build_templates, read_prompts_file
+from utils.synthesis.sources import Sources, check_generator_takes, read_plain_sources, read_token_sources
 
 # what decides, besides the sources, what image number n is; num_images_per_class only says how many there are
-SAMPLING_SETTINGS = ("guidance_scale", "num_inference_steps", "scheduler", "seed", "batch_size")
-OUTPUT_SETTINGS = ("images_per_shard", "image_format", "jpeg_quality")
+SAMPLING_SETTINGS = ("guidance_scale", "num_inference_steps", "negative_prompt", "seed", "batch_size", "torch_compile")
+OUTPUT_SETTINGS = ("images_per_shard", "image_format", "image_quality")
 SHARDS = ("data/train-*.parquet",)
-PUBLISHED_FILES = (*SHARDS, PREVIEW, GENERATION_CONFIG, RUN_CONFIG, "README.md")
+PUBLISHED_FILES = (
+    *SHARDS, CHECKSUMS, PREVIEW, CLASS_NAMES, *QUALITY_FILES, GENERATION_CONFIG, RUN_CONFIG, "README.md",
+)  # fmt: skip
 
 
 @dataclass
@@ -60,35 +71,82 @@ class SourceArguments:
     )
     pretrained_model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Without --learned_embeds: a Stable Diffusion pipeline, a repository id or a folder."},
+        metadata={"help": "Without --learned_embeds: a text-to-image pipeline, a repository id or a folder."},
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of that pipeline."})
+
+
+@dataclass
+class PromptArguments:
+    _argument_group_name = "classes and prompts"
+
+    class_names_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Nouns for classes: a YAML or JSON mapping of names to nouns, or one a line in label order. In "
+            "place of a data set it names the classes, in the order of their label ids."
+        },
+    )
+    write_class_names: str | None = field(
+        default=None, metadata={"help": "Write the nouns to this YAML file, to edit and give as --class_names_file."}
+    )
+    strict_class_names: bool = field(default=False, metadata={"help": "Stop where a class name may mislead."})
+    classes: list[str] | None = field(default=None, metadata={"help": "Draw these classes only; labels stay."})
+    prompt_templates: list[str] | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--prompt_template"],
+            "help": "Prompts with {class}, and {token} for a style token; the token's own when not given.",
+        },
+    )
+    prompt_set: str = field(
+        default="single",
+        metadata={
+            "help": "single: the templates as they are; diverse: each varied by viewpoint, background and light.",
+            "choices": ["single", "diverse"],
+        },
+    )
+    prompts_file: str | None = field(
+        default=None,
+        metadata={"help": 'In place of templates: a JSONL file of captions, {"label": class name, "prompt": text}.'},
+    )
+    negative_prompt: str = field(default="", metadata={"help": "What the images should not show."})
 
 
 @dataclass
 class SamplingArguments:
     _argument_group_name = "sampling"
 
-    prompt_template: str | None = field(
-        default=None,
-        metadata={"help": "Prompt with {class}, and {token} for a style token; the token's own when not given."},
-    )
     num_images_per_class: int = field(default=1000, metadata={"help": "Images of each class; may be raised later."})
-    guidance_scale: float = field(
-        default=3.0, metadata={"help": "Classifier-free guidance, above 0; lower is more varied, 1 is none."}
+    guidance_scale: list[float] = field(
+        default_factory=lambda: [3.0],
+        metadata={"help": "Guidance, above 0; lower is more varied, 1 is none. Of several, each has an equal share."},
     )
     num_inference_steps: int = field(default=25, metadata={"help": "Denoising steps per image."})
-    scheduler: str = field(
-        default="DPMSolverMultistepScheduler",
-        metadata={"help": "Scheduler class of diffusers; 'default' keeps the pipeline's own."},
+    scheduler: str | None = field(
+        default=None,
+        metadata={
+            "help": "Scheduler class of diffusers; 'default' is the pipeline's own. When not given, "
+            "DPMSolverMultistepScheduler for Stable Diffusion 1.x, 2.x and XL, the pipeline's own for others."
+        },
     )
     resolution: int | None = field(
         default=None, metadata={"help": "Pixels a side, a multiple of 8; the token's or generator's when not given."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of all images."})
     batch_size: int = field(default=16, metadata={"help": "Images that a process draws at a time."})
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the generator; when not given, what accelerate launch says, else bf16 on a GPU that "
+            "has it.",
+            "choices": ["no", "fp16", "bf16"],
+        },
+    )
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the denoiser: minutes first, then faster."})
     max_redraws: int = field(
-        default=10, metadata={"help": "How often a bad image (black, constant, flagged) is drawn again, 0 or more."}
+        default=10,
+        metadata={"help": f"How often a bad image (black, constant, flagged) is drawn again, 0 to {MAX_REDRAWS}."},
     )
 
 
@@ -99,10 +157,18 @@ class OutputArguments:
     output_dir: str = field(default="synthetic-images", metadata={"help": "Folder of the set."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a synthetic set that is there."})
     images_per_shard: int = field(default=1000, metadata={"help": "Images per parquet file, the unit of resuming."})
-    image_format: str = field(default="jpeg", metadata={"help": "Image encoding.", "choices": ["jpeg", "png"]})
-    jpeg_quality: int = field(default=95, metadata={"help": "JPEG quality, 1 to 100."})
+    image_format: str = field(default="jpeg", metadata={"help": "Image encoding.", "choices": ["jpeg", "png", "webp"]})
+    image_quality: int = field(
+        default=95, metadata={"aliases": ["--jpeg_quality"], "help": "Quality of JPEG and WebP, 1 to 100."}
+    )
     dry_run: bool = field(
-        default=False, metadata={"help": "Show prompts, speed and disk use of two batches; write nothing."}
+        default=False, metadata={"help": "Show class names, prompts, speed and disk use of two batches; write no set."}
+    )
+    quality_report: bool = field(
+        default=False, metadata={"help": "Compare the set with the real images in the end; see quality_report.py."}
+    )
+    quality_model: str = field(
+        default="timm/resnet18.tv_in1k", metadata={"help": "Classifier or backbone whose features it compares."}
     )
 
 
@@ -113,8 +179,11 @@ class PublishingArguments(HubArguments):
     )
 
 
-def read_sources(source_args: SourceArguments, data_args: RealDataArguments, hub_token: str | None) -> Sources:
+def read_sources(
+    source_args: SourceArguments, prompt_args: PromptArguments, data_args: RealDataArguments, hub_token: str | None
+) -> Sources:
     """Read generator, class names and token from the record of --learned_embeds, or from the flags instead of it."""
+    names_file = prompt_args.class_names_file
     if source_args.learned_embeds is not None:
         # the record names the generator and the real images: other ones beside it would be ignored
         flags = {name: getattr(source_args, name) for name in ("pretrained_model_name_or_path", "revision")}
@@ -126,111 +195,168 @@ def read_sources(source_args: SourceArguments, data_args: RealDataArguments, hub
                     "real images."
                 )
         return read_token_sources(
-            source_args.learned_embeds, source_args.learned_embeds_revision, source_args.use_style_token, hub_token
-        )
+            source_args.learned_embeds, source_args.learned_embeds_revision, source_args.use_style_token, names_file,
+            hub_token,
+        )  # fmt: skip
     if source_args.learned_embeds_revision is not None:
         raise UserError(f"--learned_embeds_revision {source_args.learned_embeds_revision}: needs --learned_embeds.")
-    if None in (source_args.pretrained_model_name_or_path, data_args.dataset_name or data_args.train_dir):
+    has_real_images = data_args != RealDataArguments()
+    if source_args.pretrained_model_name_or_path is None or not (has_real_images or names_file):
         raise UserError(
             "--learned_embeds is missing: a style token's folder or repository id; or, without a token, both "
-            "--pretrained_model_name_or_path and --dataset_name (or --train_dir)."
+            "--pretrained_model_name_or_path and --dataset_name (or --train_dir, or --class_names_file)."
         )
-    check_real_images_given(data_args)
-    return read_plain_sources(source_args.pretrained_model_name_or_path, source_args.revision, data_args, hub_token)
+    if has_real_images:
+        check_real_images_given(data_args)
+    return read_plain_sources(
+        source_args.pretrained_model_name_or_path, source_args.revision, data_args if has_real_images else None,
+        names_file, hub_token,
+    )  # fmt: skip
 
 
-def check_arguments(sampling_args: SamplingArguments, output_args: OutputArguments) -> None:
-    """Check the numbers."""
+def check_arguments(
+    prompt_args: PromptArguments, sampling_args: SamplingArguments, output_args: OutputArguments
+) -> None:
+    """Check what needs no file to be known as wrong."""
     require_positive(
-        num_images_per_class=sampling_args.num_images_per_class, guidance_scale=sampling_args.guidance_scale,
+        num_images_per_class=sampling_args.num_images_per_class,
         num_inference_steps=sampling_args.num_inference_steps, resolution=sampling_args.resolution,
         batch_size=sampling_args.batch_size, images_per_shard=output_args.images_per_shard,
     )  # fmt: skip
-    if sampling_args.max_redraws < 0:
-        raise UserError(f"--max_redraws {sampling_args.max_redraws}: must be 0 or more.")
-    if not 1 <= output_args.jpeg_quality <= 100:
-        raise UserError(f"--jpeg_quality {output_args.jpeg_quality}: must be from 1 to 100.")
-    if sampling_args.resolution is not None and sampling_args.resolution % 8:
-        raise UserError(f"--resolution {sampling_args.resolution}: must be a multiple of 8.")
+    for guidance_scale in sampling_args.guidance_scale:
+        require_positive(guidance_scale=guidance_scale)
+    require_not_negative(max_redraws=sampling_args.max_redraws, seed=sampling_args.seed)
+    if sampling_args.max_redraws > MAX_REDRAWS:
+        raise UserError(f"--max_redraws {sampling_args.max_redraws}: must be at most {MAX_REDRAWS}.")
+    if not 1 <= output_args.image_quality <= 100:
+        raise UserError(f"--image_quality {output_args.image_quality}: must be from 1 to 100.")
+    if prompt_args.prompts_file is not None and (prompt_args.prompt_templates or prompt_args.prompt_set != "single"):
+        raise UserError(
+            f"--prompts_file {prompt_args.prompts_file}: takes the place of templates; leave --prompt_templates and "
+            "--prompt_set out."
+        )
+
+
+def find_labels(classes: list[str] | None, class_names: list[str]) -> tuple[int, ...]:
+    """Return the labels of --classes in label order, of all classes when it is not given."""
+    for name in classes or []:
+        if name not in class_names:
+            raise UserError(f"--classes {name}: no such class{suggestion(name, class_names)}.")
+    return tuple(label for label, name in enumerate(class_names) if classes is None or name in classes)
+
+
+def prepare_prompts(sources: Sources, labels: tuple[int, ...], prompt_args: PromptArguments) -> tuple:
+    """Return the prompts, and what decides them, for the record."""
+    # the placeholder once: diffusers itself expands it to all vectors
+    placeholder = sources.token.placeholder_token if sources.token else None
+    if prompt_args.prompts_file is not None:
+        prompts = read_prompts_file(
+            prompt_args.prompts_file, sources.class_names, sources.prompt_nouns, labels, placeholder
+        )
+        return prompts, {"prompts_file_sha256": prompts.sha256}
+    templates = prompt_args.prompt_templates or sources.prompt_templates
+    for template in templates:
+        check_template(template, needs_token=sources.token is not None, flag="--prompt_templates")
+    varied = [variant for template in templates for variant in build_templates(prompt_args.prompt_set, template)]
+    return TemplatePrompts(tuple(varied), tuple(sources.prompt_nouns), placeholder or ""), {"prompt_templates": varied}
+
+
+def choose_precision(requested: str | None) -> str:
+    """Return the precision asked for here or of `accelerate launch`, else bf16 where there is a GPU that has it."""
+    import torch
+
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if requested is None and launched == "no":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return requested or launched
+
+
+def start_accelerator(sampling_args: SamplingArguments):
+    """Return the `Accelerator`: which process this is, on which device, in which precision."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    precision = choose_precision(sampling_args.mixed_precision)
+    try:
+        # one process may still draw its last shard, or send it, when the others are done
+        return Accelerator(
+            mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))]
+        )
+    except ValueError as error:  # fp16 without a GPU, bf16 on one that has none
+        raise UserError(f"--mixed_precision {precision}: {error}") from None
 
 
 def collect_settings(
     sources: Sources,
-    template: str,
-    resolution: int,
+    plan: GenerationPlan,
+    prompt_settings: dict,
     mixed_precision: str,
+    prompt_args: PromptArguments,
     sampling_args: SamplingArguments,
     output_args: OutputArguments,
 ) -> dict:
     """Return all that decides what image number n is: a folder holds images of one such collection."""
+    options = {**asdict(prompt_args), **asdict(sampling_args), **asdict(output_args)}
     return {
-        "generator": sources.generator.name,
-        "generator_revision": sources.generator.revision,
+        "generator": sources.generator.source.name,
+        "generator_revision": sources.generator.source.revision,
         "learned_embeds_sha256": sources.token.sha256 if sources.token else None,
         "class_names": sources.class_names,
-        "prompt_template": template,
-        "resolution": resolution,
+        "prompt_nouns": sources.prompt_nouns,
+        "classes": [sources.class_names[label] for label in plan.labels],
+        **prompt_settings,
+        "resolution": sampling_args.resolution or sources.resolution,
+        "scheduler": sampling_args.scheduler or sources.generator.default_scheduler,
         "mixed_precision": mixed_precision,
-        **{name: getattr(sampling_args, name) for name in SAMPLING_SETTINGS},
-        **{name: getattr(output_args, name) for name in OUTPUT_SETTINGS},
+        **{name: options[name] for name in (*SAMPLING_SETTINGS, *OUTPUT_SETTINGS)},
     }
 
 
-def print_dry_run(draw, plan: GenerationPlan, token_counts: list[int], encode, accelerator) -> dict:
-    """Print class names, prompts, and the cost of the whole set, estimated from two real batches."""
-    if not accelerator.is_main_process:
-        return {}
-    print(f"{len(plan.class_names)} classes: {', '.join(plan.class_names)}")
-    for prompt, count in list(zip(plan.prompts, token_counts))[:5]:
-        print(f"  {prompt!r} ({count} tokens)")
-    seconds, sizes = [], []
-    for start in (0, plan.batch_size):
-        began = time.perf_counter()
-        pixels, _ = draw([plan.image(index) for index in range(start, start + plan.batch_size)])
-        sizes += [len(encode(image)) for image in pixels]
-        seconds.append(time.perf_counter() - began)
-    rate = accelerator.num_processes * plan.batch_size / min(seconds)  # the first batch also warms up
-    estimate = {
-        "images_per_second": rate,
-        "hours": plan.num_images / rate / 3600,
-        "disk_gib": plan.num_images * sum(sizes) / len(sizes) / 2**30,
-    }
-    print(
-        f"{plan.num_images:,} images: {rate:.2f} images/s on {accelerator.num_processes} process(es), "
-        f"{estimate['hours']:.2f} h, {estimate['disk_gib']:.3f} GiB. Nothing was written."
+def make_sampler(sources: Sources, settings: dict, accelerator):
+    """Load the generator onto this process's device."""
+    from utils.synthesis.generators import load_pipeline
+    from utils.synthesis.sampling import DTYPES, Sampler
+
+    dtype = DTYPES[accelerator.mixed_precision]
+    return Sampler(
+        load_pipeline(sources.generator, sources.token, settings["scheduler"], dtype, accelerator.device),
+        resolution=settings["resolution"],
+        num_inference_steps=settings["num_inference_steps"],
+        negative_prompt=settings["negative_prompt"],
+        num_at_a_time=settings["batch_size"],
+        compile_model=settings["torch_compile"],
     )
-    return estimate
 
 
-def write_card(
-    output_dir: str,
-    features,
-    plan: GenerationPlan,
-    num_redraws: dict[str, int],
-    command: str,
-    hub_id: str | None,
-    hub_token: str | None,
-) -> None:
-    """Write the dataset card from the folder's own record, with the licences that the sources' cards name."""
-    from utils.hub.dataset_card import write_dataset_card
-    from utils.hub.licenses import read_licenses
+def draw_missing(missing: list[int], shards, sources: Sources, settings: dict, max_redraws: int, accelerator) -> float:
+    """Draw this process's part of the missing shards, and return the seconds that took.
 
-    record = read_record(Path(output_dir) / GENERATION_CONFIG)
-    generator, real = record["generator"], record["real_images"]
-    licenses = read_licenses(
-        [
-            (generator["id"], "model", generator["revision"]),
-            (image_set_name(real), "dataset", real["dataset_revision"]),
-        ],
-        hub_token,
-    )
-    write_dataset_card(output_dir, features, record, plan.prompts, num_redraws, licenses, command, hub_id)
+    A set that lacks none loads no generator.
+    """
+    if not missing:
+        return 0.0
+    from utils.synthesis.encoding import Encoders
+    from utils.synthesis.progress import SharedProgress
+    from utils.synthesis.runner import Runner
+
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    sampler = make_sampler(sources, settings, accelerator) if mine else None
+    progress = SharedProgress(
+        shards.output_dir / STATE_DIR, accelerator.process_index, accelerator.num_processes,
+        total=sum(len(shards.plan.shard(number)) for number in missing),
+    )  # fmt: skip
+    accelerator.wait_for_everyone()  # counts of an earlier run are gone
+    started = time.perf_counter()
+    with Encoders(settings["image_format"], settings["image_quality"]) as encoders:
+        Runner(sampler, shards, encoders, max_redraws, progress.update).make_shards(mine)
+    progress.finish()
+    return time.perf_counter() - started
 
 
 def print_summary(output_dir: str, plan: GenerationPlan, results: dict) -> None:
     """Print what was made, how fast, where it lies, and the next command."""
     print(
-        f"{plan.num_images:,} images of {len(plan.class_names)} classes in {output_dir}; {results['num_drawn']:,} "
+        f"{plan.num_images:,} images of {len(plan.labels)} classes in {output_dir}; {results['num_drawn']:,} "
         f"drawn now at {results['images_per_second']:.1f} images/s, {sum(results['num_redraws'].values())} redrawn, "
         f"{results['seconds']:.0f} s in all. Next:"
     )
@@ -239,118 +365,107 @@ def print_summary(output_dir: str, plan: GenerationPlan, results: dict) -> None:
 
 def main(argv=None) -> dict:
     started = time.time()
-    source_args, data_args, sampling_args, output_args, hub_args = groups = ScriptArgumentParser(
-        (SourceArguments, RealDataArguments, SamplingArguments, OutputArguments, PublishingArguments),
+    groups = ScriptArgumentParser(
+        (SourceArguments, RealDataArguments, PromptArguments, SamplingArguments, OutputArguments, PublishingArguments),
         description=__doc__,
     ).parse(argv)
-    check_arguments(sampling_args, output_args)
+    source_args, data_args, prompt_args, sampling_args, output_args, hub_args = groups
+    check_arguments(prompt_args, sampling_args, output_args)
     hub_target = None
     if hub_args.push_to_hub:
         hub_target = open_target(
             output_args.output_dir, hub_args.hub_dataset_id, "dataset", hub_args.hub_private_repo,
             hub_args.hub_revision, hub_args.hub_token,
         )  # fmt: skip
-    sources = read_sources(source_args, data_args, hub_args.hub_token)
-    template = sampling_args.prompt_template or sources.prompt_template
-    check_template(template, needs_token=sources.token is not None)
-
-    # these take seconds to import: only once the arguments are known to be good
-    from accelerate import Accelerator
-
-    from utils.synthesis import sampling, shards
-    from utils.synthesis.preview import draw_contact_sheet
-
-    # Everything that can be wrong, before a model loads
-    accelerator = Accelerator()
-    resolution = sampling_args.resolution or sources.resolution
-    settings = collect_settings(sources, template, resolution, accelerator.mixed_precision, sampling_args, output_args)
-    output_dir = output_args.output_dir
-    check_output_folder(output_dir, settings, sampling_args.num_images_per_class, output_args.overwrite_output_dir)
-    check_card(Path(output_dir) / "README.md")
-    placeholder = sources.token.placeholder_token if sources.token else ""
+    sources = read_sources(source_args, prompt_args, data_args, hub_args.hub_token)
+    labels = find_labels(prompt_args.classes, sources.class_names)
+    findings = diagnose(*sources.names_of(labels), sources.chosen_nouns)
+    if prompt_args.strict_class_names:
+        check_strict(findings)
+    prompts, prompt_settings = prepare_prompts(sources, labels, prompt_args)
     plan = GenerationPlan(
-        class_names=tuple(sources.class_names),
-        # the placeholder once: diffusers itself expands it to all vectors
-        prompts=tuple(render_prompt(template, noun, placeholder) for noun in sources.prompt_nouns),
+        num_classes=len(sources.class_names),
+        labels=labels,
+        prompts=prompts,
+        guidance_scales=tuple(sampling_args.guidance_scale),
         num_images_per_class=sampling_args.num_images_per_class,
         seed=sampling_args.seed,
         batch_size=sampling_args.batch_size,
         images_per_shard=output_args.images_per_shard,
     )
-    sampling.check_scheduler(sampling_args.scheduler)
-    token_counts = sampling.count_prompt_tokens(plan.prompts, template, sources.generator, sources.token)
 
-    pipe = sampling.load_pipeline(
-        sources.generator,
-        sources.token,
-        sampling_args.scheduler,
-        sampling.DTYPES[accelerator.mixed_precision],
-        accelerator.device,
+    # these take seconds to import: only once the arguments are known to be good
+    from accelerate.utils import broadcast_object_list
+
+    from utils.hub.growing import GrowingUpload
+    from utils.synthesis.dry_run import estimate_cost, print_estimate, print_prompts
+    from utils.synthesis.finishing import finish_set
+    from utils.synthesis.shards import Shards, check_no_strangers
+
+    # Everything that can be wrong, before a model loads
+    accelerator = start_accelerator(sampling_args)
+    settings = collect_settings(
+        sources, plan, prompt_settings, accelerator.mixed_precision, prompt_args, sampling_args, output_args
     )
-    draw = sampling.make_draw(
-        pipe, plan.prompts, resolution, sampling_args.num_inference_steps, sampling_args.guidance_scale
+    output_dir, is_main_process = output_args.output_dir, accelerator.is_main_process
+    check_output_folder(output_dir, settings, plan.num_images_per_class, output_args.overwrite_output_dir)
+    check_card(Path(output_dir) / "README.md")
+    check_generator_takes(
+        settings, sources, plan, "--prompts_file" if prompt_args.prompts_file else "--prompt_templates"
     )
-
-    features = shards.synthetic_features(sources.class_names)
-
-    def encode(pixels) -> bytes:
-        return shards.encode_image(pixels, output_args.image_format, output_args.jpeg_quality)
-
+    if is_main_process:
+        print_findings(findings)
+        if prompt_args.write_class_names is not None:
+            write_class_names(prompt_args.write_class_names, sources.class_names, sources.prompt_nouns, findings)
     if output_args.dry_run:
-        return print_dry_run(draw, plan, token_counts, encode, accelerator)
+        if is_main_process:
+            print_prompts(plan, sources)
+        sampler = make_sampler(sources, settings, accelerator)
+        estimate = estimate_cost(sampler, plan, settings, output_dir, accelerator.num_processes)
+        if is_main_process:
+            print_estimate(plan, estimate)
+        return estimate
+    shards = Shards(Path(output_dir), plan, settings_fingerprint(settings), sources.class_names)
+    if not output_args.overwrite_output_dir:
+        check_no_strangers(shards)
 
-    # every process has checked the folder before the main one changes it
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        start_output_folder(output_dir, settings, plan, sources, output_args.overwrite_output_dir)
-        shards.remove_leftovers(output_dir)
-    accelerator.wait_for_everyone()
+    command = public_command("generate_synthetic.py", argv)
 
-    # Shards are dealt to the processes; finished ones of an earlier run are kept
-    max_redraws = sampling_args.max_redraws
-    missing = [
-        number for number in range(plan.num_shards)
-        if shards.count_redraws(shards.shard_path(output_dir, number), plan, number, max_redraws) is None
-    ]  # fmt: skip
-    accelerator.wait_for_everyone()
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
-    sampling_started = time.time()
-    with tqdm(
-        total=sum(len(plan.shard(number)) for number in mine), desc="synthetic images", unit="image",
-        disable=not accelerator.is_main_process,
-    ) as progress:  # fmt: skip
-        for number in mine:
-            rows = []
-            for batch in plan.batches(number):
-                drawn = sampling.draw_batch(draw, plan, batch, plan.shard(number), max_redraws)
-                rows += [
-                    shards.make_row(image, encode(pixels), sampling_args.guidance_scale) for image, pixels in drawn
-                ]
-                progress.update(len(drawn))
-            shards.write_shard(shards.shard_path(output_dir, number), rows, features)
-    sampling_seconds = time.time() - sampling_started
-    accelerator.wait_for_everyone()
+    def advice() -> str:
+        return f"{len(shards.find_finished())} of {plan.num_shards} shards are finished and kept; go on with: {command}"
 
-    results = {}
-    if accelerator.is_main_process:
-        draw_contact_sheet(output_dir, plan).save(Path(output_dir) / PREVIEW)
-        num_redraws = shards.count_class_redraws(output_dir, plan, max_redraws)
-        command = public_command("generate_synthetic.py", argv)
-        hub_id = hub_target.repo_id if hub_target else None
-        write_card(output_dir, features, plan, num_redraws, command, hub_id, hub_args.hub_token)
-        run = write_run_config(output_dir, resolve_options(groups), started)
-        num_drawn = sum(len(plan.shard(number)) for number in missing)
-        results = {
-            "num_images": plan.num_images,
-            "num_drawn": num_drawn,
-            "num_redraws": num_redraws,
-            "images_per_second": num_drawn / sampling_seconds,
-            "seconds": run["seconds"],
-        }
-        print_summary(output_dir, plan, results)
-        if hub_target is not None:
-            publish_folder(output_dir, hub_target, PUBLISHED_FILES, stale_patterns=SHARDS)
-    accelerator.wait_for_everyone()
+    with ending_cleanly(advice), disk_full_is_said(output_dir):
+        accelerator.wait_for_everyone()  # every process has checked the folder before the main one changes it
+        if is_main_process:
+            start_output_folder(output_dir, settings, plan, sources, output_args.overwrite_output_dir)
+            shards.remove_leftovers()
+        accelerator.wait_for_everyone()
+        check_folder_is_shared(output_dir, shards.fingerprint)
+        # Shards are dealt to the processes by number; finished ones of an earlier run are kept
+        [missing] = broadcast_object_list([shards.find_missing() if is_main_process else None])
+        uploading = nullcontext()
+        if hub_target is not None and is_main_process:
+            uploading = GrowingUpload(output_dir, hub_target, shards.find_finished, shards.fingerprint)
+        with uploading:
+            seconds = draw_missing(missing, shards, sources, settings, sampling_args.max_redraws, accelerator)
+        accelerator.wait_for_everyone()
+
+        results = {}
+        if is_main_process:
+            hub_id = hub_target.repo_id if hub_target else None
+            record = finish_set(shards, sources, findings, command, hub_id, hub_args.hub_token)
+            run = write_run_config(output_dir, resolve_options(groups), started)
+            num_drawn = sum(len(plan.shard(number)) for number in missing)
+            results = {
+                "num_images": plan.num_images,
+                "num_drawn": num_drawn,
+                "num_redraws": record["num_redraws"],
+                "images_per_second": num_drawn / seconds if missing else 0.0,
+                "seconds": run["seconds"],
+            }
+            print_summary(output_dir, plan, results)
+            if hub_target is not None:
+                publish_folder(output_dir, hub_target, PUBLISHED_FILES, stale_patterns=SHARDS)
     accelerator.end_training()
     return results
 

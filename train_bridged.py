@@ -162,9 +162,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
         source = open_synthetic(
             synthetic_args.synthetic_dataset, synthetic_args.synthetic_dataset_revision, training_args.hub_token
         )
-        recorded = source.record["real_images"]
+        recorded = source.record["real_images"] or {}  # a set for a list of class names has none
         given = real_args.dataset_name, real_args.train_dir
-        if given in ((None, None), (recorded["dataset_name"], recorded.get("train_dir"))):
+        if given in ((None, None), (recorded.get("dataset_name"), recorded.get("train_dir"))):
             parser.set_defaults(**recorded)
     elif synthetic_args.synthetic_dataset_revision is not None:
         raise UserError(

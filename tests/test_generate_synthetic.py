@@ -1,9 +1,12 @@
 """generate_synthetic.py end to end, in process, with a tiny pipeline of the real classes."""
 
+import functools
 import hashlib
 import io
 import json
+import os
 import re
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,51 +15,19 @@ import torch
 from datasets import ClassLabel, Image, load_dataset
 from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
-from safetensors.torch import save_file
 
 from generate_synthetic import main
 from tests.conftest import CLASS_NAMES
+from tests.local_hub.faults import Fault
+from tests.synthesis.tokens import PLACEHOLDER, save_token, shard_hashes
 from utils.cli.commands import public_command
 from utils.cli.errors import UserError
-from utils.cli.records import write_record
 from utils.data.prompts import token_text
-from utils.synthesis.shards import encode_image
+from utils.hub import growing
+from utils.synthesis.encoding import encode_image
+from utils.synthesis.runner import Runner
 
-PLACEHOLDER = "<dsi-style>"
-
-
-def save_token(folder, tiny_pipeline_dir, real_images_dir, num_vectors=1, class_names=CLASS_NAMES):
-    """Write what train_dsi.py writes, with a large random token."""
-    folder.mkdir()
-    rows = torch.randn(num_vectors, 16, generator=torch.Generator().manual_seed(1)) * 3
-    save_file({PLACEHOLDER: rows}, folder / "learned_embeds.safetensors")
-    record = {
-        "base_model": {"id": str(tiny_pipeline_dir), "revision": None},
-        "real_images": {"dataset_name": str(real_images_dir), "dataset_revision": None},
-        "train_indices": [0, 3, 5],
-        "class_names": class_names,
-        "prompt_nouns": ["red square", "green circle", "blue-stripe"],
-        "prompt_templates": ["A {class} photo in the style of {token}"],
-        "placeholder_token": PLACEHOLDER,
-        "num_vectors": num_vectors,
-        "resolution": 32,
-    }
-    write_record(folder / "dsi_config.json", record)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def token_dir(tmp_path_factory, tiny_pipeline_dir, real_images_dir):
-    return save_token(tmp_path_factory.mktemp("token") / "style", tiny_pipeline_dir, real_images_dir)
-
-
-@pytest.fixture(scope="module")
-def options(token_dir):
-    """7 images of each of 3 classes in shards of 8, batches of 3: short last shard, padded batches."""
-    return [
-        "--learned_embeds", str(token_dir), "--num_images_per_class", "7", "--images_per_shard", "8",
-        "--batch_size", "3", "--num_inference_steps", "2",
-    ]  # fmt: skip
+pytest_plugins = ["tests.synthesis.fixtures", "tests.local_hub.fixtures"]
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +44,7 @@ def copied_set(finished_set, tmp_path):
     return shutil.copytree(finished_set, tmp_path / "copied")
 
 
-def shard_hashes(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("data/*"))}
+TOKEN = "hf_user_secret"
 
 
 def tree_hashes(folder):
@@ -112,7 +82,8 @@ def test_an_image_is_what_the_pipeline_draws_with_its_prompt_and_seed(finished_s
              height=32, width=32, output_type="np").images[0]
         for seed in (row["seed"], row["seed"] + 1)
     ]  # fmt: skip
-    same, other = (PILImage.open(io.BytesIO(encode_image(pixels, "jpeg", 95))) for pixels in images)
+    levels = (np.rint(pixels * 255).astype(np.uint8) for pixels in images)
+    same, other = (PILImage.open(io.BytesIO(encode_image(pixels, "jpeg", 95))) for pixels in levels)
     drawn = np.asarray(row["image"], dtype=int)
     assert np.abs(np.asarray(same) - drawn).mean() < 1 < 10 < np.abs(np.asarray(other) - drawn).mean()
 
@@ -157,7 +128,7 @@ def test_more_images_later_keep_the_first_ones(copied_set, options):
     ("flag", "value", "message"),
     [
         ("--seed", "1", "seed was 0, now 1"),
-        ("--guidance_scale", "2", "guidance_scale was 3.0, now 2.0"),
+        ("--guidance_scale", "2", "guidance_scale was [3.0], now [2.0]"),
         ("--num_images_per_class", "6", "can only grow"),
     ],
 )
@@ -225,6 +196,208 @@ def test_dry_run_writes_nothing(options, tmp_path, capsys):
     assert f"style of {PLACEHOLDER}' (" in printed
 
 
+def test_a_finished_set_loads_no_generator(copied_set, options, monkeypatch, capsys):
+    from diffusers import AutoPipelineForText2Image
+
+    monkeypatch.setattr(AutoPipelineForText2Image, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))
+    results = main([*options, "--output_dir", str(copied_set)])
+    assert results["num_drawn"] == 0
+    assert "0 drawn now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["xl", "sd3", "flux"])
+def test_other_generators_draw_for_a_list_of_class_names(kind, request, tmp_path):
+    """Stable Diffusion XL, 3 and FLUX, at a size that is no power of two, as WebP."""
+    pipeline_dir = request.getfixturevalue(f"tiny_{kind}_pipeline_dir")
+    (tmp_path / "names.txt").write_text("apple_pie\nCraneFly\n")
+    flags = ["--pretrained_model_name_or_path", str(pipeline_dir), "--class_names_file", str(tmp_path / "names.txt"),
+             "--num_images_per_class", "3", "--num_inference_steps", "2", "--batch_size", "2", "--resolution", "48",
+             "--image_format", "webp", "--output_dir", str(tmp_path / "set")]  # fmt: skip
+    main(flags)
+    images = load_dataset(str(tmp_path / "set"), split="train")
+    assert images.features["label"].names == ["apple_pie", "CraneFly"]
+    assert images["prompt"][:2] == ["A good photo of the apple pie", "A good photo of the crane fly"]
+    assert {(image.size, image.format) for image in images["image"]} == {((48, 48), "WEBP")}
+    card = (tmp_path / "set/README.md").read_text()
+    assert "for a list of class names" in card
+    assert "--synthetic_dataset set --dataset_name" in card
+    assert main(flags)["num_drawn"] == 0
+
+
+def test_a_token_for_xl_reaches_both_of_its_encoders(tiny_xl_pipeline_dir, real_images_dir, tmp_path):
+    folder = save_token(tmp_path / "style", tiny_xl_pipeline_dir, real_images_dir, dims=(16, 24), num_vectors=2)
+    flags = ["--learned_embeds", str(folder), "--num_images_per_class", "1", "--num_inference_steps", "2"]
+    main([*flags, "--output_dir", str(tmp_path / "with")])
+    # the same prompt without the token in the vocabulary
+    template = f"A {{class}} photo in the style of {token_text(PLACEHOLDER, 2)}"
+    main([*flags, "--use_style_token", "false", "--prompt_templates", template, "--output_dir",
+          str(tmp_path / "without")])  # fmt: skip
+    with_token, without = read_rows(tmp_path / "with"), read_rows(tmp_path / "without")
+    assert [row["seed"] for row in with_token] == [row["seed"] for row in without]
+    assert all(a["image"]["bytes"] != b["image"]["bytes"] for a, b in zip(with_token, without))
+
+
+def test_a_subset_of_classes_keeps_labels_and_seeds(finished_set, options, tmp_path):
+    main([*options, "--classes", "blue-stripe", "red_square", "--output_dir", str(tmp_path / "set")])
+    images = load_dataset(str(tmp_path / "set"), split="train")
+    assert images.features["label"].names == CLASS_NAMES
+    assert images["label"][:4] == [0, 2, 0, 2]
+    seeds = {(row["label"], row["class_index"]): row["seed"] for row in read_rows(finished_set)}
+    assert all(seeds[row["label"], row["class_index"]] == row["seed"] for row in images)
+    assert "no images of the other 1 classes" in (tmp_path / "set/README.md").read_text()
+
+
+def test_several_guidance_scales_are_recorded_and_are_those_drawn_with(finished_set, options, tmp_path):
+    main([*options, "--guidance_scale", "3", "7", "--output_dir", str(tmp_path / "set")])
+    rows, of_one_scale = read_rows(tmp_path / "set"), read_rows(finished_set)
+    assert {row["guidance_scale"] for row in rows} == {3.0, 7.0}
+    same = [row["image"]["bytes"] == other["image"]["bytes"] for row, other in zip(rows, of_one_scale)]
+    assert same == [row["guidance_scale"] == 3.0 for row in rows]
+
+
+def test_diverse_prompts_and_captions_of_a_file(options, tmp_path):
+    main([*options, "--prompt_set", "diverse", "--prompt_templates", "{class} {token}", "--output_dir",
+          str(tmp_path / "diverse")])  # fmt: skip
+    rows = read_rows(tmp_path / "diverse")
+    assert len({row["prompt"] for row in rows}) == 21
+    assert all(row["prompt"].startswith(f"green circle {PLACEHOLDER}, ") for row in rows if row["label"] == 1)
+    lines = [{"label": name, "prompt": f"{{class}} {n}, {{token}}"} for name in CLASS_NAMES for n in range(2)]
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    main([*options, "--prompts_file", str(captions), "--output_dir", str(tmp_path / "captions")])
+    prompts = [row["prompt"] for row in read_rows(tmp_path / "captions") if row["label"] == 1]
+    assert prompts[:3] == [f"green circle {n}, {PLACEHOLDER}" for n in (0, 1, 0)]
+    captions.write_text(captions.read_text().replace("0,", "2,"))
+    with pytest.raises(UserError, match="prompts_file_sha256 was"):
+        main([*options, "--prompts_file", str(captions), "--output_dir", str(tmp_path / "captions")])
+
+
+def test_a_negative_prompt_changes_the_images(finished_set, options, tmp_path):
+    main([*options, "--negative_prompt", "style", "--output_dir", str(tmp_path / "set")])
+    pairs = list(zip(read_rows(finished_set), read_rows(tmp_path / "set")))
+    assert all(a["seed"] == b["seed"] and a["image"]["bytes"] != b["image"]["bytes"] for a, b in pairs)
+
+
+def test_the_doctors_file_is_edited_and_given_back(tiny_pipeline_dir, real_images_dir, tmp_path, capsys):
+    folder = save_token(tmp_path / "crane", tiny_pipeline_dir, real_images_dir, class_names=["crane", "n02123045"],
+                        prompt_nouns=["crane", "n02123045"])  # fmt: skip
+    names, output_dir = tmp_path / "names.yaml", tmp_path / "set"
+    flags = ["--learned_embeds", str(folder), "--num_images_per_class", "1", "--num_inference_steps", "1",
+             "--output_dir", str(output_dir)]  # fmt: skip
+    with pytest.raises(UserError, match="--strict_class_names .*crane.*n02123045"):
+        main([*flags, "--strict_class_names"])
+    main([*flags, "--dry_run", "--write_class_names", str(names)])
+    assert "crane" in capsys.readouterr().out
+    assert not output_dir.exists()
+    text = names.read_text().replace("crane: crane", "crane: crane bird").replace(": n02123045", ": tabby cat")
+    names.write_text(text)
+    main([*flags, "--strict_class_names", "--class_names_file", str(names)])
+    assert [row["prompt"].split(" photo")[0] for row in read_rows(output_dir)] == ["A crane bird", "A tabby cat"]
+
+
+@pytest.mark.parametrize("problem", ["black", "not a number"])
+def test_images_that_come_out_bad_for_some_seeds_are_drawn_again(problem, finished_set, options, tmp_path, monkeypatch):
+    from diffusers import StableDiffusionPipeline
+
+    bad = {row["seed"] for row in read_rows(finished_set)[1:20:9]}
+    draw = StableDiffusionPipeline.__call__
+
+    @functools.wraps(draw)
+    def draw_some_badly(pipe, *args, generator, **kwargs):
+        output = draw(pipe, *args, generator=generator, **kwargs)
+        for image, one in zip(output.images, generator):
+            if one.initial_seed() in bad:
+                image.fill_(0 if problem == "black" else float("nan"))
+        return output
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", draw_some_badly)
+    results = main([*options, "--output_dir", str(tmp_path / "set")])
+    assert results["num_redraws"] == {"red_square": 0, "green circle": 3, "blue-stripe": 0}
+    for row, clean in zip(read_rows(tmp_path / "set"), read_rows(finished_set)):
+        assert (row == clean) == (clean["seed"] not in bad)
+    assert (
+        "| green circle | A green circle photo in the style of <dsi-style> | 7 | 3 |"
+        in (tmp_path / "set/README.md").read_text()
+    )
+
+
+def test_grey_images_are_drawn_and_kept(tiny_pipeline_dir, real_images_dir, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+    with torch.no_grad():
+        for parameter in (pipe.vae.decoder.conv_out.weight, pipe.vae.decoder.conv_out.bias):
+            parameter.copy_(parameter[:1].expand_as(parameter))
+    pipe.save_pretrained(tmp_path / "grey")
+    main(["--pretrained_model_name_or_path", str(tmp_path / "grey"), "--dataset_name", str(real_images_dir),
+          "--num_images_per_class", "1", "--num_inference_steps", "2", "--image_format", "png", "--resolution", "40",
+          "--output_dir", str(tmp_path / "set")])  # fmt: skip
+    for image in load_dataset(str(tmp_path / "set"), split="train")["image"]:
+        pixels = np.asarray(image)
+        assert pixels.shape == (40, 40, 3)
+        assert (pixels == pixels[..., :1]).all()
+        assert np.ptp(pixels) > 10
+
+
+def test_a_full_disk_is_one_line_and_the_finished_shards_stay(options, tmp_path, monkeypatch):
+    fsync, calls = os.fsync, []
+
+    def full_at_the_third(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 3:
+            os.write(os.open("/dev/full", os.O_WRONLY), b"no room")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_at_the_third)
+    with pytest.raises(UserError, match="no room is left on its disk .*No space left.* run the same command again"):
+        main([*options, "--output_dir", str(tmp_path / "set")])
+    assert sorted(path.name for path in (tmp_path / "set/data").iterdir()) == ["train-00000.parquet",
+                                                                               "train-00001.parquet"]  # fmt: skip
+    monkeypatch.undo()
+    assert main([*options, "--output_dir", str(tmp_path / "set")])["num_drawn"] == 5
+
+
+def test_shards_are_published_while_later_ones_are_made_whatever_the_hub_does(
+    options, local_hub, run_with_hub, tmp_path, monkeypatch
+):
+    local_hub.add_user("user", TOKEN)
+    monkeypatch.setattr(growing, "GrowingUpload", functools.partial(growing.GrowingUpload, pause=0.05))
+    draw_shard = Runner._draw_shard
+    monkeypatch.setattr(Runner, "_draw_shard", lambda *args: time.sleep(0.7) or draw_shard(*args))
+    for fault in (Fault("status", path="/commit/"), Fault("lost_answer", path="/commit/", skip=2),
+                  Fault("drop", path="/objects/batch", skip=1)):  # fmt: skip
+        local_hub.inject(fault)
+    main([*options, "--images_per_shard", "3", "--output_dir", str(tmp_path / "cars-syn"), "--push_to_hub",
+          "--hub_token", TOKEN, "--hub_private_repo"])  # fmt: skip
+    repo = local_hub.repo("user/cars-syn", "dataset")
+    assert repo.private
+    assert len(local_hub.faults_fired) == 3
+    commits = [commit.title for commit in repo.commits()]
+    assert len(commits) > 3, commits  # the first, some shards, more shards, ..., what goes with them
+    files = repo.files()
+    assert {name: files[f"data/{name}"] for name in shard_hashes(tmp_path / "cars-syn")} == {
+        path.name: path.read_bytes() for path in (tmp_path / "cars-syn/data").iterdir()
+    }
+    assert {"SHA256SUMS", "preview.png", "generation_config.json", "README.md"} <= set(files)
+    assert not [name for name in files if name.startswith(".shards")]
+    read = (
+        "from datasets import load_dataset\n"
+        "for streaming in (False, True):\n"
+        "    images = load_dataset('user/cars-syn', split='train', streaming=streaming)\n"
+        "    print(images.features['label'].names, sum(row['image'].size == (32, 32) for row in images))"
+    )
+    done = run_with_hub(read, TOKEN, check=True)
+    assert done.stdout.splitlines() == [f"{CLASS_NAMES} 21"] * 2
+
+
+def test_a_strange_file_among_the_shards_is_refused(copied_set, options):
+    (copied_set / "data/train-00003.parquet").write_bytes((copied_set / "data/train-00000.parquet").read_bytes())
+    before = tree_hashes(copied_set)
+    with pytest.raises(UserError, match="train-00003.parquet is no shard of this set"):
+        main([*options, "--output_dir", str(copied_set)])
+    assert tree_hashes(copied_set) == before
+
+
 def test_pipeline_that_draws_black_ends_in_one_error(tiny_pipeline_dir, real_images_dir, tmp_path):
     from diffusers import StableDiffusionPipeline
 
@@ -247,21 +420,29 @@ def test_pipeline_that_draws_black_ends_in_one_error(tiny_pipeline_dir, real_ima
         (["--learned_embeds", "{real}"], "the folder has no dsi_config.json"),
         (["--learned_embeds", "{token}", "--dataset_name", "beans"], "--dataset_name beans: not together"),
         (["--learned_embeds", "{token}", "--prompt_template", "a {class}"], "has no {token}"),
-        (["--learned_embeds", "{token}", "--prompt_template", "{class} {token}" + " a" * 64], "has 78 tokens"),
+        (["--learned_embeds", "{token}", "--prompt_template", "a " * 64 + "{class} {token}"], "has 78 tokens"),
         (["--learned_embeds", "{token}", "--scheduler", "Nothing"], "--scheduler Nothing"),
         (["--learned_embeds", "{token}", "--batch_size", "0"], "--batch_size 0"),
-        (["--learned_embeds", "{token}", "--jpeg_quality", "101"], "--jpeg_quality 101"),
+        (["--learned_embeds", "{token}", "--jpeg_quality", "101"], "--image_quality 101: must be from 1 to 100"),
         (["--learned_embeds", "{token}", "--resolution", "30"], "--resolution 30"),
         (["--learned_embeds", "{nameless}"], "has no class names"),
+        (["--learned_embeds", "{token}", "--resolution", "44"], "--resolution 44: must be a multiple of 8"),
+        (["--learned_embeds", "{token}", "--guidance_scale", "3", "0"], "--guidance_scale 0.0"),
+        (["--learned_embeds", "{token}", "--max_redraws", "64"], "--max_redraws 64: must be at most 63"),
+        (["--learned_embeds", "{token}", "--num_images_per_class", "20000000"], "at most 11,184,810 for 3 classes"),
+        (["--learned_embeds", "{token}", "--classes", "red_sqare"], "no such class, did you mean red_square?"),
+        (["--learned_embeds", "{token}", "--prompts_file", "x", "--prompt_set", "diverse"], "takes the place of"),
+        (["--learned_embeds", "{token}", "--prompt_set", "many"], "invalid choice: 'many'"),
+        (["--learned_embeds", "{token}", "--class_names_file", "none.yaml"], "none.yaml: cannot be read"),
         (["--pretrained_model_name_or_path", "{real}", "--dataset_name", "{real}"], "has no model_index.json"),
     ],
 )
 def test_bad_input_is_one_error_before_any_model(
     arguments, message, token_dir, tiny_pipeline_dir, real_images_dir, tmp_path, monkeypatch
 ):
-    from diffusers import StableDiffusionPipeline
+    from diffusers import AutoPipelineForText2Image
 
-    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(AutoPipelineForText2Image, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))
     nameless = save_token(tmp_path / "nameless", tiny_pipeline_dir, real_images_dir, class_names=[])
     places = {"{token}": str(token_dir), "{real}": str(real_images_dir), "{nameless}": str(nameless)}
     arguments = [places.get(argument, argument) for argument in arguments]

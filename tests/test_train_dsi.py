@@ -287,7 +287,7 @@ def test_plain_textual_inversion_has_no_class_names_and_can_be_generated_with(ru
     assert read_record(tmp_path / "style" / "dsi_config.json")["prompt_templates"] == [
         "A photo in the style of {token}"
     ]
-    template = read_token_sources(str(tmp_path / "style")).prompt_template
+    [template] = read_token_sources(str(tmp_path / "style")).prompt_templates
     assert template == "A {class} photo in the style of {token}"
 
 

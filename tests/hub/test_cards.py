@@ -57,14 +57,15 @@ def write_style_card(folder, base_model="user/sd", real="user/cars"):
     return ModelCard.load(folder / "README.md")
 
 
-def write_set_card(folder, licenses, generator="user/sd"):
+def write_set_card(folder, licenses, generator="user/sd", prompts=None, quality="", **changes):
     features = Features({"image": Image(), "label": ClassLabel(names=CLASS_NAMES)})
     record = {
-        "generator": {"id": generator, "revision": None}, "token": None, "settings": {"seed": 0}, "num_images": 3,
-        "num_images_per_class": 1, "class_names": CLASS_NAMES, "real_images": {"dataset_name": "user/cars"},
+        "generator": {"id": generator, "revision": None}, "token": None, "settings": {"seed": 0, "batch_size": 2},
+        "num_images": 3, "num_images_per_class": 1, "class_names": CLASS_NAMES, "images_at_a_time": 2,
+        "real_images": {"dataset_name": "user/cars"}, "num_redraws": dict.fromkeys(CLASS_NAMES, 0), **changes,
     }  # fmt: skip
-    no_redraws = dict.fromkeys(CLASS_NAMES, 0)
-    write_dataset_card(folder, features, record, ["p"] * 3, no_redraws, licenses, "the command")
+    prompts = prompts or {name: f"a {name}" for name in CLASS_NAMES}
+    write_dataset_card(folder, features, record, prompts, licenses, "the command", quality=quality)
     return DatasetCard.load(folder / "README.md")
 
 

@@ -34,10 +34,15 @@ PACKAGES = ("torch", "torchvision", "transformers", "diffusers", "datasets", "ac
 
 def write_record(path: str | Path, record: dict) -> None:
     """Write `record` with its schema version as JSON, whole or not at all."""
+    write_text(path, json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=2) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

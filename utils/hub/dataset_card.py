@@ -1,7 +1,7 @@
 """The card of a synthetic image set."""
 
-from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from datasets import DatasetInfo, Features, SplitInfo
 from datasets.info import DatasetInfosDict
@@ -13,6 +13,7 @@ from utils.cli.records import image_set_name
 from utils.hub.licenses import License, common_license, hub_ids
 from utils.hub.merged_card import save_card
 
+MAX_SETTING = 200  # characters in the card; generation_config.json has all
 TEMPLATE = Path(__file__).parent / "templates" / "dataset_card.md.jinja"
 
 
@@ -20,16 +21,16 @@ def write_dataset_card(
     output_dir: str | Path,
     features: Features,
     record: dict,
-    prompts: Sequence[str],
-    num_redraws: dict[str, int],
+    prompts: dict[str, str],
     licenses: dict[str, License],
     command: str,
     hub_id: str | None = None,
+    quality: str = "",
 ) -> None:
     """Write `README.md` for a synthetic set from its `generation_config.json` record.
 
-    `num_redraws` has a count a class; `licenses` maps each source's name to its licence: the set gets theirs where
-    they agree, 'unknown' where not. Local paths are named in the text only: the Hub takes ids in the metadata. The
+    `prompts` has an example for each class that was drawn; `licenses` maps each source's name to its licence: the set
+    gets theirs where they agree, 'unknown' where not. `quality` is the section on the quality report, in Markdown. Local paths are named in the text only: the Hub takes ids in the metadata. The
     code in the card names `hub_id` where the set is published, else the folder. A card that is there already is merged.
 
     Raises:
@@ -54,10 +55,11 @@ def write_dataset_card(
         metadata,
         template_path=str(TEMPLATE),
         name=hub_id or output_dir.resolve().name,
-        real=image_set_name(record["real_images"]),
+        real=record["real_images"] and image_set_name(record["real_images"]),
         record=record,
+        settings={key: shorten(str(value), MAX_SETTING) for key, value in record["settings"].items()},
         prompts=prompts,
-        num_redraws=num_redraws,
+        quality=quality,
         licenses=licenses,
         command=command,
     )

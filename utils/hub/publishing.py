@@ -4,11 +4,11 @@ What is there already is not sent again, so an interrupted push goes on when it 
 """
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationDelete
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from tqdm.auto import tqdm
 
@@ -44,7 +44,7 @@ def publish_folder(
         uploads = [merge_with_remote_card(target, upload) if upload.path == CARD else upload for upload in uploads]
         stale = find_stale_files(target, uploads, stale_patterns)
         with tqdm(total=sum(upload.num_bytes for upload in uploads), desc=what, unit="B", unit_scale=True) as progress:
-            for batch in split(uploads, MAX_FILES_PER_COMMIT, MAX_BYTES_PER_COMMIT):
+            for batch in split_into_commits(uploads):
                 is_last = batch[-1] is uploads[-1]
                 commit = commit_batch(target, batch, stale if is_last else [], progress)
     except HubUnavailable as error:
@@ -98,17 +98,24 @@ def prepare_repository(target: Target) -> None:
 
 def merge_with_remote_card(target: Target, card: Upload) -> Upload:
     """Return our card merged with the one that is in the repository, if there is one."""
-    what = f"publishing {target.repo_id}: its card"
-    head = current_head(target)
-    try:
-        path = with_retries(
-            lambda: target.api.hf_hub_download(target.repo_id, CARD, repo_type=target.repo_type, revision=head),
-            what,
-        )
-    except RemoteEntryNotFoundError:
+    path = download(target, CARD, current_head(target))
+    if path is None:
         return card
     merged = merge_cards(card.content.decode("utf-8"), read_card(path), f"the card of {target.repo_id}")
     return Upload(CARD, merged.encode("utf-8"))
+
+
+def download(target: Target, path: str, commit: str) -> Path | None:
+    """Return the local path of a repository's file as it is at a commit, None when it is not there."""
+    try:
+        return Path(
+            with_retries(
+                lambda: target.api.hf_hub_download(target.repo_id, path, repo_type=target.repo_type, revision=commit),
+                f"publishing {target.repo_id}: its {path}",
+            )
+        )
+    except RemoteEntryNotFoundError:
+        return None
 
 
 def find_stale_files(target: Target, uploads: list[Upload], patterns: Sequence[str]) -> list[str]:
@@ -126,6 +133,11 @@ def current_head(target: Target) -> str:
         lambda: target.api.repo_info(target.repo_id, repo_type=target.repo_type, revision=target.revision).sha,
         f"publishing {target.repo_id}",
     )
+
+
+def split_into_commits(uploads: Sequence[Upload]) -> Iterator[list[Upload]]:
+    """Yield the uploads in order, in batches that are small enough for a commit each."""
+    return split(uploads, MAX_FILES_PER_COMMIT, MAX_BYTES_PER_COMMIT)
 
 
 def commit_batch(target: Target, batch: list[Upload], stale: list[str], progress: tqdm) -> CommitInfo:
@@ -153,15 +165,30 @@ def send(
     target: Target, batch: list[Upload], stale: list[str], parent: str, progress: tqdm, num_bytes_before: int
 ) -> CommitInfo:
     """Send a batch's contents, some at a time, and commit them and the deletions on `parent`, the branch's head."""
-    api, operations, progress.n = target.api, [CommitOperationDelete(path) for path in stale], num_bytes_before
+    operations, progress.n = [CommitOperationDelete(path) for path in stale], num_bytes_before
     for part in split(batch, len(batch), MAX_BYTES_AT_A_TIME):
-        # new operations for every try: the client marks on them what it has done
-        additions = [upload.operation() for upload in part]
-        api.preupload_lfs_files(additions=additions, free_memory=False, **target.place)
-        operations += additions
+        operations += send_contents(target, part)
         progress.update(sum(upload.num_bytes for upload in part))
+    return make_commit(target, batch, operations, parent)
+
+
+def send_contents(target: Target, part: Sequence[Upload]) -> list[CommitOperationAdd]:
+    """Send contents that are not on the Hub, and return the operations that make them files in a commit."""
+    # new operations for every try: the client marks on them what it has done
+    additions = [upload.operation() for upload in part]
+    target.api.preupload_lfs_files(additions=additions, free_memory=False, **target.place)
+    return additions
+
+
+def make_commit(
+    target: Target,
+    batch: Sequence[Upload],
+    operations: list[CommitOperationAdd | CommitOperationDelete],
+    parent: str,
+) -> CommitInfo:
+    """Commit a batch whose contents have been sent on `parent`, the branch's head."""
     message = f"Publish {batch[-1].path}" + f" and {len(batch) - 1} more" * (len(batch) > 1)
-    return api.create_commit(operations=operations, commit_message=message, parent_commit=parent, **target.place)
+    return target.api.create_commit(operations=operations, commit_message=message, parent_commit=parent, **target.place)
 
 
 def check_no_collision(target: Target, batch: list[Upload], old_head: str, new_head: str) -> None:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TypeVar
 
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -23,6 +24,15 @@ class HubUnavailable(UserError):
     """The Hub did not do what was asked within the limit of tries; asking again later is right."""
 
 
+def log_and_sleep(problem: str, pause: float) -> None:
+    logger.warning(problem)
+    time.sleep(pause)
+
+
+# called with the problem in a line and the seconds to wait; a thread beside other work sets its own way for itself
+wait_between_tries: ContextVar[Callable[[str, float], None]] = ContextVar("wait_between_tries", default=log_and_sleep)
+
+
 def with_retries(call: Callable[[], Result], what: str) -> Result:
     """Return `call()`, repeated while it fails for reasons that pass: server errors, rate limits, lost connections.
 
@@ -38,8 +48,8 @@ def with_retries(call: Callable[[], Result], what: str) -> Result:
                 raise
             if attempt == MAX_TRIES:
                 raise HubUnavailable(f"{what}: gave up after {MAX_TRIES} tries ({first_line(error)}).") from error
-            logger.warning(f"{what}: {first_line(error)}; again in {pause:.0f} s ({attempt} of {MAX_TRIES} tries)")
-            time.sleep(pause)
+            problem = f"{what}: {first_line(error)}; again in {pause:.0f} s ({attempt} of {MAX_TRIES} tries)"
+            wait_between_tries.get()(problem, pause)
     raise AssertionError("unreachable")
 
 

@@ -1,8 +1,12 @@
 """The output folder: which settings it was made with, and whether a run may go on in it."""
 
+import errno
 import hashlib
 import json
 import shutil
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from utils.cli.errors import UserError
@@ -11,7 +15,11 @@ from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.sources import Sources
 
 DATA_DIR = "data"
+STATE_DIR = ".shards"  # what is known of the shards in it; not published
+CHECKSUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 PREVIEW = "preview.png"
+CLASS_NAMES = "class_names.yaml"
+QUALITY_FILES = ("quality.json", "quality.png", "duplicates.png")
 
 
 def check_output_folder(output_dir: str | Path, settings: dict, num_images_per_class: int, overwrite: bool) -> None:
@@ -36,7 +44,7 @@ def check_output_folder(output_dir: str | Path, settings: dict, num_images_per_c
     made_with = record["settings"]
     differing = [key for key in settings if made_with.get(key) != settings[key]]
     if differing:
-        listed = "; ".join(f"{key} was {made_with.get(key)!r}, now {settings[key]!r}" for key in differing)
+        listed = "; ".join(f"{key} was {_short(made_with.get(key))}, now {_short(settings[key])}" for key in differing)
         raise UserError(
             f"--output_dir {folder}: was made with other settings ({listed}); "
             "name another folder, or replace it with --overwrite_output_dir."
@@ -48,6 +56,11 @@ def check_output_folder(output_dir: str | Path, settings: dict, num_images_per_c
         )
 
 
+def settings_fingerprint(settings: dict) -> str:
+    """Return the hash of all that decides what an image is."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
 def start_output_folder(
     output_dir: str | Path, settings: dict, plan: GenerationPlan, sources: Sources, overwrite: bool
 ) -> None:
@@ -57,15 +70,16 @@ def start_output_folder(
     """
     folder = Path(output_dir)
     if overwrite and (folder / GENERATION_CONFIG).is_file():
-        shutil.rmtree(folder / DATA_DIR, ignore_errors=True)
-        for name in (GENERATION_CONFIG, RUN_CONFIG, PREVIEW):
+        for name in (DATA_DIR, STATE_DIR):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in (GENERATION_CONFIG, RUN_CONFIG, PREVIEW, CHECKSUMS, CLASS_NAMES, *QUALITY_FILES):
             (folder / name).unlink(missing_ok=True)
     record = {
         "settings": settings,
-        "fingerprint": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "fingerprint": settings_fingerprint(settings),
         "num_images_per_class": plan.num_images_per_class,
         "num_images": plan.num_images,
-        "generator": {"id": sources.generator.name, "revision": sources.generator.revision},
+        "generator": {"id": sources.generator.source.name, "revision": sources.generator.source.revision},
         "token": sources.token and sources.token.to_dict(),
         "real_images": sources.real_images,
         "class_names": sources.class_names,
@@ -73,3 +87,39 @@ def start_output_folder(
         "package_versions": package_versions(),
     }
     write_record(folder / GENERATION_CONFIG, record)
+
+
+def check_folder_is_shared(output_dir: str | Path, fingerprint: str) -> None:
+    """Check that this process sees the record that the main one has written.
+
+    Raises:
+        UserError: it does not: it is on another machine, whose folder is another one.
+    """
+    path = Path(output_dir) / GENERATION_CONFIG
+    if not path.is_file() or read_record(path)["fingerprint"] != fingerprint:
+        raise UserError(
+            f"--output_dir {output_dir}: not all processes see the same folder; on several machines it must be on a "
+            "disk that they share."
+        )
+
+
+@contextmanager
+def disk_full_is_said(output_dir: str | Path) -> Iterator[None]:
+    """Turn a full disk into one line.
+
+    Raises:
+        UserError: there is no room left.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"--output_dir {output_dir}: no room is left on its disk ({error.strerror}); all finished shards are kept: "
+            "make room and run the same command again."
+        ) from None
+
+
+def _short(value: object) -> str:
+    return textwrap.shorten(repr(value), 80, placeholder=" ...")

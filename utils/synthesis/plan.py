@@ -2,8 +2,22 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Protocol
+
+# torch's CPU generator uses the lower 32 bits of a seed only: 26 of them for an image's number, 6 for its redraws
+NUMBER_BITS = 26
+MAX_IMAGES = 2**NUMBER_BITS // 2  # numbers run on behind the set's end, in the padding of its last batch
+MAX_REDRAWS = 2 ** (32 - NUMBER_BITS) - 1
+
+
+class Prompts(Protocol):
+    """What `utils/synthesis/prompts.py` has two kinds of."""
+
+    def prompt(self, label: int, class_index: int) -> str:
+        """Return the prompt of the `class_index`-th image of a class."""
 
 
 @dataclass(frozen=True)
@@ -16,18 +30,22 @@ class PlannedImage:
     redraw: int
     prompt: str
     seed: int
+    guidance_scale: float
 
 
 @dataclass(frozen=True)
 class GenerationPlan:
     """All images of a synthetic set, computed when asked for and never held as a list.
 
-    The class is the inner order (`index = class_index * num_classes + label`), so that a larger
-    `num_images_per_class` only adds images at the end. `prompts` has one prompt a class.
+    `labels` are those of `num_classes` classes of which images are drawn. The class is the inner order (`index =
+    class_index * len(labels) + position of the label`), so that a larger `num_images_per_class` only adds images at
+    the end.
     """
 
-    class_names: tuple[str, ...]
-    prompts: tuple[str, ...]
+    num_classes: int
+    labels: tuple[int, ...]
+    prompts: Prompts
+    guidance_scales: tuple[float, ...]
     num_images_per_class: int
     seed: int
     batch_size: int
@@ -35,36 +53,79 @@ class GenerationPlan:
 
     @property
     def num_images(self) -> int:
-        return self.num_images_per_class * len(self.class_names)
+        return self.num_images_per_class * len(self.labels)
 
     @property
     def num_shards(self) -> int:
         return math.ceil(self.num_images / self.images_per_shard)
 
     def image(self, index: int, redraw: int = 0) -> PlannedImage:
-        """Return image number `index`, which may lie beyond the set's end (padding of the last batch)."""
-        class_index, label = divmod(index, len(self.class_names))
-        key = f"{self.seed}/{self.class_names[label]}/{class_index}/{redraw}"
-        # 63 bits: torch takes 64, the parquet column is a signed int64
-        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1
-        return PlannedImage(index, label, class_index, redraw, self.prompts[label], seed)
-
-    def find_redraw(self, index: int, seed: int, max_redraws: int) -> int | None:
-        """Return at which redraw image `index` has `seed`, None when at none: then it is not of this plan."""
-        draws = range(max_redraws + 1)
-        return next((redraw for redraw in draws if self.image(index, redraw).seed == seed), None)
+        """Return image number `index`, which may lie behind the set's end (padding of the last batch)."""
+        class_index, position = divmod(index, len(self.labels))
+        label = self.labels[position]
+        # numbered among all classes: an image's seed does not depend on which of them are drawn
+        number = redraw << NUMBER_BITS | class_index * self.num_classes + label
+        return PlannedImage(
+            index,
+            label,
+            class_index,
+            redraw,
+            self.prompts.prompt(label, class_index),
+            scramble(self.seed, number),
+            self._guidance_scale(index),
+        )
 
     def shard(self, number: int) -> range:
         """Return the image numbers of a shard; only the last one may be short."""
         start = number * self.images_per_shard
         return range(start, min(start + self.images_per_shard, self.num_images))
 
-    def batches(self, number: int) -> Iterator[range]:
-        """Yield a shard's batches of image numbers, each exactly `batch_size` long.
+    def batches(self, number: int) -> Iterator[list[PlannedImage]]:
+        """Yield a shard's batches, each of exactly `batch_size` images and one guidance scale: that of its first image.
 
         The last one may run past the shard's end: a shorter batch would be computed by other kernels, and its
         images would change once the set grows. The surplus is drawn and thrown away.
         """
         shard = self.shard(number)
         for start in range(shard.start, shard.stop, self.batch_size):
-            yield range(start, start + self.batch_size)
+            yield [self.image(index) for index in range(start, start + self.batch_size)]
+
+    def redraw_batches(self, images: Iterable[PlannedImage]) -> Iterator[tuple[list[PlannedImage], int]]:
+        """Yield batches of the next draws of images, and how many of each are wanted: the rest repeats those."""
+        again = sorted((self.image(image.index, image.redraw + 1) for image in images), key=lambda image: image.index)
+        for guidance_scale in self.guidance_scales:
+            alike = [image for image in again if image.guidance_scale == guidance_scale]
+            for start in range(0, len(alike), self.batch_size):
+                wanted = alike[start : start + self.batch_size]
+                yield list(islice(cycle(wanted), self.batch_size)), len(wanted)
+
+    def _guidance_scale(self, index: int) -> float:
+        """Return the guidance of the batch in which an image lies.
+
+        Every so many batches as there are scales, each scale comes once, in an order drawn anew: in turn, classes
+        whose number divides the batch size would always get the same one.
+        """
+        if len(self.guidance_scales) == 1:
+            return self.guidance_scales[0]
+        shard, place = divmod(index, self.images_per_shard)
+        batch = shard * math.ceil(self.images_per_shard / self.batch_size) + place // self.batch_size
+        round_number, turn = divmod(batch, len(self.guidance_scales))
+        order = sorted(
+            range(len(self.guidance_scales)), key=lambda scale: _digest(f"{self.seed}/{round_number}/{scale}")
+        )
+        return self.guidance_scales[order[turn]]
+
+
+def scramble(seed: int, number: int) -> int:
+    """Return the 32-bit seed of a 32-bit number: another for each number, so no two images start from the same noise.
+
+    Source: a Feistel network of four rounds (Luby and Rackoff 1988), which is a permutation whatever its rounds do.
+    """
+    left, right = number >> 16, number & 0xFFFF
+    for round_number in range(4):
+        left, right = right, left ^ int.from_bytes(_digest(f"{seed}/{round_number}/{right}")[:2])
+    return left << 16 | right
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -1,19 +1,27 @@
-"""Parquet shards that `load_dataset` understands, written whole or not at all, and verified on a restart."""
+"""Parquet shards that `load_dataset` understands: written whole or not at all, and verified on a restart."""
 
-import io
+import hashlib
+import json
 import os
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Image, Value
-from PIL import Image as PILImage
 
-from utils.synthesis.output_folder import DATA_DIR
-from utils.synthesis.plan import GenerationPlan, PlannedImage
+from utils.cli.errors import UserError
+from utils.cli.records import write_text
+from utils.synthesis.output_folder import CHECKSUMS, DATA_DIR, STATE_DIR
+from utils.synthesis.plan import GenerationPlan
 
-ROW_GROUP_SIZE = 100
+FOOTER_KEY = b"bridged-transfer"
+ROW_GROUP_SIZE = 100  # rows that a reader of a stream must load at a time
+NUM_THREADS = min(16, os.cpu_count() or 1)
 
 
 def synthetic_features(class_names: list[str]) -> Features:
@@ -30,71 +38,158 @@ def synthetic_features(class_names: list[str]) -> Features:
     )
 
 
-def shard_path(output_dir: str | Path, number: int) -> Path:
-    return Path(output_dir) / DATA_DIR / f"train-{number:05d}.parquet"
+def shard_name(number: int) -> str:
+    """Return a shard's path in the set's folder; without a total, so that a set can grow."""
+    return f"{DATA_DIR}/train-{number:05d}.parquet"
 
 
-def encode_image(pixels: np.ndarray, image_format: str, jpeg_quality: int) -> bytes:
-    """Return `(height, width, 3)` float32 pixels in [0, 1] as the bytes of a JPEG or PNG file."""
-    buffer = io.BytesIO()
-    image = PILImage.fromarray(np.rint(pixels * 255).astype(np.uint8))
-    options = {"quality": jpeg_quality} if image_format == "jpeg" else {}
-    image.save(buffer, format=image_format, **options)
-    return buffer.getvalue()
+@dataclass(frozen=True)
+class Shards:
+    """The shards of one plan in a folder. `fingerprint` is that of all settings; it is in every shard's footer."""
+
+    output_dir: Path
+    plan: GenerationPlan
+    fingerprint: str
+    class_names: list[str]
+
+    def path(self, number: int) -> Path:
+        return self.output_dir / shard_name(number)
+
+    def write(self, number: int, rows: Iterable[dict], num_redraws: dict[str, int], images_at_a_time: int) -> None:
+        """Write a shard under a temporary name, flush it to disk, note its checksum and rename it.
+
+        `num_redraws` says how often images of each class were drawn again, `images_at_a_time` in which batches.
+        """
+        path = self.path(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        # arrow_schema carries the features in its metadata; without it load_dataset gives dicts and plain integers
+        schema = synthetic_features(self.class_names).arrow_schema
+        footer = {
+            "fingerprint": self.fingerprint, "shard": number, "num_redraws": num_redraws,
+            "images_at_a_time": images_at_a_time,
+        }  # fmt: skip
+        rows = list(rows)
+        try:
+            with open(temporary, "wb") as file:
+                with pq.ParquetWriter(file, schema) as writer:
+                    for start in range(0, len(rows), ROW_GROUP_SIZE):
+                        writer.write_table(pa.Table.from_pylist(rows[start : start + ROW_GROUP_SIZE], schema=schema))
+                    writer.add_key_value_metadata({FOOTER_KEY: json.dumps(footer, sort_keys=True)})
+                file.flush()
+                os.fsync(file.fileno())
+            # the note comes first: a shard that is there always has one
+            self._note(number, temporary, _sha256(temporary))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def find_missing(self) -> list[int]:
+        """Return the numbers of the shards that must be made: not there, torn, or not of this plan."""
+        with ThreadPoolExecutor(NUM_THREADS) as threads:  # hashing releases the interpreter
+            finished = threads.map(self.is_finished, range(self.plan.num_shards))
+            return [number for number, is_finished in enumerate(finished) if not is_finished]
+
+    def is_finished(self, number: int) -> bool:
+        """Say whether a shard holds exactly the plan's images, byte for byte as it was written.
+
+        A file whose size and time are as they were noted is not read again.
+        """
+        path = self.path(number)
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            return False
+        noted = self._read_note(number)
+        if noted is None or noted["num_bytes"] not in (None, stat.st_size):
+            return False
+        if noted["mtime_ns"] != stat.st_mtime_ns:
+            if _sha256(path) != noted["sha256"]:
+                return False
+            self._note(number, path, noted["sha256"])
+        try:
+            metadata = pq.read_metadata(path)
+            footer = json.loads(metadata.metadata.get(FOOTER_KEY, b"{}"))
+        except (OSError, pa.ArrowException):
+            return False
+        return (footer.get("fingerprint"), footer.get("shard"), metadata.num_rows) == (
+            self.fingerprint,
+            number,
+            len(self.plan.shard(number)),
+        )
+
+    def find_finished(self) -> list[str]:
+        """Return the paths, in the folder, of the finished shards."""
+        return [shard_name(number) for number in range(self.plan.num_shards) if self.is_finished(number)]
+
+    def find_strangers(self) -> list[Path]:
+        """Return files that readers would take for shards of the set and that are none."""
+        ours = {shard_name(number) for number in range(self.plan.num_shards)}
+        there = sorted((self.output_dir / DATA_DIR).glob("train-*"))
+        return [path for path in there if path.relative_to(self.output_dir).as_posix() not in ours]
+
+    def summarise(self) -> dict:
+        """Return what the footers of the finished shards say: redraws of each class, and the batches really drawn.
+
+        `images_at_a_time` is smaller than the plan's batch size where memory was too small for it.
+        """
+        redraws, images_at_a_time = Counter(), self.plan.batch_size
+        for number in range(self.plan.num_shards):
+            footer = json.loads(pq.read_metadata(self.path(number)).metadata[FOOTER_KEY])
+            redraws.update(footer["num_redraws"])
+            images_at_a_time = min(images_at_a_time, footer["images_at_a_time"])
+        names = [self.class_names[label] for label in self.plan.labels]
+        return {"num_redraws": {name: redraws[name] for name in names}, "images_at_a_time": images_at_a_time}
+
+    def write_checksums(self) -> None:
+        """Write the checksum list of all shards."""
+        lines = [
+            f"{self._read_note(number)['sha256']}  {shard_name(number)}\n" for number in range(self.plan.num_shards)
+        ]
+        write_text(self.output_dir / CHECKSUMS, "".join(lines))
+
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files of an interrupted run."""
+        for path in (self.output_dir / DATA_DIR).glob(".*.tmp"):
+            path.unlink()
+
+    def _note(self, number: int, path: Path, sha256: str) -> None:
+        stat = path.stat()
+        note = {"sha256": sha256, "num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        write_text(self._note_path(number), json.dumps(note))
+
+    def _read_note(self, number: int) -> dict | None:
+        try:
+            return json.loads(self._note_path(number).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            # a folder that was downloaded or copied without its hidden files has the list only
+            sha256 = self._listed_checksums.get(shard_name(number))
+            return None if sha256 is None else {"sha256": sha256, "num_bytes": None, "mtime_ns": None}
+
+    def _note_path(self, number: int) -> Path:
+        return self.output_dir / STATE_DIR / f"{number:05d}.json"
+
+    @cached_property
+    def _listed_checksums(self) -> dict[str, str]:
+        path = self.output_dir / CHECKSUMS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
 
 
-def make_row(image: PlannedImage, image_bytes: bytes, guidance_scale: float) -> dict:
-    """Return a row of the set."""
-    return {
-        "image": {"bytes": image_bytes, "path": None},
-        "label": image.label,
-        "prompt": image.prompt,
-        "seed": image.seed,
-        "guidance_scale": guidance_scale,
-        "class_index": image.class_index,
-    }
+def check_no_strangers(shards: Shards) -> None:
+    """Check that the folder has no files that `load_dataset` would mix into the set.
 
-
-def write_shard(path: Path, rows: list[dict], features: Features) -> None:
-    """Write a shard under a temporary name, flush it to disk and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    # arrow_schema carries the features in its metadata; without it load_dataset gives dicts and plain integers
-    table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
-    with open(temporary, "wb") as file:
-        pq.write_table(table, file, row_group_size=ROW_GROUP_SIZE)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def remove_leftovers(output_dir: str | Path) -> None:
-    """Remove the temporary files of an interrupted run."""
-    for path in (Path(output_dir) / DATA_DIR).glob(".*.tmp"):
-        path.unlink()
-
-
-def count_redraws(path: Path, plan: GenerationPlan, number: int, max_redraws: int) -> list[int] | None:
-    """Return how often each image of a finished shard was redrawn.
-
-    None when the file is missing, torn, or does not hold exactly the plan's images, so that the shard must be made.
+    Raises:
+        UserError: it has; the message names the first.
     """
-    indices = plan.shard(number)
-    try:
-        seeds = pq.read_table(path, columns=["seed"]).column("seed").to_pylist()
-    except (OSError, pa.ArrowException):
-        return None
-    if len(seeds) != len(indices):
-        return None
-    redraws = [plan.find_redraw(index, seed, max_redraws) for index, seed in zip(indices, seeds)]
-    return None if None in redraws else redraws
+    strangers = shards.find_strangers()
+    if strangers:
+        raise UserError(
+            f"--output_dir {shards.output_dir}: {strangers[0]} is no shard of this set and would be loaded with it; "
+            "move it away."
+        )
 
 
-def count_class_redraws(output_dir: str | Path, plan: GenerationPlan, max_redraws: int) -> dict[str, int]:
-    """Return how often images of each class were redrawn, over all shards and all runs that made them."""
-    counts = dict.fromkeys(plan.class_names, 0)
-    for number in range(plan.num_shards):
-        redraws = count_redraws(shard_path(output_dir, number), plan, number, max_redraws)
-        for index, count in zip(plan.shard(number), redraws):
-            counts[plan.class_names[plan.image(index).label]] += count
-    return counts
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,16 +1,19 @@
 """What a synthetic set is made from: generator, class names, style token. Read from records, before any model loads."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from utils.cli.arguments import RealDataArguments
 from utils.cli.errors import UserError
 from utils.cli.records import DSI_CONFIG, read_record
-from utils.data.class_names import prompt_nouns
+from utils.data.class_names import prompt_nouns, read_class_names, read_class_names_file
 from utils.data.prompts import DSI_TEMPLATE, PLAIN_TEMPLATE
-from utils.hub.repositories import Source, open_source
-from utils.style.base_models import BaseModel, open_base_model
+from utils.hub.repositories import open_source
+from utils.synthesis.generators import Generator, check_scheduler, open_generator
+from utils.synthesis.plan import MAX_IMAGES, GenerationPlan
+from utils.synthesis.prompt_limits import check_prompts_fit
 
 LEARNED_EMBEDS = "learned_embeds.safetensors"
 TOKEN = "a style token of train_dsi.py"
@@ -35,23 +38,40 @@ class StyleToken:
 class Sources:
     """Everything the images depend on besides the sampling settings.
 
-    `real_images` is the record of the real set, `train_indices` the rows of it that the token has seen.
+    `chosen_nouns` are the classes whose noun comes from --class_names_file. `real_images` is the record of the real
+    set, None when only its class names are known; `train_indices` are the rows of it that the token has seen.
     """
 
-    generator: Source
+    generator: Generator
     class_names: list[str]
     prompt_nouns: list[str]
-    real_images: dict
+    chosen_nouns: set[str]
+    real_images: dict | None
     resolution: int
-    prompt_template: str = PLAIN_TEMPLATE
+    prompt_templates: list[str]
     token: StyleToken | None = None
     train_indices: list[int] | None = None
 
+    @property
+    def placeholder(self) -> tuple[str | None, int]:
+        """How the style token is written in a prompt, and its number of vectors; None and 1 without one."""
+        return (self.token.placeholder_token, self.token.num_vectors) if self.token else (None, 1)
+
+    def names_of(self, labels: Iterable[int]) -> tuple[list[str], list[str]]:
+        """Return the names and the nouns of some classes."""
+        return [self.class_names[label] for label in labels], [self.prompt_nouns[label] for label in labels]
+
 
 def read_token_sources(
-    learned_embeds: str, revision: str | None = None, use_style_token: bool = True, hub_token: str | None = None
+    learned_embeds: str,
+    revision: str | None = None,
+    use_style_token: bool = True,
+    class_names_file: str | None = None,
+    hub_token: str | None = None,
 ) -> Sources:
     """Return the sources that a style token's record names; without `use_style_token`, all of them but the token.
+
+    Nouns of `class_names_file` take the place of those that the token was trained with.
 
     Raises:
         UserError: neither folder nor repository, a file or an entry is missing, no class names.
@@ -59,10 +79,12 @@ def read_token_sources(
     source = open_source(learned_embeds, "--learned_embeds", revision=revision, token=hub_token)
     record = read_record(source.file(DSI_CONFIG, TOKEN))
     path = source.file(LEARNED_EMBEDS, TOKEN)
-    if not record.get("class_names"):
+    class_names = record.get("class_names")
+    if not class_names:
         raise UserError(f"--learned_embeds {learned_embeds}: its {DSI_CONFIG} has no class names.")
     try:
-        base_model = record["base_model"]
+        base_model, trained_with = record["base_model"], dict(zip(class_names, record["prompt_nouns"]))
+        chosen = read_class_names_file(class_names_file, class_names) if class_names_file else {}
         token = StyleToken(
             id=learned_embeds,
             revision=source.revision,
@@ -74,11 +96,12 @@ def read_token_sources(
         return Sources(
             generator=open_generator(
                 base_model["id"], "base model of --learned_embeds", base_model["revision"], hub_token
-            ).source,
-            class_names=record["class_names"],
-            prompt_nouns=record["prompt_nouns"],
+            ),
+            class_names=class_names,
+            prompt_nouns=prompt_nouns(class_names, trained_with | chosen),
+            chosen_nouns=set(chosen),
             real_images=record["real_images"],
-            prompt_template=_class_template(record.get("prompt_templates", [])) if use_style_token else PLAIN_TEMPLATE,
+            prompt_templates=_class_templates(record["prompt_templates"]) if use_style_token else [PLAIN_TEMPLATE],
             token=token if use_style_token else None,
             train_indices=record.get("train_indices") if use_style_token else None,
             resolution=record["resolution"],
@@ -88,43 +111,65 @@ def read_token_sources(
 
 
 def read_plain_sources(
-    pretrained_model_name_or_path: str, revision: str | None, real_data: RealDataArguments, hub_token: str | None = None
+    pretrained_model_name_or_path: str,
+    revision: str | None,
+    real_data: RealDataArguments | None,
+    class_names_file: str | None = None,
+    hub_token: str | None = None,
 ) -> Sources:
-    """Return the sources for images without a style token: a generator, and the class names of a real set.
+    """Return the sources for images without a style token: a generator, and class names.
+
+    They are those of a real set, or, without one, those of `class_names_file` in the order of their label ids.
 
     Raises:
         UserError: the generator is neither folder nor repository; what `load_real_images` raises.
     """
-    # not at the top: datasets takes seconds to import, and with a token it is not needed before sampling
-    from utils.data.real_images import RealImagesRecord, load_real_images
-
     generator = open_generator(pretrained_model_name_or_path, "--pretrained_model_name_or_path", revision, hub_token)
-    images = load_real_images(RealImagesRecord.from_arguments(real_data), hub_token)
-    if not images.class_names:
-        raise UserError(f"--dataset_name {images.record.name}: its label column has no class names.")
+    if real_data is None:
+        chosen = read_class_names(class_names_file)
+        class_names, record = list(chosen), None
+    else:
+        # not at the top: datasets takes seconds to import, and with a token it is not needed before sampling
+        from utils.data.real_images import RealImagesRecord, load_real_images
+
+        images = load_real_images(RealImagesRecord.from_arguments(real_data), hub_token)
+        class_names, record = images.class_names, images.record.to_dict()
+        if not class_names:
+            raise UserError(f"--dataset_name {images.record.name}: its label column has no class names.")
+        chosen = read_class_names_file(class_names_file, class_names) if class_names_file else {}
     return Sources(
-        generator.source,
-        images.class_names,
-        prompt_nouns(images.class_names),
-        images.record.to_dict(),
-        resolution=generator.native_resolution,
+        generator,
+        class_names,
+        prompt_nouns(class_names, chosen),
+        set(chosen),
+        record,
+        generator.native_resolution,
+        [PLAIN_TEMPLATE],
     )
 
 
-def _class_template(templates: list[str]) -> str:
-    """Return the first of a token's templates that has a place for the class name, which images are drawn for."""
-    return next((template for template in templates if "{class}" in template), DSI_TEMPLATE)
+def _class_templates(templates: list[str]) -> list[str]:
+    """Return those of a token's templates that have a place for the class name, which images are drawn for."""
+    return [template for template in templates if "{class}" in template] or [DSI_TEMPLATE]
 
 
-def open_generator(name: str, flag: str, revision: str | None, hub_token: str | None) -> BaseModel:
-    """Return a Stable Diffusion 1.x/2.x pipeline, its commit pinned.
+def check_generator_takes(settings: dict, sources: Sources, plan: GenerationPlan, prompts_flag: str) -> None:
+    """Check that the generator takes the settings and reads what matters of the prompts. Loads tokenizers only.
 
     Raises:
-        UserError: it is neither folder nor repository, or another pipeline.
+        UserError: it does not; the message names the flag.
     """
-    base_model = open_base_model(name, flag, revision, hub_token)
-    if base_model.is_xl:
+    generator, step = sources.generator, sources.generator.resolution_step
+    if settings["resolution"] % step:
+        raise UserError(f"--resolution {settings['resolution']}: must be a multiple of {step} for this generator.")
+    if settings["negative_prompt"] and not generator.takes_negative_prompt:
         raise UserError(
-            f"{flag} {name}: is a {base_model.pipeline_class}; images are drawn by Stable Diffusion 1.x/2.x."
+            f"--negative_prompt '{settings['negative_prompt']}': {generator.pipeline_class} takes none; leave it out."
         )
-    return base_model
+    if plan.num_images_per_class * plan.num_classes > MAX_IMAGES:
+        raise UserError(
+            f"--num_images_per_class {plan.num_images_per_class}: at most {MAX_IMAGES // plan.num_classes:,} for "
+            f"{plan.num_classes} classes."
+        )
+    check_scheduler(generator, settings["scheduler"])
+    check_prompts_fit(generator, plan.prompts.longest(), *sources.placeholder, prompts_flag)

@@ -1,0 +1,54 @@
+"""Signals end a script with one line, an exit status that says which, and nothing half done."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.cli.interruptions import Interrupted, ending_cleanly
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import sys, time
+from utils.cli.errors import run_script
+from utils.cli.interruptions import ending_cleanly
+
+def main():
+    with ending_cleanly(lambda: "Go on with: the command"):
+        try:
+            print("working", flush=True)
+            time.sleep(60)
+        finally:
+            time.sleep(0.5)  # what must be finished, whatever comes meanwhile
+            print("cleaned up", flush=True)
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_script_cleanly_and_a_second_one_does_not_disturb(number):
+    child = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "working\n"
+    child.send_signal(number)
+    child.send_signal(signal.SIGTERM)
+    output, errors = child.communicate(timeout=20)
+    assert output == "cleaned up\n"
+    assert errors == "-c: interrupted. Go on with: the command\n"
+    assert child.returncode == 128 + number
+
+
+def test_handlers_are_what_they_were_afterwards():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="advice") as caught, ending_cleanly(lambda: "advice"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.signal_number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    with ending_cleanly(lambda: "advice"):
+        pass
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler

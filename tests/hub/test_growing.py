@@ -1,0 +1,579 @@
+"""Shards that are uploaded while later ones are made: there early, whole after any fault, never twice, never mixed."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.hub.fault_sweep import CARD, FAULTS, PATTERNS
+from tests.local_hub import Fault
+from utils.cli.errors import UserError
+from utils.cli.records import GENERATION_CONFIG, write_record
+from utils.hub import growing, retries
+from utils.hub.growing import GrowingUpload
+from utils.hub.merged_card import BEGIN, END
+from utils.hub.publishing import publish_folder
+from utils.hub.targets import open_target
+
+pytest_plugins = ["tests.local_hub.fixtures"]
+ROOT = Path(__file__).parents[2]
+TOKEN = "hf_ann_secret"
+SHARDS = ("data/train-*.parquet",)
+OUR_CARD = CARD.replace("# A card", f"{BEGIN}\n# A card\n{END}")
+
+
+@pytest.fixture
+def hub(local_hub, monkeypatch):
+    """The local Hub with a user, and short pauses of our own and of the client."""
+    local_hub.add_user("ann", TOKEN)
+    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: time.sleep(0.01)))
+    return local_hub
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return start_folder(tmp_path / "cars", "ours")
+
+
+def start_folder(folder: Path, fingerprint: str) -> Path:
+    write_record(folder / GENERATION_CONFIG, {"fingerprint": fingerprint})
+    return folder
+
+
+def write_shard(folder: Path, number: int, mark: str = "") -> str:
+    """Make a shard as the generator does: by rename. Its content is new to the Hub in every test."""
+    path = folder / f"data/train-{number:05d}.parquet"
+    path.parent.mkdir(exist_ok=True)
+    path.with_suffix(".tmp").write_bytes(f"shard {number} of {folder} {mark}".encode() * 100)
+    path.with_suffix(".tmp").rename(path)
+    return path.relative_to(folder).as_posix()
+
+
+def find_shards(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.glob(SHARDS[0])]
+
+
+def grow(folder: Path, fingerprint: str = "ours", pause: float = 0.02, **options) -> GrowingUpload:
+    target = open_target(folder, "cars", "dataset", token=TOKEN, **options)
+    return GrowingUpload(folder, target, lambda: find_shards(folder), fingerprint, pause)
+
+
+def finish(folder: Path, **options) -> None:
+    """End as the generator does: the card is written, and all is published."""
+    (folder / "README.md").write_text(OUR_CARD)
+    publish_folder(folder, open_target(folder, "cars", "dataset", token=TOKEN, **options), PATTERNS, SHARDS)
+
+
+def files(hub, revision="main") -> dict[str, bytes]:
+    if ("dataset", "ann/cars") not in hub.repositories:
+        return {}
+    there = hub.repo("ann/cars", "dataset").files(revision)
+    return {path: data for path, data in there.items() if path != ".gitattributes"}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    paths = [*find_shards(folder), GENERATION_CONFIG, "README.md"]
+    return {path: (folder / path).read_bytes() for path in paths if (folder / path).exists()}
+
+
+def contents_sent(hub) -> list[str]:
+    """Return the hash of every content that was sent, as often as it was sent."""
+    return [request.path.rsplit("/", 1)[1] for request in hub.log if request.method == "PUT"]
+
+
+def commits(hub) -> list[str]:
+    return [request.path for request in hub.log if "/commit/" in request.path]
+
+
+def wait_until(condition, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def warnings_of(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == growing.__name__]
+
+
+def test_shards_are_there_one_after_another_before_the_end_and_are_sent_once(hub, folder):
+    with grow(folder):
+        for number in range(3):
+            path = write_shard(folder, number)
+            wait_until(lambda path=path: path in files(hub))
+            # without a card nobody takes it for whole
+            assert set(files(hub)) == {*find_shards(folder), GENERATION_CONFIG}
+    write_shard(folder, 3)
+    finish(folder)
+    assert files(hub) == files_of(folder)
+    assert len(contents_sent(hub)) == len(set(contents_sent(hub))) == 4
+
+
+def test_shards_that_several_processes_make_are_all_uploaded(hub, folder):
+    code = (
+        "import sys, time; from pathlib import Path; from tests.hub.test_growing import write_shard\n"
+        "for number in range(int(sys.argv[2]), 12, 3):\n"
+        "    write_shard(Path(sys.argv[1]), number); time.sleep(0.1)\n"
+    )
+    (folder / "data").mkdir()
+    with grow(folder):
+        makers = [subprocess.Popen([sys.executable, "-c", code, str(folder), str(rank)], cwd=ROOT) for rank in range(3)]
+        assert [maker.wait() for maker in makers] == [0, 0, 0]
+        wait_until(lambda: len(files(hub)) == 13)
+        assert len(contents_sent(hub)) == len(set(contents_sent(hub))) == 12
+    finish(folder)
+    assert files(hub) == files_of(folder)
+
+
+LOAD = """
+import json
+from datasets import load_dataset
+whole, streamed = load_dataset("ann/cars", split="train"), load_dataset("ann/cars", split="train", streaming=True)
+print(json.dumps({
+    "features": [repr(images.features) for images in (whole, streamed)],
+    "classes": [whole.features["label"].names, streamed.features["label"].names],
+    "labels": [whole["label"][:], [row["label"] for row in streamed]],
+    "size": next(iter(streamed))["image"].size,
+}))
+"""
+
+
+def test_a_set_that_was_uploaded_early_loads_with_its_features_streaming_too(hub, folder, run_with_hub):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import ClassLabel, Features, Image
+    from PIL import Image as PILImage
+
+    features = Features({"image": Image(), "label": ClassLabel(names=["van", "suv"])})
+    (folder / "data").mkdir()
+    PILImage.new("RGB", (8, 6)).save(folder / "picture.png")
+    with grow(folder):
+        for number in range(3):
+            rows = [{"image": {"bytes": (folder / "picture.png").read_bytes(), "path": None}, "label": number % 2}]
+            table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
+            pq.write_table(table, folder / "data/shard.tmp")
+            (folder / "data/shard.tmp").rename(folder / f"data/train-{number:05d}.parquet")
+            wait_until(lambda number=number: f"data/train-{number:05d}.parquet" in files(hub))
+        early = json.loads(run_with_hub(LOAD, token=TOKEN, check=True).stdout)
+    finish(folder)
+    for loaded in (early, json.loads(run_with_hub(LOAD, token=TOKEN, check=True).stdout)):
+        assert loaded["features"][0] == loaded["features"][1]
+        assert loaded["classes"] == [["van", "suv"]] * 2
+        assert loaded["labels"] == [[0, 1, 0]] * 2
+        assert loaded["size"] == [8, 6]
+
+
+def grow_in_steps(folder: Path, hub) -> None:
+    """Make three shards, each once the one before it is on the Hub; then finish."""
+    with grow(folder):
+        for number in range(3):
+            path = write_shard(folder, number)
+            wait_until(lambda path=path: path in files(hub))
+    finish(folder)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_at_every_kind_of_request_loses_nothing(kind, hub, tmp_path, caplog):
+    grow_in_steps(start_folder(tmp_path / "clean", "ours"), hub)
+    blob = re.compile("[0-9a-f]{40,64}")
+    requests = {(request.method, blob.sub("[0-9a-f]{40,64}", request.path)) for request in hub.log}
+    assert len(requests) > 10
+    hub.reset()
+    hub.add_user("ann", TOKEN)
+    target = open_target(tmp_path / "hit", "cars", "dataset", token=TOKEN)
+    for method, path in requests:
+        for skip in (0, 3):
+            hub.inject(Fault(method=method, path=f"^{path}$", skip=skip, **FAULTS[kind]))
+    folder = start_folder(tmp_path / "hit", "ours")
+    work = []
+    with GrowingUpload(folder, target, lambda: find_shards(folder), "ours", pause=0.02):
+        for number in range(4):
+            path = write_shard(folder, number)
+            wait_until(lambda path=path: path in files(hub))
+            work.append(number)
+    finish(folder)
+    assert work == [0, 1, 2, 3]
+    assert files(hub) == files_of(folder)
+    assert len(hub.faults_fired) >= len(requests)
+    # an answer that was lost is no second commit
+    paths = [path for commit in hub.repo("ann/cars", "dataset").commits() for path in commit.paths]
+    assert len([path for path in paths if path.endswith(".parquet")]) == 4
+    assert warnings_of(caplog) == []
+
+
+def test_while_the_hub_is_down_the_work_goes_on_with_one_line_and_what_it_missed_follows(hub, folder, caplog):
+    upload = grow(folder)
+    down = Fault("status", path="", times=None)
+    hub.inject(down)
+    with upload:
+        write_shard(folder, 0)
+        wait_until(lambda: hub.faults_fired.count(down) > 3 * retries.MAX_TRIES)
+        write_shard(folder, 1)
+        wait_until(lambda: hub.faults_fired.count(down) > 5 * retries.MAX_TRIES)
+        [line] = warnings_of(caplog)
+        assert re.fullmatch(
+            r"publishing ann/cars: gave up after 6 tries \(HfHubHTTPError: .*503.*\); the work goes on, its finished "
+            "shards are uploaded later.",
+            line,
+        )
+        # not even the tries are logged: they would be hundreds of lines in a night
+        assert [record for record in caplog.records if record.name == retries.__name__] == []
+        hub.clear_faults()
+        wait_until(lambda: len(files(hub)) == 3)
+        hub.inject(Fault("status", path="", times=None))
+        write_shard(folder, 2)
+        wait_until(lambda: len(warnings_of(caplog)) == 2)
+    with pytest.raises(UserError, match="gave up after 6 tries"):
+        publish_folder(folder, upload._target, PATTERNS, SHARDS)
+    hub.clear_faults()
+    finish(folder)
+    assert files(hub) == files_of(folder)
+
+
+def test_a_hub_that_refuses_is_one_line_and_no_end_of_the_work(hub, folder, caplog):
+    hub.inject(Fault("status", path="/commit/", status=403, times=None))
+    with grow(folder):
+        write_shard(folder, 0)
+        wait_until(lambda: len(commits(hub)) >= 3)
+    assert len(warnings_of(caplog)) == 1 and "403" in warnings_of(caplog)[0]
+    assert "\n" not in warnings_of(caplog)[0]
+
+
+def test_each_kind_of_error_of_our_own_is_one_line_without_the_token_and_the_next_look_is_made(hub, folder, caplog):
+    looks = []
+
+    def find_finished():
+        looks.append(len(looks))
+        if len(looks) < 4:
+            raise ZeroDivisionError(f"a bug with {TOKEN}, look {len(looks)}\nand more")
+        if len(looks) < 7:
+            raise KeyError(f"look {len(looks)}")
+        return find_shards(folder)
+
+    write_shard(folder, 0)
+    target = open_target(folder, "cars", "dataset", token=TOKEN)
+    with GrowingUpload(folder, target, find_finished, "ours", pause=0.02):
+        wait_until(lambda: len(files(hub)) == 2)
+    later = "the work goes on, its finished shards are uploaded later."
+    assert warnings_of(caplog) == [
+        f"publishing ann/cars: ZeroDivisionError: a bug with ***, look 1; {later}",
+        f"publishing ann/cars: KeyError: 'look 4'; {later}",
+    ]
+
+
+def test_a_record_with_the_token_in_it_is_not_uploaded(hub, folder, caplog):
+    write_record(folder / GENERATION_CONFIG, {"fingerprint": "ours", "token": TOKEN})
+    write_shard(folder, 0)
+    with grow(folder):
+        wait_until(lambda: warnings_of(caplog))
+    assert "generation_config.json holds an access token" in warnings_of(caplog)[0]
+    assert TOKEN not in caplog.text
+    assert files(hub) == {} and contents_sent(hub) == []
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from tests.hub.test_growing import find_shards, grow, write_shard
+folder = Path(sys.argv[1])
+with grow(folder):
+    for number in range(2):
+        write_shard(folder, number)
+        time.sleep(1)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("moment", ["between two commits", "in a commit"])
+def test_after_a_kill_a_new_run_knows_its_shards_and_ends_with_the_same_repository(moment, hub, folder, tmp_path):
+    (folder / "data").mkdir()
+    if moment == "in a commit":
+        hub.inject(Fault("delay", "POST", "/commit/", skip=1, seconds=60))
+    env = hub.environment(tmp_path / "home", TOKEN) | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(contents_sent(hub)) == 2 and (hub.faults_fired or len(files(hub)) == 3), 60)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert set(files(hub)) == {GENERATION_CONFIG, *[f"data/train-{n:05d}.parquet" for n in range(len(files(hub)) - 1)]}
+    hub.clear_faults()
+    with grow(folder):
+        write_shard(folder, 2)
+        wait_until(lambda: len(files(hub)) == 4)
+    assert len(contents_sent(hub)) == len(set(contents_sent(hub))) == 3
+    finish(folder)
+    assert files(hub) == files_of(folder)
+    assert len(contents_sent(hub)) == 3
+
+
+def their_set(record: dict | None) -> dict[str, bytes]:
+    config = {} if record is None else {GENERATION_CONFIG: json.dumps(record).encode()}
+    return {"data/train-00000.parquet": b"theirs", "README.md": OUR_CARD.encode(), **config}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"schema_version": 1, "fingerprint": "theirs"}, "its generation_config.json has another fingerprint"),
+        ({"schema_version": 1}, "its generation_config.json has another fingerprint"),
+        ({"schema_version": 9, "fingerprint": "ours"}, "its generation_config.json cannot be read"),
+        (None, "it has no generation_config.json, and a data/train-00000.parquet that is not of this set"),
+    ],
+)
+def test_another_set_in_the_repository_stays_whole_until_ours_replaces_it(record, reason, hub, folder, caplog):
+    theirs = their_set(record)
+    hub.create_repo("ann/cars", "dataset").commit(theirs)
+    upload = grow(folder)
+    with upload:
+        for number in range(2):
+            write_shard(folder, number)
+        wait_until(lambda: not upload._thread.is_alive())
+        assert warnings_of(caplog) == [
+            f"ann/cars holds another set ({reason}): nothing is uploaded before this one is whole and replaces it."
+        ]
+        assert contents_sent(hub) == [] and files(hub) == theirs
+    finish(folder)
+    assert {path: data for path, data in files(hub).items() if path != "README.md"}.items() <= files_of(folder).items()
+    assert len(files(hub)) == 4
+
+
+def test_another_set_that_comes_in_the_meantime_is_left_alone_too(hub, folder, caplog):
+    with grow(folder):
+        write_shard(folder, 0)
+        wait_until(lambda: len(files(hub)) == 2)
+        hub.repo("ann/cars", "dataset").commit(their_set({"schema_version": 1, "fingerprint": "theirs"}))
+        write_shard(folder, 1)
+        wait_until(lambda: warnings_of(caplog))
+        assert files(hub) == their_set({"schema_version": 1, "fingerprint": "theirs"})
+
+
+def test_another_set_that_comes_before_our_commit_is_left_alone_too(hub, folder, caplog):
+    hub.inject(Fault("delay", "POST", "/preupload/", skip=1, seconds=0.5))
+    with grow(folder):
+        write_shard(folder, 0)
+        wait_until(lambda: hub.faults_fired)
+        hub.repo("ann/cars", "dataset").commit(their_set({"schema_version": 1, "fingerprint": "theirs"}))
+        wait_until(lambda: warnings_of(caplog))
+    assert 412 in [request.status for request in hub.log]
+    assert [line.split(" (")[0] for line in warnings_of(caplog)] == ["ann/cars holds another set"]
+    assert files(hub) == their_set({"schema_version": 1, "fingerprint": "theirs"})
+
+
+def test_shards_of_ours_without_a_record_are_known_by_their_content(hub, folder):
+    """So a push of many files is left when it is killed after its first commit: records come in the last."""
+    paths = [write_shard(folder, number) for number in range(2)]
+    hub.create_repo("ann/cars", "dataset").commit({path: folder / path for path in paths})
+    with grow(folder):
+        write_shard(folder, 2)
+        wait_until(lambda: len(files(hub)) == 4)
+    assert len(contents_sent(hub)) == 1
+
+
+def test_a_record_that_is_deleted_in_the_meantime_comes_again_with_the_next_shard(hub, folder):
+    with grow(folder):
+        write_shard(folder, 0)
+        wait_until(lambda: len(files(hub)) == 2)
+        hub.repo("ann/cars", "dataset").add_commit({}, [GENERATION_CONFIG], "delete")
+        write_shard(folder, 1)
+        wait_until(lambda: len(files(hub)) == 3)
+
+
+def test_a_whole_set_that_grows_stays_as_its_card_says_until_the_end(hub, folder, caplog):
+    write_shard(folder, 0)
+    finish(folder)
+    before, _ = files(hub), hub.clear_log()
+    with grow(folder):
+        write_shard(folder, 0, "with more images")
+        write_shard(folder, 1)
+        wait_until(lambda: len(contents_sent(hub)) == 2)
+        time.sleep(0.2)
+        assert files(hub) == before and commits(hub) == []
+    finish(folder)
+    assert files(hub) == files_of(folder)
+    # the contents went ahead
+    assert len(contents_sent(hub)) == 2
+    assert warnings_of(caplog) == []
+
+
+def test_a_card_that_a_person_wrote_makes_no_set_whole(hub, folder):
+    hub.create_repo("ann/cars", "dataset").commit({"README.md": CARD.encode()})
+    with grow(folder):
+        write_shard(folder, 0)
+        wait_until(lambda: "data/train-00000.parquet" in files(hub))
+
+
+def test_a_folder_that_is_on_the_hub_already_is_neither_sent_nor_committed(hub, folder):
+    for number in range(3):
+        write_shard(folder, number)
+    with grow(folder):
+        wait_until(lambda: len(files(hub)) == 4)
+    hub.clear_log()
+    for _ in range(2):
+        with grow(folder):
+            wait_until(lambda: any("/tree/" in request.path for request in hub.log))
+            time.sleep(0.1)
+        assert contents_sent(hub) == [] and commits(hub) == []
+        assert not any("/preupload/" in request.path for request in hub.log)
+        # what is known to be there is not asked for at every look
+        assert len([request for request in hub.log if "/tree/" in request.path]) == 1
+        hub.clear_log()
+
+
+def test_many_shards_go_in_commits_of_a_limited_size(hub, folder, monkeypatch):
+    monkeypatch.setattr("utils.hub.publishing.MAX_FILES_PER_COMMIT", 3)
+    for number in range(7):
+        write_shard(folder, number)
+    with grow(folder, pause=60):
+        wait_until(lambda: len(files(hub)) == 8)
+        started = time.monotonic()
+    assert time.monotonic() - started < 2  # the next look is not waited for
+    sizes = [len(commit.paths) for commit in hub.repo("ann/cars", "dataset").commits()]
+    assert sizes == [2, 3, 3, 1]  # newest first; the last is the repository's own
+
+
+def test_the_repository_is_made_with_the_first_shard_private_and_on_its_branch(hub, folder):
+    with grow(folder, private=True, revision="try-2"):
+        time.sleep(0.2)
+        assert hub.repos() == []
+        write_shard(folder, 0)
+        wait_until(lambda: hub.repos() and "try-2" in hub.repos()[0].branches and len(files(hub, "try-2")) == 2)
+    assert hub.repo("ann/cars", "dataset").private
+    assert files(hub) == {}
+    hub.clear_log()
+    with grow(folder, private=True, revision="try-2"):
+        wait_until(lambda: any("/tree/" in request.path for request in hub.log))
+        time.sleep(0.1)
+    # what is there is looked up on the branch
+    assert not any("/preupload/" in request.path for request in hub.log)
+    finish(folder, private=True, revision="try-2")
+    assert files(hub, "try-2") == files_of(folder)
+
+
+def test_a_public_repository_gets_nothing_when_a_private_one_was_asked_for(hub, folder, caplog):
+    hub.create_repo("ann/cars", "dataset")
+    with grow(folder, private=True):
+        write_shard(folder, 0)
+        wait_until(lambda: warnings_of(caplog))
+    assert "'ann/cars' is there already, and public; nothing was sent; the work goes on" in warnings_of(caplog)[0]
+    assert files(hub) == {} and contents_sent(hub) == []
+
+
+def test_leaving_the_block_finishes_a_commit_under_way_and_begins_no_other(hub, folder):
+    hub.inject(Fault("delay", "POST", "/commit/", seconds=1))
+    with grow(folder):
+        first = write_shard(folder, 0)
+        wait_until(lambda: hub.faults_fired)
+        write_shard(folder, 1)
+    assert set(files(hub)) == {first, GENERATION_CONFIG}
+    assert not any(thread.name == "growing upload" for thread in threading.enumerate())
+
+
+def test_leaving_the_block_between_two_shards_sends_no_more_of_them(hub, folder):
+    for number in range(9):
+        write_shard(folder, number)
+    hub.inject(Fault("delay", "PUT", "/lfs-upload/", skip=1, seconds=0.5))
+    with grow(folder):
+        wait_until(lambda: hub.faults_fired)
+    assert len(contents_sent(hub)) == 2 and files(hub) == {}
+    finish(folder)
+    assert files(hub) == files_of(folder)
+    assert len(contents_sent(hub)) == len(set(contents_sent(hub))) == 9
+
+
+def test_leaving_the_block_reads_no_more_shards(hub, folder, caplog):
+    path = write_shard(folder, 0)
+    hub.create_repo("ann/cars", "dataset").commit({path: folder / path})
+    hub.inject(Fault("delay", "GET", "/tree/", seconds=0.5))
+    with grow(folder):
+        wait_until(lambda: hub.faults_fired)
+        (folder / path).unlink()  # which reading it would find out
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("error", [UserError, SystemExit, KeyboardInterrupt])
+def test_an_error_in_the_block_ends_the_thread_at_once_while_a_try_waits_for_the_next(error, hub, folder, monkeypatch):
+    monkeypatch.setattr(retries, "FIRST_PAUSE", 60)
+    hub.inject(Fault("status", "POST", "/commit/", times=None))
+    write_shard(folder, 0)
+    with pytest.raises(error), grow(folder):  # noqa: PT012 - the error comes while the upload waits
+        wait_until(lambda: hub.faults_fired)
+        time.sleep(0.1)
+        started = time.monotonic()
+        raise error("stop")
+    assert time.monotonic() - started < 1
+    assert len(hub.faults_fired) == 1
+    assert not any(thread.name == "growing upload" for thread in threading.enumerate())
+
+
+INTERRUPTED = """
+import sys, time
+from pathlib import Path
+from tests.hub.test_growing import grow
+with grow(Path(sys.argv[1])):
+    sys.stdin.readline()
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/preupload/"), ("PUT", "/lfs-upload/")], ids=["preupload", "content"]
+)
+def test_a_process_ends_within_seconds_though_the_client_itself_waits_for_half_a_minute(
+    method, path, hub, folder, tmp_path
+):
+    write_shard(folder, 0)
+    write_shard(folder, 1)
+    hub.inject(Fault("status", method, path, times=None))
+    env = hub.environment(tmp_path / "home", TOKEN) | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(folder)], cwd=ROOT, env=env, stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_until(lambda: len(hub.faults_fired) >= 3, 60)  # the client now waits for 4 s, then for 8 s
+    started = time.monotonic()
+    child.stdin.write("now\n")
+    _, stderr = child.communicate()
+    assert child.returncode == 3
+    assert time.monotonic() - started < growing.SECONDS_TO_FINISH + 2
+    assert TOKEN not in stderr and "Traceback" not in stderr
+
+
+ALONE = """
+import os, sys
+os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS")
+from pathlib import Path
+from huggingface_hub.utils import are_progress_bars_disabled
+from tests.hub.test_growing import grow
+with grow(Path(sys.argv[1])):
+    sys.stdin.readline()
+assert not are_progress_bars_disabled()
+"""
+
+
+@pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
+def test_a_run_after_another_sends_nothing_again_by_either_way_to_upload(xet, hub, folder, tmp_path):
+    for number in range(3):
+        write_shard(folder, number)
+    env = hub.environment(tmp_path / "home", TOKEN, xet) | {"PYTHONPATH": str(ROOT)}
+    for run in range(2):
+        child = subprocess.Popen(
+            [sys.executable, "-c", ALONE, str(folder)], cwd=ROOT, env=env, stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        wait_until(lambda: any("/tree/" in request.path for request in hub.log) and files(hub) == files_of(folder), 60)
+        time.sleep(0.3)  # for what should not come
+        _, stderr = child.communicate("now\n")
+        assert child.returncode == 0, stderr
+        # no bar but that of the work, which is none here
+        assert stderr == ""
+        asked_to_upload = [request.path for request in hub.log if re.search("/preupload/|xet-write|lfs", request.path)]
+        assert bool(asked_to_upload) is bool(commits(hub)) is (run == 0)
+        assert any("xet" in path for path in asked_to_upload) is (xet and run == 0)
+        hub.clear_log()

@@ -1,0 +1,196 @@
+"""Shards on disk: what is found finished, and what is found out about files that are not."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, load_dataset
+
+from tests.synthesis.test_plan import make_plan
+from utils.cli.errors import UserError
+from utils.synthesis import shards as shards_module
+from utils.synthesis.encoding import encode_image
+from utils.synthesis.output_folder import STATE_DIR
+from utils.synthesis.runner import make_row
+from utils.synthesis.shards import Shards, check_no_strangers
+
+NAMES = ["a", "b", "c"]
+
+
+def write_all(folder: Path, fingerprint="f", **changes) -> Shards:
+    """Write all shards of a plan of 21 images, 8 a shard; image 1 was drawn again twice."""
+    shards = Shards(folder, make_plan(**changes), fingerprint, NAMES)
+    for number in range(shards.plan.num_shards):
+        write_one(shards, number)
+    return shards
+
+
+def write_one(shards: Shards, number: int) -> None:
+    images = [shards.plan.image(index) for index in shards.plan.shard(number)]
+    pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    rows = [make_row(image, encode_image(pixels, "png", 95)) for image in images]
+    shards.write(number, rows, {"b": 2} if number == 0 else {}, images_at_a_time=3)
+
+
+def test_written_shards_are_finished_and_load_with_features(tmp_path):
+    shards = write_all(tmp_path)
+    assert shards.find_missing() == []
+    images = load_dataset(str(tmp_path), split="train")
+    assert images.features["label"] == ClassLabel(names=NAMES)
+    assert images["seed"] == [shards.plan.image(index).seed for index in range(21)]
+    assert shards.summarise() == {"num_redraws": {"a": 0, "b": 2, "c": 0}, "images_at_a_time": 3}
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path):
+    one, two = write_all(tmp_path / "one"), write_all(tmp_path / "two")
+    for number in range(3):
+        assert one.path(number).read_bytes() == two.path(number).read_bytes()
+
+
+def test_row_groups_are_small_enough_for_streaming(tmp_path):
+    shards = write_all(tmp_path, num_images_per_class=100, images_per_shard=300)
+    metadata = pq.read_metadata(shards.path(0))
+    assert [metadata.row_group(group).num_rows for group in range(3)] == [100, 100, 100]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "torn", "empty", "one bit"])
+def test_a_damaged_shard_is_missing_and_no_other(tmp_path, damage):
+    shards = write_all(tmp_path)
+    path = shards.path(1)
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[:-20])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        # the footer, with the plan's fingerprint and the number of rows, is whole
+        middle = slice(100, 200) if damage == "torn" else slice(150, 151)
+        content[middle] = bytes(byte ^ 1 for byte in content[middle])
+        path.write_bytes(content)
+    assert shards.find_missing() == [1]
+    write_one(shards, 1)
+    assert shards.find_missing() == []
+
+
+def test_a_shard_of_other_settings_or_another_place_is_missing(tmp_path):
+    shards, other = write_all(tmp_path / "ours"), write_all(tmp_path / "other", fingerprint="g")
+    for folder in ("data", STATE_DIR):  # with its notes: its bytes are as they were written
+        os.replace(other.output_dir / folder, tmp_path / "moved")
+        os.replace(shards.output_dir / folder, other.output_dir / folder)
+        os.replace(tmp_path / "moved", shards.output_dir / folder)
+    assert shards.find_missing() == [0, 1, 2]
+    shards = write_all(tmp_path / "swapped")
+    for end in (f"{STATE_DIR}/0000{{}}.json", "data/train-0000{}.parquet"):
+        first, second = (shards.output_dir / end.format(number) for number in (0, 1))
+        os.replace(first, tmp_path / "moved")
+        os.replace(second, first)
+        os.replace(tmp_path / "moved", second)
+    assert shards.find_missing() == [0, 1]
+
+
+def test_a_shard_of_another_set_without_note_is_missing(tmp_path):
+    shards, other = write_all(tmp_path / "ours"), write_all(tmp_path / "other", seed=1)
+    shards.path(2).write_bytes(other.path(2).read_bytes())
+    assert shards.find_missing() == [2]
+
+
+def test_finished_shards_are_not_read_again_where_size_and_time_are_as_noted(tmp_path, monkeypatch):
+    shards = write_all(tmp_path)
+    monkeypatch.setattr(shards_module, "_sha256", lambda _: pytest.fail("was read"))
+    assert shards.find_missing() == []
+
+
+def test_a_copied_folder_is_read_once_and_then_known(tmp_path, monkeypatch):
+    shards = write_all(tmp_path)
+    for number in range(3):
+        os.utime(shards.path(number))
+    assert shards.find_missing() == []
+    monkeypatch.setattr(shards_module, "_sha256", lambda _: pytest.fail("was read again"))
+    assert shards.find_missing() == []
+
+
+def test_without_hidden_files_the_checksum_list_tells(tmp_path):
+    shards = write_all(tmp_path)
+    shards.write_checksums()
+    for path in (tmp_path / STATE_DIR).iterdir():
+        path.unlink()
+    torn = bytearray(shards.path(1).read_bytes())
+    torn[100] ^= 1
+    shards.path(1).write_bytes(torn)
+    again = Shards(tmp_path, shards.plan, "f", NAMES)
+    assert again.find_missing() == [1]
+    (tmp_path / "SHA256SUMS").unlink()
+    (tmp_path / STATE_DIR / "00000.json").unlink()
+    assert Shards(tmp_path, shards.plan, "f", NAMES).find_missing() == [0, 1]
+
+
+def test_checksum_list_is_what_sha256sum_reads(tmp_path):
+    shards = write_all(tmp_path)
+    shards.write_checksums()
+    check = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    done = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.count(": OK") == 3
+    shards.path(0).write_bytes(b"")
+    assert subprocess.run(check, cwd=tmp_path, capture_output=True, check=False).returncode != 0
+
+
+def test_a_short_last_shard_is_missing_when_the_set_grows(tmp_path):
+    shards = write_all(tmp_path)
+    grown = Shards(tmp_path, make_plan(num_images_per_class=9), "f", NAMES)
+    assert shards.plan.num_shards == 3
+    assert grown.find_missing() == [2, 3]
+
+
+def test_a_write_that_fails_leaves_the_old_shard_and_no_temporary_file(tmp_path, monkeypatch):
+    shards = write_all(tmp_path)
+    before = shards.path(0).read_bytes()
+
+    def no_room(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        write_one(Shards(tmp_path, make_plan(seed=1), "g", NAMES), 0)
+    assert shards.path(0).read_bytes() == before
+    assert shards.find_missing() == []
+    assert not list((tmp_path / "data").glob(".*"))
+
+
+def test_a_crash_between_note_and_rename_leaves_the_shard_to_be_made(tmp_path, monkeypatch):
+    write_all(tmp_path)
+    replace = os.replace
+
+    def killed(source, target):
+        if str(target).endswith(".parquet"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_one(Shards(tmp_path, make_plan(num_images_per_class=9), "f", NAMES), 2)
+    monkeypatch.undo()
+    assert Shards(tmp_path, make_plan(num_images_per_class=9), "f", NAMES).find_missing() == [2, 3]
+
+
+def test_files_that_would_be_loaded_with_the_set_are_refused(tmp_path):
+    shards = write_all(tmp_path)
+    check_no_strangers(shards)
+    for name in ("train-00003.parquet", "train-of-thought.parquet"):
+        stranger = tmp_path / "data" / name
+        stranger.write_bytes(shards.path(0).read_bytes())
+        with pytest.raises(UserError, match=f"{name} is no shard of this set"):
+            check_no_strangers(shards)
+        stranger.unlink()
+
+
+def test_notes_hold_no_more_than_what_a_restart_needs(tmp_path):
+    write_all(tmp_path)
+    note = json.loads((tmp_path / STATE_DIR / "00001.json").read_text())
+    assert set(note) == {"sha256", "num_bytes", "mtime_ns"}

@@ -1,0 +1,174 @@
+"""A synthetic set whose making is killed, and one that several processes make, is byte for byte one left alone."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_dataset
+
+from generate_synthetic import main
+from tests.synthesis.tokens import shard_hashes
+
+pytest_plugins = ["tests.synthesis.fixtures"]
+ROOT = Path(__file__).parent.parent
+# generate_synthetic.py, one process of which kills itself at a place; says what accelerate made of the launch
+CHILD = """
+import os, signal, sys
+from accelerate import PartialState
+import generate_synthetic
+from utils.synthesis import finishing
+from utils.synthesis.runner import Runner
+
+place, call, process = os.environ.get("DIE_AT", "nowhere 0 0").split()
+
+def dying(function, is_counted=lambda *_: True):
+    calls = []
+
+    def wrapped(*args):
+        calls.extend([None] * is_counted(*args))
+        if len(calls) == int(call) and PartialState().process_index == int(process):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+
+    return wrapped
+
+if place == "draw":
+    Runner._draw_batch = dying(Runner._draw_batch)
+elif place == "rename":
+    os.replace = dying(os.replace, lambda _, target: str(target).endswith(".parquet"))
+elif place == "finish":
+    finishing.finish_set = dying(finishing.finish_set)
+generate_synthetic.run_script(generate_synthetic.main)
+print(PartialState().distributed_type.name, PartialState().num_processes, "processes")
+"""
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """As many threads as the children have: other kernels give other bytes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def many_shards(options):
+    return [*options, "--images_per_shard", "4"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, many_shards, one_thread):
+    """The bytes of the set that was left alone: six shards."""
+    folder = tmp_path_factory.mktemp("whole") / "set"
+    main([*many_shards, "--output_dir", str(folder)])
+    hashes = shard_hashes(folder)
+    assert len(hashes) == 6
+    return hashes
+
+
+def start(argv: list[str], tmp_path: Path, num_processes: int = 1, die_at: str | None = None) -> subprocess.Popen:
+    """Start the child on CPU processes: `--multi_gpu` is how `accelerate launch` starts more than one of them."""
+    child = tmp_path / "child.py"
+    child.write_text(CHILD)
+    command = [sys.executable, str(child)]
+    if num_processes > 1:
+        accelerate = str(Path(sys.executable).with_name("accelerate"))
+        command = [accelerate, "launch", "--multi_gpu", "--num_processes", str(num_processes), "--num_machines", "1",
+                   "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
+                   str(child)]  # fmt: skip
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env |= {"DIE_AT": die_at} if die_at else {}
+    return subprocess.Popen(
+        [*command, *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def run(*args, **kwargs) -> tuple[int, str, str]:
+    child = start(*args, **kwargs)
+    output, errors = child.communicate(timeout=300)
+    return child.returncode, output, errors
+
+
+@pytest.mark.parametrize(
+    ("die_at", "num_finished"),
+    [
+        ("draw 5 0", 2),  # in the third shard; the second may still be in writing
+        ("rename 4 0", 3),  # between a shard's last byte and its name
+        ("finish 1 0", 6),  # after the last shard, before the records
+    ],
+)
+def test_a_killed_run_goes_on_to_the_very_same_set(die_at, num_finished, many_shards, whole, one_thread, tmp_path):
+    argv = [*many_shards, "--output_dir", str(tmp_path / "set")]
+    status, _, errors = run(argv, tmp_path, die_at=die_at)
+    assert status == -signal.SIGKILL, errors[-2000:]
+    finished = [name for name in shard_hashes(tmp_path / "set") if name.startswith("train")]
+    assert num_finished - 1 <= len(finished) <= num_finished
+    assert not (tmp_path / "set" / "README.md").exists()
+    results = main(argv)
+    assert results["num_drawn"] == 21 - sum(4 if name != "train-00005.parquet" else 1 for name in finished)
+    assert shard_hashes(tmp_path / "set") == whole
+    assert len(load_dataset(str(tmp_path / "set"), split="train")) == 21
+
+
+def test_a_run_that_is_asked_to_end_says_how_it_goes_on(many_shards, whole, one_thread, tmp_path):
+    argv = [*many_shards, "--output_dir", str(tmp_path / "set"), "--num_images_per_class", "700"]
+    child = start(argv, tmp_path)
+    while len(list((tmp_path / "set" / "data").glob("train-*"))) < 3:
+        assert child.poll() is None, child.communicate()[1][-2000:]
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=30)
+    assert child.returncode == 128 + signal.SIGTERM
+    found = re.search(r"(\d+) of 525 shards are finished and kept; go on with: accelerate launch gen.*", errors)
+    assert found[0].endswith("--num_images_per_class 700")
+    finished = shard_hashes(tmp_path / "set")
+    assert len(finished) == int(found[1]) >= 3
+    assert "Traceback" not in errors
+    assert finished["train-00000.parquet"] == whole["train-00000.parquet"]
+
+
+def test_two_processes_make_the_set_of_one_and_three_finish_what_they_began(many_shards, whole, tmp_path):
+    argv = [*many_shards, "--output_dir", str(tmp_path / "two")]
+    status, output, errors = run(argv, tmp_path, num_processes=2)
+    assert status == 0, errors[-3000:]
+    assert re.findall(r"MULTI_CPU \d+ processes", output) == ["MULTI_CPU 2 processes"] * 2
+    assert shard_hashes(tmp_path / "two") == whole
+    assert "| 21/21 " in errors  # one bar over both
+
+    argv = [*many_shards, "--output_dir", str(tmp_path / "killed")]
+    status, _, _ = run(argv, tmp_path, num_processes=2, die_at="rename 2 1")  # the second process, in its second shard
+    assert status != 0
+    assert 1 <= len([name for name in shard_hashes(tmp_path / "killed") if name.startswith("train")]) < 6
+    status, output, errors = run(argv, tmp_path, num_processes=3)
+    assert status == 0, errors[-3000:]
+    assert re.findall(r"MULTI_CPU \d+ processes", output) == ["MULTI_CPU 3 processes"] * 3
+    assert shard_hashes(tmp_path / "killed") == whole
+
+
+@pytest.mark.soak
+def test_fifty_kills_at_random_moments_leave_the_very_same_set(options, one_thread, tmp_path):
+    argv = [*options, "--num_images_per_class", "2000", "--images_per_shard", "40"]
+    main([*argv, "--output_dir", str(tmp_path / "whole")])
+    rng, num_kills = random.Random(0), 0
+    while num_kills < 50:
+        child = start([*argv, "--output_dir", str(tmp_path / "set")], tmp_path)
+        try:
+            _, errors = child.communicate(timeout=rng.uniform(4, 12))
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+            num_kills += 1
+            continue
+        assert child.returncode == 0, errors[-2000:]
+        for name in rng.sample(sorted((tmp_path / "set" / "data").iterdir()), 60):  # there must be something to kill
+            name.unlink()
+    main([*argv, "--output_dir", str(tmp_path / "set")])
+    assert shard_hashes(tmp_path / "set") == shard_hashes(tmp_path / "whole")

@@ -1,0 +1,197 @@
+"""Finished shards go to the Hub while later ones are made; `publish_folder` then sends what is missing, card last."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars
+
+from utils.cli.errors import UserError
+from utils.cli.records import GENERATION_CONFIG, read_record
+from utils.hub.merged_card import BEGIN, read_card
+from utils.hub.publishing import (
+    ANOTHER_COMMIT_CAME_FIRST,
+    current_head,
+    download,
+    make_commit,
+    prepare_repository,
+    send_contents,
+    split_into_commits,
+)
+from utils.hub.retries import first_line, wait_between_tries, with_retries
+from utils.hub.targets import Target
+from utils.hub.uploads import CARD, Upload, clean_text, known_tokens
+
+logger = logging.getLogger(__name__)
+
+# how long an error in the block waits for a call to the Hub that is under way; what it would have done is done later
+SECONDS_TO_FINISH = 2.0
+
+
+class GrowingUpload:
+    """Upload the finished shards of a synthetic set from a thread, for as long as the `with` block works.
+
+    `find_finished` returns the paths, relative to `folder`, of the shards that are whole; it is called in the thread,
+    every `pause` seconds. `fingerprint` is that of the folder's `generation_config.json`, which goes with the first
+    shards, so that a later run knows them for its own. A repository that holds another set is left alone. One that
+    holds this set whole, with its card, which counts the images, gets the contents of more shards but no commit: both
+    wait for `publish_folder`.
+
+    Whatever goes wrong with the Hub is one line in the log, and tried again at the next look. Leaving the block ends
+    the thread after the call that is under way; when an error leaves it, that is waited for `SECONDS_TO_FINISH` only.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        target: Target,
+        find_finished: Callable[[], Iterable[str]],
+        fingerprint: str,
+        pause: float = 60.0,
+    ):
+        self._folder = Path(folder)
+        self._target = target
+        self._find_finished = find_finished
+        self._fingerprint = fingerprint
+        self._pause = pause
+        self._is_prepared = False
+        self._done: set[str] = set()  # shards with nothing left to do before the end
+        self._failure: tuple | None = None  # the kind of the last, until a look ends well
+        self._stop = threading.Event()
+        # a daemon: a call that hangs must not keep the process from ending
+        self._thread = threading.Thread(target=self._run, name="growing upload", daemon=True)
+
+    def __enter__(self) -> "GrowingUpload":
+        self._thread.start()
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        self._stop.set()
+        self._thread.join(None if error_type is None else SECONDS_TO_FINISH)
+
+    def _run(self) -> None:
+        wait_between_tries.set(self._wait)
+        with disable_progress_bars():  # the bar of the work in the block stays alone
+            while not self._stop.is_set():
+                try:
+                    self._look()
+                    self._failure = None
+                except _Stopped:
+                    return
+                except _AnotherSet as reason:
+                    logger.warning(
+                        f"{self._target.repo_id} holds another set ({reason}): nothing is uploaded before this one is "
+                        "whole and replaces it."
+                    )
+                    return
+                except Exception as error:  # of any kind: the work in the block goes on, and is published at its end
+                    self._report(error)
+                self._stop.wait(self._pause)
+
+    def _look(self) -> None:
+        """Upload the finished shards that are not on the Hub, in as many commits as they need."""
+        finished = [path for path in sorted(self._find_finished()) if path not in self._done]
+        if finished and not self._is_prepared:
+            prepare_repository(self._target)
+            self._is_prepared = True
+        while not self._done.issuperset(finished):
+            left = [Upload(path, self._folder / path) for path in finished if path not in self._done]
+            if not self._upload_some(left):
+                break
+
+    def _upload_some(self, shards: list[Upload]) -> bool:
+        """Upload as many shards as a commit takes. Return false when another commit came first."""
+        head = current_head(self._target)
+        there = self._list_files(head)
+        self._check_same_set(there, head, shards)
+        missing = [shard for shard in shards if not self._is_there(shard, there)]
+        self._done.update({shard.path for shard in shards} - {shard.path for shard in missing})
+        if not missing:
+            return True
+        if GENERATION_CONFIG not in there:
+            config = clean_text(self._folder / GENERATION_CONFIG, known_tokens(self._target.token))
+            missing.insert(0, Upload(GENERATION_CONFIG, config))
+        batch = next(split_into_commits(missing))
+        additions = []
+        for upload in batch:  # one at a time, so that the end of the block has little to wait for
+            self._check_not_stopped()
+            additions += self._ask(partial(send_contents, self._target, [upload]))
+        try:
+            if not self._is_whole(there, head):
+                self._ask(partial(make_commit, self._target, batch, additions, head))
+        except HfHubHTTPError as error:
+            if error.response.status_code not in ANOTHER_COMMIT_CAME_FIRST:
+                raise
+            # the next look finds out whose commit that was: our own, too, whose answer was lost
+            return False
+        self._done.update(upload.path for upload in batch)
+        return True
+
+    def _check_same_set(self, there: dict[str, RepoFile], head: str, shards: list[Upload]) -> None:
+        """Check that the repository holds no shards but this set's.
+
+        Raises:
+            _AnotherSet: its record has another fingerprint, or it has none and data files that are not among `shards`.
+        """
+        if GENERATION_CONFIG in there:
+            try:
+                fingerprint = read_record(download(self._target, GENERATION_CONFIG, head)).get("fingerprint")
+            except UserError:
+                raise _AnotherSet(f"its {GENERATION_CONFIG} cannot be read") from None
+            if fingerprint != self._fingerprint:
+                raise _AnotherSet(f"its {GENERATION_CONFIG} has another fingerprint")
+            return
+        ours = {shard.path: shard for shard in shards}
+        for path in there:
+            is_ours = path in self._done or (path in ours and self._is_there(ours[path], there))
+            if path.endswith(".parquet") and not is_ours:
+                raise _AnotherSet(f"it has no {GENERATION_CONFIG}, and a {path} that is not of this set")
+
+    def _is_whole(self, there: dict[str, RepoFile], head: str) -> bool:
+        """Say whether the repository has a card of ours, whose count of images `load_dataset` insists on."""
+        return CARD in there and BEGIN in read_card(download(self._target, CARD, head))
+
+    def _is_there(self, shard: Upload, there: dict[str, RepoFile]) -> bool:
+        self._check_not_stopped()  # it may read a whole shard
+        return shard.path in there and shard.is_stored_as(there[shard.path])
+
+    def _list_files(self, head: str) -> dict[str, RepoFile]:
+        place = self._target.place | {"revision": head}
+        entries = self._ask(lambda: list(self._target.api.list_repo_tree(recursive=True, **place)))
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+    def _ask(self, call: Callable):
+        return with_retries(call, f"publishing {self._target.repo_id}")
+
+    def _wait(self, problem: str, pause: float) -> None:
+        """Wait between two tries of a call, in silence: only what fails to the end is worth a line."""
+        self._stop.wait(pause)
+        self._check_not_stopped()
+
+    def _check_not_stopped(self) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+
+    def _report(self, error: Exception) -> None:
+        """Log a failure in one line, and not again while looks keep failing for the same reason."""
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        failure = type(error), status
+        if failure == self._failure:
+            return
+        self._failure = failure
+        line = str(error) if isinstance(error, UserError) else f"publishing {self._target.repo_id}: {first_line(error)}"
+        for token in known_tokens(self._target.token):
+            line = line.replace(token, "***")
+        logger.warning(f"{line.rstrip('.')}; the work goes on, its finished shards are uploaded later.")
+
+
+class _Stopped(Exception):
+    """The block has been left."""
+
+
+class _AnotherSet(Exception):
+    """The repository holds shards of another set; the message says how that shows."""
