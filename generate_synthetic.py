@@ -34,7 +34,8 @@ from utils.synthesis.output_folder import (
     CHECKSUMS,
     CLASS_NAMES,
     PREVIEW,
-    QUALITY_FILES,
+    QUALITY_PLOTS,
+    QUALITY_RECORD,
     STATE_DIR,
     check_folder_is_shared,
     check_output_folder,
@@ -51,7 +52,7 @@ SAMPLING_SETTINGS = ("guidance_scale", "num_inference_steps", "negative_prompt",
 OUTPUT_SETTINGS = ("images_per_shard", "image_format", "image_quality")
 SHARDS = ("data/train-*.parquet",)
 PUBLISHED_FILES = (
-    *SHARDS, CHECKSUMS, PREVIEW, CLASS_NAMES, *QUALITY_FILES, GENERATION_CONFIG, RUN_CONFIG, "README.md",
+    *SHARDS, CHECKSUMS, PREVIEW, CLASS_NAMES, QUALITY_RECORD, QUALITY_PLOTS, GENERATION_CONFIG, RUN_CONFIG, "README.md",
 )  # fmt: skip
 
 
@@ -353,6 +354,28 @@ def draw_missing(missing: list[int], shards, sources: Sources, settings: dict, m
     return time.perf_counter() - started
 
 
+def open_quality_model(output_args: OutputArguments, real_images: dict | None, hub_token: str | None):
+    """Return the model of the quality report, None when there is to be none."""
+    if not output_args.quality_report:
+        return None
+    if real_images is None:
+        raise UserError("--quality_report true: needs the real images; give --dataset_name or --train_dir as well.")
+    from utils.quality.features import open_feature_model
+
+    return open_feature_model(output_args.quality_model, "--quality_model", token=hub_token)
+
+
+def report_quality(output_dir: str, model, real_images: dict, hub_token: str | None) -> None:
+    """Compare the finished set with the real images."""
+    from utils.hub.repositories import Source
+    from utils.quality.images import load_reference_images
+    from utils.quality.report import make_quality_report
+    from utils.quality.text import print_quality
+
+    real = load_reference_images(real_images, hub_token)
+    print_quality(make_quality_report(Source(output_dir, "--output_dir", "dataset"), real, model, output_dir))
+
+
 def print_summary(output_dir: str, plan: GenerationPlan, results: dict) -> None:
     """Print what was made, how fast, where it lies, and the next command."""
     print(
@@ -399,7 +422,7 @@ def main(argv=None) -> dict:
 
     from utils.hub.growing import GrowingUpload
     from utils.synthesis.dry_run import estimate_cost, print_estimate, print_prompts
-    from utils.synthesis.finishing import finish_set
+    from utils.synthesis.finishing import finish_set, write_card
     from utils.synthesis.shards import Shards, check_no_strangers
 
     # Everything that can be wrong, before a model loads
@@ -413,6 +436,7 @@ def main(argv=None) -> dict:
     check_generator_takes(
         settings, sources, plan, "--prompts_file" if prompt_args.prompts_file else "--prompt_templates"
     )
+    quality_model = open_quality_model(output_args, sources.real_images, hub_args.hub_token)
     if is_main_process:
         print_findings(findings)
         if prompt_args.write_class_names is not None:
@@ -452,8 +476,12 @@ def main(argv=None) -> dict:
 
         results = {}
         if is_main_process:
-            hub_id = hub_target.repo_id if hub_target else None
-            record = finish_set(shards, sources, findings, command, hub_id, hub_args.hub_token)
+            record = finish_set(shards, sources, findings)
+            for_card = shards, record, command, hub_target.repo_id if hub_target else None, hub_args.hub_token
+            write_card(*for_card)
+            if quality_model is not None:  # it loads the set, which takes a card that counts its images
+                report_quality(output_dir, quality_model, sources.real_images, hub_args.hub_token)
+                write_card(*for_card)
             run = write_run_config(output_dir, resolve_options(groups), started)
             num_drawn = sum(len(plan.shard(number)) for number in missing)
             results = {

@@ -27,7 +27,7 @@ from utils.hub import growing
 from utils.synthesis.encoding import encode_image
 from utils.synthesis.runner import Runner
 
-pytest_plugins = ["tests.synthesis.fixtures", "tests.local_hub.fixtures"]
+pytest_plugins = ["tests.synthesis.fixtures", "tests.local_hub.fixtures", "tests.transfer.fixtures"]
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +390,20 @@ def test_shards_are_published_while_later_ones_are_made_whatever_the_hub_does(
     assert done.stdout.splitlines() == [f"{CLASS_NAMES} 21"] * 2
 
 
+def test_the_quality_report_is_part_of_the_card_until_the_set_grows(copied_set, options, classifiers, capsys):
+    flags = [*options, "--output_dir", str(copied_set)]
+    main([*flags, "--quality_report", "--quality_model", classifiers["vit"]])
+    record = json.loads((copied_set / "quality.json").read_text())
+    assert record["num_images"]["synthetic"] == {"used": 21, "all": 21}
+    assert "Frechet" in capsys.readouterr().out
+    assert (copied_set / "README.md").read_text().count("## Quality") == 1
+    assert "](quality.png)" in (copied_set / "README.md").read_text()
+    main(flags)
+    assert "## Quality" in (copied_set / "README.md").read_text()
+    main([*flags, "--num_images_per_class", "8"])
+    assert "## Quality" not in (copied_set / "README.md").read_text()
+
+
 def test_a_strange_file_among_the_shards_is_refused(copied_set, options):
     (copied_set / "data/train-00003.parquet").write_bytes((copied_set / "data/train-00000.parquet").read_bytes())
     before = tree_hashes(copied_set)
@@ -433,6 +447,7 @@ def test_pipeline_that_draws_black_ends_in_one_error(tiny_pipeline_dir, real_ima
         (["--learned_embeds", "{token}", "--classes", "red_sqare"], "no such class, did you mean red_square?"),
         (["--learned_embeds", "{token}", "--prompts_file", "x", "--prompt_set", "diverse"], "takes the place of"),
         (["--learned_embeds", "{token}", "--prompt_set", "many"], "invalid choice: 'many'"),
+        (["--learned_embeds", "{token}", "--quality_report", "--quality_model", "{real}"], "--quality_model"),
         (["--learned_embeds", "{token}", "--class_names_file", "none.yaml"], "none.yaml: cannot be read"),
         (["--pretrained_model_name_or_path", "{real}", "--dataset_name", "{real}"], "has no model_index.json"),
     ],

@@ -30,8 +30,9 @@ def write_dataset_card(
     """Write `README.md` for a synthetic set from its `generation_config.json` record.
 
     `prompts` has an example for each class that was drawn; `licenses` maps each source's name to its licence: the set
-    gets theirs where they agree, 'unknown' where not. `quality` is the section on the quality report, in Markdown. Local paths are named in the text only: the Hub takes ids in the metadata. The
-    code in the card names `hub_id` where the set is published, else the folder. A card that is there already is merged.
+    gets theirs where they agree, 'unknown' where not. `quality` is the section on the quality report, in Markdown.
+    Local paths are named in the text only: the Hub takes ids in the metadata. The code in the card names `hub_id`
+    where the set is published, else the folder. A card that is there already is merged.
 
     Raises:
         UserError: that card's metadata are malformed.

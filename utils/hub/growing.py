@@ -119,10 +119,12 @@ class GrowingUpload:
         additions = []
         for upload in batch:  # one at a time, so that the end of the block has little to wait for
             self._check_not_stopped()
-            additions += self._ask(partial(send_contents, self._target, [upload]))
+            additions += send_contents(self._target, [upload])
         try:
             if not self._is_whole(there, head):
-                self._ask(partial(make_commit, self._target, batch, additions, head))
+                with_retries(
+                    partial(make_commit, self._target, batch, additions, head), f"publishing {self._target.repo_id}"
+                )
         except HfHubHTTPError as error:
             if error.response.status_code not in ANOTHER_COMMIT_CAME_FIRST:
                 raise
@@ -161,11 +163,8 @@ class GrowingUpload:
 
     def _list_files(self, head: str) -> dict[str, RepoFile]:
         place = self._target.place | {"revision": head}
-        entries = self._ask(lambda: list(self._target.api.list_repo_tree(recursive=True, **place)))
+        entries = self._target.api.list_repo_tree(recursive=True, **place)
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-
-    def _ask(self, call: Callable):
-        return with_retries(call, f"publishing {self._target.repo_id}")
 
     def _wait(self, problem: str, pause: float) -> None:
         """Wait between two tries of a call, in silence: only what fails to the end is worth a line."""

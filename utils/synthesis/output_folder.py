@@ -19,7 +19,8 @@ STATE_DIR = ".shards"  # what is known of the shards in it; not published
 CHECKSUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 PREVIEW = "preview.png"
 CLASS_NAMES = "class_names.yaml"
-QUALITY_FILES = ("quality.json", "quality.png", "duplicates.png")
+QUALITY_RECORD, QUALITY_PLOTS = "quality.json", "quality.png"
+DUPLICATE_PAIRS = "duplicates.png"  # not published: it shows real images
 
 
 def check_output_folder(output_dir: str | Path, settings: dict, num_images_per_class: int, overwrite: bool) -> None:
@@ -72,7 +73,8 @@ def start_output_folder(
     if overwrite and (folder / GENERATION_CONFIG).is_file():
         for name in (DATA_DIR, STATE_DIR):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (GENERATION_CONFIG, RUN_CONFIG, PREVIEW, CHECKSUMS, CLASS_NAMES, *QUALITY_FILES):
+        quality = QUALITY_RECORD, QUALITY_PLOTS, DUPLICATE_PAIRS
+        for name in (GENERATION_CONFIG, RUN_CONFIG, PREVIEW, CHECKSUMS, CLASS_NAMES, *quality):
             (folder / name).unlink(missing_ok=True)
     record = {
         "settings": settings,

@@ -1,0 +1,135 @@
+"""How good is a synthetic image set? A comparison with the real images, in figures, words and pictures.
+
+    python quality_report.py --synthetic_dataset cars-syn
+    python quality_report.py --synthetic_dataset user/cars-syn --model_name_or_path facebook/dinov2-small
+    python quality_report.py --synthetic_dataset any/images --dataset_name user/cars --output_dir any-quality
+
+It says how far the set is from the real images, as a whole and class by class; whether it is as varied; which classes
+may be taken for another; and which images repeat each other or a real one, above all one of the test split. The real
+images are those that the set's record names, unless others are given. Writes quality.json, quality.png, duplicates.png.
+"""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from utils.cli.arguments import RealDataArguments
+from utils.cli.errors import UserError, run_script
+from utils.cli.parsing import ScriptArgumentParser, require_positive
+from utils.cli.records import GENERATION_CONFIG, read_record
+from utils.data.class_folders import check_real_images_given
+from utils.hub.repositories import Source, open_source
+
+
+@dataclass
+class SyntheticSetArguments:
+    _argument_group_name = "synthetic images"
+
+    synthetic_dataset: str | None = field(
+        default=None, metadata={"help": "Synthetic set: a folder of generate_synthetic.py, or a data set id."}
+    )
+    synthetic_dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the synthetic set."}
+    )
+
+
+@dataclass
+class FeatureModelArguments:
+    _argument_group_name = "model"
+
+    model_name_or_path: str = field(
+        default="timm/resnet18.tv_in1k",
+        metadata={"help": "Image model whose features are compared: an id of transformers or timm, or a folder."},
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    hub_token: str | None = field(
+        default=None, metadata={"help": "Access token; HF_TOKEN or `hf auth login` when not given."}
+    )
+
+
+@dataclass
+class ReportArguments:
+    _argument_group_name = "report"
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the report; '<synthetic set>-quality' when not given."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Images that the model sees at a time."})
+    max_images_per_class: int = field(
+        default=1000,
+        metadata={"help": "Look at the first so many images of each class; of the test images at all."},
+    )
+    num_pairs: int = field(default=8, metadata={"help": "Pairs of images to show of each kind."})
+
+
+def choose_real_images(source: Source, real_args: RealDataArguments) -> dict:
+    """Return the real images' record: that of the flags, else the one in the synthetic set's.
+
+    Raises:
+        UserError: there is neither; flags go with no data set.
+    """
+    if real_args.dataset_name is not None or real_args.train_dir is not None:
+        check_real_images_given(real_args)
+        return asdict(real_args)
+    for name, value in asdict(real_args).items():
+        if value != getattr(RealDataArguments(), name):
+            raise UserError(f"--{name} {value}: needs --dataset_name or --train_dir.")
+    if not source.has_one_of([GENERATION_CONFIG]):
+        raise UserError(
+            f"--synthetic_dataset {source.name}: has no {GENERATION_CONFIG} that names the real images; give "
+            "--dataset_name or --train_dir."
+        )
+    real_images = read_record(source.file(GENERATION_CONFIG)).get("real_images")
+    if real_images is None:
+        raise UserError(
+            f"--synthetic_dataset {source.name}: its {GENERATION_CONFIG} names no real images; give --dataset_name or "
+            "--train_dir."
+        )
+    return real_images
+
+
+def main(argv=None) -> dict:
+    started = time.time()
+    synthetic_args, real_args, model_args, report_args = ScriptArgumentParser(
+        (SyntheticSetArguments, RealDataArguments, FeatureModelArguments, ReportArguments), description=__doc__
+    ).parse(argv)
+    if synthetic_args.synthetic_dataset is None:
+        raise UserError("--synthetic_dataset is missing: a folder of generate_synthetic.py, or a data set id.")
+    require_positive(
+        batch_size=report_args.batch_size,
+        max_images_per_class=report_args.max_images_per_class,
+        num_pairs=report_args.num_pairs,
+    )
+    source = open_source(
+        synthetic_args.synthetic_dataset, "--synthetic_dataset", "dataset",
+        synthetic_args.synthetic_dataset_revision, model_args.hub_token,
+    )  # fmt: skip
+    real_images = choose_real_images(source, real_args)
+    output_dir = Path(report_args.output_dir or f"{Path(source.name).name}-quality")
+    if output_dir.is_file():
+        raise UserError(f"--output_dir {output_dir}: is a file; name a folder.")
+
+    # these take seconds to import: only once the arguments are known to be good
+    import transformers
+
+    from utils.quality.features import open_feature_model
+    from utils.quality.images import load_reference_images
+    from utils.quality.report import make_quality_report
+    from utils.quality.text import print_quality
+
+    transformers.utils.logging.set_verbosity_error()  # it lists the head's weights, which no feature needs
+    model = open_feature_model(
+        model_args.model_name_or_path, "--model_name_or_path", model_args.model_revision, model_args.hub_token
+    )
+    real = load_reference_images(real_images, model_args.hub_token)
+    record = make_quality_report(
+        source, real, model, output_dir, batch_size=report_args.batch_size,
+        max_images_per_class=report_args.max_images_per_class, num_pairs=report_args.num_pairs,
+    )  # fmt: skip
+    print_quality(record)
+    print(f"Written to {output_dir}: quality.json, quality.png, duplicates.png; {time.time() - started:.0f} s in all.")
+    return record
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,176 @@
+"""Distances and near-duplicates against values computed another way."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from utils.quality import duplicates
+from utils.quality.distances import (
+    ClassSums,
+    class_shifts,
+    frechet_distances,
+    kernel_distances,
+    list_confusions,
+    matched_rows,
+    nearest_class_shares,
+)
+from utils.quality.duplicates import (
+    COPY_SIMILARITY,
+    Nearest,
+    closest_pairs,
+    count_similar,
+    find_nearest,
+    similarity_threshold,
+)
+from utils.quality.features import UnitFeatures
+
+
+def gaussian(num_images, mean=0.0, seed=0, num_features=6):
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(num_images, num_features)) + mean).astype(np.float16)
+
+
+def rows_of(raw):
+    return raw, np.arange(len(raw))
+
+
+def classes(shift=0.0, num_images=200, seed=0, spread=0.3):
+    """Return features of three classes around the unit vectors, the last class moved towards the first by `shift`."""
+    rng = np.random.default_rng(seed)
+    labels = np.tile(np.arange(3), num_images)
+    means = np.eye(3)
+    means[2] = (1 - shift) * means[2] + shift * means[0]
+    raw = means[labels] + spread * rng.normal(size=(len(labels), 3))
+    return UnitFeatures(raw.astype(np.float16), np.zeros(3, np.float32)), labels
+
+
+def sums(features, labels, num_classes=3):
+    return ClassSums.of(features, labels, num_classes)
+
+
+def test_frechet_distance_is_that_of_the_formula():
+    train, other = gaussian(300), gaussian(200, 0.5, 1)
+    first, second = train.astype(float), other[:150].astype(float)
+    covariances = np.cov(first.T), np.cov(second.T)
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    expected = ((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(sum(covariances) - 2 * root)
+    found = frechet_distances(rows_of(train), {"other": (other, np.arange(150))})["other"]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_frechet_distance_to_itself_is_zero_after_another_one():
+    train = gaussian(300)
+    found = frechet_distances(rows_of(train), {"other": rows_of(gaussian(300, 3)), "same": rows_of(train)})
+    assert found["same"] == pytest.approx(0, abs=1e-6) and found["other"] > 10
+
+
+def test_kernel_distance_does_not_depend_on_the_number_of_images():
+    train = gaussian(3000)
+    few, size = kernel_distances(rows_of(train), {"same": rows_of(gaussian(100, 0, 1))})
+    far, _ = kernel_distances(rows_of(train), {"far": rows_of(gaussian(100, 1, 1))})
+    assert size == 50
+    assert abs(few["same"][0]) < few["same"][1] < far["far"][0]
+    assert far["far"][0] > 10 * abs(few["same"][0])
+
+
+def test_kernel_distance_is_the_same_every_time():
+    arguments = rows_of(gaussian(100)), {"other": rows_of(gaussian(50, 0, 1)), "again": rows_of(gaussian(50, 0, 1))}
+    np.random.seed(1)
+    first, _ = kernel_distances(*arguments)
+    assert first == kernel_distances(*arguments)[0]
+    assert first["other"] == first["again"]
+
+
+def test_matched_rows_have_as_many_of_each_class():
+    first = np.array([0] * 5 + [1] * 2 + [3])
+    second = np.array([1] * 4 + [0] * 3 + [2])
+    rows, others = matched_rows(first, second)
+    assert np.bincount(first[rows]).tolist() == np.bincount(second[others]).tolist() == [3, 2]
+    assert len(set(rows)) == len(rows)
+    assert [part.tolist() for part in matched_rows(np.zeros(2, int), np.ones(2, int))] == [[], []]
+
+
+def test_diversity_is_the_mean_over_all_pairs():
+    features, labels = classes()
+    unit = features.take(slice(None)).numpy()
+    for label in range(3):
+        cosines = unit[labels == label] @ unit[labels == label].T
+        expected = 1 - cosines[~np.eye(len(cosines), dtype=bool)].mean()
+        assert sums(features, labels).diversity[label] == pytest.approx(expected, rel=1e-4)
+    assert np.isnan(sums(features, labels * 0, 2).diversity).tolist() == [False, True]
+
+
+def test_shift_is_zero_for_other_images_of_the_classes_however_few():
+    train = sums(*classes(num_images=500))
+    squares = [np.diagonal(sums(*classes(num_images=4, seed=seed)).squared_distances(train)) for seed in range(300)]
+    biased = [((sums(*classes(num_images=4, seed=seed)).means - train.means) ** 2).sum(1) for seed in range(300)]
+    assert np.abs(np.mean(squares, 0)).max() < 0.15 * np.mean(biased)
+    assert class_shifts(train, train) == pytest.approx([0, 0, 0])
+
+
+def test_shift_is_one_for_a_class_that_looks_like_the_nearest_other():
+    train = sums(*classes(num_images=500))
+    shifts = class_shifts(sums(*classes(1.0, num_images=500, seed=1)), train)
+    assert shifts[2] == pytest.approx(1, abs=0.05) and shifts[:2].max() < 0.1
+    half = class_shifts(sums(*classes(0.4, num_images=500, seed=1)), train)
+    assert 0.2 < half[2] < 0.7
+
+
+def test_shift_is_unknown_for_a_single_class_or_image():
+    features, labels = classes(num_images=3)
+    assert np.isnan(class_shifts(sums(features, labels * 0, 1), sums(features, labels * 0, 1))).all()
+    one = ClassSums.of(UnitFeatures(features.raw[:3], features.centre), np.arange(3), 3)
+    assert np.isnan(class_shifts(one, sums(features, labels))).all()
+
+
+def test_shares_say_which_real_class_images_are_nearest_to():
+    train, train_labels = classes(num_images=100)
+    shares = nearest_class_shares(*classes(1.0, num_images=100, seed=1), sums(train, train_labels))
+    assert shares.sum(1) == pytest.approx([1, 1, 1])
+    assert shares[2, 0] > 0.9 and shares[0, 0] > 0.9 and shares[1, 1] > 0.9
+    without = nearest_class_shares(UnitFeatures(train.raw[:1], train.centre), np.array([0]), sums(train, train_labels))
+    assert np.isnan(without[1]).all()
+    only_first = ClassSums.of(UnitFeatures(train.raw[:1], train.centre), np.array([0]), 3)
+    assert nearest_class_shares(train, train_labels, only_first)[:, 0].tolist() == [1, 1, 1]
+
+
+def test_confusions_are_those_beyond_the_real_images():
+    shares = np.array([[0.5, 0.5, 0.0], [0.3, 0.6, 0.1], [0.0, 0.2, 0.8]])
+    real = np.array([[0.5, 0.5, 0.0], [0.1, 0.9, 0.0], [np.nan] * 3])
+    found = list_confusions(shares, real, ["car", "bus", "van"])
+    assert [(entry["class"], entry["nearest"]) for entry in found] == [("van", "bus"), ("bus", "car"), ("bus", "van")]
+    assert [(entry["share"], entry["real_share"]) for entry in found] == [(0.2, None), (0.3, 0.1), (0.1, 0.0)]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_nearest_is_that_of_the_whole_table_across_chunks(monkeypatch, same):
+    monkeypatch.setattr(duplicates, "QUERY_CHUNK", 7)
+    monkeypatch.setattr(duplicates, "TARGET_CHUNK", 11)
+    queries = UnitFeatures(gaussian(50), np.zeros(6, np.float32))
+    targets = queries if same else UnitFeatures(gaussian(40, 0, 1), np.zeros(6, np.float32))
+    table = (queries.take(slice(None)) @ targets.take(slice(None)).T).numpy()
+    if same:
+        np.fill_diagonal(table, -1)
+    found = find_nearest(queries, targets, "nearest", "cpu")
+    assert found.rows.tolist() == table.argmax(1).tolist()
+    np.testing.assert_allclose(found.similarities, table.max(1), rtol=1e-5)
+    some = find_nearest(queries, targets, "nearest", "cpu", np.array([3, 30]))
+    assert some.rows.tolist() == table.argmax(1)[[3, 30]].tolist()
+
+
+def test_threshold_lies_above_99_percent_and_never_above_copies():
+    assert similarity_threshold(np.linspace(0, 0.9, 1001)) == pytest.approx(0.891)
+    assert similarity_threshold(np.ones(10)) == COPY_SIMILARITY
+    assert similarity_threshold(np.zeros(0)) == COPY_SIMILARITY
+
+
+def test_closest_pairs_come_first_and_once_within_a_set():
+    nearest = Nearest(np.array([1, 0, 1, 0]), np.array([0.9, 0.9, 0.95, 0.1], np.float32))
+    pairs = closest_pairs(nearest, 3, within=True)
+    assert [pair[:2] for pair in pairs] == [(2, 1), (0, 1), (3, 0)]
+    assert [pair[:2] for pair in closest_pairs(nearest, 3, within=False)] == [(2, 1), (0, 1), (1, 0)]
+
+
+def test_copies_and_look_alikes_are_counted():
+    counts = count_similar(Nearest(np.zeros(4, int), np.array([1.0, 0.995, 0.9, 0.5], np.float32)), 0.9 - 1e-6)
+    assert counts == {"num_images": 4, "num_similar": 3, "share_similar": 0.75, "num_copies": 2}

@@ -1,0 +1,25 @@
+"""The pictures of a quality report show the images that its record names."""
+
+import numpy as np
+from PIL import Image
+
+from utils.quality.plots import plot_pairs
+
+
+def test_each_pair_is_shown_image_above_image(tmp_path):
+    colours = {"synthetic": [(250, 0, 0), (0, 250, 0), (0, 0, 250)], "test": [(250, 250, 0), (0, 250, 250)]}
+    images = {
+        kind: [{"image": Image.new("RGB", (8, 8), colour)} for colour in chosen] for kind, chosen in colours.items()
+    }
+    pair = {"similarity": 0.9, "synthetic_row": 7, "synthetic_class": "car", "other_row": 8, "other_class": "bus"}
+    duplicates = {"test": {"threshold": 0.95, "pairs": [pair, pair]}}
+    plot_pairs(tmp_path / "pairs.png", duplicates, {"test": [(2, 1), (0, 0)]}, images)
+    pixels = np.asarray(Image.open(tmp_path / "pairs.png").convert("RGB"))
+
+    def centre(colour) -> np.ndarray:
+        return np.argwhere((pixels == colour).all(-1)).mean(0)
+
+    assert not (pixels == (0, 250, 0)).all(-1).any()  # of no pair
+    above, below, second, under = map(centre, [(0, 0, 250), (0, 250, 250), (250, 0, 0), (250, 250, 0)])
+    assert above[0] < below[0] and second[0] < under[0]
+    assert abs(above[1] - below[1]) < 1 and abs(second[1] - under[1]) < 1 and above[1] < second[1]

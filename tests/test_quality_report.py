@@ -1,0 +1,316 @@
+"""quality_report.py end to end, in process, with tiny models of the real classes."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
+
+from quality_report import main
+from tests.conftest import CLASS_NAMES, save_image_set
+from utils.cli.errors import UserError
+from utils.cli.records import GENERATION_CONFIG, read_record, write_record
+
+pytest_plugins = ["tests.local_hub.fixtures"]
+
+WRITTEN = ["duplicates.png", "quality.json", "quality.png"]
+
+
+@pytest.fixture(scope="module")
+def real_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "cars"
+    save_image_set(folder, {"train": 20, "validation": 10, "test": 10})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A ResNet with random weights, wide enough to tell the images apart."""
+    folder = tmp_path_factory.mktemp("models") / "resnet"
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[1, 1], layer_type="basic")
+    ResNetForImageClassification(config).save_pretrained(folder)
+    ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def set_dir(tmp_path_factory, real_dir):
+    """A set of other images than the real ones, whose record names them and settings, as the generator writes it."""
+    folder = tmp_path_factory.mktemp("sets") / "cars-syn"
+    save_image_set(folder, {"train": 30})
+    change_images(folder, lambda row, image: image.transpose(Image.Transpose.ROTATE_90).point(lambda value: value // 2))
+    real = {"dataset_name": str(real_dir), "num_shots": 2}
+    write_record(folder / GENERATION_CONFIG, {"real_images": real, "settings": {}, "class_names": CLASS_NAMES})
+    return folder
+
+
+@pytest.fixture
+def copied_set(set_dir, tmp_path):
+    return shutil.copytree(set_dir, tmp_path / "copied")
+
+
+def read_shard(path) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(row["image"]["bytes"])) for row in pq.read_table(path).to_pylist()]
+
+
+def change_images(folder, change, split="train") -> None:
+    """Put `change(row, image)` in the place of each image."""
+    path = folder / "data" / f"{split}-00000.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    for number, row in enumerate(rows):
+        buffer = io.BytesIO()
+        change(number, Image.open(io.BytesIO(row["image"]["bytes"]))).convert("RGB").save(buffer, "png")
+        row["image"]["bytes"] = buffer.getvalue()
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+
+
+def change_labels(folder, change) -> None:
+    path = folder / "data" / "train-00000.parquet"
+    table = pq.read_table(path)
+    rows = [row for row in table.to_pylist() if change(row) is not None]
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+
+
+def report(folder, model_dir, output_dir, *flags) -> dict:
+    return main(["--synthetic_dataset", str(folder), "--model_name_or_path", str(model_dir), "--output_dir",
+                 str(output_dir), "--num_pairs", "2", *flags])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(set_dir, model_dir, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("reports") / "report"
+    return report(set_dir, model_dir, output_dir), output_dir
+
+
+def levels(record):
+    return {verdict["subject"]: verdict["level"] for verdict in record["verdicts"]}
+
+
+def test_record_and_pictures_are_written(finished):
+    record, output_dir = finished
+    assert sorted(path.name for path in output_dir.iterdir()) == WRITTEN
+    assert read_record(output_dir / "quality.json") == json.loads(json.dumps(record))
+    for name in ("quality.png", "duplicates.png"):
+        pixels = np.asarray(Image.open(output_dir / name).convert("L"))
+        assert min(pixels.shape) > 300 and pixels.std() > 10
+
+
+def test_the_real_images_are_all_of_the_records_set_not_its_shots(finished, real_dir):
+    record, _ = finished
+    assert record["real_images"]["dataset_name"] == str(real_dir)
+    assert {name: count["used"] for name, count in record["num_images"].items()} == {
+        "synthetic": 90, "train": 60, "held_out": 30, "test": 30
+    }  # fmt: skip
+
+
+def test_darkened_turned_images_are_told_from_real_ones(finished):
+    record, _ = finished
+    frechet = record["distance"]["frechet"]
+    assert record["distance"]["num_images"] == 30  # as many as there are held-out real ones, of each class
+    assert frechet["synthetic"] > 2 * frechet["floor"] > 0
+    assert record["distance"]["kernel"]["synthetic"] > record["distance"]["kernel"]["floor"]
+    shifts = [entry["shift"] for entry in record["classes"]]
+    assert shifts == sorted(shifts, reverse=True) and shifts[0] > 0.5
+    assert levels(record)["whole set"] != "good"
+
+
+def test_the_terminal_shows_classes_verdicts_and_where_the_report_is(set_dir, model_dir, tmp_path, capsys):
+    record = report(set_dir, model_dir, tmp_path / "report")
+    printed = capsys.readouterr().out
+    for words in (*CLASS_NAMES, *(verdict["text"] for verdict in record["verdicts"]), record["caveats"][0]):
+        assert words in printed
+    assert f"Written to {tmp_path / 'report'}" in printed
+
+
+def test_a_planted_copy_of_a_test_image_is_found(copied_set, real_dir, model_dir, tmp_path):
+    real = read_shard(real_dir / "data" / "test-00000.parquet")[17]
+    change_images(copied_set, lambda row, image: real if row == 40 else image)
+    record = report(copied_set, model_dir, tmp_path / "report")
+    found = record["duplicates"]["test"]
+    assert found["num_copies"] == 1
+    assert found["pairs"][0]["similarity"] == pytest.approx(1, abs=1e-4)
+    names = {"synthetic_row": 40, "synthetic_class": CLASS_NAMES[40 % 3], "other_row": 17,
+             "other_class": CLASS_NAMES[17 % 3]}  # fmt: skip
+    assert found["pairs"][0].items() >= names.items()
+    assert levels(record)["copies of test images"] == "bad"
+    assert levels(record)["copies of training images"] != "bad"
+
+
+def test_a_planted_copy_of_a_training_image_has_its_row_in_the_split(copied_set, real_images_dir, model_dir, tmp_path):
+    # a set without validation split: a tenth of the training images is held out
+    train = read_shard(real_images_dir / "data" / "train-00000.parquet")
+    change_images(copied_set, lambda row, image: train[59 - row] if row < 20 else image)
+    flags = "--dataset_name", str(real_images_dir), "--num_pairs", "20"
+    record = report(copied_set, model_dir, tmp_path / "report", *flags)
+    assert record["num_images"]["train"]["used"] == 54
+    pairs = record["duplicates"]["train"]["pairs"]
+    copies = [pair for pair in pairs if pair["similarity"] > 0.9999]
+    assert 14 <= len(copies) <= 20
+    assert all(pair["other_row"] == 59 - pair["synthetic_row"] for pair in copies)
+
+
+def test_repetitions_within_the_set_are_found_once(copied_set, model_dir, tmp_path):
+    first = read_shard(copied_set / "data" / "train-00000.parquet")[0]
+    change_images(copied_set, lambda row, image: first if row == 3 else image)
+    found = report(copied_set, model_dir, tmp_path / "report")["duplicates"]["synthetic"]
+    assert found["num_copies"] == 2
+    assert {found["pairs"][0][key] for key in ("synthetic_row", "other_row")} == {0, 3}
+    assert found["pairs"][1]["similarity"] < 0.9999
+
+
+def test_diversity_and_repetitions_do_not_depend_on_how_far_the_set_is(real_dir, model_dir, tmp_path):
+    folder = tmp_path / "inverted"
+    save_image_set(folder, {"train": 20})
+    change_images(folder, lambda row, image: image.point(lambda value: 255 - value))
+    record = report(folder, model_dir, tmp_path / "report", "--dataset_name", str(real_dir))
+    assert levels(record)["whole set"] == "bad"
+    assert record["duplicates"]["synthetic"]["num_copies"] == 0
+    assert record["duplicates"]["synthetic"]["share_similar"] < 0.2
+
+
+def test_a_model_that_sees_no_difference_is_refused(set_dir, model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "blind")
+    model = ResNetForImageClassification.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.resnet.embedder.parameters():
+            parameter.zero_()
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match="gives all real images the same features"):
+        report(set_dir, folder, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_real_images_as_synthetic_ones_are_near_the_floor(real_dir, model_dir, tmp_path):
+    folder = tmp_path / "like-real"
+    save_image_set(folder, {"train": 40})  # the real training images, and as many more of the kind
+    record = report(folder, model_dir, tmp_path / "report", "--dataset_name", str(real_dir))
+    assert record["distance"]["frechet"]["synthetic"] < 2 * record["distance"]["frechet"]["floor"]
+    assert max(entry["shift"] for entry in record["classes"]) < 0.5
+    assert levels(record)["copies of training images"] == "bad"
+
+
+def test_images_of_one_class_under_another_name_are_confusable(copied_set, real_dir, model_dir, tmp_path):
+    train = read_shard(real_dir / "data" / "train-00000.parquet")
+    change_images(copied_set, lambda row, image: train[row % 60 // 3 * 3 + (row % 3 + 1) % 3])
+    record = report(copied_set, model_dir, tmp_path / "report")
+    first = record["nearest_class"]["confusions"][0]
+    assert CLASS_NAMES.index(first["nearest"]) == (CLASS_NAMES.index(first["class"]) + 1) % 3
+    assert first["share"] > (first["real_share"] or 0)
+    assert record["nearest_class"]["own_share"]["synthetic"] < 0.3 < record["nearest_class"]["own_share"]["held_out"]
+
+
+def test_repeating_one_image_of_each_class_is_no_diversity(copied_set, model_dir, tmp_path):
+    images = read_shard(copied_set / "data" / "train-00000.parquet")
+    change_images(copied_set, lambda row, image: images[row % 3])
+    record = report(copied_set, model_dir, tmp_path / "report")
+    assert record["diversity"]["synthetic"] < 1e-3 < record["diversity"]["real"]
+    assert max(entry["diversity"] for entry in record["classes"]) < 1e-3
+    assert levels(record)["diversity"] == levels(record)["repetitions"] == "bad"
+
+
+def test_only_the_first_of_each_class_are_looked_at_but_all_test_images(copied_set, real_dir, model_dir, tmp_path):
+    real = read_shard(real_dir / "data" / "test-00000.parquet")
+    change_images(copied_set, lambda row, image: real[29] if row in (8, 50) else image)
+    flags = "--max_images_per_class", "5", "--num_pairs", "3", "--batch_size", "4"
+    record = report(copied_set, model_dir, tmp_path / "report", *flags)
+    assert record["num_images"]["synthetic"] == {"used": 15, "all": 90}
+    assert record["num_images"]["test"] == {"used": 30, "all": 30}
+    found = record["duplicates"]["test"]
+    assert found["num_copies"] == 1 and len(found["pairs"]) == 3
+    assert [found["pairs"][0][key] for key in ("synthetic_row", "other_row")] == [8, 29]
+    assert any("15 of 90" in caveat for caveat in record["caveats"])
+
+
+def test_labels_follow_names_when_the_class_order_differs(set_dir, real_dir, model_dir, tmp_path, finished):
+    order = [CLASS_NAMES[index] for index in (2, 0, 1)]
+    folder = tmp_path / "permuted"
+    save_image_set(folder, {"train": 4}, order)
+    record = report(folder, model_dir, tmp_path / "report", "--dataset_name", str(real_dir))
+    pair = record["duplicates"]["train"]["pairs"][0]
+    assert pair["synthetic_class"] == order[pair["synthetic_row"] % 3]
+
+
+def test_a_set_for_some_classes_is_compared_with_those(copied_set, model_dir, tmp_path):
+    change_labels(copied_set, lambda row: row if row["label"] != 1 else None)
+    record_path = copied_set / GENERATION_CONFIG
+    chosen = [CLASS_NAMES[0], CLASS_NAMES[2]]
+    write_record(record_path, {**read_record(record_path), "settings": {"classes": chosen}})
+    record = report(copied_set, model_dir, tmp_path / "report")
+    assert {entry["class"] for entry in record["classes"]} == set(chosen)
+    assert record["distance"]["num_train"] == record["num_images"]["train"]["used"] * 2 // 3
+
+
+@pytest.mark.parametrize("per_class", [1, 2])
+def test_a_handful_of_real_images_gives_a_report_that_says_so(set_dir, model_dir, tmp_path, per_class):
+    folder = tmp_path / "few"
+    save_image_set(folder, {"train": per_class})
+    record = report(set_dir, model_dir, tmp_path / "report", "--dataset_name", str(folder))
+    assert levels(record)["diversity"] == "unknown"
+    assert any("held-out" in caveat for caveat in record["caveats"])
+    assert "NaN" not in (tmp_path / "report" / "quality.json").read_text()
+
+
+def test_sets_on_the_hub_are_read_by_id(set_dir, real_dir, model_dir, local_hub, tmp_path):
+    local_hub.add_user("ada", "hf_ada")
+    for name, folder in (("ada/syn", set_dir), ("ada/real", real_dir)):
+        files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+        local_hub.create_repo(name, "dataset").commit(files)
+    flags = "--dataset_name", "ada/real"
+    record = report("ada/syn", model_dir, tmp_path / "report", *flags)
+    assert len(record["synthetic"]["revision"]) == 40 == len(record["real_images"]["dataset_revision"])
+    assert record["num_images"]["synthetic"]["used"] == 90
+
+
+def bad_inputs(set_dir, real_dir, model_dir, tmp_path):
+    """Return name -> flags, and what the one line says."""
+    other, empty, plain = tmp_path / "other", tmp_path / "empty", tmp_path / "plain"
+    save_image_set(other, {"train": 2}, ("red_square", "green circle", "yellow"))
+    shutil.copytree(set_dir, empty)
+    change_labels(empty, lambda row: row if row["label"] != 1 else None)
+    save_image_set(plain, {"train": 2})
+    lacking = shutil.copytree(real_dir, tmp_path / "lacking")
+    change_labels(lacking, lambda row: row if row["label"] != 1 else None)
+    file = tmp_path / "file"
+    file.write_text("")
+    real = ["--dataset_name", str(real_dir)]
+    return {
+        "no set": ([], "--synthetic_dataset is missing"),
+        "no such set": (["--synthetic_dataset", "no such set"], "--synthetic_dataset no such set: neither"),
+        "no record": (["--synthetic_dataset", plain], "has no generation_config.json that names the real images"),
+        "other classes": (["--synthetic_dataset", other, *real], "missing: blue-stripe; extra: yellow"),
+        "empty class": (["--synthetic_dataset", empty], "has no images of green circle"),
+        "no real images": (["--synthetic_dataset", set_dir, "--dataset_name", lacking], "no training images of green"),
+        "shots alone": (["--synthetic_dataset", set_dir, "--num_shots", "3"], "--num_shots 3: needs --dataset_name"),
+        "no batch": (["--synthetic_dataset", set_dir, "--batch_size", "0"], "--batch_size 0: must be above 0"),
+        "no limit": (["--synthetic_dataset", set_dir, "--max_images_per_class", "0"], "must be above 0"),
+        "no pairs": (["--synthetic_dataset", set_dir, "--num_pairs", "0"], "--num_pairs 0: must be above 0"),
+        "no model": (["--synthetic_dataset", set_dir, "--model_name_or_path", plain], "has no config.json"),
+        "a file": (["--synthetic_dataset", set_dir, "--output_dir", file], "is a file"),
+    }  # fmt: skip
+
+
+BAD_INPUTS = ("no set", "no such set", "no record", "other classes", "empty class", "no real images", "shots alone",
+              "no batch", "no limit", "no pairs", "no model", "a file")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_one_line_and_writes_nothing(name, set_dir, real_dir, model_dir, tmp_path, monkeypatch):
+    flags, message = bad_inputs(set_dir, real_dir, model_dir, tmp_path)[name]
+    flags = [str(flag) for flag in flags]
+    if "--model_name_or_path" not in flags:
+        flags += ["--model_name_or_path", str(model_dir)]
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    with pytest.raises(UserError) as raised:
+        main(flags)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+    assert not list(work.iterdir())

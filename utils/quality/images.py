@@ -1,0 +1,102 @@
+"""The images of a quality report: a synthetic set, and the real ones beside it."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Image
+
+from utils.cli.errors import UserError
+from utils.cli.records import GENERATION_CONFIG, read_record
+from utils.data.real_images import RealImages, RealImagesRecord, load_real_images
+from utils.hub.data_sets import load_data_set
+from utils.hub.repositories import Source
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images of one kind with their labels `(n,)` in the real set's order; `rows` are those of the whole split."""
+
+    images: Dataset
+    labels: np.ndarray
+    rows: np.ndarray
+    num_all: int
+
+
+def load_reference_images(real_images: dict, hub_token: str | None = None) -> RealImages:
+    """Load the real images of a set's record, without its limit to a few: distances need all that there are.
+
+    That is for measuring: whoever chooses settings of a few-shot experiment by it has used more than the shots.
+
+    Raises:
+        UserError: what `load_real_images` raises.
+    """
+    record = replace(RealImagesRecord(**real_images), num_shots=None, max_train_samples=None)
+    return load_real_images(record, hub_token)
+
+
+def collect_parts(synthetic: Source, real: RealImages, max_images_per_class: int) -> dict[str, Part]:
+    """Return the synthetic images, the real train, held-out and test ones.
+
+    The first `max_images_per_class` of each class, of the test images all.
+
+    Raises:
+        UserError: the synthetic set cannot be loaded, its classes are not the real ones, or a class has no images.
+    """
+    images, labels = _load_synthetic(synthetic, real.class_names)
+    parts = {
+        "synthetic": _make_part(images, labels, max_images_per_class),
+        "train": _make_part(real.train, _labels(real.train), max_images_per_class, real.train_indices),
+        "held_out": _make_part(real.validation, _labels(real.validation), max_images_per_class),
+        "test": _make_part(real.test, _labels(real.test)),
+    }
+    lacking = np.setdiff1d(parts["synthetic"].labels, parts["train"].labels)
+    if lacking.size:
+        names = ", ".join(real.class_names[label] for label in lacking)
+        raise UserError(f"--dataset_name {real.record.name}: has no training images of {names}.")
+    return parts
+
+
+def _load_synthetic(source: Source, class_names: list[str]) -> tuple[Dataset, np.ndarray]:
+    """Return the images, and their labels in the order of `class_names`."""
+    images = load_data_set(source, split="train")
+    columns = [
+        [name for name, feature in images.features.items() if isinstance(feature, kind)] for kind in (Image, ClassLabel)
+    ]
+    if [len(found) for found in columns] != [1, 1]:
+        raise UserError(
+            f"{source.flag} {source.name}: one image column and one ClassLabel column are needed; columns are "
+            f"{', '.join(images.features)}."
+        )
+    (image_column,), (label_column,) = columns
+    names = images.features[label_column].names
+    missing, extra = sorted(set(class_names) - set(names)), sorted(set(names) - set(class_names))
+    if missing or extra:
+        problems = [f"{what}: {', '.join(found)}" for what, found in (("missing", missing), ("extra", extra)) if found]
+        raise UserError(
+            f"{source.flag} {source.name}: its classes are not those of the real images; {'; '.join(problems)}."
+        )
+    labels = np.array([class_names.index(name) for name in names])[_labels(images, label_column)]
+    empty = np.setdiff1d(_wanted_labels(source, class_names), labels)
+    if empty.size:
+        raise UserError(
+            f"{source.flag} {source.name}: has no images of {', '.join(class_names[label] for label in empty)}."
+        )
+    return images.select_columns(image_column).rename_columns({image_column: "image"}), labels
+
+
+def _wanted_labels(source: Source, class_names: list[str]) -> list[int]:
+    """Return the classes that a set should have: all, but where its record says that it was made for some only."""
+    record = read_record(source.file(GENERATION_CONFIG)) if source.has_one_of([GENERATION_CONFIG]) else {}
+    return [class_names.index(name) for name in record.get("settings", {}).get("classes", class_names)]
+
+
+def _labels(images: Dataset, column: str = "label") -> np.ndarray:
+    return np.asarray(images[column][:], np.int64)
+
+
+def _make_part(images: Dataset, labels: np.ndarray, limit: int | None = None, split_rows=None) -> Part:
+    """Return the first `limit` images of each class; `split_rows` are the images' rows in a larger split."""
+    classes = [np.flatnonzero(labels == label)[:limit] for label in np.unique(labels)]
+    rows = np.sort(np.concatenate(classes)) if classes else np.zeros(0, np.int64)
+    split_rows = rows if split_rows is None else np.asarray(split_rows)[rows]
+    return Part(images.select(rows), labels[rows], split_rows, len(images))

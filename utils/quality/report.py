@@ -1,0 +1,227 @@
+"""The quality report of a synthetic set: what a model sees of it beside the real images."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.cli.errors import UserError
+from utils.cli.records import write_record
+from utils.data.real_images import RealImages
+from utils.hub.repositories import Source
+from utils.quality.distances import (
+    ClassSums,
+    class_shifts,
+    frechet_distances,
+    kernel_distances,
+    list_confusions,
+    matched_rows,
+    nearest_class_shares,
+)
+from utils.quality.duplicates import (
+    calibration_rows,
+    closest_pairs,
+    count_similar,
+    find_nearest,
+    similarity_threshold,
+)
+from utils.quality.features import FeatureModel, UnitFeatures, extract_features
+from utils.quality.images import Part, collect_parts
+from utils.quality.plots import plot_pairs, plot_quality
+from utils.quality.verdicts import judge, list_caveats
+from utils.synthesis.output_folder import DUPLICATE_PAIRS, QUALITY_PLOTS, QUALITY_RECORD
+
+NAMES = {
+    "synthetic": "synthetic images",
+    "train": "real training images",
+    "held_out": "real held-out images",
+    "test": "real test images",
+}
+
+
+def make_quality_report(
+    synthetic: Source,
+    real_images: RealImages,
+    model: Source,
+    output_dir: str | Path,
+    *,
+    batch_size: int = 64,
+    max_images_per_class: int = 1000,
+    num_pairs: int = 8,
+    device: str | torch.device | None = None,
+) -> dict:
+    """Compare a synthetic set with real images; write `quality.json`, `quality.png` and `duplicates.png`.
+
+    `synthetic` is a local folder or a data set at a commit, `model` that of `open_feature_model`. The first
+    `max_images_per_class` of each class are looked at, of the test images all. Returns the record that is written.
+
+    Raises:
+        UserError: the classes are not those of the real images, a class has no images, an image is damaged, or the
+            model gives no features.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    parts = collect_parts(synthetic, real_images, max_images_per_class)
+    class_names = real_images.class_names
+    feature_model = FeatureModel(model, device)
+    with tempfile.TemporaryDirectory(prefix="features-") as folder:
+        raw = {
+            name: extract_features(feature_model, part.images, NAMES[name], Path(folder) / name, batch_size)
+            for name, part in parts.items()
+        }
+        centre = _find_centre(raw["train"], model)
+        units = {name: UnitFeatures(features, centre) for name, features in raw.items()}
+        # around the real centre, images of a set that lies elsewhere all point the same way: its own one instead
+        own_unit = UnitFeatures(raw["synthetic"], raw["synthetic"].mean(0, dtype=np.float64).astype(np.float32))
+        record = {
+            "synthetic": {"id": synthetic.name, "revision": synthetic.revision},
+            "real_images": real_images.record.to_dict(),
+            "model": {"id": model.name, "revision": model.revision, "num_features": feature_model.num_features},
+            "max_images_per_class": max_images_per_class,
+            "num_images": {name: {"used": len(part.rows), "all": part.num_all} for name, part in parts.items()},
+            "distance": _measure_distances(raw, parts),
+            **_measure_classes(units, parts, class_names),
+        }
+        duplicates, similarities, positions = _find_duplicates(units, own_unit, parts, class_names, num_pairs, device)
+    record["duplicates"] = duplicates
+    record |= {"verdicts": judge(record), "caveats": list_caveats(record)}
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    plot_quality(Path(output_dir) / QUALITY_PLOTS, record, similarities)
+    images = {name: part.images for name, part in parts.items()}
+    plot_pairs(Path(output_dir) / DUPLICATE_PAIRS, duplicates, positions, images)
+    write_record(Path(output_dir) / QUALITY_RECORD, record)
+    return record
+
+
+def _find_centre(train: np.ndarray, model: Source) -> np.ndarray:
+    """Return the mean `(num_features,)` of the real training images' features."""
+    centre = train.mean(0, dtype=np.float64).astype(np.float32)
+    some = np.asarray(train[calibration_rows(len(train))], np.float32)
+    # smaller differences are rounding: what is on disk is in half precision
+    if np.linalg.norm(some - centre, axis=1).max() <= 2 * np.finfo(np.float16).eps * np.linalg.norm(centre):
+        raise UserError(
+            f"{model.flag} {model.name}: gives all real images the same features; choose a trained model, and real "
+            "images that are more than one."
+        )
+    return centre
+
+
+def _measure_distances(raw: dict[str, np.ndarray], parts: dict[str, Part]) -> dict:
+    """Return the distances to the real training images of synthetic and of held-out images, as many of each class."""
+    rows, floor_rows = matched_rows(parts["synthetic"].labels, parts["held_out"].labels)
+    # classes of which no synthetic images are wanted would count as distance
+    train_rows = np.flatnonzero(np.isin(parts["train"].labels, parts["synthetic"].labels))
+    sizes = {"num_images": len(rows), "num_train": len(train_rows)}
+    if min(sizes.values()) < 2:
+        nothing = {"synthetic": None, "floor": None}
+        return {**sizes, "frechet": nothing, "kernel": nothing}
+    train = raw["train"], train_rows
+    sides = {"synthetic": (raw["synthetic"], rows), "floor": (raw["held_out"], floor_rows)}
+    kernel, subset_size = kernel_distances(train, sides)
+    return {
+        **sizes,
+        "frechet": frechet_distances(train, sides),
+        "kernel": {name: mean for name, (mean, _) in kernel.items()}
+        | {f"{name}_std": deviation for name, (_, deviation) in kernel.items()}
+        | {"subset_size": subset_size},
+    }
+
+
+def _measure_classes(units: dict[str, UnitFeatures], parts: dict[str, Part], class_names: list[str]) -> dict:
+    """Return the figures of each class, the class farthest from its real one first, and those of all together."""
+    sums = {name: ClassSums.of(units[name], parts[name].labels, len(class_names)) for name in units}
+    shares = {
+        name: nearest_class_shares(units[name], parts[name].labels, sums["train"]) for name in ("synthetic", "held_out")
+    }
+    diversity = {
+        name: ClassSums.of(UnitFeatures(units[kind].raw), parts[kind].labels, len(class_names)).diversity
+        for name, kind in (("synthetic", "synthetic"), ("real", "train"))
+    }
+    present = np.unique(parts["synthetic"].labels)
+    columns = {
+        "shift": class_shifts(sums["synthetic"], sums["train"]),
+        "shift_floor": class_shifts(sums["held_out"], sums["train"]),
+        "diversity": diversity["synthetic"],
+        "real_diversity": diversity["real"],
+        "own_share": np.diagonal(shares["synthetic"]),
+        "real_own_share": np.diagonal(shares["held_out"]),
+    }
+    classes = [
+        {
+            "class": class_names[label],
+            "num_images": int(sums["synthetic"].counts[label]),
+            "num_train": int(sums["train"].counts[label]),
+            **{name: _number(values[label]) for name, values in columns.items()},
+        }
+        for label in present
+    ]
+    classes.sort(key=lambda entry: -1.0 if entry["shift"] is None else entry["shift"], reverse=True)
+    return {
+        "classes": classes,
+        "diversity": {name: _number(_mean(values[present])) for name, values in diversity.items()},
+        "nearest_class": {
+            "own_share": {name: _number(_mean(np.diagonal(values)[present])) for name, values in shares.items()},
+            "confusions": list_confusions(shares["synthetic"], shares["held_out"], class_names),
+        },
+    }
+
+
+def _find_duplicates(
+    units: dict[str, UnitFeatures],
+    own_unit: UnitFeatures,
+    parts: dict[str, Part],
+    class_names: list[str],
+    num_pairs: int,
+    device: str | torch.device,
+) -> tuple[dict, dict, dict]:
+    """Return, for each kind of image, the figures of near-duplicates, the similarities that they come from, and where
+    the closest pairs are.
+
+    What counts as a look-alike is taken from real images: what held-out ones reach in the same training or test
+    images, and training images among themselves.
+    """
+    found, similarities, positions = {}, {}, {}
+    for kind, calibrating in (("test", "held_out"), ("train", "held_out"), ("synthetic", "train")):
+        within = kind == "synthetic"
+        queries, targets = (own_unit, own_unit) if within else (units["synthetic"], units[kind])
+        if len(targets) < 2:
+            continue
+        nearest = find_nearest(queries, targets, f"nearest {NAMES[kind]}", device)
+        rows = calibration_rows(len(units[calibrating]))
+        real_targets = units["train"] if within else targets
+        real = find_nearest(units[calibrating], real_targets, "the same of real images", device, rows).similarities
+        threshold = similarity_threshold(real)
+        pairs = closest_pairs(nearest, num_pairs, within)
+        found[kind] = {
+            "threshold": threshold,
+            "num_calibration_images": len(real),
+            "largest_of_real": float(real.max()) if len(real) else None,
+            **count_similar(nearest, threshold),
+            "pairs": [_describe_pair(parts, kind, *pair, class_names) for pair in pairs],
+        }
+        positions[kind] = [(query, target) for query, target, _ in pairs]
+        similarities[kind] = {"synthetic": nearest.similarities, "real": real}
+    return found, similarities, positions
+
+
+def _describe_pair(
+    parts: dict[str, Part], kind: str, query: int, target: int, similarity: float, class_names: list[str]
+) -> dict:
+    return {
+        "similarity": similarity,
+        "synthetic_row": int(parts["synthetic"].rows[query]),
+        "synthetic_class": class_names[parts["synthetic"].labels[query]],
+        "other_row": int(parts[kind].rows[target]),
+        "other_class": class_names[parts[kind].labels[target]],
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    """Return the mean of what is not NaN, NaN where nothing is left."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def _number(value: float) -> float | None:
+    """Return a value as JSON has it, None for NaN."""
+    return None if np.isnan(value) else float(value)

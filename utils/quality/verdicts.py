@@ -1,0 +1,169 @@
+"""The figures of a quality report in words: what is good, what to look at, and what they cannot tell."""
+
+import math
+
+GOOD, LOOK, BAD, UNKNOWN = "good", "look", "bad", "unknown"
+
+# a distance of so many times the floor is no longer chance, and one of so many is plain to see
+NOTABLE_RATIO, LARGE_RATIO = 2.0, 10.0
+NOTABLE_SHIFT, LARGE_SHIFT = 0.5, 1.0  # in distances to the nearest other class
+NOTABLE_LOSS, LARGE_LOSS = 0.1, 0.3  # share of images nearest to another class, beyond that of real images
+NOTABLE_DIVERSITY, SMALL_DIVERSITY, LARGE_DIVERSITY = 0.8, 0.5, 1.25  # times that of the real images
+EXPECTED_SHARE = 0.01  # of independent real images lies above the threshold of look-alikes
+FEW_IMAGES = 500
+
+
+def judge(record: dict) -> list[dict]:
+    """Return the verdicts of a report's record: dicts of `subject`, `level` and `text`."""
+    findings = {
+        "whole set": _judge_distance(record),
+        "classes": _judge_shifts(record["classes"]),
+        "labels": _judge_labels(record["nearest_class"]),
+        "diversity": _judge_diversity(record["classes"], record["diversity"]),
+        "copies of test images": _judge_duplicates(record["duplicates"].get("test"), "test"),
+        "copies of training images": _judge_duplicates(record["duplicates"].get("train"), "training"),
+        "repetitions": _judge_repetitions(record["duplicates"].get("synthetic")),
+    }
+    return [{"subject": subject, "level": level, "text": text} for subject, (level, text) in findings.items()]
+
+
+def list_caveats(record: dict) -> list[str]:
+    """Return what the figures of this report cannot tell."""
+    distance, num_features = record["distance"], record["model"]["num_features"]
+    counts = record["num_images"]
+    caveats = ["A model sees what it was trained to see: compare reports made with the same model only."]
+    size = distance["num_images"] or counts["synthetic"]["used"]
+    if size < max(num_features, FEW_IMAGES):
+        caveats.append(
+            f"The Frechet distance is biased upwards by few images ({size:,} on a side, {num_features} features): read "
+            "it beside its floor, which has the same bias, and not beside published values. The kernel distance has no "
+            "such bias."
+        )
+    if counts["held_out"]["used"] < 100:
+        caveats.append(
+            f"With only {counts['held_out']['used']} held-out real images, the floors and the threshold of look-alikes "
+            "are rough."
+        )
+    for name, what in (("synthetic", "synthetic"), ("train", "real training")):
+        if counts[name]["used"] < counts[name]["all"]:
+            caveats.append(
+                f"Only the first {record['max_images_per_class']:,} images of each class of the {what} images were "
+                f"looked at ({counts[name]['used']:,} of {counts[name]['all']:,}): what lies in the rest is not known."
+            )
+    caveats.append(
+        "A copy that was cropped, mirrored or compressed hard may stay below the threshold: look at the pairs. None "
+        "found is no proof that the generator has not seen the test images."
+    )
+    return caveats
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _level(value: float, notable: float, large: float) -> str:
+    """Return the level of a value that is good when small."""
+    return GOOD if value < notable else LOOK if value < large else BAD
+
+
+def _judge_distance(record: dict) -> tuple[str, str]:
+    distance = record["distance"]
+    frechet, floor = distance["frechet"]["synthetic"], distance["frechet"]["floor"]
+    if frechet is None or not floor:
+        return UNKNOWN, "Too few held-out real images for a floor: the distances say nothing by themselves."
+    ratio = frechet / floor
+    kernel = distance["kernel"]
+    meaning = {
+        GOOD: "about as close to the real images as other real images are",
+        LOOK: "the model can tell them from real images",
+        BAD: "to the model they are another kind of image; fine-tuning on real images must make up for it",
+    }
+    level = _level(ratio, NOTABLE_RATIO, LARGE_RATIO)
+    return level, (
+        f"Frechet distance {_figure(frechet)}, {ratio:.1f} times the floor of {_figure(floor)} (kernel distance "
+        f"{kernel['synthetic']:.3g}, floor {kernel['floor']:.3g}): {meaning[level]}."
+    )
+
+
+def _judge_shifts(classes: list[dict]) -> tuple[str, str]:
+    known = [entry for entry in classes if entry["shift"] is not None]
+    if not known:
+        return UNKNOWN, "Too few images or classes to compare class means."
+    far = [entry for entry in known if entry["shift"] >= LARGE_SHIFT]
+    middle = sorted(entry["shift"] for entry in known)[len(known) // 2]
+    worst = ", ".join(f"{entry['class']} ({entry['shift']:.2f})" for entry in known[:3])
+    text = f"Median shift {middle:.2f} (0: as real, 1: as far off as the nearest other class); largest: {worst}."
+    if far:
+        return BAD, f"{text} {len(far)} of {len(known)} lie farther from their real class than another class does."
+    return _level(known[0]["shift"], NOTABLE_SHIFT, LARGE_SHIFT), text
+
+
+def _judge_labels(nearest: dict) -> tuple[str, str]:
+    own, real = nearest["own_share"]["synthetic"], nearest["own_share"]["held_out"]
+    if real is None:
+        return UNKNOWN, f"{own:.0%} of the synthetic images are nearest to the mean of their own real class."
+    text = f"{own:.0%} of the synthetic images are nearest to their own real class, of held-out real ones {real:.0%}."
+    if nearest["confusions"]:
+        first = nearest["confusions"][0]
+        text += (
+            f" Most often beyond the real: {first['class']} near {first['nearest']} ({first['share']:.0%}, real "
+            f"{first['real_share'] or 0:.0%})."
+        )
+    return _level(real - own, NOTABLE_LOSS, LARGE_LOSS), text
+
+
+def _judge_diversity(classes: list[dict], diversity: dict) -> tuple[str, str]:
+    ratios = {
+        entry["class"]: entry["diversity"] / entry["real_diversity"]
+        for entry in classes
+        if entry["diversity"] is not None and entry["real_diversity"]
+    }
+    if not ratios:
+        return UNKNOWN, "Too few images of each class."
+    least = min(ratios, key=ratios.get)
+    overall = diversity["synthetic"] / diversity["real"]
+    level = GOOD if overall >= NOTABLE_DIVERSITY else LOOK if overall >= SMALL_DIVERSITY else BAD
+    if level == GOOD and ratios[least] < SMALL_DIVERSITY:
+        level = LOOK
+    text = (
+        f"Images of a class differ {overall:.2f} times as much as real ones do; least: {least} ({ratios[least]:.2f})."
+    )
+    if level != GOOD:
+        text += " A lower guidance scale or more varied prompts help."
+    elif overall > LARGE_DIVERSITY:
+        text += " Variety that the real images do not have, as of colours or backgrounds, counts too."
+    return level, text
+
+
+def _judge_duplicates(found: dict | None, kind: str) -> tuple[str, str]:
+    if found is None:
+        return UNKNOWN, f"There are no real {kind} images to compare with."
+    if found["num_copies"]:
+        consequence = "; results on the test set cannot be trusted" if kind == "test" else ""
+        return BAD, (
+            f"{found['num_copies']:,} of {found['num_images']:,} synthetic images are practically identical to a real "
+            f"{kind} image{consequence}: look at the pictures."
+        )
+    text = (
+        f"{found['num_similar']:,} of {found['num_images']:,} synthetic images ({found['share_similar']:.1%}) resemble "
+        f"a real {kind} image as closely as only 1% of held-out real images do; none is practically identical."
+    )
+    return (LOOK, f"{text} Look at the pictures.") if _is_excess(found) else (GOOD, text)
+
+
+def _judge_repetitions(found: dict | None) -> tuple[str, str]:
+    if found is None:
+        return UNKNOWN, "Too few images."
+    text = (
+        f"{found['share_similar']:.1%} of the synthetic images resemble another one as closely as only 1% of the real "
+        f"ones do; {found['num_copies']:,} are practically identical to another."
+    )
+    if found["num_copies"] > EXPECTED_SHARE * found["num_images"]:
+        return BAD, text
+    return (LOOK, text) if found["num_copies"] or _is_excess(found) else (GOOD, text)
+
+
+def _is_excess(found: dict) -> bool:
+    """Say whether more images have look-alikes than chance explains."""
+    expected = EXPECTED_SHARE * found["num_images"]
+    return found["num_similar"] > max(2 * expected, expected + 3 * math.sqrt(expected))
