@@ -1,14 +1,22 @@
 """What the benchmarks measure with."""
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+import generate_synthetic
 import train_dsi
-from benchmarks import report
-from benchmarks.children import run_child
+from benchmarks import generate_overhead, generate_scan, generate_speed, peer_loop, report
+from benchmarks.children import Child, Tick, run_child
 from benchmarks.commands import our_command
-from benchmarks.pipelines import SCALED, SD15
+from benchmarks.drawing import DRAWING_BAR, NOUNS, demo_case, quick_case, sd15_case
+from benchmarks.generate_speed import Program, Run
+from benchmarks.pipelines import QUICK, SCALED, SD15, drawing_cost
+from utils.synthesis.output_folder import CHECKSUMS
 
 BAR = """
 import sys, time
@@ -19,12 +27,19 @@ for _ in tqdm(range(20), desc="style token", mininterval=0):
 """
 
 
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """Four images of each of ten classes, in batches of two."""
+    return quick_case(4, tmp_path_factory.mktemp("quick"))
+
+
 def test_a_childs_speed_is_read_from_its_bar_and_its_memory_from_the_kernel(tmp_path):
     child = run_child([sys.executable, "-c", BAR], tmp_path / "log", {})
     assert 4 < child.units_per_second("style token", 20, 5, 15) < 21  # 20 on an idle machine
     assert child.seconds > 1
     assert 200 < child.peaks["RssAnon"] < 400
     assert "style token" in (tmp_path / "log").read_text()
+    assert 0.95 < child.seconds_of("style token", 20) < child.seconds
 
 
 def test_a_child_that_fails_is_an_error_with_its_output(tmp_path):
@@ -38,17 +53,106 @@ def test_the_scaled_pipelines_vae_has_the_share_of_stable_diffusions():
     assert SD15.cost().vae_encode == pytest.approx(1.12e12, rel=0.01)
 
 
+def test_an_image_of_stable_diffusions_size_costs_what_was_counted(tmp_path, monkeypatch):
+    """Counted before, elsewhere: 42.7 TFLOP, of which the VAE's 2.51 come once."""
+    for name, build in (("unet", SD15.build_unet), ("vae", SD15.build_vae)):
+        with torch.device("meta"):
+            build().save_config(tmp_path / name)
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text('{"max_position_embeddings": 77}')
+    assert drawing_cost(tmp_path, 25, 3.0) == pytest.approx(42.7e12, rel=0.01)
+    assert drawing_cost(tmp_path, 25, 1.0) == pytest.approx((42.7e12 - 2.51e12) / 2 + 2.51e12, rel=0.01)
+
+
 def test_a_section_takes_the_place_of_the_one_before_and_leaves_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "REPORT", tmp_path / "report.md")
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
     for title, body in (("Speed", "old"), ("Memory", "flat"), ("Speed", "new")):
-        report.write_section(title, body)
-    text = (tmp_path / "report.md").read_text()
-    assert text.startswith(report.INTRO)
+        report.write_section("train_dsi", title, body)
+    report.write_section("generate_synthetic", "Speed", "other")
+    text = (tmp_path / "train_dsi.md").read_text()
+    assert text.startswith("# Speed and memory of train_dsi.py\n")
     assert text.index("## Speed\n\nnew\n") < text.index("## Memory\n\nflat\n")
-    assert "old" not in text
+    assert "old" not in text and "other" not in text
     assert text.count("torch ") == 2
+    other = (tmp_path / "generate_synthetic.md").read_text()
+    assert other.startswith("# Speed and memory of generate_synthetic.py\n")
+    assert "## Speed\n\nother\n" in other
 
 
 def test_the_command_is_one_that_the_script_takes(tmp_path):
     *_, templates = train_dsi.parse_arguments(our_command(tmp_path, tmp_path, tmp_path, max_train_steps=3)[2:])
     assert len(templates) == 1
+
+
+def test_the_loop_draws_the_same_number_of_images_into_class_folders(case, tmp_path):
+    peer_loop.main(case.peer_command(tmp_path)[2:])
+    for name in NOUNS:
+        files = sorted((tmp_path / "loop" / name).iterdir())
+        assert [file.name for file in files] == [f"{number:06d}.png" for number in range(4)]
+        assert Image.open(files[0]).size == (QUICK.resolution, QUICK.resolution)
+        assert len({file.read_bytes() for file in files}) == 4
+
+
+def test_both_commands_ask_for_the_same_images(tmp_path, monkeypatch):
+    """The demo's recipe, on both sides."""
+    case = demo_case(50)
+    ours, loop = case.our_command(tmp_path), case.peer_command(tmp_path)
+    shared = {"--num_inference_steps=12", "--guidance_scale=1.2", "--batch_size=50", "--num_images_per_class=50"}
+    assert shared <= set(ours) and shared <= set(loop)
+    # the loop takes the pipeline's own scheduler, and writes PNG
+    assert {"--scheduler=default", "--image_format=png"} <= set(ours)
+    assert case.num_images == 500
+
+
+def test_sampling_speed_is_that_between_a_loaded_pipeline_and_the_last_file(case):
+    ticks = [Tick(7.0, 0), Tick(9.0, 1), Tick(10.0, 13), Tick(14.0, 40), Tick(15.0, 40)]  # closed when all is written
+    child = Child(20.0, {"RssAnon": 5.0, "device": 0.0}, {(DRAWING_BAR, 40): ticks})
+    run = generate_speed.read_run(child, Program("ours"), case)
+    assert (run.start, run.first_batch, run.images_per_second) == (7.0, 2.0, 40 / 8)
+    assert run.later_images_per_second == 38 / 6
+    two = generate_speed.read_run(child, Program("ours", num_processes=2), case)
+    assert two.later_images_per_second == 36 / 6  # each has drawn a batch
+
+
+def make_run(speed: float, first_batch=1.0, later=10.0) -> Run:
+    return Run(5.0, first_batch, speed, later, {"RssAnon": 700.0, "device": 0.0})
+
+
+def test_a_table_compares_each_round_with_the_loop_of_the_same_round():
+    loops, ours = [make_run(10), make_run(20), make_run(40)], [make_run(15), make_run(28), make_run(80)]
+    row = generate_speed.describe_program(Program("ours"), ours, loops, matrix_share=0.01)
+    assert row["images/s"] == "28.0 (15.0 to 80.0)"
+    assert row["times the loop's"] == "1.50 (1.40 to 2.00)"
+    assert row["of the matrix rate"] == "28%"
+    assert row["memory, MiB"] == "700"
+    assert "GPU memory, GiB" not in row
+
+
+def test_compiling_is_repaid_when_what_it_saves_is_what_it_cost():
+    plain, compiled = [make_run(9, first_batch=1, later=10)], [make_run(5, first_batch=31, later=20)]
+    assert "Compiling takes 30 s" in generate_speed.describe_compiling(plain, compiled)
+    assert "repaid after 600 images" in generate_speed.describe_compiling(plain, compiled)  # 60 s, or 30 and 30
+    assert "never repaid" in generate_speed.describe_compiling(compiled, plain)
+
+
+def test_a_run_by_fewer_processes_than_asked_for_is_an_error(case):
+    """As where `accelerate launch` starts several that do not know each other, or one."""
+    run = generate_speed.run_program(Program("ours"), case, "cpu")
+    assert run.images_per_second > run.later_images_per_second / 10 > 0
+    assert run.peaks["RssAnon"] > 100
+
+
+def test_the_overhead_is_what_the_modules_leave_of_the_sampling(case, tmp_path):
+    originals = [getattr(kind, method) for kind, method, _ in generate_overhead.TARGETS]
+    seconds = generate_overhead.watch_run(replace(case, num_inference_steps=3).our_command(tmp_path), "cpu")
+    assert 0 < seconds["VAE"] < seconds["whole"] and seconds["denoiser"] < seconds["whole"]
+    assert 0 < generate_overhead.overhead(seconds) < 1
+    assert 0 < seconds["work of both"] < seconds["whole work"]
+    assert [getattr(kind, method) for kind, method, _ in generate_overhead.TARGETS] == originals
+
+
+def test_a_watch_adds_up_calls(tmp_path):
+    clock = iter([1.0, 3.0, 10.0, 14.0])
+    watch = generate_overhead.Watch(lambda: next(clock))
+    assert [watch.around(abs)(number) for number in (-5, -6)] == [5, 6]
+    assert watch.seconds == 6

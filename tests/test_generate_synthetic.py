@@ -26,6 +26,7 @@ from utils.data.prompts import token_text
 from utils.hub import growing
 from utils.synthesis.encoding import encode_image
 from utils.synthesis.runner import Runner
+from utils.synthesis.shards import Shards
 
 pytest_plugins = ["tests.synthesis.fixtures", "tests.local_hub.fixtures", "tests.transfer.fixtures"]
 
@@ -114,6 +115,13 @@ def test_resume_after_lost_and_torn_shards_is_byte_identical(copied_set, options
     assert results["num_drawn"] == 8 + 5
     assert shard_hashes(copied_set) == before
     assert not list(copied_set.glob("data/.*"))
+
+
+def test_shards_made_in_another_order_are_the_same(finished_set, options, tmp_path, monkeypatch):
+    find_missing = Shards.find_missing
+    monkeypatch.setattr(Shards, "find_missing", lambda shards: find_missing(shards)[::-1])
+    main([*options, "--output_dir", str(tmp_path / "set")])
+    assert shard_hashes(tmp_path / "set") == shard_hashes(finished_set)
 
 
 def test_more_images_later_keep_the_first_ones(copied_set, options):

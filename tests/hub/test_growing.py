@@ -238,6 +238,18 @@ def test_while_the_hub_is_down_the_work_goes_on_with_one_line_and_what_it_missed
     assert files(hub) == files_of(folder)
 
 
+def test_a_record_that_cannot_be_fetched_for_a_while_is_not_taken_for_another_sets(hub, folder, caplog):
+    with grow(folder):
+        write_shard(folder, 0)
+        wait_until(lambda: len(files(hub)) == 2)
+        hub.inject(Fault("status", path=f"/resolve/.*/{GENERATION_CONFIG}", times=None))
+        write_shard(folder, 1)
+        wait_until(lambda: warnings_of(caplog))
+        hub.clear_faults()
+        wait_until(lambda: len(files(hub)) == 3)
+    assert "gave up after 6 tries" in caplog.text and len(warnings_of(caplog)) == 1
+
+
 def test_a_hub_that_refuses_is_one_line_and_no_end_of_the_work(hub, folder, caplog):
     hub.inject(Fault("status", path="/commit/", status=403, times=None))
     with grow(folder):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.synthesis.tokens import save_token
+from tests.synthesis.tokens import open_folder, save_token
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +34,8 @@ def copy_pipeline(tmp_path, request):
         return folder
 
     return make
+
+
+@pytest.fixture
+def generator(tiny_pipeline_dir):
+    return open_folder(tiny_pipeline_dir)

@@ -9,6 +9,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
+from tests.synthesis.tokens import PLACEHOLDER, open_folder
 from utils.cli.errors import UserError
 from utils.style.token import save_learned_embeds
 from utils.synthesis.generators import (
@@ -22,16 +23,6 @@ from utils.synthesis.sources import StyleToken
 pytest_plugins = ["tests.synthesis.fixtures"]
 KINDS = ["tiny_pipeline_dir", "tiny_xl_pipeline_dir", "tiny_sd3_pipeline_dir", "tiny_flux_pipeline_dir"]
 CPU = torch.device("cpu")
-PLACEHOLDER = "<dsi-style>"
-
-
-def open_folder(folder):
-    return open_generator(str(folder), "--model", None, None)
-
-
-@pytest.fixture
-def generator(tiny_pipeline_dir):
-    return open_folder(tiny_pipeline_dir)
 
 
 @pytest.mark.parametrize(

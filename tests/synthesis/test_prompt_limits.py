@@ -2,21 +2,11 @@
 
 import pytest
 
+from tests.synthesis.tokens import PLACEHOLDER, open_folder
 from utils.cli.errors import UserError
-from utils.synthesis.generators import open_generator
 from utils.synthesis.prompt_limits import check_prompts_fit, count_prompt_tokens
 
 pytest_plugins = ["tests.synthesis.fixtures"]
-PLACEHOLDER = "<dsi-style>"
-
-
-def open_folder(folder):
-    return open_generator(str(folder), "--model", None, None)
-
-
-@pytest.fixture
-def generator(tiny_pipeline_dir):
-    return open_folder(tiny_pipeline_dir)
 
 
 def letters(count: int) -> str:

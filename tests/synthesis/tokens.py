@@ -1,4 +1,4 @@
-"""Style tokens as train_dsi.py writes them, and what tells two synthetic sets apart."""
+"""What the tests of synthesis share: style tokens as train_dsi.py writes them, generators, the bytes of a set."""
 
 import hashlib
 from pathlib import Path
@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from tests.conftest import CLASS_NAMES
 from utils.cli.records import write_record
+from utils.synthesis.generators import Generator, open_generator
 
 PLACEHOLDER = "<dsi-style>"
 NOUNS = ["red square", "green circle", "blue-stripe"]
@@ -37,3 +38,7 @@ def save_token(folder, pipeline_dir, real_images_dir, dims=(16,), num_vectors=1,
 
 def shard_hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("data/*"))}
+
+
+def open_folder(folder: Path) -> Generator:
+    return open_generator(str(folder), "--model", None, None)

@@ -140,8 +140,9 @@ class GrowingUpload:
             _AnotherSet: its record has another fingerprint, or it has none and data files that are not among `shards`.
         """
         if GENERATION_CONFIG in there:
+            path = download(self._target, GENERATION_CONFIG, head)
             try:
-                fingerprint = read_record(download(self._target, GENERATION_CONFIG, head)).get("fingerprint")
+                fingerprint = read_record(path).get("fingerprint")
             except UserError:
                 raise _AnotherSet(f"its {GENERATION_CONFIG} cannot be read") from None
             if fingerprint != self._fingerprint:
