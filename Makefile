@@ -11,7 +11,8 @@ help:
 	@echo "make demo-full  the table of the README; as long as it takes, resumes when run again"
 	@echo "make test       the test suite"
 	@echo "make soak       the checks that take too long for it"
-	@echo "make bench      speed and memory of train_dsi.py (DIFFUSERS=<checkout> to compare), into benchmarks/train_dsi.md"
+	@echo "make bench      speed and memory of train_dsi.py (DIFFUSERS=<checkout> to compare) and generate_synthetic.py,"
+	@echo "                into benchmarks/train_dsi.md and benchmarks/generate_synthetic.md"
 	@echo "make local-hub  a Hugging Face Hub on this machine, to try --push_to_hub without network"
 	@echo "make quality    ruff: lint and format"
 	@echo "make generator  train the demo's generator again (about an hour; needs Debian's dataset-fashion-mnist)"
@@ -32,6 +33,10 @@ soak: install
 	$(BIN)/python -m pytest -m soak
 
 bench: install
+	$(BIN)/python -m benchmarks.generate_speed
+	$(BIN)/python -m benchmarks.generate_overhead
+	$(BIN)/python -m benchmarks.generate_memory
+	$(BIN)/python -m benchmarks.generate_scan
 	$(BIN)/python -m benchmarks.dsi_cache
 	$(BIN)/python -m benchmarks.dsi_memory
 ifdef DIFFUSERS

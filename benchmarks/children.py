@@ -38,6 +38,11 @@ class Child:
         start, end = (next(tick for tick in ticks if tick.done >= unit) for unit in (first, last or total))
         return (end.done - start.done) / (end.seconds - start.seconds)
 
+    def seconds_of(self, description: str, total: int) -> float:
+        """Return the seconds from the first drawing of a bar to its last one, when it is closed."""
+        ticks = self.bars[description, total]
+        return ticks[-1].seconds - ticks[0].seconds
+
 
 def run_child(command: list[str], log_path: Path, environment: dict[str, str]) -> Child:
     """Run `command` to its end, with `environment` on top of this process's; its output goes to a log.

@@ -1,4 +1,4 @@
-"""The command of train_dsi.py in a benchmark."""
+"""The command of train_dsi.py in a benchmark, and what any command runs with."""
 
 import sys
 from pathlib import Path
@@ -18,15 +18,15 @@ def our_command(pipeline_dir: Path, parquet_dir: Path, work_dir: Path, **flags) 
     return [sys.executable, str(SCRIPT), *(f"--{name}={value}" for name, value in flags.items())]
 
 
-def environment_of(work_dir: Path, device: str) -> dict[str, str]:
+def environment_of(work_dir: Path, device: str, num_threads: int = 1) -> dict[str, str]:
     """Return variables for a run on `device`, without network and with a Hugging Face cache of its own.
 
-    On a CPU it has one thread, as under `accelerate launch`: two threads on cores that others use wait for each other,
-    and the same command then takes 20 or 290 seconds.
+    On a CPU it has one thread by default, as under `accelerate launch`: two threads on cores that others use wait for
+    each other, and the same command then takes 20 or 290 seconds.
     """
     environment = {"HF_HOME": str(work_dir / "hf-home"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"TQDM_MININTERVAL": "0"}  # every step is drawn, so every step has its time
-    return environment | ({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if device == "cpu" else {})
+    return environment | ({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(num_threads)} if device == "cpu" else {})
 
 
 def folder_size(folder: Path) -> int:

@@ -81,7 +81,7 @@ def main():
         )
     show("Latent cache", body)
     if not args.small:
-        write_section("Latent cache", body)
+        write_section("train_dsi", "Latent cache", body)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main():
         rows = [measure(pipeline_dir, num_images) for num_images in args.num_images]
     body = f"{BODY}\n\n{format_table(rows)}"
     show("Memory over the number of images", body)
-    write_section("Memory over the number of images", body)
+    write_section("train_dsi", "Memory over the number of images", body)
 
 
 if __name__ == "__main__":

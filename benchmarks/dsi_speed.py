@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig
 from benchmarks.children import Child, run_child
 from benchmarks.commands import TRAINING_BAR, environment_of, our_command
 from benchmarks.image_sets import write_demo_images, write_flat_folder, write_textures
+from benchmarks.matrix_rate import MATRIX_SIZE, matrix_rate
 from benchmarks.pipelines import SCALED, SD15, TINY, Cost, demo_cost, save_demo_pipeline, save_pipeline
 from benchmarks.report import format_table, show, write_section
 
@@ -32,7 +33,6 @@ THEIR_BAR = "Steps"
 CLONE = "git clone --depth 1 --branch v0.42.1 https://github.com/huggingface/diffusers"
 LEARNING_RATE = 5e-4
 WARMUP_STEPS = 10  # train_dsi.py waits for a GPU at every tenth step only: there its bar tells the truth
-MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -109,18 +109,6 @@ def theirs(script: Path, case: Case, work_dir: Path) -> list[str]:
         "report_to": "all",  # that are installed: it has no "none", and its default stops without tensorboard
     }  # fmt: skip
     return [sys.executable, str(script), *(f"--{name}={value}" for name, value in flags.items())]
-
-
-def matrix_rate(device: str, mixed_precision: str) -> float:
-    """Return the operations per second of a large matrix product, the median of several."""
-    size, dtype = MATRIX_SIZE[device], torch.bfloat16 if mixed_precision == "bf16" else torch.float32
-    matrix = torch.randn(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(12):
-        started = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / statistics.median(seconds)
 
 
 def unet_alone(case: Case, device: str) -> float:
@@ -243,7 +231,7 @@ def main():
     body = "\n\n".join([describe_method(script, args.rounds, args.device), *parts])
     show(title, body)
     if not args.small:
-        write_section(title, body)
+        write_section("train_dsi", title, body)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`benchmarks/train_dsi.md`: a section for each benchmark, replaced when it is run again."""
+"""`benchmarks/<script>.md`: a section for each benchmark of a script, replaced when it is run again."""
 
 import os
 import re
@@ -13,8 +13,8 @@ from rich.markdown import Markdown
 
 from utils.cli.records import package_versions
 
-REPORT = Path(__file__).with_name("train_dsi.md")
-INTRO = "# Speed and memory of train_dsi.py\n\nWritten by `make bench`; every figure is measured, none typed in.\n"
+FOLDER = Path(__file__).parent
+INTRO = "# Speed and memory of {script}.py\n\nWritten by `make bench`; every figure is measured, none typed in.\n"
 
 
 def format_table(rows: list[dict[str, str]]) -> str:
@@ -42,10 +42,11 @@ def show(title: str, body: str) -> None:
     Console(width=120).print(Markdown(f"## {title}\n\n{body}"))
 
 
-def write_section(title: str, body: str) -> None:
-    """Put a section into the report, in the place of one with the same title."""
-    report = REPORT.read_text() if REPORT.exists() else INTRO
+def write_section(script: str, title: str, body: str) -> None:
+    """Put a section into the report on `script` (its name without .py), in the place of one with the same title."""
+    path, intro = FOLDER / f"{script}.md", INTRO.format(script=script)
+    report = path.read_text() if path.exists() else intro
     _, *sections = report.split("\n## ")
     by_title = {section.partition("\n")[0]: section for section in sections}
     by_title[title] = f"{title}\n\n{body}\n\n{describe_run()}\n"
-    REPORT.write_text("\n## ".join([INTRO, *by_title.values()]))
+    path.write_text("\n## ".join([intro, *by_title.values()]))

@@ -1,22 +1,22 @@
 """What the benchmarks measure with."""
 
+import re
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-import generate_synthetic
 import train_dsi
 from benchmarks import generate_overhead, generate_scan, generate_speed, peer_loop, report
 from benchmarks.children import Child, Tick, run_child
 from benchmarks.commands import our_command
-from benchmarks.drawing import DRAWING_BAR, NOUNS, demo_case, quick_case, sd15_case
+from benchmarks.drawing import DRAWING_BAR, NOUNS, Case, demo_case, quick_case
 from benchmarks.generate_speed import Program, Run
 from benchmarks.pipelines import QUICK, SCALED, SD15, drawing_cost
-from utils.synthesis.output_folder import CHECKSUMS
+from utils.synthesis.output_folder import STATE_DIR
+from utils.synthesis.shards import Shards
 
 BAR = """
 import sys, time
@@ -53,7 +53,7 @@ def test_the_scaled_pipelines_vae_has_the_share_of_stable_diffusions():
     assert SD15.cost().vae_encode == pytest.approx(1.12e12, rel=0.01)
 
 
-def test_an_image_of_stable_diffusions_size_costs_what_was_counted(tmp_path, monkeypatch):
+def test_an_image_of_stable_diffusions_size_costs_what_was_counted(tmp_path):
     """Counted before, elsewhere: 42.7 TFLOP, of which the VAE's 2.51 come once."""
     for name, build in (("unet", SD15.build_unet), ("vae", SD15.build_vae)):
         with torch.device("meta"):
@@ -93,7 +93,7 @@ def test_the_loop_draws_the_same_number_of_images_into_class_folders(case, tmp_p
         assert len({file.read_bytes() for file in files}) == 4
 
 
-def test_both_commands_ask_for_the_same_images(tmp_path, monkeypatch):
+def test_both_commands_ask_for_the_same_images(tmp_path):
     """The demo's recipe, on both sides."""
     case = demo_case(50)
     ours, loop = case.our_command(tmp_path), case.peer_command(tmp_path)
@@ -135,11 +135,21 @@ def test_compiling_is_repaid_when_what_it_saves_is_what_it_cost():
     assert "never repaid" in generate_speed.describe_compiling(compiled, plain)
 
 
-def test_a_run_by_fewer_processes_than_asked_for_is_an_error(case):
-    """As where `accelerate launch` starts several that do not know each other, or one."""
-    run = generate_speed.run_program(Program("ours"), case, "cpu")
-    assert run.images_per_second > run.later_images_per_second / 10 > 0
-    assert run.peaks["RssAnon"] > 100
+def test_two_processes_draw_a_set_together(case):
+    run = generate_speed.run_program(Program("ours", num_processes=2), case, "cpu")
+    assert run.images_per_second > 1
+    assert run.peaks["RssAnon"] > 300
+
+
+def test_a_run_by_fewer_processes_than_asked_for_is_an_error():
+    """As where `accelerate launch` starts several that do not know each other."""
+
+    class Alone(Case):
+        def our_command(self, *_, **__) -> list[str]:
+            return [sys.executable, "-c", BAR]
+
+    with pytest.raises(RuntimeError, match="ours: was run by 1 processes"):
+        generate_speed.run_program(Program("ours", num_processes=2), Alone("", "", 2, 1, 1, 1.0), "cpu")
 
 
 def test_the_overhead_is_what_the_modules_leave_of_the_sampling(case, tmp_path):
@@ -151,8 +161,30 @@ def test_the_overhead_is_what_the_modules_leave_of_the_sampling(case, tmp_path):
     assert [getattr(kind, method) for kind, method, _ in generate_overhead.TARGETS] == originals
 
 
-def test_a_watch_adds_up_calls(tmp_path):
+def test_a_watch_adds_up_calls():
     clock = iter([1.0, 3.0, 10.0, 14.0])
     watch = generate_overhead.Watch(lambda: next(clock))
     assert [watch.around(abs)(number) for number in (-5, -6)] == [5, 6]
     assert watch.seconds == 6
+
+
+def test_a_restart_is_measured_on_finished_shards_whether_they_are_noted_or_hashed(tmp_path):
+    noted, hashed, usual = generate_scan.measure(tmp_path, num_images=1_200, num_shards=6, image_bytes=10_000)
+    assert 0 < float(noted["seconds"]) < 2
+    assert "all 11 MiB are hashed" in hashed[""] or "all 12 MiB are hashed" in hashed[""]
+    assert float(usual["seconds"]) <= 5 * float(hashed["seconds"]) + 1
+    assert (tmp_path / STATE_DIR).is_dir()  # noted again
+
+
+def test_a_restart_that_lacks_shards_is_not_taken_for_a_fast_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(Shards, "write_checksums", lambda _: None)  # once the notes are gone, nothing is known
+    with pytest.raises(RuntimeError, match="2 shards are missing"):
+        generate_scan.measure(tmp_path, num_images=400, num_shards=2, image_bytes=10)
+
+
+def test_the_plan_of_many_images_takes_no_more_memory_than_that_of_few():
+    kib = [
+        float(re.search(r"at most ([\d,]+) KiB", generate_scan.describe_plan(num_images, 2_000))[1].replace(",", ""))
+        for num_images in (60_000, 600_000)
+    ]
+    assert kib[1] < kib[0] + 20 and kib[1] < 1_000

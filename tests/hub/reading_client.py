@@ -31,8 +31,8 @@ def read_base_model(name: str, revision: str | None, token: str | None) -> dict:
 def read_token(name: str, revision: str | None, token: str | None) -> dict:
     from utils.synthesis.sources import read_token_sources
 
-    sources = read_token_sources(name, revision, True, token)
-    return {"commit": sources.token.revision, "generator": sources.generator.revision}
+    sources = read_token_sources(name, revision, hub_token=token)
+    return {"commit": sources.token.revision, "generator": sources.generator.source.revision}
 
 
 def read_real_images(name: str, revision: str | None, token: str | None) -> dict:
