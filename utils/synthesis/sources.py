@@ -101,7 +101,7 @@ def read_token_sources(
             prompt_nouns=prompt_nouns(class_names, trained_with | chosen),
             chosen_nouns=set(chosen),
             real_images=record["real_images"],
-            prompt_templates=_class_templates(record["prompt_templates"]) if use_style_token else [PLAIN_TEMPLATE],
+            prompt_templates=_class_templates(record.get("prompt_templates", [])) if use_style_token else [PLAIN_TEMPLATE],
             token=token if use_style_token else None,
             train_indices=record.get("train_indices") if use_style_token else None,
             resolution=record["resolution"],
