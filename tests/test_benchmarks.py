@@ -118,10 +118,10 @@ def make_run(speed: float, first_batch=1.0, later=10.0) -> Run:
 
 
 def test_a_table_compares_each_round_with_the_loop_of_the_same_round():
-    loops, ours = [make_run(10), make_run(20), make_run(40)], [make_run(15), make_run(28), make_run(80)]
-    row = generate_speed.describe_program(Program("ours"), ours, loops, matrix_share=0.01)
+    loop, ours = [make_run(10), make_run(20), make_run(40)], [make_run(15), make_run(28), make_run(80)]
+    row = generate_speed.describe_program(Program("ours"), ours, loop, matrix_share=0.01)
     assert row["images/s"] == "28.0 (15.0 to 80.0)"
-    assert row["times the loop's"] == "1.50 (1.40 to 2.00)"
+    assert row["times the first row's"] == "1.50 (1.40 to 2.00)"
     assert row["of the matrix rate"] == "28%"
     assert row["memory, MiB"] == "700"
     assert "GPU memory, GiB" not in row
