@@ -11,7 +11,7 @@ from PIL import Image
 import train_dsi
 from benchmarks import generate_overhead, generate_scan, generate_speed, peer_loop, report
 from benchmarks.children import Child, Tick, run_child
-from benchmarks.commands import our_command
+from benchmarks.commands import environment_of, our_command
 from benchmarks.drawing import DRAWING_BAR, NOUNS, Case, demo_case, quick_case
 from benchmarks.generate_speed import Program, Run
 from benchmarks.pipelines import QUICK, SCALED, SD15, drawing_cost
@@ -103,6 +103,18 @@ def test_both_commands_ask_for_the_same_images(tmp_path):
     assert case.num_images == 500
 
 
+def test_programs_are_started_as_the_table_names_them(case, tmp_path):
+    loop, one, many = generate_speed.programs_on(3)
+    assert [program.num_threads for program in (loop, one, many)] == [3, 3, 1]
+    assert environment_of(tmp_path, "cpu", 3)["OMP_NUM_THREADS"] == "3"
+    assert "peer_loop.py" in loop.command(case, tmp_path)[1]
+    assert "launch" not in one.command(case, tmp_path)
+    command = many.command(case, tmp_path)
+    assert command[command.index("--num_processes") + 1] == "3"
+    plain, compiled = (program.command(case, tmp_path) for program in generate_speed.COMPILING)
+    assert set(compiled) - set(plain) == {"--torch_compile=True"}
+
+
 def test_sampling_speed_is_that_between_a_loaded_pipeline_and_the_last_file(case):
     ticks = [Tick(7.0, 0), Tick(9.0, 1), Tick(10.0, 13), Tick(14.0, 40), Tick(15.0, 40)]  # closed when all is written
     child = Child(20.0, {"RssAnon": 5.0, "device": 0.0}, {(DRAWING_BAR, 40): ticks})
@@ -159,6 +171,13 @@ def test_the_overhead_is_what_the_modules_leave_of_the_sampling(case, tmp_path):
     assert 0 < generate_overhead.overhead(seconds) < 1
     assert 0 < seconds["work of both"] < seconds["whole work"]
     assert [getattr(kind, method) for kind, method, _ in generate_overhead.TARGETS] == originals
+
+
+def test_the_overhead_is_a_share_of_the_whole_time():
+    seconds = {"denoiser": 3.0, "VAE": 1.0, "whole": 5.0, "work of both": 4.0, "whole work": 8.0}
+    assert generate_overhead.overhead(seconds) == pytest.approx(0.2)
+    assert generate_overhead.describe_run(1, seconds, "cpu")["neither, of the work"] == "50.0%"
+    assert "neither, of the work" not in generate_overhead.describe_run(1, seconds, "cuda")
 
 
 def test_a_watch_adds_up_calls():

@@ -1,0 +1,144 @@
+"""What generate_synthetic.py does before it can go on with a large set: plan it, and look which shards are finished.
+
+    python -m benchmarks.generate_scan
+
+The set has 200 classes; its images are random bytes, since a scan looks into none.
+"""
+
+import argparse
+import random
+import shutil
+import statistics
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.commands import folder_size
+from benchmarks.report import format_table, show, write_section
+from utils.data.prompts import PLAIN_TEMPLATE
+from utils.synthesis.output_folder import DATA_DIR, STATE_DIR
+from utils.synthesis.plan import GenerationPlan
+from utils.synthesis.prompts import TemplatePrompts, build_templates
+from utils.synthesis.runner import make_row
+from utils.synthesis.shards import Shards, check_no_strangers
+
+TITLE = "Plan and scan of a restart"
+CLASS_NAMES = [f"class {number}" for number in range(200)]
+REPETITIONS = 5
+USUAL_IMAGE_BYTES = 50_000
+PLANNED_IMAGES = 20_000  # of which the time and memory of the plan are measured
+
+
+def make_plan(num_images: int, images_per_shard: int) -> GenerationPlan:
+    templates = tuple(build_templates("diverse", PLAIN_TEMPLATE))
+    return GenerationPlan(
+        num_classes=len(CLASS_NAMES), labels=tuple(range(len(CLASS_NAMES))),
+        prompts=TemplatePrompts(templates, tuple(CLASS_NAMES)), guidance_scales=(2.0, 3.0),
+        num_images_per_class=num_images // len(CLASS_NAMES), seed=0, batch_size=16, images_per_shard=images_per_shard,
+    )  # fmt: skip
+
+
+def write_shards(shards: Shards, image_bytes: int) -> None:
+    rng = random.Random(0)
+    for number in range(shards.plan.num_shards):
+        images = (shards.plan.image(index) for index in shards.plan.shard(number))
+        rows = (make_row(image, rng.randbytes(image_bytes)) for image in images)
+        shards.write(number, rows, {}, shards.plan.batch_size)
+    shards.write_checksums()
+
+
+def median_seconds(function: Callable[[], None], before: Callable[[], None] = lambda: None) -> float:
+    """Return the median time of a function that is called several times, `before` it each time something else."""
+    seconds = []
+    for _ in range(REPETITIONS):
+        before()
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def measure(output_dir: Path, num_images: int, num_shards: int, image_bytes: int) -> tuple[float, float, int]:
+    """Write a set into a new folder and restart it again and again.
+
+    Returns the seconds when the files are as they were noted, those when all are hashed again, and how many bytes.
+
+    Raises:
+        RuntimeError: a shard is missing; one that is not there would be no work.
+    """
+    images_per_shard = num_images // num_shards
+    write_shards(Shards(output_dir, make_plan(num_images, images_per_shard), "f", CLASS_NAMES), image_bytes)
+
+    def restart() -> None:
+        shards = Shards(output_dir, make_plan(num_images, images_per_shard), "f", CLASS_NAMES)
+        check_no_strangers(shards)
+        missing = shards.find_missing()
+        if missing:
+            raise RuntimeError(f"{len(missing)} shards are missing")
+
+    def forget() -> None:
+        shutil.rmtree(output_dir / STATE_DIR)
+
+    noted = median_seconds(restart)
+    hashed = median_seconds(restart, before=forget)
+    return noted, hashed, folder_size(output_dir / DATA_DIR)
+
+
+def make_rows(num_images: int, noted: float, hashed: float, num_bytes: int) -> list[dict[str, str]]:
+    """Return the table's rows for what `measure` returns."""
+    usual = hashed * num_images * USUAL_IMAGE_BYTES / num_bytes
+    return [
+        {"": "plan and scan, files as they were noted", "seconds": f"{noted:.2f}"},
+        {"": f"the same where all {num_bytes / 2**20:,.0f} MiB are hashed again", "seconds": f"{hashed:.2f}"},
+        {"": f"computed from it: {USUAL_IMAGE_BYTES // 1000} kB an image", "seconds": f"{usual:.0f}"},
+    ]
+
+
+def walk(plan: GenerationPlan, num_images: int) -> int:
+    """Go through a plan's first images in their batches, as a run does; return how many there were."""
+    number, count = 0, 0
+    while count < num_images:
+        count += sum(len(batch) for batch in plan.batches(number))
+        number += 1
+    return count
+
+
+def describe_plan(num_images: int, images_per_shard: int) -> str:
+    """Return what the plan itself takes, of time and of memory."""
+    started = time.perf_counter()
+    count = walk(make_plan(num_images, images_per_shard), PLANNED_IMAGES)
+    seconds = time.perf_counter() - started
+    tracemalloc.start()
+    walk(make_plan(num_images, images_per_shard), PLANNED_IMAGES)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return (
+        f"The plan is computed while images are drawn, {seconds / count * 1e6:.0f} µs an image; at most "
+        f"{peak / 2**10:,.0f} KiB are allocated on the way through its first {count:,} images (tracemalloc)."
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_images", type=int, default=600_000, help=f"a multiple of {len(CLASS_NAMES)}")
+    parser.add_argument("--num_shards", type=int, default=300)
+    parser.add_argument("--image_bytes", type=int, default=1_000)
+    parser.add_argument("--small", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measured = measure(Path(folder), args.num_images, args.num_shards, args.image_bytes)
+    body = (
+        f"{args.num_images:,} images of {args.image_bytes:,} bytes and {len(CLASS_NAMES)} classes in {args.num_shards} "
+        f"shards that the page cache holds; medians of {REPETITIONS}. From a disk, hashing is as slow as the disk.\n\n"
+        f"{format_table(make_rows(args.num_images, *measured))}\n\n"
+        f"{describe_plan(args.num_images, args.num_images // args.num_shards)}"
+    )
+    show(TITLE, body)
+    if not args.small:
+        write_section("generate_synthetic", TITLE, body)
+
+
+if __name__ == "__main__":
+    main()

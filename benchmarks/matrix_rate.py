@@ -1,0 +1,20 @@
+"""What a machine can compute: the rate of a large matrix product, beside which a speed is read."""
+
+import statistics
+import time
+
+import torch
+
+MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
+
+
+def matrix_rate(device: str, mixed_precision: str) -> float:
+    """Return the operations per second of a large matrix product, the median of several."""
+    size, dtype = MATRIX_SIZE[device], torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(12):
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds)
