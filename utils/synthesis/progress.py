@@ -6,6 +6,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_AT_THE_END = 0.1
 
 
 class SharedProgress:
@@ -33,7 +34,7 @@ class SharedProgress:
         """Say that this process has done its share; the main one shows the others' until they have done theirs."""
         self._show()
         while self.process_index == 0 and self.bar.n < self.bar.total:
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(SECONDS_AT_THE_END)
             self._show()
         self.bar.close()
 

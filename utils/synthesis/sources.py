@@ -101,7 +101,7 @@ def read_token_sources(
             prompt_nouns=prompt_nouns(class_names, trained_with | chosen),
             chosen_nouns=set(chosen),
             real_images=record["real_images"],
-            prompt_templates=_class_templates(record.get("prompt_templates", [])) if use_style_token else [PLAIN_TEMPLATE],
+            prompt_templates=_class_templates(record) if use_style_token else [PLAIN_TEMPLATE],
             token=token if use_style_token else None,
             train_indices=record.get("train_indices") if use_style_token else None,
             resolution=record["resolution"],
@@ -148,9 +148,9 @@ def read_plain_sources(
     )
 
 
-def _class_templates(templates: list[str]) -> list[str]:
+def _class_templates(record: dict) -> list[str]:
     """Return those of a token's templates that have a place for the class name, which images are drawn for."""
-    return [template for template in templates if "{class}" in template] or [DSI_TEMPLATE]
+    return [template for template in record.get("prompt_templates", []) if "{class}" in template] or [DSI_TEMPLATE]
 
 
 def check_generator_takes(settings: dict, sources: Sources, plan: GenerationPlan, prompts_flag: str) -> None:
