@@ -51,6 +51,7 @@ def run_child(command: list[str], log_path: Path, environment: dict[str, str]) -
         RuntimeError: it failed.
     """
     device_memory_before = device_memory()
+    before: dict[str, float] = {}
     peaks: dict[str, float] = {}
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | environment)
@@ -59,7 +60,9 @@ def run_child(command: list[str], log_path: Path, environment: dict[str, str]) -
     reader.start()
     while process.poll() is None:
         memory = tree_memory(process.pid) | {"device": device_memory() - device_memory_before}
-        peaks = {name: max(value, peaks.get(name, 0)) for name, value in memory.items()}
+        # what lasts for two looks: a process that is about to become another program is counted twice for a moment
+        peaks = {name: max(min(value, before.get(name, 0)), peaks.get(name, 0)) for name, value in memory.items()}
+        before = memory
         time.sleep(SECONDS_BETWEEN_LOOKS)
     seconds = time.perf_counter() - started
     reader.join()
