@@ -26,8 +26,9 @@ $(VENV)/.installed: requirements.txt constraints.txt demo/requirements.txt demo/
 	$(BIN)/python demo/build/classifier.py
 	@touch $@
 
+# two test files at a time, each with the local Hub of its process
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: install
 	$(BIN)/python -m pytest -m soak

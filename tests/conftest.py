@@ -13,6 +13,8 @@ _hub = LocalHub(Path(_work_dir.name) / "hub", lfs_threshold=2**20)
 _hub.__enter__()
 atexit.register(_hub.__exit__)
 _environment = _hub.environment(Path(_work_dir.name) / "hf-home") | {"TOKENIZERS_PARALLELISM": "false"}
+# as under `accelerate launch`: two threads on cores that others use wait for each other
+_environment["OMP_NUM_THREADS"] = "1"
 os.environ.clear()
 os.environ.update(_environment)
 

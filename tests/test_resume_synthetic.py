@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from datasets import load_dataset
 
 from generate_synthetic import main
@@ -51,21 +50,12 @@ print(PartialState().distributed_type.name, PartialState().num_processes, "proce
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    """As many threads as the children have: other kernels give other bytes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
 def many_shards(options):
     return [*options, "--images_per_shard", "4"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, many_shards, one_thread):
+def whole(tmp_path_factory, many_shards):
     """The bytes of the set that was left alone: six shards."""
     folder = tmp_path_factory.mktemp("whole") / "set"
     main([*many_shards, "--output_dir", str(folder)])
@@ -84,7 +74,7 @@ def start(argv: list[str], tmp_path: Path, num_processes: int = 1, die_at: str |
         command = [accelerate, "launch", "--multi_gpu", "--num_processes", str(num_processes), "--num_machines", "1",
                    "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
                    str(child)]  # fmt: skip
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     env |= {"DIE_AT": die_at} if die_at else {}
     return subprocess.Popen(
         [*command, *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -105,7 +95,7 @@ def run(*args, **kwargs) -> tuple[int, str, str]:
         ("finish 1 0", 6),  # after the last shard, before the records
     ],
 )
-def test_a_killed_run_goes_on_to_the_very_same_set(die_at, num_finished, many_shards, whole, one_thread, tmp_path):
+def test_a_killed_run_goes_on_to_the_very_same_set(die_at, num_finished, many_shards, whole, tmp_path):
     argv = [*many_shards, "--output_dir", str(tmp_path / "set")]
     status, _, errors = run(argv, tmp_path, die_at=die_at)
     assert status == -signal.SIGKILL, errors[-2000:]
@@ -118,7 +108,7 @@ def test_a_killed_run_goes_on_to_the_very_same_set(die_at, num_finished, many_sh
     assert len(load_dataset(str(tmp_path / "set"), split="train")) == 21
 
 
-def test_a_run_that_is_asked_to_end_says_how_it_goes_on(many_shards, whole, one_thread, tmp_path):
+def test_a_run_that_is_asked_to_end_says_how_it_goes_on(many_shards, whole, tmp_path):
     argv = [*many_shards, "--output_dir", str(tmp_path / "set"), "--num_images_per_class", "700"]
     child = start(argv, tmp_path)
     while len(list((tmp_path / "set" / "data").glob("train-*"))) < 3:
@@ -154,7 +144,7 @@ def test_two_processes_make_the_set_of_one_and_three_finish_what_they_began(many
 
 
 @pytest.mark.soak
-def test_fifty_kills_at_random_moments_leave_the_very_same_set(options, one_thread, tmp_path):
+def test_fifty_kills_at_random_moments_leave_the_very_same_set(options, tmp_path):
     argv = [*options, "--num_images_per_class", "2000", "--images_per_shard", "40"]
     main([*argv, "--output_dir", str(tmp_path / "whole")])
     rng, num_kills = random.Random(0), 0

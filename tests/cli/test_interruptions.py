@@ -1,5 +1,6 @@
 """Signals end a script with one line, an exit status that says which, and nothing half done."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from utils.cli import interruptions
 from utils.cli.interruptions import Interrupted, ending_cleanly
 
 ROOT = Path(__file__).parents[2]
@@ -51,3 +53,16 @@ def test_handlers_are_what_they_were_afterwards():
     with ending_cleanly(lambda: "advice"):
         pass
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+@pytest.mark.parametrize(("seconds_to_end", "is_ignored"), [(10.0, True), (0.0, False)])
+def test_a_signal_long_after_one_that_got_lost_ends_the_block(seconds_to_end, is_ignored, monkeypatch):
+    monkeypatch.setattr(interruptions, "SECONDS_TO_END", seconds_to_end)
+    reached = []
+    with pytest.raises(Interrupted), ending_cleanly(lambda: ""):
+        with contextlib.suppress(KeyboardInterrupt):  # as where it is raised in a destructor
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached.append(True)
+        raise KeyboardInterrupt
+    assert bool(reached) is is_ignored
