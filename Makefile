@@ -26,9 +26,8 @@ $(VENV)/.installed: requirements.txt constraints.txt demo/requirements.txt demo/
 	$(BIN)/python demo/build/classifier.py
 	@touch $@
 
-# two test files at a time, each with the local Hub of its process
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 soak: install
 	$(BIN)/python -m pytest -m soak
