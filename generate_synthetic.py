@@ -44,7 +44,7 @@ from utils.synthesis.output_folder import (
     start_output_folder,
 )
 from utils.synthesis.plan import MAX_REDRAWS, GenerationPlan
-from utils.synthesis.prompts import TemplatePrompts, build_templates, read_prompts_file
+from utils.synthesis.prompts import PROMPT_SETS, TemplatePrompts, build_templates, read_prompts_file
 from utils.synthesis.sources import Sources, check_generator_takes, read_plain_sources, read_token_sources
 
 # what decides, besides the sources, what image number n is; num_images_per_class only says how many there are
@@ -104,7 +104,7 @@ class PromptArguments:
         default="single",
         metadata={
             "help": "single: the templates as they are; diverse: each varied by viewpoint, background and light.",
-            "choices": ["single", "diverse"],
+            "choices": list(PROMPT_SETS),
         },
     )
     prompts_file: str | None = field(

@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from PIL import Image as PILImage
 
-IMAGE_FORMATS = ("jpeg", "png", "webp")
 NUM_THREADS = 2
 MAX_WAITING = 256  # images; at 512 pixels a side 200 MB
 

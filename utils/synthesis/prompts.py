@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -82,11 +82,6 @@ class TemplatePrompts:
         for noun in self.nouns:
             yield _measure(longest_template, noun, self.token_text)
 
-    @property
-    def sha256(self) -> str:
-        """The digest of all that decides the prompts."""
-        return _sha256(asdict(self))
-
     @cached_property
     def _order(self) -> list[str]:
         # mixed by their digests: neighbours in a list of variants differ in one word only
@@ -126,7 +121,8 @@ class CaptionPrompts:
     @property
     def sha256(self) -> str:
         """The digest of all that decides the prompts."""
-        return _sha256({"captions": sorted(self.captions.items()), "nouns": self.nouns, "token_text": self.token_text})
+        facts = {"captions": sorted(self.captions.items()), "nouns": self.nouns, "token_text": self.token_text}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def read_prompts_file(
@@ -202,7 +198,3 @@ def _size(text: str) -> int:
 
 def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
-
-
-def _sha256(facts: dict) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
