@@ -33,7 +33,8 @@ def save_and_die(folder, progress, *args):
 
 checkpoints.save_checkpoint = save_and_die
 train_dsi.main(sys.argv[1:])
-print(PartialState().distributed_type.name, PartialState().num_processes, "processes")
+state = PartialState()
+sys.stdout.write(f"{state.distributed_type.name} {state.num_processes} processes\\n")  # whole: others write too
 """
 
 

@@ -45,7 +45,8 @@ elif place == "rename":
 elif place == "finish":
     finishing.finish_set = dying(finishing.finish_set)
 generate_synthetic.run_script(generate_synthetic.main)
-print(PartialState().distributed_type.name, PartialState().num_processes, "processes")
+state = PartialState()
+sys.stdout.write(f"{state.distributed_type.name} {state.num_processes} processes\\n")  # whole: others write too
 """
 
 

@@ -8,8 +8,23 @@ import os
 import sys
 import time
 
+import diffusers
+import torch
+import transformers
+
 from utils.cli.errors import UserError
+from utils.data.real_images import RealImagesRecord, load_real_images
 from utils.hub.repositories import open_source
+from utils.style.base_models import open_base_model
+from utils.synthesis.sources import read_token_sources
+from utils.transfer.classifiers import check_classifier, load_image_processor, load_pretrained
+from utils.transfer.synthetic_images import load_synthetic, open_synthetic
+
+# what these import when they are first asked for; the seconds told are of reading, not of importing
+LOADED_ON_DEMAND = (
+    diffusers.AutoencoderKL, diffusers.UNet2DConditionModel, transformers.CLIPTextModel, transformers.CLIPTokenizer,
+    transformers.AutoModelForImageClassification, transformers.AutoImageProcessor,
+)  # fmt: skip
 
 
 def read_file(name: str, revision: str | None, token: str | None) -> dict:
@@ -18,10 +33,6 @@ def read_file(name: str, revision: str | None, token: str | None) -> dict:
 
 
 def read_base_model(name: str, revision: str | None, token: str | None) -> dict:
-    import torch
-
-    from utils.style.base_models import open_base_model
-
     base_model = open_base_model(name, "--pretrained_model_name_or_path", revision, token)
     base_model.load_tokenizers(), base_model.load_text_encoders(torch.float32), base_model.load_vae()
     unet = base_model.load_unet(torch.float32)
@@ -29,30 +40,21 @@ def read_base_model(name: str, revision: str | None, token: str | None) -> dict:
 
 
 def read_token(name: str, revision: str | None, token: str | None) -> dict:
-    from utils.synthesis.sources import read_token_sources
-
     sources = read_token_sources(name, revision, hub_token=token)
     return {"commit": sources.token.revision, "generator": sources.generator.source.revision}
 
 
 def read_real_images(name: str, revision: str | None, token: str | None) -> dict:
-    from utils.data.real_images import RealImagesRecord, load_real_images
-
     images = load_real_images(RealImagesRecord(name, dataset_revision=revision), token)
     return {"commit": images.record.dataset_revision, "num_images": len(images.train) + len(images.validation)}
 
 
 def read_synthetic_images(name: str, revision: str | None, token: str | None) -> dict:
-    from tests.conftest import CLASS_NAMES
-    from utils.transfer.synthetic_images import load_synthetic, open_synthetic
-
     source = open_synthetic(name, revision, token)
-    return {"commit": source.revision, "num_images": len(load_synthetic(source, CLASS_NAMES, None, token))}
+    return {"commit": source.revision, "num_images": len(load_synthetic(source, source.record["class_names"], None, token))}
 
 
 def read_classifier(name: str, revision: str | None, token: str | None) -> dict:
-    from utils.transfer.classifiers import check_classifier, load_image_processor, load_pretrained
-
     commit = check_classifier(name, revision, token)
     hub_options = {"revision": commit, "token": token or None}  # as the scripts do
     load_image_processor(name, **hub_options)

@@ -24,7 +24,7 @@ pytest_plugins = ["tests.transfer.fixtures"]
 MIT, UNKNOWN = License("mit"), License()
 SECRET = "hf_secretsecretsecret"
 STAGE = {
-    "name": "vanilla", "images": "real", "reset_head": True,
+    "name": "vanilla", "images": "real", "head_init": "reset",
     "settings": {
         "max_steps": 2, "learning_rate": 0.1, "head_learning_rate_factor": 1, "mixup_alpha": 0, "batch_norm": "frozen",
     },

@@ -30,6 +30,7 @@ class LocalHub:
         self.repositories: dict[tuple[str, str], Repository] = {}  # by type and id
         self.faults = FaultPlan()
         self.failures: list[str] = []  # tracebacks of the server itself
+        self.num_resets = 0
         self.log: list[LoggedRequest] = []
         self.cdn_log: list[LoggedRequest] = []
         self._server = HubServer(self, ROUTES, no_route, self.log, port)
@@ -95,8 +96,12 @@ class LocalHub:
         self.cdn_log.clear()
 
     def reset(self) -> None:
-        """Forget repositories, users, faults and log, and set `page_size` and `has_cdn` back."""
+        """Forget repositories, users, faults and log, and set `page_size` and `has_cdn` back.
+
+        A request that was being answered gets no answer and is not logged.
+        """
         with self.lock:
+            self.num_resets += 1
             self.repositories.clear()
             self.accounts.clear()
             self.blobs.clear()

@@ -50,12 +50,16 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         body = Body(self.rfile, int(headers.get("content-length", 0)))
         request = Request(self.command, path, query, headers, body)
+        num_resets = self.server.hub.num_resets
         fault = self.server.hub.faults.strike(request.method, path)
         try:
             answer = self._find_answer(request, fault)
             body.drain()  # an error may have come before it was read
         except ConnectionError:
             answer = None
+        if self.server.hub.num_resets != num_resets:  # of a client that was killed in an earlier test
+            self.close_connection = True
+            return
         # Logged before it is sent: a test may look as soon as its client is done.
         self._log(request, answer, fault)
         if answer is None or (fault is not None and fault.kind == "lost_answer"):

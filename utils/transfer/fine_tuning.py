@@ -48,7 +48,7 @@ def run_stage(
     Raises:
         UserError: the checkpoint is no image classifier.
     """
-    model = load_classifier(str(start), class_names, stage.reset_head, training_args.seed, **hub_options)
+    model = load_classifier(str(start), class_names, stage.head_init == "reset", training_args.seed, **hub_options)
     return model, fine_tune(model, images, image_processor, stage.settings, training_args, output_dir, validation)
 
 
