@@ -3,6 +3,7 @@
 import atexit
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.local_hub import LocalHub
@@ -244,6 +245,16 @@ def tiny_flux_pipeline_dir(tmp_path_factory):
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def blank_figures():
+    """Let figures be made as ever, and saved as a single pixel: to draw one takes longer than a tiny model's work."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, path, **_: PILImage.new("RGB", (1, 1)).save(path))
+        yield
 
 
 def read_rows(folder) -> list:

@@ -20,7 +20,7 @@ pytest_plugins = ["tests.transfer.fixtures", "tests.local_hub.fixtures"]
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_user_secret"
 SHORT = {
-    "train_dsi.py": "--max_train_steps 2 --train_batch_size 2 --num_shots 2",
+    "train_dsi.py": "--max_train_steps 2 --train_batch_size 2 --num_shots 2 --num_validation_images 1",
     "generate_synthetic.py": "--num_images_per_class 4 --num_inference_steps 2",
     "train_bridged.py": "--bridge_max_steps 2 --max_steps 2 --push_to_hub",
 }

@@ -52,7 +52,7 @@ def test_a_style_token_moves_the_images_towards_the_real_ones(seed, in_root, tmp
     seeds = ["--seed", str(seed), "--few_shot_seed", str(seed)]
     health = train_dsi.main(
         ["demo/recipes/dsi.yaml", "--max_train_steps", "100", "--lr_warmup_steps", "5", "--output_dir", str(style),
-         *seeds]
+         "--num_validation_images", "0", *seeds]
     )  # fmt: skip
     figures = {}
     for use_token in ("true", "false"):

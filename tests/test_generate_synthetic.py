@@ -23,7 +23,7 @@ from tests.synthesis.tokens import PLACEHOLDER, save_token, shard_hashes
 from utils.cli.commands import public_command
 from utils.cli.errors import UserError
 from utils.data.prompts import token_text
-from utils.hub import growing
+from utils.hub import growing, retries
 from utils.synthesis.encoding import encode_image
 from utils.synthesis.runner import Runner
 from utils.synthesis.shards import Shards
@@ -370,8 +370,18 @@ def test_shards_are_published_while_later_ones_are_made_whatever_the_hub_does(
 ):
     local_hub.add_user("user", TOKEN)
     monkeypatch.setattr(growing, "GrowingUpload", functools.partial(growing.GrowingUpload, pause=0.05))
+    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.01)
     draw_shard = Runner._draw_shard
-    monkeypatch.setattr(Runner, "_draw_shard", lambda *args: time.sleep(0.7) or draw_shard(*args))
+
+    def draw_when_published(runner, number):
+        """Draw a shard once the one before the last is published; of the later ones, any four commits will do."""
+        deadline = time.monotonic() + 300
+        while number > 1 and sum(len(repo.commits()) for repo in local_hub.repos()) < min(number, 4):
+            assert time.monotonic() < deadline, "waited in vain for a commit"
+            time.sleep(0.01)
+        return draw_shard(runner, number)
+
+    monkeypatch.setattr(Runner, "_draw_shard", draw_when_published)
     for fault in (Fault("status", path="/commit/"), Fault("lost_answer", path="/commit/", skip=2),
                   Fault("drop", path="/objects/batch", skip=1)):  # fmt: skip
         local_hub.inject(fault)

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from PIL import Image
 from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
 
 from quality_report import main
-from tests.conftest import CLASS_NAMES, save_image_set
+from tests.conftest import CLASS_NAMES, blank_figures, save_image_set
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
 
@@ -79,15 +80,17 @@ def change_labels(folder, change) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
 
 
-def report(folder, model_dir, output_dir, *flags) -> dict:
-    return main(["--synthetic_dataset", str(folder), "--model_name_or_path", str(model_dir), "--output_dir",
-                 str(output_dir), "--num_pairs", "2", *flags])  # fmt: skip
+def report(folder, model_dir, output_dir, *flags, draws_figures=False) -> dict:
+    argv = ["--synthetic_dataset", str(folder), "--model_name_or_path", str(model_dir), "--output_dir",
+            str(output_dir), "--num_pairs", "2", *flags]  # fmt: skip
+    with nullcontext() if draws_figures else blank_figures():
+        return main(argv)
 
 
 @pytest.fixture(scope="module")
 def finished(set_dir, model_dir, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("reports") / "report"
-    return report(set_dir, model_dir, output_dir), output_dir
+    return report(set_dir, model_dir, output_dir, draws_figures=True), output_dir
 
 
 def levels(record):
@@ -210,7 +213,7 @@ def test_images_of_one_class_under_another_name_are_confusable(copied_set, real_
 def test_repeating_one_image_of_each_class_is_no_diversity(copied_set, model_dir, tmp_path):
     images = read_shard(copied_set / "data" / "train-00000.parquet")
     change_images(copied_set, lambda row, image: images[row % 3])
-    record = report(copied_set, model_dir, tmp_path / "report")
+    record = report(copied_set, model_dir, tmp_path / "report", draws_figures=True)
     assert record["diversity"]["synthetic"] < 1e-3 < record["diversity"]["real"]
     assert max(entry["diversity"] for entry in record["classes"]) < 1e-3
     assert levels(record)["diversity"] == levels(record)["repetitions"] == "bad"
@@ -252,7 +255,7 @@ def test_a_set_for_some_classes_is_compared_with_those(copied_set, model_dir, tm
 def test_a_handful_of_real_images_gives_a_report_that_says_so(set_dir, model_dir, tmp_path, per_class):
     folder = tmp_path / "few"
     save_image_set(folder, {"train": per_class})
-    record = report(set_dir, model_dir, tmp_path / "report", "--dataset_name", str(folder))
+    record = report(set_dir, model_dir, tmp_path / "report", "--dataset_name", str(folder), draws_figures=True)
     assert levels(record)["diversity"] == "unknown"
     assert any("held-out" in caveat for caveat in record["caveats"])
     assert "NaN" not in (tmp_path / "report" / "quality.json").read_text()

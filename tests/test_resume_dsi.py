@@ -3,27 +3,28 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import read_rows
+from tests.processes import run_forked
 from utils.cli.errors import UserError
 from utils.cli.records import read_record
 from utils.style import checkpoints
 
 pytest_plugins = ["tests.style.fixtures"]
-ROOT = Path(__file__).parent.parent
 FLAGS = {"max_train_steps": 7, "checkpointing_steps": 2, "gradient_accumulation_steps": 2, "lr_scheduler": "cosine"}
 # train_dsi.py, whose first process kills itself after a checkpoint; says what accelerate made of the launch
 CHILD = """
 import os, signal, sys
 from accelerate import PartialState
 import train_dsi
-from utils.style import checkpoints
+from tests.style.fixtures import NUM_TIMESTEPS
+from utils.style import checkpoints, health
 
+health.NUM_TIMESTEPS = NUM_TIMESTEPS
 save_checkpoint = checkpoints.save_checkpoint
 
 def save_and_die(folder, progress, *args):
@@ -114,11 +115,10 @@ def launch(argv: list[str], tmp_path: Path, num_processes: int, **environment) -
     """Run the child on CPU processes: `--multi_gpu` is how `accelerate launch` starts more than one of them."""
     child = tmp_path / "child.py"
     child.write_text(CHILD)
-    accelerate = str(Path(sys.executable).with_name("accelerate"))
-    command = [accelerate, "launch", "--multi_gpu", "--num_processes", str(num_processes), "--num_machines", "1",
+    command = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(num_processes), "--num_machines", "1",
                "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([*command, str(child), *argv], env=env, capture_output=True, text=True, timeout=300)
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", **environment}
+    return run_forked([*command, child, *argv], tmp_path, env)
 
 
 def test_two_processes_give_the_same_token_as_one_and_resume_exactly(

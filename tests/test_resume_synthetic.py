@@ -4,8 +4,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,10 +11,10 @@ import pytest
 from datasets import load_dataset
 
 from generate_synthetic import main
+from tests.processes import ForkedPython
 from tests.synthesis.tokens import shard_hashes
 
 pytest_plugins = ["tests.synthesis.fixtures"]
-ROOT = Path(__file__).parent.parent
 # generate_synthetic.py, one process of which kills itself at a place; says what accelerate made of the launch
 CHILD = """
 import os, signal, sys
@@ -65,26 +63,22 @@ def whole(tmp_path_factory, many_shards):
     return hashes
 
 
-def start(argv: list[str], tmp_path: Path, num_processes: int = 1, die_at: str | None = None) -> subprocess.Popen:
+def start(argv: list[str], tmp_path: Path, num_processes: int = 1, die_at: str | None = None) -> ForkedPython:
     """Start the child on CPU processes: `--multi_gpu` is how `accelerate launch` starts more than one of them."""
     child = tmp_path / "child.py"
     child.write_text(CHILD)
-    command = [sys.executable, str(child)]
+    command = [child]
     if num_processes > 1:
-        accelerate = str(Path(sys.executable).with_name("accelerate"))
-        command = [accelerate, "launch", "--multi_gpu", "--num_processes", str(num_processes), "--num_machines", "1",
+        command = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(num_processes), "--num_machines", "1",
                    "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
-                   str(child)]  # fmt: skip
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    env |= {"DIE_AT": die_at} if die_at else {}
-    return subprocess.Popen(
-        [*command, *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+                   child]  # fmt: skip
+    env = os.environ | {"ACCELERATE_USE_CPU": "true"} | ({"DIE_AT": die_at} if die_at else {})
+    return ForkedPython([*command, *argv], tmp_path, env)
 
 
 def run(*args, **kwargs) -> tuple[int, str, str]:
     child = start(*args, **kwargs)
-    output, errors = child.communicate(timeout=300)
+    output, errors = child.communicate()
     return child.returncode, output, errors
 
 
@@ -116,7 +110,7 @@ def test_a_run_that_is_asked_to_end_says_how_it_goes_on(many_shards, whole, tmp_
         assert child.poll() is None, child.communicate()[1][-2000:]
         time.sleep(0.05)
     child.send_signal(signal.SIGTERM)
-    _, errors = child.communicate(timeout=30)
+    _, errors = child.communicate()
     assert child.returncode == 128 + signal.SIGTERM
     found = re.search(r"(\d+) of 525 shards are finished and kept; go on with: accelerate launch gen.*", errors)
     assert found[0].endswith("--num_images_per_class 700")
@@ -152,10 +146,8 @@ def test_fifty_kills_at_random_moments_leave_the_very_same_set(options, tmp_path
     while num_kills < 50:
         child = start([*argv, "--output_dir", str(tmp_path / "set")], tmp_path)
         try:
-            _, errors = child.communicate(timeout=rng.uniform(4, 12))
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.communicate()
+            _, errors = child.communicate(timeout=rng.uniform(0.5, 4))
+        except TimeoutError:  # and killed
             num_kills += 1
             continue
         assert child.returncode == 0, errors[-2000:]

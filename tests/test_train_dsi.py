@@ -94,7 +94,8 @@ def test_only_the_tokens_rows_change_all_other_weights_stay_bit_equal(run_dsi, t
 
 
 def test_xl_learns_a_row_for_each_encoder(run_dsi, tiny_xl_pipeline_dir, tmp_path):
-    health = run_dsi(pretrained_model_name_or_path=tiny_xl_pipeline_dir, num_validation_images=2, num_vectors=2)
+    flags = {"pretrained_model_name_or_path": tiny_xl_pipeline_dir, "num_validation_images": 2, "num_vectors": 2}
+    health = run_dsi(draws_figures=True, **flags)
     assert [rows.shape for rows in read_rows(tmp_path / "style")] == [(2, 16), (2, 24)]
     assert len(health["embeddings"]) == 2
     record = read_record(tmp_path / "style" / "dsi_config.json")
@@ -107,7 +108,7 @@ def test_xl_learns_a_row_for_each_encoder(run_dsi, tiny_xl_pipeline_dir, tmp_pat
 
 
 def test_the_record_holds_what_the_next_step_needs(run_dsi, tiny_pipeline_dir, real_images_dir, tmp_path):
-    run_dsi(num_shots=2, few_shot_seed=1)
+    run_dsi(draws_figures=True, num_shots=2, few_shot_seed=1)
     record = read_record(tmp_path / "style" / "dsi_config.json")
     assert record["base_model"] == {"id": str(tiny_pipeline_dir), "revision": None}
     assert record["class_names"] == CLASS_NAMES
@@ -137,7 +138,7 @@ def test_the_first_loss_is_what_the_pipelines_own_parts_give(run_dsi, tiny_pipel
     batches = []
     original = train_dsi.denoising_loss
     monkeypatch.setattr(train_dsi, "denoising_loss", lambda *args: (batches.append(args[0]), original(*args))[1])
-    [loss] = run_dsi(max_train_steps=1, train_batch_size=6)["loss_history"]
+    [loss] = run_dsi(draws_figures=True, max_train_steps=1, train_batch_size=6)["loss_history"]
     [batch] = batches
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
     nouns = ["red square", "green circle", "blue-stripe"]
@@ -180,14 +181,20 @@ def test_accumulated_batches_give_the_same_token_as_one_large(run_dsi, tmp_path)
     assert torch.allclose(*rows, atol=1e-4)  # steps of about 0.1
 
 
-def test_a_compiled_unet_gives_the_same_token(run_dsi, monkeypatch, tmp_path):
-    run_dsi(output_dir=tmp_path / "plain")
+def test_a_compiled_unet_gives_the_same_token(run_dsi, copied_pipeline, monkeypatch, tmp_path):
+    small_unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        cross_attention_dim=16, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+    )  # fmt: skip
+    small_unet.save_pretrained(copied_pipeline / "unet")
+    model = {"pretrained_model_name_or_path": copied_pipeline}
+    run_dsi(output_dir=tmp_path / "plain", **model)
     backends = []
     original = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda *args, backend: (backends.append(backend), original(*args, backend=backend))[1]
     )
-    run_dsi(output_dir=tmp_path / "compiled", torch_compile=True, torch_compile_backend="aot_eager")
+    run_dsi(output_dir=tmp_path / "compiled", torch_compile=True, torch_compile_backend="aot_eager", **model)
     assert torch.allclose(*(read_rows(tmp_path / name)[0] for name in ("plain", "compiled")), atol=1e-4)
     assert backends == ["aot_eager"]
 
@@ -219,7 +226,7 @@ def test_epsilon_models_train_too(run_dsi, copied_pipeline, tiny_pipeline_dir, t
 
 
 def test_a_token_that_cannot_learn_is_said_plainly_also_in_the_card(run_dsi, capsys, tmp_path):
-    assert run_dsi(learning_rate=1e-12)["token_learned"] is False
+    assert run_dsi(draws_figures=True, learning_rate=1e-12)["token_learned"] is False
     assert "WARNING: the token learned nothing" in capsys.readouterr().out
     assert "This token learned nothing" in (tmp_path / "style" / "README.md").read_text()
 

@@ -39,7 +39,7 @@ def test_a_signal_ends_a_script_cleanly_and_a_second_one_does_not_disturb(number
     assert child.stdout.readline() == "working\n"
     child.send_signal(number)
     child.send_signal(signal.SIGTERM)
-    output, errors = child.communicate(timeout=20)
+    output, errors = child.communicate(timeout=300)
     assert output == "cleaned up\n"
     assert errors == "-c: interrupted. Go on with: the command\n"
     assert child.returncode == 128 + number

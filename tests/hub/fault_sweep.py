@@ -2,8 +2,8 @@
 
     python -m tests.hub.fault_sweep token|set|model WORK_DIR
 
-A process of its own, as the client reads HF_ENDPOINT when it is imported. Our own pauses are shortened; the client is
-as it is.
+A process of its own, as the client reads HF_ENDPOINT when it is imported. Only the pauses between tries are shortened,
+ours and the client's.
 """
 
 import json
@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 from tests.local_hub import Fault, LocalHub
 
@@ -112,9 +113,12 @@ def main(kind: str, work_dir: Path) -> None:
         hub.add_user(USER, TOKEN)
         os.environ.update(hub.environment(work_dir / "hf-home"))
         os.environ.pop("HF_HUB_OFFLINE", None)
+        from huggingface_hub.utils import _http
+
         from utils.hub import retries
 
-        retries.FIRST_PAUSE = 0.01
+        retries.wait_between_tries.set(lambda problem, pause: time.sleep(0.01))
+        _http.time = SimpleNamespace(sleep=lambda seconds: time.sleep(0.01))
         result = sweep(kind, hub, work_dir / "folders")
         result["server_failures"] = hub.failures
     print(json.dumps(result))

@@ -121,7 +121,7 @@ def test_a_file_above_the_threshold_goes_by_lfs_whatever_its_name(hub, tmp_path)
 
 def test_after_a_kill_only_what_is_missing_is_sent(hub, tmp_path, run_with_hub):
     folder = write_folder(tmp_path / "cars", FOLDERS["set"], "killed")
-    hub.inject(Fault("delay", "POST", "/commit/", seconds=60))
+    hub.inject(Fault("hold", "POST", "/commit/"))
     code = (
         "import sys; from utils.hub.publishing import publish_folder; from utils.hub.targets import open_target\n"
         "folder = sys.argv[1]; from tests.hub.fault_sweep import PATTERNS\n"
@@ -129,9 +129,9 @@ def test_after_a_kill_only_what_is_missing_is_sent(hub, tmp_path, run_with_hub):
     )
     env = hub.environment(tmp_path / "home", TOKEN) | {"PYTHONPATH": str(ROOT)}
     child = subprocess.Popen([sys.executable, "-c", code, str(folder)], env=env, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while time.time() < deadline and len([request for request in hub.log if request.method == "PUT"]) < 3:
-        time.sleep(0.05)
+    while not hub.faults_fired:
+        assert child.poll() is None
+        time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert len([request for request in hub.log if request.method == "PUT"]) == 3
@@ -149,7 +149,8 @@ def publish_behind(hub, ours: Path, theirs: Path) -> None:
     for folder in (ours, theirs):
         (folder / "data").mkdir(exist_ok=True)
     (ours / "data/train-00009.parquet").write_bytes(b"ours")
-    hub.inject(Fault("delay", "POST", "/preupload/", seconds=1.5))
+    held = Fault("hold", "POST", "/preupload/")
+    hub.inject(held)
     failures = []
 
     def push():
@@ -163,6 +164,7 @@ def publish_behind(hub, ours: Path, theirs: Path) -> None:
     while not hub.faults_fired:
         time.sleep(0.02)
     publish(theirs, stale_patterns=())
+    held.released.set()
     slow.join()
     if failures:
         raise failures[0]

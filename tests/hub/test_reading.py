@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,17 +25,32 @@ KINDS = {
     "classifier": ("model", "vit", "--model_name_or_path"),
 }
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
+OUT_OF_REACH = {"HF_HUB_OFFLINE": {"HF_HUB_OFFLINE": "1"}, "no network": {"HF_ENDPOINT": NOWHERE}}
 
 
-def ask(hub: LocalHub, hf_home: Path, cases: dict, **environment) -> tuple[dict, str]:
-    """Return the answers of a client in a process of its own, and what it wrote to stderr."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.hub.reading_client"],
-        input=json.dumps({case: (*values, *[None] * (5 - len(values))) for case, values in cases.items()}),
-        env=hub.environment(hf_home) | environment, cwd=REPOSITORY_ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), done.stderr
+class Client:
+    """A client in a process of its own, with one environment, that is asked as often as there are questions for it."""
+
+    def __init__(self, hub: LocalHub, hf_home: Path, **environment):
+        self.stderr_path = hf_home.with_name(f"{hf_home.name}.stderr")
+        with self.stderr_path.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.hub.reading_client"], env=hub.environment(hf_home) | environment,
+                cwd=REPOSITORY_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
+            )  # fmt: skip
+
+    def ask(self, cases: dict) -> tuple[dict, str]:
+        """Return the answers, and what was written to stderr with them."""
+        num_lines = len(self.stderr())
+        cases = {case: (*values, *[None] * (5 - len(values))) for case, values in cases.items()}
+        self.process.stdin.write(json.dumps(cases) + "\n")
+        self.process.stdin.flush()
+        answers = self.process.stdout.readline()
+        assert answers, "".join(self.stderr())
+        return json.loads(answers), "".join(self.stderr()[num_lines:])
+
+    def stderr(self) -> list[str]:
+        return self.stderr_path.read_text().splitlines(keepends=True)
 
 
 def files_of(folder: str | Path) -> dict[str, Path]:
@@ -85,8 +101,28 @@ def world(tmp_path_factory, tiny_pipeline_dir, real_images_dir, synthetic_dir, c
 
 
 @pytest.fixture(scope="module")
-def asked(world):
+def clients(world):
+    """A client that reaches the Hub, and one for each way in which it is out of reach; each HF_HOME is empty at first.
+
+    They are started together: most of their time goes into imports.
+    """
+    environments = {"used": {}} | OUT_OF_REACH
+    clients = {name: Client(world.hub, world.homes / name, **settings) for name, settings in environments.items()}
+    yield clients
+    for client in clients.values():
+        client.process.stdin.close()
+    assert [client.process.wait() for client in clients.values()] == [0] * len(clients)
+
+
+@pytest.fixture(scope="module")
+def client(clients):
+    return clients["used"]
+
+
+@pytest.fixture(scope="module")
+def asked(world, client):
     """What a client with an empty HF_HOME makes of every input, and the requests that it sent."""
+    world.hub.clear_log()
     cases = {}
     for kind, (repo_type, name, _) in KINDS.items():
         repo = f"ada/{name}"
@@ -116,7 +152,7 @@ def asked(world):
     cases["headless"] = ("classifier", "ada/headless")
     cases["torn"] = ("real", "ada/torn")
     cases["odd name"] = ("classifier", "ada/a--b..c")
-    answers, _ = ask(world.hub, world.homes / "used", cases)
+    answers, _ = client.ask(cases)
     return SimpleNamespace(answers=answers, log=list(world.hub.log), cdn_log=list(world.hub.cdn_log))
 
 
@@ -213,57 +249,59 @@ def test_a_token_goes_to_the_hub_only(asked):
     assert asked.cdn_log and {request.token for request in asked.cdn_log} == {None}
 
 
-def test_a_stored_login_is_used_and_the_flag_wins(world):
-    home = world.homes / "login"
-    home.mkdir()
-    (home / "token").write_text("hf_ada")
+def test_a_stored_login_is_used_and_the_flag_wins(asked, world, client):
+    login = world.homes / "used" / "token"
+    login.write_text("hf_ada")
     cases = {
         "flag": ("file", "ada/vit-private", None, "hf_bob"), "stored": ("file", "ada/vit-private"),
         "missing": ("file", "ada/no-such"),
     }  # fmt: skip
-    answers, _ = ask(world.hub, home, cases)
+    answers, _ = client.ask(cases)
+    login.unlink()
     assert answers["stored"]["commit"] == world.commits["vit-private"]["main"]
     assert "that the token (--hub_token) may read" in answers["flag"]["line"]
     assert "the token (of `hf auth login`) may read; for a private one, log in anew" in answers["missing"]["line"]
 
 
-OUT_OF_REACH = {"HF_HUB_OFFLINE": {"HF_HUB_OFFLINE": "1"}, "no network": {"HF_ENDPOINT": NOWHERE}}
-
-
-@pytest.mark.parametrize("how", OUT_OF_REACH)
-def test_out_of_reach_the_cache_is_used_at_the_same_commits(how, asked, world):
+@pytest.fixture(scope="module", params=OUT_OF_REACH)
+def unreached(request, asked, world, clients):
+    """How a Hub is out of reach; what a client makes of it with an empty HF_HOME, then with what was read before."""
+    how, home, client = request.param, world.homes / request.param, clients[request.param]
     cases = {kind: (kind, f"ada/{name}") for kind, (_, name, _) in KINDS.items()}
+    with_empty_cache, _ = client.ask(cases | {"real, commit": ("real", "ada/cars", world.commits["cars"]["main"])})
+    shutil.copytree(world.homes / "used", home, symlinks=True, dirs_exist_ok=True)
     cases |= {"real, tag": ("real", "ada/cars", "v1"), "synthetic, tag": ("synthetic", "ada/syn", "v1")}
     cases["real, commit"] = ("real", "ada/cars", world.commits["cars"]["dev"])
-    answers, stderr = ask(world.hub, world.homes / "used", cases, **OUT_OF_REACH[how])
+    with_cache, stderr = client.ask(cases)
+    return SimpleNamespace(how=how, home=home, with_empty_cache=with_empty_cache, with_cache=with_cache, stderr=stderr)
+
+
+def test_out_of_reach_the_cache_is_used_at_the_same_commits(unreached, asked):
+    answers, stderr, is_tried = unreached.with_cache, unreached.stderr, unreached.how == "no network"
     for kind in KINDS:
         assert without_seconds(answers[kind]) == without_seconds(asked.answers[f"{kind}, main"])
     assert without_seconds(answers["synthetic, tag"]) == without_seconds(asked.answers["synthetic, tag"])
     assert [answers[case]["num_images"] for case in ("real, tag", "real, commit")] == [60, 120]
-    assert sum(answer["seconds"] for answer in answers.values()) < 20  # no half minute of new tries for each
+    assert sum(answer["seconds_slept"] for answer in answers.values()) < 20  # no half minute of new tries for each
     told = [name for _, name, _ in KINDS.values() if f"Using cached commit hash for 'ada/{name}'" in stderr]
-    assert len(told) == (len(KINDS) if how == "no network" else 0)
-    assert ("--dataset_name ada/cars: the Hub cannot be reached" in stderr) == (how == "no network")
+    assert len(told) == (len(KINDS) if is_tried else 0)
+    assert ("--dataset_name ada/cars: the Hub cannot be reached" in stderr) == is_tried
 
 
-@pytest.mark.parametrize("how", OUT_OF_REACH)
-def test_out_of_reach_and_not_in_the_cache_is_one_line(how, world):
-    home = world.homes / f"empty, {how}"
-    cases = {kind: (kind, f"ada/{name}") for kind, (_, name, _) in KINDS.items()}
-    cases["real, commit"] = ("real", "ada/cars", world.commits["cars"]["main"])
-    answers, _ = ask(world.hub, home, cases, **OUT_OF_REACH[how])
+def test_out_of_reach_and_not_in_the_cache_is_one_line(unreached, world):
+    answers, how = unreached.with_empty_cache, unreached.how
     for kind, (_, name, flag) in KINDS.items():
         reason = f"the Hub ({NOWHERE}) cannot be reached ([Errno 111] Connection refused), "
-        cache, then = f"the cache ({home}/hub) does not have it", "; unset HF_HUB_OFFLINE to download it"
+        cache, then = f"the cache ({unreached.home}/hub) does not have it", "; unset HF_HUB_OFFLINE to download it"
         middle = f"{reason}and {cache}" if how == "no network" else f"and {cache}{then}"
         assert answers[kind]["line"] == f"{flag} ada/{name}: no such folder here, {middle}."
     assert f"does not have the images of commit {world.commits['cars']['main']}" in answers["real, commit"]["line"]
 
 
-def test_a_hub_that_fails_is_one_line_or_the_cache(asked, world):
+def test_a_hub_that_fails_is_one_line_or_the_cache(asked, world, client):
     world.hub.inject(Fault("status", path="ada/(cars|timm)", times=None, status=503))
     cases = {"cached": ("real", "ada/cars"), "not cached": ("classifier", "ada/timm-private", None, "hf_ada")}
-    answers, _ = ask(world.hub, world.homes / "used", cases)
+    answers, _ = client.ask(cases)
     world.hub.clear_faults()
     assert answers["cached"]["commit"] == world.commits["cars"]["main"]
     assert re.fullmatch(
@@ -273,4 +311,4 @@ def test_a_hub_that_fails_is_one_line_or_the_cache(asked, world):
 
 
 def without_seconds(answer: dict) -> dict:
-    return {key: value for key, value in answer.items() if key != "seconds"}
+    return {key: value for key, value in answer.items() if key != "seconds_slept"}

@@ -2,7 +2,7 @@
 
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -12,10 +12,10 @@ class Fault:
 
     Kinds: `status` answers with `status` and does nothing; `drop` closes the connection without an answer and does
     nothing; `truncate` sends half of the answer's body and closes; `lost_answer` does the work and closes without an
-    answer; `delay` sleeps `seconds`, then goes on.
+    answer; `delay` sleeps `seconds`, then goes on; `hold` goes on once `released` is set.
     """
 
-    kind: Literal["status", "drop", "truncate", "lost_answer", "delay"]
+    kind: Literal["status", "drop", "truncate", "lost_answer", "delay", "hold"]
     method: str | None = None  # None: any
     path: str = ""  # regular expression, searched in the path as it came, without the query
     times: int | None = 1  # None: for ever
@@ -23,9 +23,10 @@ class Fault:
     status: int = 503
     retry_after: int | None = None  # seconds, for a 429
     seconds: float = 0.0
+    released: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self):
-        if self.kind not in ("status", "drop", "truncate", "lost_answer", "delay"):
+        if self.kind not in ("status", "drop", "truncate", "lost_answer", "delay", "hold"):
             raise ValueError(f"no fault of kind '{self.kind}'")
 
     def matches(self, method: str, path: str) -> bool:

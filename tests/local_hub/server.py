@@ -81,6 +81,8 @@ class HubRequestHandler(BaseHTTPRequestHandler):
             return error_answer(HubError(fault.status, f"injected fault {fault.status}", headers=retry_after))
         if fault is not None and fault.kind == "delay":
             time.sleep(fault.seconds)
+        if fault is not None and fault.kind == "hold":
+            fault.released.wait()
         try:
             return self._do_work(request)
         except HubError as error:
