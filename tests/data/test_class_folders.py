@@ -153,7 +153,7 @@ def write_synthetic_record(folder, **real_images):
 
 
 def real_arguments(*argv):
-    return train_bridged.parse_arguments(argv)[1]
+    return train_bridged.parse_arguments(argv)[0].real
 
 
 def test_train_bridged_takes_the_class_folders_of_the_record(train_dir, tmp_path):

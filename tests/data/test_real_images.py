@@ -19,12 +19,17 @@ from utils.data.real_images import (
     inspect_images,
     load_real_images,
     refuse_damaged,
+    same_image_set,
 )
 from utils.data.splits import few_shot_indices
 
 
 def load(folder, **settings):
     return load_real_images(RealImagesRecord(str(folder), **settings))
+
+
+def pixels_of(images) -> list[bytes]:
+    return [image.tobytes() for image in images["image"]]
 
 
 def test_validation_is_carved_from_train_where_the_set_has_none(real_images_dir):
@@ -38,6 +43,22 @@ def test_validation_is_the_sets_own_beside_a_test_split(tmp_path):
     save_image_set(tmp_path, {"train": 5, "validation": 3, "test": 2})
     real_images = load(tmp_path)
     assert [len(real_images.train), len(real_images.validation), len(real_images.test)] == [15, 9, 6]
+
+
+def test_the_split_validation_is_the_test_where_there_is_no_other(tmp_path):
+    save_image_set(tmp_path, {"train": 10, "validation": 3})
+    real_images = load(tmp_path)
+    assert [len(real_images.train), len(real_images.validation), len(real_images.test)] == [27, 3, 9]
+    expected = Dataset.from_parquet(str(tmp_path / "data" / "validation-00000.parquet"))
+    assert pixels_of(real_images.test) == pixels_of(expected)
+
+
+def test_the_carved_validation_images_are_the_same_for_any_shots(real_images_dir):
+    whole, shots = load(real_images_dir), load(real_images_dir, num_shots=1, few_shot_seed=5, max_train_samples=2)
+    assert pixels_of(shots.validation) == pixels_of(whole.validation)
+    assert not set(pixels_of(whole.validation)) & set(pixels_of(whole.train))
+    # in every run and on every machine: records name the seed, not the rows
+    assert np.setdiff1d(np.arange(60), whole.train_indices).tolist() == [1, 12, 26, 31, 47, 57]
 
 
 def test_a_train_split_alone_is_cut_80_10_10(tmp_path):
@@ -121,6 +142,29 @@ def test_a_record_of_before_train_dir_is_read_and_has_a_name():
     record = RealImagesRecord(train_dir="photos")
     assert RealImagesRecord(**record.to_dict()) == record
     assert record.name == image_set_name(record.to_dict()) == "photos"
+
+
+def test_image_sets_are_the_same_by_name_or_by_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos" / "train").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    folders = [
+        "photos/train",
+        "./photos/train/",
+        "photos/../photos/train",
+        "link/train",
+        str(tmp_path / "photos/train"),
+    ]
+    for theirs in folders:
+        for ours in folders:
+            assert same_image_set(RealImagesRecord(train_dir=theirs).to_dict(), None, ours)
+            assert same_image_set({"dataset_name": theirs}, ours, None)
+        assert not same_image_set({"train_dir": theirs}, None, "photos")
+        assert not same_image_set({"train_dir": theirs}, theirs, None)
+    assert same_image_set({"dataset_name": "user/cars"}, "user/cars", None)
+    assert not same_image_set({"dataset_name": "user/cars"}, "user/vans", None)
+    assert not same_image_set({"dataset_name": "user/cars"}, None, "photos")
+    assert not same_image_set({}, "user/cars", None)
 
 
 def encode(image, image_format="PNG", **options) -> bytes:

@@ -1,29 +1,253 @@
+from io import BytesIO
+from pathlib import Path
+
 import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import Features, Image, IterableDataset
 
 from tests.conftest import CLASS_NAMES
 from utils.cli.errors import UserError
-from utils.transfer.synthetic_images import count_leaked_images, load_synthetic, open_synthetic
+from utils.cli.records import GENERATION_CONFIG, write_record
+from utils.synthesis.shards import shard_name, synthetic_features
+from utils.transfer.synthetic_images import (
+    SyntheticSource,
+    count_leaked_images,
+    load_synthetic,
+    num_images,
+    open_synthetic,
+)
 
 pytest_plugins = ["tests.transfer.fixtures"]
 
+KINDS = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
 
-def test_labels_follow_names_when_the_class_order_differs(make_synthetic_dir):
+
+def draw(name: str, class_index: int) -> bytes:
+    """Return an image that no other image of any class is equal to."""
+    buffer = BytesIO()
+    PIL.Image.new("RGB", (4, 4), (sum(name.encode()) % 256, class_index, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def rows_of(class_names, num_per_class: int) -> list[dict]:
+    """Return rows as generate_synthetic.py makes them: the class is the inner order."""
+    return [
+        {
+            "image": {"bytes": draw(name, index), "path": None}, "label": label, "class_index": index, "seed": 0,
+            "prompt": "", "guidance_scale": 3.0,
+        }
+        for index in range(num_per_class)
+        for label, name in enumerate(class_names)
+    ]  # fmt: skip
+
+
+def save_set(folder: Path, class_names, rows: list[dict], **record) -> str:
+    """Write rows as a synthetic set with four images a shard."""
+    features = synthetic_features(class_names)
+    schema = Features({name: features[name] for name in features if name in rows[0]}).arrow_schema
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for number, start in enumerate(range(0, len(rows), 4)):
+        table = pa.Table.from_pylist(rows[start : start + 4], schema=schema)
+        pq.write_table(table, folder / shard_name(number), row_group_size=3)
+    write_record(folder / GENERATION_CONFIG, {"real_images": {}, **record})
+    return str(folder)
+
+
+@pytest.fixture
+def whole_set(tmp_path) -> str:
+    """A finished set of six images a class in five shards."""
+    counts = {"num_images": 18, "num_images_per_class": 6, "num_redraws": {}}
+    return save_set(tmp_path / "whole", CLASS_NAMES, rows_of(CLASS_NAMES, 6), **counts)
+
+
+def load(folder: str, limit: int | None = None, class_names=tuple(CLASS_NAMES), **options):
+    return load_synthetic(open_synthetic(folder), list(class_names), limit, **options)
+
+
+def pairs_of(images) -> list[tuple[bytes, int]]:
+    """Return the stored bytes and the label of each image, in order."""
+    return [(row["image"]["bytes"], row["label"]) for row in images.cast_column("image", Image(decode=False))]
+
+
+@KINDS
+@pytest.mark.parametrize("limit", [None, 2])
+def test_a_permuted_set_gives_every_image_the_label_of_the_unpermuted(whole_set, tmp_path, streaming, limit):
     order = [CLASS_NAMES[index] for index in (2, 0, 1)]
-    images = load_synthetic(open_synthetic(str(make_synthetic_dir("permuted", order))), CLASS_NAMES)
+    permuted = save_set(tmp_path / "permuted", order, rows_of(order, 6))
+    images = load(permuted, limit, streaming=streaming)
     assert images.features["label"].names == CLASS_NAMES
-    assert images["label"][:3] == [2, 0, 1]
+    assert sorted(pairs_of(images)) == sorted(pairs_of(load(whole_set, limit)))
+    assert all(image == draw(CLASS_NAMES[label], row // 3) for row, (image, label) in enumerate(pairs_of(images)))
 
 
-def test_other_classes_are_an_error_that_lists_them(make_synthetic_dir):
-    folder = make_synthetic_dir("other", ["red_square", "green circle", "yellow"])
-    with pytest.raises(UserError, match="missing: blue-stripe; extra: yellow"):
-        load_synthetic(open_synthetic(str(folder)), CLASS_NAMES)
+@KINDS
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["red_square", "green circle", "yellow"],
+            "missing: blue-stripe; extra: yellow; --allow_missing_",
+        ),
+        (
+            ["Red Square", "green circle", "blue-stripe"],
+            "renamed: 'red_square' is 'Red Square' in the synth",
+        ),
+        (["red_squares", "blue-stripe"], "renamed: 'red_square' is 'red_squares' .*; missing: green circle; --allow"),
+        ([*CLASS_NAMES, "owl", "cat"], "real set; extra: cat, owl[.]"),
+        (CLASS_NAMES[:2], "real set; missing: blue-stripe; --allow_missing_classes takes"),
+        ([f"kind {i}" for i in range(13)], "extra: kind 0, kind 1, kind 10, kind 11, .*, kind 6 and 3 more; --allow"),
+    ],
+)
+def test_other_classes_are_one_line_that_lists_them(tmp_path, names, message, streaming):
+    folder = save_set(tmp_path / "other", names, rows_of(names, 1))
+    with pytest.raises(UserError, match=f"--synthetic_dataset .*other: its classes are not those of the .*{message}"):
+        load(folder, streaming=streaming)
 
 
-def test_first_of_each_class_are_kept(synthetic_dir):
-    images = load_synthetic(open_synthetic(str(synthetic_dir)), CLASS_NAMES, max_samples_per_class=2)
-    assert images["label"][:] == [0, 1, 2, 0, 1, 2]
+def test_names_that_differ_in_case_and_signs_only_are_renamed_classes(tmp_path):
+    folder = save_set(tmp_path, ["usa", "audi a4"], rows_of(["usa", "audi a4"], 1))
+    with pytest.raises(UserError, match="renamed: 'Audi-A4' is 'audi a4' in .* set, 'U.S.A' is 'usa' in .* set[.]"):
+        load(folder, class_names=["U.S.A", "Audi-A4"])
+
+
+@KINDS
+def test_a_set_without_class_names_is_an_error(whole_set, streaming):
+    for path in Path(whole_set).glob("data/*"):
+        pq.write_table(pq.read_table(path).replace_schema_metadata(), path)
+    with pytest.raises(UserError, match=r"has no 'image' and 'label' \(ClassLabel\) columns"):
+        load(whole_set, streaming=streaming)
+
+
+@KINDS
+def test_a_set_of_some_classes_loads_when_that_is_allowed(tmp_path, streaming):
+    names = CLASS_NAMES[2:0:-1]
+    some = save_set(tmp_path / "some", names, rows_of(names, 2))
+    assert [label for _, label in pairs_of(load(some, allow_missing_classes=True, streaming=streaming))] == [2, 1, 2, 1]
+    extra = save_set(tmp_path / "extra", ["owl"], rows_of(["owl"], 1))
+    with pytest.raises(UserError, match="not those of the real set; extra: owl[.]"):
+        load(extra, allow_missing_classes=True, streaming=streaming)
+
+
+@KINDS
+def test_classes_without_images_are_named_unless_allowed(tmp_path, streaming):
+    rows = [row for row in rows_of(CLASS_NAMES, 2) if row["label"] == 1]
+    folder = save_set(tmp_path / "set", CLASS_NAMES, rows, settings={"classes": ["green circle"]})
+    with pytest.raises(UserError, match="has no images of red_square, blue-stripe; --allow_missing_classes takes"):
+        load(folder, streaming=streaming)
+    assert [label for _, label in pairs_of(load(folder, allow_missing_classes=True, streaming=streaming))] == [1, 1]
+
+
+@pytest.mark.parametrize("damage", ["gone", "torn"])
+def test_a_set_without_all_of_its_images_is_refused_when_it_is_opened(whole_set, damage):
+    shard = Path(whole_set) / shard_name(1)
+    if damage == "gone":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(UserError, match="is not whole, 14 of 18 images are there; wait until .* or run the command"):
+        open_synthetic(whole_set)
+
+
+def test_a_set_with_fewer_images_than_counted_is_refused_when_it_is_loaded_from_a_cache(whole_set):
+    with pytest.raises(UserError, match="is not whole, 18 of 1,900 images are there"):
+        load_synthetic(SyntheticSource(whole_set, None, {"num_images": 1900}), CLASS_NAMES)
+
+
+def test_a_set_that_grew_and_one_that_counts_no_images_load(whole_set, tmp_path):
+    grown = save_set(Path(whole_set), CLASS_NAMES, rows_of(CLASS_NAMES, 8), num_images=24, num_images_per_class=8)
+    assert len(load(grown)) == 24
+    old = save_set(tmp_path / "old", CLASS_NAMES, rows_of(CLASS_NAMES, 1))
+    assert len(load(old)) == 3
+
+
+@KINDS
+def test_limits_keep_the_first_of_each_class_by_number_and_are_nested(tmp_path, streaming):
+    rows = rows_of(CLASS_NAMES, 6)
+    np.random.default_rng(0).shuffle(rows)
+    folder = save_set(tmp_path / "shuffled", CLASS_NAMES, rows)
+    for limit in range(1, 7):
+        kept = pairs_of(load(folder, limit, streaming=streaming))
+        expected = [(row["image"]["bytes"], row["label"]) for row in rows if row["class_index"] < limit]
+        assert kept == expected  # in the order of the set
+        assert len(kept) == 3 * limit
+
+
+def test_limits_of_a_set_without_numbers_keep_the_first_in_its_order(tmp_path):
+    rows = [{"image": row["image"], "label": row["label"]} for row in rows_of(CLASS_NAMES, 4)]
+    np.random.default_rng(0).shuffle(rows)
+    folder = save_set(tmp_path / "unnumbered", CLASS_NAMES, rows)
+    before = []
+    for limit in range(1, 5):
+        kept = pairs_of(load(folder, limit))
+        first = [[row["image"]["bytes"] for row in rows if row["label"] == label][:limit] for label in range(3)]
+        assert sorted(image for image, _ in kept) == sorted(sum(first, []))
+        assert set(before) < set(kept)
+        before = kept
+    with pytest.raises(UserError, match="--max_synthetic_samples_per_class 2: .* has no column 'class_index'"):
+        load(folder, 2, streaming=True)
+    assert pairs_of(load(folder, streaming=True)) == before
+
+
+@pytest.mark.parametrize("limit", [None, 1, 4])
+def test_a_stream_has_the_rows_of_the_whole_set(whole_set, limit):
+    whole, stream = load(whole_set, limit), load(whole_set, limit, streaming=True)
+    assert isinstance(stream, IterableDataset)
+    assert stream.features == whole.features
+    assert list(stream.features) == ["image", "label"]
+    assert pairs_of(stream) == pairs_of(whole)
+    assert [np.asarray(row["image"]).tolist() for row in stream] == [np.asarray(i).tolist() for i in whole["image"]]
+    assert num_images(open_synthetic(whole_set), limit) == len(whole)
+
+
+def test_images_of_a_record_without_counts_are_not_known(tmp_path):
+    assert num_images(open_synthetic(save_set(tmp_path, CLASS_NAMES, rows_of(CLASS_NAMES, 1)))) is None
+
+
+@KINDS
+def test_no_image_is_decoded_before_it_is_asked_for(whole_set, streaming, monkeypatch):
+    decoded = []
+    decode = Image.decode_example
+    monkeypatch.setattr(Image, "decode_example", lambda *args, **options: decoded.append(1) or decode(*args, **options))
+    images = load(whole_set, 4, streaming=streaming)
+    assert decoded == []
+    assert len(list(images)) == len(decoded) == 12
+
+
+def files_of(folder: str) -> dict[str, Path]:
+    return {str(path.relative_to(folder)): path for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_a_set_on_the_hub_is_streamed_at_its_commit(whole_set, local_hub_server):
+    repo = local_hub_server.create_repo("ada/streamed", "dataset")
+    commit = repo.commit(files_of(whole_set))
+    source = open_synthetic("ada/streamed")
+    repo.commit({shard_name(9): Path(whole_set) / shard_name(0)})
+    assert source.revision == commit
+    for limit in (None, 2):
+        stream = load_synthetic(source, CLASS_NAMES, limit, streaming=True)
+        assert pairs_of(stream) == pairs_of(load(whole_set, limit))
+
+
+def test_a_stream_out_of_reach_is_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="--streaming: ada/cars cannot be streamed, .*; without --streaming the cache"):
+        load_synthetic(SyntheticSource("ada/cars", "0" * 40, {}), CLASS_NAMES, streaming=True)
+
+
+def test_a_set_that_is_still_uploaded_is_refused_until_all_shards_are_there(whole_set, local_hub_server):
+    write_record(Path(whole_set) / GENERATION_CONFIG, {"num_images": 18})  # redraws are counted at the end
+    files = files_of(whole_set)
+    last = {path: files.pop(path) for path in (shard_name(0), shard_name(4))}
+    repo = local_hub_server.create_repo("ada/growing", "dataset")
+    repo.commit(files)
+    with pytest.raises(UserError, match="--synthetic_dataset ada/growing: is not whole, 12 of 18 images are there;"):
+        open_synthetic("ada/growing")
+    repo.commit(last)
+    source = open_synthetic("ada/growing")
+    assert pairs_of(load_synthetic(source, CLASS_NAMES, streaming=True)) == pairs_of(load(whole_set))
 
 
 def test_leak_counts_images_outside_the_subset():

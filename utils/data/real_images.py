@@ -5,6 +5,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import PIL.ExifTags
@@ -74,9 +75,9 @@ class RealImages:
 def load_real_images(record: RealImagesRecord, token: str | None = None) -> RealImages:
     """Load a labelled image set and split it.
 
-    Test is the split `test`, else `validation`; a set with train only is split 80/10/10. The validation part is the
-    split `validation` where there is a `test` too, else `train_val_split` of every class is carved off train, with a
-    fixed seed, before shots are drawn.
+    Test is the split `test`, else `validation`, so the images of `validation_dir` are the test part; a set with train
+    only is split 80/10/10. The validation part is the split `validation` where there is a `test` too, else
+    `train_val_split` of every class is carved off train, with a fixed seed, before shots are drawn.
 
     Raises:
         UserError: the set, a split or a column is not there; labels are missing; too few images for the shots.
@@ -103,6 +104,16 @@ def load_real_images(record: RealImagesRecord, token: str | None = None) -> Real
         indices = indices[kept]
     indices = indices[_training_subset(labels[indices], record)]
     return RealImages(train.select(indices), validation, test, class_names, record, indices)
+
+
+def same_image_set(record: dict, dataset_name: str | None, train_dir: str | None) -> bool:
+    """Say whether a record's real images (`real_images`) are those of the two flags: the same folder or id."""
+
+    def place(name: str | None) -> str | Path | None:
+        return Path(name).resolve() if name is not None and Path(name).is_dir() else name
+
+    recorded = place(record.get("dataset_name")), place(record.get("train_dir"))
+    return recorded == (place(dataset_name), place(train_dir))
 
 
 def _training_subset(labels: np.ndarray, record: RealImagesRecord) -> np.ndarray:

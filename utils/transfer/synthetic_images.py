@@ -1,14 +1,31 @@
 """A synthetic set for fine-tuning: its record, its labels in the real set's order, and what its token has seen."""
 
+import difflib
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, load_dataset
+from datasets.exceptions import DatasetsError
+from fsspec.implementations.local import LocalFileSystem
+from huggingface_hub import HfFileSystem
 
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.hub.data_sets import load_data_set
 from utils.hub.repositories import Source, open_source
+
+FLAG = "--synthetic_dataset"
+HOW_TO_ALLOW = "--allow_missing_classes takes a set without some of the classes"
+MAX_LISTED = 10
+NUM_THREADS = 16  # they wait for the Hub
+ROWS_AT_A_TIME = 100  # of a stream: as many as generate_synthetic.py puts into a row group
+SIMILARITY = 0.8  # from which on two names are taken for spellings of one
 
 
 @dataclass(frozen=True)
@@ -24,51 +41,186 @@ def open_synthetic(name: str, revision: str | None = None, token: str | None = N
     """Read the record of a synthetic set, a local folder or a data set id.
 
     Raises:
-        UserError: there is no such set, or it has no record.
+        UserError: there is no such set, it has no record, or fewer images than its record counts.
     """
-    source = open_source(name, "--synthetic_dataset", "dataset", revision, token)
+    source = open_source(name, FLAG, "dataset", revision, token)
     record = read_record(source.file(GENERATION_CONFIG, "a synthetic set of generate_synthetic.py"))
+    # Into a repository the record comes with the first shards; counted redraws come into it once all shards are there
+    if source.is_local or ("num_redraws" not in record and source.is_reachable()):
+        _refuse_unfinished(name, record, partial(_count_rows, source))
     return SyntheticSource(name, source.revision, record)
 
 
-def load_synthetic(
-    source: SyntheticSource, class_names: list[str], max_samples_per_class: int | None = None, token: str | None = None
-) -> Dataset:
-    """Return the images with the columns `image` and `label`, labels in the order of `class_names`.
+def num_images(source: SyntheticSource, max_samples_per_class: int | None = None) -> int | None:
+    """Return how many images `load_synthetic` gives, from the record alone; None where it does not count them."""
+    num_all, num_per_class = source.record.get("num_images"), source.record.get("num_images_per_class")
+    if num_all is None or num_per_class is None:
+        return None
+    return num_all // num_per_class * min(num_per_class, max_samples_per_class or num_per_class)
 
-    `max_samples_per_class` keeps the first images of each class, in the order of the set.
+
+def load_synthetic(
+    source: SyntheticSource,
+    class_names: list[str],
+    max_samples_per_class: int | None = None,
+    token: str | None = None,
+    *,
+    allow_missing_classes: bool = False,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """Return the images with the columns `image` and `label`, in the set's order, labels as in `class_names`.
+
+    `max_samples_per_class` keeps those with the lowest `class_index`: they are among those of any higher limit. A set
+    without that column gives the first of each class. `allow_missing_classes` takes a set that lacks some of
+    `class_names`, or has no images of them. With `streaming` nothing is downloaded ahead; which classes have images is
+    then what the record says (`settings.classes`), and where it says nothing only the names are compared.
 
     Raises:
-        UserError: the set cannot be loaded; its classes are not `class_names`; the message lists which.
+        UserError: the set cannot be loaded, or is not whole; its classes are not `class_names` (the message lists what
+            is renamed, missing, extra or empty); a stream is to be limited and has no `class_index`.
     """
-    repository = Source(source.name, "--synthetic_dataset", "dataset", source.revision, token or None)
-    images = load_data_set(repository, split="train")
-    if not isinstance(images.features.get("label"), ClassLabel) or "image" not in images.features:
-        raise UserError(f"--synthetic_dataset {source.name}: has no 'image' and 'label' (ClassLabel) columns.")
-    names = images.features["label"].names
-    missing = sorted(set(class_names) - set(names))
-    extra = sorted(set(names) - set(class_names))
-    if missing or extra:
-        problems = [f"{what}: {', '.join(found)}" for what, found in (("missing", missing), ("extra", extra)) if found]
-        raise UserError(
-            f"--synthetic_dataset {source.name}: its classes are not those of the real set; {'; '.join(problems)}."
-        )
-    labels = np.array([class_names.index(name) for name in names])[np.asarray(images["label"])]
-    empty = sorted(set(class_names) - {class_names[label] for label in np.unique(labels)})
-    if empty:
-        raise UserError(f"--synthetic_dataset {source.name}: has no images of {', '.join(empty)}.")
-    images = images.select_columns("image").add_column("label", labels, feature=ClassLabel(names=class_names))
-    return images if max_samples_per_class is None else first_per_class(images, max_samples_per_class)
-
-
-def first_per_class(images: Dataset, limit: int) -> Dataset:
-    """Return the first `limit` images of each class, in their order."""
-    labels = np.asarray(images["label"])
-    kept = np.concatenate([np.flatnonzero(labels == label)[:limit] for label in np.unique(labels)])
-    return images.select(np.sort(kept))
+    load = _load_stream if streaming else _load_whole
+    repository = Source(source.name, FLAG, "dataset", source.revision, token or None)
+    images, with_images = load(repository, source.record, class_names, max_samples_per_class, allow_missing_classes)
+    empty = [name for name in class_names if name not in with_images]
+    if empty and not allow_missing_classes:
+        raise UserError(f"{FLAG} {source.name}: has no images of {_listed(empty)}; {HOW_TO_ALLOW}.")
+    return images
 
 
 def count_leaked_images(record: dict, train_indices: np.ndarray) -> int:
     """Return how many rows of the real train split the style token saw outside `train_indices`."""
     seen = record.get("train_indices") or []
     return len(set(seen) - set(train_indices.tolist()))
+
+
+def _count_rows(source: Source) -> int:
+    """Return how many rows a set's parquet files hold, by their footers; a torn file holds none."""
+    filesystem = LocalFileSystem() if source.is_local else HfFileSystem(token=source.token)
+    root = source.name if source.is_local else f"datasets/{source.name}@{source.revision}"
+
+    def num_rows(path: str) -> int:
+        try:
+            return pq.read_metadata(path, filesystem=filesystem).num_rows
+        except pa.ArrowInvalid:
+            return 0
+
+    with source.reading("its images cannot be counted"), ThreadPoolExecutor(NUM_THREADS) as threads:
+        return sum(threads.map(num_rows, (path for path in filesystem.find(root) if path.endswith(".parquet"))))
+
+
+def _refuse_unfinished(name: str, record: dict, count: Callable[[], int]) -> None:
+    """Raise where there are fewer images than the record counts; those of old sets count none."""
+    expected = record.get("num_images")
+    if expected is None:
+        return
+    there = count()
+    if there < expected:
+        raise UserError(
+            f"{FLAG} {name}: is not whole, {there:,} of {expected:,} images are there; wait until all are made and "
+            "uploaded, or run the command that makes the set again: it goes on where it stopped."
+        )
+
+
+def _load_whole(
+    repository: Source, record: dict, class_names: list[str], limit: int | None, allow_missing: bool
+) -> tuple[Dataset, set[str]]:
+    """Return the images, in a memory map, and which classes have some."""
+    images = load_data_set(repository, split="train")
+    _refuse_unfinished(repository.name, record, lambda: len(images))
+    real_labels = _match_classes(repository.name, images.features, class_names, allow_missing)
+    table = images.data  # of its whole columns neither an image is decoded nor a list made
+    labels = real_labels[table.column("label").to_numpy()]
+    images = images.select_columns("image").add_column("label", labels, feature=ClassLabel(names=class_names))
+    if limit is not None:
+        has_index = "class_index" in table.column_names
+        class_index = table.column("class_index").to_numpy() if has_index else _count_up(labels)
+        kept = np.flatnonzero(class_index < limit)
+        images, labels = images.select(kept), labels[kept]
+    return images, {class_names[label] for label in np.unique(labels)}
+
+
+def _count_up(labels: np.ndarray) -> np.ndarray:
+    """Return of each image how many of its class come before it."""
+    class_index = np.empty_like(labels)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        class_index[rows] = np.arange(len(rows))
+    return class_index
+
+
+def _load_stream(
+    repository: Source, record: dict, class_names: list[str], limit: int | None, allow_missing: bool
+) -> tuple[IterableDataset, set[str]]:
+    """Return the images as they come out of the files, and which classes have some as far as the record says."""
+    if not repository.is_local and not repository.is_reachable():
+        raise UserError(
+            f"--streaming: {repository.name} cannot be streamed, the Hub cannot be reached; without --streaming the "
+            "cache is used."
+        )
+    # pyarrow passes over what does not fit the filter, and over whole row groups without reading them
+    options = {} if limit is None else {"filters": [("class_index", "<", limit)]}
+    with repository.reading("cannot be loaded", also=(DatasetsError, ValueError, RuntimeError)):
+        images = load_dataset(
+            repository.name, split="train", streaming=True, revision=repository.revision, token=repository.token,
+            **options,
+        )  # fmt: skip
+    real_labels = _match_classes(repository.name, images.features, class_names, allow_missing)
+    if limit is not None and "class_index" not in images.features:
+        raise UserError(
+            f"--max_synthetic_samples_per_class {limit}: '{repository.name}' has no column 'class_index', by which a "
+            "stream is limited; leave out one of this and --streaming."
+        )
+    features = Features({"image": Image(), "label": ClassLabel(names=class_names)})
+    images = images.select_columns(list(features)).with_format("arrow")  # tables, so that no image is decoded here
+    images = images.map(
+        _relabel, fn_kwargs={"real_labels": real_labels}, batched=True, batch_size=ROWS_AT_A_TIME, features=features
+    )
+    with_images = record.get("settings", {}).get("classes", [class_names[label] for label in real_labels])
+    return images.with_format(None), set(with_images)
+
+
+def _relabel(table: pa.Table, real_labels: np.ndarray) -> pa.Table:
+    labels = pa.array(real_labels[table["label"].to_numpy()])
+    return table.set_column(table.schema.get_field_index("label"), "label", labels)
+
+
+def _match_classes(name: str, features: Features, class_names: list[str], allow_missing: bool) -> np.ndarray:
+    """Return the place in `class_names` of each of a set's labels, found by name.
+
+    Raises:
+        UserError: there are no such columns; classes are renamed, extra or, unless `allow_missing`, missing.
+    """
+    if not isinstance(features.get("label"), ClassLabel) or "image" not in features:
+        raise UserError(f"{FLAG} {name}: has no 'image' and 'label' (ClassLabel) columns.")
+    names = features["label"].names
+    missing, extra = sorted(set(class_names) - set(names)), sorted(set(names) - set(class_names))
+    renamed = _find_renamed(missing, extra)
+    missing = [known for known in missing if known not in renamed and not allow_missing]
+    extra = [other for other in extra if other not in renamed.values()]
+    found = {
+        "renamed": [f"'{known}' is '{other}' in the synthetic set" for known, other in renamed.items()],
+        "missing": missing,
+        "extra": extra,
+    }
+    problems = "; ".join(f"{what}: {_listed(names)}" for what, names in found.items() if names)
+    if problems:
+        advice = f"; {HOW_TO_ALLOW}" if missing else ""
+        raise UserError(f"{FLAG} {name}: its classes are not those of the real set; {problems}{advice}.")
+    return np.array([class_names.index(known) for known in names])
+
+
+def _find_renamed(missing: list[str], extra: list[str]) -> dict[str, str]:
+    """Return missing name -> the extra one that is the same but for case and signs, else much alike."""
+    left = {re.sub(r"[\W_]", "", other.casefold()): other for other in extra}
+    plain = {known: re.sub(r"[\W_]", "", known.casefold()) for known in missing}
+    renamed = {known: left.pop(key) for known, key in plain.items() if key in left}
+    for known in [known for known in missing if known not in renamed][:MAX_LISTED]:
+        for key in difflib.get_close_matches(plain[known], left, n=1, cutoff=SIMILARITY):
+            renamed[known] = left.pop(key)
+    return renamed
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
