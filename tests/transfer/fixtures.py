@@ -1,53 +1,33 @@
 """Tiny classifiers of transformers and timm with random weights, and a synthetic set with its record."""
 
+import functools
+
 import pytest
 import torch
 
 from tests.conftest import CLASS_NAMES, save_image_set
+from tests.transfer.architectures import save_architecture
 from utils.cli.records import GENERATION_CONFIG, write_record
 from utils.data.real_images import RealImagesRecord
 
 
-def _save_vit(folder) -> None:
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+@pytest.fixture(scope="session")
+def save_classifier_of(tmp_path_factory):
+    """Return the folder of a tiny classifier of an architecture, as in `architectures.py`, saved when first used."""
 
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8,
-        num_labels=7,
-    )  # fmt: skip
-    ViTForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    @functools.cache
+    def save(name: str) -> str:
+        folder = str(tmp_path_factory.mktemp("classifiers") / name)
+        torch.manual_seed(0)
+        save_architecture(folder, name)
+        return folder
 
-
-def _save_resnet(folder) -> None:
-    from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
-
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=7)
-    ResNetForImageClassification(config).save_pretrained(folder)
-    ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(folder)
-
-
-def _save_timm(folder, architecture: str = "test_efficientnet") -> None:
-    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
-
-    pretrained_cfg = {
-        "input_size": [3, 32, 32], "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0,
-    }  # fmt: skip
-    config = TimmWrapperConfig(architecture=architecture, pretrained_cfg=pretrained_cfg, num_labels=7)
-    TimmWrapperForImageClassification(config).save_pretrained(folder)
-
-
-SAVERS = {"vit": _save_vit, "resnet": _save_resnet, "timm": _save_timm}
+    return save
 
 
 @pytest.fixture(scope="session")
-def classifiers(tmp_path_factory) -> dict[str, str]:
-    folders = {}
-    for name, save in SAVERS.items():
-        torch.manual_seed(0)
-        folders[name] = str(tmp_path_factory.mktemp("classifiers") / name)
-        save(folders[name])
-    return folders
+def classifiers(save_classifier_of) -> dict[str, str]:
+    return {name: save_classifier_of(name) for name in ("vit", "resnet", "timm")}
 
 
 @pytest.fixture(scope="session")

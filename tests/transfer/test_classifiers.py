@@ -1,35 +1,133 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from tests.conftest import CLASS_NAMES
-from utils.transfer.classifiers import head_parameter_names, load_classifier, load_image_processor, save_classifier
+from tests.transfer.architectures import HEADS, save_timm
+from utils.cli.errors import UserError
+from utils.transfer.classifiers import load_classifier, load_image_processor, load_pretrained, save_classifier
+from utils.transfer.heads import head_parameter_names
 
 pytest_plugins = ["tests.transfer.fixtures"]
 
 
-@pytest.mark.parametrize("name", ["vit", "resnet", "timm"])
-def test_reset_changes_the_head_only_and_keep_nothing(classifiers, name, tmp_path):
-    path = classifiers[name]
+def tensors_of(model) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers, also those that no checkpoint holds."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_reset_changes_the_head_only_and_keep_nothing(save_classifier_of, name, tmp_path):
+    path = save_classifier_of(name)
     first = load_classifier(path, CLASS_NAMES, True, seed=0)
+    head = set(head_parameter_names(first))
+    pretrained = tensors_of(load_pretrained(path))  # of seven classes
+    assert all(torch.equal(value, pretrained[key]) for key, value in tensors_of(first).items() if key not in head)
     save_classifier(first, load_image_processor(path), tmp_path)
-    saved = load_classifier(str(tmp_path), CLASS_NAMES, False, seed=1).state_dict()
+    saved = tensors_of(load_classifier(str(tmp_path), CLASS_NAMES, False, seed=1))
     fresh = load_classifier(str(tmp_path), CLASS_NAMES, True, seed=1)
-    changed = {key for key, value in fresh.state_dict().items() if not torch.equal(value, saved[key])}
-    assert all(torch.equal(saved[key], value) for key, value in first.state_dict().items())
+    changed = {key for key, value in tensors_of(fresh).items() if not torch.equal(value, saved[key])}
+    assert all(torch.equal(saved[key], value) for key, value in tensors_of(first).items())
     again = load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0)  # the same draw once more is no error
-    assert all(torch.equal(saved[key], value) for key, value in again.state_dict().items())
-    head = set(head_parameter_names(fresh))
+    assert all(torch.equal(saved[key], value) for key, value in tensors_of(again).items())
+    assert head == set(head_parameter_names(fresh))
     assert changed and changed <= head
     assert {key for key in head if key.endswith("weight")} <= changed
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet", "timm"])
-def test_saved_channels_last_model_loads_in_a_pipeline(classifiers, name, tmp_path):
-    path = classifiers[name]
+def test_saved_channels_last_model_loads_in_a_pipeline(save_classifier_of, name, tmp_path):
+    path = save_classifier_of(name)
     model = load_classifier(path, CLASS_NAMES, True, seed=0).to(memory_format=torch.channels_last)
     save_classifier(model, load_image_processor(path), tmp_path)
     classify = pipeline("image-classification", model=str(tmp_path))
     assert list(classify.model.config.id2label.values()) == CLASS_NAMES
     for key, value in model.state_dict().items():
         assert torch.equal(classify.model.state_dict()[key].cpu(), value)
+
+
+def test_half_precision_checkpoint_is_trained_in_float32(save_classifier_of, tmp_path):
+    load_classifier(save_classifier_of("vit"), CLASS_NAMES, True, seed=0).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = load_classifier(str(tmp_path), CLASS_NAMES, False, seed=0)
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+
+
+def test_checkpoint_without_a_head_is_an_error(tmp_path):
+    save_timm(tmp_path, "test_efficientnet", {"features_only": True})
+    with pytest.raises(UserError, match=f"--model_name_or_path {tmp_path}: .* there is no head to train"):
+        load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0)
+
+
+def test_what_a_checkpoint_lacks_is_drawn_from_the_seed(save_classifier_of, tmp_path):
+    model = load_classifier(save_classifier_of("vit"), CLASS_NAMES, True, seed=0)
+    lacking = "vit.embeddings.patch_embeddings.projection.weight"
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[lacking]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    first, again, other = (
+        load_classifier(str(tmp_path), CLASS_NAMES, False, seed).get_parameter(lacking) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def is_random_in_training(model) -> bool:
+    """Return whether two passes over the same batch differ in train mode, asserting that in eval mode they don't."""
+    pixel_values = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.eval()
+        assert torch.equal(model(pixel_values=pixel_values).logits, model(pixel_values=pixel_values).logits)
+        model.train()
+        return not torch.equal(model(pixel_values=pixel_values).logits, model(pixel_values=pixel_values).logits)
+
+
+DROPOUT, DROP_PATH = {"dropout": 0.5}, {"drop_path_rate": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("vit", DROPOUT), ("dinov2", DROPOUT), ("dinov2", DROP_PATH), ("convnext", DROP_PATH),
+        ("swin", DROPOUT | {"drop_path_rate": 0.0}), ("swin", DROP_PATH | {"dropout": 0.0}),
+        ("efficientnet", DROPOUT | {"drop_path_rate": 0.0}), ("efficientnet", DROP_PATH | {"dropout": 0.0}),
+        ("timm", DROPOUT), ("timm_resnet", DROPOUT), ("timm_resnet", DROP_PATH),
+        ("timm_vit", DROPOUT), ("timm_vit", DROP_PATH), ("timm_dinov3", DROP_PATH),
+    ],
+)  # fmt: skip
+def test_dropout_acts_in_training_only_and_is_saved(save_classifier_of, name, rates, tmp_path):
+    path = save_classifier_of(name)
+    torch.manual_seed(0)
+    model = load_classifier(path, CLASS_NAMES, True, seed=0, **rates)
+    assert is_random_in_training(model)
+    save_classifier(model, load_image_processor(path), tmp_path)
+    assert is_random_in_training(load_classifier(str(tmp_path), CLASS_NAMES, False, seed=0))
+    without = load_classifier(str(tmp_path), CLASS_NAMES, False, seed=0, **dict.fromkeys(rates, 0.0))
+    assert not is_random_in_training(without)
+
+
+def test_dropout_leaves_attention_alone(save_classifier_of):
+    config = load_classifier(save_classifier_of("vit"), CLASS_NAMES, True, seed=0, dropout=0.5).config
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "kind"),
+    [
+        ("resnet", "dropout", "dropout"),
+        ("resnet", "drop_path_rate", "drop path"),
+        ("vit", "drop_path_rate", "drop path"),
+        ("convnext", "dropout", "dropout"),
+    ],
+)
+def test_dropout_of_a_model_without_it_is_an_error(save_classifier_of, name, flag, kind):
+    path = save_classifier_of(name)
+    with pytest.raises(UserError, match=f"--{flag} 0.1: {path} has no {kind}; leave the flag out."):
+        load_classifier(path, CLASS_NAMES, True, seed=0, **{flag: 0.1})
+
+
+def test_drop_path_of_a_timm_model_without_it_is_an_error(tmp_path):
+    save_timm(tmp_path, "densenet121", {"growth_rate": 4, "block_config": [1, 1, 1, 1]})
+    assert is_random_in_training(load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0, dropout=0.5))
+    with pytest.raises(UserError, match=f"--drop_path_rate 0.1: {tmp_path} has no drop path"):
+        load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0, drop_path_rate=0.1)

@@ -1,6 +1,5 @@
 """Image classifiers of transformers and timm: load with a fresh or a kept head, save so that a pipeline loads them."""
 
-import copy
 from pathlib import Path
 
 import torch
@@ -15,6 +14,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from utils.cli.errors import UserError
 from utils.hub.repositories import Source, open_source
+from utils.transfer.heads import head_parameter_names
+from utils.transfer.heads import reset_head as draw_head
 
 NO_CLASSIFIER = "does not load as an image classifier"
 WEIGHTS = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
@@ -57,11 +58,23 @@ def load_pretrained(name: str, **hub_options) -> PreTrainedModel | None:
     return model if not info["missing_keys"] and not info["mismatched_keys"] else None
 
 
-def load_classifier(name: str, class_names: list[str], reset_head: bool, seed: int, **hub_options) -> PreTrainedModel:
+def load_classifier(
+    name: str,
+    class_names: list[str],
+    reset_head: bool,
+    seed: int,
+    *,
+    dropout: float | None = None,
+    drop_path_rate: float | None = None,
+    **hub_options,
+) -> PreTrainedModel:
     """Return a checkpoint as a classifier of `class_names`, with a fresh head drawn from `seed` or with its own.
 
+    Weights are float32, in which they are trained, whatever they were saved in. `dropout` and `drop_path_rate`, in
+    [0, 1), are the checkpoint's own when None.
+
     Raises:
-        UserError: the checkpoint does not fit an image classifier.
+        UserError: the checkpoint does not fit an image classifier, it has no head that can be found or no such dropout.
         AssertionError: the head should be kept and was made for other classes.
     """
     config = _load_config(name, **hub_options)
@@ -71,13 +84,53 @@ def load_classifier(name: str, class_names: list[str], reset_head: bool, seed: i
     config.label2id = {class_name: index for index, class_name in enumerate(class_names)}
     if config.model_type == "timm_wrapper":
         config.label_names = class_names  # it would save the old names, and load them in place of id2label
+    for flag, rate in (("dropout", dropout), ("drop_path_rate", drop_path_rate)):
+        if rate is not None:
+            _set_rate(config, flag, rate)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model, info = _load_weights(name, config, **hub_options)
-        if reset_head:
-            fresh = {key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
-            _reset_parameters(model, set(head_parameter_names(model)) - fresh)
+        torch.manual_seed(seed)  # for what the checkpoint lacks
+        model, _ = _load_weights(name, config, dtype=torch.float32, **hub_options)
+    if not head_parameter_names(model):
+        raise UserError(
+            f"--model_name_or_path {name}: no parameter depends on the number of classes, so there is no head to train;"
+            " an image classifier is wanted."
+        )
+    if reset_head:
+        draw_head(model, seed)
     return model
+
+
+def _set_rate(config: PreTrainedConfig, flag: str, rate: float) -> None:
+    """Set one kind of dropout in the config, so that what is saved says how it was trained."""
+    if config.model_type == "timm_wrapper":
+        _set_timm_rate(config, flag, rate)
+        return
+    keys = [key for key in config.to_dict() if _kind_of_rate(key) == flag]
+    if not keys:
+        raise _no_such_rate(config, flag, rate)
+    for key in keys:
+        old = getattr(config, key)  # some have a rate for each of their stages
+        setattr(config, key, [rate] * len(old) if isinstance(old, list) else rate)
+
+
+def _kind_of_rate(key: str) -> str | None:
+    if "drop_path" in key or "drop_connect" in key:
+        return "drop_path_rate"
+    return "dropout" if "drop" in key and "att" not in key else None  # attention's is a third kind
+
+
+def _set_timm_rate(config: PreTrainedConfig, flag: str, rate: float) -> None:
+    config.model_args = (config.model_args or {}) | {{"dropout": "drop_rate"}.get(flag, flag): rate}
+    try:
+        with torch.device("meta"):
+            AutoModelForImageClassification.from_config(config)
+    except TypeError:  # not an argument of this architecture
+        raise _no_such_rate(config, flag, rate) from None
+
+
+def _no_such_rate(config: PreTrainedConfig, flag: str, rate: float) -> UserError:
+    kind = {"dropout": "dropout", "drop_path_rate": "drop path"}[flag]
+    return UserError(f"--{flag} {rate}: {config.name_or_path} has no {kind}; leave the flag out.")
 
 
 def _reading(name: str | Path, problem: str, revision: str | None = None, token: str | None = None, **_):
@@ -95,29 +148,6 @@ def _load_weights(name: str, config: PreTrainedConfig, **hub_options) -> tuple[P
         return AutoModelForImageClassification.from_pretrained(
             name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **hub_options
         )
-
-
-def head_parameter_names(model: PreTrainedModel) -> list[str]:
-    """Return the names of the parameters whose shape depends on the number of classes, in the model's order."""
-    other_config = copy.deepcopy(model.config)
-    other_config.num_labels = model.config.num_labels + 1
-    with torch.device("meta"):  # shapes without memory
-        other = dict(type(model)(other_config).named_parameters())
-    return [name for name, parameter in model.named_parameters() if parameter.shape != other[name].shape]
-
-
-def _reset_parameters(model: PreTrainedModel, names: set[str]) -> None:
-    with torch.no_grad():
-        for name in names:
-            model.get_parameter(name).fill_(torch.nan)  # what is left of it was not initialised
-    for module_name in sorted({name.rpartition(".")[0] for name in names}):
-        module = model.get_submodule(module_name)
-        for owner in (module, *module.parameters(recurse=False)):
-            # transformers skips what it believes to be loaded
-            owner._is_hf_initialized = False
-        model._init_weights(module)
-    for name in names:
-        assert model.get_parameter(name).isfinite().all(), f"{name} was not initialised again"
 
 
 def save_classifier(model: PreTrainedModel, image_processor, output_dir: str | Path) -> None:

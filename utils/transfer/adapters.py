@@ -1,0 +1,154 @@
+"""LoRA by peft: one adapter with its head through both stages, saved beside the merged weights, and loaded again."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from torch import nn
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from utils.cli.errors import UserError
+from utils.transfer.classifiers import save_classifier
+from utils.transfer.heads import head_module_names
+from utils.transfer.image_datasets import EvalImages
+
+ADAPTER_DIR = "adapter"
+NUM_CHECKED_IMAGES = 4
+MAX_RELATIVE_DIFFERENCE = 1e-3  # of logits; merging rounds weights, about 1e-6 of them
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A low-rank update of `r` per layer, scaled by `alpha / r`; `dropout` in [0, 1) acts on its input.
+
+    `target_modules` are full names of layers or the ends of such, as in peft. None takes all linear layers and
+    convolutions outside the head, whatever the architecture.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] | None = None
+
+
+def add_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int, *, revision: str | None = None) -> PeftModel:
+    """Return the classifier with a fresh LoRA adapter drawn from `seed`; only that and the whole head are trained.
+
+    `revision` is that of the checkpoint, which the adapter will need again.
+
+    Raises:
+        UserError: no layer has such a name, or one of them cannot take an adapter.
+
+    Source: LoRA, Hu et al. 2022.
+    """
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=_target_modules(model, lora.target_modules),
+        modules_to_save=head_module_names(model),
+        revision=revision,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def _target_modules(model: PreTrainedModel, ends: tuple[str, ...] | None) -> list[str]:
+    adaptable = adaptable_module_names(model)
+    if ends is None:
+        return adaptable
+    names = {end: [name for name, _ in model.named_modules() if f".{name}".endswith(f".{end}")] for end in ends}
+    for end, found in names.items():
+        refused = sorted(set(found) - set(adaptable))
+        if refused or not found:
+            problem = f"{', '.join(refused)} cannot take an adapter" if refused else "there is no such layer"
+            examples = ", ".join(adaptable[:5])
+            raise UserError(f"--lora_target_modules {end}: {problem}; of those that can, the first are {examples}.")
+    return [name for found in names.values() for name in found]
+
+
+def adaptable_module_names(model: PreTrainedModel) -> list[str]:
+    """Return the layers outside the head that peft can both train and merge.
+
+    Grouped convolutions cannot be merged; of dilation and padding mode peft knows nothing, and nothing of layers that
+    are torch's but for a forward pass of their own (timm's padding as in TensorFlow, standardised weights).
+    """
+    head = set(head_module_names(model))
+    return [name for name, module in model.named_modules() if name not in head and _is_adaptable(module)]
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    if type(module) is nn.Conv2d:
+        return module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
+    return type(module) is nn.Linear
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """Return the classifier with the adapter and the head from a folder, both to be trained on."""
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Write adapter and head as safetensors, with the base checkpoint's name and commit in `adapter_config.json`."""
+    model.save_pretrained(str(folder))
+    (Path(folder) / "README.md").unlink()  # peft's card is a form to fill in
+
+
+def save_merged(model: PeftModel, image_processor, output_dir: str | Path) -> None:
+    """Write a plain classifier with merged weights, and in `adapter/` what was trained; load both again and compare.
+
+    The first loads like any checkpoint. The second goes onto the base checkpoint, whose name and commit are in its
+    `adapter_config.json`, with the classes of the first:
+
+        config = AutoConfig.from_pretrained(output_dir)
+        base = AutoModelForImageClassification.from_pretrained(base_id, config=config, ignore_mismatched_sizes=True)
+        model = PeftModel.from_pretrained(base, f"{output_dir}/adapter")
+
+    The model is left in eval mode.
+
+    Raises:
+        AssertionError: one of the two does not predict what the model does.
+    """
+    adapter_dir = Path(output_dir) / ADAPTER_DIR
+    save_adapter(model, adapter_dir)
+    adapted = PeftModel.from_pretrained(_load_base(model), str(adapter_dir))
+    # without the adapter's forward pass, which mixed precision may have wrapped
+    expected = _logits(model.get_base_model(), image_processor)
+    _check_same(expected, _logits(adapted.get_base_model(), image_processor), adapter_dir)
+    save_classifier(adapted.merge_and_unload(), image_processor, output_dir)
+    merged = AutoModelForImageClassification.from_pretrained(output_dir, dtype=torch.float32)
+    _check_same(expected, _logits(merged, image_processor), output_dir)
+
+
+def _load_base(model: PeftModel) -> PreTrainedModel:
+    base = model.get_base_model()
+    return AutoModelForImageClassification.from_pretrained(
+        base.name_or_path,
+        config=copy.deepcopy(base.config),
+        ignore_mismatched_sizes=True,  # the head's; the adapter brings its own
+        dtype=torch.float32,
+        revision=model.peft_config["default"].revision,
+        local_files_only=True,  # it was loaded before
+    )
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, image_processor) -> torch.Tensor:
+    """Return logits of a fixed random batch, on the CPU, where float32 is not rounded to less."""
+    pixels = np.random.default_rng(0).integers(0, 256, (NUM_CHECKED_IMAGES, 64, 64, 3), dtype=np.uint8)
+    images = EvalImages([{"image": Image.fromarray(image), "label": 0} for image in pixels], image_processor)
+    device = model.device
+    logits = model.eval().to("cpu")(pixel_values=torch.stack([item["pixel_values"] for item in images])).logits
+    model.to(device)
+    return logits
+
+
+def _check_same(expected: torch.Tensor, found: torch.Tensor, folder: str | Path) -> None:
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    # written so that it fails on NaN
+    assert difference <= MAX_RELATIVE_DIFFERENCE, f"{folder}: loaded again, logits differ by {difference:.2g} of theirs"
