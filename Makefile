@@ -11,8 +11,8 @@ help:
 	@echo "make demo-full  the table of the README; as long as it takes, resumes when run again"
 	@echo "make test       the test suite"
 	@echo "make soak       the checks that take too long for it"
-	@echo "make bench      speed and memory of train_dsi.py (DIFFUSERS=<checkout> to compare) and generate_synthetic.py,"
-	@echo "                into benchmarks/train_dsi.md and benchmarks/generate_synthetic.md"
+	@echo "make bench      speed and memory of the scripts, into benchmarks/*.md; DIFFUSERS=<checkout> compares"
+	@echo "                train_dsi.py, TRANSFORMERS=<checkout> train_bridged.py with the example scripts there"
 	@echo "make local-hub  a Hugging Face Hub on this machine, to try --push_to_hub without network"
 	@echo "make quality    ruff: lint and format"
 	@echo "make generator  train the demo's generator again (about an hour; needs Debian's dataset-fashion-mnist)"
@@ -43,6 +43,11 @@ ifdef DIFFUSERS
 	$(BIN)/python -m benchmarks.dsi_speed --diffusers $(DIFFUSERS)
 else
 	@echo "Left out: the speed beside diffusers' own script; make bench DIFFUSERS=<checkout of diffusers>."
+endif
+ifdef TRANSFORMERS
+	$(BIN)/python -m benchmarks.fine_tuning_speed --transformers $(TRANSFORMERS)
+else
+	@echo "Left out: the speed beside transformers' own script; make bench TRANSFORMERS=<checkout of transformers>."
 endif
 
 local-hub: install

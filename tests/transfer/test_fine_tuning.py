@@ -1,18 +1,31 @@
 import copy
+import itertools
+import json
+from dataclasses import replace
 
 import pytest
 import torch
 from datasets import load_dataset
-from transformers import TrainingArguments
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, default_collate
+from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from tests.conftest import CLASS_NAMES
+from utils.cli.errors import UserError
+from utils.transfer.adapters import LoraSettings
+from utils.transfer.augmentation import BatchAugmentation
 from utils.transfer.classifiers import load_classifier, load_image_processor
-from utils.transfer.fine_tuning import fine_tune, soft_cross_entropy
-from utils.transfer.image_datasets import Collator, TrainImages, train_transform
-from utils.transfer.methods import StageSettings
+from utils.transfer.fine_tuning import StageResult, fine_tune, run_stage
+from utils.transfer.heads import head_parameter_names
+from utils.transfer.image_datasets import EvalImages, TrainImages, TrainItems
+from utils.transfer.image_transforms import read_image_format
+from utils.transfer.methods import StagePlan, StageSettings
+from utils.transfer.stage_trainer import soft_cross_entropy
 
 pytest_plugins = ["tests.transfer.fixtures"]
+OPTIONS = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no"}
+OPTIONS |= {"per_device_eval_batch_size": 128}
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +33,10 @@ def images(real_images_dir):
     return load_dataset(str(real_images_dir), split="train").take(12)
 
 
-def train(path, images, tmp_path, batch_norm="frozen", mixup_alpha=0.0, **arguments):
+def train(path, images, tmp_path, settings, **arguments):
     model = load_classifier(path, CLASS_NAMES, True, seed=0)
     before = copy.deepcopy(model.state_dict())
-    options = {"per_device_train_batch_size": 4, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-    training_args = TrainingArguments(output_dir=str(tmp_path), **(options | arguments))
-    settings = StageSettings(2, 1e-2, batch_norm=batch_norm, mixup_alpha=mixup_alpha)
+    training_args = TrainingArguments(output_dir=str(tmp_path), **(OPTIONS | arguments))
     result = fine_tune(model, images, load_image_processor(path), settings, training_args, tmp_path)
     return before, model.state_dict(), result
 
@@ -35,22 +46,30 @@ def test_soft_cross_entropy_matches_hand_computation_and_counts_images():
     soft = torch.tensor([[0.7, 0.3], [0.0, 1.0]])
     expected = -(soft * logits.log_softmax(1)).sum()
     outputs = ImageClassifierOutput(logits=logits)
-    # the Trainer counts the elements of the labels: 4 images of 2 classes are 8
-    assert soft_cross_entropy(outputs, soft, torch.tensor(8)) == pytest.approx(expected.item() / 4)
+    # two of the four images of a step
+    assert soft_cross_entropy(outputs, soft, torch.tensor(4)) == pytest.approx(expected.item() / 4)
     assert soft_cross_entropy(outputs, torch.tensor([0, 1])) == pytest.approx(
         -(logits.log_softmax(1)[[0, 1], [0, 1]]).mean().item()
     )
+
+
+def test_label_smoothing_is_torchs_on_top_of_soft_labels():
+    logits, soft = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.7, 0.3], [0.0, 1.0]])
+    smoothed = 0.8 * soft + 0.1
+    expected = -(smoothed * logits.log_softmax(1)).sum() / 2
+    outputs = ImageClassifierOutput(logits=logits)
+    assert soft_cross_entropy(outputs, soft, label_smoothing=0.2) == pytest.approx(expected.item())
 
 
 @pytest.mark.parametrize("mixup_alpha", [0.0, 0.4])
 def test_accumulated_small_batches_train_like_the_big_batch(classifiers, images, tmp_path, mixup_alpha, monkeypatch):
     # Mixup pairs images within a batch: pair each with itself, so that only the soft labels are left
     monkeypatch.setattr(torch.Tensor, "roll", lambda tensor, *args: tensor)
-    options = {"optim": "sgd", "max_grad_norm": 0.0, "mixup_alpha": mixup_alpha}
-    _, big, _ = train(classifiers["vit"], images, tmp_path, per_device_train_batch_size=6, **options)
-    _, small, _ = train(
-        classifiers["vit"], images, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, **options
-    )
+    options = {"optim": "sgd", "max_grad_norm": 0.0}
+    settings = StageSettings(2, 1e-2, mixup_alpha=mixup_alpha, per_device_train_batch_size=6)
+    _, big, _ = train(classifiers["vit"], images, tmp_path, settings, **options)
+    settings = replace(settings, per_device_train_batch_size=2)
+    _, small, _ = train(classifiers["vit"], images, tmp_path, settings, gradient_accumulation_steps=3, **options)
     for name in big:
         torch.testing.assert_close(big[name], small[name], atol=1e-5, rtol=1e-4)
 
@@ -58,32 +77,166 @@ def test_accumulated_small_batches_train_like_the_big_batch(classifiers, images,
 @pytest.mark.parametrize("name", ["resnet", "timm"])
 def test_frozen_batch_norm_keeps_statistics_and_trained_changes_them(classifiers, images, tmp_path, name):
     for batch_norm, unchanged in (("frozen", True), ("train", False)):
-        before, after, _ = train(classifiers[name], images, tmp_path, batch_norm)
+        settings = StageSettings(2, 1e-2, batch_norm=batch_norm, per_device_train_batch_size=4)
+        before, after, _ = train(classifiers[name], images, tmp_path, settings)
         statistics = [key for key in before if key.endswith("running_mean")]
         assert statistics
         assert all(torch.equal(before[key], after[key].contiguous()) for key in statistics) is unchanged
 
 
-def test_fine_tune_counts_steps_and_images(classifiers, images, tmp_path):
-    _, _, result = train(classifiers["vit"], images.take(6), tmp_path)
-    assert (result.num_steps, result.num_images_seen) == (2, 6)
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "num_steps", "expected"),
+    [(4, 1, 5, 18), (4, 2, 3, 18), (16, 1, 2, 20)],
+)
+def test_fine_tune_counts_steps_and_images(
+    classifiers, images, tmp_path, batch_size, accumulation, num_steps, expected
+):
+    settings = StageSettings(num_steps, 1e-2, per_device_train_batch_size=batch_size)
+    options = {"gradient_accumulation_steps": accumulation}
+    _, _, result = train(classifiers["vit"], images.take(10), tmp_path, settings, **options)
+    assert (result.num_steps, result.num_images_seen) == (num_steps, expected)
+    assert result.summary() == {
+        "steps": num_steps,
+        "images_seen": expected,
+        "seconds": result.seconds,
+        "gpu_hours": None,
+    }
 
 
-def test_train_images_depend_on_seed_epoch_and_index_only(classifiers, images):
-    transform = train_transform(load_image_processor(classifiers["vit"]))
-    first, second = (TrainImages(images, transform, seed=3) for _ in range(2))
-    torch.manual_seed(99)
-    second[5]
-    assert torch.equal(first[2]["pixel_values"], second[2]["pixel_values"])
-    second.set_epoch(1)
-    assert not torch.equal(first[2]["pixel_values"], second[2]["pixel_values"])
+def test_gpu_hours_count_all_gpus():
+    assert StageResult(1, 1, 1800.0, 4, []).summary()["gpu_hours"] == 2.0
 
 
-def test_collator_mixes_images_and_labels_with_the_same_weight():
-    items = [
-        {"pixel_values": torch.full((3, 2, 2), value), "labels": label, "mixup_weight": 0.75}
-        for value, label in ((0.0, 0), (4.0, 1))
-    ]
-    batch = Collator(3)(items)
-    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1.0, 3.0]
-    assert batch["labels"].tolist() == [[0.75, 0.25, 0.0], [0.25, 0.75, 0.0]]
+@pytest.mark.parametrize(("name", "optim", "smoothing"), [("vit", "adamw_torch", 0.0), ("resnet", "sgd", 0.2)])
+def test_a_stage_trains_as_the_plain_trainer_does(classifiers, images, tmp_path, name, optim, smoothing):
+    settings = StageSettings(
+        3, 1e-2, batch_norm="train", label_smoothing_factor=smoothing, per_device_train_batch_size=4
+    )
+    _, ours, _ = train(classifiers[name], images, tmp_path, settings, optim=optim)
+    image_processor = load_image_processor(classifiers[name])
+    augmentation = BatchAugmentation(read_image_format(image_processor), 3, seed=42)
+    trainer = Trainer(
+        model=load_classifier(classifiers[name], CLASS_NAMES, True, seed=0).to(memory_format=torch.channels_last),
+        args=TrainingArguments(
+            output_dir=str(tmp_path), max_steps=3, learning_rate=1e-2, per_device_train_batch_size=4, weight_decay=0.01,
+            warmup_steps=0.1, optim=optim, label_smoothing_factor=smoothing, remove_unused_columns=False,
+            dataloader_pin_memory=False, **OPTIONS,
+        ),
+        train_dataset=TrainImages(images, TrainItems(image_processor), seed=42),
+        data_collator=lambda items: augmentation(default_collate(items)),
+    )  # fmt: skip
+    trainer.train()
+    plain = trainer.model.state_dict()
+    for key in plain:  # the Trainer's smoothing adds in another order
+        torch.testing.assert_close(ours[key], plain[key], rtol=0, atol=1e-6 if smoothing else 0)
+
+
+@pytest.mark.parametrize("name", ["vit", "timm"])
+def test_a_frozen_backbone_leaves_all_but_the_head(classifiers, images, tmp_path, name):
+    settings = StageSettings(2, 1e-2, batch_norm="train", freeze_backbone=True, per_device_train_batch_size=4)
+    before, after, _ = train(classifiers[name], images, tmp_path, settings)
+    head = set(head_parameter_names(load_classifier(classifiers[name], CLASS_NAMES, True, seed=0)))
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == head
+
+
+def test_the_settings_of_a_stage_reach_the_optimizer(classifiers, images, tmp_path, monkeypatch):
+    groups = []
+    create = Trainer.create_scheduler
+
+    def create_scheduler(self, *args, **kwargs):
+        create(self, *args, **kwargs)
+        groups.extend(self.optimizer.param_groups)
+
+    monkeypatch.setattr(Trainer, "create_scheduler", create_scheduler)
+    settings = StageSettings(4, 1e-2, 5.0, weight_decay=0.3, warmup_steps=0.5, per_device_train_batch_size=3)
+    _, _, result = train(classifiers["vit"], images, tmp_path, settings, logging_strategy="steps", logging_steps=1)
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+    assert {group["initial_lr"] for group in groups} == {1e-2, 5e-2}
+    # half of the steps are warm-up, from 0
+    assert result.log_history[1]["learning_rate"] == pytest.approx(result.log_history[0]["learning_rate"] + 5e-3)
+    assert result.num_images_seen == 12
+
+
+def make_plan(settings, name="stage1", **options) -> StagePlan:
+    return StagePlan(name, "real", options.pop("head_init", "reset"), settings, **options)
+
+
+TRAINER_OPTIONS = ("hub_token", "push_to_hub", "save_strategy", "save_steps")
+
+
+def run(plan, start, images, folder, processor_of, class_names=CLASS_NAMES, **options):
+    arguments = {name: options.pop(name) for name in TRAINER_OPTIONS if name in options}
+    training_args = TrainingArguments(output_dir=str(folder), **(OPTIONS | arguments))
+    return run_stage(
+        plan, start, class_names, images, load_image_processor(processor_of), training_args, folder, **options
+    )
+
+
+@pytest.mark.parametrize(("name", "head_inits"), [("vit", ("reset", "keep", "imprint")), ("timm", ("reset",))])
+def test_the_second_stage_starts_from_the_firsts_features_and_a_fresh_head(
+    classifiers, images, tmp_path, name, head_inits
+):
+    settings = StageSettings(2, 1e-2, per_device_train_batch_size=4)
+    first, _ = run(make_plan(settings), classifiers[name], images, tmp_path / "stage1", classifiers[name])
+    still = replace(settings, max_steps=1, learning_rate=0.0)  # the model of step 0
+    heads = []
+    for head_init in head_inits:
+        plan = make_plan(still, "stage2", start="stage1", head_init=head_init)
+        second, _ = run(plan, tmp_path / "stage1", images, tmp_path / head_init, classifiers[name])
+        changed = {key for key, value in second.state_dict().items() if not torch.equal(value, first.state_dict()[key])}
+        assert changed <= set(head_parameter_names(first))
+        assert bool(changed) == (head_init != "keep")
+        heads.append(second.get_parameter(head_parameter_names(second)[0]))
+    # nor is the fresh one that with which the first stage began
+    begun = load_classifier(classifiers[name], CLASS_NAMES, True, seed=42)
+    heads.append(begun.get_parameter(head_parameter_names(begun)[0]))
+    assert all(not torch.equal(first, second) for first, second in itertools.combinations(heads, 2))
+
+
+def test_the_second_stage_of_an_adapter_starts_from_the_first_and_a_fresh_head(classifiers, images, tmp_path):
+    path, settings = classifiers["vit"], StageSettings(2, 1e-2, per_device_train_batch_size=4)
+    options = {"lora": LoraSettings(r=2), "pretrained": path}
+    first, _ = run(make_plan(settings), path, images, tmp_path / "stage1", path, **options)
+    plan = make_plan(replace(settings, max_steps=1, learning_rate=0.0), "stage2", start="stage1")
+    second, _ = run(plan, tmp_path / "stage1", images, tmp_path / "stage2", path, **options)
+    changed = {key for key, value in second.state_dict().items() if not torch.equal(value, first.state_dict()[key])}
+    # beside it there is the base model's own head, which takes no part
+    assert {key for key in changed if "original_module" not in key} == set(head_parameter_names(first))
+    assert any(value.any() for key, value in second.state_dict().items() if "lora_B" in key)  # 0 in a fresh adapter
+
+
+def test_recalibrated_statistics_are_those_of_the_images_and_then_frozen(classifiers, images, tmp_path):
+    settings = StageSettings(1, 0.0, batch_norm="recalibrate", per_device_train_batch_size=4)
+    path = classifiers["resnet"]
+    model, _ = run(make_plan(settings), path, images, tmp_path, path)
+    expected = load_classifier(path, CLASS_NAMES, True, seed=42)
+    loader = DataLoader(EvalImages(images, load_image_processor(path)), batch_size=12)
+    update_bn((batch["pixel_values"] for batch in loader), expected)
+    for key, value in expected.state_dict().items():
+        if "running" in key:
+            torch.testing.assert_close(model.state_dict()[key], value)
+
+
+def test_a_stage_is_saved_with_its_record_and_without_the_token(classifiers, images, tmp_path):
+    settings = StageSettings(2, 1e-2, per_device_train_batch_size=4)
+    options = {"hub_token": "hf_secret", "push_to_hub": True, "save_strategy": "steps", "save_steps": 1}
+    model, result = run(make_plan(settings), classifiers["vit"], images, tmp_path, classifiers["vit"], **options)
+    saved = load_classifier(str(tmp_path), CLASS_NAMES, False, seed=0).state_dict()
+    assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+    record = json.loads((tmp_path / "stage.json").read_text())
+    assert StageResult(**record["result"]) == result
+    assert record["settings"]["learning_rate"] == 1e-2 and record["settings"]["seed"] == 42
+    assert (tmp_path / "checkpoint-1" / "training_args.bin").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("option", "name"), [({"batch_norm": "recalibrate"}, "resnet"), ({"batch_norm": "train"}, "timm")]
+)
+def test_statistics_that_an_adapter_cannot_hold_are_refused(classifiers, images, tmp_path, option, name):
+    plan = make_plan(StageSettings(1, 1e-2, **option))
+    options = {"lora": LoraSettings(r=2), "pretrained": classifiers[name]}
+    with pytest.raises(UserError, match="--batch_norm .* with --use_peft choose frozen"):
+        run(plan, classifiers[name], images, tmp_path, classifiers[name], **options)
+    assert not list(tmp_path.iterdir())

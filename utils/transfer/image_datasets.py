@@ -1,65 +1,58 @@
-"""Images into batches: augmentation and Mixup drawn from (seed, epoch, index), evaluation as the pipeline does it."""
+"""Images into batches: training images drawn from (seed, epoch, index), evaluation as the pipeline does it."""
 
+import itertools
+from collections.abc import Iterator
+
+import datasets
 import numpy as np
 import torch
-from datasets import Dataset
-from torchvision.transforms import v2
+from datasets.distributed import split_dataset_by_node
 
 from utils.data.images import to_rgb
+from utils.transfer.augmentation import draw_colours
+from utils.transfer.image_transforms import CropAndFlip, open_image, read_image_format
+
+SHUFFLE_BUFFER = 1_000  # rows of a stream, undecoded: some 50 MB
 
 
-def train_transform(image_processor) -> v2.Compose:
-    """Return augmentation and normalisation, with size, mean and std of a checkpoint's image processor.
-
-    Beside crop and flip, colour and fine detail vary: in these, synthetic images differ most from real ones, and a
-    classifier must not learn classes by them.
-    """
-    if hasattr(image_processor, "data_config"):  # timm's keeps its settings there
-        config = image_processor.data_config
-        size, mean, std = config["input_size"][-2:], config["mean"], config["std"]
-        interpolation = config["interpolation"]
-    else:
-        config = image_processor.to_dict()
-        edges = config.get("crop_size") if config.get("do_center_crop") else config["size"]
-        edge = edges.get("shortest_edge")
-        size = (edge, edge) if edge else (edges["height"], edges["width"])
-        normalise = config.get("do_normalize", True)
-        mean = config["image_mean"] if normalise else (0.0, 0.0, 0.0)
-        std = config["image_std"] if normalise else (1.0, 1.0, 1.0)
-        interpolation = {2: "bilinear", 3: "bicubic", 0: "nearest", 1: "lanczos"}[int(config["resample"])]
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(size, scale=(0.6, 1.0), interpolation=v2.InterpolationMode(interpolation)),
-            v2.RandomHorizontalFlip(),
-            v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
-            v2.RandomGrayscale(0.2),
-            v2.RandomAdjustSharpness(4.0, p=0.5),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.RandomApply([v2.GaussianNoise(sigma=0.1)], p=0.5),
-            v2.Normalize(mean, std),
-        ]
-    )
-
-
-def take_spread(images: Dataset, limit: int | None) -> Dataset:
+def take_spread(images: datasets.Dataset, limit: int | None) -> datasets.Dataset:
     """Return at most `limit` images, evenly spread over the set, which may be sorted by class."""
     if limit is None or limit >= len(images):
         return images
     return images.select(np.linspace(0, len(images) - 1, limit).astype(int))
 
 
-class TrainImages(torch.utils.data.Dataset):
-    """Augmented images, each drawn from (seed, epoch, index): the same at any batch size, worker and process count.
+class TrainItems:
+    """Rows with an undecoded image into items: `pixel_values` `(3, height, width)` uint8, `labels` int.
 
-    Items hold `pixel_values` `(3, height, width)`, the int `labels` and, for Mixup, its weight in [0.5, 1].
+    For `robust` augmentation with the `colours` that `BatchAugmentation` takes, for Mixup with each image's own weight
+    in [0.5, 1].
     """
 
-    def __init__(self, images: Dataset, transform, seed: int, mixup_alpha: float = 0.0):
-        self.images = images
-        self.transform = transform
-        self.seed = seed
+    def __init__(self, image_processor, augmentation: str = "robust", mixup_alpha: float = 0.0):
+        self.crop_and_flip = CropAndFlip(read_image_format(image_processor), augmentation)
+        self.draws_colours = augmentation == "robust"
         self.mixup_alpha = mixup_alpha
+
+    def make(self, row: dict, *seeds: int) -> dict:
+        rng = np.random.default_rng(seeds)
+        item = {"pixel_values": self.crop_and_flip(open_image(row["image"]), rng), "labels": row["label"]}
+        if self.draws_colours:
+            item["colours"] = draw_colours(rng)
+        if self.mixup_alpha > 0:
+            weight = rng.beta(self.mixup_alpha, self.mixup_alpha)
+            # the larger part is the image's own: with independent weights, some images would vanish from the batch
+            item["mixup_weight"] = np.float32(max(weight, 1 - weight))
+        return item
+
+
+class TrainImages(torch.utils.data.Dataset):
+    """Training items, each drawn from (seed, epoch, index): the same at any batch size, worker and process count."""
+
+    def __init__(self, images: datasets.Dataset, items: TrainItems, seed: int):
+        self.images = _undecoded(images)
+        self.items = items
+        self.seed = seed
         # shared memory: workers that live on see the new epoch too
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -70,23 +63,55 @@ class TrainImages(torch.utils.data.Dataset):
         self._epoch.fill_(int(epoch))
 
     def __getitem__(self, index: int) -> dict:
-        row = self.images[index]
-        rng = np.random.default_rng([self.seed, int(self._epoch), index])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(rng.integers(2**63)))
-            pixel_values = self.transform(to_rgb(row["image"]))
-        item = {"pixel_values": pixel_values, "labels": row["label"]}
-        if self.mixup_alpha > 0:
-            weight = rng.beta(self.mixup_alpha, self.mixup_alpha)
-            # the larger part is the image's own: with independent weights, some images would vanish from the batch
-            item["mixup_weight"] = max(weight, 1 - weight)
-        return item
+        return self.items.make(self.images[index], self.seed, int(self._epoch), index)
+
+
+class StreamedTrainImages(torch.utils.data.IterableDataset):
+    """Training items of a stream, without end: epoch after epoch, in each through a shuffle buffer of its own.
+
+    Processes and their workers divide the stream. Items are drawn from (seed, epoch, process, worker, position): the
+    same again at the same number of processes and workers.
+    """
+
+    def __init__(
+        self, images: datasets.IterableDataset, items: TrainItems, seed: int, num_processes: int, process_index: int
+    ):
+        self.images = _undecoded(images)
+        self.items = items
+        self.seed = seed
+        self.num_processes = num_processes
+        self.process_index = process_index
+
+    @property
+    def max_workers(self) -> int:
+        """Return how many workers of a process can have a part of the stream."""
+        return self._epoch_images(0).num_shards
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = torch.utils.data.get_worker_info()
+        reader = (self.process_index, worker.id if worker else 0)
+        for epoch in itertools.count():
+            position = -1
+            # datasets itself gives each worker its part
+            for position, row in enumerate(self._epoch_images(epoch)):
+                yield self.items.make(row, self.seed, epoch, *reader, position)
+            if position < 0:
+                return
+
+    def _epoch_images(self, epoch: int) -> datasets.IterableDataset:
+        generator = np.random.default_rng([self.seed, epoch])
+        shuffled = self.images.shuffle(generator=generator, buffer_size=SHUFFLE_BUFFER)
+        return split_dataset_by_node(shuffled, rank=self.process_index, world_size=self.num_processes)
+
+
+def _undecoded(images: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset | datasets.IterableDataset:
+    return images.select_columns(["image", "label"]).cast_column("image", datasets.Image(decode=False))
 
 
 class EvalImages(torch.utils.data.Dataset):
     """Images as the checkpoint's own image processor makes them, so that a pipeline repeats the measured accuracy."""
 
-    def __init__(self, images: Dataset, image_processor):
+    def __init__(self, images: datasets.Dataset, image_processor):
         self.images = images
         self.image_processor = image_processor
 
@@ -103,24 +128,3 @@ def cache_items(images: EvalImages, max_bytes: int = 2**30) -> EvalImages | list
     """Return the items in memory where they take at most `max_bytes`, for sets that are evaluated again and again."""
     item_bytes = images[0]["pixel_values"].nbytes
     return list(images) if len(images) * item_bytes <= max_bytes else images
-
-
-class Collator:
-    """Stack items; where they carry Mixup weights, mix each with the one before it and give soft labels.
-
-    Source: Mixup, Zhang et al. 2018, with a weight per image.
-    """
-
-    def __init__(self, num_classes: int):
-        self.num_classes = num_classes
-
-    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        pixel_values = torch.stack([item["pixel_values"] for item in items])
-        labels = torch.tensor([item["labels"] for item in items])
-        if "mixup_weight" in items[0]:
-            weights = torch.tensor([item["mixup_weight"] for item in items], dtype=torch.float32)[:, None]
-            one_hot = torch.nn.functional.one_hot(labels, self.num_classes).float()
-            labels = weights * one_hot + (1 - weights) * one_hot.roll(1, 0)
-            weights = weights[:, :, None, None]
-            pixel_values = weights * pixel_values + (1 - weights) * pixel_values.roll(1, 0)
-        return {"pixel_values": pixel_values.contiguous(memory_format=torch.channels_last), "labels": labels}

@@ -1,0 +1,122 @@
+"""What `test_stage_resume` has two real processes do; they write their answers into a folder."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import PartialState
+from datasets import Dataset, load_dataset
+from safetensors.torch import save_file
+from transformers import TrainingArguments
+
+from utils.transfer.classifiers import load_classifier, load_image_processor
+from utils.transfer.fine_tuning import fine_tune, run_stage
+from utils.transfer.image_datasets import TrainItems
+from utils.transfer.methods import StagePlan, StageSettings
+from utils.transfer.stage_trainer import StageTrainer
+from utils.transfer.synthetic_images import load_synthetic, open_synthetic
+
+ACCUMULATED = "accumulated"
+# dropout, so that a random state that is not restored shows
+SETTINGS = StageSettings(7, 1e-2, 3.0, mixup_alpha=0.4, dropout=0.2, per_device_train_batch_size=4)
+BIG_BATCH = StageSettings(2, 1e-1, mixup_alpha=0.4, label_smoothing_factor=0.1, per_device_train_batch_size=8)
+OPTIONS = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
+
+
+def contiguous(state_dict: dict) -> dict:
+    """Return weights as safetensors takes them."""
+    return {key: value.contiguous() for key, value in state_dict.items()}
+
+
+def names_of(images: Dataset) -> list[str]:
+    return images.features["label"].names
+
+
+def pair_with_itself(setattr) -> None:
+    """Make Mixup, which pairs images within a batch, pair each with itself, so that only the soft labels are left."""
+    setattr(torch.Tensor, "roll", lambda tensor, *args: tensor)
+
+
+def train_big_batch(path: str, images_dir: str, folder: Path, batch_size: int = 8, accumulation: int = 1) -> dict:
+    """Train two steps of eight images in all, by SGD without clipping, and return the weights."""
+    images = load_dataset(images_dir, split="train").take(8)
+    model = load_classifier(path, names_of(images), True, seed=0)
+    args = TrainingArguments(
+        output_dir=str(folder), save_strategy="no", optim="sgd", max_grad_norm=0.0,
+        gradient_accumulation_steps=accumulation, **OPTIONS,
+    )  # fmt: skip
+    settings = StageSettings(**(vars(BIG_BATCH) | {"per_device_train_batch_size": batch_size}))
+    fine_tune(model, images, load_image_processor(path), settings, args, folder)
+    return model.state_dict()
+
+
+def kill_and_resume(path: str, images_dir: str, folder: Path) -> None:
+    """Train a stage alone, and one that is killed in the middle of its second epoch and goes on."""
+    images = load_dataset(images_dir, split="train").take(10)
+    plan = StagePlan("stage1", "real", "reset", StageSettings(**(vars(SETTINGS) | {"max_steps": 5})))
+    args = TrainingArguments(output_dir=str(folder), save_strategy="steps", save_steps=3, **OPTIONS)
+    train = StageTrainer.training_step
+
+    def training_step(self, *arguments, **options):
+        if self.state.global_step == 4:
+            raise InterruptedError
+        return train(self, *arguments, **options)
+
+    def run(name: str, resume: bool = False):
+        processor = load_image_processor(path)
+        return run_stage(plan, path, names_of(images), images, processor, args, folder / name, resume=resume)
+
+    answers = {"alone": run("alone")}
+    StageTrainer.training_step = training_step
+    try:
+        run("resumed")
+    except InterruptedError:
+        StageTrainer.training_step = train
+    PartialState().wait_for_everyone()
+    answers["resumed"] = run("resumed", resume=True)
+    if PartialState().is_main_process:
+        for name, (model, _) in answers.items():
+            save_file(
+                {key: value.contiguous() for key, value in model.state_dict().items()}, folder / f"{name}.safetensors"
+            )
+        counted = [[result.num_steps, result.num_images_seen] for _, result in answers.values()]
+        (folder / "counted.json").write_text(json.dumps(counted))
+
+
+def stream(path: str, class_names: list[str], synthetic_dir: str, folder: Path) -> None:
+    """Train one epoch of 18 streamed images, nine a process, and write down which ones this process took."""
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 s at the end of every epoch, against hanging remote files
+    images = load_synthetic(open_synthetic(synthetic_dir), class_names, streaming=True)
+    taken = []
+    make = TrainItems.make
+
+    def make_and_note(self, row, *seeds):
+        taken.append(hashlib.sha256(row["image"]["bytes"]).hexdigest())
+        return make(self, row, *seeds)
+
+    TrainItems.make = make_and_note
+    args = TrainingArguments(output_dir=str(folder), save_strategy="no", **OPTIONS)
+    settings = StageSettings(3, 1e-2, per_device_train_batch_size=3)
+    model = load_classifier(path, class_names, True, seed=0)
+    fine_tune(model, images, load_image_processor(path), settings, args, folder)
+    TrainItems.make = make
+    (folder / f"stream-{PartialState().process_index}.json").write_text(json.dumps(taken))
+
+
+def main(path: str, images_dir: str, synthetic_dir: str, folder: str) -> None:
+    state = PartialState()
+    folder = Path(folder)
+    kill_and_resume(path, images_dir, folder)
+    stream(path, names_of(load_dataset(images_dir, split="train")), synthetic_dir, folder)
+    pair_with_itself(setattr)
+    weights = train_big_batch(path, images_dir, folder, batch_size=2, accumulation=2)
+    if state.is_main_process:
+        save_file(contiguous(weights), folder / f"{ACCUMULATED}.safetensors")
+        (folder / "world.json").write_text(json.dumps([state.distributed_type.name, state.num_processes]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

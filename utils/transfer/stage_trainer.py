@@ -1,0 +1,164 @@
+"""The Trainer of a stage: augmentation on the device, soft labels, a head's own learning rate, exact resume."""
+
+import time
+from pathlib import Path
+
+import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
+from utils.transfer.augmentation import BatchAugmentation
+from utils.transfer.batch_norm import batch_norm_modules
+from utils.transfer.heads import head_parameter_names
+from utils.transfer.image_datasets import StreamedTrainImages, TrainImages
+
+
+class StageTrainer(Trainer):
+    """A Trainer that augments batches, and counts the images that it trained on in `progress`."""
+
+    def __init__(
+        self, *args, augmentation: BatchAugmentation, freeze_batch_norm: bool, head_learning_rate: float, **kwargs
+    ):
+        super().__init__(*args, **kwargs)
+        self.augmentation = augmentation
+        self.frozen_modules = batch_norm_modules(self.model) if freeze_batch_norm else []
+        self.head_learning_rate = head_learning_rate
+        self.progress = StageProgress()
+        self.add_callback(self.progress)
+        if isinstance(self.train_dataset, TrainImages):  # a stream counts its own epochs
+            self.add_callback(EpochCallback(self.train_dataset))
+
+    def train_to_the_end(self, checkpoint: str | None) -> None:
+        """Train all steps, or those that a checkpoint leaves; after the last one, the Trainer would do one more."""
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME)
+            if state.global_step >= self.args.max_steps:
+                self._load_from_checkpoint(checkpoint)
+                self.state = state
+                self.progress.go_on_from(state)
+                return
+        self.train(resume_from_checkpoint=checkpoint)
+
+    def get_train_dataloader(self):
+        # Workers get their seeds from it. They are started anew when a stage is resumed: drawn from torch's own
+        # generator, the seeds would move dropout on
+        generator = torch.Generator().manual_seed(self.args.seed)
+        if isinstance(self.train_dataset, StreamedTrainImages):
+            return self._stream_loader(generator)
+        loader = super().get_train_dataloader()
+        loader.base_dataloader.generator = generator
+        return loader
+
+    def _stream_loader(self, generator: torch.Generator) -> DataLoader:
+        # not prepared by accelerate: there, the first process would read for all of them
+        num_workers = min(self.args.dataloader_num_workers, self.train_dataset.max_workers)
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=num_workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
+            generator=generator,
+        )
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, num_images = super().get_batch_samples(*args, **kwargs)
+        if num_images is not None:  # one label an image, in all batches of the step on all processes
+            self.progress.num_images = self.progress.num_images + num_images
+        return batches, num_images
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training:
+            inputs = self.augmentation(inputs)
+            # here, because training_step calls model.train() after every callback
+            for module in self.frozen_modules:
+                module.eval()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def create_optimizer(self, model=None):
+        model = model or self.model
+        head = set(head_parameter_names(self.model))
+        decayed = set(self.get_decay_parameter_names(model))
+        groups = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((name in head, name in decayed), []).append(parameter)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = optimizer_class(
+            [
+                {
+                    "params": parameters,
+                    "lr": self.head_learning_rate if is_head else self.args.learning_rate,
+                    "weight_decay": self.args.weight_decay if is_decayed else 0.0,
+                }
+                for (is_head, is_decayed), parameters in groups.items()
+            ],
+            **options,
+        )
+        return self.optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Restore every tensor: the Trainer's own way leaves those whose names `from_pretrained` converts."""
+        if isinstance(self.model, PeftModel):
+            adapter = load_peft_weights(resume_from_checkpoint, device="cpu")
+            assert not set_peft_model_state_dict(self.model, adapter).unexpected_keys
+            return
+        restored, info = type(self.model).from_pretrained(
+            resume_from_checkpoint, dtype=self.model.dtype, output_loading_info=True
+        )
+        assert not info["missing_keys"] and not info["mismatched_keys"], f"{resume_from_checkpoint}: {info}"
+        self.model.load_state_dict(restored.state_dict())
+
+
+class StageProgress(TrainerCallback, ExportableState):
+    """Seconds and images of a stage over all its runs: checkpoints keep them."""
+
+    def __init__(self):
+        self.num_images = 0
+        self.seconds_before = 0.0
+        self.started = None
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + (time.perf_counter() - self.started if self.started is not None else 0.0)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.go_on_from(state)
+        self.started = time.perf_counter()
+
+    def go_on_from(self, state: TrainerState) -> None:
+        """Take over what a checkpoint's state kept; a fresh state keeps nothing."""
+        earlier = state.stateful_callbacks[type(self).__name__]["attributes"]
+        self.num_images, self.seconds_before = earlier["num_images"], earlier["seconds_before"]
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"num_images": int(self.num_images), "seconds_before": self.seconds}}
+
+
+class EpochCallback(TrainerCallback):
+    """Tell the data set its epoch; accelerate does so in a single process only."""
+
+    def __init__(self, dataset: TrainImages):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.dataset.set_epoch(int(state.epoch))  # 1.5 where a run is resumed in the middle of epoch 1
+
+
+def soft_cross_entropy(
+    outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Return the cross-entropy summed over the batch, divided by the number of images of the whole optimiser step.
+
+    `labels` are `(batch,)` int or `(batch, classes)` probabilities. `num_items_in_batch` are the images of the step's
+    batches on all processes; the Trainer multiplies by the number of processes itself.
+    """
+    logits = outputs["logits"].float()
+    total = nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
