@@ -1,8 +1,11 @@
 """The three cards: metadata that the Hub takes, licences of the sources, the command, pictures, and a person's text."""
 
+import dataclasses
+import re
 import shutil
 
 import pytest
+import torch
 import yaml
 from datasets import ClassLabel, Features, Image, load_dataset
 from huggingface_hub import DatasetCard, ModelCard
@@ -18,25 +21,40 @@ from utils.hub.merged_card import BEGIN, END
 from utils.hub.model_card import write_model_card
 from utils.hub.token_card import write_token_card
 from utils.style.base_models import BaseModel
+from utils.transfer.adapters import LoraSettings, add_adapter, save_merged
+from utils.transfer.classifiers import load_classifier, load_image_processor
+from utils.transfer.methods import HEAD_INITS, METHODS, StageSettings, plan_stages
+from utils.transfer.report import add_totals
 
 pytest_plugins = ["tests.transfer.fixtures"]
 
 MIT, UNKNOWN = License("mit"), License()
 SECRET = "hf_secretsecretsecret"
-STAGE = {
-    "name": "vanilla", "images": "real", "head_init": "reset",
-    "settings": {
-        "max_steps": 2, "learning_rate": 0.1, "head_learning_rate_factor": 1, "mixup_alpha": 0, "batch_norm": "frozen",
-    },
-}  # fmt: skip
+ACCURACY = {"test_accuracy": 0.123456, "test_accuracy_low": 0.1, "test_accuracy_high": 0.2}
 
 
-def write_classifier_card(folder, base_model="user/resnet", real="user/cars", synthetic="user/cars-syn", **metrics):
+def write_classifier_card(
+    folder, base_model="user/resnet", real="user/cars", synthetic="user/cars-syn", config=None, **metrics
+):
+    """Write the card of a bridged classifier; `config` are changes to its record."""
     config = {
-        "method": "bridged", "class_names": CLASS_NAMES, "stages": [STAGE],
-        "real_images": {"dataset_name": real, "num_shots": 2}, "synthetic_dataset": {"name": synthetic},
+        "method": "bridged", "head_init": "reset", "match_steps": False, "class_names": CLASS_NAMES, "lora": None,
+        "test_split": "test", "real_images": {"dataset_name": real, "train_split": "train", "num_shots": 2},
+        "synthetic_dataset": {"name": synthetic}, **(config or {}),
     }  # fmt: skip
-    results = {"num_test_images": 3, "vanilla_images_seen": 4, "leep_pretrained": None, "leep_bridged": None, **metrics}
+    stages = plan_stages(
+        config["method"],
+        StageSettings(20, 0.002, head_learning_rate_factor=None, mixup_alpha=0.2, head_warmup_steps=5),
+        StageSettings(10, 0.001, head_learning_rate_factor=None, batch_norm="train", drop_path_rate=0.3),
+        config["head_init"],
+        config["match_steps"],
+    )
+    config["stages"] = [dataclasses.asdict(stage) for stage in stages]
+    results = {"num_test_images": 3, "leep_pretrained": None, "leep_bridged": None, "leep_num_images": 6, **metrics}
+    for stage in stages:
+        costs = {"steps": stage.settings.max_steps, "images_seen": 3200, "seconds": 60.04, "gpu_hours": 0.0167}
+        results |= {f"{stage.name}_{key}": value for key, value in costs.items()}
+    results = add_totals(results, [stage.name for stage in stages])
     licenses = {base_model: MIT, real: License("other", "Cars 1.0", "https://cars"), synthetic: UNKNOWN}
     write_model_card(folder, "user/cars-bridged", base_model, config, results, licenses, "the command")
     return ModelCard.load(folder / "README.md")
@@ -90,7 +108,7 @@ def test_token_card_has_metadata_that_the_hub_links(tmp_path):
 
 
 def test_classifier_card_has_metadata_that_the_hub_links(tmp_path):
-    card = write_classifier_card(tmp_path, test_accuracy=0.123456, test_macro_f1=0.5)
+    card = write_classifier_card(tmp_path, **ACCURACY, test_macro_f1=0.5)
     assert card.data.base_model == "user/resnet"
     assert card.data.base_model_relation == "finetune"
     assert card.data.datasets == ["user/cars", "user/cars-syn"]
@@ -106,10 +124,113 @@ def test_classifier_card_has_metadata_that_the_hub_links(tmp_path):
 
 def test_only_numbers_get_into_the_model_index(tmp_path):
     assert [result.metric_type for result in write_classifier_card(
-        tmp_path / "some", test_accuracy=0.5, test_macro_f1=float("nan")
+        tmp_path / "some", **ACCURACY, test_macro_f1=float("nan")
     ).data.eval_results] == ["accuracy"]  # fmt: skip
     assert write_classifier_card(tmp_path / "none").data.eval_results is None
     assert "model-index" not in metadata_of(tmp_path / "none")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("lora", [None, {"lora_r": 8, "lora_alpha": 24}])
+def test_the_card_of_each_method_says_what_was_done(method, lora, tmp_path):
+    synthetic = {} if method != "vanilla" else {"synthetic_dataset": None}
+    card = write_classifier_card(tmp_path, config={"method": method, "lora": lora, **synthetic}, **ACCURACY)
+    words = {"bridged": "bridged transfer: first", "mix": "mixed transfer", "synthetic_only": "alone (",
+             "vanilla": "plain fine-tuning"}  # fmt: skip
+    assert [name for name, phrase in words.items() if phrase in card.text] == [method]
+    assert ("LoRA, rank 8, alpha 24" in card.text) == ("lora" in card.data.tags) == (lora is not None)
+    assert (", adapter and head; learning rate" in card.text) == (lora is not None)
+    assert ('"user/cars-bridged", subfolder="adapter"' in card.text) == (lora is not None)
+    assert "datasets/user/cars)" in card.text
+    assert ("datasets/user/cars-syn)" in card.text) == (method != "vanilla")
+    assert card.data.datasets == ["user/cars"] + ["user/cars-syn"] * (method != "vanilla")
+    assert not re.search(r"\bnone\b|undefined|\{\{|\n\n\n", card.text, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("head_init", HEAD_INITS)
+def test_the_card_says_how_each_stage_began_what_it_cost_and_its_settings(head_init, tmp_path):
+    text = write_classifier_card(tmp_path, config={"head_init": head_init}).text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "| 3,200 |" in line]
+    assert [(name, start.split("`")[1] if "`" in start else start) for name, _, start, *_ in rows] == [
+        ("stage1_head", "user/resnet"), ("stage1", "stage1_head"), ("stage2", "stage1"),
+    ]  # fmt: skip
+    assert [row[1] for row in rows] == ["synthetic", "synthetic", "real"]
+    assert [row[3:] for row in rows] == [[steps, "3,200", "60.0", "0.017"] for steps in ("5", "20", "10")]
+    assert "| total | | | 35 | 9,600 | 180.1 | 0.050 |" in text
+    first, second, third = re.findall(r"^- stage.*", text, re.MULTILINE)
+    assert "fresh head, head alone; learning rate 0.002 (head x 10.0)" in first
+    assert "head kept, all layers; learning rate 0.002, weight decay" in second  # no longer fresh
+    assert "Mixup 0.2, label smoothing 0.0, BatchNorm frozen" in second
+    assert "no Mixup, label smoothing 0.0, BatchNorm train, drop path 0.3" in third
+    told = {"reset": ("thrown away", "fresh head"), "keep": ("kept the head of the first", "head kept"),
+            "imprint": ("imprinting", "head from class means")}  # fmt: skip
+    assert [name for name, (sentence, _) in told.items() if sentence in text] == [head_init]
+    assert third.startswith(f"- stage2: {told[head_init][1]}, all layers")
+
+
+@pytest.mark.parametrize(
+    ("method", "match_steps", "told"),
+    [("vanilla", True, 1), ("mix", True, 1), ("mix", False, 0), ("synthetic_only", True, 0)],
+)
+def test_the_card_says_when_steps_were_matched(method, match_steps, told, tmp_path):
+    text = write_classifier_card(tmp_path, config={"method": method, "match_steps": match_steps}).text
+    assert text.count("as many optimiser steps as both stages") == told
+
+
+@pytest.mark.parametrize(
+    ("record", "split", "note"),
+    [
+        ({"test_split": "test"}, "test", None),
+        ({"test_split": "validation"}, "validation", "these images are its split `validation`"),
+        ({"test_split": "train"}, "train", "these images were carved off the training images"),
+        ({"test_split": None}, None, None),
+        ({"test_split": None, "real_images": {"train_dir": "a", "validation_dir": "b"}}, None, "split `validation`"),
+    ],
+)
+def test_the_card_says_which_images_the_test_images_are(record, split, note, tmp_path):
+    card = write_classifier_card(tmp_path, config=record, **ACCURACY)
+    assert card.data.eval_results[0].dataset_split == split
+    assert note is None or note in card.text
+    assert ("The set has no split" in card.text) == (note is not None)
+
+
+def test_the_card_has_the_interval_and_flags_leep_on_too_few_images(tmp_path):
+    leep = {"leep_pretrained": -1.25, "leep_bridged": -0.5, "leep_num_source_classes": 7}
+    text = write_classifier_card(tmp_path / "few", **ACCURACY, **leep).text
+    assert "| Accuracy | 0.1235 (95 % interval 0.1000 to 0.2000) |" in text
+    assert "LEEP on 6 real training images: -1.250 before, -0.500 after the synthetic images" in text
+    assert "fewer images than the base model has classes, 7" in text
+    text = write_classifier_card(tmp_path / "enough", **ACCURACY, **leep | {"leep_num_source_classes": 6}).text
+    assert "-1.250 before" in text
+    assert "fewer images" not in text
+    text = write_classifier_card(tmp_path / "headless", **leep | {"leep_pretrained": None}).text
+    assert "none before, for the base model has no head of its own, -0.500 after" in text
+    assert "LEEP" not in write_classifier_card(tmp_path / "none").text
+
+
+def test_the_code_in_the_card_loads_the_adapter_and_predicts_as_the_merged_weights(
+    classifiers, real_images_dir, tmp_path, monkeypatch
+):
+    folder = tmp_path / "user/cars-bridged"
+    lora = LoraSettings(r=2)
+    model = add_adapter(load_classifier(classifiers["vit"], CLASS_NAMES, True, 0), lora, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)  # a fresh adapter changes nothing
+    save_merged(model, load_image_processor(classifiers["vit"]), folder)
+    text = write_classifier_card(folder, classifiers["vit"], config={"lora": {"lora_r": 2, "lora_alpha": 32}}).text
+    assert f"fine-tuned from `{classifiers['vit']}` by" in text  # a folder, no link
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(code, found)
+    image = load_dataset(str(real_images_dir), split="test")[0]["image"]
+    scores = {answer["label"]: answer["score"] for answer in found["classify"](image)}
+    pixel_values = found["classify"].image_processor(image, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        probabilities = found["model"].eval()(pixel_values=pixel_values).logits.softmax(1)[0]
+    assert scores == pytest.approx(dict(zip(CLASS_NAMES, probabilities.tolist())), abs=1e-4)
 
 
 @pytest.mark.parametrize("write", [write_classifier_card, write_style_card])

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 
 from utils.cli.records import image_set_name
 from utils.hub.licenses import License, common_license, hub_ids
@@ -15,6 +15,7 @@ METRIC_NAMES = {
     "top5_accuracy": "Top-5 accuracy",
     "mean_per_class_accuracy": "Mean per-class accuracy",
     "macro_f1": "Macro F1",
+    "expected_calibration_error": "Expected calibration error",
 }
 
 
@@ -27,7 +28,7 @@ def write_model_card(
     licenses: dict[str, License],
     command: str,
 ) -> None:
-    """Write `README.md` with a `model-index`, the data sets linked.
+    """Write `README.md` with a `model-index`, the data sets and the base model linked.
 
     `config` is what `bridged_config.json` holds, `results` what `all_results.json` holds, `licenses` maps each source's
     name to its licence, of which the classifier gets that of `base_model`. Local paths are named in the text only: the
@@ -44,19 +45,20 @@ def write_model_card(
         model_name=model_name,
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=["bridged-transfer", "image-classification", "synthetic-data"],
+        tags=["bridged-transfer", "image-classification", "synthetic-data", *(["lora"] if config["lora"] else [])],
         base_model=base_models[0] if base_models else None,
         base_model_relation="finetune" if base_models else None,
         datasets=hub_ids(real, synthetic) or None,
-        eval_results=eval_results(real, results) or None,
+        eval_results=eval_results(real, config.get("test_split"), results) or None,
     )
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         model_name=model_name,
         model_path=base_model,
-        real=real,
-        synthetic=synthetic,
+        base_link=_link(base_model),
+        real_link=_link(real, "datasets/"),
+        synthetic_link=synthetic and _link(synthetic, "datasets/"),
         config=config,
         results=results,
         metric_names=METRIC_NAMES,
@@ -66,15 +68,19 @@ def write_model_card(
     save_card(card, Path(output_dir) / "README.md")
 
 
-def eval_results(dataset_name: str, results: dict) -> list[EvalResult]:
-    """Return the test metrics of `results` that are numbers, for a `model-index`."""
+def _link(name: str, folder: str = "") -> str:
+    return f"[`{name}`]({constants.ENDPOINT}/{folder}{name})" if hub_ids(name) else f"`{name}`"
+
+
+def eval_results(dataset_name: str, split: str | None, results: dict) -> list[EvalResult]:
+    """Return the test metrics of `results` that are numbers, for a `model-index`; a `split` of None has no name."""
     folder_or_repository = Path(dataset_name).resolve().name if Path(dataset_name).is_dir() else dataset_name
     return [
         EvalResult(
             task_type="image-classification",
             dataset_type=folder_or_repository,
             dataset_name=Path(folder_or_repository).name,
-            dataset_split="test",
+            dataset_split=split,
             metric_type=metric,
             metric_name=metric_name,
             metric_value=round(float(results[f"test_{metric}"]), 4),

@@ -1,104 +1,158 @@
-"""What people look at after a run: learning curves, confusion matrix, accuracy over shots, and tables."""
+"""What people look at after a run: learning curves, confusion matrix, calibration, and a table of results and costs."""
 
+import math
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from utils.transfer.comparison import shots_title, table_rows
+from utils.hub.model_card import METRIC_NAMES
+from utils.transfer.methods import STAGE_NAMES
+from utils.transfer.metrics import NUM_CALIBRATION_BINS, confidences
 
 MAX_CLASSES_WITH_NAMES = 30
+NAME_LENGTH = 22
+CURVES = {
+    "loss": ("training loss", True, "tab:blue"),
+    "eval_loss": ("validation loss", True, "tab:orange"),
+    "eval_accuracy": ("validation accuracy", False, "--g"),
+}
+COSTS = {"steps": "steps", "images_seen": "images seen", "seconds": "seconds", "gpu_hours": "GPU-hours"}
 
 
 def plot_report(
     path: str | Path, log_histories: dict[str, list[dict]], logits: np.ndarray, labels: np.ndarray, class_names: list
 ) -> None:
-    """Draw the learning curves of each stage and the confusion matrix on the test images.
+    """Draw the learning curves of each stage; of the test images, the confusion matrix and the calibration.
 
     `log_histories` maps a stage's name to its Trainer log; `logits` is `(n, classes)`, `labels` `(n,)`.
     """
-    width = 4 * len(log_histories) + 7
-    figure, axes = plt.subplots(1, len(log_histories) + 1, figsize=(width, 6), layout="constrained", squeeze=False)
-    for axis, (name, history) in zip(axes[0], log_histories.items()):
-        _plot_curves(axis, name, history)
+    num_columns = 1 if len(log_histories) < 3 else 2
+    figure = Figure(figsize=(4.5 * num_columns + 11.5, 7), layout="constrained")
+    curves, matrix, calibration = figure.subfigures(1, 3, width_ratios=(4.5 * num_columns, 7.5, 4))
+    _plot_curves(curves, log_histories, num_columns)
+    _plot_confusions(matrix.subplots(), logits.argmax(1), labels, class_names)
+    _plot_calibration(calibration.subplots(2, height_ratios=(3, 2), sharex=True), logits, labels)
+    figure.savefig(path, dpi=110)
+
+
+def _plot_curves(figure, log_histories: dict[str, list[dict]], num_columns: int) -> None:
+    num_rows = math.ceil(len(log_histories) / num_columns)
+    lines = {}
+    for position, (name, history) in enumerate(log_histories.items(), start=1):
+        axis = figure.add_subplot(num_rows, num_columns, position, title=name, xlabel="step", ylabel="cross-entropy")
+        twin = axis.twinx()
+        for key, (label, is_loss, style) in CURVES.items():
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            if points:
+                (lines[label],) = (axis if is_loss else twin).plot(*zip(*points), style, marker=".")
+        axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if any("eval_accuracy" in entry for entry in history):
+            twin.set(ylabel="accuracy (dashed)", ylim=(0, 1))
+        else:
+            twin.axis("off")
+    if lines:  # below: in the panels, no corner is always free
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2)
+
+
+def _plot_confusions(axis, predictions: np.ndarray, labels: np.ndarray, class_names: list[str]) -> None:
     named = len(class_names) <= MAX_CLASSES_WITH_NAMES
     ConfusionMatrixDisplay.from_predictions(
         labels,
-        logits.argmax(1),
+        predictions,
         labels=np.arange(len(class_names)),
-        display_labels=class_names if named else None,
+        display_labels=[_shorten(name) for name in class_names] if named else None,
         normalize="true",
         include_values=len(class_names) <= 12,
         values_format=".2f",
         xticks_rotation="vertical",
         cmap="Blues",
-        ax=axes[0, -1],
+        ax=axis,
         colorbar=False,
     )
-    axes[0, -1].set_title("test images, rows sum to 1")
+    axis.set_title(f"{len(labels)} test images, rows sum to 1")
     if not named:
-        axes[0, -1].set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        axis.set(xticks=[], yticks=[])
+        axis.set(xlabel=f"predicted, one of {len(class_names)} classes in their order", ylabel="true")
 
 
-def _plot_curves(axis, name: str, history: list[dict]) -> None:
-    for key, label in (("loss", "training loss"), ("eval_loss", "validation loss")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            axis.plot(*zip(*points), label=label)
-    axis.set(title=name, xlabel="step", ylabel="cross-entropy")
-    axis.set_ylim(bottom=0)
-    accuracy = [(entry["step"], entry["eval_accuracy"]) for entry in history if "eval_accuracy" in entry]
-    if accuracy:
-        twin = axis.twinx()
-        twin.plot(*zip(*accuracy), color="tab:green", linestyle="--")
-        twin.set(ylabel="validation accuracy (dashed)", ylim=(0, 1))
-    axis.legend()
+def _shorten(name: str) -> str:
+    shortened = name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…"
+    return shortened.replace("$", r"\$")  # else matplotlib sets it as a formula
+
+
+def _plot_calibration(axes, logits: np.ndarray, labels: np.ndarray) -> None:
+    """Draw accuracy over confidence, and how many images have which confidence."""
+    confidence, is_correct = confidences(logits), logits.argmax(1) == labels
+    above, below = axes
+    accuracies, means = calibration_curve(is_correct, confidence, n_bins=NUM_CALIBRATION_BINS)
+    above.plot((0, 1), (0, 1), color="0.6", linestyle=":")
+    above.plot(means, accuracies, marker="o")
+    above.set(title="calibration, test images", ylabel="accuracy (dotted: as confident as right)", ylim=(0, 1))
+    below.hist(confidence, NUM_CALIBRATION_BINS, range=(0, 1))
+    below.set(xlabel="confidence", ylabel="images", xlim=(0, 1))
+
+
+def add_totals(results: dict, stage_names: list[str]) -> dict:
+    """Return `results` with `total_steps`, `total_images_seen`, `total_seconds` and `total_gpu_hours` of the stages.
+
+    GPU-hours that a stage does not know (None, without a GPU) leave the total unknown.
+    """
+    totals = {}
+    for cost in COSTS:
+        values = [results[f"{name}_{cost}"] for name in stage_names]
+        totals[f"total_{cost}"] = None if None in values else round(sum(values), 4)
+    return results | totals
 
 
 def print_results(title: str, results: dict) -> None:
-    """Print results as a table, floats with four digits."""
-    table = Table("", "value", title=title)
-    for name, value in results.items():
-        table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
-    Console().print(table)
-
-
-def plot_comparison(path: str | Path, summary: dict) -> None:
-    """Draw accuracy over shots, a line a method, with the spread over seeds."""
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    shots = list(next(iter(summary.values())))
-    for position, (method, by_shots) in enumerate(summary.items()):
-        # beside each other, else the error bars hide one another
-        x = np.array(shots) * 2 ** (0.04 * (position - (len(summary) - 1) / 2))
-        means = [entry["mean"] for entry in by_shots.values()]
-        spreads = [entry["std"] or 0 for entry in by_shots.values()]
-        style = "--" if method.startswith(("vanilla", "synthetic_only")) else "-"
-        axis.errorbar(x, means, spreads, marker="o", capsize=3, linestyle=style, label=method)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(shots, shots)
-    axis.minorticks_off()
-    axis.set(xlabel="real images per class", ylabel="test accuracy, % (bars: standard deviation over seeds)")
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")  # beside the lines: the axes have no corner that is always free
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def print_comparison(summary: dict, findings: str, baseline: str | None) -> None:
-    """Print what was found, then the table."""
+    """Print the metrics on the test images, the LEEP scores, and the costs of each stage that there are."""
+    table = Table(escape(title), "value")
+    for metric, name in METRIC_NAMES.items():
+        if f"test_{metric}" in results:
+            table.add_row(name, _describe_metric(metric, results))
+    table.add_row("Test images", f"{results['num_test_images']:,}")
+    for key, name in (("pretrained", "LEEP before synthetic images"), ("bridged", "LEEP after synthetic images")):
+        if results.get(f"leep_{key}") is not None:
+            table.add_row(name, _describe_leep(key, results))
     console = Console()
-    console.print(findings, soft_wrap=True, highlight=False)
-    table = Table("method", title=f"test accuracy, % (gain over {baseline})" if baseline else "test accuracy, %")
-    for count in next(iter(summary.values())):
-        table.add_column(shots_title(count), justify="right")
-    for row in table_rows(summary):
-        table.add_row(*row)
     console.print(table)
+    stages = [name for name in (*STAGE_NAMES, "total") if f"{name}_steps" in results]
+    if stages:
+        console.print(_cost_table(stages, results))
+
+
+def _describe_metric(metric: str, results: dict) -> str:
+    value = f"{results[f'test_{metric}']:.4f}"
+    if metric != "accuracy":
+        return value
+    return f"{value} (95 % interval {results['test_accuracy_low']:.4f} to {results['test_accuracy_high']:.4f})"
+
+
+def _describe_leep(key: str, results: dict) -> str:
+    num_images = results["leep_num_images"]
+    description = f"{results[f'leep_{key}']:.4f} on {num_images} images"
+    num_classes = results.get("leep_num_source_classes", 0)
+    if key == "bridged" or num_images >= num_classes:
+        return description
+    # each may be the only image of its source class, which then seems to tell the label
+    return f"{description}, fewer than its {num_classes} source classes: too good to compare"
+
+
+def _cost_table(stages: list[str], results: dict) -> Table:
+    table = Table("stage")
+    for heading in COSTS.values():
+        table.add_column(heading, justify="right")
+    for stage in stages:
+        if stage == "total":
+            table.add_section()
+        values = (results[f"{stage}_{cost}"] for cost in COSTS)
+        table.add_row(stage, *("not measured" if value is None else f"{round(value, 4):,}" for value in values))
+    return table

@@ -1,0 +1,139 @@
+"""What people look at: the picture shows what was logged and predicted, the table what was measured and its cost."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from utils.transfer.report import add_totals, plot_report, print_results
+
+STAGES = ["stage1_head", "stage1", "stage2_head", "stage2"]
+TEST_RESULTS = {
+    "test_accuracy": 0.85125, "test_accuracy_low": 0.83, "test_accuracy_high": 0.87, "test_macro_f1": 0.8,
+    "test_expected_calibration_error": 0.0625, "num_test_images": 1200,
+}  # fmt: skip
+
+
+@pytest.fixture
+def draw(monkeypatch, tmp_path):
+    """Draw a report of a classifier that takes every second image for the next class; return its panels by title."""
+    save, figures = Figure.savefig, []
+
+    def remember(figure, *args, **kwargs):
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    def draw(log_histories: dict, class_names: list[str], logits: np.ndarray | None = None) -> dict:
+        labels = np.arange(4 * len(class_names)) // 4
+        if logits is None:
+            logits = 3 * np.eye(len(class_names))[np.minimum(labels + np.arange(len(labels)) % 2, labels[-1])]
+        plot_report(tmp_path / "report.png", log_histories, logits.astype(np.float32), labels, class_names)
+        with Image.open(tmp_path / "report.png") as picture:
+            assert min(picture.size) > 500
+        return {axis.get_title(): axis for axis in figures[-1].axes}
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return draw
+
+
+def history(num_steps: int) -> list[dict]:
+    losses = [{"step": step, "loss": 1 / step} for step in range(1, num_steps + 1)]
+    return [*losses, {"step": num_steps, "eval_loss": 0.5, "eval_accuracy": 0.75}, {"step": num_steps, "train_loss": 9}]
+
+
+@pytest.mark.parametrize(("num_stages", "grid"), [(1, (1, 1)), (2, (2, 1)), (3, (2, 2)), (4, (2, 2))])
+def test_each_stage_has_its_learning_curves(num_stages, grid, draw):
+    panels = draw({name: history(3 + i) for i, name in enumerate(STAGES[:num_stages])}, ["a", "b", "c"])
+    assert [title for title in panels if title in STAGES] == STAGES[:num_stages]
+    for i, name in enumerate(STAGES[:num_stages]):
+        assert panels[name].get_subplotspec().get_gridspec().get_geometry() == grid
+        training, validation = panels[name].lines
+        assert training.get_xydata().tolist() == [[step, 1 / step] for step in range(1, 4 + i)]
+        assert validation.get_xydata().tolist() == [[3 + i, 0.5]]
+    (legend,) = panels["stage1_head"].figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["training loss", "validation loss", "validation accuracy"]
+
+
+@pytest.mark.parametrize(("num_classes", "has_names", "has_numbers"), [(2, True, True), (30, True, False), (40, 0, 0)])
+def test_the_confusion_matrix_has_as_much_text_as_can_be_read(num_classes, has_names, has_numbers, draw):
+    names = [f"class {i}" for i in range(num_classes)]
+    matrix = draw({"mix": []}, names)[f"{4 * num_classes} test images, rows sum to 1"]
+    (image,) = matrix.images
+    expected = (np.eye(num_classes) + np.eye(num_classes)[[*range(1, num_classes), num_classes - 1]]) / 2
+    assert np.array_equal(image.get_array(), expected)
+    assert [label.get_text() for label in matrix.get_yticklabels()] == (names if has_names else [])
+    assert bool(matrix.texts) == has_numbers
+
+
+def test_class_names_are_cut_and_are_no_formulas(draw):
+    names = ["$x_$", "Mercedes-Benz C-Class Sedan 2012"]
+    matrix = draw({"mix": []}, names)["8 test images, rows sum to 1"]
+    assert [label.get_text() for label in matrix.get_yticklabels()] == [r"\$x_\$", "Mercedes-Benz C-Class…"]
+
+
+def test_calibration_is_accuracy_over_confidence(draw):
+    panel = draw({"mix": []}, ["a", "b", "c"])["calibration, test images"]
+    _, curve = panel.lines
+    confidence = np.exp(3) / (np.exp(3) + 2)
+    assert np.allclose(curve.get_xydata(), [[confidence, 8 / 12]])
+
+
+def test_a_model_that_broke_down_is_drawn(draw):
+    draw({"vanilla": [{"step": 1, "loss": float("nan")}]}, ["a", "b"], np.full((8, 2), np.nan))
+
+
+def stage_results(name: str, factor: int, gpu_hours: float | None) -> dict:
+    costs = {"steps": 100, "images_seen": 3200, "seconds": 10.1}
+    costs = {key: factor * value for key, value in costs.items()} | {"gpu_hours": gpu_hours}
+    return {f"{name}_{key}": value for key, value in costs.items()}
+
+
+def test_totals_are_sums_over_the_stages():
+    results = {"x": 1} | stage_results("stage1", 1, 0.25) | stage_results("stage2", 2, 0.5)
+    totals = add_totals(results, ["stage1", "stage2"])
+    assert {key: totals[key] for key in totals if key not in results} == {
+        "total_steps": 300, "total_images_seen": 9600, "total_seconds": pytest.approx(30.3), "total_gpu_hours": 0.75,
+    }  # fmt: skip
+    assert totals["x"] == 1
+    assert add_totals(results | {"stage2_gpu_hours": None}, ["stage1", "stage2"])["total_gpu_hours"] is None
+
+
+def test_the_table_has_metrics_then_leep_then_a_row_for_each_stage(capsys):
+    results = {"leep_pretrained": -4.3, "leep_bridged": -3.41, "leep_num_images": 40, "leep_num_source_classes": 1000}
+    for factor, name in enumerate(["stage1_head", "stage1", "stage2"], start=1):
+        results |= stage_results(name, factor, None)
+    results = add_totals(results, ["stage1_head", "stage1", "stage2"])
+    print_results("bridged: out[a]", results | TEST_RESULTS)
+    rows = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")]
+            for line in capsys.readouterr().out.splitlines() if line[0] in "│┃"]  # fmt: skip
+    assert rows == [
+        ["bridged: out[a]", "value"],
+        ["Accuracy", "0.8512 (95 % interval 0.8300 to 0.8700)"],
+        ["Macro F1", "0.8000"],
+        ["Expected calibration error", "0.0625"],
+        ["Test images", "1,200"],
+        ["LEEP before synthetic images", "-4.3000 on 40 images, fewer than its 1000"],
+        ["", "source classes: too good to compare"],
+        ["LEEP after synthetic images", "-3.4100 on 40 images"],
+        ["stage", "steps", "images seen", "seconds", "GPU-hours"],
+        ["stage1_head", "100", "3,200", "10.1", "not measured"],
+        ["stage1", "200", "6,400", "20.2", "not measured"],
+        ["stage2", "300", "9,600", "30.3", "not measured"],
+        ["total", "600", "19,200", "60.6", "not measured"],
+    ]
+
+
+def test_the_table_of_an_evaluation_alone_has_no_stages_and_no_leep(capsys):
+    print_results("out", TEST_RESULTS | {"leep_pretrained": None, "leep_bridged": None})
+    text = capsys.readouterr().out
+    assert "0.8512" in text
+    assert "LEEP" not in text
+    assert "stage" not in text
+
+
+@pytest.mark.parametrize("num_images", [7, 8])
+def test_leep_of_as_many_images_as_classes_is_not_flagged(num_images, capsys):
+    leep = {"leep_pretrained": -1.0, "leep_num_images": num_images, "leep_num_source_classes": 8}
+    print_results("out", TEST_RESULTS | leep)
+    assert ("too good to compare" in " ".join(capsys.readouterr().out.split())) == (num_images == 7)
