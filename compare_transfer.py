@@ -1,274 +1,208 @@
 #!/usr/bin/env python
-"""Compare ways of using synthetic images, on the same real images: methods x shots x seeds, one table, one plot.
+"""Compare ways of using synthetic images, on the same real images: methods x shots x seeds x volumes in one table.
 
-    accelerate launch compare_transfer.py --synthetic_dataset cars-syn --num_shots 1 4 16
-    accelerate launch compare_transfer.py --synthetic_dataset 'dsi=syn-{seed}' 'plain=syn-plain' \\
-        --methods vanilla_matched bridged bridged@plain --learning_rates 1e-4 4e-4 --step_counts 30 90
+    accelerate launch compare_transfer.py --synthetic_dataset user/cars-syn
+    accelerate launch compare_transfer.py --synthetic_dataset cars-syn --num_shots 1 2 4 8 16 --seeds 0 1 2 \\
+        --methods vanilla_matched mix bridged bridged_keep synthetic_only --volumes 500 1000 2000 --num_workers 2
+    accelerate launch compare_transfer.py --synthetic_dataset 'dsi=syn-{seed}' 'plain=user/cars-plain@v1' \\
+        --methods vanilla_matched bridged bridged@plain --num_shots 4 --search_learning_rate
 
-Methods: vanilla (real images only), vanilla_matched (as many steps as both stages together), mix (both kinds together,
-matched), bridged (fresh head for the real images), bridged_keep (same head), synthetic_only; method@NAME takes another
-synthetic set than the first. Finished cells are kept: run the same command again to go on.
+Methods, each also as method@NAME with another synthetic set than the first:
+
+    vanilla              real images only            vanilla_matched      for as many steps as both stages
+    vanilla_mixup        that with Mixup
+    mix                  both kinds together         mix_mixup            that with Mixup
+    mix_balanced         as many real as synthetic   synthetic_only       stage 1 alone
+    bridged              the paper's: Mixup in stage 1, fresh head in stage 2
+    bridged_keep         head of stage 1             bridged_imprint      head of class means
+    bridged_head_warmup  head first, then all        bridged_recalibrate  BatchNorm measured on real images
+    bridged_no_mixup     fresh head                  bridged_plain        head of stage 1, no Mixup
+
+Finished cells are kept: run the same command again to go on.
 """
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
 import transformers
-from accelerate import PartialState
-from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from utils.cli.arguments import ModelArguments
+from utils.cli.commands import public_command
+from utils.cli.comparison_arguments import (
+    ComparedImagesArguments,
+    ComparisonArguments,
+    SearchArguments,
+    SharedStageArguments,
+)
 from utils.cli.errors import UserError, run_script
-from utils.cli.parsing import ScriptArgumentParser, require_positive
-from utils.cli.records import image_set_name, read_record, resolve_options, write_record, write_run_config
-from utils.data.real_images import RealImagesRecord, check_images, load_real_images
+from utils.cli.parsing import ScriptArgumentParser, require_not_negative, require_positive
+from utils.cli.records import image_set_name, resolve_options, write_record, write_run_config
+from utils.data.class_folders import check_real_images_given
+from utils.data.real_images import RealImages, RealImagesRecord, check_images, load_real_images, same_image_set
+from utils.transfer.cell_workers import run_cells, use_one_gpu, visible_gpus
 from utils.transfer.cells import CellRunner
 from utils.transfer.classifiers import check_classifier, load_image_processor
 from utils.transfer.comparison import (
-    ARMS,
     Arm,
     Cell,
     Recipe,
-    choose_recipe,
-    describe_findings,
     look_up_recipe,
+    make_cell,
     parse_arms,
     parse_synthetic_sets,
+    rates_around,
     recipe_grid,
-    summarise,
-    to_markdown,
+    shots_title,
 )
-from utils.transfer.methods import StageSettings
-from utils.transfer.report import plot_comparison, print_comparison
+from utils.transfer.comparison_report import plot_comparison, print_comparison, write_markdown
+from utils.transfer.comparison_statistics import Row, describe_findings, stack_correct, summarise
+from utils.transfer.methods import StageSettings, steps_per_epoch
+from utils.transfer.recipe_search import choose_bridge, choose_recipes, describe_choice, read_settings
 from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, open_synthetic
 
-
-@dataclass
-class ComparisonArguments:
-    """What is compared."""
-
-    _argument_group_name = "comparison"
-
-    synthetic_dataset: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Synthetic sets, NAME=PATH or one bare path (folder or data set id); '{seed}' in a path stands "
-            "for the few-shot seed, as a style token is learned from that seed's images."
-        },
-    )
-    methods: list[str] = field(
-        default_factory=lambda: ["vanilla_matched", "mix", "bridged", "bridged_keep"],
-        metadata={"help": f"Rows of the table: {', '.join(ARMS)}; method@NAME takes another synthetic set."},
-    )
-    num_shots: list[int] = field(default_factory=lambda: [1, 4], metadata={"help": "Real images per class."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Few-shot seeds, one run each."})
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use so many validation and test images, evenly spread; all when not given."}
-    )
-    output_dir: str = field(default="comparison", metadata={"help": "Output folder; finished cells in it are kept."})
-    hub_token: str | None = field(
-        default=None, metadata={"help": "Access token; HF_TOKEN or `hf auth login` when not given."}
-    )
+GROUPS = (ModelArguments, ComparedImagesArguments, ComparisonArguments, SearchArguments, SharedStageArguments)
+LISTS = ("seeds", "search_seeds", "num_shots", "search_shots", "volumes", "learning_rates", "step_counts",
+         "head_learning_rate_factors", "bridge_learning_rates", "bridge_step_counts",
+         "bridge_mixup_alphas")  # fmt: skip
+NOT_NEGATIVE = ("seeds", "search_seeds", "bridge_mixup_alphas", "mixup_alpha", "weight_decay", "dataloader_num_workers")
+POSITIVE = ("max_eval_samples", "num_workers", "num_train_epochs", "bridge_num_train_epochs",
+            "bridge_head_learning_rate_factor", "per_device_train_batch_size")  # fmt: skip
 
 
-@dataclass
-class SearchArguments:
-    """Several values are a search on validation images: first of stage 1 alone, then of each method on real images."""
-
-    _argument_group_name = "recipe search"
-
-    learning_rates: list[float] = field(
-        default_factory=lambda: [2e-4], metadata={"help": "Peak learning rates of AdamW."}
-    )
-    step_counts: list[int] = field(
-        default_factory=lambda: [30], metadata={"help": "Steps on real images; matched methods add stage 1's."}
-    )
-    head_learning_rate_factors: list[float] | None = field(
-        default=None, metadata={"help": "Head's learning rate over the rest's; 10 for a fresh head, 1 for a kept one."}
-    )
-    bridge_learning_rates: list[float] = field(
-        default_factory=lambda: [5e-4], metadata={"help": "Peak learning rates on synthetic images."}
-    )
-    bridge_step_counts: list[int] = field(default_factory=lambda: [90], metadata={"help": "Steps on synthetic images."})
-    bridge_mixup_alphas: list[float] = field(
-        default_factory=lambda: [0.2], metadata={"help": "Mixup on synthetic images; 0 turns it off."}
-    )
-    search_seeds: list[int] | None = field(
-        default=None, metadata={"help": "Few-shot seeds of the search; the first of --seeds when not given."}
-    )
-    settings: str | None = field(
-        default=None, metadata={"help": "Take the recipes of this chosen_settings.json, search nothing."}
-    )
+def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, int], SyntheticSource]]:
+    """Return the argument groups, with what the first synthetic set's record says for flags not given, and the sets."""
+    parser = ScriptArgumentParser(GROUPS)
+    groups = parser.parse(argv)
+    check_values(resolve_options(groups))
+    _, real_args, comparison_args, search_args, _ = groups
+    sets = parse_synthetic_sets(comparison_args.synthetic_dataset)
+    parse_arms(comparison_args.methods, list(sets))
+    seeds = list(dict.fromkeys(comparison_args.seeds + (search_args.search_seeds or [])))
+    sources = open_sources(sets, seeds, comparison_args.hub_token or None)
+    given = real_args.dataset_name, real_args.train_dir
+    recorded = next(iter(sources.values())).record["real_images"]
+    if given == (None, None):
+        check_records(list(sources.values()))
+    if given == (None, None) or (recorded and same_image_set(recorded, *given)):
+        not_ours = ("num_shots", "few_shot_seed", "max_train_samples")  # the comparison draws subsets of its own
+        parser.set_defaults(**{name: value for name, value in recorded.items() if name not in not_ours})
+    groups = parser.parse(argv)
+    check_real_images_given(groups[1])
+    return list(groups), sources
 
 
-@dataclass
-class TrainingSettings:
-    """Both stages."""
-
-    _argument_group_name = "training"
-
-    bridge_head_learning_rate_factor: float = field(
-        default=10.0, metadata={"help": "Head's learning rate over the rest's, on synthetic images."}
-    )
-    mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup elsewhere; 0 turns it off."})
-    batch_norm: str = field(
-        default="frozen", metadata={"help": "BatchNorm statistics.", "choices": ("frozen", "train")}
-    )
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per device and step."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
-    max_synthetic_samples_per_class: int | None = field(
-        default=None, metadata={"help": "Use the first so many synthetic images of each class; all when not given."}
-    )
-
-
-def check_arguments(comparison_args, search_args, training_settings) -> None:
-    """Check values that need no data.
+def check_values(values: dict) -> None:
+    """Check flag -> value as far as that needs no data.
 
     Raises:
-        UserError: a value is out of range or missing.
+        UserError: a value is out of range, missing, or there twice.
     """
-    if not comparison_args.synthetic_dataset:
+    if not values["synthetic_dataset"]:
         raise UserError("--synthetic_dataset: give at least one synthetic set, a folder or a data set id.")
-    for flag in (
-        "num_shots", "learning_rates", "step_counts", "head_learning_rate_factors", "bridge_learning_rates",
-        "bridge_step_counts",
-    ):  # fmt: skip
-        values = getattr(comparison_args, flag, None) or getattr(search_args, flag, None) or []
-        for value in values:
-            require_positive(**{flag: value})
-    for name, value in dataclasses.asdict(training_settings).items():
-        if not isinstance(value, str) and name not in ("mixup_alpha", "weight_decay"):
-            require_positive(**{name: value})
-        elif not isinstance(value, str) and value < 0:
-            raise UserError(f"--{name} {value}: must be 0 (off) or above.")
-    for value in search_args.bridge_mixup_alphas:
-        if value < 0:
-            raise UserError(f"--bridge_mixup_alphas {value}: must be 0 (off) or above.")
-    require_positive(max_eval_samples=comparison_args.max_eval_samples)
-    if PartialState().num_processes > 1:
+    for name in LISTS:
+        entries = values[name] or []
+        if len(set(entries)) < len(entries):
+            raise UserError(f"--{name} {' '.join(map(str, entries))}: a value is there twice.")
+        for value in entries:
+            (require_not_negative if name in NOT_NEGATIVE else require_positive)(**{name: value})
+    require_positive(**{name: values[name] for name in POSITIVE})
+    require_not_negative(**{name: values[name] for name in NOT_NEGATIVE if name not in LISTS})
+    if not 0 <= values["label_smoothing_factor"] < 1:
         raise UserError(
-            "--num_processes: the comparison runs in one process; run parts of it (--methods, --seeds) "
-            "into the same --output_dir side by side, then all of it: finished cells are kept."
+            f"--label_smoothing_factor {values['label_smoothing_factor']}: must be 0 or above, and below 1."
         )
+    for name in ("learning_rates", "bridge_learning_rates"):
+        if values["search_learning_rate"] and len(values[name]) > 1:
+            raise UserError(f"--search_learning_rate: searches around one value, --{name} has {len(values[name])}.")
+    other_shots = set(values["search_shots"] or []) - set(values["num_shots"] or [])
+    if other_shots:
+        raise UserError(f"--search_shots {min(other_shots)}: not among --num_shots, whose recipes are searched.")
+    if values["search_learning_rate"] and values["settings"]:
+        raise UserError(f"--search_learning_rate: not with --settings {values['settings']}, whose recipes are chosen.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # an accelerate state would take up the GPUs
+        raise UserError("--num_processes: the comparison starts its own; give --num_workers in its place.")
 
 
 def open_sources(
     sets: dict[str, str], seeds: list[int], token: str | None = None
 ) -> dict[tuple[str, int], SyntheticSource]:
-    """Return the synthetic sets by name and few-shot seed.
+    """Return the synthetic sets by name and few-shot seed; each is opened once, so all seeds get the same commit.
 
     Raises:
-        UserError: a set is not there, or was made for other real images than the first.
+        UserError: a set is not there.
     """
     paths = {(name, seed): path.replace("{seed}", str(seed)) for name, path in sets.items() for seed in seeds}
-    # each set once: all seeds get the same commit of it
-    opened = {path: open_synthetic(path, token=token) for path in dict.fromkeys(paths.values())}
-    sources = {key: opened[path] for key, path in paths.items()}
-    for source in sources.values():
+    opened = {}
+    for path in dict.fromkeys(paths.values()):
+        name, _, revision = (path, "", "") if Path(path).is_dir() else path.partition("@")
+        opened[path] = open_synthetic(name, revision or None, token)
+    return {key: opened[path] for key, path in paths.items()}
+
+
+def check_records(sources: list[SyntheticSource]) -> None:
+    """Check that the records of the synthetic sets name real images, and the same.
+
+    Raises:
+        UserError: they do not.
+    """
+    for source in sources:
         if source.record["real_images"] is None:
             raise UserError(
-                f"--synthetic_dataset {source.name}: was made for a list of class names, its record names no real "
-                "images; make it with --dataset_name."
+                f"--dataset_name: {source.name} was made for a list of class names, its record names no real images; "
+                "give --dataset_name or --train_dir."
             )
-    first, *others = sources.values()
-    for source in others:
-        ours, theirs = (image_set_name(item.record["real_images"]) for item in (first, source))
+        ours, theirs = (image_set_name(item.record["real_images"]) for item in (sources[0], source))
         if ours != theirs:
-            raise UserError(f"--synthetic_dataset {source.name}: was made for '{theirs}', {first.name} for '{ours}'.")
-    return sources
+            raise UserError(
+                f"--synthetic_dataset {source.name}: was made for '{theirs}', {sources[0].name} for '{ours}'; give "
+                "--dataset_name or --train_dir to compare them even so."
+            )
 
 
-def warn_of_leaks(runner: CellRunner, num_shots: int) -> None:
+def warn_of_leaks(runner: CellRunner, num_shots: int | None) -> None:
     """Say which style tokens saw real images outside the smallest few-shot subset of their seed."""
+    record = runner.real.record
     for (_, seed), source in runner.sources.items():
+        recorded = source.record["real_images"]
+        if not recorded or not same_image_set(recorded, record.dataset_name, record.train_dir):
+            continue
         rows = runner.real.train_indices[runner.few_shot_rows(num_shots, seed)]
         num_leaked = count_leaked_images(source.record, rows)
         if num_leaked:
             print(
-                f"Warning: {source.name}: its style token has seen {num_leaked} real images that the {num_shots}-shot "
-                f"runs of seed {seed} do not train on; vanilla has seen fewer real images."
+                f"Warning: {source.name}: its style token has seen {num_leaked} real images that the runs of seed "
+                f"{seed} with {shots_title(num_shots)} do not train on; vanilla has seen fewer real images."
             )
 
 
-def search_bridge(
-    runner: CellRunner, candidates: list[StageSettings], seeds: list[int], progress: tqdm
-) -> StageSettings:
-    """Return the settings of stage 1 whose model, before it sees real images, is best on the validation images.
-
-    They are chosen on the first synthetic set that was given and used for all of them.
-    """
-    set_name, _ = next(iter(runner.sources))
-    arm = Arm("synthetic_only", "synthetic_only", set_name)
-    scores = {settings: [] for settings in candidates}
-    for settings in candidates:
-        runner.bridge_settings = settings
-        for seed in seeds:
-            progress.set_description(f"search: stage 1, seed {seed}")
-            cell = Cell(arm, num_shots=0, seed=seed, recipe=Recipe(settings.learning_rate, 0), split="validation")
-            scores[settings].append(runner.result(cell)["accuracy"])
-            progress.update()
-    return choose_recipe(scores)[0]
-
-
-def search_recipes(
-    runner: CellRunner, arms: list[Arm], shots: list[int], recipes: list[Recipe], seeds: list[int], progress: tqdm
-) -> dict:
-    """Return, by method and shots, the recipe with the best mean accuracy on the validation images."""
-    chosen = {arm.label: {} for arm in arms}
-    for arm in arms:
-        for num_shots in shots:
-            scores = {recipe: [] for recipe in recipes}
-            for recipe in recipes:
-                for seed in seeds:
-                    progress.set_description(f"search: {arm.label}, {num_shots} shots, seed {seed}")
-                    result = runner.result(Cell(arm, num_shots, seed, recipe, "validation"))
-                    scores[recipe].append(result["accuracy"])
-                    progress.update()
-            recipe, accuracy = choose_recipe(scores)
-            chosen[arm.label][str(num_shots)] = {**dataclasses.asdict(recipe), "validation_accuracy": accuracy}
-    return chosen
-
-
-def run_cells(
-    runner: CellRunner, arms: list[Arm], shots: list[int], seeds: list[int], chosen: dict, progress: tqdm
-) -> dict[str, dict[int, dict[int, float]]]:
-    """Return test accuracy by method, shots and seed."""
-    accuracies = {arm.label: {num_shots: {} for num_shots in shots} for arm in arms}
-    for seed in seeds:
-        for num_shots in shots:
-            for arm in arms:
-                progress.set_description(f"test: {arm.label}, {num_shots} shots, seed {seed}")
-                recipe = look_up_recipe(chosen, arm, num_shots)
-                result = runner.result(Cell(arm, num_shots, seed, recipe))
-                accuracies[arm.label][num_shots][seed] = result["accuracy"]
-                progress.update()
-    return accuracies
-
-
-def build_runner(model_args, comparison_args, training_settings, bridge_settings, sources: dict, real) -> CellRunner:
+def build_runner(model_args, comparison_args, shared_args, sources: dict, real: RealImages) -> CellRunner:
     """Return what runs the cells; the classifier is looked up, not loaded."""
     token = comparison_args.hub_token or None
     commit = check_classifier(model_args.model_name_or_path, model_args.model_revision, token)
-    hub_options = {
-        "revision": commit or "main",
-        "trust_remote_code": model_args.trust_remote_code,
-        "token": token,
-    }
+    hub_options = {"revision": commit or "main", "trust_remote_code": model_args.trust_remote_code, "token": token}
+    settings = StageSettings(
+        max_steps=0,
+        learning_rate=0.0,
+        mixup_alpha=shared_args.mixup_alpha,
+        batch_norm=shared_args.batch_norm,
+        label_smoothing_factor=shared_args.label_smoothing_factor,
+        augmentation=shared_args.augmentation,
+        per_device_train_batch_size=shared_args.per_device_train_batch_size,
+        weight_decay=shared_args.weight_decay,
+    )
     training_args = TrainingArguments(
         output_dir=str(Path(comparison_args.output_dir) / "work"),
-        per_device_train_batch_size=training_settings.per_device_train_batch_size,
-        weight_decay=training_settings.weight_decay,
-        warmup_steps=0.1,
         lr_scheduler_type="cosine",
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        dataloader_num_workers=shared_args.dataloader_num_workers,
     )
     return CellRunner(
         model_args.model_name_or_path,
@@ -276,79 +210,138 @@ def build_runner(model_args, comparison_args, training_settings, bridge_settings
         load_image_processor(model_args.model_name_or_path, **hub_options),
         real,
         sources,
-        bridge_settings,
-        training_settings.mixup_alpha,
+        settings,
         training_args,
         Path(comparison_args.output_dir),
         comparison_args.max_eval_samples,
-        training_settings.max_synthetic_samples_per_class,
+        comparison_args.allow_missing_classes,
     )
+
+
+def list_bridges(search_args, shared_args, settings: StageSettings, num_images: int) -> list[StageSettings]:
+    """Return the settings of stage 1 to choose from; `num_images` are those of the largest volume."""
+    rates = search_args.bridge_learning_rates
+    epochs, batch_size = search_args.bridge_num_train_epochs, settings.per_device_train_batch_size
+    return [
+        dataclasses.replace(
+            settings,
+            max_steps=max_steps,
+            learning_rate=rate,
+            head_learning_rate_factor=shared_args.bridge_head_learning_rate_factor,
+            mixup_alpha=alpha,
+        )
+        for max_steps, rate, alpha in product(
+            search_args.bridge_step_counts or [epoch_steps(epochs, num_images, batch_size)],
+            rates_around(*rates) if search_args.search_learning_rate else rates,
+            search_args.bridge_mixup_alphas,
+        )
+    ]
+
+
+def list_recipes(search_args, runner: CellRunner, shots: list[int | None]) -> dict[int | None, list[Recipe]]:
+    """Return the recipes to choose from by shots, which have their own number of steps an epoch."""
+    rates = search_args.learning_rates
+    rates = rates_around(*rates) if search_args.search_learning_rate else rates
+    batch_size = runner.settings.per_device_train_batch_size
+    recipes = {}
+    for num_shots in shots:
+        num_images = len(runner.few_shot_rows(num_shots, seed=0))
+        steps = search_args.step_counts or [epoch_steps(search_args.num_train_epochs, num_images, batch_size)]
+        recipes[num_shots] = recipe_grid(rates, steps, search_args.head_learning_rate_factors)
+    return recipes
+
+
+def epoch_steps(num_epochs: float, num_images: int, batch_size: int) -> int:
+    return max(1, round(num_epochs * steps_per_epoch(num_images, batch_size)))
+
+
+def plan_table(
+    arms: list[Arm], shots: list[int | None], seeds: list[int], volumes: list[int | None], chosen: dict
+) -> dict[Row, dict[int | None, list[Cell]]]:
+    """Return the cells of the test table by row and shots, one a seed."""
+    bridge = StageSettings(**chosen["stage1"])
+    table = {}
+    for arm in arms:
+        for volume in volumes if arm.uses_synthetic else [None]:
+            table[Row(arm.label, volume)] = {
+                num_shots: [
+                    make_cell(
+                        arm, num_shots, seed, look_up_recipe(chosen, arm, num_shots) if arm.uses_real else None, bridge,
+                        volume,
+                    )
+                    for seed in seeds
+                ]
+                for num_shots in shots
+            }  # fmt: skip
+    return table
+
+
+def run_table(runner: CellRunner, table: dict, num_workers: int) -> dict[Row, dict[int | None, list[dict]]]:
+    """Return the results of the cells, a seed after another: an unfinished comparison has some for every row."""
+    rounds = zip(*(cells for by_shots in table.values() for cells in by_shots.values()))
+    results = run_cells(runner, [cell for cells in rounds for cell in cells], num_workers, "test")
+    return {
+        row: {num_shots: [results[cell] for cell in cells] for num_shots, cells in by_shots.items()}
+        for row, by_shots in table.items()
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
-    parser = ScriptArgumentParser([ModelArguments, ComparisonArguments, SearchArguments, TrainingSettings])
-    model_args, comparison_args, search_args, training_settings = groups = parser.parse(argv)
-    check_arguments(comparison_args, search_args, training_settings)
+    groups, sources = parse_arguments(argv)
+    model_args, real_args, comparison_args, search_args, shared_args = groups
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    shots, seeds = sorted(comparison_args.num_shots), comparison_args.seeds
+    num_workers, seeds = comparison_args.num_workers, comparison_args.seeds
+    if num_workers == 1:
+        use_one_gpu(0, visible_gpus())
     sets = parse_synthetic_sets(comparison_args.synthetic_dataset)
     arms = parse_arms(comparison_args.methods, list(sets))
-    recipes = recipe_grid(search_args.learning_rates, search_args.step_counts, search_args.head_learning_rate_factors)
-    search_seeds = search_args.search_seeds or seeds[:1]
-    # nothing to choose with one recipe, and none for a method that is never trained on real images
-    searched = [arm for arm in arms if arm.name != "synthetic_only" and len(recipes) > 1 and not search_args.settings]
-    bridge_recipes = [
-        StageSettings(
-            steps, rate, training_settings.bridge_head_learning_rate_factor, alpha, training_settings.batch_norm
-        )
-        for steps, rate, alpha in product(
-            search_args.bridge_step_counts, search_args.bridge_learning_rates, search_args.bridge_mixup_alphas
-        )
-    ]
-    chosen = {}
-    if search_args.settings:
-        chosen = read_record(search_args.settings)
-        bridge_recipes = [StageSettings(**chosen["stage1"])]
-        for arm in arms:
-            look_up_recipe(chosen, arm, shots[0])
-    searches_bridge = len(bridge_recipes) > 1
+    shots = sorted(comparison_args.num_shots) if comparison_args.num_shots else [None]
+    volumes = sorted(comparison_args.volumes) if comparison_args.volumes else [None]
 
     # data
-    token = comparison_args.hub_token or None
-    all_seeds = list(dict.fromkeys(seeds + (search_seeds if searched or searches_bridge else [])))
-    sources = open_sources(sets, all_seeds, token)
-    record = RealImagesRecord(**next(iter(sources.values())).record["real_images"])
-    real = load_real_images(dataclasses.replace(record, num_shots=None, max_train_samples=None), token)
+    real = load_real_images(RealImagesRecord.from_arguments(real_args), comparison_args.hub_token or None)
     check_images(real.train, "real training images", real.record.image_column_name, real.train_indices)
+    runner = build_runner(model_args, comparison_args, shared_args, sources, real)
+    runner.check(arms, shots, volumes)
+    warn_of_leaks(runner, shots[0])
+
+    # recipes
+    search_seeds = search_args.search_seeds or seeds[:1]
+    if search_args.settings:
+        chosen = read_settings(search_args.settings, arms, shots, runner.settings)
+    else:
+        num_synthetic = len(runner.load_synthetic(next(iter(sources.values())), volumes[-1]))
+        bridges = list_bridges(search_args, shared_args, runner.settings, num_synthetic)
+        bridge = choose_bridge(runner, bridges, search_seeds, volumes[-1], num_workers)
+        recipes = list_recipes(search_args, runner, search_args.search_shots or shots)
+        chosen = {"stage1": dataclasses.asdict(bridge)}
+        chosen |= choose_recipes(runner, arms, recipes, bridge, search_seeds, volumes[-1], num_workers)
+        write_record(runner.output_dir / "chosen_settings.json", chosen)
 
     # cells
-    runner = build_runner(model_args, comparison_args, training_settings, bridge_recipes[0], sources, real)
-    runner.check(arms, shots)
-    warn_of_leaks(runner, shots[0])
-    num_searched = len(searched) * len(shots) * len(recipes) * len(search_seeds)
-    num_searched += len(bridge_recipes) * len(search_seeds) * searches_bridge
-    with tqdm(total=num_searched + len(arms) * len(shots) * len(seeds), unit="cell") as progress:
-        if searches_bridge:
-            runner.bridge_settings = search_bridge(runner, bridge_recipes, search_seeds, progress)
-        if not search_args.settings:
-            chosen = {"stage1": dataclasses.asdict(runner.bridge_settings)}
-            chosen |= {arm.label: {str(shots[0]): dataclasses.asdict(recipes[0])} for arm in arms}
-            chosen |= search_recipes(runner, searched, shots, recipes, search_seeds, progress)
-            write_record(runner.output_dir / "chosen_settings.json", chosen)
-        accuracies = run_cells(runner, arms, shots, seeds, chosen, progress)
+    results = run_table(runner, plan_table(arms, shots, seeds, volumes, chosen), num_workers)
 
     # results
-    baseline = next((name for name in ("vanilla_matched", "vanilla") if name in accuracies), None)
-    summary = summarise(accuracies, baseline)
-    findings = describe_findings(summary, baseline, len(seeds))
-    comparison = {"findings": findings, "baseline": baseline, "seeds": seeds, "summary": summary, "settings": chosen}
+    baseline = next((Row(name) for name in ("vanilla_matched", "vanilla") if Row(name) in results), None)
+    baseline_name = baseline and baseline.method
+    summary = summarise(results, baseline)
+    findings = describe_findings(stack_correct(results), baseline)
+    comparison = {
+        "findings": findings, "baseline": baseline_name, "seeds": seeds, "summary": summary, "settings": chosen,
+    }  # fmt: skip
     write_record(runner.output_dir / "comparison.json", comparison)
-    (runner.output_dir / "comparison.md").write_text(to_markdown(summary, findings, baseline), encoding="utf-8")
+    write_markdown(
+        runner.output_dir / "comparison.md", summary, baseline_name,
+        findings=findings, seeds=seeds, sets=sets, own_sets="{seed}" in "".join(sets.values()),
+        model=model_args.model_name_or_path, real=real.record.name, chosen=chosen,
+        chosen_how=describe_choice(search_args.settings, chosen, search_seeds),
+        command=public_command("compare_transfer.py", argv),
+    )  # fmt: skip
     plot_comparison(runner.output_dir / "comparison.png", summary)
     write_run_config(runner.output_dir, resolve_options(groups), started)
-    print_comparison(summary, findings, baseline)
+    print_comparison(summary, findings, baseline_name)
     return comparison
 
 

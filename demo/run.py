@@ -142,12 +142,11 @@ def train_bridged(runs_dir: Path) -> Step:
     )  # fmt: skip
 
 
-def compare(runs_dir: Path, name: str, why: str, recipe: str, sets: list[str], *flags: str) -> Step:
-    """Return a comparison; several of them may share the output folder, as finished cells are kept in it."""
+def compare(runs_dir: Path, recipe: str, sets: list[str]) -> Step:
     return Step(
-        name, why, runs_dir / "comparison" / "comparison.md",
-        ("compare_transfer.py", recipe, "--synthetic_dataset", *sets, "--output_dir", str(runs_dir / "comparison"),
-         *flags),
+        "comparison", "all methods, on the same real images", runs_dir / "comparison" / "comparison.md",
+        ("compare_transfer.py", recipe, "--synthetic_dataset", *sets, "--num_workers", str(NUM_LANES),
+         "--output_dir", str(runs_dir / "comparison")),
     )  # fmt: skip
 
 
@@ -179,28 +178,14 @@ def main():
         *styles_and_sets[0],
         plain_set(runs_dir, 0, images_per_class if args.full else 20),
         style_figures(runs_dir),
+        train_bridged(runs_dir),
     ]
     sets, recipe = [f"dsi={runs_dir / 'synthetic-{seed}'}"], "demo/recipes/compare.yaml"
     if args.full:
         others += [plain_set(runs_dir, seed, images_per_class) for seed in range(1, num_seeds)]
         sets, recipe = [*sets, f"plain={runs_dir / 'plain-{seed}'}"], "demo/recipes/compare_full.yaml"
     runner.side_by_side(first, others)
-
-    def part(why: str, *methods: str) -> Step:
-        return compare(runs_dir, f"compare {' '.join(methods)}", why, recipe, sets, "--methods", *methods)
-
-    matched = part("real images only, for as many steps as both stages together", "vanilla_matched")
-    mix = part("both kinds of images mixed in one stage, for as many steps", "mix")
-    bridged = part("synthetic images first, then the real ones; fresh or kept head", "bridged", "bridged_keep")
-    if args.full:
-        # alone, as all other parts begin with the settings of stage 1 that it chooses
-        runner.run(part("synthetic images alone: which settings of stage 1?", "synthetic_only"))
-        plain = part("the same without the style token", "bridged@plain", "synthetic_only@plain")
-        vanilla = part("real images only, for the steps of stage 2", "vanilla")
-        runner.side_by_side([matched], [mix], [bridged, train_bridged(runs_dir)], [plain], [vanilla])
-    else:
-        runner.side_by_side([matched], [mix], [bridged, train_bridged(runs_dir)])
-    runner.run(compare(runs_dir, "comparison", "all methods, on the same real images", recipe, sets), show=True)
+    runner.run(compare(runs_dir, recipe, sets), show=True)
     print_ending(runner, time.time() - started)
 
 

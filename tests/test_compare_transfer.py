@@ -1,46 +1,228 @@
+import dataclasses
 import json
+import shutil
 
 import numpy as np
+import pytest
 
 import compare_transfer
+from utils.cli.errors import UserError
+from utils.cli.records import GENERATION_CONFIG, read_record, write_record
 from utils.data.real_images import RealImagesRecord, load_real_images
-from utils.transfer import cells
+from utils.transfer import cell_workers, cells, fine_tuning
 from utils.transfer.cells import CellRunner
+from utils.transfer.comparison import Arm, Recipe, make_cell
+from utils.transfer.methods import StageSettings
+from utils.transfer.synthetic_images import open_synthetic
 
 pytest_plugins = ["tests.transfer.fixtures"]
+
+METHODS = ["vanilla_matched", "bridged", "bridged_keep", "synthetic_only"]
+RIGHT = {"correct": "gA==", "num_images": 2}  # the first of two images
 
 
 def run(classifiers, synthetic_dir, output_dir, *flags):
     return compare_transfer.main(
         ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["vit"], "--num_shots", "1", "2",
          "--seeds", "0", "--bridge_step_counts", "2", "--step_counts", "1", "--max_eval_samples", "6",
-         "--methods", "vanilla_matched", "bridged", "bridged_keep", "synthetic_only", "--output_dir", str(output_dir),
-         *flags]
+         "--methods", *METHODS, "--output_dir", str(output_dir), *flags]
     )  # fmt: skip
 
 
-def test_second_run_trains_nothing_and_stage_1_is_trained_once(classifiers, synthetic_dir, tmp_path, monkeypatch):
+def trainings(monkeypatch) -> list:
+    """Return a list that gets (settings, images, folder) of every stage that is really trained."""
     trained = []
-    run_stage = cells.run_stage
-    monkeypatch.setattr(cells, "run_stage", lambda stage, *a, **k: trained.append(stage) or run_stage(stage, *a, **k))
-    first = run(classifiers, synthetic_dir, tmp_path)
-    assert [stage.name for stage in trained].count("stage1") == 1
-    assert {stage.settings.max_steps for stage in trained if stage.name == "vanilla"} == {3}
-    trained.clear()
-    assert run(classifiers, synthetic_dir, tmp_path)["summary"] == first["summary"]
+    fine_tune = fine_tuning.fine_tune
+
+    def recorded(model, images, image_processor, settings, training_args, output_dir, *args, **kwargs):
+        trained.append((settings, images, output_dir))
+        return fine_tune(model, images, image_processor, settings, training_args, output_dir, *args, **kwargs)
+
+    monkeypatch.setattr(fine_tuning, "fine_tune", recorded)
+    return trained
+
+
+def pixels(images) -> list[bytes]:
+    return [image.tobytes() for image in images["image"]]
+
+
+def without_seconds(comparison: dict) -> dict:
+    entries = [{key: value for key, value in entry.items() if key != "seconds"} for entry in comparison["summary"]]
+    return comparison | {"summary": entries}
+
+
+@pytest.fixture(scope="module")
+def finished(classifiers, synthetic_dir, tmp_path_factory):
+    """A comparison that was killed in its second stage 2 and run again: its folder, result, and what was trained."""
+    output_dir = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        trained = trainings(monkeypatch)
+        fine_tune = fine_tuning.fine_tune
+
+        def killed(model, images, image_processor, settings, *args, **kwargs):
+            if len(trained) == 4:
+                raise KeyboardInterrupt
+            return fine_tune(model, images, image_processor, settings, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fine_tuning, "fine_tune", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run(classifiers, synthetic_dir, output_dir)
+        comparison = run(classifiers, synthetic_dir, output_dir)
+    return output_dir, comparison, trained
+
+
+def test_a_killed_comparison_goes_on_and_stage_1_is_trained_once(finished):
+    output_dir, comparison, trained = finished
+    names = [folder.name for _, _, folder in trained]
+    assert sorted(names) == ["stage1"] + 4 * ["stage2"] + 2 * ["vanilla"]
+    assert {settings.max_steps for settings, _, folder in trained if folder.name == "vanilla"} == {3}
+    assert json.loads((output_dir / "comparison.json").read_text())["summary"] == comparison["summary"]
+    assert (output_dir / "comparison.png").is_file()
+    assert comparison["findings"][0] in (output_dir / "comparison.md").read_text(encoding="utf-8")
+    assert not list((output_dir / "work").iterdir()), "weights of cells are not kept"
+    entry = comparison["summary"][2]
+    assert (entry["method"], entry["num_shots"]) == ("bridged", 1)
+    assert (entry["steps"], entry["images_seen"]) == (2 + 1, 2 * 18 + 3)
+
+
+def test_all_methods_train_on_the_same_real_images(finished, real_images_dir):
+    _, _, trained = finished
+    for num_shots in (1, 2):
+        few = load_real_images(RealImagesRecord(str(real_images_dir), num_shots=num_shots, few_shot_seed=0))
+        seen = [pixels(images) for _, images, folder in trained if folder.name != "stage1"]
+        assert seen.count(pixels(few.train)) == 3
+
+
+def test_a_second_run_trains_nothing_and_says_the_same(finished, classifiers, synthetic_dir, monkeypatch):
+    output_dir, comparison, _ = finished
+    trained = trainings(monkeypatch)
+    assert run(classifiers, synthetic_dir, output_dir) == comparison
     assert not trained
-    assert (tmp_path / "comparison.png").is_file() and (tmp_path / "comparison.md").is_file()
 
 
-def test_recipes_are_chosen_on_validation(classifiers, synthetic_dir, tmp_path, monkeypatch):
+def test_workers_give_what_one_process_gives(finished, classifiers, synthetic_dir, tmp_path):
+    _, comparison, _ = finished
+    flags = "--num_shots", "1", "--methods", "vanilla_matched", "bridged", "bridged_keep", "--num_workers", "2"
+    beside = run(classifiers, synthetic_dir, tmp_path, *flags)
+    alone = {(entry["method"], entry["num_shots"]): entry for entry in without_seconds(comparison)["summary"]}
+    for entry in without_seconds(beside)["summary"]:
+        assert entry == alone[entry["method"], 1]
+    assert len(list((tmp_path / "stage1").iterdir())) == 1
+    assert {path.stem for path in (tmp_path / "cells").iterdir()} <= {
+        path.stem for path in (finished[0] / "cells").iterdir()
+    }
+
+
+def make_runner(real, sources, output_dir, **changes):
+    settings = StageSettings(0, 0.0)
+    training_args = cells.TrainingArguments(output_dir=str(output_dir), report_to="none")
+    runner = CellRunner("base", {"revision": "main"}, None, real, sources, settings, training_args, output_dir)
+    return dataclasses.replace(runner, **changes)
+
+
+@pytest.fixture
+def runner(real_images_dir, synthetic_dir, tmp_path):
+    real = load_real_images(RealImagesRecord(str(real_images_dir)))
+    return make_runner(real, {("dsi", seed): open_synthetic(str(synthetic_dir)) for seed in (0, 1)}, tmp_path)
+
+
+def cell_of(name, num_shots=1, seed=0, volume=None, bridge=None):
+    bridge = bridge or StageSettings(2, 5e-4, mixup_alpha=0.2)
+    return make_cell(Arm(name, name, "dsi"), num_shots, seed, Recipe(1e-4, 2), bridge, volume)
+
+
+def test_stage_1_is_shared_by_shots_and_heads_and_by_nothing_else(runner):
+    shared = runner.bridge_dir(cell_of("bridged"))
+    for cell in (cell_of("bridged", 4), cell_of("bridged_keep", None), cell_of("bridged_imprint"),
+                 cell_of("bridged_head_warmup"), cell_of("synthetic_only")):  # fmt: skip
+        assert runner.bridge_dir(cell) == shared
+    longer = StageSettings(3, 5e-4, mixup_alpha=0.2)
+    others = [cell_of("bridged", seed=1), cell_of("bridged", volume=2), cell_of("bridged", volume=3),
+              cell_of("bridged_no_mixup"), cell_of("bridged", bridge=longer)]  # fmt: skip
+    assert len({shared, *map(runner.bridge_dir, others)}) == 6
+    assert runner.bridge_dir(cell_of("bridged_plain")) == runner.bridge_dir(cell_of("bridged_no_mixup"))
+    assert runner.bridge_dir(cell_of("vanilla_matched")) is None
+    other_model = dataclasses.replace(runner, pretrained="other")
+    assert other_model.bridge_dir(cell_of("bridged")) != shared
+
+
+def test_a_cell_is_kept_for_the_very_same_settings_only(runner, real_images_dir):
+    path = runner.path(cell_of("mix"))
+    changes = [{"max_eval_samples": 5}, {"pretrained": "other"}, {"settings": StageSettings(0, 0.0, weight_decay=0.5)}]
+    paths = {dataclasses.replace(runner, **change).path(cell_of("mix")) for change in changes}
+    paths |= {
+        runner.path(cell_of("mix", None)),
+        runner.path(cell_of("mix", volume=2)),
+        runner.path(cell_of("mix_mixup")),
+    }
+    paths.add(runner.path(dataclasses.replace(cell_of("mix"), split="validation")))
+    assert len(paths | {path}) == 8
+    assert runner.path(cell_of("mix")) == path
+
+
+def test_volumes_are_nested_and_mix_repeats_real_images_to_its_ratio(runner):
+    source = runner.sources["dsi", 0]
+    small, large, whole = (runner.load_synthetic(source, volume) for volume in (2, 4, None))
+    assert (len(small), len(large), len(whole)) == (6, 12, 18)
+    assert set(pixels(small)) < set(pixels(large)) < set(pixels(whole))
+    assert [np.bincount(images["label"]).tolist() for images in (small, large)] == [[2] * 3, [4] * 3]
+    assert len(runner._images(cell_of("mix", 1, volume=4), "both")) == 3 + 12
+    balanced = runner._images(cell_of("mix_balanced", 1, volume=4), "both")
+    real = pixels(runner._images(cell_of("vanilla", 1), "real"))
+    assert pixels(balanced)[:12] == 4 * real and pixels(balanced)[12:] == pixels(large)
+
+
+def test_shots_are_the_images_of_load_real_images(runner, real_images_dir):
+    few = load_real_images(RealImagesRecord(str(real_images_dir), num_shots=3, few_shot_seed=5))
+    assert np.array_equal(runner.real.train_indices[runner.few_shot_rows(3, 5)], few.train_indices)
+    assert np.array_equal(runner.few_shot_rows(None, 5), np.arange(len(runner.real.train)))
+
+
+def test_the_error_of_a_cell_names_the_cell(runner, monkeypatch):
+    def run_stage(*args, **kwargs):
+        raise UserError("--batch_norm odd: no.")
+
+    monkeypatch.setattr(cells, "run_stage", run_stage)
+    with pytest.raises(
+        UserError, match=r"^--batch_norm odd: no\. \(in the cell 'bridged, 1 shot, 2 a class, seed 0'\)$"
+    ):
+        runner.result(cell_of("bridged", volume=2))
+
+
+def test_workers_begin_with_one_cell_for_each_stage_1(runner):
+    first, second = cell_of("bridged", 1), cell_of("bridged", 1, seed=1)
+    rest = [cell_of("bridged", 4), cell_of("bridged_keep", 4, seed=1)]
+    vanilla = cell_of("vanilla", 1)
+    order = cell_workers.order_for_workers(runner, [first, *rest, vanilla, second])
+    assert order[:2] in ([first, second], [first, rest[1]]) and set(order) == {first, second, vanilla, *rest}
+    assert order[2] == vanilla
+
+
+def test_each_worker_sees_one_gpu_in_turn(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    gpus = cell_workers.visible_gpus()
+    seen = []
+    for number in range(3):
+        cell_workers.use_one_gpu(number, gpus)
+        seen.append(cell_workers.os.environ["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["4", "6", "4"]
+
+
+def fake_results(monkeypatch, best_on_validation) -> list:
+    """Let cells return an accuracy by their settings; return the list of cells that were asked for."""
     asked = []
 
     def result(self, cell):
         asked.append(cell)
-        best = cell.recipe.learning_rate == 1e-3
-        return {"accuracy": float(best if cell.split == "validation" else not best)}
+        return RIGHT | {"accuracy": float(best_on_validation(cell) == (cell.split == "validation"))}
 
     monkeypatch.setattr(CellRunner, "result", result)
+    return asked
+
+
+def test_recipes_are_chosen_on_validation(classifiers, synthetic_dir, tmp_path, monkeypatch):
+    asked = fake_results(monkeypatch, lambda cell: cell.recipe.learning_rate == 1e-3)
     run(classifiers, synthetic_dir, tmp_path, "--learning_rates", "1e-4", "1e-3")
     chosen = json.loads((tmp_path / "chosen_settings.json").read_text())
     assert chosen["bridged"]["2"]["learning_rate"] == 1e-3
@@ -49,30 +231,143 @@ def test_recipes_are_chosen_on_validation(classifiers, synthetic_dir, tmp_path, 
     }
 
 
+def test_shots_that_are_not_searched_take_the_recipe_of_the_next_below(
+    classifiers, synthetic_dir, tmp_path, monkeypatch
+):
+    asked = fake_results(monkeypatch, lambda cell: cell.recipe.learning_rate == 1e-3)
+    run(classifiers, synthetic_dir, tmp_path, "--learning_rates", "1e-4", "1e-3", "--search_shots", "1")
+    assert {cell.num_shots for cell in asked if cell.split == "validation"} == {1}
+    tested = {(cell.num_shots, cell.recipe.learning_rate) for cell in asked if cell.split == "test"}
+    assert {(1, 1e-3), (2, 1e-3)} <= tested and {rate for shots, rate in tested if shots} == {1e-3}
+    with pytest.raises(UserError, match="--search_shots 4: not among --num_shots"):
+        run(classifiers, synthetic_dir, tmp_path, "--search_shots", "4")
+
+
 def test_stage_1_is_chosen_on_validation_and_kept_for_all_methods(classifiers, synthetic_dir, tmp_path, monkeypatch):
-    asked = []
-
-    def result(self, cell):
-        asked.append((cell.arm.name, cell.split, self.bridge_settings.learning_rate))
-        return {"accuracy": float(self.bridge_settings.learning_rate == 1e-3)}
-
-    monkeypatch.setattr(CellRunner, "result", result)
+    asked = fake_results(monkeypatch, lambda cell: cell.bridge.learning_rate == 1e-3)
     run(classifiers, synthetic_dir, tmp_path, "--bridge_learning_rates", "1e-4", "1e-3", "5e-3")
-    assert [ask for ask in asked if ask[1] == "validation"] == [
-        ("synthetic_only", "validation", rate) for rate in (1e-4, 1e-3, 5e-3)
+    assert [(cell.arm.name, cell.bridge.learning_rate) for cell in asked if cell.split == "validation"] == [
+        ("synthetic_only", rate) for rate in (1e-4, 1e-3, 5e-3)
     ]
-    assert {rate for _, split, rate in asked if split == "test"} == {1e-3}
+    assert {cell.bridge.learning_rate for cell in asked if cell.split == "test"} == {1e-3}
     chosen = json.loads((tmp_path / "chosen_settings.json").read_text())
     assert chosen["stage1"]["learning_rate"] == 1e-3
     again = ["--settings", str(tmp_path / "chosen_settings.json"), "--bridge_learning_rates", "1e-4"]
     asked.clear()
     run(classifiers, synthetic_dir, tmp_path / "again", *again)
-    assert {rate for _, _, rate in asked} == {1e-3}
+    assert {cell.bridge.learning_rate for cell in asked} == {1e-3}
 
 
-def test_shots_are_the_images_of_load_real_images(real_images_dir):
-    record = RealImagesRecord(str(real_images_dir))
-    real = load_real_images(record)
-    runner = CellRunner("", {}, None, real, {}, None, 0.0, None, None)
-    few = load_real_images(RealImagesRecord(str(real_images_dir), num_shots=3, few_shot_seed=5))
-    assert np.array_equal(real.train_indices[runner.few_shot_rows(3, 5)], few.train_indices)
+def test_the_small_search_is_the_same_for_every_method(classifiers, synthetic_dir, tmp_path, monkeypatch):
+    asked = fake_results(monkeypatch, lambda cell: cell.recipe.learning_rate == 8e-4)
+    flags = "--search_learning_rate", "--methods", "vanilla", "mix", "bridged", "synthetic_only", "--volumes", "2", "4"
+    run(classifiers, synthetic_dir, tmp_path, *flags)
+    assert len(asked) == len(set(asked)), "equal cells are one"
+    searched = [cell for cell in asked if cell.split == "validation"]
+    bridges = [cell for cell in searched if cell.arm.name == "synthetic_only"]
+    assert [cell.bridge.learning_rate for cell in bridges] == pytest.approx([1.25e-4, 5e-4, 2e-3])
+    for name in ("vanilla", "mix", "bridged"):
+        rates = [cell.recipe.learning_rate for cell in searched if cell.arm.name == name and cell.num_shots == 2]
+        assert rates == pytest.approx([5e-5, 2e-4, 8e-4])
+    assert {cell.volume for cell in searched} == {4, None}
+    assert {cell.recipe.learning_rate for cell in asked if cell.split == "test"} == {8e-4, 0.0}
+
+
+def test_without_shots_all_images_are_taken_for_the_default_epochs(classifiers, synthetic_dir, tmp_path, monkeypatch):
+    asked = fake_results(monkeypatch, lambda cell: True)
+    compare_transfer.main(
+        ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["vit"], "--volumes", "2", "4",
+         "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path)]
+    )  # fmt: skip
+    names = {cell.arm.name for cell in asked}
+    assert names == {"vanilla", "vanilla_matched", "mix", "bridged", "bridged_keep", "bridged_imprint",
+                     "bridged_no_mixup", "synthetic_only"}  # fmt: skip
+    bridged = [cell for cell in asked if cell.arm.name == "bridged"]
+    assert sorted((cell.seed, cell.volume) for cell in bridged) == [
+        (seed, volume) for seed in range(3) for volume in (2, 4)
+    ]
+    # 30 epochs of 54 real images (the rest is validation), 5 of 12 synthetic ones at every volume, 4 a step
+    assert {(cell.num_shots, cell.recipe.max_steps, cell.bridge.max_steps) for cell in bridged} == {(None, 420, 15)}
+
+
+@pytest.fixture
+def set_of_names(synthetic_dir, tmp_path):
+    """A synthetic set that was made for a list of class names."""
+    folder = tmp_path / "of-names"
+    shutil.copytree(synthetic_dir, folder)
+    record = read_record(folder / GENERATION_CONFIG)
+    write_record(folder / GENERATION_CONFIG, record | {"real_images": None})
+    return folder
+
+
+def test_real_images_given_by_hand_go_before_the_record(
+    classifiers, set_of_names, real_images_dir, tmp_path, monkeypatch
+):
+    fake_results(monkeypatch, lambda cell: True)
+    with pytest.raises(
+        UserError, match="^--dataset_name: .* list of class names, .*give --dataset_name or --train_dir"
+    ):
+        run(classifiers, set_of_names, tmp_path / "out")
+    run(classifiers, set_of_names, tmp_path / "out", "--dataset_name", str(real_images_dir))
+    options = read_record(tmp_path / "out" / "run_config.json")["options"]
+    assert options["dataset_name"] == str(real_images_dir) and options["num_shots"] == [1, 2]
+
+
+def test_a_revision_goes_with_the_path_of_its_set(monkeypatch, tmp_path):
+    opened = []
+    monkeypatch.setattr(compare_transfer, "open_synthetic", lambda *arguments: opened.append(arguments))
+    (tmp_path / "a@b").mkdir()
+    compare_transfer.open_sources({"a": "user/set-{seed}@v1", "b": "user/other", "c": str(tmp_path / "a@b")}, [0, 1])
+    assert opened == [("user/set-0", "v1", None), ("user/set-1", "v1", None), ("user/other", None, None),
+                      (str(tmp_path / "a@b"), None, None)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--volumes", "2", "7"], r"--volumes 7: \S+ has only 6 images of a class"),
+        (["--num_shots", "19"], "--num_shots 19: a class of the real set has only 18 training images"),
+        (["--num_shots", "0"], "--num_shots 0: must be above 0"),
+        (["--seeds", "1", "1"], "--seeds 1 1: a value is there twice"),
+        (["--seeds", "-1"], "--seeds -1: must be 0 or above"),
+        (["--volumes", "0"], "--volumes 0: must be above 0"),
+        (["--num_workers", "0"], "--num_workers 0: must be above 0"),
+        (["--label_smoothing_factor", "1"], "--label_smoothing_factor 1.0: must be 0 or above, and below 1"),
+        (["--bridge_mixup_alphas", "-1"], "--bridge_mixup_alphas -1.0: must be 0 or above"),
+        (["--learning_rates", "1e-4", "1e-3", "--search_learning_rate"], "searches around one value, --learning_rates"),
+        (["--settings", "x.json", "--search_learning_rate"], "--search_learning_rate: not with --settings x.json"),
+        (["--settings", "pyproject.toml"], "pyproject.toml: cannot be read as a record"),
+        (["--methods", "bridged@other"], "--methods bridged@other: no synthetic set 'other'"),
+    ],
+)
+def test_bad_values_are_one_line(flags, message, classifiers, synthetic_dir, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(classifiers, synthetic_dir, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_launched_processes_are_refused(classifiers, synthetic_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--num_processes: .* give --num_workers"):
+        run(classifiers, synthetic_dir, tmp_path / "out")
+
+
+def test_a_set_without_settings_or_for_other_images_is_refused(classifiers, synthetic_dir, tmp_path):
+    with pytest.raises(UserError, match="--synthetic_dataset: give at least one"):
+        compare_transfer.main(["--num_shots", "1"])
+    write_record(tmp_path / "chosen.json", {"bridged": {}})
+    with pytest.raises(UserError, match=r"--settings \S+: is no chosen_settings.json"):
+        run(classifiers, synthetic_dir, tmp_path / "out", "--settings", str(tmp_path / "chosen.json"))
+    other = tmp_path / "other"
+    shutil.copytree(synthetic_dir, other)
+    record = read_record(other / GENERATION_CONFIG)
+    write_record(other / GENERATION_CONFIG, record | {"real_images": {**record["real_images"], "dataset_name": "a/b"}})
+    with pytest.raises(UserError, match="was made for 'a/b', .* give --dataset_name or --train_dir"):
+        run(
+            classifiers,
+            f"a={synthetic_dir}",
+            tmp_path / "out",
+            "--synthetic_dataset",
+            f"a={synthetic_dir}",
+            f"b={other}",
+        )

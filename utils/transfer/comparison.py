@@ -1,41 +1,85 @@
-"""Methods side by side: cells (method x shots x seed), the recipe chosen for each, and what they say. No torch."""
+"""Methods side by side: rows of a table, cells (method x shots x seed x volume), the recipe of each. No torch."""
 
 import hashlib
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
 
 from utils.cli.errors import UserError
+from utils.transfer.methods import StagePlan, StageSettings, plan_stages
 
-# name -> method, head at the start of stage 2, as many steps as both stages together
-ARMS = {
-    "vanilla": ("vanilla", "reset", False),
-    "vanilla_matched": ("vanilla", "reset", True),
-    "mix": ("mix", "reset", True),
-    "bridged": ("bridged", "reset", False),
-    "bridged_keep": ("bridged", "keep", False),
-    "synthetic_only": ("synthetic_only", "reset", False),
-}
+
+@dataclass(frozen=True)
+class Variant:
+    """A method as a comparison runs it.
+
+    `matched` methods take the steps of both stages. `bridge` and `real` replace settings of the stages on synthetic and
+    on real images (on both kinds, for mix). `warms_head_up` gives half of stage 2's steps to the head alone, so the
+    steps stay the same. `mix_ratio` is synthetic images per real one; None takes each image once.
+    """
+
+    description: str
+    method: str
+    head_init: str = "reset"
+    matched: bool = False
+    bridge: dict = field(default_factory=dict)
+    real: dict = field(default_factory=dict)
+    warms_head_up: bool = False
+    mix_ratio: float | None = None
+
+
+NO_MIXUP = {"mixup_alpha": 0.0}
+MIXUP = {"mixup_alpha": 0.2}
+VARIANTS = {
+    "vanilla": Variant("real images only, for the steps of stage 2", "vanilla"),
+    "vanilla_matched": Variant("real images only, for the steps of both stages", "vanilla", matched=True),
+    "vanilla_mixup": Variant("vanilla_matched with Mixup 0.2", "vanilla", matched=True, real=MIXUP),
+    "mix": Variant("both kinds of images in one stage, each once an epoch, matched", "mix", matched=True),
+    "mix_mixup": Variant("mix with Mixup 0.2", "mix", matched=True, real=MIXUP),
+    "mix_balanced": Variant("mix with as many real images as synthetic", "mix", matched=True, mix_ratio=1.0),
+    "bridged": Variant("synthetic images with Mixup, then real ones with a fresh head (the paper's ++)", "bridged"),
+    "bridged_keep": Variant("bridged with the head of stage 1", "bridged", "keep"),
+    "bridged_imprint": Variant("bridged with a head of class means of features", "bridged", "imprint"),
+    "bridged_head_warmup": Variant(
+        "bridged with a fresh head that is trained alone in the first half of stage 2", "bridged", warms_head_up=True
+    ),
+    "bridged_no_mixup": Variant("bridged without Mixup", "bridged", bridge=NO_MIXUP),
+    "bridged_plain": Variant("the paper's plain: head of stage 1, no Mixup", "bridged", "keep", bridge=NO_MIXUP),
+    "bridged_recalibrate": Variant(
+        "bridged with BatchNorm statistics measured on the real images before stage 2", "bridged",
+        real={"batch_norm": "recalibrate"},
+    ),
+    "synthetic_only": Variant("stage 1 alone", "synthetic_only"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the table: `label` is `name` or `name@synthetic set`."""
+    """A method with its synthetic set: `label` is `name` or `name@synthetic set`."""
 
     label: str
     name: str
     synthetic: str
 
     @property
+    def variant(self) -> Variant:
+        return VARIANTS[self.name]
+
+    @property
+    def uses_real(self) -> bool:
+        return self.variant.method != "synthetic_only"
+
+    @property
     def uses_synthetic(self) -> bool:
-        return ARMS[self.name][0] != "vanilla"
+        return self.variant.method != "vanilla"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the search chooses. A `head_learning_rate_factor` of None is 10 for a fresh head, 1 for a kept one."""
+    """What the search chooses. A `head_learning_rate_factor` of None is 10 for a fresh head, 1 for another."""
 
     learning_rate: float
     max_steps: int
@@ -44,26 +88,80 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run; `split` is what it is judged on."""
+    """One training run, complete in itself; `split` is what it is judged on.
+
+    `num_shots` None is all real images, or none for an arm that uses none; `volume`, synthetic images per class, None
+    is all of them, or none.
+    """
 
     arm: Arm
-    num_shots: int
+    num_shots: int | None
     seed: int
     recipe: Recipe
+    bridge: StageSettings
+    volume: int | None = None
     split: str = "test"
+
+    @property
+    def title(self) -> str:
+        parts = [self.arm.label]
+        if self.arm.uses_real:
+            parts.append(shots_title(self.num_shots))
+        if self.volume is not None:
+            parts.append(volume_title(self.volume))
+        return ", ".join([*parts, f"seed {self.seed}"])
+
+
+def make_cell(
+    arm: Arm,
+    num_shots: int | None,
+    seed: int,
+    recipe: Recipe,
+    bridge: StageSettings,
+    volume: int | None = None,
+    split: str = "test",
+) -> Cell:
+    """Return a cell without what its arm does not use, so that equal runs are equal cells."""
+    return Cell(
+        arm,
+        num_shots if arm.uses_real else None,
+        seed,
+        recipe if arm.uses_real else Recipe(0.0, 0),
+        bridge,
+        volume if arm.uses_synthetic else None,
+        split,
+    )
+
+
+def plan_cell(cell: Cell, settings: StageSettings) -> list[StagePlan]:
+    """Return the stages of a cell; `settings` has what its recipe and its variant leave open."""
+    variant = cell.arm.variant
+    settings = replace(
+        settings,
+        max_steps=cell.recipe.max_steps,
+        learning_rate=cell.recipe.learning_rate,
+        head_learning_rate_factor=cell.recipe.head_learning_rate_factor,
+        **variant.real,
+    )
+    if variant.warms_head_up:
+        num_steps = settings.max_steps // 2
+        settings = replace(settings, max_steps=settings.max_steps - num_steps, head_warmup_steps=num_steps)
+    return plan_stages(
+        variant.method, replace(cell.bridge, **variant.bridge), settings, variant.head_init, variant.matched
+    )
 
 
 def parse_arms(methods: list[str], set_names: list[str]) -> list[Arm]:
-    """Return the rows for `method` or `method@NAME`; the first synthetic set is the default.
+    """Return the arms for `method` or `method@NAME`; the first synthetic set is the default.
 
     Raises:
-        UserError: an unknown method or synthetic set, or the same row twice.
+        UserError: an unknown method or synthetic set, or the same method twice.
     """
     arms = []
     for label in methods:
         name, _, synthetic = label.partition("@")
-        if name not in ARMS:
-            raise UserError(f"--methods {label}: unknown; there are {', '.join(ARMS)}, each also as method@NAME.")
+        if name not in VARIANTS:
+            raise UserError(f"--methods {label}: unknown; there are {', '.join(VARIANTS)}, each also as method@NAME.")
         if synthetic and synthetic not in set_names:
             raise UserError(f"--methods {label}: no synthetic set '{synthetic}'; there are {', '.join(set_names)}.")
         arms.append(Arm(label, name, synthetic or set_names[0]))
@@ -91,21 +189,31 @@ def fingerprint(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
+def rates_around(rate: float) -> list[float]:
+    """Return the three learning rates of the small search around a default."""
+    return [rate / 4, rate, 4 * rate]
+
+
 def recipe_grid(learning_rates: list[float], step_counts: list[int], factors: list[float] | None) -> list[Recipe]:
     """Return every combination."""
     return [Recipe(*values) for values in product(learning_rates, step_counts, factors or [None])]
 
 
-def choose_recipe(scores: dict[Recipe, list[float]]) -> tuple[Recipe, float]:
-    """Return the recipe with the best mean validation accuracy over seeds, the first at a tie, and that mean."""
-    best = max(scores, key=lambda recipe: np.mean(scores[recipe]))
+def choose_best(scores: dict) -> tuple[object, float]:
+    """Return the candidate with the best mean validation accuracy over seeds, the first at a tie, and that mean."""
+    best = max(scores, key=lambda candidate: np.mean(scores[candidate]))
     return best, float(np.mean(scores[best]))
 
 
-def look_up_recipe(chosen: dict, arm: Arm, num_shots: int) -> Recipe:
+def shots_key(num_shots: int | None) -> str:
+    """Return what `chosen_settings.json` calls a shot count."""
+    return "all" if num_shots is None else str(num_shots)
+
+
+def look_up_recipe(chosen: dict, arm: Arm, num_shots: int | None) -> Recipe:
     """Return the recipe of a method (of the same method with another synthetic set, if need be).
 
-    A shot count that was not searched takes the nearest smaller one, else the nearest.
+    A shot count that was not searched takes the nearest smaller one, else the nearest; all images count as most.
 
     Raises:
         UserError: the method was not searched.
@@ -113,86 +221,17 @@ def look_up_recipe(chosen: dict, arm: Arm, num_shots: int) -> Recipe:
     by_shots = chosen.get(arm.label) or chosen.get(arm.name)
     if not by_shots:
         raise UserError(f"--settings: has no recipe for '{arm.label}'; it has {', '.join(chosen)}.")
-    shots = sorted(int(key) for key in by_shots)
-    nearest = max((count for count in shots if count <= num_shots), default=shots[0])
-    entry = by_shots[str(nearest)]
+    entries = {math.inf if key == "all" else int(key): entry for key, entry in by_shots.items()}
+    wanted = math.inf if num_shots is None else num_shots
+    entry = entries[max((count for count in entries if count <= wanted), default=min(entries))]
     return Recipe(entry["learning_rate"], entry["max_steps"], entry["head_learning_rate_factor"])
 
 
-def summarise(accuracies: dict[str, dict[int, dict[int, float]]], baseline: str | None) -> dict:
-    """Return method -> shots -> mean, spread over seeds, and the gain over `baseline` paired by seed.
-
-    `accuracies` is method -> shots -> seed -> accuracy in [0, 1]; the summary is in percent. Spread is the sample
-    standard deviation, None for one seed.
-    """
-    summary = {}
-    for method, by_shots in accuracies.items():
-        summary[method] = {}
-        for shots, by_seed in by_shots.items():
-            values = 100 * np.array(list(by_seed.values()))
-            entry = {"mean": float(values.mean()), "std": _spread(values), "values": values.tolist()}
-            if baseline is not None and method != baseline:
-                gains = values - 100 * np.array([accuracies[baseline][shots][seed] for seed in by_seed])
-                entry |= {"gain": float(gains.mean()), "gain_std": _spread(gains)}
-            summary[method][shots] = entry
-    return summary
+def shots_title(count: int | None) -> str:
+    """Return `1 shot`, `4 shots`, `all images`."""
+    return "all images" if count is None else f"{count} shot{'s' * (count > 1)}"
 
 
-def _spread(values: np.ndarray) -> float | None:
-    return float(values.std(ddof=1)) if len(values) > 1 else None
-
-
-def describe_findings(summary: dict, baseline: str | None, num_seeds: int) -> str:
-    """Return in words what was found, whichever way it went.
-
-    A difference within two standard errors of the paired gains is called no clear difference; with one seed there is
-    no such bound, and the number stands alone.
-    """
-    if baseline is None:
-        return "No vanilla run among the methods: nothing to compare with."
-    findings = []
-    for method, by_shots in summary.items():
-        if not method.startswith("bridged"):
-            continue
-        parts = []
-        for shots, entry in by_shots.items():
-            gain, spread = entry["gain"], entry["gain_std"]
-            if spread is None:
-                verdict = "differs by an amount that one seed cannot tell from noise"
-            elif abs(gain) <= 2 * spread / np.sqrt(num_seeds):
-                verdict = "makes no clear difference"
-            else:
-                verdict = "gains" if gain > 0 else "loses"
-            parts.append(f"{verdict} ({gain:+.1f} points) at {shots_title(shots)}")
-        findings.append(f"{method} {', '.join(parts)}")
-    if not findings:
-        return f"No bridged method was run; gains are over {baseline}."
-    return f"Over {num_seeds} seed{'s' * (num_seeds > 1)}, against {baseline}: {'; '.join(findings)}."
-
-
-def table_rows(summary: dict) -> list[list[str]]:
-    """Return a row a method: label, then mean ± spread and (gain) for each shot count."""
-    rows = []
-    for method, by_shots in summary.items():
-        row = [method]
-        for entry in by_shots.values():
-            text = f"{entry['mean']:.1f}" + ("" if entry["std"] is None else f" ± {entry['std']:.1f}")
-            row.append(text + (f" ({entry['gain']:+.1f})" if "gain" in entry else ""))
-        rows.append(row)
-    return rows
-
-
-def to_markdown(summary: dict, findings: str, baseline: str | None) -> str:
-    """Return the comparison as Markdown: what was found, then the table."""
-    shots = list(next(iter(summary.values())))
-    lines = [findings, "", "| method | " + " | ".join(shots_title(count) for count in shots) + " |"]
-    lines.append("|---" * (len(shots) + 1) + "|")
-    lines += ["| " + " | ".join(row) + " |" for row in table_rows(summary)]
-    note = f"; in brackets the gain over {baseline}, paired by seed" if baseline else ""
-    lines += ["", f"Test accuracy in percent, mean ± standard deviation over seeds{note}."]
-    return "\n".join(lines) + "\n"
-
-
-def shots_title(count: int) -> str:
-    """Return `1 shot`, `4 shots`."""
-    return f"{count} shot{'s' * (count > 1)}"
+def volume_title(volume: int) -> str:
+    """Return `500 a class`."""
+    return f"{volume} a class"

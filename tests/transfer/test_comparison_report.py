@@ -1,0 +1,131 @@
+import dataclasses
+
+import numpy as np
+import PIL.Image
+import pytest
+from huggingface_hub import ModelCard
+
+from utils.transfer.comparison_report import plot_comparison, print_comparison, write_markdown
+from utils.transfer.comparison_statistics import Row, describe_findings, pack_correct, stack_correct, summarise
+from utils.transfer.methods import StageSettings
+
+VANILLA = Row("vanilla_matched")
+COSTS = {"stage1_steps": 90, "stage1_images_seen": 2880, "stage1_seconds": 2.5, "stage1_gpu_hours": 0.25}
+
+
+def compare(methods=("vanilla_matched", "mix", "bridged"), shots=(1, 4), volumes=(None,), num_seeds=2):
+    """Return results, each run a little better than the one before."""
+    rng = np.random.default_rng(0)
+    results, accuracy = {}, 0.3
+    for method in methods:
+        for volume in volumes if not method.startswith("vanilla") else [None]:
+            results[Row(method, volume)] = {}
+            for num_shots in shots:
+                accuracy += 0.01
+                results[Row(method, volume)][num_shots] = [
+                    pack_correct(rng.random(200) < accuracy) | COSTS for _ in range(num_seeds)
+                ]
+    return results
+
+
+@pytest.fixture
+def facts():
+    recipe = {"learning_rate": 1e-4, "max_steps": 30, "head_learning_rate_factor": None}
+    return {
+        "findings": ["Bridging loses.", "So does all else."],
+        "seeds": [0, 1],
+        "sets": {"dsi": "user/syn", "plain": "plain-{seed}"},
+        "own_sets": True,
+        "model": "timm/resnet18",
+        "real": "user/cars",
+        "chosen": {"stage1": dataclasses.asdict(StageSettings(90, 5e-4)), "bridged": {"4": recipe, "all": recipe}},
+        "chosen_how": "given",
+        "command": "accelerate launch compare_transfer.py --synthetic_dataset dsi=user/syn",
+    }
+
+
+def table_of(text, heading):
+    """Return the cells of the first Markdown table below a heading, a list a row."""
+    lines = text.split(f"## {heading}\n")[1].strip().split("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len({len(row) for row in rows}) == 1, "every row has as many cells as the head"
+    return rows
+
+
+def test_the_report_begins_with_its_finding_and_has_valid_metadata(facts, tmp_path):
+    write_markdown(tmp_path / "comparison.md", summarise(compare(), VANILLA), "vanilla_matched", **facts)
+    card = ModelCard.load(tmp_path / "comparison.md")
+    assert card.text.strip().startswith("Bridging loses.\n\n- So does all else.\n")
+    assert card.data.datasets == ["user/cars", "user/syn"]
+    assert card.data.base_model == "timm/resnet18"
+    assert facts["command"] in card.text and "![accuracy of each method](comparison.png)" in card.text
+
+
+def test_the_tables_hold_the_figures_of_the_summary(facts, tmp_path):
+    summary = summarise(compare(volumes=(500, 1000)), VANILLA)
+    write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts)
+    text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    head, _, *rows = table_of(text, "Test accuracy")
+    assert head == ["method", "1 shot", "4 shots"]
+    assert [row[0] for row in rows] == ["vanilla_matched", "mix, 500 a class", "mix, 1000 a class",
+                                        "bridged, 500 a class", "bridged, 1000 a class"]  # fmt: skip
+    entry = next(
+        entry for entry in summary if (entry["method"], entry["volume"], entry["num_shots"]) == ("mix", 1000, 4)
+    )
+    interval = f"[{entry['gain_low']:.1f}, {entry['gain_high']:.1f}]"
+    assert rows[2][2] == f"{entry['mean']:.1f} ± {entry['std']:.1f}<br>{entry['gain']:+.1f} {interval}"
+    assert table_of(text, "Costs")[2] == ["vanilla_matched", "90", "2,880", "2", "0.250"]
+    assert "on 200 test images" in text and "over 2 seeds" in text
+    assert "- `mix`: both kinds of images" in text
+    settings = text.split("## Settings")[1]
+    assert "| bridged | 4 a class | 0.0001 | 30 | 10 x for a fresh head, 1 x for another |" in settings
+    assert "| bridged | all | 0.0001 | 30 |" in settings
+
+
+def test_one_seed_and_no_baseline_leave_out_what_there_is_not(facts, tmp_path):
+    summary = summarise(compare(methods=("mix", "bridged"), shots=(None,), num_seeds=1), None)
+    write_markdown(tmp_path / "comparison.md", summary, None, **facts | {"seeds": [0]})
+    text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert "±" not in text and "gain" not in text and "one seed" in text
+    assert table_of(text, "Test accuracy")[0] == ["method", "all images"]
+
+
+def test_the_printed_table_cuts_no_number(capsys):
+    results = compare(("vanilla_matched", "bridged_head_warmup"), shots=(1, 2, 4, 8, 16), volumes=(1000, 3000))
+    summary = summarise(results, VANILLA)
+    findings = describe_findings(stack_correct(results), VANILLA)
+    print_comparison(summary, findings, "vanilla_matched")
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0] == findings[0]
+    assert "bridged_head_warmup, 3000 a class" in printed and "…" not in printed
+    for entry in summary:
+        assert f"{entry['mean']:.1f} ± {entry['std']:.1f}" in printed
+        if "gain" in entry:
+            assert f"{entry['gain']:+.1f} [{entry['gain_low']:.1f}, {entry['gain_high']:.1f}]" in printed
+
+
+@pytest.mark.parametrize(
+    "shots, volumes, num_panels", [((1, 4, 16), (None,), 1), ((None,), (None,), 1), ((1, 4), (500, 1000), 3)]
+)
+def test_the_plot_has_a_panel_for_shots_and_one_a_shot_count_for_volumes(
+    shots, volumes, num_panels, tmp_path, monkeypatch
+):
+    drawn = []
+    from matplotlib.figure import Figure
+
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
+    summary = summarise(compare(shots=shots, volumes=volumes), VANILLA)
+    plot_comparison(tmp_path / "comparison.png", summary)
+    assert PIL.Image.open(tmp_path / "comparison.png").size[0] >= 1000
+    axes = drawn[0].axes
+    assert len(axes) == num_panels
+    if shots == (None,):
+        assert [text.get_text() for text in axes[0].get_yticklabels()] == ["bridged", "mix", "vanilla_matched"]
+        return
+    means = [line.get_ydata().tolist() for line in axes[0].get_lines()]
+    last = [entry for entry in summary if entry["method"] == "bridged" and entry["volume"] == volumes[-1]]
+    assert [entry["mean"] for entry in last] in means
+    for axis, num_shots in zip(axes[1:], shots):
+        entries = [entry for entry in summary if entry["num_shots"] == num_shots and entry["method"] == "mix"]
+        assert [entry["mean"] for entry in entries] in [list(line.get_ydata()) for line in axis.get_lines()]

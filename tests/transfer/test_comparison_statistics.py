@@ -1,0 +1,169 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from utils.transfer.comparison_statistics import (
+    Row,
+    describe_findings,
+    mean_costs,
+    pack_correct,
+    paired_gain,
+    stack_correct,
+    summarise,
+    unpack_correct,
+)
+
+VANILLA, BRIDGED, MIX = Row("vanilla_matched"), Row("bridged"), Row("mix")
+
+
+def runs(accuracy, num_seeds=3, num_images=400, seed=0):
+    """Return `(seeds, images)` bool with this accuracy in every run."""
+    right = np.arange(num_images) < round(accuracy * num_images)
+    rng = np.random.default_rng([seed, round(1000 * accuracy)])
+    return np.stack([rng.permutation(right) for _ in range(num_seeds)])
+
+
+def results_of(correct):
+    return [pack_correct(right) for right in correct]
+
+
+def test_which_images_were_right_survives_packing():
+    right = np.random.default_rng(0).random(1003) < 0.5
+    assert np.array_equal(unpack_correct(pack_correct(right)), right)
+
+
+def test_interval_of_one_seed_is_students_t_over_the_test_images():
+    ours, theirs = runs(0.6, 1), runs(0.5, 1)
+    gain = paired_gain(ours, theirs)
+    expected = stats.ttest_rel(ours[0].astype(float), theirs[0].astype(float)).confidence_interval(0.95)
+    assert gain.mean == pytest.approx(10)
+    assert (gain.low, gain.high) == pytest.approx((100 * expected.low, 100 * expected.high))
+
+
+def test_interval_of_several_seeds_is_that_of_the_two_way_table():
+    """Sums of squares written out, where both seeds and images vary by more than noise."""
+    rng = np.random.default_rng(3)
+    hard = rng.normal(0, 1, 60)
+    ours, theirs = (rng.normal(0, 0.5, (4, 60)) + rng.normal(shift, 0.5, (4, 1)) + hard * turn > 0
+                    for shift, turn in ((1, 1), (0, -0.5)))  # fmt: skip
+    table = [[100 * (int(a) - int(b)) for a, b in zip(*rows)] for rows in zip(ours, theirs)]
+    rows, columns = len(table), len(table[0])
+    mean = sum(map(sum, table)) / rows / columns
+    row_means = [sum(row) / columns for row in table]
+    column_means = [sum(column) / rows for column in zip(*table)]
+    ms_rows = columns * sum((value - mean) ** 2 for value in row_means) / (rows - 1)
+    ms_columns = rows * sum((value - mean) ** 2 for value in column_means) / (columns - 1)
+    total = sum((value - mean) ** 2 for row in table for value in row)
+    ms_noise = (total - ms_rows * (rows - 1) - ms_columns * (columns - 1)) / (rows - 1) / (columns - 1)
+    assert ms_rows > ms_noise and ms_columns > ms_noise
+    freedom = (ms_rows + ms_columns - ms_noise) ** 2 / (ms_rows**2 / (rows - 1))
+    half = stats.t.ppf(0.975, freedom) * ((ms_rows + ms_columns - ms_noise) / rows / columns) ** 0.5
+    gain = paired_gain(ours, theirs)
+    assert (gain.mean, gain.low, gain.high) == pytest.approx((mean, mean - half, mean + half))
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    """400 comparisons of 3 seeds by 300 images whose true gain is 0, with seeds that differ and images that differ."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        hard = rng.normal(0, 1, 300)
+        ours, theirs = (
+            hard + rng.normal(0, 0.5, 300) + rng.normal(0, 0.15, (3, 1)) + rng.normal(0, 0.5, (3, 300)) > 0
+            for _ in range(2)
+        )
+        gain = paired_gain(ours, theirs)
+        covered += gain.low <= 0 <= gain.high
+    assert 0.92 < covered / 400 < 0.99
+
+
+def test_seeds_that_agree_by_chance_do_not_make_the_interval_narrower_than_noise():
+    """Each seed gains exactly 10 points, on other images each time."""
+    gain = paired_gain(runs(0.6), runs(0.5))
+    noise = 100 * np.sqrt(2 * 0.25 / (3 * 400))
+    assert gain.high - gain.mean > 1.96 * noise
+
+
+def test_equal_predictions_are_a_gain_of_exactly_nothing():
+    right = runs(0.5)
+    gain = paired_gain(right, right)
+    assert (gain.mean, gain.low, gain.high, gain.verdict) == (0, 0, 0, "makes no clear difference")
+
+
+def test_summary_has_means_deviations_and_gains_in_percent():
+    ours = np.stack([runs(0.4, 1)[0], runs(0.5, 1)[0]])
+    theirs = np.stack([runs(0.5, 1)[0], runs(0.6, 1)[0]])
+    costs = {"stage1_steps": 90, "stage2_steps": 30, "stage1_seconds": 2.0, "stage2_seconds": 1.0}
+    results = {VANILLA: {1: results_of(theirs)}, BRIDGED: {1: [entry | costs for entry in results_of(ours)]}}
+    vanilla, bridged = summarise(results, VANILLA)
+    assert "gain" not in vanilla and vanilla["mean"] == pytest.approx(55)
+    assert bridged["values"] == pytest.approx([40, 50]) and bridged["std"] == pytest.approx(50**0.5)
+    assert (bridged["gain"], bridged["num_seeds"], bridged["num_test_images"]) == (pytest.approx(-10), 2, 400)
+    assert bridged["gain_low"] < -10 < bridged["gain_high"]
+    assert (bridged["steps"], bridged["seconds"], bridged["gpu_hours"]) == (120, 3.0, None)
+    one_seed = summarise({BRIDGED: {None: results_of(ours[:1])}}, None)
+    assert one_seed[0]["std"] is None and one_seed[0]["num_shots"] is None
+
+
+def test_costs_are_those_of_all_stages_averaged_over_seeds():
+    seeds = [{"stage1_gpu_hours": 1.0, "stage2_gpu_hours": 0.5}, {"stage1_gpu_hours": 2.0, "stage2_gpu_hours": 0.5}]
+    assert mean_costs(seeds)["gpu_hours"] == 2.0
+    assert mean_costs([*seeds, {"stage1_gpu_hours": None}])["gpu_hours"] is None
+
+
+@pytest.mark.parametrize(
+    "accuracy, verdict",
+    [(0.9, "gains at 1 shot (+40.0"), (0.1, "loses at 1 shot (-40.0"), (0.51, "makes no clear difference at")],
+)
+def test_the_first_sentence_says_what_bridging_did_also_when_it_loses(accuracy, verdict):
+    correct = {VANILLA: {1: runs(0.5)}, BRIDGED: {1: runs(accuracy)}, Row("bridged_keep"): {1: runs(0.95)}}
+    first, second = describe_findings(correct, VANILLA)
+    assert first.startswith("Over 3 seeds, in points of accuracy [95 % interval] over vanilla_matched: bridged ")
+    assert verdict in first
+    assert second.startswith("bridged_keep gains at 1 shot (+45.0 [")
+
+
+def test_findings_group_the_shot_counts_by_what_happened():
+    correct = {VANILLA: {1: runs(0.3), 4: runs(0.5), None: runs(0.9)},
+               BRIDGED: {1: runs(0.7), 4: runs(0.9), None: runs(0.4)}}  # fmt: skip
+    (sentence,) = describe_findings(correct, VANILLA)
+    assert "bridged gains at 1 shot (+40.0" in sentence and "), at 4 shots (+40.0" in sentence
+    assert "; loses with all images (-50.0" in sentence
+
+
+def test_findings_say_when_another_method_beats_the_best_bridged_one():
+    keep, alone = Row("bridged_keep"), Row("synthetic_only")
+    correct = {VANILLA: {1: runs(0.2)}, BRIDGED: {1: runs(0.3)}, keep: {1: runs(0.6)}, MIX: {1: runs(0.95)},
+               alone: {1: runs(0.5)}}  # fmt: skip
+    *_, last = describe_findings(correct, VANILLA)
+    assert last.startswith("mix beats the best bridged method: bridged_keep at 1 shot (+35.0 [")
+    correct[MIX] = {1: runs(0.55)}
+    assert not any("beats" in sentence for sentence in describe_findings(correct, VANILLA))
+
+
+def test_findings_with_volumes_speak_of_the_largest_and_of_what_it_adds():
+    correct = {VANILLA: {1: runs(0.2)}, Row("bridged", 500): {1: runs(0.3)}, Row("bridged", 3000): {1: runs(0.8)}}
+    first, last = describe_findings(correct, VANILLA)
+    assert "bridged gains at 1 shot (+60.0 [" in first
+    assert last.startswith("bridged, 3000 synthetic images a class in place of 500: gains at 1 shot (+50.0 [")
+
+
+def test_one_seed_is_called_a_single_run():
+    correct = {VANILLA: {1: runs(0.2, 1)}, BRIDGED: {1: runs(0.8, 1)}}
+    first, last = describe_findings(correct, VANILLA)
+    assert first.startswith("In a single run (one seed)")
+    assert "not the luck of this one seed" in last
+
+
+def test_findings_name_what_is_missing():
+    assert "nothing to compare" in describe_findings({BRIDGED: {1: runs(0.5)}}, None)[0]
+    assert "No bridged method" in describe_findings({VANILLA: {1: runs(0.5)}, MIX: {1: runs(0.6)}}, VANILLA)[0]
+    plain = Row("vanilla")
+    correct = {plain: {1: runs(0.5)}, BRIDGED: {1: runs(0.6)}}
+    assert "over vanilla, which took fewer steps:" in describe_findings(correct, plain)[0]
+
+
+def test_stacked_results_have_a_row_a_seed_in_their_order():
+    right = runs(0.4)
+    stacked = stack_correct({BRIDGED: {4: results_of(right)}})
+    assert np.array_equal(stacked[BRIDGED][4], right)
