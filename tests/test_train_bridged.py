@@ -1,15 +1,22 @@
 import json
+import pkgutil
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
-from datasets import Image, load_dataset
+import torch
+from datasets import ClassLabel, Image, load_dataset
+from safetensors.torch import load_file
 from transformers import pipeline
 
 import train_bridged
 from tests.conftest import CLASS_NAMES, save_image_set
 from utils.cli.errors import UserError
+from utils.cli.records import GENERATION_CONFIG, read_record, write_record
+from utils.transfer import classifiers as classifiers_module
 
 pytest_plugins = ["tests.transfer.fixtures"]
 SMALL = ["--max_steps", "2", "--bridge_max_steps", "3", "--max_eval_samples", "6", "--use_cpu"]
@@ -29,7 +36,7 @@ def test_bridged_from_the_record_alone_gives_a_pipeline(classifiers, synthetic_d
     )
     for name in ("README.md", "report.png", "all_results.json", "run_config.json", "stage1/model.safetensors"):
         assert (tmp_path / "out" / name).is_file()
-    assert not list((tmp_path / "out").rglob("training_args.bin"))
+    assert not list((tmp_path / "out").glob("*.bin"))
     with pytest.raises(UserError, match="holds a classifier made with other options"):
         train_bridged.main(["--synthetic_dataset", str(synthetic_dir), "--output_dir", str(tmp_path / "out")])
 
@@ -46,9 +53,170 @@ def test_vanilla_needs_no_synthetic_set_and_matches_steps(classifiers, real_imag
     assert not [path for path in written if b"hf_some_secret" in path.read_bytes()]
 
 
+def weights(folder) -> dict:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def run(classifiers, synthetic_dir, tmp_path):
+    """Run train_bridged.py on the tiny images into a folder of that name; return its results."""
+
+    def run(name: str, *flags: str, model: str = "vit", synthetic=synthetic_dir) -> dict:
+        return train_bridged.main(
+            ["--synthetic_dataset", str(synthetic), "--model_name_or_path", classifiers[model],
+             "--output_dir", str(tmp_path / name), *SMALL, *flags]
+        )  # fmt: skip
+
+    return run
+
+
+def test_a_synthetic_set_with_its_classes_in_another_order_gives_the_same_classifier(run, synthetic_dir, tmp_path):
+    order = [2, 0, 1]  # the set's label 0 is called what the real set calls label 2
+    permuted = tmp_path / "permuted"
+    shutil.copytree(synthetic_dir, permuted)
+    path = permuted / "data" / "train-00000.parquet"
+    rows = load_dataset("parquet", data_files=str(path), split="train")
+    labels = [order.index(label) for label in rows["label"]]
+    feature = ClassLabel(names=[CLASS_NAMES[label] for label in order])
+    rows.remove_columns("label").add_column("label", labels, feature=feature).to_parquet(path)
+    run("one")
+    run("other", synthetic=permuted)
+    assert_same_weights(tmp_path / "one", tmp_path / "other")
+
+
+def test_every_method_takes_the_same_real_images_and_says_what_it_cost(run, tmp_path):
+    results = {
+        "bridged": run("bridged", "--head_warmup_steps", "1"),
+        "vanilla": run("vanilla", "--method", "vanilla", "--match_steps", "--head_warmup_steps", "1"),
+        "mix": run("mix", "--method", "mix", "--mix_ratio", "1", "--match_steps"),
+        "synthetic_only": run("synthetic_only", "--method", "synthetic_only"),
+    }
+    configs = {method: json.loads((tmp_path / method / "bridged_config.json").read_text()) for method in results}
+    assert len({tuple(config["train_indices"]) for config in configs.values()}) == 1
+    assert [[stage["name"] for stage in config["stages"]] for config in configs.values()] == [
+        ["stage1", "stage2_head", "stage2"], ["vanilla_head", "vanilla"], ["mix"], ["stage1"],
+    ]  # fmt: skip
+    assert {method: result["total_steps"] for method, result in results.items()} == {
+        "bridged": 6, "vanilla": 6, "mix": 5, "synthetic_only": 3,
+    }  # fmt: skip
+    assert results["mix"]["total_images_seen"] == 32 + 4 + 32 + 4 + 32  # epochs of 18 real and 18 synthetic images
+    assert results["vanilla"]["leep_bridged"] is None and results["bridged"]["leep_bridged"] <= 0
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "call"),
+    [
+        ("utils.transfer.fine_tuning.StageTrainer", "training_step", 3),  # in stage 1, after a checkpoint
+        ("utils.transfer.fine_tuning", "fine_tune", 2),  # between the stages
+        ("utils.transfer.fine_tuning.StageTrainer", "training_step", 5),  # in stage 2
+        ("utils.hub.model_card", "write_model_card", 1),  # after the last stage
+    ],
+)
+def test_a_killed_run_goes_on_in_its_stage_to_the_same_weights(run, module, name, call, tmp_path, monkeypatch):
+    flags = ["--save_steps", "1", "--mixup_alpha", "0.2"]
+    whole = run("whole", *flags)
+    owner = pkgutil.resolve_name(module)
+    original, calls = getattr(owner, name), []
+
+    def die(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, die)
+        run("killed", *flags)
+    with pytest.raises(UserError, match="holds stages of an unfinished run; give --resume_from_checkpoint latest"):
+        run("killed", *flags)
+    with pytest.raises(UserError, match="begun with other options .mixup_alpha was 0.2"):
+        run("killed", "--resume_from_checkpoint", "latest")
+    resumed = run("killed", *flags, "--resume_from_checkpoint", "latest")
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    costs = ("seconds", "gpu_hours")
+    assert {key: value for key, value in resumed.items() if not key.endswith(costs)} == {
+        key: value for key, value in whole.items() if not key.endswith(costs)
+    }
+
+
+def test_an_adapter_goes_through_both_stages_and_is_merged_and_published_beside(run, tmp_path):
+    run("lora", "--use_peft", "--lora_r", "4", "--head_init", "keep")
+    folder = tmp_path / "lora"
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    image = str(next(Path(folder).glob("report.png")))
+    assert len(pipeline("image-classification", model=str(folder))(image)) == len(CLASS_NAMES)
+    config = json.loads((folder / "bridged_config.json").read_text())
+    assert (config["lora"]["lora_r"], config["stages"][1]["head_init"]) == (4, "keep")
+
+
+def test_a_streamed_set_trains_for_the_epochs_that_its_record_counts(
+    classifiers, synthetic_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s after every epoch
+    streamed = tmp_path / "streamed"
+    shutil.copytree(synthetic_dir, streamed)
+    flags = ["--synthetic_dataset", str(streamed), "--model_name_or_path", classifiers["vit"], "--streaming",
+             "--output_dir", str(tmp_path / "out"), "--method", "synthetic_only", "--bridge_num_train_epochs", "2",
+             "--per_device_train_batch_size", "4", "--max_eval_samples", "6", "--use_cpu"]  # fmt: skip
+    with pytest.raises(UserError, match="does not count its images; give --bridge_max_steps"):
+        train_bridged.main(flags)
+    record = read_record(streamed / GENERATION_CONFIG)
+    write_record(streamed / GENERATION_CONFIG, record | {"num_images": 18, "num_images_per_class": 6})
+    results = train_bridged.main(flags)
+    assert (results["stage1_steps"], results["stage1_images_seen"]) == (10, 40)  # of a stream every batch is full
+
+
+def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, real_images_dir, tmp_path):
+    trained = run("out")
+    flags = ["--output_dir", str(tmp_path / "out"), "--no_do_train"]
+    results = train_bridged.main([*flags, "--do_eval", "--max_eval_samples", "6", "--use_cpu"])
+    assert results == {key: value for key, value in trained.items() if key in results}
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["test_accuracy"] == results["test_accuracy"]
+    all_images = train_bridged.main([*flags, "--do_eval", "--dataset_name", str(real_images_dir), "--use_cpu"])
+    assert all_images["num_test_images"] == 30
+    other = tmp_path / "other"
+    save_image_set(other, {"train": 3, "test": 2}, ["cat", "dog", "suv"])
+    with pytest.raises(UserError, match="its classes are not those of"):
+        train_bridged.main([*flags, "--do_eval", "--dataset_name", str(other), "--use_cpu"])
+    with pytest.raises(UserError, match="leaves nothing to do; add --do_eval"):
+        train_bridged.main(flags)
+    with pytest.raises(UserError, match="--output_dir .*other: holds no finished classifier"):
+        train_bridged.main(["--no_do_train", "--do_eval", "--output_dir", str(other)])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--synthetic_dataset", "SYN", "--use_peft", "--batch_norm", "train"], "--batch_norm train: not with --use_p"),
+        (["--synthetic_dataset", "SYN", "--use_peft", "--bridge_batch_norm", "recalibrate"], "--bridge_batch_norm rec"),
+        (["--synthetic_dataset", "SYN", "--dropout", "1"], "--dropout 1.0: must be 0 or above, and below 1"),
+        (["--synthetic_dataset", "SYN", "--mix_ratio", "0"], "--mix_ratio 0.0: must be above 0"),
+        (["--synthetic_dataset", "SYN", "--bridge_mixup_alpha", "-1"], "--bridge_mixup_alpha -1.0: must be 0 or above"),
+        (["--synthetic_dataset", "SYN", "--method", "mix", "--streaming"], "--streaming: not with --method mix"),
+        (["--synthetic_dataset", "SYN", "--load_best_model_at_end"], "requires the save and eval strategy to match"),
+        (
+            [
+                "--synthetic_dataset",
+                "SYN",
+                "--load_best_model_at_end",
+                "--eval_strategy",
+                "epoch",
+                "--save_strategy",
+                "epoch",
+            ],
+            "--load_best_model_at_end: not offered",
+        ),
+        (["--synthetic_dataset", "SYN", "--resume_from_checkpoint", "x"], "--resume_from_checkpoint x: must be latest"),
         (["--method", "bridged", "--dataset_name", "x"], "--synthetic_dataset"),
         (["--method", "vanilla"], "--dataset_name"),
         (["--synthetic_dataset", "SYN", "--num_shots", "0"], "--num_shots"),
@@ -85,8 +253,8 @@ def rewrite_train_split(folder, change):
     ],
 )
 def test_damaged_images_and_missing_labels_are_found_before_a_model_loads(change, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_bridged, "check_classifier", lambda *_: None)
-    monkeypatch.setattr(train_bridged, "load_image_processor", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(classifiers_module, "check_classifier", lambda *_: None)
+    monkeypatch.setattr(classifiers_module, "load_image_processor", lambda *_, **__: pytest.fail("a model was loaded"))
     save_image_set(tmp_path / "real", {"train": 3, "test": 2})
     rewrite_train_split(tmp_path / "real", change)
     with pytest.raises(UserError, match=message):
@@ -96,8 +264,8 @@ def test_damaged_images_and_missing_labels_are_found_before_a_model_loads(change
 
 
 def test_classes_of_the_synthetic_set_that_do_not_fit_are_listed(make_synthetic_dir, classifiers, tmp_path):
-    renamed = make_synthetic_dir("renamed", ["red_square", "green circle", "blue stripe"])
-    with pytest.raises(UserError, match="missing: blue-stripe; extra: blue stripe"):
+    renamed = make_synthetic_dir("renamed", ["red_square", "yellow", "blue stripe"])
+    with pytest.raises(UserError, match="'blue-stripe' is 'blue stripe' .*; missing: green circle; extra: yel"):
         train_bridged.main(
             ["--synthetic_dataset", str(renamed), "--model_name_or_path", classifiers["vit"],
              "--output_dir", str(tmp_path / "out")]

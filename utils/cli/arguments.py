@@ -17,7 +17,7 @@ class RealDataArguments:
         metadata={"help": "In place of --dataset_name: a folder with a subfolder of images for each class."},
     )
     validation_dir: str | None = field(
-        default=None, metadata={"help": "Held-out images in class folders, as split 'validation'; needs --train_dir."}
+        default=None, metadata={"help": "Held-out images in class folders: the test part; needs --train_dir."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_revision: str | None = field(

@@ -52,14 +52,20 @@ class ScriptArgumentParser(HfArgumentParser):
         beside it win.
 
         Raises:
-            UserError: an unknown flag or recipe key, a value of the wrong type or out of its choices.
+            UserError: an unknown flag or recipe key, a value of the wrong type or out of its choices, flags that do not
+                go together.
         """
         argv = list(sys.argv[1:] if argv is None else argv)
         if argv and argv[0].endswith(RECIPE_SUFFIXES):
             self._apply_recipe(Path(argv.pop(0)))
-        *instances, unknown = self.parse_args_into_dataclasses(
-            argv, look_for_args_file=False, return_remaining_strings=True
-        )
+        try:
+            *instances, unknown = self.parse_args_into_dataclasses(
+                argv, look_for_args_file=False, return_remaining_strings=True
+            )
+        except UserError:
+            raise
+        except ValueError as error:  # of TrainingArguments, about flags that do not go together
+            raise UserError(str(error)) from None
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
             raise UserError(f"{unknown[0]}: no such flag{suggestion(unknown[0], flags)}; --help lists them.")

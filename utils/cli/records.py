@@ -21,11 +21,13 @@ GENERATION_CONFIG = "generation_config.json"
 BRIDGED_CONFIG = "bridged_config.json"
 RUN_CONFIG = "run_config.json"
 ALL_RESULTS = "all_results.json"
+EVAL_RESULTS = "eval_results.json"
 
 # options that may differ between two runs with the same result, beside those of publishing
 NOT_OF_THE_RESULT = (
     "push_to_hub", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "checkpointing_steps",
     "checkpoints_total_limit", "validation_steps", "report_to", "dataloader_num_workers", "latent_cache_dir",
+    "save_strategy", "save_steps", "save_total_limit", "disable_tqdm",
 )  # fmt: skip
 STYLE_TOKEN_OPTIONS = ("placeholder_token", "initializer_token")  # no access tokens
 

@@ -1,25 +1,29 @@
 """The methods as plans: which stages, from which weights, on which images, for how many steps. No torch."""
 
+import math
 from dataclasses import dataclass, replace
 
 METHODS = ("bridged", "vanilla", "mix", "synthetic_only")
 HEAD_INITS = ("reset", "keep", "imprint")
 BATCH_NORM_MODES = ("frozen", "train", "recalibrate")
 AUGMENTATIONS = ("robust", "basic", "trivialaugment", "randaugment")
+STAGE_NAMES = tuple(f"{name}{part}" for name in ("stage1", "stage2", "vanilla", "mix") for part in ("_head", ""))
+HEAD_FACTOR = 10.0  # a fresh head's learning rate over the rest's
 
 
 @dataclass(frozen=True)
 class StageSettings:
     """How one stage trains.
 
-    `head_learning_rate_factor` multiplies the learning rate for the head; `head_warmup_steps` train the head alone
-    before all the rest (LP-FT, Kumar et al. 2022); `warmup_steps` below 1 are a share of all steps. `dropout` and
-    `drop_path_rate` are the checkpoint's own when None.
+    `head_learning_rate_factor` multiplies the learning rate for the head; to `plan_stages`, None is `HEAD_FACTOR` for a
+    fresh head and 1 for another. `head_warmup_steps` train the head alone before all the rest (LP-FT, Kumar et al.
+    2022); `warmup_steps` below 1 are a share of all steps. `dropout` and `drop_path_rate` are the checkpoint's own when
+    None.
     """
 
     max_steps: int
     learning_rate: float
-    head_learning_rate_factor: float = 1.0
+    head_learning_rate_factor: float | None = 1.0
     mixup_alpha: float = 0.0
     batch_norm: str = "frozen"
     label_smoothing_factor: float = 0.0
@@ -72,7 +76,14 @@ def plan_stages(
         "vanilla": [StagePlan("vanilla", "real", "reset", settings)],
         "mix": [StagePlan("mix", "both", "reset", settings)],
     }
-    return [stage for plan in plans[method] for stage in _split_head_warmup(plan)]
+    return [_with_head_factor(stage) for plan in plans[method] for stage in _split_head_warmup(plan)]
+
+
+def _with_head_factor(stage: StagePlan) -> StagePlan:
+    if stage.settings.head_learning_rate_factor is not None:
+        return stage
+    factor = HEAD_FACTOR if stage.head_init == "reset" else 1.0
+    return replace(stage, settings=replace(stage.settings, head_learning_rate_factor=factor))
 
 
 def _split_head_warmup(stage: StagePlan) -> list[StagePlan]:
@@ -83,6 +94,11 @@ def _split_head_warmup(stage: StagePlan) -> list[StagePlan]:
     settings = replace(stage.settings, max_steps=num_steps, head_warmup_steps=0, freeze_backbone=True)
     rest = replace(stage.settings, head_warmup_steps=0)
     return [replace(stage, name=name, settings=settings), replace(stage, head_init="keep", start=name, settings=rest)]
+
+
+def steps_per_epoch(num_images: int, images_per_batch: int, accumulation: int = 1) -> int:
+    """Return the optimiser steps of one epoch, of `accumulation` batches each; a batch is that of all processes."""
+    return math.ceil(math.ceil(num_images / images_per_batch) / accumulation)
 
 
 def mix_indices(num_real: int, num_synthetic: int, ratio: float | None) -> list[int]:

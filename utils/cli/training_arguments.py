@@ -1,0 +1,53 @@
+"""The Trainer's flags as train_bridged.py takes them, with defaults of ours."""
+
+import os
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+MAX_WORKERS = 16
+
+
+def default_num_workers() -> int:
+    """Return how many processes read images ahead: on a CPU none, which would take its cores away."""
+    import torch
+
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(0, min(MAX_WORKERS, cores - 1)) if torch.accelerator.is_available() else 0
+
+
+@dataclass
+class BridgedTrainingArguments(TrainingArguments):
+    """Trainer's own flags, for both stages; `num_train_epochs`, `max_steps` and `learning_rate` are the second's."""
+
+    _argument_group_name = "training"
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Output folder; '<synthetic set>-bridged' (the method's name) when not given."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start from scratch where there is a result."})
+    do_train: bool = field(default=True, metadata={"help": "Train, then evaluate on the test images once."})
+    do_eval: bool = field(
+        default=False, metadata={"help": "With --no_do_train: evaluate the finished classifier in --output_dir."}
+    )
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per device and step."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per device in evaluation."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of AdamW."})
+    num_train_epochs: float = field(default=30.0, metadata={"help": "Epochs over the real images."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    logging_steps: float = field(default=0.05, metadata={"help": "Log every so many steps, or below 1 this share."})
+    save_strategy: str = field(default="steps", metadata={"help": "When to save checkpoints in the stages' folders."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints that are kept in each stage."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "'latest': go on with an unfinished run, in whichever stage it is."}
+    )
+    dataloader_num_workers: int = field(
+        default_factory=default_num_workers,
+        metadata={"help": "Processes that read images ahead, 0 or more; with a GPU one less than a process has cores."},
+    )
+    report_to: str = field(default="none", metadata={"help": "Experiment tracker, as in transformers."})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use so many validation and test images, evenly spread; all when not given."}
+    )
