@@ -159,9 +159,7 @@ def test_an_adapter_goes_through_both_stages_and_is_merged_and_published_beside(
     assert (config["lora"]["lora_r"], config["stages"][1]["head_init"]) == (4, "keep")
 
 
-def test_a_streamed_set_trains_for_the_epochs_that_its_record_counts(
-    classifiers, synthetic_dir, tmp_path, monkeypatch
-):
+def test_a_streamed_set_trains_for_the_epochs_that_its_record_counts(classifiers, synthetic_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s after every epoch
     streamed = tmp_path / "streamed"
     shutil.copytree(synthetic_dir, streamed)
