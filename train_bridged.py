@@ -266,9 +266,10 @@ def evaluate_finished(args: Arguments) -> dict:
         raise UserError(
             f"--output_dir {output_dir}: its classes are not those of '{real.record.name}', in their order."
         )
-    model = load_classifier(str(output_dir), class_names, False, args.training.seed)
+    trust = {"trust_remote_code": args.model.trust_remote_code}
+    model = load_classifier(str(output_dir), class_names, False, args.training.seed, **trust)
     test = take_spread(real.test, args.training.max_eval_samples)
-    images = EvalImages(test, load_image_processor(str(output_dir)))
+    images = EvalImages(test, load_image_processor(str(output_dir), **trust))
     results = test_metrics(*predict(model, images, *loader_options(args.training)))
     if is_main_process:
         write_record(output_dir / EVAL_RESULTS, results)

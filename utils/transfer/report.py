@@ -52,6 +52,8 @@ def _plot_curves(figure, log_histories: dict[str, list[dict]], num_columns: int)
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             if points:
                 (lines[label],) = (axis if is_loss else twin).plot(*zip(*points), style, marker=".")
+        axis.update_datalim([(1, 0)])  # from 0, with a margin even above a flat curve
+        axis.autoscale_view()
         axis.set_ylim(bottom=0)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if any("eval_accuracy" in entry for entry in history):
