@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install test soak bench local-hub demo demo-full quality generator clean-demo
+.PHONY: help install test soak bench local-hub demo demo-full reproduce quality generator clean-demo
 
 help:
 	@echo "make install    .venv with everything (PYTHON=python3.12 to choose; 3.11 or newer)"
 	@echo "make demo       the whole pipeline on real images, on two CPU cores, in minutes"
-	@echo "make demo-full  the table of the README; as long as it takes, resumes when run again"
+	@echo "make demo-full  the table of the README: an hour and a half, resumes when run again"
+	@echo "make reproduce  RECIPE=cars MODEL=resnet18: the paper's experiment, resumable; DRY_RUN=1 prints what it takes"
+	@echo "                (RECIPE: folders of recipes/; MODEL: recipes/models.yaml; NUM_IMAGES=1000 CONTROL=1 CONFIG=...)"
 	@echo "make test       the test suite"
 	@echo "make soak       the checks that take too long for it"
 	@echo "make bench      speed and memory of the scripts, into benchmarks/*.md; DIFFUSERS=<checkout> compares"
@@ -54,10 +56,15 @@ local-hub: install
 	$(BIN)/python -m tests.local_hub
 
 demo: install
-	$(BIN)/python demo/run.py
+	$(BIN)/python -m demo.run
 
 demo-full: install
-	$(BIN)/python demo/run.py --full
+	$(BIN)/python -m demo.run --full
+
+reproduce: install
+	$(BIN)/python -m recipes.reproduce $(if $(RECIPE),--recipe $(RECIPE)) $(if $(MODEL),--model $(MODEL)) \
+		$(if $(NUM_IMAGES),--num_images_per_class $(NUM_IMAGES)) $(if $(CONTROL),--control) \
+		$(if $(DRY_RUN),--dry_run) $(if $(RATES),--rates $(RATES)) $(if $(CONFIG),--config_file $(CONFIG))
 
 quality: install
 	$(BIN)/ruff check .

@@ -5,19 +5,14 @@ run side by side, each on one core: small networks are bound by the overhead of 
 """
 
 import argparse
-import json
-import os
-import shlex
-import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
+from utils.cli.step_runner import NUM_LANES, Step, StepRunner
+
 ROOT = Path(__file__).resolve().parent.parent
-NUM_LANES = 2
+NUM_SEEDS = 3
 LAUNCH = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 LAUNCH += ["--num_cpu_threads_per_process", "1"]
 PICTURES = {
@@ -27,69 +22,6 @@ PICTURES = {
     "bridged-0/report.png": "learning curves of both stages, confusion matrix",
     "comparison/comparison.png": "accuracy over the number of real images, a line a method",
 }
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command (a script with its flags), why it is run, and the file that is there once it is finished."""
-
-    name: str
-    why: str
-    finished: Path
-    command: tuple[str, ...]
-
-    @property
-    def argv(self) -> list[str]:
-        python = Path(sys.executable)
-        if self.command[0].startswith("demo/"):
-            return [str(python), *self.command]
-        return [str(python.with_name("accelerate")), "launch", *LAUNCH, *self.command]
-
-
-class Runner:
-    """Runs steps, says what each does, and remembers its seconds and the memory that the script recorded."""
-
-    def __init__(self, runs_dir: Path):
-        self.runs_dir = runs_dir
-        self.costs_path = runs_dir / "steps.json"
-        self.costs = json.loads(self.costs_path.read_text()) if self.costs_path.exists() else {}
-        self.lock = threading.Lock()
-
-    def run(self, step: Step, show: bool = False) -> None:
-        """Run one step; its output goes to a log file, or to the terminal with `show`."""
-        if step.name in self.costs and step.finished.exists():
-            self.say(f"{step.name}: done before in {self.costs[step.name]['seconds']:.0f} s")
-            return
-        launcher = "python" if step.command[0].startswith("demo/") else "accelerate launch"
-        self.say(f"\033[1m{step.name}\033[0m: {step.why}\n  $ {launcher} {shlex.join(step.command)}")
-        log_path = self.runs_dir / "logs" / f"{step.name.replace(' ', '-').replace(',', '')}.log"
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        started = time.time()
-        with log_path.open("w") as log:
-            result = subprocess.run(
-                step.argv, cwd=ROOT, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-                stdout=None if show else log, stderr=None if show else subprocess.STDOUT,
-            )  # fmt: skip
-        if result.returncode:
-            raise RuntimeError(f"{step.name} failed, see {log_path}; the same make command goes on from here")
-        seconds = round(time.time() - started, 1)
-        run_config = step.finished.parent / "run_config.json"
-        memory = json.loads(run_config.read_text())["peak_memory_gib"] if run_config.exists() else None
-        with self.lock:
-            self.costs[step.name] = {"seconds": seconds, "peak_memory_gib": memory}
-            self.costs_path.write_text(json.dumps(self.costs, indent=2) + "\n")
-        if not show:
-            self.say(f"  {step.name}: finished in {seconds:.0f} s")
-
-    def side_by_side(self, *lanes: list[Step]) -> None:
-        """Run lists of steps, two lists at the same time, each in its order."""
-        with ThreadPoolExecutor(NUM_LANES) as pool:
-            for future in [pool.submit(lambda steps=steps: [self.run(step) for step in steps]) for steps in lanes]:
-                future.result()
-
-    def say(self, text: str) -> None:
-        with self.lock:
-            print(text, flush=True)
 
 
 def style_and_set(runs_dir: Path, seed: int, num_steps: int, images_per_class: int) -> list[Step]:
@@ -130,6 +62,7 @@ def style_figures(runs_dir: Path) -> Step:
         ("demo/style_figures.py", "--real", "demo/fashion-mnist", "--with_token", str(runs_dir / "synthetic-0"),
          "--without_token", str(runs_dir / "plain-0"), "--classifier", "demo/classifier",
          "--output_dir", str(runs_dir)),
+        is_launched=False,
     )  # fmt: skip
 
 
@@ -150,12 +83,10 @@ def compare(runs_dir: Path, recipe: str, sets: list[str]) -> Step:
     )  # fmt: skip
 
 
-def print_ending(runner: Runner, seconds: float) -> None:
+def print_ending(runner: StepRunner, seconds: float) -> None:
     """Print what the steps cost, the style figures, and where the pictures are."""
     print("\n\033[1mSeconds and peak memory\033[0m (two steps at a time)")
-    for name, cost in runner.costs.items():
-        memory = f" {cost['peak_memory_gib']:6.1f} GiB" if cost["peak_memory_gib"] else ""
-        print(f"  {name:36s} {cost['seconds']:7.0f} s{memory}")
+    runner.print_costs()
     print(f"  {'this run, from start to end':36s} {seconds:7.0f} s")
     print("\n\033[1mStyle\033[0m")
     print((runner.runs_dir / "style.txt").read_text(), end="")
@@ -166,13 +97,13 @@ def print_ending(runner: Runner, seconds: float) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="the README's table: 5 seeds, 1-16 shots, all methods")
+    parser.add_argument("--full", action="store_true", help="the README's table: 1-16 shots, all methods, a search")
     args = parser.parse_args()
     started = time.time()
     runs_dir = Path("demo/runs-full" if args.full else "demo/runs")
-    num_seeds, num_steps, images_per_class = (5, 200, 100) if args.full else (3, 100, 60)
-    runner = Runner(runs_dir)
-    styles_and_sets = [style_and_set(runs_dir, seed, num_steps, images_per_class) for seed in range(num_seeds)]
+    num_steps, images_per_class = (200, 100) if args.full else (100, 60)
+    runner = StepRunner(ROOT, runs_dir, LAUNCH, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    styles_and_sets = [style_and_set(runs_dir, seed, num_steps, images_per_class) for seed in range(NUM_SEEDS)]
     others = [step for steps in styles_and_sets[1:] for step in steps]
     first = [
         *styles_and_sets[0],
@@ -182,7 +113,7 @@ def main():
     ]
     sets, recipe = [f"dsi={runs_dir / 'synthetic-{seed}'}"], "demo/recipes/compare.yaml"
     if args.full:
-        others += [plain_set(runs_dir, seed, images_per_class) for seed in range(1, num_seeds)]
+        others += [plain_set(runs_dir, seed, images_per_class) for seed in range(1, NUM_SEEDS)]
         sets, recipe = [*sets, f"plain={runs_dir / 'plain-{seed}'}"], "demo/recipes/compare_full.yaml"
     runner.side_by_side(first, others)
     runner.run(compare(runs_dir, recipe, sets), show=True)

@@ -1,0 +1,106 @@
+"""Runs commands as the steps of a longer work: what is finished is not done again, two may run side by side."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.cli.records import RUN_CONFIG, write_text
+
+NUM_LANES = 2
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command (a script with its flags), why it is run, and the file that is there once it is finished.
+
+    `is_launched` says whether `accelerate launch` runs the script, or Python by itself.
+    """
+
+    name: str
+    why: str
+    finished: Path
+    command: tuple[str, ...]
+    is_launched: bool = True
+
+    @property
+    def text(self) -> str:
+        """The command as one would type it."""
+        return shlex.join([*(("accelerate", "launch") if self.is_launched else ("python",)), *self.command])
+
+
+@dataclass
+class StepRunner:
+    """Runs steps in `root`, says what each does, and remembers in `runs_dir` its seconds and the memory it recorded.
+
+    `launch` are flags of `accelerate launch`, `environment` is added to this process's.
+    """
+
+    root: Path
+    runs_dir: Path
+    launch: Sequence[str] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._costs_path = self.runs_dir / "steps.json"
+        self.costs = json.loads(self._costs_path.read_text()) if self._costs_path.exists() else {}
+        self._lock = threading.Lock()
+
+    def run(self, step: Step, show: bool = False) -> None:
+        """Run one step; its output goes to a log file, or to the terminal with `show`.
+
+        Raises:
+            RuntimeError: the command failed; the message names the log.
+        """
+        if step.name in self.costs and step.finished.exists():
+            self.say(f"{step.name}: done before in {self.costs[step.name]['seconds']:.0f} s")
+            return
+        self.say(f"\033[1m{step.name}\033[0m: {step.why}\n  $ {step.text}")
+        log_path = self.runs_dir / "logs" / f"{step.name.replace(' ', '-').replace(',', '')}.log"
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        started = time.time()
+        with log_path.open("w") as log:
+            result = subprocess.run(
+                self._argv(step), cwd=self.root, check=False, env=os.environ | self.environment,
+                stdout=None if show else log, stderr=None if show else subprocess.STDOUT,
+            )  # fmt: skip
+        if result.returncode:
+            where = "see above" if show else f"see {log_path}"
+            raise RuntimeError(f"{step.name} failed, {where}; the same make command goes on from here")
+        seconds = round(time.time() - started, 1)
+        run_config = step.finished.parent / RUN_CONFIG
+        memory = json.loads(run_config.read_text())["peak_memory_gib"] if run_config.exists() else None
+        with self._lock:
+            self.costs[step.name] = {"seconds": seconds, "peak_memory_gib": memory}
+            write_text(self._costs_path, json.dumps(self.costs, indent=2) + "\n")
+        if not show:
+            self.say(f"  {step.name}: finished in {seconds:.0f} s")
+
+    def side_by_side(self, *lanes: list[Step]) -> None:
+        """Run lists of steps, two lists at the same time, each in its order."""
+        with ThreadPoolExecutor(NUM_LANES) as pool:
+            for future in [pool.submit(lambda steps=steps: [self.run(step) for step in steps]) for steps in lanes]:
+                future.result()
+
+    def say(self, text: str) -> None:
+        with self._lock:
+            print(text, flush=True)
+
+    def print_costs(self) -> None:
+        """Print what the steps cost, a line each."""
+        for name, cost in self.costs.items():
+            memory = f" {cost['peak_memory_gib']:6.1f} GiB" if cost["peak_memory_gib"] else ""
+            print(f"  {name:36s} {cost['seconds']:7.0f} s{memory}")
+
+    def _argv(self, step: Step) -> list[str]:
+        python = Path(sys.executable)
+        if not step.is_launched:
+            return [str(python), *step.command]
+        return [str(python.with_name("accelerate")), "launch", *self.launch, *step.command]
