@@ -8,6 +8,7 @@
     accelerate launch train_bridged.py --dataset_name user/cars --method vanilla
     accelerate launch train_bridged.py --synthetic_dataset user/cars-syn --resume_from_checkpoint latest
     accelerate launch train_bridged.py --output_dir cars-syn-bridged --no_do_train --do_eval
+    accelerate launch train_bridged.py --train_dir photos --dry_run
 
 The real images, their columns and their few-shot subset come from the record in the synthetic set; flags win.
 """
@@ -54,6 +55,8 @@ from utils.transfer.stage_settings import stage_settings
 
 logger = logging.getLogger(__name__)
 
+# up to so many real images a class the head of stage 1 beat a fresh one (README, the demo's comparison)
+MAX_IMAGES_FOR_KEPT_HEAD = 4
 # the classifier itself, no stage and no training state
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter/*")
 PUBLISHED_FILES = (
@@ -96,7 +99,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
             args.synthetic.synthetic_dataset, args.synthetic.synthetic_dataset_revision, args.training.hub_token
         )
         recorded = source.record["real_images"]  # None: made for a list of class names
-    else:
+    elif not args.training.dry_run:
         check_real_alone(args)
     if recorded and (given == (None, None) or same_image_set(recorded, *given)):
         parser.set_defaults(**recorded)
@@ -188,6 +191,12 @@ def load_images(args: Arguments, source) -> tuple:
                 f"Warning: the style token has seen {num_leaked} real images outside the {len(real.train)} that this "
                 "run trains on, so a method without synthetic images has seen fewer real images."
             )
+    is_reset = args.method.method == "bridged" and args.method.head_init == "reset"
+    if is_reset and len(real.train) <= MAX_IMAGES_FOR_KEPT_HEAD * len(real.class_names):
+        logger.info(
+            f"With {len(real.train)} real images of {len(real.class_names)} classes --head_init keep is likely to be "
+            "better than the fresh head of the paper."
+        )
     if args.method.method == "mix":
         both = concatenate_datasets([images["real"], images["synthetic"]])
         images["both"] = both.select(mix_indices(len(images["real"]), len(images["synthetic"]), args.method.mix_ratio))
@@ -245,6 +254,30 @@ def loader_options(training_args: BridgedTrainingArguments) -> tuple[int, int]:
     return training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
 
 
+def check_data(args: Arguments, source) -> dict:
+    """Print what is wrong with the real images, for `--dry_run`, and return how often.
+
+    Raises:
+        UserError: there are no such images, or the synthetic set has other classes.
+    """
+    from utils.data.audit import audit_images, list_findings, print_audit
+    from utils.data.real_images import RealImagesRecord, load_real_images
+    from utils.transfer.synthetic_images import load_synthetic
+
+    is_main_process = set_up_logging(args.training)
+    token = args.training.hub_token or None
+    real = load_real_images(RealImagesRecord.from_arguments(args.real), token)
+    if source is not None:
+        allowed = args.synthetic.allow_missing_classes
+        load_synthetic(
+            source, real.class_names, token=token, allow_missing_classes=allowed, streaming=args.synthetic.streaming
+        )
+    audit = audit_images(real)
+    if is_main_process:
+        print_audit(audit, real.record.name)
+    return {finding.what: finding.number for finding in list_findings(audit)}
+
+
 def evaluate_finished(args: Arguments) -> dict:
     """Evaluate the finished classifier in `--output_dir` on the test images, write and return `eval_results.json`.
 
@@ -281,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
     args, source = parse_arguments(argv)
     training_args, token = args.training, args.training.hub_token or None
+    if training_args.dry_run:
+        return check_data(args, source)
     if not training_args.do_train:
         return evaluate_finished(args)
 

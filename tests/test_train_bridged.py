@@ -76,6 +76,15 @@ def run(classifiers, synthetic_dir, tmp_path):
     return run
 
 
+def test_few_images_with_a_fresh_head_are_told_of_the_kept_one(run, caplog):
+    run("fresh", "--num_shots", "4")
+    assert "With 12 real images of 3 classes --head_init keep is likely to be better" in caplog.text
+    caplog.clear()
+    run("many", "--num_shots", "5")
+    run("kept", "--num_shots", "4", "--head_init", "keep")
+    assert "--head_init keep is likely" not in caplog.text
+
+
 def test_a_synthetic_set_with_its_classes_in_another_order_gives_the_same_classifier(run, synthetic_dir, tmp_path):
     order = [2, 0, 1]  # the set's label 0 is called what the real set calls label 2
     permuted = tmp_path / "permuted"
@@ -268,6 +277,24 @@ def test_classes_of_the_synthetic_set_that_do_not_fit_are_listed(make_synthetic_
             ["--synthetic_dataset", str(renamed), "--model_name_or_path", classifiers["vit"],
              "--output_dir", str(tmp_path / "out")]
         )  # fmt: skip
+
+
+def test_a_dry_run_looks_at_the_images_and_writes_nothing(tmp_path, make_synthetic_dir, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_image_set(tmp_path / "real", {"train": 10, "test": 3})
+    real = ["--dataset_name", str(tmp_path / "real"), "--dry_run"]
+    assert "images that do not open" not in train_bridged.main(real)
+    rewrite_train_split(
+        tmp_path / "real", lambda row, i: {"image": {"bytes": b"torn", "path": None}} if i == 1 else row
+    )
+    found = train_bridged.main(real)
+    assert found["images that do not open"] == 1
+    assert "row 1" in capsys.readouterr().out
+    train_bridged.main([*real, "--synthetic_dataset", str(make_synthetic_dir())])
+    renamed = make_synthetic_dir("other", ["red_square", "green circle", "suv"])
+    with pytest.raises(UserError, match="missing: blue-stripe; extra: suv"):
+        train_bridged.main([*real, "--synthetic_dataset", str(renamed)])
+    assert {path.name for path in tmp_path.iterdir()} == {"real"}
 
 
 def test_error_is_one_line_with_exit_status_2(tmp_path):

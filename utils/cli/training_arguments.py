@@ -26,6 +26,10 @@ class BridgedTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Output folder; '<synthetic set>-bridged' (the method's name) when not given."}
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Start from scratch where there is a result."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Look for damaged images, copies and leaks between splits; train and write nothing."},
+    )
     do_train: bool = field(default=True, metadata={"help": "Train, then evaluate on the test images once."})
     do_eval: bool = field(
         default=False, metadata={"help": "With --no_do_train: evaluate the finished classifier in --output_dir."}

@@ -1,0 +1,192 @@
+"""What is wrong with labelled images, found before any training: damaged files, copies, leaks between splits."""
+
+import contextlib
+import io
+import os
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import PIL.Image
+from datasets import Dataset, Image, concatenate_datasets
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from utils.data.real_images import RealImages, inspect_images
+
+MAX_EXAMPLES = 3
+# cleanvision's names of what an image may be -> ours
+ODDITIES = {
+    "dark": "very dark",
+    "light": "very bright",
+    "blurry": "blurred",
+    "odd_size": "much smaller or larger than most",
+    "odd_aspect_ratio": "very narrow",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an image is: its split, its row there, its class, and its file's name where it has one."""
+
+    split: str
+    row: int
+    class_name: str
+    file: str | None
+
+    def __str__(self) -> str:
+        return f"{self.split} {self.file or f'row {self.row}'}"
+
+
+@dataclass(frozen=True)
+class ImageAudit:
+    """What was found.
+
+    `counts` maps split -> images of each class, `(num_classes,)` int; `sizes` is `(n, 2)` int, width and height in
+    pixels of the images that open. `copies` are groups of images with the same pixels, `look_alikes` those with the
+    same perceptual hash that are no copies; `oddities` maps a description -> the images.
+    """
+
+    class_names: list[str]
+    counts: dict[str, np.ndarray]
+    sizes: np.ndarray
+    damaged: dict[Place, str]
+    copies: list[list[Place]]
+    look_alikes: list[list[Place]]
+    oddities: dict[str, list[Place]]
+
+    @property
+    def mislabelled(self) -> list[list[Place]]:
+        """The copies with more than one label."""
+        return [group for group in self.copies if len({place.class_name for place in group}) > 1]
+
+
+def across_splits(groups: list[list[Place]]) -> list[list[Place]]:
+    """Return the groups with images of more than one split."""
+    return [group for group in groups if len({place.split for place in group}) > 1]
+
+
+def audit_images(real: RealImages) -> ImageAudit:
+    """Look at every image of every split once, on all cores.
+
+    Source: cleanvision, for copies, look-alikes (64-bit perceptual hash) and odd images.
+    """
+    splits = {"train": real.train, "validation": real.validation, "test": real.test}
+    counts, damaged, places, good = {}, {}, [], []
+    for split, images in splits.items():
+        labels = np.asarray(images["label"])
+        counts[split] = np.bincount(labels, minlength=len(real.class_names))
+        files = images.select_columns("image").cast_column("image", Image(decode=False))
+        _, problems = inspect_images(images, f"{split} images")
+        kept = [row for row in range(len(images)) if row not in problems]
+        here = [
+            Place(split, row, real.class_names[label], _file_name(files[row]["image"]))
+            for row, label in enumerate(labels)
+        ]
+        damaged |= {here[row]: problem for row, problem in sorted(problems.items())}
+        places += [here[row] for row in kept]
+        good.append(images.select(kept))
+    images = concatenate_datasets(good).cast_column("image", Image())  # a set may be stored as encoded bytes
+    copies, look_alikes, oddities = _find_issues(images, places)
+    return ImageAudit(real.class_names, counts, _measure(images), damaged, copies, look_alikes, oddities)
+
+
+def _file_name(encoded: dict) -> str | None:
+    """Return a file's name with its folder's, which is the class in class folders."""
+    path = (encoded or {}).get("path")
+    return os.sep.join(str(path).split(os.sep)[-2:]) if path else None
+
+
+def _measure(images: Dataset) -> np.ndarray:
+    encoded = images.select_columns("image").cast_column("image", Image(decode=False))
+    sizes = []
+    for row in encoded:
+        file = row["image"]["bytes"]
+        with PIL.Image.open(row["image"]["path"] if file is None else BytesIO(file)) as image:  # reads the header
+            sizes.append(image.size)
+    return np.array(sizes).reshape(-1, 2)
+
+
+def _find_issues(images: Dataset, places: list[Place]) -> tuple[list, list, dict[str, list[Place]]]:
+    """Return copies, look-alikes and oddities."""
+    from cleanvision import Imagelab  # takes seconds to import
+
+    lab = Imagelab(hf_dataset=images, image_key="image")
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports by itself, as tables of its own
+        lab.find_issues({name: {} for name in (*ODDITIES, "exact_duplicates", "near_duplicates")}, verbose=False)
+    copies, look_alikes = (
+        [[places[row] for row in rows] for rows in lab.info[kind]["sets"]]
+        for kind in ("exact_duplicates", "near_duplicates")
+    )
+    oddities = {
+        what: [places[row] for row in np.flatnonzero(lab.issues[f"is_{name}_issue"])] for name, what in ODDITIES.items()
+    }
+    return copies, look_alikes, oddities
+
+
+def print_audit(audit: ImageAudit, name: str, console: Console | None = None) -> None:
+    """Print images and classes by split, and what was found with examples and what to do about it."""
+    console = console or Console()
+    table = Table("split", "images", "classes", "images of a class", "fewest", title=f"images of {name}")
+    for split, counts in audit.counts.items():
+        present = counts[counts > 0]
+        least = np.argsort(counts, kind="stable")[:MAX_EXAMPLES]
+        fewest = ", ".join(f"{audit.class_names[label]} {counts[label]}" for label in least)
+        spread = f"{present.min()} to {present.max()}, half have {np.median(present):.0f} or more"
+        table.add_row(split, f"{counts.sum():,}", f"{len(present)} of {len(counts)}", spread, Text(fewest))
+    console.print(table)
+    if len(audit.sizes):
+        low, middle, high = (np.percentile(audit.sizes, share, axis=0).astype(int) for share in (0, 50, 100))
+        console.print(
+            f"Width x height in pixels: median {middle[0]} x {middle[1]}; widths {low[0]} to {high[0]}, heights "
+            f"{low[1]} to {high[1]}."
+        )
+    findings = list_findings(audit)
+    if not findings:
+        console.print("Nothing wrong was found.")
+        return
+    table = Table("what was found", "", "examples", "what to do", title="findings")
+    for finding in findings:
+        table.add_row(finding.what, f"{finding.number:,}", Text("\n".join(finding.examples)), finding.advice)
+    console.print(table)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A kind of thing that is wrong: how often, a few examples, and what to do."""
+
+    what: str
+    number: int
+    examples: list[str]
+    advice: str
+
+
+def list_findings(audit: ImageAudit) -> list[Finding]:
+    """Return what is wrong, the gravest first; what is not there is left out."""
+    leaks, alike = across_splits(audit.copies), across_splits(audit.look_alikes)
+    repeated = [group for group in audit.copies if group not in leaks]
+    empty = [
+        f"{audit.class_names[label]} in {split}"
+        for split, counts in audit.counts.items()
+        for label in np.flatnonzero(counts == 0)
+    ]
+    damaged = [f"{place}: {problem}" for place, problem in audit.damaged.items()]
+    odd = [(f"{what} images", list(map(str, places)), "look at them") for what, places in audit.oddities.items()]
+    findings = [
+        ("images that do not open", damaged, "repair or remove them: training stops at the first"),
+        ("classes without images", empty, "add images, or remove the class"),
+        ("copies in more than one split", _describe(leaks), "keep one: they make validation or test too easy"),
+        ("copies with different labels", _describe(audit.mislabelled, with_class=True), "keep the right one"),
+        ("copies within a split", _describe(repeated), "harmless where they are few"),
+        ("look-alikes in more than one split", _describe(alike), "look at them: the same scene, or chance?"),
+        *odd,
+    ]
+    return [Finding(what, len(found), found[:MAX_EXAMPLES], advice) for what, found, advice in findings if found]
+
+
+def _describe(groups: list[list[Place]], with_class: bool = False) -> list[str]:
+    def describe(place: Place) -> str:
+        return f"{place} ({place.class_name})" if with_class else str(place)
+
+    return [" = ".join(map(describe, group[:MAX_EXAMPLES])) for group in groups]
