@@ -41,7 +41,7 @@ from utils.cli.comparison_arguments import (
 )
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import ScriptArgumentParser, require_not_negative, require_positive
-from utils.cli.records import image_set_name, resolve_options, write_record, write_run_config
+from utils.cli.records import COMPARISON, image_set_name, resolve_options, write_record, write_run_config
 from utils.data.class_folders import check_real_images_given
 from utils.data.real_images import RealImages, RealImagesRecord, check_images, load_real_images, same_image_set
 from utils.transfer.cell_workers import run_cells, use_one_gpu, visible_gpus
@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     comparison = {
         "findings": findings, "baseline": baseline_name, "seeds": seeds, "summary": summary, "settings": chosen,
     }  # fmt: skip
-    write_record(runner.output_dir / "comparison.json", comparison)
+    write_record(runner.output_dir / COMPARISON, comparison)
     write_markdown(
         runner.output_dir / "comparison.md", summary, baseline_name,
         findings=findings, seeds=seeds, sets=sets, own_sets="{seed}" in "".join(sets.values()),

@@ -22,6 +22,7 @@ BRIDGED_CONFIG = "bridged_config.json"
 RUN_CONFIG = "run_config.json"
 ALL_RESULTS = "all_results.json"
 EVAL_RESULTS = "eval_results.json"
+COMPARISON = "comparison.json"
 
 # options that may differ between two runs with the same result, beside those of publishing
 NOT_OF_THE_RESULT = (

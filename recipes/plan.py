@@ -1,0 +1,128 @@
+"""What a reproduction takes, before it is begun: images, optimiser steps, GPU-hours and disk. No torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from utils.cli.parsing import read_mapping
+from utils.transfer.comparison import VARIANTS, rates_around
+from utils.transfer.methods import steps_per_epoch
+
+RECIPES = Path(__file__).resolve().parent
+TRAIN_BATCH_SIZE = 32  # train_bridged.py's and compare_transfer.py's default
+VALIDATION_SHARE = 0.1  # carved off the training images where there is no validation part beside a test part
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One image set with one classifier; hours are those of one GPU, `*_steps` optimiser steps."""
+
+    title: str
+    num_classes: int
+    num_real: int
+    num_synthetic: int
+    dsi_steps: int
+    bridge_steps: int
+    real_steps: int
+    dsi_hours: float
+    synthetic_hours: float
+    bridged_hours: float
+    comparison_hours: float
+    disk_gib: float
+
+    @property
+    def hours(self) -> float:
+        return self.dsi_hours + self.synthetic_hours + self.bridged_hours + self.comparison_hours
+
+
+def read_sets() -> dict[str, dict]:
+    """Return name -> facts about an image set, of all that have recipes."""
+    return read_mapping(RECIPES / "sets.yaml", "image sets")
+
+
+def read_models() -> dict[str, dict]:
+    """Return name -> flags of a classifier."""
+    return read_mapping(RECIPES / "models.yaml", "classifiers")
+
+
+def make_plan(name: str, model: str, rates: dict, num_images_per_class: int) -> Plan:
+    """Return the plan of the image set `name`, from its recipes and from what a GPU does in a second."""
+    facts = read_sets()[name]
+    dsi, synthetic, bridged, compare = (
+        yaml.safe_load((RECIPES / name / f"{step}.yaml").read_text())
+        for step in ("dsi", "synthetic", "bridged", "compare")
+    )
+    num_real = facts["num_images"]["train"]
+    if not {"validation", "test"} <= facts["num_images"].keys():
+        num_real -= round(num_real * VALIDATION_SHARE)
+    num_synthetic = facts["num_classes"] * num_images_per_class
+    bridge_images = bridged["bridge_num_train_epochs"] * num_synthetic
+    real_images = bridged["num_train_epochs"] * num_real
+    compared_images = count_compared_images(
+        compare, compare["bridge_num_train_epochs"] * num_synthetic, compare["num_train_epochs"] * num_real
+    )
+    training_rate = 3600 * rates["training_images_per_second"][model]
+    return Plan(
+        facts["title"],
+        facts["num_classes"],
+        num_real,
+        num_synthetic,
+        dsi["max_train_steps"],
+        bridged["bridge_num_train_epochs"] * steps_per_epoch(num_synthetic, TRAIN_BATCH_SIZE),
+        bridged["num_train_epochs"] * steps_per_epoch(num_real, TRAIN_BATCH_SIZE),
+        dsi_hours=dsi["max_train_steps"] * dsi["train_batch_size"] / rates["dsi_images_per_second"] / 3600,
+        synthetic_hours=num_synthetic
+        * synthetic["num_inference_steps"]
+        / rates["sampling_image_steps_per_second"]
+        / 3600,
+        bridged_hours=(bridge_images + real_images) / training_rate,
+        comparison_hours=compared_images / training_rate,
+        disk_gib=num_synthetic * rates["bytes_per_image"] / 2**30,
+    )
+
+
+def count_compared_images(compare: dict, bridge_images: int, real_images: int) -> int:
+    """Return how many images a comparison trains on, its search included; stage 1 is trained once where it is shared.
+
+    `bridge_images` and `real_images` are those of one stage 1 and of one stage 2.
+    """
+    num_rates = len(rates_around(1.0)) if compare["search_learning_rate"] else 1
+    num_searched = num_rates if num_rates > 1 else 0
+    variants = [VARIANTS[method] for method in compare["methods"]]
+    bridges = {
+        json.dumps(item.bridge, sort_keys=True) for item in variants if item.method in ("bridged", "synthetic_only")
+    }
+    num_seeds = len(compare["seeds"])
+    total = (num_seeds * len(bridges) + num_rates - 1) * bridge_images
+    for variant in variants:
+        if variant.method != "synthetic_only":
+            per_run = real_images + (bridge_images if variant.matched else 0)
+            total += (num_seeds + num_searched) * per_run
+    return total
+
+
+def print_plans(plans: list[Plan], model: str, rates: dict, num_images_per_class: int) -> None:
+    """Print the plans as a table."""
+    table = Table(
+        "image set", "classes", "real images", "synthetic", "steps: token, stage 1, stage 2", "token h", "images h",
+        "bridged h", "comparison h", "disk GiB",
+        title=f"{num_images_per_class:,} synthetic images a class, {model}, hours of one {rates['gpu']}",
+    )  # fmt: skip
+    for plan in plans:
+        table.add_row(
+            plan.title, str(plan.num_classes), f"{plan.num_real:,}", f"{plan.num_synthetic:,}",
+            f"{plan.dsi_steps:,}, {plan.bridge_steps:,}, {plan.real_steps:,}", f"{plan.dsi_hours:.1f}",
+            f"{plan.synthetic_hours:.1f}", f"{plan.bridged_hours:.2f}", f"{plan.comparison_hours:.1f}",
+            f"{plan.disk_gib:.0f}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    hours, gib = sum(plan.hours for plan in plans), sum(plan.disk_gib for plan in plans)
+    console.print(
+        f"In all {hours:,.0f} GPU-hours and {gib:,.0f} GiB. Computed from measured rates, whose sources are in "
+        "recipes/rates.yaml; loading images and evaluation are not counted."
+    )

@@ -1,0 +1,131 @@
+"""The paper's table, by names: `make reproduce RECIPE=cars MODEL=resnet18`, resumable; `DRY_RUN=1` prints the plan.
+
+Three steps and the comparison, each a command that you could type. Style token and synthetic images are made once for
+all classifiers. The paper's third column, bridged without DSI, needs a second synthetic set: `CONTROL=1`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from recipes.plan import make_plan, print_plans, read_models, read_sets
+from utils.cli.errors import UserError
+from utils.cli.parsing import read_mapping
+from utils.cli.records import BRIDGED_CONFIG, COMPARISON, DSI_CONFIG, RUN_CONFIG, read_record, write_text
+from utils.cli.step_runner import Step, StepRunner
+
+ROOT = Path(__file__).resolve().parent.parent
+# a row of our table -> the paper's
+PAPER_ROWS = {"vanilla": "vanilla", "bridged@plain": "bridged", "bridged": "bridged_dsi"}
+RATES = ROOT / "recipes" / "rates.yaml"
+RESUME = ("--resume_from_checkpoint", "latest")
+
+
+def list_steps(name: str, model: str, num_images_per_class: int, control: bool, folder: Path) -> list[Step]:
+    """Return the steps of an image set with a classifier, the comparison last; `folder` is the set's."""
+    recipes, flags = f"recipes/{name}", read_models()[model]
+    style, images, plain = folder / "style", folder / "synthetic", folder / "plain"
+    trained = folder / f"{model}-{num_images_per_class}"
+    generate = (
+        "generate_synthetic.py", f"{recipes}/synthetic.yaml", "--learned_embeds", str(style), "--num_images_per_class",
+        str(num_images_per_class), "--output_dir",
+    )  # fmt: skip
+    classifier = ("--model_name_or_path", flags["model_name_or_path"])
+    rate, bridge_rate = str(flags["learning_rate"]), str(flags["bridge_learning_rate"])
+    steps = [
+        Step(
+            "style token", "the style of the training images becomes one token", style / DSI_CONFIG,
+            ("train_dsi.py", f"{recipes}/dsi.yaml", "--output_dir", str(style), *RESUME),
+        ),
+        Step(
+            f"synthetic set, {num_images_per_class} a class", "images of all classes in that style",
+            images / RUN_CONFIG, (*generate, str(images)),
+        ),
+    ]  # fmt: skip
+    sets, methods = [f"dsi={images}"], read_mapping(ROOT / recipes / "compare.yaml", "recipe")["methods"]
+    if control:
+        steps.append(
+            Step(
+                f"control set, {num_images_per_class} a class", "as many without the token", plain / RUN_CONFIG,
+                (*generate, str(plain), "--use_style_token", "false"),
+            )
+        )  # fmt: skip
+        sets, methods = [*sets, f"plain={plain}"], [*methods, "bridged@plain"]
+    return [
+        *steps,
+        Step(
+            f"bridged transfer, {trained.name}", "a classifier of the synthetic, then of the real images",
+            trained / "bridged" / BRIDGED_CONFIG,
+            ("train_bridged.py", f"{recipes}/bridged.yaml", "--synthetic_dataset", str(images), *classifier,
+             "--learning_rate", rate, "--bridge_learning_rate", bridge_rate, "--output_dir", str(trained / "bridged"),
+             *RESUME),
+        ),
+        Step(
+            f"comparison, {trained.name}", "the methods on the same images",
+            trained / "comparison" / COMPARISON,
+            ("compare_transfer.py", f"{recipes}/compare.yaml", "--synthetic_dataset", *sets, "--methods", *methods,
+             *classifier, "--learning_rates", rate, "--bridge_learning_rates", bridge_rate, "--output_dir",
+             str(trained / "comparison")),
+            is_launched=False,  # it starts processes of its own
+        ),
+    ]  # fmt: skip
+
+
+def beside_the_paper(summary: list[dict], paper: dict[str, float], title: str) -> str:
+    """Return a Markdown table of measured accuracies with the paper's, `?` where that is not known."""
+    lines = [f"| {title}, top-1 % | here | the paper |", "|---|---|---|"]
+    for entry in summary:
+        spread = "" if entry["std"] is None else f" ± {entry['std']:.1f}"
+        figure = paper.get(PAPER_ROWS.get(entry["method"]), "?" if entry["method"] in PAPER_ROWS else "")
+        lines.append(f"| {entry['method']} | {entry['mean']:.1f}{spread} | {figure} |")
+    return "\n".join(lines) + "\n"
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=list(read_sets()), help="image set; with --dry_run all when not given")
+    parser.add_argument("--model", choices=list(read_models()), default="resnet18", help="classifier")
+    parser.add_argument("--num_images_per_class", type=int, default=1000, help="synthetic images of each class")
+    parser.add_argument("--control", action="store_true", help="also without the style token")
+    parser.add_argument("--dry_run", action="store_true", help="print the plan")
+    parser.add_argument("--rates", type=Path, default=RATES, help="what your GPU does in a second, for the plan")
+    parser.add_argument("--config_file", help="accelerate configuration; accelerate's own when not given")
+    parser.add_argument("--output_dir", type=Path, default=Path("reproduced"), help="where the results go")
+    args = parser.parse_args(argv)
+    if args.recipe is None and not args.dry_run:
+        parser.error(f"--recipe is missing: one of {', '.join(read_sets())}")
+    if args.num_images_per_class < 1:
+        parser.error(f"--num_images_per_class {args.num_images_per_class}: must be above 0")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> str | None:
+    """Print the plan, or run it and return the table."""
+    args = parse_arguments(argv)
+    if args.dry_run:
+        rates = read_mapping(args.rates, "rates")
+        names = [args.recipe] if args.recipe else list(read_sets())
+        plans = [make_plan(name, args.model, rates, args.num_images_per_class) for name in names]
+        print_plans(plans, args.model, rates, args.num_images_per_class)
+        return None
+    folder = args.output_dir / args.recipe
+    runner = StepRunner(ROOT, folder, ("--config_file", args.config_file) if args.config_file else ())
+    steps = list_steps(args.recipe, args.model, args.num_images_per_class, args.control, folder)
+    for step in steps:
+        runner.run(step, show=True)
+    facts, comparison = read_sets()[args.recipe], steps[-1].finished
+    table = beside_the_paper(
+        read_record(comparison)["summary"], facts["paper"] if args.model == "resnet18" else {},
+        f"{facts['title']}, {args.model}, {args.num_images_per_class:,} synthetic images a class",
+    )  # fmt: skip
+    write_text(comparison.parent.parent / "reproduced.md", table)
+    print(f"\n{table}\n{comparison.parent.parent / 'reproduced.md'}")
+    return table
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RuntimeError, UserError) as error:
+        sys.exit(f"reproduce: {error}")

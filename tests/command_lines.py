@@ -1,0 +1,47 @@
+"""Commands as people type them, taken as far as the flags: by the script's own parser, and no further."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+import compare_transfer
+import generate_synthetic
+import quality_report
+import train_bridged
+import train_dsi
+from utils.cli.parsing import ScriptArgumentParser
+
+SCRIPTS = {
+    f"{module.__name__}.py": module
+    for module in (train_dsi, generate_synthetic, quality_report, train_bridged, compare_transfer)
+}
+
+
+class Parsed(Exception):
+    """Every flag and recipe key was understood."""
+
+
+def parse_flags(script: str, flags: list[str]) -> dict:
+    """Return the values that a script's parser gives its flags; the script does nothing else.
+
+    Raises:
+        UserError: a flag, a key of the recipe or a value is wrong.
+    """
+
+    def parse(parser, argv=None):
+        raise Parsed({key: value for group in original(parser, argv) for key, value in vars(group).items()})
+
+    original = ScriptArgumentParser.parse
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptArgumentParser, "parse", parse)
+        with pytest.raises(Parsed) as parsed:
+            SCRIPTS[script].main(flags)
+    return parsed.value.args[0]
+
+
+def split_command(command: str) -> tuple[str, list[str]]:
+    """Return the script of a typed command, whatever launches it, and its flags."""
+    words = shlex.split(command, comments=True)
+    number = next(number for number, word in enumerate(words) if Path(word).name in SCRIPTS)
+    return words[number], words[number + 1 :]

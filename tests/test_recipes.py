@@ -1,0 +1,213 @@
+"""The recipes: flags of their scripts, class names without a warning, a miniature of each set in all three steps."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
+from PIL import Image as PILImage
+
+import generate_synthetic
+import train_bridged
+import train_dsi
+from recipes.plan import count_compared_images, make_plan, read_models, read_sets
+from recipes.reproduce import beside_the_paper, list_steps, main
+from tests.command_lines import parse_flags, split_command
+from tests.conftest import blank_figures
+from utils.cli.parsing import read_mapping
+from utils.cli.step_runner import Step, StepRunner
+from utils.data.class_names import prompt_nouns
+from utils.data.name_doctor import diagnose
+
+pytest_plugins = ["tests.transfer.fixtures", "tests.local_hub.fixtures"]
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+SETS = read_sets()
+RATES = read_mapping(RECIPES / "rates.yaml", "rates")
+# columns beside image and label, as the published sets have them
+OTHER_COLUMNS = {
+    "aircraft": {"family": Value("string"), "manufacturer": Value("string")},
+    "pets": {"image_id": Value("string"), "label_cat_dog": ClassLabel(names=["cat", "dog"])},
+    "cub200": {"bbox": Sequence(Value("int64"))},
+}
+OTHER_VALUES = {"label_cat_dog": 0, "bbox": [0, 0, 4, 4]}
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch):
+    """Run from the repository root, as the recipes name their class names from there."""
+    monkeypatch.chdir(ROOT)
+
+
+def read_recipe(name: str, step: str) -> tuple[str, dict]:
+    """Return a recipe's comment as one line, and its values."""
+    text = (RECIPES / name / f"{step}.yaml").read_text()
+    header = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    return header, yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("step", ["dsi", "synthetic", "bridged", "compare"])
+@pytest.mark.parametrize("name", SETS)
+def test_a_recipe_parses_with_its_script_and_its_header_says_what_it_is(name, step):
+    header, values = read_recipe(name, step)
+    facts, (_, dsi) = SETS[name], read_recipe(name, "dsi")
+    command = next(line for line in (RECIPES / name / f"{step}.yaml").read_text().splitlines() if ".py " in line)
+    script, flags = split_command(command.removeprefix("#"))
+    assert flags[0] == f"recipes/{name}/{step}.yaml"
+    parsed = parse_flags(script, flags)
+    assert {key: parsed[key] for key in values} == values
+    assert f"{facts['num_classes']} classes" in header
+    for split, number in facts["num_images"].items():
+        assert f"{number:,} {split}" in header
+    assert f"{dsi['dataset_name']}, commit {dsi.get('dataset_revision', 'not known')}," in header
+    assert f"columns {dsi['image_column_name']} and {dsi['label_column_name']}" in header
+    assert all(str(figure) in header for figure in facts["paper"].values())
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_class_names_pass_the_doctor(name):
+    corrections = read_mapping(RECIPES / name / "class_names.yaml", "class names")
+    assert len(corrections) == SETS[name]["num_classes"]
+    nouns = prompt_nouns(list(corrections), corrections)
+    assert diagnose(nouns, nouns) == []  # as if the nouns were all that is known: nobody vouches for them
+
+
+def save_miniature(name: str, folder: Path) -> None:
+    """Write an image set of a set's columns, class names and splits: two tiny images of a class to train on."""
+    _, dsi = read_recipe(name, "dsi")
+    class_names = list(read_mapping(RECIPES / name / "class_names.yaml", "class names"))
+    others = OTHER_COLUMNS.get(name, {})
+    features = Features({"image": Image(), dsi["label_column_name"]: ClassLabel(names=class_names), **others})
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    images = [PILImage.fromarray(image) for image in pixels]
+    for split in SETS[name]["num_images"]:
+        labels = list(range(len(class_names))) * (2 if split == "train" else 1)
+        rows = {"image": [images[label % 4] for label in labels], dsi["label_column_name"]: labels}
+        rows |= {column: [OTHER_VALUES.get(column, "x")] * len(labels) for column in others}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / f"{split}-00000.parquet")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_miniature_of_each_set_goes_through_all_three_steps(
+    name, local_hub, tiny_pipeline_dir, classifiers, tmp_path
+):
+    _, dsi = read_recipe(name, "dsi")
+    save_miniature(name, tmp_path / "set")
+    files = {path.relative_to(tmp_path / "set").as_posix(): path for path in (tmp_path / "set").rglob("*.parquet")}
+    commit = local_hub.create_repo(dsi["dataset_name"], "dataset").commit(files)
+    style, images, model = (str(tmp_path / step) for step in ("style", "synthetic", "bridged"))
+    with blank_figures():
+        train_dsi.main(
+            [f"recipes/{name}/dsi.yaml", "--dataset_revision", "main", "--pretrained_model_name_or_path",
+             str(tiny_pipeline_dir), "--output_dir", style, "--max_train_steps", "1", "--num_validation_images", "0"]
+        )  # fmt: skip
+        generate_synthetic.main(
+            [f"recipes/{name}/synthetic.yaml", "--learned_embeds", style, "--output_dir", images,
+             "--num_images_per_class", "1", "--num_inference_steps", "1", "--batch_size", "50",
+             "--strict_class_names"]
+        )  # fmt: skip
+        results = train_bridged.main(
+            [f"recipes/{name}/bridged.yaml", "--synthetic_dataset", images, "--model_name_or_path", classifiers["timm"],
+             "--output_dir", model, "--bridge_max_steps", "1", "--max_steps", "1"]
+        )  # fmt: skip
+    num_classes = SETS[name]["num_classes"]
+    assert results["num_test_images"] == num_classes
+    record = json.loads((tmp_path / "bridged" / "bridged_config.json").read_text())
+    names = read_mapping(RECIPES / name / "class_names.yaml", "class names")
+    assert record["class_names"] == list(names)
+    assert record["real_images"]["dataset_revision"] == commit
+    generated = json.loads((tmp_path / "synthetic" / "generation_config.json").read_text())
+    assert generated["settings"]["prompt_nouns"] == list(names.values())
+
+
+def test_a_plan_counts_images_and_hours():
+    plan = make_plan("cars", "resnet18", RATES, 1000)
+    assert (plan.num_real, plan.num_synthetic) == (7330, 196_000)
+    assert plan.bridge_steps == 5 * 6125
+    assert plan.synthetic_hours == pytest.approx(196_000 * 25 / 27.2 / 3600)
+    assert plan.bridged_hours == pytest.approx((5 * 196_000 + 30 * 7330) / 3481.78 / 3600)
+    larger = make_plan("cars", "resnet18", RATES, 3000)
+    assert larger.disk_gib == pytest.approx(3 * plan.disk_gib)
+    assert make_plan("flowers", "resnet18", RATES, 1).num_real == 1020  # has a validation part of its own
+
+
+def test_compared_images_count_each_shared_stage_once():
+    compare = {"methods": ["vanilla", "bridged", "synthetic_only"], "seeds": [0, 1], "search_learning_rate": False}
+    assert count_compared_images(compare, 1000, 10) == 2 * 1000 + 2 * 10 + 2 * 10
+    searched = compare | {"search_learning_rate": True}  # three rates of stage 1, and of both methods, for one seed
+    assert count_compared_images(searched, 1000, 10) == (2 + 2) * 1000 + 2 * (2 + 3) * 10
+    assert count_compared_images(compare | {"methods": ["vanilla_matched"]}, 1000, 10) == 2 * 1010
+
+
+@pytest.mark.parametrize("model", read_models())
+@pytest.mark.parametrize("control", [False, True])
+def test_the_steps_of_a_reproduction_are_commands_of_the_scripts(model, control):
+    steps = list_steps("cars", model, 7, control, Path("out/cars"))
+    assert len(steps) == 4 + control
+    parsed = [parse_flags(*split_command(step.text)) for step in steps]
+    assert parsed[0]["output_dir"] == parsed[1]["learned_embeds"] == "out/cars/style"
+    assert parsed[1]["num_images_per_class"] == 7
+    assert parsed[-2]["synthetic_dataset"] == parsed[1]["output_dir"]
+    assert f"dsi={parsed[1]['output_dir']}" in parsed[-1]["synthetic_dataset"]
+    assert ("bridged@plain" in parsed[-1]["methods"]) is control
+    assert parsed[-1]["learning_rates"] == [parsed[-2]["learning_rate"]]
+    if control:
+        assert (parsed[1]["use_style_token"], parsed[2]["use_style_token"]) == (True, False)
+
+
+def test_the_table_of_a_reproduction_has_the_papers_figures_where_there_are_some():
+    summary = [
+        {"method": "vanilla", "mean": 80.0, "std": 1.25},
+        {"method": "bridged", "mean": 90.04, "std": None},
+        {"method": "bridged@plain", "mean": 85.0, "std": 0.5},
+        {"method": "mix", "mean": 70.0, "std": 0.5},
+    ]
+    lines = beside_the_paper(summary, {"vanilla": 83.8, "bridged_dsi": 92.0}, "Cars").splitlines()
+    assert lines[2:] == [
+        "| vanilla | 80.0 ± 1.2 | 83.8 |",
+        "| bridged | 90.0 | 92.0 |",
+        "| bridged@plain | 85.0 ± 0.5 | ? |",
+        "| mix | 70.0 ± 0.5 |  |",
+    ]
+
+
+def test_a_dry_run_prints_every_set_and_runs_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["--dry_run", "--output_dir", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert all(facts["title"] in printed for facts in SETS.values())
+    assert re.search(r"In all \d+ GPU-hours", printed)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reproduction_without_a_recipe_names_them(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert "--recipe is missing: one of aircraft" in capsys.readouterr().err
+
+
+def test_steps_that_are_finished_are_not_run_again_and_a_failed_one_is(tmp_path):
+    script = tmp_path / "step.py"
+    script.write_text(
+        "import pathlib, sys; print(sys.argv[1:]); pathlib.Path(sys.argv[1]).touch(); sys.exit(len(sys.argv) > 2)"
+    )
+    step = Step("a step", "to see", tmp_path / "done", (str(script), str(tmp_path / "done")), is_launched=False)
+    runner = StepRunner(tmp_path, tmp_path / "runs")
+    runner.run(step)
+    log = tmp_path / "runs" / "logs" / "a-step.log"
+    assert "done" in log.read_text()
+    log.unlink()
+    StepRunner(tmp_path, tmp_path / "runs").run(step)
+    assert not log.exists()
+    (tmp_path / "done").unlink()
+    runner.run(step)  # what it made is gone
+    assert log.exists()
+    failing = Step("another", "to see", tmp_path / "done", (*step.command, "fail"), is_launched=False)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="another failed, see .*another.log"):
+            runner.run(failing)
+    assert "another" not in runner.costs
