@@ -49,7 +49,7 @@ from utils.data.splits import SPLIT_SEED
 from utils.hub.merged_card import check_card
 from utils.hub.publishing import publish_finished, publish_folder
 from utils.hub.targets import open_target
-from utils.transfer.methods import StagePlan, mix_indices, plan_stages
+from utils.transfer.methods import StagePlan, plan_stages
 from utils.transfer.run_folder import begin_run, find_unfinished
 from utils.transfer.stage_settings import stage_settings
 
@@ -169,55 +169,35 @@ def check_arguments(args: Arguments) -> None:
 
 
 def load_images(args: Arguments, source) -> tuple:
-    """Return the real images, the training images by kind (`real`, `synthetic`, `both`), and how many these are."""
-    from datasets import concatenate_datasets
+    """Return the real images, the training images by kind, and how many these are.
 
+    Raises:
+        UserError: the images do not go together, are damaged, or a stream's epochs cannot be counted.
+    """
     from utils.data.real_images import RealImagesRecord, check_images, load_real_images
-    from utils.transfer.synthetic_images import count_leaked_images, load_synthetic
+    from utils.transfer.training_images import load_training_images
 
     token = args.training.hub_token or None
     real = load_real_images(RealImagesRecord.from_arguments(args.real), token)
     check_images(real.train, "real training images", real.record.image_column_name, real.train_indices)
-    images, num_images = {"real": real.train}, {"real": len(real.train)}
-    if source is not None:
-        images["synthetic"] = load_synthetic(
-            source, real.class_names, args.synthetic.max_synthetic_samples_per_class, token,
-            allow_missing_classes=args.synthetic.allow_missing_classes, streaming=args.synthetic.streaming,
-        )  # fmt: skip
-        num_images["synthetic"] = count_synthetic(args, source, images["synthetic"])
-        num_leaked = count_leaked_images(source.record, real.train_indices)
-        if num_leaked and args.method.method != "vanilla":
-            logger.warning(
-                f"Warning: the style token has seen {num_leaked} real images outside the {len(real.train)} that this "
-                "run trains on, so a method without synthetic images has seen fewer real images."
+    images, num_images = load_training_images(
+        real, source, args.method.method, token, max_samples_per_class=args.synthetic.max_synthetic_samples_per_class,
+        allow_missing_classes=args.synthetic.allow_missing_classes, streaming=args.synthetic.streaming,
+        mix_ratio=args.method.mix_ratio,
+    )  # fmt: skip
+    if "synthetic" in images and num_images["synthetic"] is None:
+        if args.bridge.bridge_max_steps is None:
+            raise UserError(
+                f"--streaming: the record of {source.name} does not count its images; give --bridge_max_steps."
             )
+        num_images["synthetic"] = 0  # not asked for where steps are given
     is_reset = args.method.method == "bridged" and args.method.head_init == "reset"
     if is_reset and len(real.train) <= MAX_IMAGES_FOR_KEPT_HEAD * len(real.class_names):
         logger.info(
             f"With {len(real.train)} real images of {len(real.class_names)} classes --head_init keep is likely to be "
             "better than the fresh head of the paper."
         )
-    if args.method.method == "mix":
-        both = concatenate_datasets([images["real"], images["synthetic"]])
-        images["both"] = both.select(mix_indices(len(images["real"]), len(images["synthetic"]), args.method.mix_ratio))
-        num_images["both"] = len(images["both"])
     return real, images, num_images
-
-
-def count_synthetic(args: Arguments, source, images) -> int:
-    """Return how many synthetic images there are; of a stream, what the set's record says.
-
-    Raises:
-        UserError: the record does not count them, and epochs are to be counted by them.
-    """
-    from utils.transfer.synthetic_images import num_images
-
-    if not args.synthetic.streaming:
-        return len(images)
-    count = num_images(source, args.synthetic.max_synthetic_samples_per_class)
-    if count is None and args.bridge.bridge_max_steps is None:
-        raise UserError(f"--streaming: the record of {source.name} does not count its images; give --bridge_max_steps.")
-    return count or 0
 
 
 def describe_run(args: Arguments, real, source, stages: list[StagePlan]) -> dict:
@@ -245,7 +225,8 @@ def set_up_logging(training_args: BridgedTrainingArguments) -> bool:
     transformers.utils.logging.set_verbosity_error()
     # joins the processes, and must be the first to do so: a bare PartialState would take CPU processes for single ones
     is_main_process = training_args.process_index == 0
-    logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
+    for ours in (logger, logging.getLogger("utils")):
+        ours.setLevel(logging.INFO if is_main_process else logging.ERROR)
     return is_main_process
 
 
