@@ -29,7 +29,7 @@ $(VENV)/.installed: requirements.txt constraints.txt demo/requirements.txt demo/
 	@touch $@
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: install
 	$(BIN)/python -m pytest -m soak
