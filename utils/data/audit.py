@@ -133,7 +133,7 @@ def print_audit(audit: ImageAudit, name: str, console: Console | None = None) ->
         present = counts[counts > 0]
         least = np.argsort(counts, kind="stable")[:MAX_EXAMPLES]
         fewest = ", ".join(f"{audit.class_names[label]} {counts[label]}" for label in least)
-        spread = f"{present.min()} to {present.max()}, half have {np.median(present):.0f} or more"
+        spread = f"{present.min()} to {present.max()}, median {np.median(present):.0f}"
         table.add_row(split, f"{counts.sum():,}", f"{len(present)} of {len(counts)}", spread, Text(fewest))
     console.print(table)
     if len(audit.sizes):
@@ -165,7 +165,7 @@ class Finding:
 def list_findings(audit: ImageAudit) -> list[Finding]:
     """Return what is wrong, the gravest first; what is not there is left out."""
     leaks, alike = across_splits(audit.copies), across_splits(audit.look_alikes)
-    repeated = [group for group in audit.copies if group not in leaks]
+    repeated = [group for group in audit.copies if group not in leaks and group not in audit.mislabelled]
     empty = [
         f"{audit.class_names[label]} in {split}"
         for split, counts in audit.counts.items()
