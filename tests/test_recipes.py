@@ -65,6 +65,10 @@ def test_a_recipe_parses_with_its_script_and_its_header_says_what_it_is(name, st
     assert f"{dsi['dataset_name']}, commit {dsi.get('dataset_revision', 'not known')}," in header
     assert f"columns {dsi['image_column_name']} and {dsi['label_column_name']}" in header
     assert all(str(figure) in header for figure in facts["paper"].values())
+    plan = make_plan(name, "resnet18", RATES, 1000)
+    hours = {"dsi": plan.dsi_hours, "synthetic": plan.synthetic_hours, "compare": plan.comparison_hours}
+    expected = f"{hours[step]:.1f} h" if step in hours else f"{plan.bridged_hours:.2f} h"
+    assert f"Hardware and time: {expected}" in header
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -121,6 +125,15 @@ def test_a_miniature_of_each_set_goes_through_all_three_steps(
     assert record["real_images"]["dataset_revision"] == commit
     generated = json.loads((tmp_path / "synthetic" / "generation_config.json").read_text())
     assert generated["settings"]["prompt_nouns"] == list(names.values())
+
+
+def test_the_table_of_the_readme_has_the_planned_hours():
+    table = (RECIPES / "README.md").read_text()
+    for name, facts in SETS.items():
+        hours = [f"{make_plan(name, 'resnet18', RATES, number).hours:.0f}" for number in (1000, 3000)]
+        row = next(line for line in table.splitlines() if line.startswith(f"| `{name}` |"))
+        assert [cell.strip() for cell in row.split("|")][2:4] == [facts["title"], str(facts["num_classes"])]
+        assert row.endswith(f"| {facts['num_classes']} | {hours[0]} | {hours[1]} |")
 
 
 def test_a_plan_counts_images_and_hours():
