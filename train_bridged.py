@@ -221,7 +221,7 @@ def set_up_logging(training_args: BridgedTrainingArguments) -> bool:
     """Let the main process alone speak, and say whether this is it."""
     import transformers
 
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(message)s")  # not INFO for all: httpx tells of every request to the Hub
     transformers.utils.logging.set_verbosity_error()
     # joins the processes, and must be the first to do so: a bare PartialState would take CPU processes for single ones
     is_main_process = training_args.process_index == 0
