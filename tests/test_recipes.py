@@ -169,6 +169,8 @@ def test_the_steps_of_a_reproduction_are_commands_of_the_scripts(model, control)
     assert parsed[-1]["learning_rates"] == [parsed[-2]["learning_rate"]]
     if control:
         assert (parsed[1]["use_style_token"], parsed[2]["use_style_token"]) == (True, False)
+        assert f"plain={parsed[2]['output_dir']}" in parsed[-1]["synthetic_dataset"]
+        assert parsed[2]["output_dir"] != parsed[1]["output_dir"]
 
 
 def test_the_table_of_a_reproduction_has_the_papers_figures_where_there_are_some():

@@ -66,10 +66,16 @@ def test_a_copy_that_was_compressed_looks_alike(photos):
 
 def test_a_copy_with_another_label_is_named_with_both(photos):
     PILImage.open(photos / "train" / "cat" / "5.png").save(photos / "train" / "dog" / "copy.png")
-    found = findings(photos)["copies with different labels"]
-    assert found.number == 1
+    (found,) = list_findings(audit(photos))
+    assert (found.what, found.number) == ("copies with different labels", 1)
     assert "cat/5.png (cat)" in found.examples[0]
     assert "dog/copy.png (dog)" in found.examples[0]
+
+
+def test_a_copy_among_the_images_of_its_class_and_split_is_no_leak(photos):
+    PILImage.open(photos / "test" / "cat" / "0.png").save(photos / "test" / "cat" / "copy.png")
+    (found,) = list_findings(audit(photos))
+    assert (found.what, found.number) == ("copies within a split", 1)
 
 
 def test_a_damaged_image_is_named_and_the_others_are_still_looked_at(photos):
