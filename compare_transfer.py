@@ -43,7 +43,14 @@ from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import ScriptArgumentParser, require_not_negative, require_positive
 from utils.cli.records import COMPARISON, image_set_name, resolve_options, write_record, write_run_config
 from utils.data.class_folders import check_real_images_given
-from utils.data.real_images import RealImages, RealImagesRecord, check_images, load_real_images, same_image_set
+from utils.data.real_images import (
+    RealImages,
+    RealImagesRecord,
+    check_held_out,
+    check_images,
+    load_real_images,
+    same_image_set,
+)
 from utils.transfer.cell_workers import run_cells, use_one_gpu, visible_gpus
 from utils.transfer.cells import CellRunner
 from utils.transfer.classifiers import check_classifier, load_image_processor
@@ -302,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     # data
     real = load_real_images(RealImagesRecord.from_arguments(real_args), comparison_args.hub_token or None)
+    check_held_out(real)
     check_images(real.train, "real training images", real.record.image_column_name, real.train_indices)
     runner = build_runner(model_args, comparison_args, shared_args, sources, real)
     runner.check(arms, shots, volumes)

@@ -174,11 +174,12 @@ def load_images(args: Arguments, source) -> tuple:
     Raises:
         UserError: the images do not go together, are damaged, or a stream's epochs cannot be counted.
     """
-    from utils.data.real_images import RealImagesRecord, check_images, load_real_images
+    from utils.data.real_images import RealImagesRecord, check_held_out, check_images, load_real_images
     from utils.transfer.training_images import load_training_images
 
     token = args.training.hub_token or None
     real = load_real_images(RealImagesRecord.from_arguments(args.real), token)
+    check_held_out(real)
     check_images(real.train, "real training images", real.record.image_column_name, real.train_indices)
     images, num_images = load_training_images(
         real, source, args.method.method, token, max_samples_per_class=args.synthetic.max_synthetic_samples_per_class,
@@ -253,9 +254,10 @@ def check_data(args: Arguments, source) -> dict:
         load_synthetic(
             source, real.class_names, token=token, allow_missing_classes=allowed, streaming=args.synthetic.streaming
         )
+    if not is_main_process:
+        return {}
     audit = audit_images(real)
-    if is_main_process:
-        print_audit(audit, real.record.name)
+    print_audit(audit, real.record.name)
     return {finding.what: finding.number for finding in list_findings(audit)}
 
 

@@ -8,13 +8,14 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from utils.cli.arguments import RealDataArguments
+from utils.cli.errors import UserError
 from utils.cli.parsing import read_mapping
-from utils.transfer.comparison import VARIANTS, rates_around
-from utils.transfer.methods import steps_per_epoch
+from utils.transfer.comparison import parse_arms, rates_around
+from utils.transfer.methods import StageSettings, steps_per_epoch
 
 RECIPES = Path(__file__).resolve().parent
-TRAIN_BATCH_SIZE = 32  # train_bridged.py's and compare_transfer.py's default
-VALIDATION_SHARE = 0.1  # carved off the training images where there is no validation part beside a test part
+RATES = RECIPES / "rates.yaml"
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,26 @@ def read_models() -> dict[str, dict]:
     return read_mapping(RECIPES / "models.yaml", "classifiers")
 
 
-def make_plan(name: str, model: str, rates: dict, num_images_per_class: int) -> Plan:
-    """Return the plan of the image set `name`, from its recipes and from what a GPU does in a second."""
+def read_rates(path: Path, model: str) -> dict:
+    """Return what a GPU does in a second.
+
+    Raises:
+        UserError: the file cannot be read, or lacks a rate.
+    """
+    rates = read_mapping(path, "rates")
+    missing = read_mapping(RATES, "rates").keys() - rates.keys()
+    if missing:
+        raise UserError(f"--rates {path}: has no {', '.join(sorted(missing))}; {RATES.name} shows what it must hold.")
+    if model not in rates["training_images_per_second"]:
+        raise UserError(f"--rates {path}: training_images_per_second has no {model}.")
+    return rates
+
+
+def make_plan(name: str, model: str, rates: dict, num_images_per_class: int, control: bool = False) -> Plan:
+    """Return the plan of the image set `name`, from its recipes and from what a GPU does in a second.
+
+    With `control` there is a second synthetic set, and a method more in the comparison.
+    """
     facts = read_sets()[name]
     dsi, synthetic, bridged, compare = (
         yaml.safe_load((RECIPES / name / f"{step}.yaml").read_text())
@@ -58,13 +77,18 @@ def make_plan(name: str, model: str, rates: dict, num_images_per_class: int) -> 
     )
     num_real = facts["num_images"]["train"]
     if not {"validation", "test"} <= facts["num_images"].keys():
-        num_real -= round(num_real * VALIDATION_SHARE)
+        num_real -= round(num_real * RealDataArguments.train_val_split)
     num_synthetic = facts["num_classes"] * num_images_per_class
     bridge_images = bridged["bridge_num_train_epochs"] * num_synthetic
     real_images = bridged["num_train_epochs"] * num_real
+    num_drawn = num_synthetic * (2 if control else 1)
+    if control:
+        compare["methods"].append("bridged@plain")
+    batch_size = StageSettings.per_device_train_batch_size
     compared_images = count_compared_images(
         compare, compare["bridge_num_train_epochs"] * num_synthetic, compare["num_train_epochs"] * num_real
     )
+    sampling_rate = 3600 * rates["sampling_image_steps_per_second"]
     training_rate = 3600 * rates["training_images_per_second"][model]
     return Plan(
         facts["title"],
@@ -72,16 +96,13 @@ def make_plan(name: str, model: str, rates: dict, num_images_per_class: int) -> 
         num_real,
         num_synthetic,
         dsi["max_train_steps"],
-        bridged["bridge_num_train_epochs"] * steps_per_epoch(num_synthetic, TRAIN_BATCH_SIZE),
-        bridged["num_train_epochs"] * steps_per_epoch(num_real, TRAIN_BATCH_SIZE),
+        bridged["bridge_num_train_epochs"] * steps_per_epoch(num_synthetic, batch_size),
+        bridged["num_train_epochs"] * steps_per_epoch(num_real, batch_size),
         dsi_hours=dsi["max_train_steps"] * dsi["train_batch_size"] / rates["dsi_images_per_second"] / 3600,
-        synthetic_hours=num_synthetic
-        * synthetic["num_inference_steps"]
-        / rates["sampling_image_steps_per_second"]
-        / 3600,
+        synthetic_hours=num_drawn * synthetic["num_inference_steps"] / sampling_rate,
         bridged_hours=(bridge_images + real_images) / training_rate,
         comparison_hours=compared_images / training_rate,
-        disk_gib=num_synthetic * rates["bytes_per_image"] / 2**30,
+        disk_gib=num_drawn * rates["bytes_per_image"] / 2**30,
     )
 
 
@@ -92,9 +113,12 @@ def count_compared_images(compare: dict, bridge_images: int, real_images: int) -
     """
     num_rates = len(rates_around(1.0)) if compare["search_learning_rate"] else 1
     num_searched = num_rates if num_rates > 1 else 0
-    variants = [VARIANTS[method] for method in compare["methods"]]
+    arms = parse_arms(compare["methods"], ["dsi", "plain"])
+    variants = [arm.variant for arm in arms]
     bridges = {
-        json.dumps(item.bridge, sort_keys=True) for item in variants if item.method in ("bridged", "synthetic_only")
+        (arm.synthetic, json.dumps(arm.variant.bridge, sort_keys=True))
+        for arm in arms
+        if arm.variant.method in ("bridged", "synthetic_only")
     }
     num_seeds = len(compare["seeds"])
     total = (num_seeds * len(bridges) + num_rates - 1) * bridge_images

@@ -9,16 +9,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.plan import make_plan, print_plans, read_models, read_sets
-from utils.cli.errors import UserError
+from recipes.plan import RATES, make_plan, print_plans, read_models, read_rates, read_sets
+from utils.cli.errors import run_script
 from utils.cli.parsing import read_mapping
-from utils.cli.records import BRIDGED_CONFIG, COMPARISON, DSI_CONFIG, RUN_CONFIG, read_record, write_text
+from utils.cli.records import (
+    BRIDGED_CONFIG,
+    COMPARISON,
+    DSI_CONFIG,
+    GENERATION_CONFIG,
+    RUN_CONFIG,
+    read_record,
+    write_text,
+)
 from utils.cli.step_runner import Step, StepRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 # a row of our table -> the paper's
 PAPER_ROWS = {"vanilla": "vanilla", "bridged@plain": "bridged", "bridged": "bridged_dsi"}
-RATES = ROOT / "recipes" / "rates.yaml"
 RESUME = ("--resume_from_checkpoint", "latest")
 
 
@@ -27,10 +34,15 @@ def list_steps(name: str, model: str, num_images_per_class: int, control: bool, 
     recipes, flags = f"recipes/{name}", read_models()[model]
     style, images, plain = folder / "style", folder / "synthetic", folder / "plain"
     trained = folder / f"{model}-{num_images_per_class}"
-    generate = (
-        "generate_synthetic.py", f"{recipes}/synthetic.yaml", "--learned_embeds", str(style), "--num_images_per_class",
-        str(num_images_per_class), "--output_dir",
-    )  # fmt: skip
+    generate = ("generate_synthetic.py", f"{recipes}/synthetic.yaml", "--learned_embeds", str(style))
+
+    def draw(images: Path) -> tuple[str, ...]:
+        """Return the flags of a set, which can only grow: training takes as many of it as are asked for."""
+        there = images / GENERATION_CONFIG
+        num_there = read_record(there)["num_images_per_class"] if there.exists() else 0
+        number = max(num_images_per_class, num_there)
+        return ("--num_images_per_class", str(number), "--output_dir", str(images))
+
     classifier = ("--model_name_or_path", flags["model_name_or_path"])
     rate, bridge_rate = str(flags["learning_rate"]), str(flags["bridge_learning_rate"])
     steps = [
@@ -40,7 +52,7 @@ def list_steps(name: str, model: str, num_images_per_class: int, control: bool, 
         ),
         Step(
             f"synthetic set, {num_images_per_class} a class", "images of all classes in that style",
-            images / RUN_CONFIG, (*generate, str(images)),
+            images / RUN_CONFIG, (*generate, *draw(images)),
         ),
     ]  # fmt: skip
     sets, methods = [f"dsi={images}"], read_mapping(ROOT / recipes / "compare.yaml", "recipe")["methods"]
@@ -48,7 +60,7 @@ def list_steps(name: str, model: str, num_images_per_class: int, control: bool, 
         steps.append(
             Step(
                 f"control set, {num_images_per_class} a class", "as many without the token", plain / RUN_CONFIG,
-                (*generate, str(plain), "--use_style_token", "false"),
+                (*generate, *draw(plain), "--use_style_token", "false"),
             )
         )  # fmt: skip
         sets, methods = [*sets, f"plain={plain}"], [*methods, "bridged@plain"]
@@ -58,15 +70,15 @@ def list_steps(name: str, model: str, num_images_per_class: int, control: bool, 
             f"bridged transfer, {trained.name}", "a classifier of the synthetic, then of the real images",
             trained / "bridged" / BRIDGED_CONFIG,
             ("train_bridged.py", f"{recipes}/bridged.yaml", "--synthetic_dataset", str(images), *classifier,
-             "--learning_rate", rate, "--bridge_learning_rate", bridge_rate, "--output_dir", str(trained / "bridged"),
-             *RESUME),
+             "--max_synthetic_samples_per_class", str(num_images_per_class), "--learning_rate", rate,
+             "--bridge_learning_rate", bridge_rate, "--output_dir", str(trained / "bridged"), *RESUME),
         ),
         Step(
             f"comparison, {trained.name}", "the methods on the same images",
             trained / "comparison" / COMPARISON,
             ("compare_transfer.py", f"{recipes}/compare.yaml", "--synthetic_dataset", *sets, "--methods", *methods,
-             *classifier, "--learning_rates", rate, "--bridge_learning_rates", bridge_rate, "--output_dir",
-             str(trained / "comparison")),
+             "--volumes", str(num_images_per_class), *classifier, "--learning_rates", rate, "--bridge_learning_rates",
+             bridge_rate, "--output_dir", str(trained / "comparison")),
             is_launched=False,  # it starts processes of its own
         ),
     ]  # fmt: skip
@@ -104,9 +116,9 @@ def main(argv: Sequence[str] | None = None) -> str | None:
     """Print the plan, or run it and return the table."""
     args = parse_arguments(argv)
     if args.dry_run:
-        rates = read_mapping(args.rates, "rates")
+        rates = read_rates(args.rates, args.model)
         names = [args.recipe] if args.recipe else list(read_sets())
-        plans = [make_plan(name, args.model, rates, args.num_images_per_class) for name in names]
+        plans = [make_plan(name, args.model, rates, args.num_images_per_class, args.control) for name in names]
         print_plans(plans, args.model, rates, args.num_images_per_class)
         return None
     folder = args.output_dir / args.recipe
@@ -126,6 +138,6 @@ def main(argv: Sequence[str] | None = None) -> str | None:
 
 if __name__ == "__main__":
     try:
-        main()
-    except (RuntimeError, UserError) as error:
+        run_script(main)
+    except RuntimeError as error:
         sys.exit(f"reproduce: {error}")

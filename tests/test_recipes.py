@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from recipes.plan import count_compared_images, make_plan, read_models, read_set
 from recipes.reproduce import beside_the_paper, list_steps, main
 from tests.command_lines import parse_flags, split_command
 from tests.conftest import blank_figures
+from utils.cli.errors import UserError
 from utils.cli.parsing import read_mapping
+from utils.cli.records import write_record
 from utils.cli.step_runner import Step, StepRunner
 from utils.data.class_names import prompt_nouns
 from utils.data.name_doctor import diagnose
@@ -142,6 +145,9 @@ def test_a_plan_counts_images_and_hours():
     assert plan.bridge_steps == 5 * 6125
     assert plan.synthetic_hours == pytest.approx(196_000 * 25 / 27.2 / 3600)
     assert plan.bridged_hours == pytest.approx((5 * 196_000 + 30 * 7330) / 3481.78 / 3600)
+    control = make_plan("cars", "resnet18", RATES, 1000, control=True)
+    assert control.synthetic_hours == pytest.approx(2 * plan.synthetic_hours)
+    assert control.comparison_hours > plan.comparison_hours
     larger = make_plan("cars", "resnet18", RATES, 3000)
     assert larger.disk_gib == pytest.approx(3 * plan.disk_gib)
     assert make_plan("flowers", "resnet18", RATES, 1).num_real == 1020  # has a validation part of its own
@@ -153,6 +159,7 @@ def test_compared_images_count_each_shared_stage_once():
     searched = compare | {"search_learning_rate": True}  # three rates of stage 1, and of both methods, for one seed
     assert count_compared_images(searched, 1000, 10) == (2 + 2) * 1000 + 2 * (2 + 3) * 10
     assert count_compared_images(compare | {"methods": ["vanilla_matched"]}, 1000, 10) == 2 * 1010
+    assert count_compared_images(compare | {"methods": ["bridged", "bridged@plain"]}, 1000, 10) == 4 * 1010
 
 
 @pytest.mark.parametrize("model", read_models())
@@ -167,10 +174,25 @@ def test_the_steps_of_a_reproduction_are_commands_of_the_scripts(model, control)
     assert f"dsi={parsed[1]['output_dir']}" in parsed[-1]["synthetic_dataset"]
     assert ("bridged@plain" in parsed[-1]["methods"]) is control
     assert parsed[-1]["learning_rates"] == [parsed[-2]["learning_rate"]]
+    assert parsed[-2]["max_synthetic_samples_per_class"] == 7
+    assert parsed[-1]["volumes"] == [7]
     if control:
         assert (parsed[1]["use_style_token"], parsed[2]["use_style_token"]) == (True, False)
         assert f"plain={parsed[2]['output_dir']}" in parsed[-1]["synthetic_dataset"]
         assert parsed[2]["output_dir"] != parsed[1]["output_dir"]
+
+
+def test_a_set_that_has_more_images_stays_and_training_takes_fewer(tmp_path):
+    write_record(tmp_path / "synthetic" / "generation_config.json", {"num_images_per_class": 9})
+    parsed = [parse_flags(*split_command(step.text)) for step in list_steps("cars", "resnet18", 7, False, tmp_path)]
+    assert parsed[1]["num_images_per_class"] == 9
+    assert parsed[2]["max_synthetic_samples_per_class"] == 7
+
+
+def test_rates_that_lack_one_are_named(tmp_path):
+    (tmp_path / "rates.yaml").write_text("gpu: ours\n")
+    with pytest.raises(UserError, match="has no bytes_per_image, dsi_images_per_second, sampling_"):
+        main(["--dry_run", "--rates", str(tmp_path / "rates.yaml")])
 
 
 def test_the_table_of_a_reproduction_has_the_papers_figures_where_there_are_some():
@@ -221,6 +243,9 @@ def test_steps_that_are_finished_are_not_run_again_and_a_failed_one_is(tmp_path)
     (tmp_path / "done").unlink()
     runner.run(step)  # what it made is gone
     assert log.exists()
+    log.unlink()
+    runner.run(replace(step, command=(str(script), str(tmp_path / "other")), finished=tmp_path / "done"))
+    assert "other" in log.read_text()  # another command of that name
     failing = Step("another", "to see", tmp_path / "done", (*step.command, "fail"), is_launched=False)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="another failed, see .*another.log"):

@@ -270,6 +270,14 @@ def test_damaged_images_and_missing_labels_are_found_before_a_model_loads(change
     assert not (tmp_path / "out").exists()
 
 
+def test_images_that_leave_none_to_test_on_are_one_line(tmp_path):
+    save_image_set(tmp_path / "real", {"train": 1})
+    with pytest.raises(UserError, match="no images are left for the validation part; give three or more"):
+        train_bridged.main(["--dataset_name", str(tmp_path / "real"), "--method", "vanilla",
+                            "--output_dir", str(tmp_path / "out")])  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
 def test_classes_of_the_synthetic_set_that_do_not_fit_are_listed(make_synthetic_dir, classifiers, tmp_path):
     renamed = make_synthetic_dir("renamed", ["red_square", "yellow", "blue stripe"])
     with pytest.raises(UserError, match="'blue-stripe' is 'blue stripe' .*; missing: green circle; extra: yel"):

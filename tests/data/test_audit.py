@@ -87,6 +87,15 @@ def test_a_damaged_image_is_named_and_the_others_are_still_looked_at(photos):
     assert found["very dark images"].examples == ["test dog/black.png"]
 
 
+def test_a_single_image_of_each_class_leaves_validation_and_test_empty(photos, capsys):
+    for path in (photos / "train").glob("*/[1-9].png"):
+        path.unlink()
+    found = audit_images(load_real_images(RealImagesRecord(train_dir=str(photos / "train"))))
+    assert {finding.what: finding.number for finding in list_findings(found)} == {"classes without images": 4}
+    print_audit(found, "photos")
+    assert "0 of 2" in capsys.readouterr().out
+
+
 def test_a_class_without_test_images_is_named(photos):
     for path in (photos / "test" / "dog").iterdir():
         path.unlink()

@@ -40,6 +40,8 @@ class Step:
 class StepRunner:
     """Runs steps in `root`, says what each does, and remembers in `runs_dir` its seconds and the memory it recorded.
 
+    A step is run again where its command has changed, or what it made is gone.
+
     `launch` are flags of `accelerate launch`, `environment` is added to this process's.
     """
 
@@ -59,7 +61,7 @@ class StepRunner:
         Raises:
             RuntimeError: the command failed; the message names the log.
         """
-        if step.name in self.costs and step.finished.exists():
+        if self.costs.get(step.name, {}).get("command") == step.text and step.finished.exists():
             self.say(f"{step.name}: done before in {self.costs[step.name]['seconds']:.0f} s")
             return
         self.say(f"\033[1m{step.name}\033[0m: {step.why}\n  $ {step.text}")
@@ -78,7 +80,7 @@ class StepRunner:
         run_config = step.finished.parent / RUN_CONFIG
         memory = json.loads(run_config.read_text())["peak_memory_gib"] if run_config.exists() else None
         with self._lock:
-            self.costs[step.name] = {"seconds": seconds, "peak_memory_gib": memory}
+            self.costs[step.name] = {"seconds": seconds, "peak_memory_gib": memory, "command": step.text}
             write_text(self._costs_path, json.dumps(self.costs, indent=2) + "\n")
         if not show:
             self.say(f"  {step.name}: finished in {seconds:.0f} s")

@@ -73,23 +73,24 @@ def audit_images(real: RealImages) -> ImageAudit:
     Source: cleanvision, for copies, look-alikes (64-bit perceptual hash) and odd images.
     """
     splits = {"train": real.train, "validation": real.validation, "test": real.test}
-    counts, damaged, places, good = {}, {}, [], []
+    counts, damaged, places, sizes, good = {}, {}, [], [], []
     for split, images in splits.items():
-        labels = np.asarray(images["label"])
+        labels = np.asarray(images["label"], dtype=int)
         counts[split] = np.bincount(labels, minlength=len(real.class_names))
         files = images.select_columns("image").cast_column("image", Image(decode=False))
         _, problems = inspect_images(images, f"{split} images")
-        kept = [row for row in range(len(images)) if row not in problems]
-        here = [
-            Place(split, row, real.class_names[label], _file_name(files[row]["image"]))
-            for row, label in enumerate(labels)
-        ]
-        damaged |= {here[row]: problem for row, problem in sorted(problems.items())}
-        places += [here[row] for row in kept]
-        good.append(images.select(kept))
+        for row, (label, encoded) in enumerate(zip(labels, (file["image"] for file in files))):
+            place = Place(split, row, real.class_names[label], _file_name(encoded))
+            if row in problems:
+                damaged[place] = problems[row]
+            else:
+                places.append(place)
+                sizes.append(_size(encoded))
+        good.append(images.select([row for row in range(len(images)) if row not in problems]))
     images = concatenate_datasets(good).cast_column("image", Image())  # a set may be stored as encoded bytes
     copies, look_alikes, oddities = _find_issues(images, places)
-    return ImageAudit(real.class_names, counts, _measure(images), damaged, copies, look_alikes, oddities)
+    sizes = np.array(sizes).reshape(-1, 2)
+    return ImageAudit(real.class_names, counts, sizes, damaged, copies, look_alikes, oddities)
 
 
 def _file_name(encoded: dict) -> str | None:
@@ -98,14 +99,11 @@ def _file_name(encoded: dict) -> str | None:
     return os.sep.join(str(path).split(os.sep)[-2:]) if path else None
 
 
-def _measure(images: Dataset) -> np.ndarray:
-    encoded = images.select_columns("image").cast_column("image", Image(decode=False))
-    sizes = []
-    for row in encoded:
-        file = row["image"]["bytes"]
-        with PIL.Image.open(row["image"]["path"] if file is None else BytesIO(file)) as image:  # reads the header
-            sizes.append(image.size)
-    return np.array(sizes).reshape(-1, 2)
+def _size(encoded: dict) -> tuple[int, int]:
+    """Return width and height; of the file only its header is read."""
+    content = encoded["bytes"]
+    with PIL.Image.open(encoded["path"] if content is None else BytesIO(content)) as image:
+        return image.size
 
 
 def _find_issues(images: Dataset, places: list[Place]) -> tuple[list, list, dict[str, list[Place]]]:
@@ -131,6 +129,9 @@ def print_audit(audit: ImageAudit, name: str, console: Console | None = None) ->
     table = Table("split", "images", "classes", "images of a class", "fewest", title=f"images of {name}")
     for split, counts in audit.counts.items():
         present = counts[counts > 0]
+        if not present.size:
+            table.add_row(split, "0", f"0 of {len(counts)}", "", "")
+            continue
         least = np.argsort(counts, kind="stable")[:MAX_EXAMPLES]
         fewest = ", ".join(f"{audit.class_names[label]} {counts[label]}" for label in least)
         spread = f"{present.min()} to {present.max()}, median {np.median(present):.0f}"

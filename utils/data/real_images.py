@@ -267,6 +267,20 @@ def check_images(images: Dataset, what: str, column: str = "image", rows: np.nda
     refuse_damaged(problems, what, column, rows)
 
 
+def check_held_out(real_images: RealImages) -> None:
+    """Check that there are images to validate and to test on.
+
+    Raises:
+        UserError: there are none, as where every class has a single image.
+    """
+    for split in ("validation", "test"):
+        if not len(getattr(real_images, split)):
+            raise UserError(
+                f"{real_images.record.name}: no images are left for the {split} part; give three or more of a class, "
+                "or test images of their own (a split 'test', or --validation_dir)."
+            )
+
+
 def drop_damaged(real_images: RealImages, problems: dict[int, str]) -> RealImages:
     """Return the images without the rows of `train` that are in `problems`.
 
