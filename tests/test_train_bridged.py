@@ -270,11 +270,11 @@ def test_damaged_images_and_missing_labels_are_found_before_a_model_loads(change
     assert not (tmp_path / "out").exists()
 
 
-def test_images_that_leave_none_to_test_on_are_one_line(tmp_path):
+def test_images_that_leave_none_to_test_on_are_one_line(classifiers, tmp_path):
     save_image_set(tmp_path / "real", {"train": 1})
     with pytest.raises(UserError, match="no images are left for the validation part; give three or more"):
-        train_bridged.main(["--dataset_name", str(tmp_path / "real"), "--method", "vanilla",
-                            "--output_dir", str(tmp_path / "out")])  # fmt: skip
+        train_bridged.main(["--dataset_name", str(tmp_path / "real"), "--method", "vanilla", "--model_name_or_path",
+                            classifiers["vit"], "--output_dir", str(tmp_path / "out")])  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 
