@@ -98,10 +98,6 @@ class ImageArguments:
     resolution: int | None = field(
         default=None, metadata={"help": "Pixels a side, a multiple of 8; the base model's own when not given."}
     )
-    random_flip: bool = field(default=True, metadata={"help": "Show mirrored images too; off where left is not right."})
-    skip_bad_images: bool = field(
-        default=False, metadata={"help": "Leave damaged images out and count them; they are an error otherwise."}
-    )
     latent_cache_dir: str | None = field(
         default=None, metadata={"help": "Where encoded images are kept; in the Hugging Face cache when not given."}
     )
@@ -356,13 +352,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
         tokenizers, token_args.placeholder_token, token_args.num_vectors, token_args.initializer_token
     )
     record = RealImagesRecord.from_arguments(data_args)
-    images = load_style_images(record, image_args.skip_bad_images, hub_args.hub_token)
+    images = load_style_images(record, hub_args.hub_token)
     nouns, prompt_ids = prepare_prompts(tokenizers, images.real.class_names, templates, token_args, accelerator.device)
 
     # Latents are encoded once, into files that are mapped into memory; the VAE is not needed after that
     resolution = image_args.resolution or base_model.native_resolution
     place = {"cache_dir": image_args.latent_cache_dir, "device": accelerator.device}
-    num_copies = 2 if image_args.random_flip else 1
+    num_copies = 2 if data_args.random_flip else 1
     latents, key = load_latents(base_model, images.real.train, images.digests, resolution, num_copies, **place)
     held_out_latents, _ = load_latents(base_model, images.held_out, images.held_out_digests, resolution, 1, **place)
 

@@ -46,6 +46,13 @@ class RealDataArguments:
         default=None,
         metadata={"help": "Use at most so many training images, as many of each class; all when not given."},
     )
+    random_flip: bool = field(
+        default=True,
+        metadata={"help": "Train on mirrored images too; false where left is not right (text, signs, arrows)."},
+    )
+    skip_bad_images: bool = field(
+        default=False, metadata={"help": "Leave damaged images out and count them (default: an error)."}
+    )
 
 
 @dataclass

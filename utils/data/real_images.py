@@ -42,6 +42,8 @@ class RealImagesRecord:
     num_shots: int | None = None
     few_shot_seed: int = 0
     max_train_samples: int | None = None
+    random_flip: bool = True
+    skip_bad_images: bool = False
 
     @property
     def name(self) -> str:

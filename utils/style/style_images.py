@@ -40,7 +40,7 @@ class StyleImages:
     num_skipped: int
 
 
-def load_style_images(record: RealImagesRecord, skip_bad_images: bool, token: str | None = None) -> StyleImages:
+def load_style_images(record: RealImagesRecord, token: str | None = None) -> StyleImages:
     """Load a labelled image set; read and decode each image that will be used once, in one of the processes.
 
     Raises:
@@ -49,7 +49,7 @@ def load_style_images(record: RealImagesRecord, skip_bad_images: bool, token: st
     real = load_real_images(record, token)
     column = real.record.image_column_name
     digests, problems = _inspect(real.train, "training images")
-    if not skip_bad_images:
+    if not record.skip_bad_images:
         refuse_damaged(problems, "training images", column, real.train_indices, can_skip=True)
     real = drop_damaged(real, problems)
     digests = [digests[row] for row in sorted(digests)]
@@ -62,7 +62,7 @@ def load_style_images(record: RealImagesRecord, skip_bad_images: bool, token: st
     rows = _some_rows(real.validation)
     held_out = real.validation.select(rows)
     held_out_digests, held_out_problems = _inspect(held_out, "validation images")
-    if not skip_bad_images:
+    if not record.skip_bad_images:
         refuse_damaged(held_out_problems, "validation images", column, rows, can_skip=True)
     return StyleImages(
         real=real,
