@@ -43,11 +43,12 @@ from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import ScriptArgumentParser, require_not_negative, require_positive
 from utils.cli.records import COMPARISON, image_set_name, resolve_options, write_record, write_run_config
 from utils.data.class_folders import check_real_images_given
+from utils.data.opened_images import open_all
 from utils.data.real_images import (
     RealImages,
     RealImagesRecord,
     check_held_out,
-    check_images,
+    limit_held_out,
     load_real_images,
     same_image_set,
 )
@@ -309,8 +310,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     # data
     real = load_real_images(RealImagesRecord.from_arguments(real_args), comparison_args.hub_token or None)
+    print("\n".join(real.remarks))
+    real = limit_held_out(real, comparison_args.max_eval_samples)
     check_held_out(real)
-    check_images(real.train, "real training images", real.record.image_column_name, real.train_indices)
+    real, _, num_skipped = open_all(real)
+    if num_skipped:
+        print(f"{num_skipped} damaged images were left out (--skip_bad_images).")
     runner = build_runner(model_args, comparison_args, shared_args, sources, real)
     runner.check(arms, shots, volumes)
     warn_of_leaks(runner, shots[0])

@@ -45,7 +45,6 @@ from utils.cli.transfer_arguments import (
     check_ranges,
 )
 from utils.data.class_folders import check_real_images_given
-from utils.data.splits import SPLIT_SEED
 from utils.hub.merged_card import check_card
 from utils.hub.publishing import publish_finished, publish_folder
 from utils.hub.targets import open_target
@@ -168,19 +167,36 @@ def check_arguments(args: Arguments) -> None:
         )
 
 
+def load_and_open(args: Arguments):
+    """Return the real images; each that is used was opened once.
+
+    Raises:
+        UserError: they cannot be loaded, one is damaged, or none are left to validate or to test on.
+    """
+    from utils.data.opened_images import open_all
+    from utils.data.real_images import RealImagesRecord, check_held_out, limit_held_out, load_real_images
+
+    real = load_real_images(RealImagesRecord.from_arguments(args.real), args.training.hub_token or None)
+    for remark in real.remarks:
+        logger.info(remark)
+    real = limit_held_out(real, args.training.max_eval_samples)
+    check_held_out(real)
+    real, _, num_skipped = open_all(real)
+    if num_skipped:
+        logger.warning(f"{num_skipped} damaged images were left out (--skip_bad_images).")
+    return real
+
+
 def load_images(args: Arguments, source) -> tuple:
     """Return the real images, the training images by kind, and how many these are.
 
     Raises:
         UserError: the images do not go together, are damaged, or a stream's epochs cannot be counted.
     """
-    from utils.data.real_images import RealImagesRecord, check_held_out, check_images, load_real_images
     from utils.transfer.training_images import load_training_images
 
     token = args.training.hub_token or None
-    real = load_real_images(RealImagesRecord.from_arguments(args.real), token)
-    check_held_out(real)
-    check_images(real.train, "real training images", real.record.image_column_name, real.train_indices)
+    real = load_and_open(args)
     images, num_images = load_training_images(
         real, source, args.method.method, token, max_samples_per_class=args.synthetic.max_synthetic_samples_per_class,
         allow_missing_classes=args.synthetic.allow_missing_classes, streaming=args.synthetic.streaming,
@@ -212,8 +228,11 @@ def describe_run(args: Arguments, real, source, stages: list[StagePlan]) -> dict
         "class_names": real.class_names,
         "real_images": real.record.to_dict(),
         "train_indices": real.train_indices.tolist(),
-        "validation": {"num_images": len(real.validation), "split_seed": SPLIT_SEED},
-        "test_split": str(real.test.split) if real.test.split else None,
+        "parts": {
+            part: {"split": where.split, "num_images": len(where.rows), "is_carved": where.is_carved}
+            for part, where in real.parts.items()
+        },
+        "test_split": real.parts["test"].split,
         "synthetic_dataset": dataclasses.asdict(source) if source else None,
     }
 
@@ -249,6 +268,8 @@ def check_data(args: Arguments, source) -> dict:
     is_main_process = set_up_logging(args.training)
     token = args.training.hub_token or None
     real = load_real_images(RealImagesRecord.from_arguments(args.real), token)
+    for remark in real.remarks:
+        logger.info(remark)
     if source is not None:
         allowed = args.synthetic.allow_missing_classes
         load_synthetic(
@@ -267,9 +288,8 @@ def evaluate_finished(args: Arguments) -> dict:
     Raises:
         UserError: the real images have other classes than the classifier.
     """
-    from utils.data.real_images import RealImagesRecord, load_real_images
     from utils.transfer.classifiers import load_classifier, load_image_processor
-    from utils.transfer.image_datasets import EvalImages, take_spread
+    from utils.transfer.image_datasets import EvalImages
     from utils.transfer.metrics import test_metrics
     from utils.transfer.prediction import predict
     from utils.transfer.report import print_results
@@ -277,15 +297,14 @@ def evaluate_finished(args: Arguments) -> dict:
     is_main_process = set_up_logging(args.training)
     output_dir = Path(args.training.output_dir)
     class_names = read_record(output_dir / BRIDGED_CONFIG)["class_names"]
-    real = load_real_images(RealImagesRecord.from_arguments(args.real), args.training.hub_token or None)
+    real = load_and_open(args)
     if real.class_names != class_names:
         raise UserError(
             f"--output_dir {output_dir}: its classes are not those of '{real.record.name}', in their order."
         )
     trust = {"trust_remote_code": args.model.trust_remote_code}
     model = load_classifier(str(output_dir), class_names, False, args.training.seed, **trust)
-    test = take_spread(real.test, args.training.max_eval_samples)
-    images = EvalImages(test, load_image_processor(str(output_dir), **trust))
+    images = EvalImages(real.test, load_image_processor(str(output_dir), **trust))
     results = test_metrics(*predict(model, images, *loader_options(args.training)))
     if is_main_process:
         write_record(output_dir / EVAL_RESULTS, results)
@@ -328,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     from utils.transfer.adapters import LoraSettings, save_merged
     from utils.transfer.classifiers import check_classifier, load_image_processor, save_classifier
     from utils.transfer.fine_tuning import run_stage
-    from utils.transfer.image_datasets import EvalImages, take_spread
+    from utils.transfer.image_datasets import EvalImages
     from utils.transfer.metrics import test_metrics
     from utils.transfer.prediction import leep_of_checkpoint, leep_of_model, num_source_classes, predict
     from utils.transfer.report import add_totals, plot_report, print_results
@@ -340,8 +359,6 @@ def main(argv: Sequence[str] | None = None) -> dict:
     pretrained = args.model.model_name_or_path
     args.model.model_revision = check_classifier(pretrained, args.model.model_revision, token)
     real, images, num_images = load_images(args, source)
-    validation = take_spread(real.validation, training_args.max_eval_samples)
-    test = take_spread(real.test, training_args.max_eval_samples)
 
     # model
     hub_options = {
@@ -374,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         )
         model, done = run_stage(
             stage, output_dir / stage.start if stage.start else pretrained, real.class_names, images[stage.images],
-            image_processor, training_args, output_dir / stage.name, validation, lora=lora, pretrained=pretrained,
+            image_processor, training_args, output_dir / stage.name, real.validation, lora=lora, pretrained=pretrained,
             resume=resume, **hub_options,
         )  # fmt: skip
         results |= {f"{stage.name}_{key}": value for key, value in done.summary().items()}
@@ -384,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     results = add_totals(results, list(log_histories))
 
     # results: the one time that the test images are read
-    logits, labels = predict(model, EvalImages(test, image_processor), *loader_options(training_args))
+    logits, labels = predict(model, EvalImages(real.test, image_processor), *loader_options(training_args))
     results |= test_metrics(logits, labels)
     if is_main_process:
         config = describe_run(args, real, source, stages)

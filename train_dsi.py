@@ -353,6 +353,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     )
     record = RealImagesRecord.from_arguments(data_args)
     images = load_style_images(record, hub_args.hub_token)
+    accelerator.print("\n".join(images.real.remarks))
     nouns, prompt_ids = prepare_prompts(tokenizers, images.real.class_names, templates, token_args, accelerator.device)
 
     # Latents are encoded once, into files that are mapped into memory; the VAE is not needed after that

@@ -1,21 +1,37 @@
 import numpy as np
 import pytest
 
-from utils.data.splits import balanced_indices, few_shot_indices, stratified_split
+from utils.data.splits import balanced_indices, carve, evenly_spaced, few_shot_indices
 
 LABELS = np.repeat([0, 1, 2], [30, 50, 20])
 
 
-def test_stratified_split_takes_the_share_of_every_class_and_no_image_twice():
-    rest, part = stratified_split(LABELS, 0.1)
-    assert np.bincount(LABELS[part]).tolist() == [3, 5, 2]
-    assert sorted([*rest, *part]) == list(range(100))
+def test_carve_takes_about_the_share_of_every_class_and_no_image_twice():
+    labels = np.repeat([0, 1], [3000, 1000])
+    rest, part = carve(labels, np.random.default_rng(0).random(4000), np.arange(4000), 0.1)
+    assert np.abs(np.bincount(labels[part]) - [300, 100]).max() < 50
+    assert sorted([*rest, *part]) == list(range(4000))
 
 
-def test_stratified_split_of_a_single_image_leaves_it_in_the_rest():
-    rest, part = stratified_split(np.array([0, 1, 1]), 0.5)
-    assert 0 in rest
-    assert len(part) == 1
+def test_carve_leaves_one_of_each_class_and_takes_one_of_two():
+    labels = np.array([0, 1, 1, 2, 2])
+    for places in (np.full(5, 0.9), np.zeros(5)):
+        rest, part = carve(labels, places, np.arange(5), 0.5)
+        assert labels[rest].tolist() == [0, 1, 2]
+        assert labels[part].tolist() == [1, 2]
+
+
+def test_a_second_part_is_carved_from_what_is_left():
+    labels, places = np.zeros(10, int), np.arange(10) / 10
+    rest, test = carve(labels, places, np.arange(10), 0.2)
+    rest, validation = carve(labels, places, rest, 0.4)
+    assert (rest.tolist(), validation.tolist(), test.tolist()) == ([4, 5, 6, 7, 8, 9], [2, 3], [0, 1])
+
+
+def test_evenly_spaced_rows_begin_and_end_with_the_set():
+    assert evenly_spaced(10, 4).tolist() == [0, 3, 6, 9]
+    assert evenly_spaced(3, 4).tolist() == evenly_spaced(3, None).tolist() == [0, 1, 2]
+    assert evenly_spaced(0, 4).tolist() == []
 
 
 def test_few_shot_indices_are_nested_and_balanced():

@@ -29,11 +29,24 @@ class RealDataArguments:
     label_column_name: str | None = field(
         default=None, metadata={"help": "Column with the labels; found by its type when not given."}
     )
-    train_split: str = field(default="train", metadata={"help": "Split with the training images."})
+    train_split: str = field(
+        default="train", metadata={"help": "Split with the training images, or a slice such as 'train[:80%%]'."}
+    )
+    validation_split: str | None = field(
+        default=None,
+        metadata={"help": "Split or slice for validation (default: validation, valid, dev or val; else carved off)."},
+    )
+    test_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split or slice for the test, such as 'train[80%%:]' (default: test, testing, eval or evaluation; "
+            "else that of validation; else a tenth, carved off)."
+        },
+    )
     train_val_split: float = field(
         default=0.1,
         metadata={
-            "help": "Share of the training images, in (0, 1), carved off as validation part where there is none."
+            "help": "Share of the training images, above 0 and below 1, carved off where no split is for validation."
         },
     )
     num_shots: int | None = field(

@@ -65,6 +65,11 @@ def read_record(path: str | Path) -> dict:
     return record
 
 
+def absolute_if_local(name: str | None) -> str | None:
+    """Return a folder's absolute path, for records that are read in other working directories; other names as they are."""
+    return os.path.abspath(name) if name is not None and Path(name).is_dir() else name
+
+
 def image_set_name(real_images: dict) -> str:
     """Return what the real images of a record are called: their data set, else the folder of their class folders."""
     return real_images.get("dataset_name") or real_images["train_dir"]

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from utils.data.real_images import RealImages, inspect_images
+from utils.data.opened_images import inspect_images
+from utils.data.real_images import RealImages
 
 MAX_EXAMPLES = 3
 # cleanvision's names of what an image may be -> ours

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OF_DATA_SETS = ("dataset_config_name", "dataset_revision", "train_split")
+OF_DATA_SETS = ("dataset_config_name", "dataset_revision", "train_split", "validation_split", "test_split")
 
 
 def check_real_images_given(real_data: RealDataArguments) -> None:

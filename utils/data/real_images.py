@@ -1,29 +1,24 @@
 """The labelled real images: load, find columns, split and check. The same images for every script and method."""
 
-import hashlib
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import PIL.ExifTags
-import PIL.Image
-import PIL.ImageOps
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
-from datasets.utils.file_utils import xopen
-from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
-from utils.cli.records import image_set_name
+from utils.cli.records import absolute_if_local, image_set_name
 from utils.data.class_folders import load_class_folders
-from utils.data.images import to_rgb
-from utils.data.splits import balanced_indices, few_shot_indices, stratified_split
+from utils.data.labels import is_labelled, unify_labels
+from utils.data.opened_images import PARTS, content_places
+from utils.data.remarks import describe_parts, list_doubts
+from utils.data.split_roles import Selection, assign_splits, select
+from utils.data.splits import TEST_SHARE, balanced_indices, carve, evenly_spaced, few_shot_indices
 from utils.hub.data_sets import load_data_set
 from utils.hub.repositories import open_source
 
-NUM_THREADS = min(16, os.cpu_count() or 1)
+
+PLACES = ("dataset_name", "train_dir", "validation_dir")
 
 
 @dataclass(frozen=True)
@@ -38,6 +33,8 @@ class RealImagesRecord:
     image_column_name: str | None = None
     label_column_name: str | None = None
     train_split: str = "train"
+    validation_split: str | None = None
+    test_split: str | None = None
     train_val_split: float = 0.1
     num_shots: int | None = None
     few_shot_seed: int = 0
@@ -51,19 +48,29 @@ class RealImagesRecord:
 
     @classmethod
     def from_arguments(cls, arguments) -> "RealImagesRecord":
-        """Return the record of a script's `RealDataArguments` (the fields have the same names)."""
-        return cls(**{field.name: getattr(arguments, field.name) for field in fields(cls)})
+        """Return the record of a script's `RealDataArguments` (the fields have the same names), folders absolute."""
+        values = {field.name: getattr(arguments, field.name) for field in fields(cls)}
+        return cls(**values | {name: absolute_if_local(values[name]) for name in PLACES})
 
     def to_dict(self) -> dict:
         return asdict(self)
 
 
 @dataclass(frozen=True)
-class RealImages:
-    """Splits with the columns `image` and `label`. `train` is a subset where one is asked for.
+class Part:
+    """Where images come from: the split as a flag names it, and their rows there; carved off the training images?"""
 
-    `record` is resolved (columns found, commit pinned). `train_indices` are the rows of the train split that `train`
-    holds: what a token or a classifier has seen.
+    split: str
+    rows: np.ndarray
+    is_carved: bool = False
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Train, validation and test images with the columns `image` and `label`. `train` is a subset where one is asked for.
+
+    `record` is resolved (columns found, commit pinned). `parts` says of each part which rows it holds. `remarks` are
+    lines for the user: which split serves as what, and what may not be meant.
     """
 
     train: Dataset
@@ -71,41 +78,84 @@ class RealImages:
     test: Dataset
     class_names: list[str]
     record: RealImagesRecord
-    train_indices: np.ndarray
+    parts: dict[str, Part]
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def train_indices(self) -> np.ndarray:
+        """The rows of the train split that `train` holds: what a token or a classifier has seen."""
+        return self.parts["train"].rows
+
+    def select(self, rows: dict[str, np.ndarray]) -> "RealImages":
+        """Return some images of each part, by their places in it; parts that are not named stay whole."""
+        parts = {part: replace(self.parts[part], rows=self.parts[part].rows[kept]) for part, kept in rows.items()}
+        images = {part: getattr(self, part).select(kept) for part, kept in rows.items()}
+        return replace(self, **images, parts=self.parts | parts)
+
+
+@dataclass(frozen=True)
+class LabelledSplits:
+    """The splits that serve as parts, before anything is carved off; `unused` maps the others to their images' number."""
+
+    images: dict[str, Dataset]
+    parts: dict[str, Part]
+    class_names: list[str]
+    record: RealImagesRecord
+    unused: dict[str, int]
+
+
+def load_labelled_splits(record: RealImagesRecord, token: str | None = None) -> LabelledSplits:
+    """Load the splits of a labelled image set that `assign_splits` chooses; no image is read.
+
+    Raises:
+        UserError: the set, a split or a column is not there; labels are missing or of no use.
+    """
+    splits, record = _load_splits(record, token)
+    train_split = select(splits, "train", record.train_split, record.name).slices[0].split
+    image_column, label_column = find_columns(splits[train_split].features, record)
+    record = replace(record, image_column_name=image_column, label_column_name=label_column)
+    given = {part: getattr(record, f"{part}_split") for part in PARTS}
+    chosen = assign_splits(splits, given, record.name, lambda split: is_labelled(splits[split], label_column))
+    images = {part: _standardise(selection, splits, record) for part, selection in chosen.items()}
+    images, class_names = unify_labels(images, label_column)
+    used = {piece.split for selection in chosen.values() for piece in selection.slices}
+    return LabelledSplits(
+        images,
+        {part: Part(selection.spec, selection.rows) for part, selection in chosen.items()},
+        class_names,
+        replace(record, train_split=chosen["train"].spec),
+        {split: len(rows) for split, rows in splits.items() if split not in used},
+    )
 
 
 def load_real_images(record: RealImagesRecord, token: str | None = None) -> RealImages:
     """Load a labelled image set and split it.
 
-    Test is the split `test`, else `validation`, so the images of `validation_dir` are the test part; a set with train
-    only is split 80/10/10. The validation part is the split `validation` where there is a `test` too, else
-    `train_val_split` of every class is carved off train, with a fixed seed, before shots are drawn.
+    A part that no split serves for is carved off the training images, class by class, before shots are drawn: test a
+    tenth of the whole, validation `train_val_split`.
 
     Raises:
-        UserError: the set, a split or a column is not there; labels are missing; too few images for the shots.
+        UserError: what `load_labelled_splits` raises; too few images for the shots, or none left to train on.
     """
-    splits, record = _load_splits(record, token)
-    image_column, label_column = find_columns(splits[record.train_split].features, record)
-    record = replace(record, image_column_name=image_column, label_column_name=label_column)
-    splits, class_names = _standardise(splits, record)
-
-    train = splits.pop(record.train_split)
-    indices = np.arange(len(train))
-    labels = np.asarray(train["label"])
-    if "test" in splits or "validation" in splits:
-        test = splits.get("test", splits.get("validation"))
-    else:
-        indices, held_out = stratified_split(labels, 0.1)
-        test = train.select(held_out)
-    if "test" in splits and "validation" in splits:
-        validation = splits["validation"]
-    else:
-        # of the whole set: 80/10/10 where test was carved off too
-        kept, held_out = stratified_split(labels[indices], min(record.train_val_split * len(train) / len(indices), 0.5))
-        validation = train.select(indices[held_out])
-        indices = indices[kept]
-    indices = indices[_training_subset(labels[indices], record)]
-    return RealImages(train.select(indices), validation, test, class_names, record, indices)
+    found = load_labelled_splits(record, token)
+    record, images, parts = found.record, dict(found.images), dict(found.parts)
+    whole, rows = images["train"], parts["train"].rows
+    labels, kept = np.asarray(whole["label"]), np.arange(len(whole))
+    carved = [part for part in ("test", "validation") if part not in images]
+    places, end = content_places(whole) if carved else None, 0.0
+    for part in carved:
+        end += TEST_SHARE if part == "test" else record.train_val_split
+        if end >= 1:
+            raise UserError(
+                f"--train_val_split {record.train_val_split}: with the test part's tenth nothing is left to train on; "
+                "must be below 0.9."
+            )
+        kept, held_out = carve(labels, places, kept, end)
+        images[part], parts[part] = whole.select(held_out), Part(parts["train"].split, rows[held_out], is_carved=True)
+    kept = kept[_training_subset(labels[kept], record)]
+    images["train"], parts["train"] = whole.select(kept), replace(parts["train"], rows=rows[kept])
+    real = RealImages(**images, class_names=found.class_names, record=record, parts=parts)
+    return replace(real, remarks=(describe_parts(real, found.unused), *list_doubts(real)))
 
 
 def same_image_set(record: dict, dataset_name: str | None, train_dir: str | None) -> bool:
@@ -134,8 +184,6 @@ def _load_splits(record: RealImagesRecord, token: str | None) -> tuple[DatasetDi
         return load_class_folders(record.train_dir, record.validation_dir), record
     source = open_source(record.dataset_name, "--dataset_name", "dataset", record.dataset_revision, token)
     splits = load_data_set(source, record.dataset_config_name)
-    if record.train_split not in splits:
-        raise UserError(f"--train_split {record.train_split}: '{record.name}' has {', '.join(splits)}.")
     return splits, replace(record, dataset_revision=source.revision)
 
 
@@ -163,110 +211,26 @@ def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str
     return record.image_column_name or only(Image, "image"), record.label_column_name or only(ClassLabel, "label")
 
 
-def _standardise(splits: DatasetDict, record: RealImagesRecord) -> tuple[DatasetDict, list[str]]:
-    """Keep the two columns, as `image` and `label` (a ClassLabel), and check that every image has a label."""
+def _standardise(selection: Selection, splits: DatasetDict, record: RealImagesRecord) -> Dataset:
+    """Return the selected images with the two columns, as `image` and `label`."""
     columns = [record.image_column_name, record.label_column_name]
-    splits = splits.select_columns(columns).rename_columns(
+    images = selection.read(splits)
+    for flag, name in zip(("image", "label"), columns):
+        if name not in images.features:
+            raise UserError(f"--{flag}_column_name {name}: not in split {selection.spec} of '{record.name}'.")
+    images = images.select_columns(columns).rename_columns(
         {old: new for old, new in zip(columns, ("image", "label")) if old != new}
     )
-    train = splits[record.train_split]
-    if not isinstance(train.features["image"], Image):
-        raise UserError(f"--image_column_name {columns[0]}: is {train.features['image']}, no image column.")
-    for name, split in splits.items():
-        values = split.data.column("label").to_pylist()
-        missing = [row for row, label in enumerate(values) if label is None or label in (-1, "")]
-        if missing:
-            raise UserError(
-                f"--label_column_name {columns[1]}: {len(missing)} of {len(values)} images of split '{name}' of "
-                f"'{record.name}' have no label, the first in row {missing[0]}."
-            )
-    if not isinstance(train.features["label"], ClassLabel):
-        names = sorted({str(label) for split in splits.values() for label in split["label"]})
-        label = ClassLabel(names=names)
-        splits = splits.map(lambda row: {"label": names.index(str(row["label"]))}, desc="labels").cast_column(
-            "label", label
-        )
-    return splits, splits[record.train_split].features["label"].names
+    if not isinstance(images.features["image"], Image):
+        raise UserError(f"--image_column_name {columns[0]}: is {images.features['image']}, no image column.")
+    return images
 
 
-def inspect_images(
-    images: Dataset, what: str, rank: int = 0, num_parts: int = 1, show_progress: bool = True
-) -> tuple[dict[int, str], dict[int, str]]:
-    """Decode the images of the rows `rank`, `rank + num_parts`, ... once, in threads.
-
-    Returns row -> SHA-256 of the encoded bytes for the good ones, and row -> what is wrong for the damaged ones.
-    """
-    encoded = images.select_columns("image").cast_column("image", Image(decode=False))
-    rows = range(rank, len(images), num_parts)
-    hashes, problems = {}, {}
-    with (
-        ThreadPoolExecutor(NUM_THREADS) as threads,
-        tqdm(
-            total=len(rows), desc=f"checking {what}", unit="image", leave=False, disable=not show_progress
-        ) as progress,
-    ):
-        # a piece at a time: `map` takes all that it is given, and these are the bytes of whole files
-        for start in range(0, len(rows), 8 * NUM_THREADS):
-            piece = rows[start : start + 8 * NUM_THREADS]
-            for row, (digest, problem) in zip(piece, threads.map(_inspect_image, encoded[piece]["image"])):
-                if problem is None:
-                    hashes[row] = digest
-                else:
-                    problems[row] = problem
-            progress.update(len(piece))
-    return hashes, problems
-
-
-def _inspect_image(encoded: dict | None) -> tuple[str | None, str | None]:
-    """Return the hash of an image's bytes, and what is wrong with the image."""
-    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
-        return None, "no image"
-    path, content = encoded["path"], encoded["bytes"]
-    try:
-        if content is None:
-            with xopen(path, "rb") as file:
-                content = file.read()
-        image = PIL.Image.open(BytesIO(content))
-        image.draft("RGB", (1, 1))  # a JPEG is decoded to an eighth of its size, which still reads all of its bytes
-        image.load()
-        if image.getexif().get(PIL.ExifTags.Base.Orientation) is not None:
-            PIL.ImageOps.exif_transpose(image)  # as `datasets` does, which stops at EXIF that `to_rgb` ignores
-        to_rgb(image)
-    except Exception as error:  # on damaged files Pillow raises nearly anything
-        reason = "no known image format" if isinstance(error, PIL.UnidentifiedImageError) else str(error)
-        return None, f"{reason or type(error).__name__}{f', file {path}' if path else ''}"
-    return hashlib.sha256(content).hexdigest(), None
-
-
-def refuse_damaged(
-    problems: dict[int, str], what: str, column: str = "image", rows: np.ndarray | None = None, can_skip: bool = False
-) -> None:
-    """Raise where `inspect_images` found damaged images among `what`.
-
-    `column` is the user's name of it, `rows` maps inspected rows to those of the user's split, `can_skip` says whether
-    the script has the flag --skip_bad_images.
-
-    Raises:
-        UserError: there are damaged images; the message counts them and names the first.
-    """
-    if not problems:
-        return
-    first = min(problems)
-    row = first if rows is None else rows[first]
-    raise UserError(
-        f"{what}: row {row}, column '{column}': damaged ({problems[first]}); damaged in all: {len(problems)}; repair "
-        f"or remove what is damaged{', or give --skip_bad_images' if can_skip else ''}."
+def limit_held_out(real_images: RealImages, max_images: int | None) -> RealImages:
+    """Return the images with at most `max_images` in the validation and in the test part, evenly spread over it."""
+    return real_images.select(
+        {part: evenly_spaced(len(getattr(real_images, part)), max_images) for part in ("validation", "test")}
     )
-
-
-def check_images(images: Dataset, what: str, column: str = "image", rows: np.ndarray | None = None) -> None:
-    """Decode every image once, before any model loads; `column` and `rows` as in `refuse_damaged`.
-
-    Raises:
-        UserError: an image is damaged.
-    """
-    _, problems = inspect_images(images, what)
-    refuse_damaged(problems, what, column, rows)
 
 
 def check_held_out(real_images: RealImages) -> None:
@@ -281,19 +245,3 @@ def check_held_out(real_images: RealImages) -> None:
                 f"{real_images.record.name}: no images are left for the {split} part; give three or more of a class, "
                 "or test images of their own (a split 'test', or --validation_dir)."
             )
-
-
-def drop_damaged(real_images: RealImages, problems: dict[int, str]) -> RealImages:
-    """Return the images without the rows of `train` that are in `problems`.
-
-    Raises:
-        UserError: a class has no other images.
-    """
-    train = real_images.train
-    kept = np.setdiff1d(np.arange(len(train)), list(problems))
-    labels = np.asarray(train["label"])
-    lost = np.setdiff1d(labels, labels[kept])
-    if lost.size:
-        names = ", ".join(real_images.class_names[label] for label in lost)
-        raise UserError(f"--skip_bad_images: all training images of {names} are damaged.")
-    return replace(real_images, train=train.select(kept), train_indices=real_images.train_indices[kept])

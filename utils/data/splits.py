@@ -2,21 +2,29 @@
 
 import numpy as np
 
-SPLIT_SEED = 0
+TEST_SHARE = 0.1  # of a set without a test part
 
 
-def stratified_split(labels: np.ndarray, fraction: float, seed: int = SPLIT_SEED) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sorted indices of the rest and of a part with `fraction` of every class (at least one image).
+def carve(labels: np.ndarray, places: np.ndarray, rows: np.ndarray, end: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return those of the sorted `rows` that stay, and those that are carved off: about a share `end` of each class.
 
-    `labels` is `(n,)` int. A class with a single image leaves it in the rest.
+    `labels` are `(n,)` int, `places` `(n,)` numbers in [0, 1) that depend on an image's content only: below `end` it is
+    carved off. So an image that is added or removed moves no other, but where it is a class's only one in its part: of
+    two images or more one is carved off and one stays, a single one stays.
     """
-    rest, part = [], []
-    for label in np.unique(labels):
-        indices = _shuffled_class(labels, label, seed)
-        size = min(max(1, round(len(indices) * fraction)), len(indices) - 1)
-        part.append(indices[:size])
-        rest.append(indices[size:])
-    return np.sort(np.concatenate(rest)), np.sort(np.concatenate(part))
+    is_carved = places[rows] < end
+    for label in np.unique(labels[rows]):
+        of_class = np.flatnonzero(labels[rows] == label)
+        in_order = of_class[np.argsort(places[rows][of_class], kind="stable")]
+        if len(in_order) > 1:
+            is_carved[in_order[0]] = True
+        is_carved[in_order[-1]] = False
+    return rows[~is_carved], rows[is_carved]
+
+
+def evenly_spaced(number: int, limit: int | None) -> np.ndarray:
+    """Return at most `limit` of `number` rows, evenly spaced: a set may be sorted by class."""
+    return np.linspace(0, number - 1, number if limit is None else min(limit, number)).astype(int)
 
 
 def few_shot_indices(labels: np.ndarray, num_shots: int, seed: int) -> np.ndarray:

@@ -7,18 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
 from huggingface_hub import constants
 
-from utils.data.real_images import (
-    RealImages,
-    RealImagesRecord,
-    drop_damaged,
-    inspect_images,
-    load_real_images,
-    refuse_damaged,
-)
+from utils.data.opened_images import open_all
+from utils.data.real_images import RealImages, RealImagesRecord, load_real_images
 from utils.style.base_models import BaseModel
 from utils.style.latents import LatentCache, Latents
 
@@ -47,31 +40,16 @@ def load_style_images(record: RealImagesRecord, token: str | None = None) -> Sty
         UserError: what `load_real_images` raises; damaged images, where they are not to be skipped.
     """
     real = load_real_images(record, token)
-    column = real.record.image_column_name
-    digests, problems = _inspect(real.train, "training images")
-    if not record.skip_bad_images:
-        refuse_damaged(problems, "training images", column, real.train_indices, can_skip=True)
-    real = drop_damaged(real, problems)
-    digests = [digests[row] for row in sorted(digests)]
-    if record.num_shots is not None or len(real.validation) == 0:
-        rows = _some_rows(real.train)
-        held_out_digests = [digests[row] for row in rows]
-        return StyleImages(
-            real, digests, real.train.select(rows), held_out_digests, "training images", num_skipped=len(problems)
-        )
-    rows = _some_rows(real.validation)
-    held_out = real.validation.select(rows)
-    held_out_digests, held_out_problems = _inspect(held_out, "validation images")
-    if not record.skip_bad_images:
-        refuse_damaged(held_out_problems, "validation images", column, rows, can_skip=True)
-    return StyleImages(
-        real=real,
-        digests=digests,
-        held_out=held_out.select(sorted(held_out_digests)),
-        held_out_digests=[held_out_digests[row] for row in sorted(held_out_digests)],
-        held_out_name="validation images",
-        num_skipped=len(problems) + len(held_out_problems),
-    )
+    held_out = "train" if record.num_shots is not None or not len(real.validation) else "validation"
+    if held_out == "validation":
+        real = real.select({held_out: _some_rows(real.validation)})
+    real, digests, num_skipped = open_all(real, tuple(dict.fromkeys(["train", held_out])))
+    images, held_out_digests = getattr(real, held_out), digests[held_out]
+    if held_out == "train":
+        rows = _some_rows(images)
+        images, held_out_digests = images.select(rows), [held_out_digests[row] for row in rows]
+    name = "training images" if held_out == "train" else "validation images"
+    return StyleImages(real, digests["train"], images, held_out_digests, name, num_skipped)
 
 
 def load_latents(
@@ -97,11 +75,3 @@ def load_latents(
 
 def _some_rows(images: Dataset) -> np.ndarray:
     return np.random.default_rng(0).permutation(len(images))[:NUM_HELD_OUT_IMAGES]
-
-
-def _inspect(images: Dataset, what: str) -> tuple[dict[int, str], dict[int, str]]:
-    """Return what `inspect_images` finds, from all processes."""
-    state = PartialState()
-    found = inspect_images(images, what, state.process_index, state.num_processes, state.is_local_main_process)
-    parts = gather_object([found])
-    return tuple({row: text for part in parts for row, text in part[which].items()} for which in (0, 1))

@@ -4,7 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
-from utils.cli.records import DSI_CONFIG, RUN_CONFIG, image_set_name, write_record, write_run_config
+from utils.cli.records import DSI_CONFIG, RUN_CONFIG, absolute_if_local, image_set_name, write_record, write_run_config
 from utils.hub.licenses import read_licenses
 from utils.hub.token_card import STYLE_PICTURE, write_token_card
 from utils.style.base_models import BaseModel
@@ -33,7 +33,7 @@ def start_token_folder(output_dir: Path, keep_checkpoints: bool) -> None:
 def describe_token(base_model: BaseModel, real_images, nouns: list[str], templates: list[str], **settings) -> dict:
     """Return what the next step needs to know of a token: base model, images, class names, prompts."""
     return {
-        "base_model": {"id": base_model.source.name, "revision": base_model.source.revision},
+        "base_model": {"id": absolute_if_local(base_model.source.name), "revision": base_model.source.revision},
         "pipeline_class": base_model.pipeline_class,
         "real_images": real_images.record.to_dict(),
         "train_indices": real_images.train_indices.tolist(),

@@ -122,7 +122,7 @@ def read_plain_sources(
     They are those of a real set, or, without one, those of `class_names_file` in the order of their label ids.
 
     Raises:
-        UserError: the generator is neither folder nor repository; what `load_real_images` raises.
+        UserError: the generator is neither folder nor repository; what `load_labelled_splits` raises.
     """
     generator = open_generator(pretrained_model_name_or_path, "--pretrained_model_name_or_path", revision, hub_token)
     if real_data is None:
@@ -130,9 +130,9 @@ def read_plain_sources(
         class_names, record = list(chosen), None
     else:
         # not at the top: datasets takes seconds to import, and with a token it is not needed before sampling
-        from utils.data.real_images import RealImagesRecord, load_real_images
+        from utils.data.real_images import RealImagesRecord, load_labelled_splits
 
-        images = load_real_images(RealImagesRecord.from_arguments(real_data), hub_token)
+        images = load_labelled_splits(RealImagesRecord.from_arguments(real_data), hub_token)
         class_names, record = images.class_names, images.record.to_dict()
         if not class_names:
             raise UserError(f"--dataset_name {images.record.name}: its label column has no class names.")

@@ -13,12 +13,13 @@ from transformers import TrainingArguments
 
 from utils.cli.errors import UserError
 from utils.cli.records import read_record, write_record
+from utils.data.opened_images import open_synthetic
 from utils.data.real_images import RealImages
 from utils.data.splits import few_shot_indices
 from utils.transfer.comparison import Arm, Cell, fingerprint, plan_cell, shots_key
 from utils.transfer.comparison_statistics import pack_correct
 from utils.transfer.fine_tuning import run_stage
-from utils.transfer.image_datasets import EvalImages, cache_items, take_spread
+from utils.transfer.image_datasets import EvalImages, cache_items
 from utils.transfer.methods import StagePlan, StageSettings, mix_indices
 from utils.transfer.metrics import classification_metrics
 from utils.transfer.prediction import predict
@@ -88,9 +89,10 @@ class CellRunner:
         """Check before any training that there are enough images, and that every synthetic set has the classes.
 
         Raises:
-            UserError: one of them does not fit.
+            UserError: one of them does not fit, or a synthetic image is damaged.
         """
-        smallest = int(np.bincount(self.real.train["label"]).min())
+        counts = np.bincount(self.real.train["label"])
+        smallest = int(counts[counts > 0].min())
         most = max(count or 0 for count in shots)
         if most > smallest:
             raise UserError(f"--num_shots {most}: a class of the real set has only {smallest} training images.")
@@ -99,7 +101,9 @@ class CellRunner:
         for (name, _), source in self.sources.items():
             if name not in used:
                 continue
-            counts = np.bincount(self.load_synthetic(source)["label"])
+            images = self.load_synthetic(source)
+            open_synthetic(images, source.name, skip_bad_images=False)
+            counts = np.bincount(images["label"])
             smallest = int(counts[counts > 0].min())
             if most > smallest:
                 raise UserError(f"--volumes {most}: {source.name} has only {smallest} images of a class.")
@@ -191,6 +195,5 @@ class CellRunner:
 
     def _eval_items(self, split: str):
         if split not in self._items:
-            images = take_spread(getattr(self.real, split), self.max_eval_samples)
-            self._items[split] = cache_items(EvalImages(images, self.image_processor))
+            self._items[split] = cache_items(EvalImages(getattr(self.real, split), self.image_processor))
         return self._items[split]

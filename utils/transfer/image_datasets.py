@@ -15,13 +15,6 @@ from utils.transfer.image_transforms import CropAndFlip, open_image, read_image_
 SHUFFLE_BUFFER = 1_000  # rows of a stream, undecoded: some 50 MB
 
 
-def take_spread(images: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    """Return at most `limit` images, evenly spread over the set, which may be sorted by class."""
-    if limit is None or limit >= len(images):
-        return images
-    return images.select(np.linspace(0, len(images) - 1, limit).astype(int))
-
-
 class TrainItems:
     """Rows with an undecoded image into items: `pixel_values` `(3, height, width)` uint8, `labels` int.
 

@@ -4,6 +4,7 @@ import logging
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
+from utils.data.opened_images import open_synthetic
 from utils.data.real_images import RealImages
 from utils.transfer.methods import mix_indices
 from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, load_synthetic, num_images
@@ -36,6 +37,12 @@ def load_training_images(
             source, real.class_names, max_samples_per_class, token,
             allow_missing_classes=allow_missing_classes, streaming=streaming,
         )  # fmt: skip
+        if not streaming:
+            images["synthetic"], num_skipped = open_synthetic(
+                images["synthetic"], source.name, real.record.skip_bad_images
+            )
+            if num_skipped:
+                logger.warning(f"{num_skipped} damaged synthetic images were left out (--skip_bad_images).")
         counts["synthetic"] = num_images(source, max_samples_per_class) if streaming else len(images["synthetic"])
         num_leaked = count_leaked_images(source.record, real.train_indices)
         if num_leaked and method != "vanilla":

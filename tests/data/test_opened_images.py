@@ -1,0 +1,162 @@
+import hashlib
+import re
+from io import BytesIO
+
+import numpy as np
+import PIL.Image
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image
+
+from tests.conftest import CLASS_NAMES, save_image_set
+from utils.cli.errors import UserError
+from utils.data.opened_images import NUM_THREADS, inspect_images, open_all, open_synthetic
+from utils.data.real_images import RealImagesRecord, load_real_images
+
+
+def encode(image, image_format="PNG", **options) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def image_column(encoded: list) -> Dataset:
+    """Return a data set of encoded images: bytes, a path, or None."""
+    rows = [{"bytes": item if isinstance(item, bytes) else None, "path": None} if item else None for item in encoded]
+    for row, item in zip(rows, encoded):
+        if isinstance(item, str):
+            row["path"] = item
+    return Dataset.from_dict({"image": rows}, features=Features({"image": Image()}))
+
+
+PHOTO = PIL.Image.effect_noise((160, 120), 60).convert("RGB")
+PNG, JPEG, PROGRESSIVE = encode(PHOTO), encode(PHOTO, "JPEG"), encode(PHOTO, "JPEG", progressive=True)
+
+
+def test_inspect_images_hashes_the_bytes_as_stored(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(JPEG)
+    hashes, problems = inspect_images(image_column([PNG, str(tmp_path / "photo.jpg"), PROGRESSIVE]), "photos")
+    assert problems == {}
+    assert hashes == {row: hashlib.sha256(data).hexdigest() for row, data in enumerate([PNG, JPEG, PROGRESSIVE])}
+
+
+def test_inspect_images_of_parts_are_those_of_the_whole():
+    count = 8 * NUM_THREADS + 3  # more than one piece
+    images = image_column([PNG[:-40] if row % 5 == 0 else PNG for row in range(3 * count)])
+    parts = [inspect_images(images, "photos", rank, 3, show_progress=False) for rank in range(3)]
+    assert [sorted({**hashes, **problems}) for hashes, problems in parts] == [
+        list(range(rank, 3 * count, 3)) for rank in range(3)
+    ]
+    hashes, problems = inspect_images(images, "photos", show_progress=False)
+    assert hashes == {row: text for part in parts for row, text in part[0].items()}
+    assert problems == {row: text for part in parts for row, text in part[1].items()}
+    assert sorted(problems) == list(range(0, 3 * count, 5))
+
+
+def decodes(data: bytes) -> bool:
+    try:
+        PIL.Image.open(BytesIO(data)).load()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("photo", [JPEG, PROGRESSIVE], ids=["baseline", "progressive"])
+def test_inspect_images_finds_what_decoding_a_jpeg_at_full_size_finds(photo):
+    rng = np.random.default_rng(0)
+    broken = [photo[: len(photo) * share // 100] for share in (1, 30, 60, 95)] + [photo[:-2]]
+    for length in rng.integers(2, len(photo) // 4, 20):
+        middle = len(photo) // 2
+        broken.append(photo[:middle] + rng.bytes(length) + photo[middle + length :])
+        broken.append(photo[:middle] + bytes(length) + photo[middle + length :])
+    _, problems = inspect_images(image_column(broken), "photos", show_progress=False)
+    assert set(range(4)) < set(problems)
+    assert {row for row, data in enumerate(broken) if not decodes(data)} == set(problems)
+
+
+def exif_that_datasets_cannot_read() -> bytes:
+    entries = bytes.fromhex("1201 0300 01000000 06000000 0101 0200 04000000 61626300")
+    return b"Exif\0\0II*\0\x08\0\0\0\2\0" + entries + bytes(4)
+
+
+def test_inspect_images_says_what_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 160 * 120)
+    bomb = encode(PIL.Image.new("1", (1600, 120)))
+    text = tmp_path / "notes.jpg"
+    text.write_text("no image")
+    unreadable_exif = encode(PHOTO, "JPEG", exif=exif_that_datasets_cannot_read())
+    broken = [None, bomb, str(text), str(tmp_path / "gone.jpg"), PNG[:-60], b"", unreadable_exif]
+    images = image_column([*broken, PNG])
+    hashes, problems = inspect_images(images, "photos", show_progress=False)
+    assert list(hashes) == [len(broken)]
+    for row, message in enumerate(
+        ["no image", "decompression bomb", "no known image format, file .*notes.jpg", "No such file .*gone.jpg"]
+    ):
+        assert re.search(message, problems[row]), problems[row]
+    assert "0x" not in "".join(problems.values())
+    for row in problems.keys() - {0}:
+        with pytest.raises(Exception):  # noqa: B017 (it stops training whatever it is)
+            images[row]["image"].load()
+
+
+def test_inspect_images_names_an_error_without_words(monkeypatch):
+    monkeypatch.setattr("utils.data.opened_images.to_rgb", lambda image: next(iter(())))
+    assert inspect_images(image_column([PNG]), "photos")[1] == {0: "StopIteration"}
+
+
+def test_inspect_images_reads_a_bounded_number_of_images_at_a_time(monkeypatch):
+    images = image_column([PNG] * (20 * NUM_THREADS))
+    read = []
+    getitem = Dataset.__getitem__
+    monkeypatch.setattr(Dataset, "__getitem__", lambda self, rows: read.append(len(rows)) or getitem(self, rows))
+    hashes, _ = inspect_images(images, "photos", show_progress=False)
+    assert len(hashes) == sum(read) == 20 * NUM_THREADS
+    assert max(read) <= 8 * NUM_THREADS
+
+
+@pytest.fixture
+def damaged_dir(tmp_path):
+    """A set with damaged images: rows 7 and 10 of train, row 2 of test, in a column 'photo'; 3 classes in turn."""
+    save_image_set(tmp_path, {"train": 20, "test": 3})
+    for split, rows in (("train", (7, 10)), ("test", (2,))):
+        path = tmp_path / "data" / f"{split}-00000.parquet"
+        table = pq.read_table(path).to_pydict()
+        for row in rows:
+            table["image"][row]["bytes"] = table["image"][row]["bytes"][:60]
+        features = Features({"photo": Image(), "label": ClassLabel(names=CLASS_NAMES)})
+        Dataset.from_dict({"photo": table["image"], "label": table["label"]}, features=features).to_parquet(path)
+    return tmp_path
+
+
+def load(folder, **settings):
+    return load_real_images(RealImagesRecord(str(folder), **settings))
+
+
+def test_damaged_images_of_all_parts_are_counted_and_the_first_is_named_as_the_user_knows_it(damaged_dir):
+    with pytest.raises(UserError) as error:
+        open_all(load(damaged_dir))
+    assert re.match(r"(train|validation) images: row (7|10), column 'photo': damaged \(", str(error.value))
+    assert "damaged in all: 3; repair or remove what is damaged, or give --skip_bad_images." in str(error.value)
+    with pytest.raises(UserError, match=r"test images: row 2, column 'photo': damaged .*; damaged in all: 1;"):
+        open_all(load(damaged_dir), ("test",))
+
+
+def test_skipped_images_leave_every_other_in_its_part(damaged_dir):
+    whole = load(damaged_dir, skip_bad_images=True)
+    opened, digests, num_skipped = open_all(whole)
+    assert num_skipped == 3
+    for part in ("train", "validation", "test"):
+        damaged = {7, 10} if part != "test" else {2}
+        assert opened.parts[part].rows.tolist() == [row for row in whole.parts[part].rows if row not in damaged]
+        encoded = getattr(opened, part).cast_column("image", Image(decode=False))["image"]
+        assert [hashlib.sha256(item["bytes"]).hexdigest() for item in encoded] == digests[part]
+    with pytest.raises(UserError, match="--skip_bad_images: all training images of green circle are damaged"):
+        open_all(whole.select({"train": np.flatnonzero(np.isin(whole.train_indices, (7, 10, 0, 2)))}))
+
+
+def test_a_damaged_synthetic_image_is_named_or_left_out():
+    images = image_column([PNG, PNG[:60], PNG])
+    with pytest.raises(UserError, match=r"--synthetic_dataset cars-syn: row 1: damaged .* give --skip_bad_images"):
+        open_synthetic(images, "cars-syn", skip_bad_images=False)
+    kept, num_skipped = open_synthetic(images, "cars-syn", skip_bad_images=True)
+    assert (len(kept), num_skipped) == (2, 1)

@@ -1,0 +1,121 @@
+"""A label column of any usual kind into classes that all parts share."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, LargeList, List, Value
+
+from utils.cli.errors import UserError
+from utils.data.class_names import sort_class_names
+
+NO_LABEL = -1  # of integers and of ClassLabel, as `datasets` has it
+
+
+def label_column(images: Dataset, column: str = "label") -> pa.ChunkedArray:
+    """Return the labels as they are stored."""
+    return images.select_columns(column).with_format("arrow")[:][column]
+
+
+def without_label(column: pa.ChunkedArray) -> np.ndarray:
+    """Return the rows without a label: null, not a number, -1, or text without a letter."""
+    missing = pc.is_null(column, nan_is_null=True)
+    if pa.types.is_integer(column.type):
+        missing = pc.or_(missing, pc.equal(column, NO_LABEL).fill_null(False))
+    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        missing = pc.or_(missing, pc.equal(pc.utf8_trim_whitespace(column), "").fill_null(False))
+    return np.flatnonzero(missing.to_numpy())
+
+
+def is_labelled(images: Dataset, column: str) -> bool:
+    """Return whether at least one image has a label."""
+    return column in images.features and len(without_label(label_column(images, column))) < len(images)
+
+
+def unify_labels(parts: dict[str, Dataset], column_name: str) -> tuple[dict[str, Dataset], list[str]]:
+    """Return the parts with a ClassLabel column `label` of the same classes, and the class names.
+
+    Integers, texts and booleans become classes in their natural order. Classes are known by their names: where a part
+    numbers them otherwise, its labels are changed; those that training images lack come last. `column_name` is the
+    user's name of the column.
+
+    Raises:
+        UserError: the column is of another kind, of different kinds in different parts, an image has no label, or a
+            number stands for no class.
+    """
+    flag = f"--label_column_name {column_name}:"
+    names_of, kinds = {}, {}
+    for part, images in parts.items():
+        feature, column = images.features["label"], label_column(images)
+        kinds[part] = _check_kind(flag, feature, column)
+        missing = without_label(column)
+        if missing.size:
+            raise UserError(
+                f"{flag} {len(missing)} of {len(images)} images of the {part} part have no label, the first in row "
+                f"{missing[0]}."
+            )
+        names_of[part] = _names(flag, part, feature, column)
+    if len(set(kinds.values())) > 1:
+        listed = ", ".join(f"{kind} in the {part} part" for part, kind in kinds.items())
+        raise UserError(f"{flag} is not of one kind ({listed}); make all of them integers, or all texts.")
+    class_names = list(dict.fromkeys(name for names in names_of.values() for name in names))
+    if not any(isinstance(images.features["label"], ClassLabel) for images in parts.values()):
+        class_names = sort_class_names(class_names)
+    return {part: _with_classes(images, names_of[part], class_names) for part, images in parts.items()}, class_names
+
+
+def _check_kind(flag: str, feature: object, column: pa.ChunkedArray) -> str:
+    """Return whether labels are numbers or names."""
+    if isinstance(feature, ClassLabel):
+        return "names"
+    if isinstance(feature, Value):
+        if pa.types.is_integer(column.type):
+            return "integers"
+        if pa.types.is_boolean(column.type):
+            return "booleans"
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            return "names"
+    right = "one class per image is wanted, as an integer, a text, a boolean or a ClassLabel"
+    if isinstance(feature, List | LargeList):
+        raise UserError(f"{flag} holds {_describe_lists(column)}; {right}.")
+    what = feature.dtype if isinstance(feature, Value) else type(feature).__name__
+    raise UserError(f"{flag} is of type {what}; {right}.")
+
+
+def _describe_lists(column: pa.ChunkedArray) -> str:
+    """Return what kind of lists these are: one-hot vectors, or several labels per image."""
+    rows = column.slice(0, 1000).drop_null().to_pylist()
+    lengths = {len(row) for row in rows}
+    if len(lengths) == 1 and max(lengths) > 1 and all(set(row) == {0, 1} and sum(row) == 1 for row in rows):
+        return f"one-hot vectors of {max(lengths)} numbers (the place of the 1 is the class)"
+    return "lists, several labels per image (multi-label)"
+
+
+def _names(flag: str, part: str, feature: object, column: pa.ChunkedArray) -> list[str]:
+    """Return the class names of a part; of a ClassLabel by its numbers, which are checked to stand for some."""
+    if not isinstance(feature, ClassLabel):
+        return [str(value) for value in pc.unique(column).to_pylist()]
+    labels = column.to_numpy()
+    strange = np.flatnonzero((labels < 0) | (labels >= feature.num_classes))
+    if strange.size:
+        raise UserError(
+            f"{flag} {labels[strange[0]]} in row {strange[0]} of the {part} part stands for no class; "
+            f"{feature.num_classes} classes are numbered 0 to {feature.num_classes - 1}."
+        )
+    return feature.names
+
+
+def _with_classes(images: Dataset, names: list[str], class_names: list[str]) -> Dataset:
+    """Return the images with labels that are places in `class_names`."""
+    feature, wanted = images.features["label"], ClassLabel(names=class_names)
+    if feature == wanted:
+        return images
+    places = {name: place for place, name in enumerate(class_names)}
+    if isinstance(feature, ClassLabel):
+        labels = np.array([places[name] for name in names])[label_column(images).to_numpy()]
+    else:
+        column = label_column(images)
+        values = pc.unique(column)
+        position = pc.index_in(column, value_set=values).to_numpy()
+        labels = np.array([places[str(value)] for value in values.to_pylist()])[position]
+    images = images.rename_column("label", "before").add_column("label", labels, feature=wanted)
+    return images.remove_columns("before")

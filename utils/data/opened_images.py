@@ -1,0 +1,165 @@
+"""Every image that a run uses is opened once, before a model loads: damaged ones are named, or left out and counted."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL.ExifTags
+import PIL.Image
+import PIL.ImageOps
+from datasets import Dataset, Image
+from datasets.utils.file_utils import xopen
+from tqdm.auto import tqdm
+
+from utils.cli.errors import UserError
+from utils.data.images import to_rgb
+
+if TYPE_CHECKING:
+    from utils.data.real_images import RealImages
+
+NUM_THREADS = min(16, os.cpu_count() or 1)
+PARTS = ("train", "validation", "test")
+
+
+def open_all(
+    real: "RealImages", parts: tuple[str, ...] = PARTS
+) -> tuple["RealImages", dict[str, list[str]], int]:
+    """Open every image of some parts once, each in one of the processes, as training will read it.
+
+    Returns the images without the damaged ones, where the record's `skip_bad_images` allows that; part -> SHA-256 of
+    each image's encoded bytes, in order; how many were left out.
+
+    Raises:
+        UserError: an image is damaged and may not be left out, or a class has no other training images.
+    """
+    found = {part: _inspect_together(getattr(real, part), f"{part} images") for part in parts}
+    problems = {
+        f"{part} images: row {real.parts[part].rows[row]}, column '{real.record.image_column_name}'": problem
+        for part, (_, bad) in found.items()
+        for row, problem in sorted(bad.items())
+    }
+    _refuse_damaged(problems, real.record.skip_bad_images)
+    kept = {part: np.array(sorted(good), dtype=int) for part, (good, bad) in found.items() if bad}
+    _check_classes_left(real, kept.get("train"))
+    digests = {part: [good[row] for row in sorted(good)] for part, (good, _) in found.items()}
+    return real.select(kept), digests, len(problems)
+
+
+def open_synthetic(images: Dataset, name: str, skip_bad_images: bool) -> tuple[Dataset, int]:
+    """Open every image of a synthetic set once; return it without the damaged ones, and how many these are.
+
+    Raises:
+        UserError: an image is damaged and may not be left out.
+    """
+    good, bad = _inspect_together(images, "synthetic images")
+    _refuse_damaged({f"--synthetic_dataset {name}: row {row}": bad[row] for row in sorted(bad)}, skip_bad_images)
+    return images.select(sorted(good)) if bad else images, len(bad)
+
+
+def _refuse_damaged(problems: dict[str, str], may_skip: bool) -> None:
+    """Raise where there are damaged images, given as place -> what is wrong, unless they may be left out."""
+    if problems and not may_skip:
+        place, problem = next(iter(problems.items()))
+        raise UserError(
+            f"{place}: damaged ({problem}); damaged in all: {len(problems)}; repair or remove what is damaged, or give "
+            "--skip_bad_images."
+        )
+
+
+def _check_classes_left(real: "RealImages", kept: np.ndarray | None) -> None:
+    """Raise where a class has no training images but damaged ones."""
+    labels = np.asarray(real.train["label"])
+    lost = np.setdiff1d(labels, labels if kept is None else labels[kept])
+    if lost.size:
+        names = ", ".join(real.class_names[label] for label in lost)
+        raise UserError(f"--skip_bad_images: all training images of {names} are damaged.")
+
+
+def _inspect_together(images: Dataset, what: str) -> tuple[dict[int, str], dict[int, str]]:
+    """Return what `inspect_images` finds, from all processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # without a state of accelerate, which would take up a GPU
+        return inspect_images(images, what)
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState()
+    found = inspect_images(images, what, state.process_index, state.num_processes, state.is_local_main_process)
+    parts = gather_object([found])
+    return tuple({row: text for part in parts for row, text in part[which].items()} for which in (0, 1))
+
+
+def content_places(images: Dataset) -> np.ndarray:
+    """Return a number in [0, 1) for each image, evenly spread, that depends on nothing but its encoded bytes."""
+
+    def place(encoded: dict | None) -> float:
+        try:
+            digest = hashlib.sha256(_read_encoded(encoded)).digest()
+        except OSError:  # told when the images are opened
+            digest = hashlib.sha256(repr(encoded).encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+    is_local_main_process = os.environ.get("LOCAL_RANK", "0") == "0"
+    return np.array(list(_in_threads(images, place, range(len(images)), "reading images", is_local_main_process)))
+
+
+def inspect_images(
+    images: Dataset, what: str, rank: int = 0, num_parts: int = 1, show_progress: bool = True
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Decode the images of the rows `rank`, `rank + num_parts`, ... once, in threads.
+
+    Returns row -> SHA-256 of the encoded bytes for the good ones, and row -> what is wrong for the damaged ones.
+    """
+    rows = range(rank, len(images), num_parts)
+    hashes, problems = {}, {}
+    for row, (digest, problem) in zip(rows, _in_threads(images, _inspect_image, rows, f"checking {what}", show_progress)):
+        if problem is None:
+            hashes[row] = digest
+        else:
+            problems[row] = problem
+    return hashes, problems
+
+
+def _in_threads(images: Dataset, function: Callable, rows: range, what: str, show_progress: bool) -> Iterator:
+    """Yield what a function of the encoded image gives for each of the rows, in order."""
+    encoded = images.select_columns("image").cast_column("image", Image(decode=False))
+    with (
+        ThreadPoolExecutor(NUM_THREADS) as threads,
+        tqdm(total=len(rows), desc=what, unit="image", leave=False, disable=not show_progress) as progress,
+    ):
+        # a piece at a time: `map` takes all that it is given, and these are the bytes of whole files
+        for start in range(0, len(rows), 8 * NUM_THREADS):
+            piece = rows[start : start + 8 * NUM_THREADS]
+            yield from threads.map(function, encoded[piece]["image"])
+            progress.update(len(piece))
+
+
+def _read_encoded(encoded: dict | None) -> bytes:
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
+        return b""
+    if encoded["bytes"] is not None:
+        return encoded["bytes"]
+    with xopen(encoded["path"], "rb") as file:
+        return file.read()
+
+
+def _inspect_image(encoded: dict | None) -> tuple[str | None, str | None]:
+    """Return the hash of an image's bytes, and what is wrong with the image."""
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
+        return None, "no image"
+    path = encoded["path"]
+    try:
+        content = _read_encoded(encoded)
+        image = PIL.Image.open(BytesIO(content))
+        image.draft("RGB", (1, 1))  # a JPEG is decoded to an eighth of its size, which still reads all of its bytes
+        image.load()
+        if image.getexif().get(PIL.ExifTags.Base.Orientation) is not None:
+            PIL.ImageOps.exif_transpose(image)  # as `datasets` does, which stops at EXIF that `to_rgb` ignores
+        to_rgb(image)
+    except Exception as error:  # on damaged files Pillow raises nearly anything
+        reason = "no known image format" if isinstance(error, PIL.UnidentifiedImageError) else str(error)
+        return None, f"{reason or type(error).__name__}{f', file {path}' if path else ''}"
+    return hashlib.sha256(content).hexdigest(), None

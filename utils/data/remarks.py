@@ -1,0 +1,49 @@
+"""What a user should know of an image set before anything is trained: the parts, and what may not be meant."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.data.class_names import list_names, near_equal_names
+
+if TYPE_CHECKING:
+    from utils.data.real_images import RealImages
+
+
+def describe_parts(real: "RealImages", unused: dict[str, int]) -> str:
+    """Return a line that says which split serves as what; `unused` maps the other splits to their numbers of images."""
+    sentences = []
+    for part, source in real.parts.items():
+        how = f"carved off '{source.split}'" if source.is_carved else f"split '{source.split}'"
+        sentences.append((part, f"{part} {len(source.rows):,} images ({how})"))
+    order = ("train", "validation", "test")
+    listed = ", ".join(text for _, text in sorted(sentences, key=lambda item: order.index(item[0])))
+    left = ", ".join(f"'{split}' ({number:,} images)" for split, number in unused.items())
+    return f"{real.record.name}: {listed}{f'; not used: {left}' if left else ''}."
+
+
+def list_doubts(real: "RealImages") -> list[str]:
+    """Return warnings: classes that look like one, that are tested without having been trained, or not tested."""
+    doubts = [
+        f"Warning: the classes {list_names(names)} differ in case, blanks or accents only; they stay separate classes."
+        for names in near_equal_names(real.class_names)
+    ]
+    counts = {
+        part: np.bincount(np.asarray(getattr(real, part)["label"], int), minlength=len(real.class_names))
+        for part in real.parts
+    }
+    for part in ("validation", "test"):
+        untrained = np.flatnonzero((counts[part] > 0) & (counts["train"] == 0))
+        if untrained.size:
+            doubts.append(
+                f"Warning: {counts[part][untrained].sum():,} {part} images are of classes without training images "
+                f"({list_names([real.class_names[label] for label in untrained])}); they count as errors."
+            )
+        missing = np.flatnonzero((counts[part] == 0) & (counts["train"] > 0))
+        if missing.size and counts[part].any():
+            doubts.append(
+                f"Warning: the {part} part has images of {(counts[part] > 0).sum()} of {len(real.class_names)} classes "
+                f"(none of {list_names([real.class_names[label] for label in missing])}); means over classes are "
+                "over those."
+            )
+    return doubts
