@@ -137,3 +137,10 @@ def test_leep_of_as_many_images_as_classes_is_not_flagged(num_images, capsys):
     leep = {"leep_pretrained": -1.0, "leep_num_images": num_images, "leep_num_source_classes": 8}
     print_results("out", TEST_RESULTS | leep)
     assert ("too good to compare" in " ".join(capsys.readouterr().out.split())) == (num_images == 7)
+
+
+@pytest.mark.parametrize(("num_tested", "note"), [(1, "0.8000 (over 1 of 2 classes)"), (2, "0.8000")])
+def test_means_over_some_of_the_classes_say_so(num_tested, note, capsys):
+    print_results("out", TEST_RESULTS | {"num_test_classes": num_tested, "num_classes": 2})
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"Macro F1 │ {note} │" in text

@@ -17,6 +17,7 @@ METRIC_NAMES = {
     "macro_f1": "Macro F1",
     "expected_calibration_error": "Expected calibration error",
 }
+MEANS_OVER_CLASSES = ("mean_per_class_accuracy", "macro_f1")
 
 
 def write_model_card(

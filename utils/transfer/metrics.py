@@ -101,10 +101,16 @@ def accuracy_interval(logits: np.ndarray, labels: np.ndarray, seed: int = 0) -> 
 
 
 def test_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return what `all_results.json` says on the test images: all metrics, the accuracy's interval, their number."""
+    """Return what `all_results.json` says of the test images: all metrics, the accuracy's interval, how many there are.
+
+    `num_test_classes` are the classes among them, of `num_classes`.
+    """
     low, high = accuracy_interval(logits, labels)
     metrics = classification_metrics(logits, labels) | {"accuracy_low": low, "accuracy_high": high}
-    return {f"test_{name}": value for name, value in metrics.items()} | {"num_test_images": len(labels)}
+    counts = {
+        "num_test_images": len(labels), "num_test_classes": len(np.unique(labels)), "num_classes": logits.shape[1],
+    }  # fmt: skip
+    return {f"test_{name}": value for name, value in metrics.items()} | counts
 
 
 def leep(probabilities: np.ndarray, labels: np.ndarray) -> float:

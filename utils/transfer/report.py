@@ -12,7 +12,7 @@ from rich.table import Table
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from utils.hub.model_card import METRIC_NAMES
+from utils.hub.model_card import MEANS_OVER_CLASSES, METRIC_NAMES
 from utils.transfer.methods import STAGE_NAMES
 from utils.transfer.metrics import NUM_CALIBRATION_BINS, confidences
 
@@ -133,6 +133,8 @@ def print_results(title: str, results: dict) -> None:
 
 def _describe_metric(metric: str, results: dict) -> str:
     value = f"{results[f'test_{metric}']:.4f}"
+    if metric in MEANS_OVER_CLASSES and results.get("num_test_classes", 0) < results.get("num_classes", 0):
+        return f"{value} (over {results['num_test_classes']} of {results['num_classes']} classes)"
     if metric != "accuracy":
         return value
     return f"{value} (95 % interval {results['test_accuracy_low']:.4f} to {results['test_accuracy_high']:.4f})"
