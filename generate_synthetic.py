@@ -354,25 +354,25 @@ def draw_missing(missing: list[int], shards, sources: Sources, settings: dict, m
     return time.perf_counter() - started
 
 
-def open_quality_model(output_args: OutputArguments, real_images: dict | None, hub_token: str | None):
-    """Return the model of the quality report, None when there is to be none."""
+def open_quality_report(output_args: OutputArguments, real_images: dict | None, hub_token: str | None) -> tuple | None:
+    """Return the model and the real images of the quality report, each opened once; None when there is to be none."""
     if not output_args.quality_report:
         return None
     if real_images is None:
         raise UserError("--quality_report true: needs the real images; give --dataset_name or --train_dir as well.")
     from utils.quality.features import open_feature_model
+    from utils.quality.images import load_reference_images
 
-    return open_feature_model(output_args.quality_model, "--quality_model", token=hub_token)
+    model = open_feature_model(output_args.quality_model, "--quality_model", token=hub_token)
+    return model, load_reference_images(real_images, hub_token)
 
 
-def report_quality(output_dir: str, model, real_images: dict, hub_token: str | None) -> None:
+def report_quality(output_dir: str, model, real) -> None:
     """Compare the finished set with the real images."""
     from utils.hub.repositories import Source
-    from utils.quality.images import load_reference_images
     from utils.quality.report import make_quality_report
     from utils.quality.text import print_quality
 
-    real = load_reference_images(real_images, hub_token)
     print_quality(make_quality_report(Source(output_dir, "--output_dir", "dataset"), real, model, output_dir))
 
 
@@ -436,7 +436,7 @@ def main(argv=None) -> dict:
     check_generator_takes(
         settings, sources, plan, "--prompts_file" if prompt_args.prompts_file else "--prompt_templates"
     )
-    quality_model = open_quality_model(output_args, sources.real_images, hub_args.hub_token)
+    for_report = open_quality_report(output_args, sources.real_images, hub_args.hub_token)
     if is_main_process:
         print_findings(findings)
         if prompt_args.write_class_names is not None:
@@ -479,8 +479,8 @@ def main(argv=None) -> dict:
             record = finish_set(shards, sources, findings)
             for_card = shards, record, command, hub_target.repo_id if hub_target else None, hub_args.hub_token
             write_card(*for_card)
-            if quality_model is not None:  # it loads the set, which takes a card that counts its images
-                report_quality(output_dir, quality_model, sources.real_images, hub_args.hub_token)
+            if for_report is not None:  # it loads the set, which takes a card that counts its images
+                report_quality(output_dir, *for_report)
                 write_card(*for_card)
             run = write_run_config(output_dir, resolve_options(groups), started)
             num_drawn = sum(len(plan.shard(number)) for number in missing)

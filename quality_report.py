@@ -122,6 +122,7 @@ def main(argv=None) -> dict:
         model_args.model_name_or_path, "--model_name_or_path", model_args.model_revision, model_args.hub_token
     )
     real = load_reference_images(real_images, model_args.hub_token)
+    print("\n".join(real.remarks))
     record = make_quality_report(
         source, real, model, output_dir, batch_size=report_args.batch_size,
         max_images_per_class=report_args.max_images_per_class, num_pairs=report_args.num_pairs,

@@ -167,8 +167,8 @@ def check_arguments(args: Arguments) -> None:
         )
 
 
-def load_and_open(args: Arguments):
-    """Return the real images; each that is used was opened once.
+def load_and_open(args: Arguments, parts: tuple[str, ...] = ("train", "validation", "test")):
+    """Return the real images; each of `parts` was opened once.
 
     Raises:
         UserError: they cannot be loaded, one is damaged, or none are left to validate or to test on.
@@ -181,7 +181,7 @@ def load_and_open(args: Arguments):
         logger.info(remark)
     real = limit_held_out(real, args.training.max_eval_samples)
     check_held_out(real)
-    real, _, num_skipped = open_all(real)
+    real, _, num_skipped = open_all(real, parts)
     if num_skipped:
         logger.warning(f"{num_skipped} damaged images were left out (--skip_bad_images).")
     return real
@@ -297,7 +297,7 @@ def evaluate_finished(args: Arguments) -> dict:
     is_main_process = set_up_logging(args.training)
     output_dir = Path(args.training.output_dir)
     class_names = read_record(output_dir / BRIDGED_CONFIG)["class_names"]
-    real = load_and_open(args)
+    real = load_and_open(args, ("test",))
     if real.class_names != class_names:
         raise UserError(
             f"--output_dir {output_dir}: its classes are not those of '{real.record.name}', in their order."

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import shutil
 
 import numpy as np
@@ -286,8 +287,12 @@ def test_without_shots_all_images_are_taken_for_the_default_epochs(classifiers, 
     assert sorted((cell.seed, cell.volume) for cell in bridged) == [
         (seed, volume) for seed in range(3) for volume in (2, 4)
     ]
-    # 30 epochs of 54 real images (the rest is validation), 5 of 12 synthetic ones at every volume, 4 a step
-    assert {(cell.num_shots, cell.recipe.max_steps, cell.bridge.max_steps) for cell in bridged} == {(None, 420, 15)}
+    # 30 epochs of the real images (the rest is validation), 5 of 12 synthetic ones at every volume, 4 a step
+    record = read_record(synthetic_dir / GENERATION_CONFIG)["real_images"]
+    num_steps = 30 * math.ceil(len(load_real_images(RealImagesRecord(record["dataset_name"])).train) / 4)
+    assert {(cell.num_shots, cell.recipe.max_steps, cell.bridge.max_steps) for cell in bridged} == {
+        (None, num_steps, 15)
+    }
 
 
 @pytest.fixture
@@ -326,7 +331,7 @@ def test_a_revision_goes_with_the_path_of_its_set(monkeypatch, tmp_path):
     "flags, message",
     [
         (["--volumes", "2", "7"], r"--volumes 7: \S+ has only 6 images of a class"),
-        (["--num_shots", "19"], "--num_shots 19: a class of the real set has only 18 training images"),
+        (["--num_shots", "20"], r"--num_shots 20: a class of the real set has only 1\d training images"),
         (["--num_shots", "0"], "--num_shots 0: must be above 0"),
         (["--seeds", "1", "1"], "--seeds 1 1: a value is there twice"),
         (["--seeds", "-1"], "--seeds -1: must be 0 or above"),

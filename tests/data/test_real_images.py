@@ -86,7 +86,9 @@ def test_an_image_that_is_removed_moves_no_other(tmp_path):
         removed = pixels_of(whole.select([row]))[0]
         moved = {pixels for pixels, part in parts().items() if before[pixels] != part}
         # but where it was a class's only one in its part, which must not be empty
-        of_class = [pixels for pixels in pixels_of(whole.select(range(row % 3, 60, 3))) if before[pixels] == before[removed]]
+        of_class = [
+            pixels for pixels in pixels_of(whole.select(range(row % 3, 60, 3))) if before[pixels] == before[removed]
+        ]
         assert len(moved) == (1 if len(of_class) == 1 and before[removed] != "train" else 0)
 
 

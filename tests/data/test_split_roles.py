@@ -65,12 +65,18 @@ def test_a_split_without_labels_is_passed_over_unless_it_is_named():
         ({"test": "test[99:]"}, r"--test_split test\[99:\]: no images are in it"),
         ({"test": "test[9:3]"}, r"--test_split test\[9:3\]: no images are in it"),
         ({"test": ""}, "--test_split : 'cars' has"),
-        ({"test": "train[80%:]"}, r"--test_split train\[80%:\]: 20 of its images are in --train_split train too; .*:80%"),
+        (
+            {"test": "train[80%:]"},
+            r"--test_split train\[80%:\]: 20 of its images are in --train_split train too; .*:80%",
+        ),
         ({"test": "train"}, "--test_split train: 100 of its images are in --train_split train too"),
         ({"validation": "test"}, None),
         ({"validation": "test[:9]", "test": "test"}, "--test_split test: 9 of its images are in --validation_split"),
         ({"train": "train+test"}, None),
-        ({"train": "train+test", "test": "test"}, "--test_split test: 30 of its images are in --train_split train.test"),
+        (
+            {"train": "train+test", "test": "test"},
+            "--test_split test: 30 of its images are in --train_split train.test",
+        ),
     ],
 )
 def test_splits_that_cannot_be_meant_are_one_line(given, message):

@@ -25,9 +25,7 @@ NUM_THREADS = min(16, os.cpu_count() or 1)
 PARTS = ("train", "validation", "test")
 
 
-def open_all(
-    real: "RealImages", parts: tuple[str, ...] = PARTS
-) -> tuple["RealImages", dict[str, list[str]], int]:
+def open_all(real: "RealImages", parts: tuple[str, ...] = PARTS) -> tuple["RealImages", dict[str, list[str]], int]:
     """Open every image of some parts once, each in one of the processes, as training will read it.
 
     Returns the images without the damaged ones, where the record's `skip_bad_images` allows that; part -> SHA-256 of
@@ -115,7 +113,9 @@ def inspect_images(
     """
     rows = range(rank, len(images), num_parts)
     hashes, problems = {}, {}
-    for row, (digest, problem) in zip(rows, _in_threads(images, _inspect_image, rows, f"checking {what}", show_progress)):
+    for row, (digest, problem) in zip(
+        rows, _in_threads(images, _inspect_image, rows, f"checking {what}", show_progress)
+    ):
         if problem is None:
             hashes[row] = digest
         else:

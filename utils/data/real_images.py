@@ -17,7 +17,6 @@ from utils.data.splits import TEST_SHARE, balanced_indices, carve, evenly_spaced
 from utils.hub.data_sets import load_data_set
 from utils.hub.repositories import open_source
 
-
 PLACES = ("dataset_name", "train_dir", "validation_dir")
 
 

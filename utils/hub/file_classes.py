@@ -45,7 +45,9 @@ def _renumber(
     images: Dataset, column: str, found: list[tuple[list[str] | None, int]], every_name: list[str]
 ) -> Dataset:
     if sum(num_rows for _, num_rows in found) != len(images):
-        raise ValueError(f"its files order the class names of '{column}' differently, and have other rows than are read")
+        raise ValueError(
+            f"its files order the class names of '{column}' differently, and have other rows than are read"
+        )
     places = {name: place for place, name in enumerate(every_name)}
     stored = images.select_columns(column).with_format("arrow")[:][column]
     labels = stored.fill_null(-1).to_numpy()  # which is no label either

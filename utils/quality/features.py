@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from utils.cli.errors import UserError
 from utils.data.images import to_rgb
-from utils.data.real_images import NUM_THREADS
+from utils.data.opened_images import NUM_THREADS
 from utils.hub.repositories import Source, open_source
 
 

@@ -7,6 +7,7 @@ from datasets import ClassLabel, Dataset, Image
 
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record
+from utils.data.opened_images import open_all
 from utils.data.real_images import RealImages, RealImagesRecord, load_real_images
 from utils.hub.data_sets import load_data_set
 from utils.hub.repositories import Source
@@ -25,13 +26,16 @@ class Part:
 def load_reference_images(real_images: dict, hub_token: str | None = None) -> RealImages:
     """Load the real images of a set's record, without its limit to a few: distances need all that there are.
 
+    Each is opened once; damaged ones are left out where the record allows that.
+
     That is for measuring: whoever chooses settings of a few-shot experiment by it has used more than the shots.
 
     Raises:
-        UserError: what `load_real_images` raises.
+        UserError: what `load_real_images` and `open_all` raise.
     """
     record = replace(RealImagesRecord(**real_images), num_shots=None, max_train_samples=None)
-    return load_real_images(record, hub_token)
+    real, _, _ = open_all(load_real_images(record, hub_token))
+    return real
 
 
 def collect_parts(synthetic: Source, real: RealImages, max_images_per_class: int) -> dict[str, Part]:
