@@ -183,6 +183,17 @@ def test_a_streamed_set_trains_for_the_epochs_that_its_record_counts(classifiers
     assert (results["stage1_steps"], results["stage1_images_seen"]) == (10, 40)  # of a stream every batch is full
 
 
+def rename_classes(folder, copy, names: list[str]) -> Path:
+    """Write a copy of a labelled folder whose labels have other names and numbers: `names` but for case."""
+    images = load_dataset(str(folder))
+    labels = [[name.lower() for name in names].index(name) for name in images["train"].features["label"].names]
+    features = images["train"].features | {"label": ClassLabel(names=names)}
+    for split, rows in images.items():
+        changed = rows.map(lambda row: {"label": labels[row["label"]]}, features=datasets.Features(features))
+        changed.to_parquet(copy / "data" / f"{split}-00000.parquet")
+    return copy
+
+
 def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, real_images_dir, tmp_path):
     trained = run("out")
     flags = ["--output_dir", str(tmp_path / "out"), "--no_do_train"]
@@ -191,9 +202,12 @@ def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, r
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["test_accuracy"] == results["test_accuracy"]
     all_images = train_bridged.main([*flags, "--do_eval", "--dataset_name", str(real_images_dir), "--use_cpu"])
     assert all_images["num_test_images"] == 30
+    respelled = rename_classes(real_images_dir, tmp_path / "respelled", ["Blue-Stripe", "RED_SQUARE", "green circle"])
+    same = train_bridged.main([*flags, "--do_eval", "--dataset_name", str(respelled), "--use_cpu"])
+    assert same == pytest.approx(all_images)
     other = tmp_path / "other"
     save_image_set(other, {"train": 3, "test": 2}, ["cat", "dog", "suv"])
-    with pytest.raises(UserError, match="its classes are not those of"):
+    with pytest.raises(UserError, match="out: its classes are not those of the real set; missing: cat, dog, suv"):
         train_bridged.main([*flags, "--do_eval", "--dataset_name", str(other), "--use_cpu"])
     with pytest.raises(UserError, match="leaves nothing to do; add --do_eval"):
         train_bridged.main(flags)
