@@ -154,7 +154,10 @@ def read_found(source: Source, config_name: str | None) -> Found:
         id=info.id,
         license=license_in_card(source).id if has_card else UNKNOWN,
         card_features=builder.info.features,
-        card_num_images={split: part.num_examples for split, part in (builder.info.splits or {}).items()},
+        # a number that the card leaves out is 0
+        card_num_images={
+            name: part.num_examples for name, part in (builder.info.splits or {}).items() if part.num_examples
+        },
         file_features={path: features for path, (features, _, _) in footers.items()},
         has_class_names={path for path, (_, has_features, _) in footers.items() if has_features},
         num_images=num_images,

@@ -244,6 +244,16 @@ def test_check_that_cannot_see_is_no_success_and_no_difference(local_hub, tmp_pa
     assert "0 of 10 image sets agree with their recipes, 0 differ, 10 could not be seen in full." in printed
 
 
+def test_check_finds_a_card_that_counts_other_images_than_there_are(local_hub, tmp_path, monkeypatch):
+    publish_for_check("pets", tmp_path, local_hub, monkeypatch)
+    info = {"splits": [{"name": "train"}, {"name": "test", "num_examples": 30}]}
+    card = f"---\nlicense: cc-by-sa-4.0\ndataset_info: {json.dumps(info)}\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    expected = replace(check.read_expected("pets"), revision=upload("pets", tmp_path, local_hub))
+    monkeypatch.setattr(check, "read_expected", lambda name: expected)
+    assert check.check_set("pets").differences == ["split 'test': 30 images by the card, not 37"]
+
+
 def test_check_without_a_card_that_lists_features_compares_every_file(local_hub, tmp_path, monkeypatch):
     publish_for_check("pets", tmp_path / "pets", local_hub, monkeypatch)
     save_miniature("pets", tmp_path / "other", lambda name: name.replace("pug", "mops"))
