@@ -64,7 +64,7 @@ class Found:
     card_features: Features | None
     card_num_images: dict[str, int]
     file_features: dict[str, Features]
-    has_class_names: set[str]  # files that say themselves what their features are
+    describing_files: set[str]  # files that say themselves what their features are
     num_images: dict[str, int | None]  # None where the files are not parquet
 
 
@@ -159,7 +159,7 @@ def read_found(source: Source, config_name: str | None) -> Found:
             name: part.num_examples for name, part in (builder.info.splits or {}).items() if part.num_examples
         },
         file_features={path: features for path, (features, _, _) in footers.items()},
-        has_class_names={path for path, (_, has_features, _) in footers.items() if has_features},
+        describing_files={path for path, (_, has_features, _) in footers.items() if has_features},
         num_images=num_images,
     )
 
@@ -176,7 +176,7 @@ def compare(expected: Expected, found: Found, report: Report, names_flag: str) -
         PurePosixPath(path).name: features
         for path, features in found.file_features.items()
         # files that do not say what their features are get the card's
-        if path in found.has_class_names or found.card_features is None
+        if path in found.describing_files or found.card_features is None
     }
     if not described:
         report.unseen.append("columns and class names: neither the card nor a parquet file describes them")
