@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install test soak bench local-hub demo demo-full reproduce quality generator clean-demo
+.PHONY: help install test soak bench local-hub demo demo-full reproduce check-recipes quality generator clean-demo
 
 help:
 	@echo "make install    .venv with everything (PYTHON=python3.12 to choose; 3.11 or newer)"
@@ -11,6 +11,7 @@ help:
 	@echo "make demo-full  the table of the README: an hour and a half, resumes when run again"
 	@echo "make reproduce  RECIPE=cars MODEL=resnet18: the paper's experiment, resumable; DRY_RUN=1 prints what it takes"
 	@echo "                (RECIPE: folders of recipes/; MODEL: recipes/models.yaml; NUM_IMAGES=1000 CONTROL=1 CONFIG=...)"
+	@echo "make check-recipes  whether the recipes' image sets on the Hub are as the recipes say; needs a network, no images"
 	@echo "make test       the test suite"
 	@echo "make soak       the checks that take too long for it"
 	@echo "make bench      speed and memory of the scripts, into benchmarks/*.md; DIFFUSERS=<checkout> compares"
@@ -65,6 +66,9 @@ reproduce: install
 	$(BIN)/python -m recipes.reproduce $(if $(RECIPE),--recipe $(RECIPE)) $(if $(MODEL),--model $(MODEL)) \
 		$(if $(NUM_IMAGES),--num_images_per_class $(NUM_IMAGES)) $(if $(CONTROL),--control) \
 		$(if $(DRY_RUN),--dry_run) $(if $(RATES),--rates $(RATES)) $(if $(CONFIG),--config_file $(CONFIG))
+
+check-recipes: install
+	$(BIN)/python -m recipes.check $(if $(RECIPE),--recipe $(RECIPE))
 
 quality: install
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from utils.cli.interruptions import ending_cleanly
 from utils.cli.parsing import ScriptArgumentParser, require_not_negative, require_positive, suggestion
 from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, resolve_options, write_run_config
 from utils.data.class_folders import check_real_images_given
+from utils.data.class_names import list_names, match_class_names
 from utils.data.name_doctor import check_strict, diagnose, print_findings, write_class_names
 from utils.data.prompts import check_template
 from utils.hub.merged_card import check_card
@@ -93,6 +94,10 @@ class PromptArguments:
     )
     strict_class_names: bool = field(default=False, metadata={"help": "Stop where a class name may mislead."})
     classes: list[str] | None = field(default=None, metadata={"help": "Draw these classes only; labels stay."})
+    exclude_classes: list[str] | None = field(
+        default=None,
+        metadata={"help": "Draw no images of these classes, e.g. of one that no prompt describes; labels stay."},
+    )
     prompt_templates: list[str] | None = field(
         default=None,
         metadata={
@@ -238,12 +243,37 @@ def check_arguments(
         )
 
 
-def find_labels(classes: list[str] | None, class_names: list[str]) -> tuple[int, ...]:
-    """Return the labels of --classes in label order, of all classes when it is not given."""
-    for name in classes or []:
-        if name not in class_names:
-            raise UserError(f"--classes {name}: no such class{suggestion(name, class_names)}.")
-    return tuple(label for label, name in enumerate(class_names) if classes is None or name in classes)
+def find_labels(classes: list[str] | None, excluded: list[str] | None, class_names: list[str]) -> tuple[int, ...]:
+    """Return the labels of --classes, of all classes when it is not given, without --exclude_classes; in label order.
+
+    Raises:
+        UserError: there is no such class; a class is in both; no class is left.
+    """
+    left_out = find_classes(excluded or [], class_names, "--exclude_classes")
+    chosen = set(class_names) - left_out
+    if classes is not None:
+        chosen = find_classes(classes, class_names, "--classes")
+        if chosen & left_out:
+            raise UserError(
+                f"--classes {' '.join(sorted(chosen & left_out))}: also in --exclude_classes (of the flags or the "
+                "recipe); name a class in one of the two."
+            )
+    if not chosen:
+        raise UserError(f"--exclude_classes {' '.join(excluded)}: no class is left to draw.")
+    return tuple(label for label, name in enumerate(class_names) if name in chosen)
+
+
+def find_classes(names: list[str], class_names: list[str], flag: str) -> set[str]:
+    """Return the classes that a flag names.
+
+    Raises:
+        UserError: there is no such class, or it is not clear which one is meant.
+    """
+    matched = match_class_names(names, class_names, flag, is_unique=False)
+    for name in names:
+        if name not in matched:
+            raise UserError(f"{flag} {name}: no such class{suggestion(name, class_names)}.")
+    return set(matched.values())
 
 
 def prepare_prompts(sources: Sources, labels: tuple[int, ...], prompt_args: PromptArguments) -> tuple:
@@ -383,7 +413,11 @@ def print_summary(output_dir: str, plan: GenerationPlan, results: dict) -> None:
         f"drawn now at {results['images_per_second']:.1f} images/s, {sum(results['num_redraws'].values())} redrawn, "
         f"{results['seconds']:.0f} s in all. Next:"
     )
-    print(f"  accelerate launch train_bridged.py --synthetic_dataset {output_dir}")
+    lacks_classes = len(plan.labels) < plan.num_classes
+    print(
+        f"  accelerate launch train_bridged.py --synthetic_dataset {output_dir}"
+        f"{' --allow_missing_classes' if lacks_classes else ''}"
+    )
 
 
 def main(argv=None) -> dict:
@@ -401,7 +435,7 @@ def main(argv=None) -> dict:
             hub_args.hub_revision, hub_args.hub_token,
         )  # fmt: skip
     sources = read_sources(source_args, prompt_args, data_args, hub_args.hub_token)
-    labels = find_labels(prompt_args.classes, sources.class_names)
+    labels = find_labels(prompt_args.classes, prompt_args.exclude_classes, sources.class_names)
     findings = diagnose(*sources.names_of(labels), sources.chosen_nouns)
     if prompt_args.strict_class_names:
         check_strict(findings)
@@ -439,6 +473,9 @@ def main(argv=None) -> dict:
     for_report = open_quality_report(output_args, sources.real_images, hub_args.hub_token)
     if is_main_process:
         print_findings(findings)
+        if prompt_args.exclude_classes and prompt_args.classes is None:
+            left_out = [name for label, name in enumerate(sources.class_names) if label not in labels]
+            print(f"No images are drawn of {list_names(left_out)} (--exclude_classes); the labels keep their numbers.")
         if prompt_args.write_class_names is not None:
             write_class_names(prompt_args.write_class_names, sources.class_names, sources.prompt_nouns, findings)
     if output_args.dry_run:

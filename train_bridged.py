@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from utils.cli.arguments import ModelArguments, RealDataArguments
 from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
@@ -45,6 +47,7 @@ from utils.cli.transfer_arguments import (
     check_ranges,
 )
 from utils.data.class_folders import check_real_images_given
+from utils.data.label_matching import match_labels
 from utils.hub.merged_card import check_card
 from utils.hub.publishing import publish_finished, publish_folder
 from utils.hub.targets import open_target
@@ -298,14 +301,13 @@ def evaluate_finished(args: Arguments) -> dict:
     output_dir = Path(args.training.output_dir)
     class_names = read_record(output_dir / BRIDGED_CONFIG)["class_names"]
     real = load_and_open(args, ("test",))
-    if real.class_names != class_names:
-        raise UserError(
-            f"--output_dir {output_dir}: its classes are not those of '{real.record.name}', in their order."
-        )
+    # found by name: the same images may come with their classes in another case or order
+    places = match_labels(class_names, real.class_names, f"--output_dir {output_dir}:", "the classifier")
     trust = {"trust_remote_code": args.model.trust_remote_code}
     model = load_classifier(str(output_dir), class_names, False, args.training.seed, **trust)
     images = EvalImages(real.test, load_image_processor(str(output_dir), **trust))
-    results = test_metrics(*predict(model, images, *loader_options(args.training)))
+    logits, labels = predict(model, images, *loader_options(args.training))
+    results = test_metrics(logits[:, np.argsort(list(places.values()))], labels)
     if is_main_process:
         write_record(output_dir / EVAL_RESULTS, results)
         print_results(f"{output_dir} on '{real.record.name}'", results)

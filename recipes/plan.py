@@ -78,7 +78,8 @@ def make_plan(name: str, model: str, rates: dict, num_images_per_class: int, con
     num_real = facts["num_images"]["train"]
     if not {"validation", "test"} <= facts["num_images"].keys():
         num_real -= round(num_real * RealDataArguments.train_val_split)
-    num_synthetic = facts["num_classes"] * num_images_per_class
+    num_drawn_classes = facts["num_classes"] - len(synthetic.get("exclude_classes", []))
+    num_synthetic = num_drawn_classes * num_images_per_class
     bridge_images = bridged["bridge_num_train_epochs"] * num_synthetic
     real_images = bridged["num_train_epochs"] * num_real
     num_drawn = num_synthetic * (2 if control else 1)

@@ -16,7 +16,7 @@ from datasets import ClassLabel, Image, load_dataset
 from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
 
-from generate_synthetic import main
+from generate_synthetic import find_labels, main
 from tests.conftest import CLASS_NAMES
 from tests.local_hub.faults import Fault
 from tests.synthesis.tokens import PLACEHOLDER, save_token, shard_hashes
@@ -252,7 +252,39 @@ def test_a_subset_of_classes_keeps_labels_and_seeds(finished_set, options, tmp_p
     assert images["label"][:4] == [0, 2, 0, 2]
     seeds = {(row["label"], row["class_index"]): row["seed"] for row in read_rows(finished_set)}
     assert all(seeds[row["label"], row["class_index"]] == row["seed"] for row in images)
-    assert "no images of the other 1 classes" in (tmp_path / "set/README.md").read_text()
+    card = (tmp_path / "set/README.md").read_text()
+    assert "no images of the other 1 classes" in card
+    assert "--synthetic_dataset set --allow_missing_classes\n" in card
+
+
+def test_excluded_classes_are_not_drawn_and_that_is_said(options, tmp_path, capsys):
+    main([*options, "--exclude_classes", "Red_Square", "--output_dir", str(tmp_path / "set"), "--num_images_per_class",
+          "1"])  # fmt: skip
+    images = load_dataset(str(tmp_path / "set"), split="train")
+    assert images.features["label"].names == CLASS_NAMES
+    assert images["label"][:] == [1, 2]
+    record = json.loads((tmp_path / "set" / "generation_config.json").read_text())
+    assert record["settings"]["classes"] == CLASS_NAMES[1:]
+    printed = capsys.readouterr().out
+    assert "No images are drawn of 'red_square' (--exclude_classes); the labels keep their numbers." in printed
+    assert f"train_bridged.py --synthetic_dataset {tmp_path / 'set'} --allow_missing_classes\n" in printed
+
+
+def test_labels_are_those_of_classes_without_excluded_ones_in_any_case():
+    assert find_labels(None, None, CLASS_NAMES) == (0, 1, 2)
+    assert find_labels(["BLUE-STRIPE", "red_square", "Red_Square"], None, CLASS_NAMES) == (0, 2)
+    assert find_labels(None, ["Green  Circle"], CLASS_NAMES) == (0, 2)
+    assert find_labels(["red_square"], ["green circle"], CLASS_NAMES) == (0,)
+    for classes, excluded, message in [
+        (["red square"], None, "--classes red square: no such class, did you mean red_square?"),
+        (None, ["red_sqare"], "--exclude_classes red_sqare: no such class, did you mean red_square?"),
+        (["Green circle"], ["green circle"], "--classes green circle: also in --exclude_classes"),
+        (None, CLASS_NAMES, "--exclude_classes red_square green circle blue-stripe: no class is left to draw"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(message)):
+            find_labels(classes, excluded, CLASS_NAMES)
+    with pytest.raises(UserError, match="--classes 'JAY': not clear .* 'JAY', 'Jay', 'jay' are the same"):
+        find_labels(["JAY"], None, ["Jay", "jay"])
 
 
 def test_several_guidance_scales_are_recorded_and_are_those_drawn_with(finished_set, options, tmp_path):

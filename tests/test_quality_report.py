@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import ClassLabel, Features
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
 
@@ -17,6 +19,8 @@ from quality_report import main
 from tests.conftest import CLASS_NAMES, blank_figures, save_image_set
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
+from utils.hub.repositories import Source
+from utils.quality.images import collect_parts, load_reference_images
 
 pytest_plugins = ["tests.local_hub.fixtures"]
 
@@ -273,10 +277,29 @@ def test_sets_on_the_hub_are_read_by_id(set_dir, real_dir, model_dir, local_hub,
     assert record["num_images"]["synthetic"]["used"] == 90
 
 
+def test_a_set_in_another_case_is_compared_class_by_class(set_dir, real_dir, tmp_path):
+    names = ["BLUE-STRIPE", "Red_Square", "green circle"]
+    table = pq.read_table(set_dir / "data" / "train-00000.parquet")
+    labels = [
+        {"red_square": 1, "green circle": 2, "blue-stripe": 0}[CLASS_NAMES[row]] for row in table["label"].to_pylist()
+    ]
+    folder = tmp_path / "other-case"
+    (folder / "data").mkdir(parents=True)
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
+    columns = {"image": table["image"].to_pylist(), "label": labels}
+    pq.write_table(pa.table(columns, schema=features.arrow_schema), folder / "data" / "train-00000.parquet")
+    write_record(folder / GENERATION_CONFIG, {"settings": {"classes": names}})
+    real = load_reference_images({"dataset_name": str(real_dir)})
+    given = collect_parts(Source(str(set_dir), "--synthetic_dataset", "dataset"), real, 1000)["synthetic"]
+    found = collect_parts(Source(str(folder), "--synthetic_dataset", "dataset"), real, 1000)["synthetic"]
+    assert found.labels.tolist() == given.labels.tolist()
+
+
 def bad_inputs(set_dir, real_dir, model_dir, tmp_path):
     """Return name -> flags, and what the one line says."""
-    other, empty, plain = tmp_path / "other", tmp_path / "empty", tmp_path / "plain"
+    other, renamed, empty, plain = (tmp_path / name for name in ("other", "renamed", "empty", "plain"))
     save_image_set(other, {"train": 2}, ("red_square", "green circle", "yellow"))
+    save_image_set(renamed, {"train": 2}, ("red square", *CLASS_NAMES[1:]))
     shutil.copytree(set_dir, empty)
     change_labels(empty, lambda row: row if row["label"] != 1 else None)
     save_image_set(plain, {"train": 2})
@@ -289,7 +312,8 @@ def bad_inputs(set_dir, real_dir, model_dir, tmp_path):
         "no set": ([], "--synthetic_dataset is missing"),
         "no such set": (["--synthetic_dataset", "no such set"], "--synthetic_dataset no such set: neither"),
         "no record": (["--synthetic_dataset", plain], "has no generation_config.json that names the real images"),
-        "other classes": (["--synthetic_dataset", other, *real], "missing: blue-stripe; extra: yellow"),
+        "other classes": (["--synthetic_dataset", other, *real], "set; missing: blue-stripe; extra: yellow."),
+        "renamed": (["--synthetic_dataset", renamed, *real], "renamed: 'red_square' is 'red square' in the synth"),
         "empty class": (["--synthetic_dataset", empty], "has no images of green circle"),
         "no real images": (["--synthetic_dataset", set_dir, "--dataset_name", lacking], "no training images of green"),
         "shots alone": (["--synthetic_dataset", set_dir, "--num_shots", "3"], "--num_shots 3: needs --dataset_name"),
@@ -301,8 +325,10 @@ def bad_inputs(set_dir, real_dir, model_dir, tmp_path):
     }  # fmt: skip
 
 
-BAD_INPUTS = ("no set", "no such set", "no record", "other classes", "empty class", "no real images", "shots alone",
-              "no batch", "no limit", "no pairs", "no model", "a file")  # fmt: skip
+BAD_INPUTS = (
+    "no set", "no such set", "no record", "other classes", "renamed", "empty class", "no real images", "shots alone",
+    "no batch", "no limit", "no pairs", "no model", "a file",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_INPUTS)

@@ -14,10 +14,12 @@ from PIL import Image as PILImage
 import generate_synthetic
 import train_bridged
 import train_dsi
+from recipes import check
 from recipes.plan import count_compared_images, make_plan, read_models, read_sets
 from recipes.reproduce import beside_the_paper, list_steps, main
 from tests.command_lines import parse_flags, split_command
 from tests.conftest import blank_figures
+from tests.local_hub.faults import Fault
 from utils.cli.errors import UserError
 from utils.cli.parsing import read_mapping
 from utils.cli.records import write_record
@@ -82,29 +84,43 @@ def test_the_class_names_pass_the_doctor(name):
     assert diagnose(nouns, nouns) == []  # as if the nouns were all that is known: nobody vouches for them
 
 
-def save_miniature(name: str, folder: Path) -> None:
-    """Write an image set of a set's columns, class names and splits: two tiny images of a class to train on."""
+def save_miniature(name: str, folder: Path, change_name=str, num_test: int = 1, without: str | None = None) -> None:
+    """Write an image set of a set's columns, class names and splits: two tiny images of a class to train on.
+
+    `change_name` changes class names, `num_test` is how many other images a class has, `without` leaves a column out.
+    """
     _, dsi = read_recipe(name, "dsi")
-    class_names = list(read_mapping(RECIPES / name / "class_names.yaml", "class names"))
+    class_names = list(map(change_name, read_mapping(RECIPES / name / "class_names.yaml", "class names")))
     others = OTHER_COLUMNS.get(name, {})
-    features = Features({"image": Image(), dsi["label_column_name"]: ClassLabel(names=class_names), **others})
+    columns = {"image": Image(), dsi["label_column_name"]: ClassLabel(names=class_names), **others}
+    features = Features({column: feature for column, feature in columns.items() if column != without})
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     images = [PILImage.fromarray(image) for image in pixels]
     for split in SETS[name]["num_images"]:
-        labels = list(range(len(class_names))) * (2 if split == "train" else 1)
+        labels = list(range(len(class_names))) * (2 if split == "train" else num_test)
         rows = {"image": [images[label % 4] for label in labels], dsi["label_column_name"]: labels}
         rows |= {column: [OTHER_VALUES.get(column, "x")] * len(labels) for column in others}
+        rows.pop(without, None)
         Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / f"{split}-00000.parquet")
+
+
+def upload(name: str, folder: Path, local_hub) -> str:
+    """Put a miniature where the recipe has its image set, and return its commit."""
+    dataset_name = read_recipe(name, "dsi")[1]["dataset_name"]
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    if ("dataset", dataset_name) not in local_hub.repositories:
+        local_hub.create_repo(dataset_name, "dataset")
+    return local_hub.repo(dataset_name, "dataset").commit(files)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_miniature_of_each_set_goes_through_all_three_steps(
-    name, local_hub, tiny_pipeline_dir, classifiers, tmp_path
+    name, local_hub, tiny_pipeline_dir, classifiers, tmp_path, caplog
 ):
-    _, dsi = read_recipe(name, "dsi")
-    save_miniature(name, tmp_path / "set")
-    files = {path.relative_to(tmp_path / "set").as_posix(): path for path in (tmp_path / "set").rglob("*.parquet")}
-    commit = local_hub.create_repo(dsi["dataset_name"], "dataset").commit(files)
+    # the copy of Stanford Cars on the Hub probably has its class names in lower case
+    change_name = str.lower if name == "cars" else str
+    save_miniature(name, tmp_path / "set", change_name)
+    commit = upload(name, tmp_path / "set", local_hub)
     style, images, model = (str(tmp_path / step) for step in ("style", "synthetic", "bridged"))
     with blank_figures():
         train_dsi.main(
@@ -124,10 +140,129 @@ def test_a_miniature_of_each_set_goes_through_all_three_steps(
     assert results["num_test_images"] == num_classes
     record = json.loads((tmp_path / "bridged" / "bridged_config.json").read_text())
     names = read_mapping(RECIPES / name / "class_names.yaml", "class names")
-    assert record["class_names"] == list(names)
+    assert record["class_names"] == list(map(change_name, names))
     assert record["real_images"]["dataset_revision"] == commit
     generated = json.loads((tmp_path / "synthetic" / "generation_config.json").read_text())
     assert generated["settings"]["prompt_nouns"] == list(names.values())
+    assert generated["num_images"] == num_classes - len(read_recipe(name, "synthetic")[1].get("exclude_classes", []))
+    if name == "cars":
+        assert "196 class names matched in spite of case" in caplog.text
+        assert "'AM General Hummer SUV 2000' is 'am general hummer suv 2000'" in caplog.text
+
+
+def publish_for_check(name: str, folder: Path, local_hub, monkeypatch, license: str | None = None, **changes) -> str:
+    """Publish a miniature with a card, let the recipe expect its commit and numbers of images, return the commit."""
+    save_miniature(name, folder, **changes)
+    license = license or SETS[name].get("card_license")
+    (folder / "README.md").write_text(f"---\npretty_name: x\n{f'license: {license}' if license else ''}\n---\n# x\n")
+    commit = upload(name, folder, local_hub)
+    num_classes, others = SETS[name]["num_classes"], check.read_expected
+
+    def read_expected(asked: str):
+        if asked != name:
+            return others(asked)
+        num_images = {split: num_classes * (2 if split == "train" else 1) for split in SETS[name]["num_images"]}
+        expected = others(name)
+        return replace(expected, revision=expected.revision and commit, num_images=num_images)
+
+    monkeypatch.setattr(check, "read_expected", read_expected)
+    return commit
+
+
+def test_check_finds_that_all_miniatures_agree_and_reads_no_image(local_hub, tmp_path, monkeypatch, capsys):
+    commits = [publish_for_check(name, tmp_path / name, local_hub, monkeypatch) for name in SETS]
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(Image, "decode_example", lambda *_, **__: pytest.fail("decoded an image"))
+    assert check.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "10 of 10 image sets agree with their recipes, 0 differ, 0 could not be seen in full." in printed
+    assert all(commit in printed for commit in commits)
+    assert printed.count("the recipe names no commit") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_test": 2}, "split 'test': 74 images, not 37"),
+        (
+            {"change_name": lambda name: name.replace("pug", "pugs")},
+            "renamed: 'pugs' is 'pug' in the recipe.",
+        ),
+        ({"change_name": lambda name: name.replace("pug", "mops")}, "missing: mops; extra: pug."),
+        ({"without": "label"}, "no column 'label'; columns are image, image_id, label_cat_dog"),
+        ({"license": "mit"}, "the card's license is 'mit', not 'cc-by-sa-4.0'"),
+    ],
+)
+def test_check_finds_what_differs(changes, message, local_hub, tmp_path, monkeypatch, capsys):
+    publish_for_check("pets", tmp_path, local_hub, monkeypatch, **changes)
+    [difference] = check.check_set("pets").differences
+    assert message in difference
+    assert check.main(["--recipe", "pets"]) == 1
+    assert "0 of 1 image sets agree with their recipes, 1 differ" in capsys.readouterr().out
+
+
+def test_check_notes_names_in_another_case_and_a_newer_commit(local_hub, tmp_path, monkeypatch):
+    publish_for_check("cars", tmp_path, local_hub, monkeypatch, change_name=str.lower)
+    newest = local_hub.repo("mteb/StanfordCars", "dataset").commit({"note.txt": tmp_path / "README.md"})
+    report = check.check_set("cars")
+    assert (report.differences, report.unseen) == ([], [])
+    assert report.notes == [
+        f"the newest commit is {newest}",
+        "196 class names are spelled otherwise: 'am general hummer suv 2000' is 'AM General Hummer SUV 2000' in the "
+        "recipe",
+    ]
+
+
+def test_check_finds_a_missing_repository_commit_or_split(local_hub, tmp_path, monkeypatch):
+    [difference] = check.check_set("pets").differences
+    assert "dataset_name timm/oxford-iiit-pet: neither a folder nor a data set repository" in difference
+    publish_for_check("pets", tmp_path, local_hub, monkeypatch)
+    expected = check.read_expected("pets")
+    for change, messages in [
+        ({"revision": "0" * 40}, ["has no branch, tag or commit '000"]),
+        ({"num_images": {"train": 74, "val": 37}}, ["split 'val': not in the Hub", "split 'test': not in sets.yaml"]),
+        ({"config_name": "large"}, ["cannot be loaded (BuilderConfig 'large' not found"]),
+    ]:
+        monkeypatch.setattr(check, "read_expected", lambda name, change=change: replace(expected, **change))
+        report = check.check_set("pets")
+        assert len(report.differences) == len(messages)
+        assert all(message in found for message, found in zip(messages, report.differences))
+
+
+def test_check_that_cannot_see_is_no_success_and_no_difference(local_hub, tmp_path, monkeypatch, capsys):
+    publish_for_check("pets", tmp_path, local_hub, monkeypatch)
+    local_hub.inject(Fault("status", path="/api/datasets/timm", status=429))
+    [busy] = check.check_set("pets").unseen
+    assert "answers with error 429" in busy
+    local_hub.repo("timm/oxford-iiit-pet", "dataset").gated = True
+    assert "is gated; accept its conditions" in check.check_set("pets").unseen[0]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert check.main([]) == 2
+    printed = capsys.readouterr().out
+    assert printed.count(f"not seen: all of it, the Hub ({local_hub.url}) cannot be reached") == 10
+    assert "0 of 10 image sets agree with their recipes, 0 differ, 10 could not be seen in full." in printed
+
+
+def test_check_finds_a_card_that_counts_other_images_than_there_are(local_hub, tmp_path, monkeypatch):
+    publish_for_check("pets", tmp_path, local_hub, monkeypatch)
+    info = {"splits": [{"name": "train"}, {"name": "test", "num_examples": 30}]}
+    card = f"---\nlicense: cc-by-sa-4.0\ndataset_info: {json.dumps(info)}\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    expected = replace(check.read_expected("pets"), revision=upload("pets", tmp_path, local_hub))
+    monkeypatch.setattr(check, "read_expected", lambda name: expected)
+    assert check.check_set("pets").differences == ["split 'test': 30 images by the card, not 37"]
+
+
+def test_check_without_a_card_that_lists_features_compares_every_file(local_hub, tmp_path, monkeypatch):
+    publish_for_check("pets", tmp_path / "pets", local_hub, monkeypatch)
+    save_miniature("pets", tmp_path / "other", lambda name: name.replace("pug", "mops"))
+    other = {"data/test-00000.parquet": tmp_path / "other" / "data" / "test-00000.parquet"}
+    commit = local_hub.repo("timm/oxford-iiit-pet", "dataset").commit(other)
+    expected = replace(check.read_expected("pets"), revision=commit)
+    monkeypatch.setattr(check, "read_expected", lambda name: expected)
+    [difference] = check.check_set("pets").differences
+    assert "test-00000.parquet: recipes/pets/class_names.yaml: its classes" in difference
 
 
 def test_the_table_of_the_readme_has_the_planned_hours():
@@ -151,6 +286,22 @@ def test_a_plan_counts_images_and_hours():
     larger = make_plan("cars", "resnet18", RATES, 3000)
     assert larger.disk_gib == pytest.approx(3 * plan.disk_gib)
     assert make_plan("flowers", "resnet18", RATES, 1).num_real == 1020  # has a validation part of its own
+
+
+def test_a_plan_does_not_count_classes_that_are_not_drawn():
+    plan = make_plan("caltech101", "resnet18", RATES, 1000)
+    assert (plan.num_classes, plan.num_synthetic) == (102, 101_000)
+    assert plan.synthetic_hours == pytest.approx(101_000 * 25 / 27.2 / 3600)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_classes_that_are_not_drawn_are_known_and_allowed_to_miss(name):
+    excluded = read_recipe(name, "synthetic")[1].get("exclude_classes", [])
+    assert set(excluded) <= set(read_mapping(RECIPES / name / "class_names.yaml", "class names"))
+    for step in ("bridged", "compare"):
+        assert read_recipe(name, step)[1].get("allow_missing_classes", False) is bool(excluded)
+    header, _ = read_recipe(name, "synthetic")
+    assert all(class_name in header for class_name in excluded)
 
 
 def test_compared_images_count_each_shared_stage_once():

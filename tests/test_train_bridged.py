@@ -183,6 +183,18 @@ def test_a_streamed_set_trains_for_the_epochs_that_its_record_counts(classifiers
     assert (results["stage1_steps"], results["stage1_images_seen"]) == (10, 40)  # of a stream every batch is full
 
 
+def save_uneven(folder, copy, names: list[str]) -> str:
+    """Write 10, 5 and 1 of a folder's test images of each class; `names` are its classes in any order and case."""
+    images = load_dataset(str(folder))
+    order = [[name.lower() for name in names].index(name) for name in CLASS_NAMES]
+    features = datasets.Features(images["train"].features | {"label": ClassLabel(names=names)})
+    images["test"] = images["test"].select([row for row in range(30) if row // 3 < (10, 5, 1)[row % 3]])
+    for split, rows in images.items():
+        changed = rows.map(lambda row: {"label": order[row["label"]]}, features=features)
+        changed.to_parquet(copy / "data" / f"{split}-00000.parquet")
+    return str(copy)
+
+
 def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, real_images_dir, tmp_path):
     trained = run("out")
     flags = ["--output_dir", str(tmp_path / "out"), "--no_do_train"]
@@ -191,9 +203,22 @@ def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, r
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["test_accuracy"] == results["test_accuracy"]
     all_images = train_bridged.main([*flags, "--do_eval", "--dataset_name", str(real_images_dir), "--use_cpu"])
     assert all_images["num_test_images"] == 30
+    uneven = [
+        train_bridged.main(
+            [
+                *flags,
+                "--do_eval",
+                "--use_cpu",
+                "--dataset_name",
+                save_uneven(real_images_dir, tmp_path / names[0], names),
+            ]
+        )
+        for names in (CLASS_NAMES, ["Blue-Stripe", "RED_SQUARE", "green circle"])
+    ]
+    assert uneven[1] == pytest.approx(uneven[0])
     other = tmp_path / "other"
     save_image_set(other, {"train": 3, "test": 2}, ["cat", "dog", "suv"])
-    with pytest.raises(UserError, match="its classes are not those of"):
+    with pytest.raises(UserError, match="out: its classes are not those of the real set; missing: cat, dog, suv"):
         train_bridged.main([*flags, "--do_eval", "--dataset_name", str(other), "--use_cpu"])
     with pytest.raises(UserError, match="leaves nothing to do; add --do_eval"):
         train_bridged.main(flags)

@@ -3,7 +3,15 @@ import json
 import pytest
 
 from utils.cli.errors import UserError
-from utils.data.class_names import list_names, prompt_nouns, propose_noun, read_class_names, read_class_names_file
+from utils.data.class_names import (
+    fold_class_name,
+    list_names,
+    match_class_names,
+    prompt_nouns,
+    propose_noun,
+    read_class_names,
+    read_class_names_file,
+)
 
 CLASS_NAMES = ["n01440764", "no", "ankle_boot"]
 
@@ -184,6 +192,77 @@ def test_read_class_names_with_equal_nouns_is_an_error(tmp_path):
     (tmp_path / "names.yaml").write_text("crane: crane\ncrane2: Crane\n")
     with pytest.raises(UserError, match="classes 'crane', 'crane2': all are 'crane' in a prompt"):
         read_class_names(str(tmp_path / "names.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name"),
+    [
+        ("AM General Hummer SUV 2000", "am general hummer suv 2000"),
+        ("caf\u00e9", "cafe\u0301"),  # é as one letter, and as a letter with an accent
+        ("GROSSE STRASSE", "große Straße"),
+        (" red\u00a0 fox", "Red fox"),
+        ("\uff21\uff13\uff12\uff10", "a320"),  # full-width letters
+        ("\u1fb3", "\u0391\u0399"),  # a Greek letter whose upper case is two
+    ],
+)
+def test_names_that_differ_in_case_spaces_or_unicode_form_match(name, class_name, caplog):
+    assert name != class_name
+    assert match_class_names([name], [class_name, "other"], "--flag f:") == {name: class_name}
+    assert match_class_names([class_name], [name, "other"], "--flag f:") == {class_name: name}
+    assert caplog.messages[0] == (
+        f"--flag f: 1 class name matched in spite of case, spaces or Unicode form: '{name}' is '{class_name}'."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name"),
+    [("737-200", "737 200"), ("red_fox", "red fox"), ("a-10", "a_10"), ("C", "C++"), ("1", "01")],
+)
+def test_names_that_differ_in_signs_do_not_match(name, class_name, caplog):
+    assert match_class_names([name], [class_name], "--flag") == {}
+    assert fold_class_name(name) != fold_class_name(class_name)
+    assert caplog.messages == []
+
+
+def test_an_equal_name_wins_over_one_in_another_case(caplog):
+    assert match_class_names(["jay", "Jay"], ["Jay", "wren", "jay"], "--flag") == {"jay": "jay", "Jay": "Jay"}
+    assert match_class_names(["Jay"], ["jay", "Jay"], "--flag") == {"Jay": "Jay"}
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("names", "class_names", "listed"),
+    [
+        (["JAY"], ["Jay", "jay"], "'JAY': .* 'JAY', 'Jay', 'jay' are the same; write"),
+        (["Jay", "JAY"], ["jay"], "'Jay', 'JAY': .* 'Jay', 'JAY', 'jay' are"),
+        (["Jay", "jay"], ["jay"], "'Jay': .* 'Jay', 'jay' are"),
+        (["Jay", "JAY"], ["Jay", "jay"], "'JAY': .* 'Jay', 'JAY', 'jay' are"),
+    ],
+)
+def test_names_that_are_not_clear_are_one_line_that_lists_them(names, class_names, listed):
+    with pytest.raises(UserError, match=f"^--flag {listed}") as raised:
+        match_class_names(["wren", *names], ["wren", *class_names], "--flag")
+    assert "\n" not in str(raised.value)
+
+
+def test_several_names_of_one_class_are_taken_where_they_need_not_be_unique():
+    assert match_class_names(["Jay", "JAY", "jay"], ["jay"], "--flag x", is_unique=False) == {
+        "jay": "jay", "Jay": "jay", "JAY": "jay",
+    }  # fmt: skip
+    with pytest.raises(UserError, match="--flag x 'JAY': not clear"):
+        match_class_names(["JAY"], ["Jay", "jay"], "--flag x", is_unique=False)
+
+
+def test_a_file_in_another_case_gives_its_nouns_to_the_real_classes(tmp_path, caplog):
+    assert read(tmp_path, "nouns.yaml", "Ankle_Boot: boot\n'NO': Noh mask\n") == {
+        "ankle_boot": "boot",
+        "no": "Noh mask",
+    }
+    assert caplog.messages[0].startswith(f"--class_names_file {tmp_path}/nouns.yaml: 2 class names matched in spite")
+    with pytest.raises(UserError, match="nouns.yaml: 'NO', 'No': not clear which class is meant"):
+        read(tmp_path, "nouns.yaml", "'NO': a\n'No': b\n")
+    with pytest.raises(UserError, match="nouns.yaml: 'No': not clear which class is meant"):
+        read(tmp_path, "nouns.yaml", "'no': a\n'No': b\n")
 
 
 def test_list_names_stops_at_ten():

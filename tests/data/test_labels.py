@@ -52,6 +52,15 @@ def test_classes_are_known_by_name_where_parts_number_them_otherwise():
     assert names == train.names
 
 
+def test_names_of_another_part_match_in_spite_of_case(caplog):
+    by_name, names = unify(train=labelled(["cat", "dog"]), test=labelled(["Dog ", "CAT", "emu"]))
+    assert names == ["cat", "dog", "emu"]
+    assert by_name["test"] == ["dog", "cat", "emu"]
+    assert "--label_column_name kind: test part: 2 class names matched in spite of case" in caplog.text
+    with pytest.raises(UserError, match="CAT"):
+        unify(train=labelled(["cat", "Cat"]), test=labelled(["CAT"]))
+
+
 def test_labels_of_a_selection_are_those_of_its_rows():
     images = labelled(["a", "b", "c", "b"]).select([3, 2])
     assert unify(train=images)[0]["train"] == ["b", "c"]

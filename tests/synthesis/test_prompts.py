@@ -200,6 +200,15 @@ def test_read_prompts_file_leaves_out_classes_that_are_not_drawn(tmp_path):
     assert both.prompt(2, 0) == "a suv, <style>"
 
 
+def test_read_prompts_file_takes_class_names_in_another_case(tmp_path, caplog):
+    other_case = read(tmp_path, entry("DOG", "a dog, {token}"), entry("dog", "a pup, {token}"), labels=[0])
+    assert caplog.messages == [
+        f"--prompts_file {tmp_path}/p.jsonl: 1 class name matched in spite of case, spaces or Unicode form: 'DOG' is "
+        "'dog'."
+    ]
+    assert other_case == read(tmp_path, entry("dog", "a dog, {token}"), entry("dog", "a pup, {token}"), labels=[0])
+
+
 def test_examples_of_captions_are_different(tmp_path):
     captions = [entry("dog", f"dog {word}, {{token}}") for word in ("a", "a", "b", "c", "d")]
     assert read(tmp_path, *captions, labels=[0]).examples(0) == [f"dog {word}, <style>" for word in "abc"]

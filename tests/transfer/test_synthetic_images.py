@@ -92,8 +92,8 @@ def test_a_permuted_set_gives_every_image_the_label_of_the_unpermuted(whole_set,
             "missing: blue-stripe; extra: yellow; --allow_missing_",
         ),
         (
-            ["Red Square", "green circle", "blue-stripe"],
-            "renamed: 'red_square' is 'Red Square' in the synth",
+            ["Red Square", "Green circle", "blue-stripe"],
+            "renamed: 'red_square' is 'Red Square' in the synthetic set[.]",
         ),
         (["red_squares", "blue-stripe"], "renamed: 'red_square' is 'red_squares' .*; missing: green circle; --allow"),
         ([*CLASS_NAMES, "owl", "cat"], "real set; extra: cat, owl[.]"),
@@ -107,10 +107,31 @@ def test_other_classes_are_one_line_that_lists_them(tmp_path, names, message, st
         load(folder, streaming=streaming)
 
 
+def test_names_that_may_be_two_classes_are_one_line(tmp_path):
+    names = ["red_square", "Green Circle", "green  circle", "blue-stripe"]
+    folder = save_set(tmp_path, names, rows_of(names, 1))
+    with pytest.raises(UserError, match=f"--synthetic_dataset {tmp_path}: 'Green Circle', 'green  circle': not clear"):
+        load(folder)
+
+
 def test_names_that_differ_in_case_and_signs_only_are_renamed_classes(tmp_path):
     folder = save_set(tmp_path, ["usa", "audi a4"], rows_of(["usa", "audi a4"], 1))
     with pytest.raises(UserError, match="renamed: 'Audi-A4' is 'audi a4' in .* set, 'U.S.A' is 'usa' in .* set[.]"):
         load(folder, class_names=["U.S.A", "Audi-A4"])
+
+
+@KINDS
+def test_names_in_another_case_or_unicode_form_are_the_real_classes(tmp_path, streaming, caplog):
+    names, real = ["BLUE CAF\u00c9", "Red  Square"], ["red square", "green circle", "Blue cafe\u0301"]
+    settings = {"classes": names}
+    folder = save_set(tmp_path / "set", names, rows_of(names, 2), settings=settings)
+    images = load(folder, class_names=real, allow_missing_classes=True, streaming=streaming)
+    assert images.features["label"].names == real
+    assert pairs_of(images) == [(draw(names[row % 2], row // 2), [2, 0][row % 2]) for row in range(4)]
+    assert f"{folder}: 2 class names matched in spite of case" in caplog.text
+    assert "'Red  Square' is 'red square'" in caplog.text or "'BLUE CAF\u00c9' is 'Blue cafe\u0301'" in caplog.text
+    with pytest.raises(UserError, match="its classes are not those of the real set; missing: green circle; --allow"):
+        load(folder, class_names=real, streaming=streaming)
 
 
 @KINDS

@@ -1,15 +1,19 @@
 """Class names into the nouns that stand for them in prompts. No torch."""
 
 import json
+import logging
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import yaml
 
 from utils.cli.errors import UserError
 from utils.cli.parsing import read_entries, read_text, suggestion
+
+logger = logging.getLogger(__name__)
 
 # '001.Black_footed_Albatross', '3_dog', '12 - dog', '00-dog', 'n02085620-Chihuahua'; but not '18-wheeler', '737-200'
 NUMBERING = re.compile(r"(?:n\d{8}[-_ ]+|\d+(?:\s*[._)]+\s*|\s+-\s+)|0\d*[- ]+)(?=[^\W\d_])")
@@ -76,14 +80,62 @@ def prompt_nouns(class_names: list[str], corrections: dict[str, str] | None = No
     return nouns
 
 
+def match_class_names(
+    names: Sequence[str], class_names: Sequence[str], flag: str, is_unique: bool = True
+) -> dict[str, str]:
+    """Return name -> the one of `class_names` that it stands for; names that stand for none are left out.
+
+    That is the same name, or else the only one that `fold_class_name` makes the same; a warning counts the latter.
+    `flag` begins the messages. Where not `is_unique`, several of `names` may stand for one class.
+
+    Raises:
+        UserError: a name is not a class name exactly, and more than one is the same without case, spaces and Unicode
+            form.
+    """
+    spellings: dict[str, tuple[list[str], list[str]]] = {}
+    for side, of_side in enumerate((names, class_names)):
+        for name in dict.fromkeys(of_side):
+            spellings.setdefault(fold_class_name(name), ([], []))[side].append(name)
+    matched, folded = {}, {}
+    for ours, theirs in spellings.values():
+        matched |= {name: name for name in ours if name in theirs}
+        left = [name for name in ours if name not in theirs]
+        if left and theirs:
+            if len(theirs) > 1 or (is_unique and len(ours) > 1):
+                raise UserError(
+                    f"{flag} {list_names(left)}: not clear which class is meant, without case, spaces and Unicode form "
+                    f"{list_names(list(dict.fromkeys([*ours, *theirs])))} are the same; write the class name exactly."
+                )
+            folded |= dict.fromkeys(left, theirs[0])
+    if folded:
+        name, class_name = next(iter(folded.items()))
+        number = "1 class name" if len(folded) == 1 else f"{len(folded)} class names"
+        _warn_once(f"{flag} {number} matched in spite of case, spaces or Unicode form: '{name}' is '{class_name}'.")
+    return matched | folded
+
+
+def fold_class_name(name: str) -> str:
+    """Return what the spellings of a class name have in common: no case, one Unicode form, single spaces.
+
+    Underscores and hyphens stay: '737-200' and '737 200', or 'a_10' and 'a-10', may well be two classes.
+    """
+    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).split())
+
+
+@cache
+def _warn_once(line: str) -> None:
+    logger.warning(line)  # a comparison loads its synthetic set again for each volume
+
+
 def read_class_names_file(path: str, class_names: list[str]) -> dict[str, str]:
     """Return class name -> noun, as a file gives them: a mapping (some classes are enough), or a noun for each class.
 
-    A mapping or list is YAML or JSON by its suffix, any other file has a noun a line; a list is in label order.
+    A mapping or list is YAML or JSON by its suffix, any other file has a noun a line; a list is in label order. The
+    class names of a mapping may be spelled in another case, as `match_class_names` has it.
 
     Raises:
-        UserError: the file cannot be read; a class is unknown or there twice; a noun is empty or no text; too few or
-            too many nouns.
+        UserError: the file cannot be read; a class is unknown, there twice or not clear; a noun is empty or no text;
+            too few or too many nouns.
     """
     flag = f"--class_names_file {path}:"
     entries = _read_names(path, flag)
@@ -96,9 +148,11 @@ def read_class_names_file(path: str, class_names: list[str]) -> dict[str, str]:
         entries = dict(zip(class_names, entries))
     for name, noun in entries.items():
         _check_text(flag, name, noun)
-        if name not in class_names:
+    matched = match_class_names(list(entries), class_names, flag)
+    for name in entries:
+        if name not in matched:
             raise UserError(f"{flag} entry '{name}': no such class{suggestion(name, class_names)}.")
-    return entries
+    return {matched[name]: noun for name, noun in entries.items()}
 
 
 def read_class_names(path: str) -> dict[str, str]:
@@ -173,8 +227,8 @@ def sort_class_names(names: Iterable[str]) -> list[str]:
 
 
 def near_equal_names(names: Iterable[str]) -> list[list[str]]:
-    """Return the groups of names that differ in case, blanks or the form of their accents only."""
+    """Return the groups of names that differ in case, spaces or Unicode form only."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(" ".join(unicodedata.normalize("NFC", name).casefold().split()), []).append(name)
+        groups.setdefault(fold_class_name(name), []).append(name)
     return [group for group in groups.values() if len(group) > 1]

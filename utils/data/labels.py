@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, LargeList, List, Value
 
 from utils.cli.errors import UserError
-from utils.data.class_names import sort_class_names
+from utils.data.class_names import match_class_names, sort_class_names
 
 NO_LABEL = -1  # of integers and of ClassLabel, as `datasets` has it
 
@@ -34,9 +34,9 @@ def is_labelled(images: Dataset, column: str) -> bool:
 def unify_labels(parts: dict[str, Dataset], column_name: str) -> tuple[dict[str, Dataset], list[str]]:
     """Return the parts with a ClassLabel column `label` of the same classes, and the class names.
 
-    Integers, texts and booleans become classes in their natural order. Classes are known by their names: where a part
-    numbers them otherwise, its labels are changed; those that training images lack come last. `column_name` is the
-    user's name of the column.
+    Integers, texts and booleans become classes in their natural order. Classes are known by their names, as
+    `match_class_names` finds them: where a part numbers them otherwise, its labels are changed; those that training
+    images lack come last. `column_name` is the user's name of the column.
 
     Raises:
         UserError: the column is of another kind, of different kinds in different parts, an image has no label, or a
@@ -57,7 +57,11 @@ def unify_labels(parts: dict[str, Dataset], column_name: str) -> tuple[dict[str,
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{kind} in the {part} part" for part, kind in kinds.items())
         raise UserError(f"{flag} is not of one kind ({listed}); make all of them integers, or all texts.")
-    class_names = list(dict.fromkeys(name for names in names_of.values() for name in names))
+    class_names = list(names_of["train"])
+    for part, names in names_of.items():
+        matched = match_class_names(names, class_names, f"{flag} {part} part:")
+        names_of[part] = {name: matched.get(name, name) for name in names}
+        class_names += [name for name in names if name not in matched]
     if not any(isinstance(images.features["label"], ClassLabel) for images in parts.values()):
         class_names = sort_class_names(class_names)
     return {part: _with_classes(images, names_of[part], class_names) for part, images in parts.items()}, class_names
@@ -104,18 +108,18 @@ def _names(flag: str, part: str, feature: object, column: pa.ChunkedArray) -> li
     return feature.names
 
 
-def _with_classes(images: Dataset, names: list[str], class_names: list[str]) -> Dataset:
-    """Return the images with labels that are places in `class_names`."""
+def _with_classes(images: Dataset, names: dict[str, str], class_names: list[str]) -> Dataset:
+    """Return the images with labels that are places in `class_names`; `names` maps what their column says to those."""
     feature, wanted = images.features["label"], ClassLabel(names=class_names)
     if feature == wanted:
         return images
     places = {name: place for place, name in enumerate(class_names)}
+    column = label_column(images)
     if isinstance(feature, ClassLabel):
-        labels = np.array([places[name] for name in names])[label_column(images).to_numpy()]
+        labels = np.array([places[names[name]] for name in feature.names])[column.to_numpy()]
     else:
-        column = label_column(images)
         values = pc.unique(column)
         position = pc.index_in(column, value_set=values).to_numpy()
-        labels = np.array([places[str(value)] for value in values.to_pylist()])[position]
+        labels = np.array([places[names[str(value)]] for value in values.to_pylist()])[position]
     images = images.rename_column("label", "before").add_column("label", labels, feature=wanted)
     return images.remove_columns("before")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from utils.cli.errors import UserError
 from utils.hub.merged_card import parse_card, read_card
-from utils.hub.repositories import REPO_ID, open_source
+from utils.hub.repositories import REPO_ID, Source, open_source
 
 UNKNOWN = "unknown"
 
@@ -37,10 +37,18 @@ def read_license(name: str, repo_type: str, revision: str | None = None, token: 
     reason to end a run.
     """
     try:
-        path = open_source(name, "licence of", repo_type, revision, token).file("README.md")
-        metadata, _, _ = parse_card(read_card(path))
+        return license_in_card(open_source(name, "licence of", repo_type, revision, token))
     except (UserError, OSError):  # an OSError is any other answer of the Hub
         return License()
+
+
+def license_in_card(source: Source) -> License:
+    """Return the licence that a source's card names, 'unknown' where it names none.
+
+    Raises:
+        UserError: there is no card, or it cannot be read.
+    """
+    metadata, _, _ = parse_card(read_card(source.file("README.md")))
     ids = metadata.get("license") or UNKNOWN
     link = str(metadata.get("license_link") or "")
     return License(

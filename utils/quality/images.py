@@ -7,6 +7,7 @@ from datasets import ClassLabel, Dataset, Image
 
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record
+from utils.data.label_matching import match_labels
 from utils.data.opened_images import open_all
 from utils.data.real_images import RealImages, RealImagesRecord, load_real_images
 from utils.hub.data_sets import load_data_set
@@ -72,26 +73,22 @@ def _load_synthetic(source: Source, class_names: list[str]) -> tuple[Dataset, np
             f"{', '.join(images.features)}."
         )
     (image_column,), (label_column,) = columns
-    names = images.features[label_column].names
-    missing, extra = sorted(set(class_names) - set(names)), sorted(set(names) - set(class_names))
-    if missing or extra:
-        problems = [f"{what}: {', '.join(found)}" for what, found in (("missing", missing), ("extra", extra)) if found]
-        raise UserError(
-            f"{source.flag} {source.name}: its classes are not those of the real images; {'; '.join(problems)}."
-        )
-    labels = np.array([class_names.index(name) for name in names])[_labels(images, label_column)]
-    empty = np.setdiff1d(_wanted_labels(source, class_names), labels)
+    prefix = f"{source.flag} {source.name}:"
+    places = match_labels(images.features[label_column].names, class_names, prefix, "the synthetic set")
+    labels = np.array(list(places.values()))[_labels(images, label_column)]
+    empty = np.setdiff1d(_wanted_labels(source, places), labels)
     if empty.size:
-        raise UserError(
-            f"{source.flag} {source.name}: has no images of {', '.join(class_names[label] for label in empty)}."
-        )
+        raise UserError(f"{prefix} has no images of {', '.join(class_names[label] for label in empty)}.")
     return images.select_columns(image_column).rename_columns({image_column: "image"}), labels
 
 
-def _wanted_labels(source: Source, class_names: list[str]) -> list[int]:
-    """Return the classes that a set should have: all, but where its record says that it was made for some only."""
+def _wanted_labels(source: Source, places: dict[str, int]) -> list[int]:
+    """Return the classes that a set should have: all, but where its record says that it was made for some only.
+
+    The record has the set's own names; `places` are those of the real set by them.
+    """
     record = read_record(source.file(GENERATION_CONFIG)) if source.has_one_of([GENERATION_CONFIG]) else {}
-    return [class_names.index(name) for name in record.get("settings", {}).get("classes", class_names)]
+    return [places[name] for name in record.get("settings", {}).get("classes", places) if name in places]
 
 
 def _labels(images: Dataset, column: str = "label") -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from utils.cli.errors import UserError
 from utils.cli.parsing import read_text, suggestion
-from utils.data.class_names import list_names
+from utils.data.class_names import list_names, match_class_names
 from utils.data.prompts import check_template, render_prompt
 
 PROMPT_SETS = ("single", "diverse")
@@ -130,7 +130,8 @@ def read_prompts_file(
 ) -> CaptionPrompts:
     """Return the captions of a JSON Lines file, whose lines are as `{"label": "suv", "prompt": "a suv in the rain"}`.
 
-    `label` is a class name; those of classes that are not among `labels` are checked and left out. `nouns` fills
+    `label` is a class name, or a spelling of one as `match_class_names` has it; captions of classes that are not among
+    `labels` are checked and left out. `nouns` fills
     `{class}`; `{token}` must be in each caption where there is a style token, whose `placeholder` fills it.
 
     Raises:
@@ -138,21 +139,23 @@ def read_prompts_file(
             class of `labels` has no caption.
     """
     flag = f"--prompts_file {path}:"
-    label_ids = {name: label for label, name in enumerate(class_names)}
-    captions: dict[int, list[str]] = {label: [] for label in labels}
+    entries: list[tuple[str, str, str]] = []  # where it is, class name, caption
     # not splitlines(): JSON strings may hold the other characters that end a line for it
     for number, line in enumerate(read_text(Path(path), flag).split("\n"), 1):
         if not line.strip():
             continue
-        label, caption = _read_caption(f"{flag} line {number}:", line, label_ids)
-        check_template(
-            caption,
-            needs_token=placeholder is not None,
-            needs_class="{class}" in caption,
-            flag=f"{flag} line {number}:",
-        )
-        if label in captions:
-            captions[label].append(caption)
+        where = f"{flag} line {number}:"
+        name, caption = _read_caption(where, line)
+        check_template(caption, needs_token=placeholder is not None, needs_class="{class}" in caption, flag=where)
+        entries.append((where, name, caption))
+    matched = match_class_names([name for _, name, _ in entries], class_names, flag, is_unique=False)
+    label_ids = {name: label for label, name in enumerate(class_names)}
+    captions: dict[int, list[str]] = {label: [] for label in labels}
+    for where, name, caption in entries:
+        if name not in matched:
+            raise UserError(f"{where} label {name!r}: no such class{suggestion(name, class_names)}.")
+        if label_ids[matched[name]] in captions:
+            captions[label_ids[matched[name]]].append(caption)
     missing = [class_names[label] for label in labels if not captions[label]]
     if missing:
         raise UserError(f"{flag} has no prompt for {list_names(missing)}; right is at least one for each class.")
@@ -161,7 +164,7 @@ def read_prompts_file(
     )
 
 
-def _read_caption(where: str, line: str, label_ids: dict[str, int]) -> tuple[int, str]:
+def _read_caption(where: str, line: str) -> tuple[str, str]:
     try:
         entry = json.loads(line)
     except ValueError as error:
@@ -169,11 +172,11 @@ def _read_caption(where: str, line: str, label_ids: dict[str, int]) -> tuple[int
     if not isinstance(entry, dict) or entry.keys() != {"label", "prompt"}:
         raise UserError(f"{where} must be an object with 'label' and 'prompt'; right is {PROMPT_LINE}.")
     label, prompt = entry["label"], entry["prompt"]
-    if not isinstance(label, str) or label not in label_ids:
-        raise UserError(f"{where} label {label!r}: no such class{suggestion(label, label_ids)}.")
+    if not isinstance(label, str):
+        raise UserError(f"{where} label {label!r}: no such class, a class name is text.")
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where} prompt {prompt!r}: must be text.")
-    return label_ids[label], " ".join(prompt.split())
+    return label, " ".join(prompt.split())
 
 
 def _needed_part(template: str, noun: str) -> str:

@@ -1,7 +1,5 @@
 """A synthetic set for fine-tuning: its record, its labels in the real set's order, and what its token has seen."""
 
-import difflib
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,15 +15,14 @@ from huggingface_hub import HfFileSystem
 
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record
+from utils.data.label_matching import join_names, match_labels
 from utils.hub.data_sets import load_data_set
 from utils.hub.repositories import Source, open_source
 
 FLAG = "--synthetic_dataset"
 HOW_TO_ALLOW = "--allow_missing_classes takes a set without some of the classes"
-MAX_LISTED = 10
 NUM_THREADS = 16  # they wait for the Hub
 ROWS_AT_A_TIME = 100  # of a stream: as many as generate_synthetic.py puts into a row group
-SIMILARITY = 0.8  # from which on two names are taken for spellings of one
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def load_synthetic(
     images, with_images = load(repository, source.record, class_names, max_samples_per_class, allow_missing_classes)
     empty = [name for name in class_names if name not in with_images]
     if empty and not allow_missing_classes:
-        raise UserError(f"{FLAG} {source.name}: has no images of {_listed(empty)}; {HOW_TO_ALLOW}.")
+        raise UserError(f"{FLAG} {source.name}: has no images of {join_names(empty)}; {HOW_TO_ALLOW}.")
     return images
 
 
@@ -128,7 +125,7 @@ def _load_whole(
     """Return the images, in a memory map, and which classes have some."""
     images = load_data_set(repository, split="train")
     _refuse_unfinished(repository.name, record, lambda: len(images))
-    real_labels = _match_classes(repository.name, images.features, class_names, allow_missing)
+    real_labels, _ = _match_classes(repository.name, images.features, class_names, allow_missing)
     table = images.data  # of its whole columns neither an image is decoded nor a list made
     labels = real_labels[table.column("label").to_numpy()]
     images = images.select_columns("image").add_column("label", labels, feature=ClassLabel(names=class_names))
@@ -165,7 +162,7 @@ def _load_stream(
             repository.name, split="train", streaming=True, revision=repository.revision, token=repository.token,
             **options,
         )  # fmt: skip
-    real_labels = _match_classes(repository.name, images.features, class_names, allow_missing)
+    real_labels, places = _match_classes(repository.name, images.features, class_names, allow_missing)
     if limit is not None and "class_index" not in images.features:
         raise UserError(
             f"--max_synthetic_samples_per_class {limit}: '{repository.name}' has no column 'class_index', by which a "
@@ -176,8 +173,8 @@ def _load_stream(
     images = images.map(
         _relabel, fn_kwargs={"real_labels": real_labels}, batched=True, batch_size=ROWS_AT_A_TIME, features=features
     )
-    with_images = record.get("settings", {}).get("classes", [class_names[label] for label in real_labels])
-    return images.with_format(None), set(with_images)
+    with_images = record.get("settings", {}).get("classes", places)  # in the set's spelling, as its labels are
+    return images.with_format(None), {class_names[places[name]] for name in with_images if name in places}
 
 
 def _relabel(table: pa.Table, real_labels: np.ndarray) -> pa.Table:
@@ -185,42 +182,16 @@ def _relabel(table: pa.Table, real_labels: np.ndarray) -> pa.Table:
     return table.set_column(table.schema.get_field_index("label"), "label", labels)
 
 
-def _match_classes(name: str, features: Features, class_names: list[str], allow_missing: bool) -> np.ndarray:
-    """Return the place in `class_names` of each of a set's labels, found by name.
+def _match_classes(
+    name: str, features: Features, class_names: list[str], allow_missing: bool
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Return the place in `class_names` of each of a set's labels, and the same by their names.
 
     Raises:
-        UserError: there are no such columns; classes are renamed, extra or, unless `allow_missing`, missing.
+        UserError: there are no such columns; what `match_labels` raises.
     """
     if not isinstance(features.get("label"), ClassLabel) or "image" not in features:
         raise UserError(f"{FLAG} {name}: has no 'image' and 'label' (ClassLabel) columns.")
     names = features["label"].names
-    missing, extra = sorted(set(class_names) - set(names)), sorted(set(names) - set(class_names))
-    renamed = _find_renamed(missing, extra)
-    missing = [known for known in missing if known not in renamed and not allow_missing]
-    extra = [other for other in extra if other not in renamed.values()]
-    found = {
-        "renamed": [f"'{known}' is '{other}' in the synthetic set" for known, other in renamed.items()],
-        "missing": missing,
-        "extra": extra,
-    }
-    problems = "; ".join(f"{what}: {_listed(names)}" for what, names in found.items() if names)
-    if problems:
-        advice = f"; {HOW_TO_ALLOW}" if missing else ""
-        raise UserError(f"{FLAG} {name}: its classes are not those of the real set; {problems}{advice}.")
-    return np.array([class_names.index(known) for known in names])
-
-
-def _find_renamed(missing: list[str], extra: list[str]) -> dict[str, str]:
-    """Return missing name -> the extra one that is the same but for case and signs, else much alike."""
-    left = {re.sub(r"[\W_]", "", other.casefold()): other for other in extra}
-    plain = {known: re.sub(r"[\W_]", "", known.casefold()) for known in missing}
-    renamed = {known: left.pop(key) for known, key in plain.items() if key in left}
-    for known in [known for known in missing if known not in renamed][:MAX_LISTED]:
-        for key in difflib.get_close_matches(plain[known], left, n=1, cutoff=SIMILARITY):
-            renamed[known] = left.pop(key)
-    return renamed
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more
+    places = match_labels(names, class_names, f"{FLAG} {name}:", "the synthetic set", allow_missing, HOW_TO_ALLOW)
+    return np.array(list(places.values())), places
