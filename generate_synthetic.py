@@ -128,7 +128,8 @@ class SamplingArguments:
         default=None,
         metadata={
             "help": "Scheduler class of diffusers; 'default' is the pipeline's own. When not given, "
-            "DPMSolverMultistepScheduler for Stable Diffusion 1.x, 2.x and XL, the pipeline's own for others."
+            "DPMSolverMultistepScheduler for Stable Diffusion 1.x, 2.x and XL, the pipeline's own for others, and for "
+            "those of them that are distilled for few steps or trained with other noise (EDM)."
         },
     )
     resolution: int | None = field(
@@ -313,6 +314,17 @@ def collect_settings(
     }
 
 
+def warn_of_steps(generator, sampling_args: SamplingArguments) -> None:
+    """Print a warning where steps and guidance are the defaults, and the generator is made for fewer."""
+    from utils.synthesis.generators import few_steps_advice
+
+    usual, given = asdict(SamplingArguments()), asdict(sampling_args)
+    names = ("num_inference_steps", "guidance_scale")
+    advice = few_steps_advice(generator, [name for name in names if given[name] == usual[name]])
+    if advice is not None:
+        print(f"WARNING: {advice}")
+
+
 def make_sampler(sources: Sources, settings: dict, accelerator):
     """Load the generator onto this process's device."""
     from utils.synthesis.generators import load_pipeline
@@ -438,6 +450,7 @@ def main(argv=None) -> dict:
     )
     quality_model = open_quality_model(output_args, sources.real_images, hub_args.hub_token)
     if is_main_process:
+        warn_of_steps(sources.generator, sampling_args)
         print_findings(findings)
         if prompt_args.write_class_names is not None:
             write_class_names(prompt_args.write_class_names, sources.class_names, sources.prompt_nouns, findings)
