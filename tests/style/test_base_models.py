@@ -62,14 +62,14 @@ def test_a_model_trained_on_other_noise_is_an_error_before_anything_loads(copied
 def test_a_distilled_model_is_told(copied, caplog):
     change_config(copied / "unet" / "config.json", time_cond_proj_dim=32)
     assert open_folder(copied).load_noise_scheduler().config.prediction_type == "v_prediction"
-    assert ["looks distilled for few steps (its denoiser has an emb" in message for message in caplog.messages] == [True]
+    assert ["looks distilled for few steps (its denoiser" in message for message in caplog.messages] == [True]
 
 
 @pytest.mark.parametrize(
     ("part", "entry", "problem"),
     [
         ("vae", ["diffusers", "AutoencoderTiny"], "its vae is AutoencoderTiny; wanted is AutoencoderKL"),
-        ("text_encoder", ["x", "RobertaSeriesModel"], "its text_encoder is RobertaSeriesModel; wanted is CLIPTextModel"),
+        ("text_encoder", ["x", "RobertaModel"], "its text_encoder is RobertaModel; wanted is CLIPTextModel"),
         ("unet", [None, None], "its unet is None; wanted is UNet2DConditionModel"),
         ("unet", None, "its unet is None; wanted is UNet2DConditionModel"),
     ],
@@ -151,8 +151,8 @@ def test_the_pipelines_decoding_undoes_what_training_does_to_latents(
     folder = shutil.copytree(request.getfixturevalue(kind), tmp_path / "copied")
     change_config(folder / "vae" / "config.json", **settings)
     base_model = open_folder(folder)
-    told = [message for message in caplog.messages if "training leaves it out as well" in message]
-    assert [f"its VAE's {ignored}:" in message for message in told] == [True] * bool(ignored)
+    told = [message for message in caplog.messages if ": ignored in training, as in a " in message]
+    assert [message.endswith(f"Pipeline: {ignored} of its VAE.") for message in told] == [True] * bool(ignored)
     pipe = getattr(diffusers, base_model.pipeline_class).from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1

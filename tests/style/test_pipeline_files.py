@@ -84,7 +84,7 @@ def test_a_part_without_weights_is_left_to_what_loads_it(make_source):
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"), [("{", "its index.json is not JSON"), ("[]", "its index.json holds no JSON mapping, so it is n")]
+    ("text", "problem"), [("{", "its index.json is not JSON"), ("[]", "its index.json holds no JSON mapping")]
 )
 def test_a_config_that_is_no_mapping_is_an_error(text, problem, tmp_path):
     (tmp_path / "index.json").write_text(text)

@@ -40,9 +40,7 @@ def test_noise_is_added_as_the_models_own_scheduler_adds_it(class_name, config):
     scheduler = own(class_name, config)
     scheduler.check_trainable()
     noise_scheduler = scheduler.make_noise_scheduler()
-    torch.testing.assert_close(
-        noise_scheduler.alphas_cumprod, scheduler.scheduler.alphas_cumprod, atol=1e-6, rtol=1e-4
-    )
+    torch.testing.assert_close(noise_scheduler.alphas_cumprod, scheduler.scheduler.alphas_cumprod, atol=1e-6, rtol=1e-4)
     assert noise_scheduler.config.prediction_type == config.get("prediction_type", "epsilon")
     assert noise_scheduler.config.num_train_timesteps == config.get("num_train_timesteps", 1000)
 

@@ -9,6 +9,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
+from generate_synthetic import SamplingArguments, warn_of_steps
 from tests.synthesis.tokens import PLACEHOLDER, open_folder
 from utils.cli.errors import UserError
 from utils.style.token import save_learned_embeds
@@ -152,11 +153,45 @@ def test_advice_leaves_out_what_is_given(copy_pipeline):
     assert few_steps_advice(generator, []) is None
 
 
+@pytest.mark.parametrize(
+    ("flags", "suited"),
+    [
+        ({}, "--num_inference_steps 4 --guidance_scale 1"),
+        ({"num_inference_steps": 2}, "--guidance_scale 1"),
+        ({"num_inference_steps": 2, "guidance_scale": [1.0]}, None),
+    ],
+)
+def test_the_script_warns_once_where_steps_and_guidance_are_not_given(flags, suited, copy_pipeline, capsys):
+    folder = copy_pipeline("tiny_pipeline_dir")
+    change_scheduler(folder, "EulerDiscreteScheduler", TURBO)
+    warn_of_steps(open_folder(folder), SamplingArguments(**flags))
+    lines = capsys.readouterr().out.splitlines()
+    assert [f"'trailing'): {suited} is likely right." in line for line in lines] == [True] * bool(suited)
+
+
 def test_more_steps_than_the_scheduler_has_are_an_error(copy_pipeline):
     folder = copy_pipeline("tiny_pipeline_dir")
     change_scheduler(folder, "LCMScheduler", SD)
-    with pytest.raises(UserError, match="^--num_inference_steps 60: not with the scheduler of .*copied .*60"):
+    with pytest.raises(UserError, match="^--num_inference_steps 60: not with the LCMScheduler of .*copied .*than 50"):
         check_scheduler(open_folder(folder), "default", 60)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "config", "reason"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "no attribute 'init_noise_sigma'"),
+        ("EulerAncestralDiscreteScheduler", {**TURBO, "prediction_type": "sample"}, "not implemented yet: sample"),
+        ("RePaintScheduler", SD, "missing 2 required"),
+    ],
+)
+def test_a_scheduler_that_the_pipeline_cannot_use_is_an_error_that_names_the_generator(
+    class_name, config, reason, copy_pipeline
+):
+    folder = copy_pipeline("tiny_xl_pipeline_dir")
+    change_scheduler(folder, class_name, config)
+    generator = open_folder(folder)
+    with pytest.raises(UserError, match=f"^--model .*copied: its {class_name} does not work in a .*XL.*{reason}"):
+        check_scheduler(generator, "default", 25)
 
 
 def test_a_scheduler_that_would_change_the_noise_is_an_error(copy_pipeline):

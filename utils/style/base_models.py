@@ -132,8 +132,8 @@ class BaseModel:
         ignored = [name for name in names if vae.get(name)]
         if ignored:
             logger.warning(
-                "%s its VAE's %s: %s draws without it, so training leaves it out as well.",
-                self._prefix, " and ".join(ignored), self.pipeline_class,
+                "%s ignored in training, as in a %s: %s of its VAE.",
+                self._prefix, self.pipeline_class, " and ".join(ignored),
             )  # fmt: skip
         _ = self.variants  # found, and told, before the images are read
 
@@ -155,9 +155,13 @@ class BaseModel:
         with self.source.reading("its text encoder cannot be loaded"):
             return [
                 kind.from_pretrained(
-                    self.source.name, subfolder=folder, dtype=dtype, use_safetensors=True,
-                    variant=self.variants.get(folder), **self._options,
-                ).eval()  # fmt: skip
+                    self.source.name,
+                    subfolder=folder,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    variant=self.variants.get(folder),
+                    **self._options,
+                ).eval()
                 for folder, kind in list(kinds.items())[: 1 + self.is_xl]
             ]
 
@@ -193,8 +197,8 @@ class BaseModel:
         """Return the pipeline around `unet`, with its VAE and scheduler, for prompts that are encoded already."""
         from diffusers import DiffusionPipeline
 
-        left_out = ["text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"]
-        left_out += ["text_encoder_2", "tokenizer_2"] * self.is_xl
+        left_out = ["text_encoder", "tokenizer", "feature_extractor", "image_encoder"]
+        left_out += ["text_encoder_2", "tokenizer_2"] if self.is_xl else ["safety_checker"]
         parts = dict.fromkeys(left_out) | {"unet": unet, "vae": self.load_vae()}
         return self._load(DiffusionPipeline, None, **parts)
 

@@ -105,8 +105,8 @@ class OwnScheduler:
         if denoiser_config.get("time_cond_proj_dim"):
             return "its denoiser has an embedding for the guidance scale (time_cond_proj_dim)"
         # models with zero terminal SNR have trailing steps without being distilled (Lin et al. 2023)
-        is_trailing = self.config.get("timestep_spacing") == "trailing" and not self.config.get("rescale_betas_zero_snr")
-        if self.class_name in EULER_SCHEDULERS and is_trailing:
+        spacing, has_zero_snr = (self.config.get(key) for key in ("timestep_spacing", "rescale_betas_zero_snr"))
+        if self.class_name in EULER_SCHEDULERS and spacing == "trailing" and not has_zero_snr:
             return f"its scheduler config says {self.class_name} with timestep_spacing 'trailing'"
         return None
 

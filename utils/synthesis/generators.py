@@ -160,13 +160,32 @@ def check_scheduler(generator: Generator, scheduler: str, num_inference_steps: i
             f"{own.class_name}; {OWN_SCHEDULER} is right."
         )
     if num_inference_steps is not None and generator.takes_style_tokens:
-        try:
-            (own.scheduler if scheduler == OWN_SCHEDULER else own.make(scheduler)).set_timesteps(num_inference_steps)
-        except ValueError as error:
-            raise UserError(
-                f"--num_inference_steps {num_inference_steps}: not with the scheduler of {generator.source.name} "
-                f"({error})"
-            ) from None
+        _try_scheduler(generator, scheduler, num_inference_steps)
+
+
+def _try_scheduler(generator: Generator, scheduler: str, num_inference_steps: int) -> None:
+    """Make one step with a scheduler as Stable Diffusion's pipelines do: not all that they load work in them."""
+    import torch
+
+    source, is_own = generator.source, scheduler == OWN_SCHEDULER
+    class_name = generator.scheduler.class_name if is_own else scheduler
+    made = generator.scheduler.make(class_name)
+    try:
+        made.set_timesteps(num_inference_steps)
+    except ValueError as error:
+        raise UserError(
+            f"--num_inference_steps {num_inference_steps}: not with the {class_name} of {source.name} ({error})"
+        ) from None
+    try:
+        with torch.random.fork_rng(devices=[]):  # some draw noise
+            latents = torch.ones(1, 4, 8, 8) * made.init_noise_sigma
+            made.step(made.scale_model_input(latents, made.timesteps[0]), made.timesteps[0], latents)
+    except (AttributeError, TypeError, ValueError, LookupError, NotImplementedError) as error:
+        named = f"{source.flag} {source.name}: its {class_name}" if is_own else f"--scheduler {scheduler}:"
+        raise UserError(
+            f"{named} does not work in a {generator.pipeline_class} with the model's config ({error}); one like "
+            "EulerDiscreteScheduler or DDIMScheduler, with the noise of the model, is wanted."
+        ) from None
 
 
 def few_steps_advice(generator: Generator, defaults: list[str]) -> str | None:
