@@ -133,7 +133,8 @@ class SamplingArguments:
         default=None,
         metadata={
             "help": "Scheduler class of diffusers; 'default' is the pipeline's own. When not given, "
-            "DPMSolverMultistepScheduler for Stable Diffusion 1.x, 2.x and XL, the pipeline's own for others."
+            "DPMSolverMultistepScheduler for Stable Diffusion 1.x, 2.x and XL, the pipeline's own for others, and for "
+            "those of them that are distilled for few steps or trained with other noise (EDM)."
         },
     )
     resolution: int | None = field(
@@ -343,6 +344,17 @@ def collect_settings(
     }
 
 
+def warn_of_steps(generator, sampling_args: SamplingArguments) -> None:
+    """Print a warning where steps and guidance are the defaults, and the generator is made for fewer."""
+    from utils.synthesis.generators import few_steps_advice
+
+    usual, given = asdict(SamplingArguments()), asdict(sampling_args)
+    names = ("num_inference_steps", "guidance_scale")
+    advice = few_steps_advice(generator, [name for name in names if given[name] == usual[name]])
+    if advice is not None:
+        print(f"WARNING: {advice}")
+
+
 def make_sampler(sources: Sources, settings: dict, accelerator):
     """Load the generator onto this process's device."""
     from utils.synthesis.generators import load_pipeline
@@ -472,6 +484,7 @@ def main(argv=None) -> dict:
     )
     for_report = open_quality_report(output_args, sources.real_images, hub_args.hub_token)
     if is_main_process:
+        warn_of_steps(sources.generator, sampling_args)
         print_findings(findings)
         if prompt_args.exclude_classes and prompt_args.classes is None:
             left_out = [name for label, name in enumerate(sources.class_names) if label not in labels]

@@ -272,27 +272,28 @@ def prepare_unet(unet, training_args: TrainingArguments):
     return torch.compile(unet, backend=training_args.torch_compile_backend) if training_args.torch_compile else unet
 
 
-def denoising_loss(batch: dict, unet, dtype, noise_scheduler, prompt_encoder, prompt_ids, latent_scale, resolution):
+def denoising_loss(batch: dict, unet, dtype, noise_scheduler, prompt_encoder, prompt_ids, scale_latents, resolution):
     """Return the loss of textual inversion (Gal et al. 2022) with prompts that name class and style token.
 
     `dtype` is the U-Net's: to ask it, as for its device, takes milliseconds.
     """
     from torch.nn import functional as F
 
-    from utils.style.health import prediction_target
+    from utils.style.health import prediction_scale, prediction_target
     from utils.style.prompt_encoder import encode_distinct, unet_arguments
 
     device = prompt_ids.training.device
     latents, noise, timesteps = (
         batch[name].to(device, non_blocking=True) for name in ("latents", "noise", "timesteps")
     )
-    latents = latents * latent_scale
+    latents = scale_latents(latents)
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     conditioning = encode_distinct(prompt_encoder, prompt_ids, batch["templates"], batch["labels"])
     arguments = unet_arguments(conditioning, resolution, dtype)
     model_pred = unet(noisy_latents.to(dtype), timesteps, **arguments).sample
     target = prediction_target(noise_scheduler, latents, noise, timesteps)
-    return F.mse_loss(model_pred.float(), target.float())
+    scale = prediction_scale(noise_scheduler, timesteps)
+    return F.mse_loss(model_pred.float() * scale, target.float() * scale)
 
 
 def log_picture(accelerator, path: Path, step: int) -> None:
@@ -375,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     # What is measured and shown on the way: always the same images, noise and classes
     health_check = HealthCheck(
         unet, noise_scheduler, encoder, prompt_ids,
-        held_out_latents.mean(torch.arange(len(images.held_out))) * base_model.latent_scale, images.held_out["label"],
+        base_model.scale_latents(held_out_latents.mean(torch.arange(len(images.held_out)))), images.held_out["label"],
         images.held_out_name, resolution, training_args.train_batch_size,
     )  # fmt: skip
     before_after = None
@@ -412,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             with accelerator.accumulate(prompt_encoder):
                 loss = denoising_loss(
                     part, trained_unet, weight_dtype, noise_scheduler, prompt_encoder, prompt_ids,
-                    base_model.latent_scale, resolution,
+                    base_model.scale_latents, resolution,
                 )  # fmt: skip
                 accelerator.backward(loss)
                 optimizer.step()

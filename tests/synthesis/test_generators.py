@@ -9,18 +9,15 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
+from generate_synthetic import SamplingArguments, warn_of_steps
 from tests.synthesis.tokens import PLACEHOLDER, open_folder
 from utils.cli.errors import UserError
 from utils.style.token import save_learned_embeds
-from utils.synthesis.generators import (
-    check_scheduler,
-    load_pipeline,
-    open_generator,
-)
+from utils.synthesis.generators import check_scheduler, few_steps_advice, load_pipeline, open_generator
 from utils.synthesis.sampling import Sampler
 from utils.synthesis.sources import StyleToken
 
-pytest_plugins = ["tests.synthesis.fixtures"]
+pytest_plugins = ["tests.synthesis.fixtures", "tests.local_hub.fixtures"]
 KINDS = ["tiny_pipeline_dir", "tiny_xl_pipeline_dir", "tiny_sd3_pipeline_dir", "tiny_flux_pipeline_dir"]
 CPU = torch.device("cpu")
 
@@ -80,11 +77,11 @@ def test_a_generator_that_does_not_say_its_resolution_needs_one(copy_pipeline):
 )
 def test_another_pipeline_is_an_error_that_lists_the_supported(kind, copy_pipeline):
     folder = copy_pipeline("tiny_pipeline_dir", index={"_class_name": kind})
-    with pytest.raises(
-        UserError, match="^--model .*copied: is a .*; supported: StableDiffusionPipeline, .*FluxPipe"
-    ) as e:
+    with pytest.raises(UserError, match="^--model .*copied: .*; supported: StableDiffusionPipeline, .*FluxPipe") as e:
         open_folder(folder)
-    assert str(kind) in str(e.value) and "ControlNet" not in str(e.value).split("supported")[1]
+    problem, supported = str(e.value).split("supported")
+    assert ("names no pipeline class" if kind is None else f"is a {kind}") in problem
+    assert "ControlNet" not in supported
 
 
 def test_a_generator_that_is_gone_is_an_error_that_names_its_mirror():
@@ -105,6 +102,105 @@ def test_scheduler_that_does_not_fit_is_an_error_that_lists_the_others(kind, sch
     generator = open_folder(request.getfixturevalue(kind))
     with pytest.raises(UserError, match=f"^--scheduler {scheduler}: does not fit .* takes {listed}"):
         check_scheduler(generator, scheduler)
+
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+TURBO = {**SD, "prediction_type": "epsilon", "timestep_spacing": "trailing"}
+ODD = {  # scheduler class, its config, settings of the U-Net, what suits
+    "sdxl-turbo": ("EulerAncestralDiscreteScheduler", TURBO, {}, "--num_inference_steps 4 --guidance_scale 1 is lik"),
+    "lcm": ("LCMScheduler", SD, {"time_cond_proj_dim": 32}, "--num_inference_steps 4 is likely right"),
+    "playground": ("EDMDPMSolverMultistepScheduler", {"sigma_data": 0.5, "prediction_type": "epsilon"}, {}, None),
+    "cosxl": ("EDMEulerScheduler", {"sigma_data": 1.0, "prediction_type": "v_prediction"}, {}, None),
+    "rectified flow": ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, {}, None),
+}
+
+
+def change_scheduler(folder: Path, class_name: str, config: dict) -> None:
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scheduler": ["diffusers", class_name]}))
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config | {"_class_name": class_name}))
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_distilled_or_differently_trained_generator_keeps_its_scheduler(name, copy_pipeline):
+    class_name, config, unet, suited = ODD[name]
+    folder = copy_pipeline("tiny_xl_pipeline_dir", vae={"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4})
+    change_scheduler(folder, class_name, config)
+    if unet:  # random weights of the embedding that the copied ones lack
+        unet_kind = type(load_pipeline(open_folder(folder), None, "default", torch.float32, CPU).unet)
+        unet_kind.from_config(unet_kind.load_config(folder / "unet") | unet).save_pretrained(folder / "unet")
+    generator = open_folder(folder)
+    assert generator.default_scheduler == "default"
+    check_scheduler(generator, generator.default_scheduler, 25)
+    advice = few_steps_advice(generator, ["num_inference_steps", "guidance_scale"])
+    assert advice is None if suited is None else f": {suited}" in advice and "looks distilled for few steps" in advice
+    pipe = load_pipeline(generator, None, generator.default_scheduler, torch.float32, CPU)
+    assert type(pipe.scheduler).__name__ == class_name
+    pixels, problems = Sampler(pipe, resolution=32, num_inference_steps=2, num_at_a_time=2).draw(["a", "b"], [0, 1], 3)
+    assert (pixels.shape, problems) == ((2, 32, 32, 3), [None, None])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_ordinary_generator_gets_no_advice(kind, request):
+    assert few_steps_advice(open_folder(request.getfixturevalue(kind)), ["num_inference_steps"]) is None
+
+
+def test_advice_leaves_out_what_is_given(copy_pipeline):
+    folder = copy_pipeline("tiny_pipeline_dir")
+    change_scheduler(folder, "EulerDiscreteScheduler", TURBO)
+    generator = open_folder(folder)
+    assert ": --guidance_scale 1 is likely right." in few_steps_advice(generator, ["guidance_scale"])
+    assert few_steps_advice(generator, []) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "suited"),
+    [
+        ({}, "--num_inference_steps 4 --guidance_scale 1"),
+        ({"num_inference_steps": 2}, "--guidance_scale 1"),
+        ({"num_inference_steps": 2, "guidance_scale": [1.0]}, None),
+    ],
+)
+def test_the_script_warns_once_where_steps_and_guidance_are_not_given(flags, suited, copy_pipeline, capsys):
+    folder = copy_pipeline("tiny_pipeline_dir")
+    change_scheduler(folder, "EulerDiscreteScheduler", TURBO)
+    warn_of_steps(open_folder(folder), SamplingArguments(**flags))
+    lines = capsys.readouterr().out.splitlines()
+    assert [f"'trailing'): {suited} is likely right." in line for line in lines] == [True] * bool(suited)
+
+
+def test_more_steps_than_the_scheduler_has_are_an_error(copy_pipeline):
+    folder = copy_pipeline("tiny_pipeline_dir")
+    change_scheduler(folder, "LCMScheduler", SD)
+    with pytest.raises(UserError, match="^--num_inference_steps 60: not with the LCMScheduler of .*copied .*than 50"):
+        check_scheduler(open_folder(folder), "default", 60)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "config", "reason"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "no attribute 'init_noise_sigma'"),
+        ("EulerAncestralDiscreteScheduler", {**TURBO, "prediction_type": "sample"}, "not implemented yet: sample"),
+        ("RePaintScheduler", SD, "missing 2 required"),
+    ],
+)
+def test_a_scheduler_that_the_pipeline_cannot_use_is_an_error_that_names_the_generator(
+    class_name, config, reason, copy_pipeline
+):
+    folder = copy_pipeline("tiny_xl_pipeline_dir")
+    change_scheduler(folder, class_name, config)
+    generator = open_folder(folder)
+    with pytest.raises(UserError, match=f"^--model .*copied: its {class_name} does not work in a .*XL.*{reason}"):
+        check_scheduler(generator, "default", 25)
+
+
+def test_a_scheduler_that_would_change_the_noise_is_an_error(copy_pipeline):
+    folder = copy_pipeline("tiny_pipeline_dir")
+    change_scheduler(folder, "HeunDiscreteScheduler", {})
+    generator = open_folder(folder)
+    assert generator.default_scheduler == "default"
+    with pytest.raises(UserError, match="^--scheduler DDIMScheduler: makes other noise levels .* default is right.$"):
+        check_scheduler(generator, "DDIMScheduler")
 
 
 def make_token(folder, rows: list[torch.Tensor], num_vectors: int) -> StyleToken:
@@ -183,14 +279,48 @@ def test_vae_is_in_float32_where_its_config_says_nothing(copy_pipeline):
     assert load_pipeline(open_folder(folder), None, "default", torch.float16, CPU).vae.dtype == torch.float32
 
 
-@pytest.mark.parametrize("part", ["unet", "text_encoder"])
-def test_weights_that_are_no_safetensors_are_refused(part, copy_pipeline):
+@pytest.mark.parametrize(("part", "name"), [("unet", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")])
+def test_weights_that_are_no_safetensors_are_refused(part, name, copy_pipeline):
     folder = copy_pipeline("tiny_pipeline_dir")
     (weights,) = (folder / part).glob("*.safetensors")
-    torch.save({}, weights.with_suffix(".bin"))
+    torch.save({}, folder / part / f"{name}.bin")
     weights.unlink()
-    with pytest.raises(UserError, match="^--model .*copied: its pipeline cannot be loaded from safetensors .*safetens"):
+    with pytest.raises(UserError, match=f"^--model .*copied: has no safetensors weights for {part}, only pickled ones"):
         load_pipeline(open_folder(folder), None, "default", torch.float32, CPU)
+
+
+def rename_to_fp16(folder, parts):
+    for part in parts:
+        for weights in list((folder / part).glob("*.safetensors")):
+            weights.rename(weights.with_suffix(".fp16.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("tiny_pipeline_dir", ["unet"]),
+        ("tiny_xl_pipeline_dir", ["text_encoder", "text_encoder_2", "unet", "vae"]),
+        ("tiny_flux_pipeline_dir", ["transformer", "text_encoder_2"]),
+    ],
+)
+def test_parts_in_half_precision_only_are_loaded(kind, parts, copy_pipeline, request, caplog):
+    folder = copy_pipeline(kind)
+    rename_to_fp16(folder, parts)
+    half = load_pipeline(open_folder(folder), None, "default", torch.float32, CPU)
+    assert sum("are there in half precision only; variant 'fp16' is loaded" in text for text in caplog.messages) == 1
+    plain = load_pipeline(open_folder(request.getfixturevalue(kind)), None, "default", torch.float32, CPU)
+    for part in parts:
+        pairs = zip(plain.components[part].parameters(), half.components[part].parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_repository_in_half_precision_only_is_loaded(copy_pipeline, local_hub):
+    folder = copy_pipeline("tiny_pipeline_dir")
+    rename_to_fp16(folder, ["text_encoder", "unet", "vae"])
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    local_hub.create_repo("ann/half-generator", "model").commit(files)
+    generator = open_generator("ann/half-generator", "--model", None, None)
+    assert load_pipeline(generator, None, "default", torch.float32, CPU).unet.dtype == torch.float32
 
 
 def test_code_in_a_repository_is_not_run(copy_pipeline):

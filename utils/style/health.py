@@ -16,7 +16,19 @@ def prediction_target(noise_scheduler, latents: torch.Tensor, noise: torch.Tenso
     """Return what the U-Net is trained to predict, after the scheduler's `prediction_type`."""
     if noise_scheduler.config.prediction_type == "v_prediction":
         return noise_scheduler.get_velocity(latents, noise, timesteps)
-    return noise
+    return latents if noise_scheduler.config.prediction_type == "sample" else noise
+
+
+def prediction_scale(noise_scheduler, timesteps: torch.Tensor) -> torch.Tensor | float:
+    """Return the factor of prediction and target in the loss: 1, or `(batch, 1, 1, 1)` for a model of the image.
+
+    There the loss is weighted by the signal-to-noise ratio, which makes it that of the noise.
+    Source: diffusers, examples/unconditional_image_generation/train_unconditional.py.
+    """
+    if noise_scheduler.config.prediction_type != "sample":
+        return 1.0
+    alphas = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+    return (alphas / (1 - alphas)).sqrt()
 
 
 class HealthCheck:
@@ -74,7 +86,8 @@ class HealthCheck:
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
         model_pred = self.unet(noisy_latents.to(self.unet.dtype), timesteps, **arguments).sample
         target = prediction_target(self.noise_scheduler, latents, noise, timesteps)
-        return F.mse_loss(model_pred.float(), target.float(), reduction="none").mean((1, 2, 3)).cpu()
+        scale = prediction_scale(self.noise_scheduler, timesteps)
+        return F.mse_loss(model_pred.float() * scale, target.float() * scale, reduction="none").mean((1, 2, 3)).cpu()
 
 
 def judge(losses: dict[str, torch.Tensor]) -> dict:

@@ -56,7 +56,8 @@ class BeforeAfter:
         pipe = self.base_model.load_pipeline(self.unet)
         pipe.vae.to(self.unet.device)
         pipe.set_progress_bar_config(disable=True)
-        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+        if self.base_model.is_replaceable:
+            pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         unconditional = self.encoder(self.empty_ids)
         if pipe.config.get("force_zeros_for_empty_prompt"):
             unconditional = {name: torch.zeros_like(value) for name, value in unconditional.items()}
@@ -73,7 +74,7 @@ class BeforeAfter:
                 output_type="latent",
             ).images
             # the VAE is float32, whatever the U-Net is
-            pixels = pipe.vae.decode(latents.float() / pipe.vae.config.scaling_factor).sample
+            pixels = pipe.vae.decode(self.base_model.unscale_latents(latents.float())).sample
             images += pipe.image_processor.postprocess(pixels)
         return images
 

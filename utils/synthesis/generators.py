@@ -1,14 +1,15 @@
 """Generators: any text-to-image pipeline of diffusers; what it takes is read from its configs before it loads."""
 
 import inspect
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from utils.cli.errors import UserError
 from utils.hub.repositories import Source
-from utils.style.base_models import SUPPORTED_PIPELINES, open_pipeline
+from utils.style.base_models import SUPPORTED_PIPELINES, open_pipeline, refuse_class
+from utils.style.pipeline_files import find_variants, read_config
+from utils.style.schedulers import FAST_SCHEDULER, OwnScheduler, read_scheduler
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from utils.synthesis.sources import StyleToken
 
 OWN_SCHEDULER = "default"
-FAST_SCHEDULER = "DPMSolverMultistepScheduler"
 EXPECTED = "a pipeline of diffusers"
 # what the sampler passes to a pipeline besides the prompts
 CALL_ARGUMENTS = {"height", "width", "num_inference_steps", "guidance_scale", "generator", "output_type"}
@@ -34,10 +34,33 @@ class Generator:
     def takes_style_tokens(self) -> bool:
         return self.pipeline_class in SUPPORTED_PIPELINES
 
-    @property
+    @cached_property
+    def scheduler(self) -> OwnScheduler:
+        """The pipeline's own scheduler."""
+        return read_scheduler(self.source)
+
+    @cached_property
     def default_scheduler(self) -> str:
-        """Stable Diffusion and XL need few steps with DPM-Solver++; others are made for their own scheduler."""
-        return FAST_SCHEDULER if self.pipeline_class in SUPPORTED_PIPELINES else OWN_SCHEDULER
+        """Stable Diffusion and XL need few steps with DPM-Solver++; others are made for their own scheduler.
+
+        So are those of them with other noise than DDPM's, and those that are distilled.
+        """
+        is_replaced = self.takes_style_tokens and self.scheduler.is_replaceable(self._denoiser_config)
+        return FAST_SCHEDULER if is_replaced else OWN_SCHEDULER
+
+    @property
+    def signs_of_distillation(self) -> str | None:
+        """What tells that the model was distilled for few steps; None where nothing does."""
+        return self.scheduler.signs_of_distillation(self._denoiser_config)
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return bool(self._denoiser_config.get("time_cond_proj_dim"))
+
+    @cached_property
+    def variants(self) -> dict[str, str | None]:
+        """Which weights of each part are loaded: 'fp16' where there are no others."""
+        return find_variants(self.source, self.parts)
 
     @property
     def takes_negative_prompt(self) -> bool:
@@ -68,12 +91,12 @@ class Generator:
 
     def config(self, part: str) -> dict:
         """Return the config of a part of the pipeline."""
-        return json.loads(self.source.file(f"{part}/config.json", EXPECTED).read_text(encoding="utf-8"))
+        return read_config(self.source, f"{part}/config.json", EXPECTED)
 
     @cached_property
     def parts(self) -> dict[str, list]:
         """The names of the pipeline's parts, each with its library and class; without those that are left empty."""
-        index = json.loads(self.source.file("model_index.json", EXPECTED).read_text(encoding="utf-8"))
+        index = read_config(self.source, "model_index.json", EXPECTED)
         return {name: value for name, value in index.items() if isinstance(value, list) and value[0] is not None}
 
     @property
@@ -115,12 +138,12 @@ def open_generator(name: str, flag: str, revision: str | None, hub_token: str | 
         if "Control" not in kind.__name__ and CALL_ARGUMENTS.issubset(inspect.signature(kind.__call__).parameters)
     ]
     if pipeline_class not in supported:
-        raise UserError(f"{flag} {name}: is a {pipeline_class}; supported: {', '.join(supported)}.")
+        raise refuse_class(source, pipeline_class, supported)
     return Generator(source, pipeline_class)
 
 
-def check_scheduler(generator: Generator, scheduler: str) -> None:
-    """Check that a generator can sample with a scheduler.
+def check_scheduler(generator: Generator, scheduler: str, num_inference_steps: int | None = None) -> None:
+    """Check that a generator can sample with a scheduler, and that takes this number of steps.
 
     Raises:
         UserError: it does not fit the generator's own; the message lists those that do.
@@ -130,13 +153,57 @@ def check_scheduler(generator: Generator, scheduler: str) -> None:
         raise UserError(
             f"--scheduler {scheduler}: does not fit {generator.source.name}, which takes {', '.join(fitting)}."
         )
+    own = generator.scheduler
+    if scheduler != OWN_SCHEDULER and not own.has_noise_of(scheduler):
+        raise UserError(
+            f"--scheduler {scheduler}: makes other noise levels of the config of {generator.source.name} than its "
+            f"{own.class_name}; {OWN_SCHEDULER} is right."
+        )
+    if num_inference_steps is not None and generator.takes_style_tokens:
+        _try_scheduler(generator, scheduler, num_inference_steps)
+
+
+def _try_scheduler(generator: Generator, scheduler: str, num_inference_steps: int) -> None:
+    """Make one step with a scheduler as Stable Diffusion's pipelines do: not all that they load work in them."""
+    import torch
+
+    source, is_own = generator.source, scheduler == OWN_SCHEDULER
+    class_name = generator.scheduler.class_name if is_own else scheduler
+    made = generator.scheduler.make(class_name)
+    try:
+        made.set_timesteps(num_inference_steps)
+    except ValueError as error:
+        raise UserError(
+            f"--num_inference_steps {num_inference_steps}: not with the {class_name} of {source.name} ({error})"
+        ) from None
+    try:
+        with torch.random.fork_rng(devices=[]):  # some draw noise
+            latents = torch.ones(1, 4, 8, 8) * made.init_noise_sigma
+            made.step(made.scale_model_input(latents, made.timesteps[0]), made.timesteps[0], latents)
+    except (AttributeError, TypeError, ValueError, LookupError, NotImplementedError) as error:
+        named = f"{source.flag} {source.name}: its {class_name}" if is_own else f"--scheduler {scheduler}:"
+        raise UserError(
+            f"{named} does not work in a {generator.pipeline_class} with the model's config ({error}); one like "
+            "EulerDiscreteScheduler or DDIMScheduler, with the noise of the model, is wanted."
+        ) from None
+
+
+def few_steps_advice(generator: Generator, defaults: list[str]) -> str | None:
+    """Return what flags suit a distilled generator, of those whose values are the `defaults`; None for others."""
+    signs, suited = generator.signs_of_distillation, {"num_inference_steps": 4}
+    if not generator.embeds_guidance:  # there the scale is an input, and no value leaves it out
+        suited["guidance_scale"] = 1
+    flags = [f"--{name} {value}" for name, value in suited.items() if name in defaults]
+    if signs is None or not flags:
+        return None
+    return (
+        f"{generator.source.flag} {generator.source.name} looks distilled for few steps ({signs}): {' '.join(flags)} "
+        "is likely right."
+    )
 
 
 def _compatible_schedulers(generator: Generator) -> list[str]:
-    import diffusers
-
-    own = getattr(diffusers, generator.parts["scheduler"][1])
-    names = {kind.__name__ for kind in own._get_compatibles()}
+    names = {kind.__name__ for kind in type(generator.scheduler.scheduler)._get_compatibles()}
     # this one draws noise for the whole batch from a generator of its own, so that images depend on their neighbours
     return sorted(names - {"DPMSolverSDEScheduler"})
 
@@ -164,9 +231,11 @@ def load_pipeline(
     # the VAE's class says true where its config says nothing; bfloat16 has the range of float32
     if dtype == torch.float16 and "vae" in generator.parts and generator.config("vae").get("force_upcast", True):
         dtypes["vae"] = torch.float32
+    # of parts that have both, diffusers then loads this one, too
+    variant = next((variant for variant in generator.variants.values() if variant), None)
     with source.reading("its pipeline cannot be loaded from safetensors", also=(ValueError,)):
         pipe = diffusers.AutoPipelineForText2Image.from_pretrained(
-            name, dtype=dtypes, use_safetensors=True, **source.load_options()
+            name, dtype=dtypes, use_safetensors=True, variant=variant, **source.load_options()
         )
     if "vae" in dtypes:
         for part in pipe.vae.children():
@@ -174,7 +243,7 @@ def load_pipeline(
     if token is not None:
         _add_style_token(pipe, token)
     if scheduler != OWN_SCHEDULER:
-        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+        pipe.scheduler = generator.scheduler.make(scheduler)
     return pipe.to(device)
 
 

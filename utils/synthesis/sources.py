@@ -171,5 +171,6 @@ def check_generator_takes(settings: dict, sources: Sources, plan: GenerationPlan
             f"--num_images_per_class {plan.num_images_per_class}: at most {MAX_IMAGES // plan.num_classes:,} for "
             f"{plan.num_classes} classes."
         )
-    check_scheduler(generator, settings["scheduler"])
+    check_scheduler(generator, settings["scheduler"], settings["num_inference_steps"])
+    _ = generator.variants  # weights that cannot be loaded are found here
     check_prompts_fit(generator, plan.prompts.longest(), *sources.placeholder, prompts_flag)

@@ -1,0 +1,105 @@
+"""Which weights of a pipeline's parts are loaded."""
+
+import logging
+
+import pytest
+
+from utils.cli.errors import UserError
+from utils.hub.repositories import Source
+from utils.style.pipeline_files import find_variants, read_config
+
+pytest_plugins = ["tests.local_hub.fixtures"]
+PARTS = ("text_encoder", "vae", "unet")
+PLAIN = ["text_encoder/model.safetensors"] + [f"{part}/diffusion_pytorch_model.safetensors" for part in PARTS[1:]]
+
+
+def with_variant(name: str, variant: str) -> str:
+    return name.replace(".safetensors", f".{variant}.safetensors")
+
+
+@pytest.fixture
+def make_source(tmp_path):
+    def make(names) -> Source:
+        for name in names:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        return Source(str(tmp_path), "--model")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("names", "variants"),
+    [
+        (PLAIN, [None, None, None]),
+        ([*PLAIN, *(with_variant(name, "fp16") for name in PLAIN)], [None, None, None]),
+        ([with_variant(name, "fp16") for name in PLAIN], ["fp16", "fp16", "fp16"]),
+        ([*PLAIN[:2], with_variant(PLAIN[2], "fp16")], [None, None, "fp16"]),
+        ([*PLAIN[:2], with_variant(PLAIN[2], "fp16"), with_variant(PLAIN[2], "non_ema")], [None, None, "fp16"]),
+        ([*PLAIN, "unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.bin"], [None, None, None]),
+        (
+            [*PLAIN[:2], *(f"unet/diffusion_pytorch_model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2))],
+            [None, None, "fp16"],
+        ),
+        ([*PLAIN[:2], "unet/diffusion_pytorch_model-00001-of-00001.safetensors"], [None, None, None]),
+    ],
+)
+def test_half_precision_is_loaded_only_where_there_is_nothing_else(names, variants, make_source, caplog):
+    source = make_source(names)
+    with caplog.at_level(logging.WARNING):
+        assert find_variants(source, PARTS) == dict(zip(PARTS, variants))
+    only = [part for part, variant in zip(PARTS, variants) if variant]
+    told = f"--model {source.name}: the weights of {', '.join(only)} are there in half precision only; variant 'fp16' "
+    assert [message.startswith(told) for message in caplog.messages] == [True] * bool(only)
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (
+            ["text_encoder/pytorch_model.bin", "vae/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.bin"],
+            "text_encoder, vae, unet",
+        ),
+        ([*PLAIN[:2], "unet/diffusion_pytorch_model.fp16.bin"], "unet"),
+        ([*PLAIN[1:], "text_encoder/pytorch_model-00001-of-00002.bin"], "text_encoder"),
+        ([*PLAIN[:2], "unet/diffusion_pytorch_model.bin", "unet/pytorch_lora_weights.safetensors"], "unet"),
+    ],
+)
+def test_pickled_weights_are_an_error_that_names_the_parts_and_says_how_to_convert(names, parts, make_source):
+    with pytest.raises(UserError) as error:
+        find_variants(make_source(names), PARTS)
+    message = str(error.value)
+    assert f": has no safetensors weights for {parts}, only pickled ones (.bin)" in message
+    assert "use_safetensors=False).save_pretrained('FOLDER')" in message and "\n" not in message
+
+
+def test_weights_of_other_variants_only_are_an_error(make_source):
+    source = make_source([*PLAIN[:2], with_variant(PLAIN[2], "ema"), with_variant(PLAIN[2], "bf16")])
+    with pytest.raises(UserError, match="its unet has safetensors weights of variant bf16, ema only; those without a"):
+        find_variants(source, PARTS)
+
+
+def test_a_part_without_weights_is_left_to_what_loads_it(make_source):
+    assert find_variants(make_source([*PLAIN[:2], "unet/flax_model.msgpack"]), PARTS) == dict.fromkeys(PARTS[:2])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"), [("{", "its index.json is not JSON"), ("[]", "its index.json holds no JSON mapping")]
+)
+def test_a_config_that_is_no_mapping_is_an_error(text, problem, tmp_path):
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(UserError, match=problem):
+        read_config(Source(str(tmp_path), "--model"), "index.json", "a pipeline")
+
+
+def test_a_repositorys_files_are_known_on_line_and_from_the_cache(local_hub, monkeypatch):
+    from huggingface_hub import constants, hf_hub_download
+
+    names = [with_variant(name, "fp16") for name in PLAIN]
+    commit = local_hub.create_repo("ann/half", "model").commit(dict.fromkeys([*names, "README.md"], b"x"))
+    revision = getattr(commit, "sha", None) or str(commit)
+    source = Source("ann/half", "--model", revision=revision)
+    assert find_variants(source, PARTS) == dict.fromkeys(PARTS, "fp16")
+    hf_hub_download("ann/half", names[0], revision=revision)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert find_variants(source, PARTS) == {"text_encoder": "fp16"}
