@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from utils.cli.errors import UserError
 from utils.cli.records import image_set_name
 from utils.data.class_folders import load_class_folders
-from utils.data.images import to_rgb
+from utils.data.images import TOO_LARGE, describe_error, describe_reading, to_rgb
 from utils.data.splits import balanced_indices, few_shot_indices, stratified_split
 from utils.hub.data_sets import load_data_set
 from utils.hub.repositories import open_source
@@ -190,11 +190,13 @@ def _standardise(splits: DatasetDict, record: RealImagesRecord) -> tuple[Dataset
 
 
 def inspect_images(
-    images: Dataset, what: str, rank: int = 0, num_parts: int = 1, show_progress: bool = True
-) -> tuple[dict[int, str], dict[int, str]]:
+    images: Dataset, what: str, rank: int = 0, num_parts: int = 1, show_progress: bool = True,
+    notes: dict[int, str] | None = None,
+) -> tuple[dict[int, str], dict[int, str]]:  # fmt: skip
     """Decode the images of the rows `rank`, `rank + num_parts`, ... once, in threads.
 
     Returns row -> SHA-256 of the encoded bytes for the good ones, and row -> what is wrong for the damaged ones.
+    `notes`, where given, gets row -> what `describe_reading` says of a good one.
     """
     encoded = images.select_columns("image").cast_column("image", Image(decode=False))
     rows = range(rank, len(images), num_parts)
@@ -208,34 +210,36 @@ def inspect_images(
         # a piece at a time: `map` takes all that it is given, and these are the bytes of whole files
         for start in range(0, len(rows), 8 * NUM_THREADS):
             piece = rows[start : start + 8 * NUM_THREADS]
-            for row, (digest, problem) in zip(piece, threads.map(_inspect_image, encoded[piece]["image"])):
+            for row, (digest, problem, note) in zip(piece, threads.map(_inspect_image, encoded[piece]["image"])):
                 if problem is None:
                     hashes[row] = digest
                 else:
                     problems[row] = problem
+                if notes is not None and note is not None:
+                    notes[row] = note
             progress.update(len(piece))
     return hashes, problems
 
 
-def _inspect_image(encoded: dict | None) -> tuple[str | None, str | None]:
-    """Return the hash of an image's bytes, and what is wrong with the image."""
+def _inspect_image(encoded: dict | None) -> tuple[str | None, str | None, str | None]:
+    """Return the hash of an image's bytes, what is wrong with the image, and what is to be said of its reading."""
     if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
-        return None, "no image"
+        return None, "no image", None
     path, content = encoded["path"], encoded["bytes"]
     try:
         if content is None:
             with xopen(path, "rb") as file:
                 content = file.read()
         image = PIL.Image.open(BytesIO(content))
+        note = describe_reading(image)
         image.draft("RGB", (1, 1))  # a JPEG is decoded to an eighth of its size, which still reads all of its bytes
         image.load()
         if image.getexif().get(PIL.ExifTags.Base.Orientation) is not None:
             PIL.ImageOps.exif_transpose(image)  # as `datasets` does, which stops at EXIF that `to_rgb` ignores
         to_rgb(image)
     except Exception as error:  # on damaged files Pillow raises nearly anything
-        reason = "no known image format" if isinstance(error, PIL.UnidentifiedImageError) else str(error)
-        return None, f"{reason or type(error).__name__}{f', file {path}' if path else ''}"
-    return hashlib.sha256(content).hexdigest(), None
+        return None, f"{describe_error(error)}{f', file {path}' if path else ''}", None
+    return hashlib.sha256(content).hexdigest(), None, note
 
 
 def refuse_damaged(
@@ -253,9 +257,12 @@ def refuse_damaged(
         return
     first = min(problems)
     row = first if rows is None else rows[first]
+    state, cure = "damaged", "repair or remove what is damaged"
+    if problems[first].startswith(TOO_LARGE):
+        state, cure = "not read", "shrink or remove what is too large"
     raise UserError(
-        f"{what}: row {row}, column '{column}': damaged ({problems[first]}); damaged in all: {len(problems)}; repair "
-        f"or remove what is damaged{', or give --skip_bad_images' if can_skip else ''}."
+        f"{what}: row {row}, column '{column}': {state} ({problems[first]}); {state} in all: {len(problems)}; "
+        f"{cure}{', or give --skip_bad_images' if can_skip else ''}."
     )
 
 
