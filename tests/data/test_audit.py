@@ -192,6 +192,13 @@ def test_a_damaged_image_is_named_and_the_others_are_still_looked_at(photos):
     assert found["very dark images"].examples == ["test dog/black.png"]
 
 
+def test_images_that_are_all_damaged_are_counted(photos):
+    for path in photos.glob("*/*/*.png"):
+        path.write_bytes(b"no image")
+    (found,) = list_findings(audit(photos))
+    assert (found.what, found.number) == ("images that do not open", 26)
+
+
 def test_a_single_image_of_each_class_leaves_validation_and_test_empty(photos, capsys):
     for path in (photos / "train").glob("*/[1-9].png"):
         path.unlink()

@@ -118,6 +118,8 @@ def _size(encoded: dict) -> tuple[int, int]:
 
 def _find_issues(images: Dataset, places: list[Place]) -> tuple[list, list, dict[str, list[Place]]]:
     """Return copies, look-alikes and oddities."""
+    if not len(images):
+        return [], [], {}
     from cleanvision import Imagelab  # takes seconds to import
 
     images = images.with_transform(_read)  # an image at a time, where it is looked at

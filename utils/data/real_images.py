@@ -11,7 +11,7 @@ import numpy as np
 import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from datasets.utils.file_utils import xopen
 from tqdm.auto import tqdm
 
@@ -142,6 +142,8 @@ def _load_splits(record: RealImagesRecord, token: str | None) -> tuple[DatasetDi
 def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str]:
     """Return the names of the image and of the label column: as given, else by type.
 
+    Where no column is of type Image, the one that holds the bytes of files is taken.
+
     Raises:
         UserError: a given column is not there, or there is not exactly one of that type.
     """
@@ -152,6 +154,8 @@ def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str
 
     def only(kind: type, flag: str) -> str:
         found = [name for name, feature in features.items() if isinstance(feature, kind)]
+        if kind is Image and not found:
+            found = [name for name, feature in features.items() if _holds_files(feature)]
         if len(found) != 1:
             what = "no" if not found else "more than one"
             raise UserError(
@@ -163,15 +167,26 @@ def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str
     return record.image_column_name or only(Image, "image"), record.label_column_name or only(ClassLabel, "label")
 
 
+def _holds_files(feature: object) -> bool:
+    """Say whether a column holds the bytes of files, alone or beside a path, as pandas, pyarrow and duckdb write it."""
+    content = feature.get("bytes") if isinstance(feature, dict) else feature
+    return isinstance(content, Value) and content.dtype in ("binary", "large_binary")
+
+
 def _standardise(splits: DatasetDict, record: RealImagesRecord) -> tuple[DatasetDict, list[str]]:
     """Keep the two columns, as `image` and `label` (a ClassLabel), and check that every image has a label."""
     columns = [record.image_column_name, record.label_column_name]
     splits = splits.select_columns(columns).rename_columns(
         {old: new for old, new in zip(columns, ("image", "label")) if old != new}
     )
+    if _holds_files(splits[record.train_split].features["image"]):
+        splits = splits.cast_column("image", Image())
     train = splits[record.train_split]
-    if not isinstance(train.features["image"], Image):
-        raise UserError(f"--image_column_name {columns[0]}: is {train.features['image']}, no image column.")
+    kind = train.features["image"]
+    if not isinstance(kind, Image):
+        kind = kind.dtype if isinstance(kind, Value) else type(kind).__name__
+        cure = "; store the images that it names by `cast_column` and `to_parquet` of datasets" if "str" in kind else ""
+        raise UserError(f"--image_column_name {columns[0]}: is of type {kind}, no image column{cure}.")
     for name, split in splits.items():
         values = split.data.column("label").to_pylist()
         missing = [row for row, label in enumerate(values) if label is None or label in (-1, "")]
