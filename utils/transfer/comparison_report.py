@@ -11,6 +11,7 @@ from rich.table import Table
 
 from utils.cli.records import write_text
 from utils.hub.licenses import hub_ids
+from utils.hub.markdown import FUNCTIONS, code, text
 from utils.transfer.comparison import VARIANTS, shots_key, shots_title, volume_title
 from utils.transfer.comparison_statistics import COSTS
 
@@ -67,6 +68,7 @@ def write_markdown(path: str | Path, summary: list[dict], baseline: str | None, 
         methods={method: _describe(method) for method in methods},
         stage1={key: value for key, value in facts["chosen"]["stage1"].items() if value is not None},
         **facts,
+        **FUNCTIONS,
     )
     write_text(path, f"{card}\n")
 
@@ -99,7 +101,8 @@ def _span(values: list[float | None]) -> str:
 
 
 def _to_markdown(rows: list[list[str]]) -> str:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    """Return a table; the names are in its first column."""
+    head, *body = (f"| {' | '.join([text(name), *cells])} |" for name, *cells in rows)
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
@@ -109,7 +112,7 @@ def _row_title(entry: dict) -> str:
 
 def _describe(method: str) -> str:
     name, _, synthetic = method.partition("@")
-    return VARIANTS[name].description + (f"; synthetic set `{synthetic}`" if synthetic else "")
+    return VARIANTS[name].description + (f"; synthetic set {code(synthetic)}" if synthetic else "")
 
 
 def _shots_text(key: str) -> str:
