@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from utils.cli.records import write_text
 from utils.hub.licenses import hub_ids
@@ -25,7 +26,7 @@ def print_comparison(summary: list[dict], findings: list[str], baseline: str | N
     # as wide as it must be: a cut or folded number is worse than a broken line
     console = Console(width=max(Console().width, 32 + 24 * (len(head) - 1)))
     for sentence in findings:
-        console.print(sentence, soft_wrap=True, highlight=False)
+        console.print(Text(sentence), soft_wrap=True)  # Text: brackets in names and intervals are no markup
     num_seeds = summary[0]["num_seeds"]
     title = f"test accuracy, %, {'one seed' if num_seeds == 1 else f'mean ± deviation over {num_seeds} seeds'}"
     table = Table(
@@ -34,7 +35,7 @@ def print_comparison(summary: list[dict], findings: list[str], baseline: str | N
     for name in head:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)
 
 
