@@ -135,3 +135,9 @@ def test_brackets_in_names_of_sets_are_printed_as_they_are(capsys):
     summary = summarise(compare(methods=("vanilla_matched", "bridged@[red]set")), VANILLA)
     print_comparison(summary, ["bridged@[red]set gains."], "vanilla_matched")
     assert capsys.readouterr().out.count("bridged@[red]set") == 2
+
+
+def test_dollars_in_names_of_sets_are_drawn_as_they_are(tmp_path):
+    summary = summarise(compare(methods=("vanilla_matched", "bridged@$\\x$")), VANILLA)
+    plot_comparison(tmp_path / "comparison.png", summary)
+    assert (tmp_path / "comparison.png").is_file()

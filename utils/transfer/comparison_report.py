@@ -129,6 +129,7 @@ def _shots(summary: list[dict]) -> list[int | None]:
     return list(dict.fromkeys(entry["num_shots"] for entry in summary))
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # dollars in a name are no formula
 def plot_comparison(path: str | Path, summary: list[dict]) -> None:
     """Draw accuracy over shots (a point a method with one shot count) and, where there are several, over volumes.
 
