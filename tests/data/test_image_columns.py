@@ -6,23 +6,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Image
+from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
 from utils.cli.errors import UserError
+from utils.data.images import to_rgb
 from utils.data.real_images import RealImagesRecord, check_images, load_real_images
 
 NUM_IMAGES = 30
 LABELS = ["cat", "dog"] * (NUM_IMAGES // 2)
 
 
-def png(level: int) -> bytes:
+def encode(image: PILImage.Image) -> dict:
     content = io.BytesIO()
-    PILImage.new("RGB", (4, 4), (level, 0, 255 - level)).save(content, "PNG")
-    return content.getvalue()
+    image.save(content, "PNG")
+    return {"bytes": content.getvalue(), "path": None}
 
 
-FILES = [png(level) for level in range(NUM_IMAGES)]
+FILES = [encode(PILImage.new("RGB", (4, 4), (level, 0, 255 - level)))["bytes"] for level in range(NUM_IMAGES)]
 NAMES = [f"{number}.png" for number in range(NUM_IMAGES)]
 
 
@@ -81,6 +82,18 @@ def test_a_column_of_type_image_is_taken_before_one_of_bytes(tmp_path, real_imag
     images.to_parquet(tmp_path / "set" / "train.parquet")
     real = load_real_images(RealImagesRecord(str(tmp_path / "set")))
     assert real.record.image_column_name == "image"
+
+
+def test_an_image_column_with_a_mode_is_read_without_it(tmp_path):
+    """Training reads files, evaluation what datasets decode: with a mode, these would be other pixels."""
+    (tmp_path / "set").mkdir()
+    clear = PILImage.new("RGBA", (4, 4), (0, 0, 0, 0))
+    for feature in (Image(mode="RGB"), Image(decode=False)):
+        features = Features({"image": feature, "label": ClassLabel(names=["cat", "dog"])})
+        rows = {"image": [encode(clear)] * NUM_IMAGES, "label": [0, 1] * (NUM_IMAGES // 2)}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
+        real = load_real_images(RealImagesRecord(str(tmp_path / "set")))
+        assert to_rgb(real.test[0]["image"]).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_a_column_of_paths_is_refused_with_what_to_do(tmp_path):

@@ -173,20 +173,26 @@ def _holds_files(feature: object) -> bool:
     return isinstance(content, Value) and content.dtype in ("binary", "large_binary")
 
 
+def _as_images(splits: DatasetDict, kind: object, record: RealImagesRecord) -> DatasetDict:
+    """Return the splits with a column `image` of type Image, now `kind`, that is decoded and keeps its mode."""
+    # an Image with a mode would be converted by datasets, where that decodes it, and not by `to_rgb`
+    if _holds_files(kind) or (isinstance(kind, Image) and (kind.mode or not kind.decode)):
+        return splits.cast_column("image", Image())
+    if not isinstance(kind, Image):
+        kind = kind.dtype if isinstance(kind, Value) else type(kind).__name__
+        cure = "; store the images that it names by `cast_column` and `to_parquet` of datasets" if "str" in kind else ""
+        raise UserError(f"--image_column_name {record.image_column_name}: is of type {kind}, no image column{cure}.")
+    return splits
+
+
 def _standardise(splits: DatasetDict, record: RealImagesRecord) -> tuple[DatasetDict, list[str]]:
     """Keep the two columns, as `image` and `label` (a ClassLabel), and check that every image has a label."""
     columns = [record.image_column_name, record.label_column_name]
     splits = splits.select_columns(columns).rename_columns(
         {old: new for old, new in zip(columns, ("image", "label")) if old != new}
     )
-    if _holds_files(splits[record.train_split].features["image"]):
-        splits = splits.cast_column("image", Image())
+    splits = _as_images(splits, splits[record.train_split].features["image"], record)
     train = splits[record.train_split]
-    kind = train.features["image"]
-    if not isinstance(kind, Image):
-        kind = kind.dtype if isinstance(kind, Value) else type(kind).__name__
-        cure = "; store the images that it names by `cast_column` and `to_parquet` of datasets" if "str" in kind else ""
-        raise UserError(f"--image_column_name {columns[0]}: is of type {kind}, no image column{cure}.")
     for name, split in splits.items():
         values = split.data.column("label").to_pylist()
         missing = [row for row, label in enumerate(values) if label is None or label in (-1, "")]
