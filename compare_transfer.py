@@ -313,9 +313,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     print("\n".join(real.remarks))
     real = limit_held_out(real, comparison_args.max_eval_samples)
     check_held_out(real)
-    real, _, num_skipped = open_all(real)
-    if num_skipped:
-        print(f"{num_skipped} damaged images were left out (--skip_bad_images).")
+    opened = open_all(real)
+    real = opened.images
+    print("".join(f"{remark}\n" for remark in opened.remarks), end="")
     runner = build_runner(model_args, comparison_args, shared_args, sources, real)
     runner.check(arms, shots, volumes)
     warn_of_leaks(runner, shots[0])

@@ -184,10 +184,10 @@ def load_and_open(args: Arguments, parts: tuple[str, ...] = ("train", "validatio
         logger.info(remark)
     real = limit_held_out(real, args.training.max_eval_samples)
     check_held_out(real)
-    real, _, num_skipped = open_all(real, parts)
-    if num_skipped:
-        logger.warning(f"{num_skipped} damaged images were left out (--skip_bad_images).")
-    return real
+    opened = open_all(real, parts)
+    for remark in opened.remarks:
+        logger.warning(remark)
+    return opened.images
 
 
 def load_images(args: Arguments, source) -> tuple:

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 from PIL import Image as PILImage
+from PIL import ImageCms
+from rich.console import Console
 
-from utils.data.audit import across_splits, audit_images, list_findings, print_audit
+from utils.data.audit import _are_alike, _thumbnail, across_splits, audit_images, list_findings, print_audit
 from utils.data.real_images import RealImagesRecord, load_real_images
 
 
@@ -64,6 +66,109 @@ def test_a_copy_that_was_compressed_looks_alike(photos):
     ]
 
 
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda photo: photo.resize((32, 24)),
+        lambda photo: photo.resize((160, 120)),
+        lambda photo: PILImage.eval(photo, lambda level: min(255, level * 1.1)),
+        lambda photo: photo.convert("L"),
+    ],
+    ids=["smaller", "larger", "brighter", "grey"],
+)
+def test_thumbnails_of_an_altered_copy_are_alike(alter):
+    for seed in range(5):
+        photo = draw(seed).convert("L").convert("RGB")
+        assert _are_alike(_thumbnail(photo), _thumbnail(alter(photo).convert("RGB")))
+        assert not _are_alike(_thumbnail(photo), _thumbnail(draw(seed + 5)))
+
+
+def test_images_that_have_the_same_hash_by_chance_do_not_look_alike(photos):
+    """Plain sheets have the same hash, whatever their colour; small details are lost in it."""
+    for number, colour in enumerate(("black", "white", "red", "blue", "#fefefe")):
+        PILImage.new("RGB", (48, 64), colour).save(photos / "train" / "cat" / f"plain{number}.png")
+    (group,) = audit(photos).look_alikes
+    assert {place.file for place in group} == {"cat/plain1.png", "cat/plain4.png"}
+
+
+def test_a_copy_of_a_look_alike_is_told_once(photos):
+    """A hash that two copies share with a third image by chance makes them no look-alikes."""
+    for name, colour in (("white", "white"), ("copy", "white"), ("black", "black")):
+        PILImage.new("RGB", (48, 64), colour).save(photos / "train" / "cat" / f"{name}.png")
+    found = audit(photos)
+    assert (len(found.copies), found.look_alikes) == (1, [])
+
+
+def save_of_mode(path, mode: str) -> None:
+    """Save a picture, much the same in every mode: greys from black to white."""
+    levels = np.asarray(draw(99).convert("L"), np.float32) / 255
+    pictures = {
+        "I;16": PILImage.fromarray((levels * 65_535).astype(np.uint16)),
+        "12 bits": PILImage.fromarray((levels * 4095).astype(np.uint16)),
+        "F": PILImage.fromarray(levels),
+        "F from -1": PILImage.fromarray(levels * 2 - 1),
+        "L": PILImage.fromarray((levels * 255).astype(np.uint8)),
+    }
+    image = pictures.get(mode) or pictures["L"].convert("RGB" if mode == "LAB" else mode)
+    if mode == "LAB":
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        image = ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
+    image.save(path)
+
+
+def test_images_of_every_mode_are_audited_as_training_reads_them(photos):
+    modes = ("I;16", "12 bits", "F", "F from -1", "L", "LA", "P", "1", "CMYK", "LAB", "YCbCr", "RGBA")
+    for number, mode in enumerate(modes):
+        suffix = "png" if mode in ("LA", "P", "RGBA", "1", "I;16") else "tif"
+        save_of_mode(photos / "train" / "cat" / f"mode{number}.{suffix}", mode)
+    found = audit(photos)
+    assert found.damaged == {}
+    assert not any(found.oddities.values())
+    assert sorted(found.readings) == [
+        "of more than 8 bits a channel, read with -1 as black and 1 as white",
+        "of more than 8 bits a channel, read with 0 as black and 1 as white",
+        "of more than 8 bits a channel, read with 0 as black and 4,095 as white",
+    ]
+    same = {place.file for group in (*found.copies, *found.look_alikes) for place in group}
+    assert len(same) >= len(modes) - 1  # black and white alone may differ
+    (finding,) = [finding for finding in list_findings(found) if "4,095" in finding.what]
+    assert finding.examples == ["train cat/mode1.tif"]
+
+
+def test_a_transparent_image_is_seen_on_white(photos):
+    PILImage.new("RGBA", (48, 64), (0, 0, 0, 0)).save(photos / "train" / "cat" / "clear.png")
+    PILImage.new("RGB", (48, 64), "white").save(photos / "train" / "cat" / "white.png")
+    (group,) = audit(photos).copies
+    assert {place.file for place in group} == {"cat/clear.png", "cat/white.png"}
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_an_image_above_the_limit_of_pillow_is_too_large_and_not_damaged(photos, monkeypatch):
+    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 48 * 64)
+    draw(1, (96, 65)).save(photos / "train" / "cat" / "large.png")
+    found = findings(photos)
+    assert "images that do not open" not in found
+    assert "cat/large.png: too large: 6,240 pixels" in found["images too large to open"].examples[0]
+
+
+def test_sizes_are_those_of_upright_images(photos):
+    exif = PILImage.Exif()
+    exif[0x0112] = 6
+    draw(1, (20, 80)).save(photos / "test" / "cat" / "turned.jpg", exif=exif)
+    assert [20, 80] in audit(photos).sizes.tolist()
+
+
+def test_brackets_in_names_are_printed_as_they_are(photos, capsys):
+    (photos / "train" / "dog").rename(photos / "train" / "[red]dog")
+    (photos / "test" / "dog").rename(photos / "test" / "[red]dog")
+    (photos / "train" / "[red]dog" / "1.png").write_bytes(b"no image")
+    print_audit(audit(photos), "[bold]photos", Console(width=300))
+    printed = capsys.readouterr().out
+    assert "[bold]photos" in printed
+    assert "[red]dog 9" in printed
+    assert "[red]dog/1.png" in printed
+
+
 def test_a_copy_with_another_label_is_named_with_both(photos):
     PILImage.open(photos / "train" / "cat" / "5.png").save(photos / "train" / "dog" / "copy.png")
     (found,) = list_findings(audit(photos))
@@ -85,6 +190,13 @@ def test_a_damaged_image_is_named_and_the_others_are_still_looked_at(photos):
     assert found["images that do not open"].number == 1
     assert "cat/1.png: no known image format" in found["images that do not open"].examples[0]
     assert found["very dark images"].examples == ["test dog/black.png"]
+
+
+def test_images_that_are_all_damaged_are_counted(photos):
+    for path in photos.glob("*/*/*.png"):
+        path.write_bytes(b"no image")
+    (found,) = list_findings(audit(photos))
+    assert (found.what, found.number) == ("images that do not open", 26)
 
 
 def test_a_single_image_of_each_class_leaves_validation_and_test_empty(photos, capsys):

@@ -1,11 +1,18 @@
 import colorsys
 import io
+import subprocess
+import sys
+import zlib
 
+import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from datasets import Dataset, Features
+from PIL import Image, TiffImagePlugin, TiffTags
 
-from utils.data.images import centre_square, to_model_range, to_rgb
+from utils.cli.errors import UserError
+from utils.data.images import centre_square, describe_reading, to_model_range, to_rgb, upright_size
+from utils.data.opened_images import inspect_images, open_synthetic
 
 ORIENTATION = 0x0112
 ORANGE = (200, 100, 50)
@@ -37,17 +44,34 @@ def levels(image):
     ("mode", "colour", "expected"),
     [
         ("1", 1, (255, 255, 255)),
+        ("1", 0, (0, 0, 0)),
         ("L", 77, (77, 77, 77)),
+        ("L", 255, (255, 255, 255)),
+        ("I;16", 65_535, (255, 255, 255)),
+        ("I;16L", 65_535, (255, 255, 255)),
+        ("I;16B", 65_535, (255, 255, 255)),
+        ("I;16N", 65_535, (255, 255, 255)),
+        ("I", 65_535, (255, 255, 255)),
+        ("F", 1, (255, 255, 255)),
         ("RGB", ORANGE, ORANGE),
         ("RGBX", (*ORANGE, 9), ORANGE),
+        ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
+        ("CMYK", (0, 0, 0, 255), (0, 0, 0)),
         ("CMYK", (0, 255, 0, 0), (255, 0, 255)),
+        ("YCbCr", (255, 128, 128), (255, 255, 255)),
+        ("YCbCr", (0, 128, 128), (0, 0, 0)),
+        ("HSV", (0, 0, 255), (255, 255, 255)),
+        ("HSV", (0, 0, 128), (128, 128, 128)),
         ("CMYK", (0, 0, 0, 128), (127, 127, 127)),
         ("LA", (0, 64), (191, 191, 191)),
+        ("LA", (128, 255), (128, 128, 128)),
         ("La", (0, 64), (191, 191, 191)),
         ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
         ("RGBA", (255, 0, 0, 51), (255, 204, 204)),
         ("RGBa", (51, 0, 0, 51), (255, 204, 204)),  # the same, colour times opacity
         ("LAB", (255, 128, 128), (255, 255, 255)),
+        ("LAB", (0, 128, 128), (0, 0, 0)),
+        ("LAB", (137, 128, 128), (128, 128, 128)),  # L* 53.6
     ],
 )
 def test_to_rgb_of_a_mode_gives_its_colour(mode, colour, expected):
@@ -93,17 +117,158 @@ SIXTEEN_BITS, EIGHT_BITS = [0, 257, 32_768, 65_535], [0, 1, 128, 255]
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
-def test_to_rgb_of_16_bits_is_scaled_whatever_the_brightest_pixel(mode):
+def test_to_rgb_of_16_bits_is_scaled(mode):
     dtype = {"I;16": "<u2", "I;16B": ">u2"}[mode]
     image = grey(SIXTEEN_BITS, dtype)
     assert image.mode == mode
     assert levels(image) == pytest.approx(EIGHT_BITS, abs=1)
-    assert levels(grey([0, 200], dtype)) == [0, 1]
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM", "JPEG2000"])
 def test_to_rgb_of_a_16_bit_file_is_scaled(file_format):
-    assert levels(reopen(grey(SIXTEEN_BITS, np.uint16), file_format)) == pytest.approx(EIGHT_BITS, abs=1)
+    options = {"irreversible": False} if file_format == "JPEG2000" else {}
+    assert levels(reopen(grey(SIXTEEN_BITS, np.uint16), file_format, **options)) == pytest.approx(EIGHT_BITS, abs=1)
+
+
+@pytest.mark.parametrize("white", [255, 1023, 4095, 65_535])
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_to_rgb_of_fewer_bits_in_16_has_their_white(white, file_format):
+    image = reopen(grey([0, white // 4, white // 2, white], np.uint16), file_format)
+    assert levels(image) == pytest.approx([0, 63, 127, 255], abs=1)
+    said = None if white == 65_535 else f"of more than 8 bits a channel, read with 0 as black and {white:,} as white"
+    assert describe_reading(image) == said
+
+
+def test_to_rgb_of_14_bits_in_16_is_dark_which_is_said():
+    image = grey([0, 8_192, 16_383], np.uint16)
+    assert levels(image) == [0, 32, 64]
+    assert "65,535 as white, though no pixel is a quarter as bright" in describe_reading(reopen(image, "PNG"))
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "tags", "expected"),
+    [
+        ([0, 2047, 3000], np.uint16, {281: 4095}, [0, 127, 187]),
+        ([0, 512, 1000], np.uint16, {281: 4095}, [0, 32, 62]),  # and not of 10 bits
+        ([0, 100, 200], np.uint16, {281: 65_535}, [0, 0, 1]),
+        ([0, 512, 1000], np.uint16, {281: 1000}, [0, 128, 249]),  # its brightest pixel, which says nothing on white
+        ([0, 512, 4000], np.uint16, {281: 1023}, [0, 32, 249]),  # wrong
+        ([0, 25, 100], np.float32, {340: 0.0, 341: 100.0}, [0, 64, 255]),
+        ([-10, 0, 30], np.float32, {340: -10.0, 341: 30.0}, [0, 64, 255]),
+        ([0, 32_768, 65_535], np.uint16, {262: 0}, [255, 127, 0]),  # white is 0
+        ([0, 0.25, 1], np.float32, {262: 0}, [255, 191, 0]),
+        ([0, 128, 255], np.uint8, {262: 0}, [0, 128, 255]),  # Pillow inverts these on both sides
+    ],
+)
+def test_to_rgb_of_a_tiff_goes_by_its_tags(values, dtype, tags, expected):
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        directory.tagtype[tag] = TiffTags.FLOAT if isinstance(value, float) else TiffTags.SHORT
+        directory[tag] = value
+    assert levels(reopen(grey(values, dtype), "TIFF", tiffinfo=directory)) == pytest.approx(expected, abs=1)
+
+
+def test_to_rgb_of_signed_16_bits_has_white_at_their_half():
+    content = io.BytesIO()
+    grey([0, 16_384, 32_767], np.uint16).save(content, "TIFF", tiffinfo={339: 2})
+    image = Image.open(content)
+    assert image.mode == "I"
+    assert levels(image) == pytest.approx([0, 128, 255], abs=1)
+
+
+def test_to_rgb_of_12_bits_packed_in_a_tiff_goes_by_their_number():
+    content = io.BytesIO()
+    grey([0, 0], np.uint16).save(content, "TIFF")
+    packed = content.getvalue().replace(b"\x02\x01\x03\0\1\0\0\0\x10\0", b"\x02\x01\x03\0\1\0\0\0\x0c\0")
+    strip = int(Image.open(content).tag_v2[273][0])
+    packed = packed[:strip] + bytes([0x40, 0x0F, 0xFF]) + packed[strip + 3 :]  # 1024, 4095
+    assert levels(Image.open(io.BytesIO(packed))) == pytest.approx([64, 255], abs=1)
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "TIFF", "WEBP", "PNG"])
+def test_to_rgb_of_several_frames_is_the_first(file_format):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("white", "black")]
+    image = reopen(frames[0], file_format, save_all=True, append_images=frames[1:])
+    assert image.n_frames == 2
+    assert pixel(image) == (255, 255, 255)
+
+
+def deep_png(values: list[int]) -> Image.Image:
+    """Return an opened PNG of one pixel of 16 bits a channel, which Pillow reads but does not write."""
+    kind = {3: 2, 4: 6}[len(values)]
+    header = (1).to_bytes(4) * 2 + bytes([16, kind, 0, 0, 0])
+    pixels = zlib.compress(b"\0" + b"".join(value.to_bytes(2) for value in values))
+    chunks = [(b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")]
+    parts = [len(data).to_bytes(4) + name + data + zlib.crc32(name + data).to_bytes(4) for name, data in chunks]
+    return Image.open(io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(parts)))
+
+
+def test_describe_reading_says_that_12_bits_in_colour_of_16_are_nearly_black():
+    assert "nearly black" in describe_reading(deep_png([4095, 1000, 0]))
+    assert "nearly black" in describe_reading(deep_png([4095, 1000, 0, 65_535]))
+    assert describe_reading(deep_png([65_535, 1000, 0])) is None
+    assert pixel(deep_png([65_535, 32_768, 0])) == (255, 128, 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "said"),
+    [
+        ([0.0, 0.5, 1], np.float32, "read with 0 as black and 1 as white"),
+        ([-1, 0.5, 1], np.float32, "read with -1 as black and 1 as white"),
+        ([-2, 0.5, 3], np.float32, "read with 0 as black and 255 as white"),
+        ([0, 70_000], np.int32, "read with 0 as black and the brightest pixel as white"),
+        ([-5, 65_535], np.int32, "read with 0 as black and 65,535 as white"),
+        ([0, 40_000], np.int32, None),
+        ([0, 255], np.uint8, None),
+    ],
+)
+def test_describe_reading_says_what_white_was_taken(values, dtype, said):
+    found = describe_reading(reopen(grey(values, dtype), "TIFF"))
+    assert found is None if said is None else found.endswith(said)
+
+
+def encoded(image, file_format="PNG"):
+    content = io.BytesIO()
+    image.save(content, file_format)
+    return {"bytes": content.getvalue(), "path": None}
+
+
+def test_large_images_do_not_flood_the_terminal(tmp_path):
+    Image.new("L", (50, 20)).save(tmp_path / "large.png")
+    code = "from utils.data.images import Image; Image.MAX_IMAGE_PIXELS = 600; Image.open(r'{}')"
+    command = [sys.executable, "-c", code.format(tmp_path / "large.png")]
+    assert subprocess.run(command, capture_output=True, check=True).stderr == b""  # pytest has filters of its own
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_images_above_a_limit_of_pillow_are_said_to_be_large_and_not_damaged(monkeypatch):
+    rows = [encoded(Image.new("L", size)) for size in ((30, 20), (60, 30), (50, 20))]
+    rows.append(encoded(grey([0, 4095], np.uint16)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
+    images = Dataset.from_dict({"image": rows}, features=Features({"image": datasets.Image()}))
+    notes = {}
+    hashes, problems = inspect_images(images, "photos", show_progress=False, notes=notes)
+    assert sorted(hashes) == [0, 2, 3]
+    assert problems[1].startswith("too large: 1,800 pixels, more than the 1,200 that Pillow opens")
+    assert notes[2].startswith("of more than 600 pixels")
+    assert "4,095 as white" in notes[3]
+    assert len(notes) == 2
+    with pytest.raises(
+        UserError, match=r"not read \(too large: 1,800 .*; not read in all: 1; shrink or remove"
+    ) as error:
+        open_synthetic(images, "photos", skip_bad_images=False)
+    assert "damaged" not in str(error.value)
+
+
+def test_sizes_are_those_of_the_upright_image():
+    for file_format in ("PNG", "JPEG", "TIFF", "WEBP"):
+        for orientation, expected in ((1, (16, 8)), (3, (16, 8)), (6, (8, 16))):
+            exif = Image.Exif()
+            exif[ORIENTATION] = orientation
+            image = reopen(Image.new("RGB", (16, 8)), file_format, exif=exif)
+            assert upright_size(image) == to_rgb(image).size == expected, file_format
+    broken = reopen(Image.new("RGB", (16, 8)), "PNG", exif=b"Exif\0\0II")
+    assert upright_size(broken) == (16, 8)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +280,10 @@ def test_to_rgb_of_a_16_bit_file_is_scaled(file_format):
         ([0, 0.25, 0.5, 1], np.float32, [0, 64, 128, 255]),
         ([0, 1, 128, 255], np.float32, [0, 1, 128, 255]),
         (SIXTEEN_BITS, np.float32, EIGHT_BITS),
-        ([-0.5, np.nan, np.inf, 1], np.float32, [0, 0, 0, 255]),
+        ([-0.5, np.nan, np.inf, 1], np.float32, [64, 0, 0, 255]),
+        ([-0.05, 0, 0.5, 1], np.float32, [0, 0, 128, 255]),  # what resizing leaves below 0
+        ([-1.5, 0, 0.5, 1], np.float32, [0, 0, 128, 255]),
+        ([-1, 0, 0.5, 1], np.float32, [0, 128, 191, 255]),
         ([0, 0, 0, 0], np.float32, [0, 0, 0, 0]),
     ],
 )

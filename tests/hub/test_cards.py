@@ -9,12 +9,15 @@ import torch
 import yaml
 from datasets import ClassLabel, Features, Image, load_dataset
 from huggingface_hub import DatasetCard, ModelCard
+from PIL import Image as PILImage
+from transformers.image_utils import load_image
 
 import generate_synthetic
 import train_bridged
 import train_dsi
 from tests.conftest import CLASS_NAMES
 from utils.cli.errors import UserError
+from utils.data.images import to_rgb
 from utils.hub.dataset_card import write_dataset_card
 from utils.hub.licenses import License, common_license, hub_ids, read_license
 from utils.hub.merged_card import BEGIN, END
@@ -424,3 +427,15 @@ def test_a_malformed_card_is_an_error_before_a_model_loads(outputs, commands, tm
         with pytest.raises(UserError, match=f"{name}/README.md: its metadata are no YAML"):
             script.main([*argv, "--output_dir", str(folder), "--overwrite_output_dir"])
         assert (folder / "README.md").read_text() == "---\nlicense: [mit\n---\nMine.\n"
+
+
+def test_the_card_says_how_pictures_are_read_and_its_code_reads_transparent_ones_so(tmp_path):
+    text = write_classifier_card(tmp_path, **ACCURACY).text
+    assert "transparency laid on white" in text
+    found = {}
+    exec(next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "on_white" in block), found)
+    picture = PILImage.new("RGBA", (2, 1), (255, 0, 0, 51))
+    picture.putpixel((1, 0), (0, 0, 0, 0))
+    for image in (picture, picture.convert("LA"), picture.convert("RGB")):
+        assert load_image(found["on_white"](image)).tobytes() == to_rgb(image).tobytes()
+    assert load_image(picture).tobytes() != to_rgb(picture).tobytes()

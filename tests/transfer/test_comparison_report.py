@@ -129,3 +129,15 @@ def test_the_plot_has_a_panel_for_shots_and_one_a_shot_count_for_volumes(
     for axis, num_shots in zip(axes[1:], shots):
         entries = [entry for entry in summary if entry["num_shots"] == num_shots and entry["method"] == "mix"]
         assert [entry["mean"] for entry in entries] in [list(line.get_ydata()) for line in axis.get_lines()]
+
+
+def test_brackets_in_names_of_sets_are_printed_as_they_are(capsys):
+    summary = summarise(compare(methods=("vanilla_matched", "bridged@[red]set")), VANILLA)
+    print_comparison(summary, ["bridged@[red]set gains."], "vanilla_matched")
+    assert capsys.readouterr().out.count("bridged@[red]set") == 2
+
+
+def test_dollars_in_names_of_sets_are_drawn_as_they_are(tmp_path):
+    summary = summarise(compare(methods=("vanilla_matched", "bridged@$\\x$")), VANILLA)
+    plot_comparison(tmp_path / "comparison.png", summary)
+    assert (tmp_path / "comparison.png").is_file()

@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ from datasets.utils.file_utils import xopen
 from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
-from utils.data.images import to_rgb
+from utils.data.images import TOO_LARGE, describe_error, describe_reading, to_rgb
 
 if TYPE_CHECKING:
     from utils.data.real_images import RealImages
@@ -25,11 +27,24 @@ NUM_THREADS = min(16, os.cpu_count() or 1)
 PARTS = ("train", "validation", "test")
 
 
-def open_all(real: "RealImages", parts: tuple[str, ...] = PARTS) -> tuple["RealImages", dict[str, list[str]], int]:
+@dataclass(frozen=True)
+class OpenedImages:
+    """Images of which each was opened, without the damaged ones.
+
+    `digests` maps part -> SHA-256 of each image's encoded bytes, in order; `remarks` are lines for the user: what was
+    left out, and what was guessed in reading.
+    """
+
+    images: "RealImages"
+    digests: dict[str, list[str]]
+    num_skipped: int
+    remarks: list[str]
+
+
+def open_all(real: "RealImages", parts: tuple[str, ...] = PARTS) -> OpenedImages:
     """Open every image of some parts once, each in one of the processes, as training will read it.
 
-    Returns the images without the damaged ones, where the record's `skip_bad_images` allows that; part -> SHA-256 of
-    each image's encoded bytes, in order; how many were left out.
+    Damaged ones are left out where the record's `skip_bad_images` allows that.
 
     Raises:
         UserError: an image is damaged and may not be left out, or a class has no other training images.
@@ -37,35 +52,48 @@ def open_all(real: "RealImages", parts: tuple[str, ...] = PARTS) -> tuple["RealI
     found = {part: _inspect_together(getattr(real, part), f"{part} images") for part in parts}
     problems = {
         f"{part} images: row {real.parts[part].rows[row]}, column '{real.record.image_column_name}'": problem
-        for part, (_, bad) in found.items()
+        for part, (_, bad, _) in found.items()
         for row, problem in sorted(bad.items())
     }
     _refuse_damaged(problems, real.record.skip_bad_images)
-    kept = {part: np.array(sorted(good), dtype=int) for part, (good, bad) in found.items() if bad}
+    kept = {part: np.array(sorted(good), dtype=int) for part, (good, bad, _) in found.items() if bad}
     _check_classes_left(real, kept.get("train"))
-    digests = {part: [good[row] for row in sorted(good)] for part, (good, _) in found.items()}
-    return real.select(kept), digests, len(problems)
+    digests = {part: [good[row] for row in sorted(good)] for part, (good, _, _) in found.items()}
+    notes = Counter(note for _, _, notes in found.values() for note in notes.values())
+    remarks = [f"Warning: {number:,} images {words}." for words, number in notes.items()]
+    return OpenedImages(real.select(kept), digests, len(problems), [*_describe_skipped(problems), *remarks])
 
 
-def open_synthetic(images: Dataset, name: str, skip_bad_images: bool) -> tuple[Dataset, int]:
-    """Open every image of a synthetic set once; return it without the damaged ones, and how many these are.
+def open_synthetic(images: Dataset, name: str, skip_bad_images: bool) -> tuple[Dataset, list[str]]:
+    """Open every image of a synthetic set once; return it without the damaged ones, and lines for the user.
 
     Raises:
         UserError: an image is damaged and may not be left out.
     """
-    good, bad = _inspect_together(images, "synthetic images")
-    _refuse_damaged({f"--synthetic_dataset {name}: row {row}": bad[row] for row in sorted(bad)}, skip_bad_images)
-    return images.select(sorted(good)) if bad else images, len(bad)
+    good, bad, _ = _inspect_together(images, "synthetic images")
+    problems = {f"--synthetic_dataset {name}: row {row}": bad[row] for row in sorted(bad)}
+    _refuse_damaged(problems, skip_bad_images)
+    return images.select(sorted(good)) if bad else images, _describe_skipped(problems)
 
 
 def _refuse_damaged(problems: dict[str, str], may_skip: bool) -> None:
-    """Raise where there are damaged images, given as place -> what is wrong, unless they may be left out."""
-    if problems and not may_skip:
-        place, problem = next(iter(problems.items()))
-        raise UserError(
-            f"{place}: damaged ({problem}); damaged in all: {len(problems)}; repair or remove what is damaged, or give "
-            "--skip_bad_images."
-        )
+    """Raise where images do not open, given as place -> what is wrong, unless they may be left out."""
+    if not problems or may_skip:
+        return
+    place, problem = next(iter(problems.items()))
+    state, cure = "damaged", "repair or remove what is damaged"
+    if problem.startswith(TOO_LARGE):
+        state, cure = "not read", "shrink or remove what is too large"
+    raise UserError(
+        f"{place}: {state} ({problem}); {state} in all: {len(problems)}; {cure}, or give --skip_bad_images."
+    )
+
+
+def _describe_skipped(problems: dict[str, str]) -> list[str]:
+    if not problems:
+        return []
+    place, problem = next(iter(problems.items()))
+    return [f"Warning: {len(problems)} damaged images were left out, the first is {place} ({problem})."]
 
 
 def _check_classes_left(real: "RealImages", kept: np.ndarray | None) -> None:
@@ -77,17 +105,18 @@ def _check_classes_left(real: "RealImages", kept: np.ndarray | None) -> None:
         raise UserError(f"--skip_bad_images: all training images of {names} are damaged.")
 
 
-def _inspect_together(images: Dataset, what: str) -> tuple[dict[int, str], dict[int, str]]:
-    """Return what `inspect_images` finds, from all processes."""
+def _inspect_together(images: Dataset, what: str) -> tuple[dict[int, str], dict[int, str], dict[int, str]]:
+    """Return what `inspect_images` finds, from all processes, the notes last."""
+    notes: dict[int, str] = {}
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # without a state of accelerate, which would take up a GPU
-        return inspect_images(images, what)
+        return *inspect_images(images, what, notes=notes), notes
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
     state = PartialState()
-    found = inspect_images(images, what, state.process_index, state.num_processes, state.is_local_main_process)
-    parts = gather_object([found])
-    return tuple({row: text for part in parts for row, text in part[which].items()} for which in (0, 1))
+    found = inspect_images(images, what, state.process_index, state.num_processes, state.is_local_main_process, notes)
+    parts = gather_object([(*found, notes)])
+    return tuple({row: text for part in parts for row, text in part[which].items()} for which in range(3))
 
 
 def content_places(images: Dataset) -> np.ndarray:
@@ -105,21 +134,24 @@ def content_places(images: Dataset) -> np.ndarray:
 
 
 def inspect_images(
-    images: Dataset, what: str, rank: int = 0, num_parts: int = 1, show_progress: bool = True
-) -> tuple[dict[int, str], dict[int, str]]:
+    images: Dataset, what: str, rank: int = 0, num_parts: int = 1, show_progress: bool = True,
+    notes: dict[int, str] | None = None,
+) -> tuple[dict[int, str], dict[int, str]]:  # fmt: skip
     """Decode the images of the rows `rank`, `rank + num_parts`, ... once, in threads.
 
     Returns row -> SHA-256 of the encoded bytes for the good ones, and row -> what is wrong for the damaged ones.
+    `notes`, where given, gets row -> what `describe_reading` says of a good one.
     """
     rows = range(rank, len(images), num_parts)
     hashes, problems = {}, {}
-    for row, (digest, problem) in zip(
-        rows, _in_threads(images, _inspect_image, rows, f"checking {what}", show_progress)
-    ):
+    found = _in_threads(images, _inspect_image, rows, f"checking {what}", show_progress)
+    for row, (digest, problem, note) in zip(rows, found):
         if problem is None:
             hashes[row] = digest
         else:
             problems[row] = problem
+        if notes is not None and note is not None:
+            notes[row] = note
     return hashes, problems
 
 
@@ -146,20 +178,20 @@ def _read_encoded(encoded: dict | None) -> bytes:
         return file.read()
 
 
-def _inspect_image(encoded: dict | None) -> tuple[str | None, str | None]:
-    """Return the hash of an image's bytes, and what is wrong with the image."""
+def _inspect_image(encoded: dict | None) -> tuple[str | None, str | None, str | None]:
+    """Return the hash of an image's bytes, what is wrong with the image, and what is to be said of its reading."""
     if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
-        return None, "no image"
+        return None, "no image", None
     path = encoded["path"]
     try:
         content = _read_encoded(encoded)
         image = PIL.Image.open(BytesIO(content))
+        note = describe_reading(image)
         image.draft("RGB", (1, 1))  # a JPEG is decoded to an eighth of its size, which still reads all of its bytes
         image.load()
         if image.getexif().get(PIL.ExifTags.Base.Orientation) is not None:
             PIL.ImageOps.exif_transpose(image)  # as `datasets` does, which stops at EXIF that `to_rgb` ignores
         to_rgb(image)
     except Exception as error:  # on damaged files Pillow raises nearly anything
-        reason = "no known image format" if isinstance(error, PIL.UnidentifiedImageError) else str(error)
-        return None, f"{reason or type(error).__name__}{f', file {path}' if path else ''}"
-    return hashlib.sha256(content).hexdigest(), None
+        return None, f"{describe_error(error)}{f', file {path}' if path else ''}", None
+    return hashlib.sha256(content).hexdigest(), None, note

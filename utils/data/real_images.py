@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from utils.cli.errors import UserError
 from utils.cli.records import absolute_if_local, image_set_name
@@ -189,6 +189,8 @@ def _load_splits(record: RealImagesRecord, token: str | None) -> tuple[DatasetDi
 def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str]:
     """Return the names of the image and of the label column: as given, else by type.
 
+    Where no column is of type Image, the one that holds the bytes of files is taken.
+
     Raises:
         UserError: a given column is not there, or there is not exactly one of that type.
     """
@@ -199,6 +201,8 @@ def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str
 
     def only(kind: type, flag: str) -> str:
         found = [name for name, feature in features.items() if isinstance(feature, kind)]
+        if kind is Image and not found:
+            found = [name for name, feature in features.items() if _holds_files(feature)]
         if len(found) != 1:
             what = "no" if not found else "more than one"
             raise UserError(
@@ -210,8 +214,14 @@ def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str
     return record.image_column_name or only(Image, "image"), record.label_column_name or only(ClassLabel, "label")
 
 
+def _holds_files(feature: object) -> bool:
+    """Say whether a column holds the bytes of files, alone or beside a path, as pandas, pyarrow and duckdb write it."""
+    content = feature.get("bytes") if isinstance(feature, dict) else feature
+    return isinstance(content, Value) and content.dtype in ("binary", "large_binary")
+
+
 def _standardise(selection: Selection, splits: DatasetDict, record: RealImagesRecord) -> Dataset:
-    """Return the selected images with the two columns, as `image` and `label`."""
+    """Return the selected images with the two columns, as `image` (decoded, in its own mode) and `label`."""
     columns = [record.image_column_name, record.label_column_name]
     images = selection.read(splits)
     for flag, name in zip(("image", "label"), columns):
@@ -220,8 +230,14 @@ def _standardise(selection: Selection, splits: DatasetDict, record: RealImagesRe
     images = images.select_columns(columns).rename_columns(
         {old: new for old, new in zip(columns, ("image", "label")) if old != new}
     )
-    if not isinstance(images.features["image"], Image):
-        raise UserError(f"--image_column_name {columns[0]}: is {images.features['image']}, no image column.")
+    kind = images.features["image"]
+    # an Image with a mode would be converted by datasets, where that decodes it, and not by `to_rgb`
+    if _holds_files(kind) or (isinstance(kind, Image) and (kind.mode or not kind.decode)):
+        return images.cast_column("image", Image())
+    if not isinstance(kind, Image):
+        kind = kind.dtype if isinstance(kind, Value) else type(kind).__name__
+        cure = "; store the images that it names by `cast_column` and `to_parquet` of datasets" if "str" in kind else ""
+        raise UserError(f"--image_column_name {record.image_column_name}: is of type {kind}, no image column{cure}.")
     return images
 
 

@@ -1,7 +1,6 @@
 """The card of a synthetic image set."""
 
 from pathlib import Path
-from textwrap import shorten
 
 from datasets import DatasetInfo, Features, SplitInfo
 from datasets.info import DatasetInfosDict
@@ -11,9 +10,9 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from utils.cli.records import image_set_name
 from utils.hub.licenses import License, common_license, hub_ids
+from utils.hub.markdown import FUNCTIONS
 from utils.hub.merged_card import save_card
 
-MAX_SETTING = 200  # characters in the card; generation_config.json has all
 TEMPLATE = Path(__file__).parent / "templates" / "dataset_card.md.jinja"
 
 
@@ -58,10 +57,11 @@ def write_dataset_card(
         name=hub_id or output_dir.resolve().name,
         real=record["real_images"] and image_set_name(record["real_images"]),
         record=record,
-        settings={key: shorten(str(value), MAX_SETTING) for key, value in record["settings"].items()},
+        settings=record["settings"],
         prompts=prompts,
         quality=quality,
         licenses=licenses,
         command=command,
+        **FUNCTIONS,
     )
     save_card(card, output_dir / "README.md")

@@ -4,8 +4,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from utils.cli.errors import UserError
+from utils.hub.markdown import text
 from utils.hub.merged_card import parse_card, read_card
 from utils.hub.repositories import REPO_ID, Source, open_source
 
@@ -22,7 +24,7 @@ class License:
 
     def __str__(self) -> str:
         words = f"{self.id} ({self.name})" if self.name else self.id
-        return f"[{words}]({self.link})" if self.link else words
+        return f"[{text(words)}]({quote(self.link, ':/?#&=%,;+@')})" if self.link else text(words)
 
     def to_metadata(self) -> dict:
         """Return the card metadata `license`, and `license_name` and `license_link` where it has them."""

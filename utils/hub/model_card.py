@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 
 from utils.cli.records import image_set_name
 from utils.hub.licenses import License, common_license, hub_ids
+from utils.hub.markdown import FUNCTIONS, code
 from utils.hub.merged_card import save_card
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
@@ -65,12 +66,13 @@ def write_model_card(
         metric_names=METRIC_NAMES,
         licenses=licenses,
         command=command,
+        **FUNCTIONS,
     )
     save_card(card, Path(output_dir) / "README.md")
 
 
 def _link(name: str, folder: str = "") -> str:
-    return f"[`{name}`]({constants.ENDPOINT}/{folder}{name})" if hub_ids(name) else f"`{name}`"
+    return f"[{code(name)}]({constants.ENDPOINT}/{folder}{name})" if hub_ids(name) else code(name)
 
 
 def eval_results(dataset_name: str, split: str | None, results: dict) -> list[EvalResult]:

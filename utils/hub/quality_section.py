@@ -1,5 +1,7 @@
 """The section of a synthetic set's card that holds its quality report."""
 
+from utils.hub.markdown import code, text
+
 MAX_CLASSES = 10
 MARKS = {"good": "good", "look": "**look**", "bad": "**bad**", "unknown": "not known"}
 
@@ -12,24 +14,24 @@ def quality_section(record: dict | None) -> str:
     if not record:
         return ""
     model, counts = record["model"], record["num_images"]
-    revision = f" (commit `{model['revision']}`)" if model["revision"] else ""
+    revision = f" (commit {code(model['revision'])})" if model["revision"] else ""
     parts = [
         "## Quality",
         f"{counts['synthetic']['used']:,} synthetic images beside {counts['train']['used']:,} real training, "
         f"{counts['held_out']['used']:,} held-out and {counts['test']['used']:,} test images, in the features of "
-        f"`{model['id']}`{revision}. The floor is what held-out real images reach in place of synthetic ones.",
+        f"{code(model['id'])}{revision}. The floor is what held-out real images reach in place of synthetic ones.",
         _verdict_table(record["verdicts"]),
         _distance_table(record["distance"]),
         _class_table(record["classes"]),
         "![distances, classes, diversity and similarities](quality.png)",
         "`duplicates.png` has the pairs that are most alike; it shows real images, so it is not published.",
-        "What these figures cannot tell:\n\n" + "\n".join(f"- {caveat}" for caveat in record["caveats"]),
+        "What these figures cannot tell:\n\n" + "\n".join(f"- {text(caveat)}" for caveat in record["caveats"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _verdict_table(verdicts: list[dict]) -> str:
-    rows = [f"| {entry['subject']} | {MARKS[entry['level']]} | {_cell(entry['text'])} |" for entry in verdicts]
+    rows = [f"| {text(entry['subject'])} | {MARKS[entry['level']]} | {text(entry['text'])} |" for entry in verdicts]
     return "\n".join(["| what | verdict | why |", "|---|---|---|", *rows])
 
 
@@ -47,7 +49,7 @@ def _distance_table(distance: dict) -> str:
 def _class_table(classes: list[dict]) -> str:
     """Return the figures of the classes that are farthest from their real ones."""
     rows = [
-        f"| {_cell(entry['class'])} | {_beside(entry['shift'], entry['shift_floor'], '.2f')} | "
+        f"| {text(entry['class'])} | {_beside(entry['shift'], entry['shift_floor'], '.2f')} | "
         f"{_beside(entry['diversity'], entry['real_diversity'], '.2f')} | "
         f"{_beside(entry['own_share'], entry['real_own_share'], '.0%')} |"
         for entry in classes[:MAX_CLASSES]
@@ -67,7 +69,3 @@ def _class_table(classes: list[dict]) -> str:
 def _beside(value: float | None, real: float | None, form: str) -> str:
     texts = ["-" if number is None else format(number, form) for number in (value, real)]
     return f"{texts[0]} ({texts[1]})"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")  # class names may have one

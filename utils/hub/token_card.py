@@ -6,6 +6,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from utils.cli.records import image_set_name
 from utils.hub.licenses import License, common_license, hub_ids
+from utils.hub.markdown import FUNCTIONS
 from utils.hub.merged_card import save_card
 
 STYLE_PICTURE = "style.png"
@@ -48,6 +49,7 @@ def write_token_card(
         run=run,
         licenses=licenses,
         command=command,
+        **FUNCTIONS,
         has_style_picture=(Path(output_dir) / STYLE_PICTURE).is_file(),
     )
     save_card(card, Path(output_dir) / "README.md")

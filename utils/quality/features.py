@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from utils.cli.errors import UserError
-from utils.data.images import to_rgb
+from utils.data.images import TOO_LARGE, describe_error, to_rgb
 from utils.data.opened_images import NUM_THREADS
 from utils.hub.repositories import Source, open_source
 
@@ -102,7 +102,9 @@ def extract_features(model: FeatureModel, images: Dataset, what: str, path: Path
         try:
             return model.preprocess(Image().decode_example(example))
         except Exception as error:  # on damaged files Pillow raises nearly anything
-            raise UserError(f"{what}: the image in row {row} is damaged ({error}); repair or remove it.") from None
+            problem = describe_error(error)
+            problem = problem if problem.startswith(TOO_LARGE) else f"damaged ({problem})"
+            raise UserError(f"{what}: the image in row {row} is {problem}; repair, shrink or remove it.") from None
 
     def submit(start: int) -> Iterator[torch.Tensor]:
         rows = range(start, min(start + batch_size, len(images)))

@@ -35,8 +35,8 @@ def load_reference_images(real_images: dict, hub_token: str | None = None) -> Re
         UserError: what `load_real_images` and `open_all` raise.
     """
     record = replace(RealImagesRecord(**real_images), num_shots=None, max_train_samples=None)
-    real, _, _ = open_all(load_real_images(record, hub_token))
-    return real
+    opened = open_all(load_real_images(record, hub_token))
+    return replace(opened.images, remarks=(*opened.images.remarks, *opened.remarks))
 
 
 def collect_parts(synthetic: Source, real: RealImages, max_images_per_class: int) -> dict[str, Part]:

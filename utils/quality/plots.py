@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from utils.data.images import to_rgb
@@ -15,6 +16,7 @@ REAL, SYNTHETIC = "0.65", "tab:blue"
 KINDS = {"test": "real test", "train": "real training", "synthetic": "other synthetic"}
 
 
+@rc_context({"text.parse_math": False})  # dollars in a name are no formula
 def plot_quality(path: str | Path, record: dict, similarities: dict[str, dict[str, np.ndarray]]) -> None:
     """Draw distances, classes, labels, diversity and similarities, each beside what real images reach.
 
@@ -34,6 +36,7 @@ def plot_quality(path: str | Path, record: dict, similarities: dict[str, dict[st
     figure.savefig(path, dpi=100)
 
 
+@rc_context({"text.parse_math": False})  # dollars in a name are no formula
 def plot_pairs(
     path: str | Path, duplicates: dict, positions: dict[str, list[tuple[int, int]]], images: dict[str, Dataset]
 ) -> None:

@@ -23,7 +23,7 @@ from utils.data.images import centre_square, to_model_range
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1  # raised by every change of what is encoded or how it is written
+FORMAT_VERSION = 2  # raised by every change of what is encoded or how it is written
 IMAGES_PER_SHARD = 256
 BATCH_SIZE = 16  # batches are cut within a shard: its bytes are the same whichever process encodes it
 # Half the disk of float32. Rounding to 1/2000 of a value is nothing beside the noise of training, and every standard

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from diffusers import DPMSolverMultistepScheduler
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm.auto import tqdm
@@ -82,6 +83,7 @@ class BeforeAfter:
         return {prefix + PIPELINE_NAMES[name]: value.to(self.unet.dtype) for name, value in conditioning.items()}
 
 
+@rc_context({"text.parse_math": False})  # dollars in a name are no formula
 def draw_rows(path: str | Path, rows: dict[str, list[Image.Image]], titles: list[str]) -> None:
     """Write a picture with a named row of images each, `titles` above the columns."""
     figure = Figure(figsize=(1.5 * len(titles) + 1.2, 1.5 * len(rows) + 0.4), layout="constrained")

@@ -1,7 +1,7 @@
 """The images a style token is learned from and measured on, and their latents."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +43,14 @@ def load_style_images(record: RealImagesRecord, token: str | None = None) -> Sty
     held_out = "train" if record.num_shots is not None or not len(real.validation) else "validation"
     if held_out == "validation":
         real = real.select({held_out: _some_rows(real.validation)})
-    real, digests, num_skipped = open_all(real, tuple(dict.fromkeys(["train", held_out])))
-    images, held_out_digests = getattr(real, held_out), digests[held_out]
+    opened = open_all(real, tuple(dict.fromkeys(["train", held_out])))
+    real = replace(opened.images, remarks=(*real.remarks, *opened.remarks))
+    images, held_out_digests = getattr(real, held_out), opened.digests[held_out]
     if held_out == "train":
         rows = _some_rows(images)
         images, held_out_digests = images.select(rows), [held_out_digests[row] for row in rows]
     name = "training images" if held_out == "train" else "validation images"
-    return StyleImages(real, digests["train"], images, held_out_digests, name, num_skipped)
+    return StyleImages(real, opened.digests["train"], images, held_out_digests, name, opened.num_skipped)
 
 
 def load_latents(

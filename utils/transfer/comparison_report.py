@@ -8,9 +8,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from utils.cli.records import write_text
 from utils.hub.licenses import hub_ids
+from utils.hub.markdown import FUNCTIONS, code, text
 from utils.transfer.comparison import VARIANTS, shots_key, shots_title, volume_title
 from utils.transfer.comparison_statistics import COSTS
 
@@ -24,7 +26,7 @@ def print_comparison(summary: list[dict], findings: list[str], baseline: str | N
     # as wide as it must be: a cut or folded number is worse than a broken line
     console = Console(width=max(Console().width, 32 + 24 * (len(head) - 1)))
     for sentence in findings:
-        console.print(sentence, soft_wrap=True, highlight=False)
+        console.print(Text(sentence), soft_wrap=True)  # Text: brackets in names and intervals are no markup
     num_seeds = summary[0]["num_seeds"]
     title = f"test accuracy, %, {'one seed' if num_seeds == 1 else f'mean ± deviation over {num_seeds} seeds'}"
     table = Table(
@@ -33,7 +35,7 @@ def print_comparison(summary: list[dict], findings: list[str], baseline: str | N
     for name in head:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)
 
 
@@ -67,6 +69,7 @@ def write_markdown(path: str | Path, summary: list[dict], baseline: str | None, 
         methods={method: _describe(method) for method in methods},
         stage1={key: value for key, value in facts["chosen"]["stage1"].items() if value is not None},
         **facts,
+        **FUNCTIONS,
     )
     write_text(path, f"{card}\n")
 
@@ -99,7 +102,8 @@ def _span(values: list[float | None]) -> str:
 
 
 def _to_markdown(rows: list[list[str]]) -> str:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    """Return a table; the names are in its first column."""
+    head, *body = (f"| {' | '.join([text(name), *cells])} |" for name, *cells in rows)
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
@@ -109,7 +113,7 @@ def _row_title(entry: dict) -> str:
 
 def _describe(method: str) -> str:
     name, _, synthetic = method.partition("@")
-    return VARIANTS[name].description + (f"; synthetic set `{synthetic}`" if synthetic else "")
+    return VARIANTS[name].description + (f"; synthetic set {code(synthetic)}" if synthetic else "")
 
 
 def _shots_text(key: str) -> str:
@@ -125,6 +129,7 @@ def _shots(summary: list[dict]) -> list[int | None]:
     return list(dict.fromkeys(entry["num_shots"] for entry in summary))
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # dollars in a name are no formula
 def plot_comparison(path: str | Path, summary: list[dict]) -> None:
     """Draw accuracy over shots (a point a method with one shot count) and, where there are several, over volumes.
 

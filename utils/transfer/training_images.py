@@ -38,11 +38,9 @@ def load_training_images(
             allow_missing_classes=allow_missing_classes, streaming=streaming,
         )  # fmt: skip
         if not streaming:
-            images["synthetic"], num_skipped = open_synthetic(
-                images["synthetic"], source.name, real.record.skip_bad_images
-            )
-            if num_skipped:
-                logger.warning(f"{num_skipped} damaged synthetic images were left out (--skip_bad_images).")
+            images["synthetic"], remarks = open_synthetic(images["synthetic"], source.name, real.record.skip_bad_images)
+            for remark in remarks:
+                logger.warning(remark)
         counts["synthetic"] = num_images(source, max_samples_per_class) if streaming else len(images["synthetic"])
         num_leaked = count_leaked_images(source.record, real.train_indices)
         if num_leaked and method != "vanilla":
