@@ -2,6 +2,8 @@
 
 import json
 import re
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -162,3 +164,17 @@ def _check_text(flag: str, name: object, noun: object) -> None:
         raise UserError(f"{flag} entry '{name}: {noun}': its class name is empty.")
     if not noun.strip():
         raise UserError(f"{flag} entry '{name}': its noun is empty.")
+
+
+def sort_class_names(names: Iterable[str]) -> list[str]:
+    """Return class names in the order of their labels: as text, but integers by their value."""
+    names = list(names)
+    return sorted(names, key=int) if all(re.fullmatch(r"-?\d+", name) for name in names) else sorted(names)
+
+
+def near_equal_names(names: Iterable[str]) -> list[list[str]]:
+    """Return the groups of names that differ in case, blanks or the form of their accents only."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(" ".join(unicodedata.normalize("NFC", name).casefold().split()), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]

@@ -3,6 +3,13 @@
 import numpy as np
 from PIL import Image, ImageOps
 
+try:
+    import pillow_heif
+except ImportError:
+    pass  # HEIC is left out of class folders, and named
+else:
+    pillow_heif.register_heif_opener()  # here, as every process that reads images imports this module
+
 # `I` and `F` do not say how bright white is
 POSSIBLE_WHITES = {"I": (255, 65_535), "F": (1, 255, 65_535)}
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
 from utils.cli.records import image_set_name
-from utils.data.class_folders import load_class_folders
+from utils.data.class_folders import load_class_folders, load_local_set
 from utils.data.images import to_rgb
 from utils.data.splits import balanced_indices, few_shot_indices, stratified_split
 from utils.hub.data_sets import load_data_set
@@ -133,7 +133,9 @@ def _load_splits(record: RealImagesRecord, token: str | None) -> tuple[DatasetDi
     if record.train_dir is not None:
         return load_class_folders(record.train_dir, record.validation_dir), record
     source = open_source(record.dataset_name, "--dataset_name", "dataset", record.dataset_revision, token)
-    splits = load_data_set(source, record.dataset_config_name)
+    splits = load_local_set(source.name) if source.is_local else None
+    if splits is None:
+        splits = load_data_set(source, record.dataset_config_name)
     if record.train_split not in splits:
         raise UserError(f"--train_split {record.train_split}: '{record.name}' has {', '.join(splits)}.")
     return splits, replace(record, dataset_revision=source.revision)
