@@ -12,12 +12,12 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
-from datasets.utils.file_utils import xopen
 from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
 from utils.cli.records import image_set_name
 from utils.data.class_folders import load_class_folders, load_local_set
+from utils.data.image_files import read_file
 from utils.data.images import to_rgb
 from utils.data.splits import balanced_indices, few_shot_indices, stratified_split
 from utils.hub.data_sets import load_data_set
@@ -226,8 +226,7 @@ def _inspect_image(encoded: dict | None) -> tuple[str | None, str | None]:
     path, content = encoded["path"], encoded["bytes"]
     try:
         if content is None:
-            with xopen(path, "rb") as file:
-                content = file.read()
+            content = read_file(path)
         image = PIL.Image.open(BytesIO(content))
         image.draft("RGB", (1, 1))  # a JPEG is decoded to an eighth of its size, which still reads all of its bytes
         image.load()
