@@ -125,7 +125,7 @@ def _find_issues(images: Dataset, places: list[Place]) -> tuple[list, list, dict
 
 def print_audit(audit: ImageAudit, name: str, console: Console | None = None) -> None:
     """Print images and classes by split, and what was found with examples and what to do about it."""
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)  # names may have brackets
     table = Table("split", "images", "classes", "images of a class", "fewest", title=f"images of {name}")
     for split, counts in audit.counts.items():
         present = counts[counts > 0]

@@ -22,7 +22,7 @@ def print_comparison(summary: list[dict], findings: list[str], baseline: str | N
     """Print what was found, then the table."""
     head, *rows = _accuracy_table(summary, "\n")
     # as wide as it must be: a cut or folded number is worse than a broken line
-    console = Console(width=max(Console().width, 32 + 24 * (len(head) - 1)))
+    console = Console(width=max(Console().width, 32 + 24 * (len(head) - 1)), markup=False, emoji=False)
     for sentence in findings:
         console.print(sentence, soft_wrap=True, highlight=False)
     num_seeds = summary[0]["num_seeds"]
