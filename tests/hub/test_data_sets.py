@@ -1,10 +1,12 @@
 """Local data sets that `datasets` reads: saved ones, whole or still being enlarged, and what is wrong in one line."""
 
 import shutil
+from io import BytesIO
 
 import pytest
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import NonMatchingChecksumError
+from PIL import Image
 
 from tests.conftest import save_image_set
 from utils.cli.errors import UserError
@@ -113,3 +115,22 @@ def test_a_folder_whose_path_is_a_pattern_to_datasets_is_one_line(image_set, tmp
 def test_a_folder_of_any_other_name_is_read(image_set, tmp_path, name):
     shutil.copytree(image_set, tmp_path / name)
     assert len(load(tmp_path / name)["train"]) == 9
+
+
+@pytest.mark.parametrize(("odd_name", "num_read"), [("bird test 1.png", 1), ("bird.png", 7)])
+def test_images_of_a_repository_that_file_name_patterns_leave_out_are_counted(
+    local_hub_server, caplog, odd_name, num_read
+):
+    buffer = BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    names = [f"{name}/{number}.png" for name in ("cat", "dog") for number in range(3)]
+    names += [f"cat/{odd_name}", ".thumbnails/1.png"]
+    repo_id = f"ada/photos-{num_read}"
+    local_hub_server.create_repo(repo_id, "dataset").commit(dict.fromkeys(names, buffer.getvalue()))
+    loaded = load(repo_id)
+    assert sum(map(len, loaded.values())) == num_read
+    told = [message for message in caplog.messages if message.startswith("--dataset_name")]
+    line = (
+        f"--dataset_name {repo_id}: 1 of its 7 images are read; datasets chooses them by words such as train and test"
+    )
+    assert [text[: len(line)] for text in told] == ([] if num_read == 7 else [line])

@@ -14,9 +14,11 @@ from datasets.exceptions import (
 )
 from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.cache.cache import Cache
-from huggingface_hub import constants
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from huggingface_hub import HfFileSystem, constants
 
 from utils.cli.errors import UserError
+from utils.cli.processes import is_main_process
 from utils.hub.repositories import CLIENT_ERRORS, Source
 from utils.hub.saved_sets import is_saved_to_disk, load_saved
 
@@ -49,6 +51,8 @@ def load_data_set(source: Source, config_name: str | None = None, split: str | N
         raise UserError(f"{source.flag} {source.name}: cannot be loaded ({_innermost(error)}).") from None
     if not source.is_local:
         _check_commit(loaded if isinstance(loaded, dict) else {split: loaded}, source)
+        if split is None and config_name is None:
+            _warn_of_images_left_out(loaded, source)
     return loaded
 
 
@@ -128,6 +132,26 @@ def _check_commit(splits: dict[str, Dataset], source: Source) -> None:
         raise UserError(
             f"{source.flag} {source.name}: the Hub failed, and the cache has the images of commit "
             f"{', '.join(sorted(others))} last, not those of {source.revision}; try again later."
+        )
+
+
+def _warn_of_images_left_out(splits: DatasetDict, source: Source) -> None:
+    """Warn where a repository of image files has more than were read: datasets chooses splits by words in file names,
+    so that cat/a test.png is the test split, and all images without such a word are left out.
+    """
+    if not is_main_process() or any(images.info.builder_name != "imagefolder" for images in splits.values()):
+        return
+    num_read = sum(map(len, splits.values()))
+    root = f"datasets/{source.name}@{source.revision}/"
+    with source.reading("its files cannot be listed"):  # datasets has just listed them: nothing is asked of the Hub
+        paths = [path.removeprefix(root) for path in HfFileSystem(token=source.token).find(root)]
+    num_files = sum(
+        Path(path).suffix.lower() in ImageFolder.EXTENSIONS and not re.search(r"(^|/)(\.|__)", path) for path in paths
+    )
+    if num_read < num_files:
+        logger.warning(
+            f"{source.flag} {source.name}: {num_read:,} of its {num_files:,} images are read; datasets chooses them by "
+            "words such as train and test in their names. To read all, `hf download` it and give the folder."
         )
 
 
