@@ -83,6 +83,15 @@ def test_linked_folders_are_followed_and_circles_are_not(tmp_path):
     )
 
 
+def test_folders_that_are_linked_to_each_other_come_to_an_end(tmp_path):
+    names = [f"class {number}" for number in range(9)]  # some million paths
+    write(tmp_path, *(f"{name}/notes.txt" for name in names), content=b"text")
+    for name in names:
+        for other in names:
+            (tmp_path / name / f"as {other}").symlink_to(tmp_path / other, target_is_directory=True)
+    assert sum(map(len, find(tmp_path).images.values())) == 0
+
+
 def test_a_named_pipe_is_not_opened(tmp_path):
     write(tmp_path, "cat/1.jpg")
     os.mkfifo(tmp_path / "cat" / "pipe")

@@ -12,6 +12,7 @@ import utils.data.images  # noqa: F401 (makes Pillow read HEIC where pillow-heif
 from utils.cli.errors import UserError
 
 MAX_NAMED = 3
+MAX_LINKS = 2  # from one linked folder into the next: of folders that are all linked to each other no one sees the end
 NOT_IMAGE, HIDDEN, BAD_NAME, NO_ACCESS, DEAD_LINK, LOOP = range(6)
 # of systems and programs, beside the names that begin with a dot; a class may well be called __other__
 HIDDEN_FOLDERS = {
@@ -80,7 +81,7 @@ def find_image_files(folder: str, flag: str) -> ImageFiles:
     suffixes = _image_suffixes()
     for parts, names in _walk(folder, flag, found):
         images = found.images[parts] = []
-        for name in sorted(names):
+        for name in names:
             path = os.path.join(folder, *parts, name)
             kind = _kind_of(path, name, suffixes)
             relative = os.path.join(*parts, name)
@@ -126,40 +127,50 @@ def unreadable_kind(head: bytes) -> str | None:
 
 def _walk(folder: str, flag: str, found: ImageFiles) -> Iterator[tuple[tuple[str, ...], list[str]]]:
     """Yield each folder's parts and its files, sorted by folder; what is hidden goes into `found.left_out`."""
-    pending = [((), frozenset())]
+    pending = [((), frozenset(), 0)]
     while pending:
-        parts, above = pending.pop()
+        parts, above, num_links = pending.pop()
         path = os.path.join(folder, *parts)
         try:
-            status = os.stat(path)
-            with os.scandir(path) as scan:
-                entries = [(entry.name, os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir())
-                           for entry in scan]  # fmt: skip
+            identity, entries = _list_folder(path)
         except OSError as error:
             raise UserError(f"{flag} {folder}: {escape_name(path)} cannot be read ({error.strerror}).") from None
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
+        if identity in above or num_links > MAX_LINKS:
             found.left_out[LOOP].append(os.path.join(*parts))
             continue
         files, folders = [], []
-        for name, is_folder in entries:
+        for name, is_folder, is_link in sorted(entries):
+            relative = os.path.join(*parts, name)
             if name.startswith(".") or is_folder and name in HIDDEN_FOLDERS:
-                found.left_out[HIDDEN] += _files_below(path, parts, name) if is_folder else [os.path.join(*parts, name)]
-            elif is_folder and not _is_utf8(name):
-                raise _not_utf8(path, flag, name)
+                hidden = _files_below(folder, relative) if is_folder else [relative]
+                if hidden:
+                    found.left_out[HIDDEN] += hidden
+            elif not is_folder:
+                files.append(name)
+            elif _is_utf8(name):
+                folders.append(((*parts, name), above | {identity}, num_links + is_link))
             else:
-                (folders if is_folder else files).append(name)
-        pending += [((*parts, name), above | {identity}) for name in sorted(folders, reverse=True)]
+                raise _not_utf8(path, flag, name)
+        pending += reversed(folders)
         yield parts, files
-    if not found.left_out[HIDDEN]:
-        del found.left_out[HIDDEN]
 
 
-def _files_below(path: str, parts: tuple[str, ...], name: str) -> list[str]:
+def _list_folder(path: str) -> tuple[tuple[int, int], list[tuple[str, bool, bool]]]:
+    """Return what identifies a folder, and its entries: name, whether it is a folder, whether it is a link."""
+    status = os.stat(path)
+    with os.scandir(path) as entries:
+        listed = [
+            (entry.name, os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir(), entry.is_symlink())
+            for entry in entries
+        ]
+    return (status.st_dev, status.st_ino), listed
+
+
+def _files_below(folder: str, relative: str) -> list[str]:
     return [
-        os.path.join(*parts, os.path.relpath(os.path.join(below, file), path))
-        for below, _, files in os.walk(os.path.join(path, name))
-        for file in files
+        os.path.relpath(os.path.join(below, name), folder)
+        for below, _, names in os.walk(os.path.join(folder, relative))
+        for name in names
     ]
 
 
