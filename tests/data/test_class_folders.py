@@ -96,7 +96,9 @@ def test_what_is_left_out_is_told_once_by_the_main_process(train_dir, caplog, mo
     check_real_images_given(RealDataArguments(train_dir=str(train_dir)))
     load(train_dir)
     line = f"--train_dir {train_dir}: 33 images of 3 classes; left out: 1 that is not an image (notes.txt)."
+    load(train_dir)
     assert caplog.messages == [line]
+    (train_dir / "more.txt").write_text("no image")
     monkeypatch.setenv("RANK", "1")
     load(train_dir)
     assert caplog.messages == [line]
