@@ -96,7 +96,7 @@ def _load(found: FolderSet, where: str) -> "DatasetDict":
     class_names = _class_names(found.splits)
     in_first = _class_names(dict([next(iter(found.splits.items()))]))
     if others := class_names[len(in_first) :]:
-        found.notes.append(f"{where}: '{next(iter(found.splits))}' has no images of {', '.join(others)}.")
+        found.notes.append(f"{where}: '{next(iter(found.splits))}' has no images of {', '.join(others)}, classes all the same.")
     if is_main_process():
         for note in found.notes:
             _warn_once(note)
