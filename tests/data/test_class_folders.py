@@ -124,7 +124,8 @@ def test_split_folders_are_splits_with_the_same_classes(tmp_path, caplog):
     assert splits["train"].features == splits["test"].features
     assert splits["test"].features["label"].names == ["cat", "owl", "ant"]
     assert np.bincount(splits["test"]["label"]).tolist() == [3, 2, 1]
-    assert caplog.messages == [f"--dataset_name {tmp_path / 'set'}: 'train' has no images of ant, classes all the same."]
+    line = f"--dataset_name {tmp_path / 'set'}: 'train' has no images of ant, classes all the same."
+    assert caplog.messages == [line]
 
 
 def test_classes_called_by_numbers_are_in_the_order_of_the_numbers(tmp_path):

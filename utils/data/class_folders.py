@@ -94,9 +94,10 @@ def _load(found: FolderSet, where: str) -> "DatasetDict":
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Image  # takes a second, and the check needs none
 
     class_names = _class_names(found.splits)
-    in_first = _class_names(dict([next(iter(found.splits.items()))]))
-    if others := class_names[len(in_first) :]:
-        found.notes.append(f"{where}: '{next(iter(found.splits))}' has no images of {', '.join(others)}, classes all the same.")
+    first = next(iter(found.splits))
+    others = class_names[len(_class_names({first: found.splits[first]})) :]
+    if others:
+        found.notes.append(f"{where}: '{first}' has no images of {', '.join(others)}, classes all the same.")
     if is_main_process():
         for note in found.notes:
             _warn_once(note)
