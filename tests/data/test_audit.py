@@ -204,8 +204,9 @@ def test_a_single_image_of_each_class_leaves_validation_and_test_empty(photos, c
         path.unlink()
     found = audit_images(load_real_images(RealImagesRecord(train_dir=str(photos / "train"))))
     assert {finding.what: finding.number for finding in list_findings(found)} == {"classes without images": 4}
-    print_audit(found, "photos")
-    assert "0 of 2" in capsys.readouterr().out
+    print_audit(found, "photos [a]/[/b]:cat:")
+    printed = capsys.readouterr().out
+    assert "0 of 2" in printed and "images of photos [a]/[/b]:cat:" in printed
 
 
 def test_a_class_without_test_images_is_named(photos):

@@ -3,16 +3,21 @@ import shutil
 
 import numpy as np
 import pytest
-from datasets import load_dataset
+import torch
+from datasets import Image, load_dataset
+from PIL import Image as PILImage
 
 import train_bridged
 from tests.conftest import draw_image
 from utils.cli.arguments import RealDataArguments
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, write_record
-from utils.data.class_folders import check_real_images_given
-from utils.data.opened_images import open_all
+from utils.data.class_folders import check_real_images_given, load_class_folders, load_local_set
+from utils.data.opened_images import inspect_images, open_all
 from utils.data.real_images import RealImagesRecord, load_real_images
+from utils.style.latents import _load_batches
+from utils.transfer.image_datasets import EvalImages
+from utils.transfer.image_transforms import open_image
 
 
 def save_class_folders(folder, counts: dict[str, int]):
@@ -86,6 +91,79 @@ def test_a_folder_without_images_is_no_class_and_a_warning(train_dir, caplog):
     assert "no images in aardvark; not a class" in caplog.text
 
 
+def test_what_is_left_out_is_told_once_by_the_main_process(train_dir, caplog, monkeypatch):
+    (train_dir / "notes.txt").write_text("no image")
+    check_real_images_given(RealDataArguments(train_dir=str(train_dir)))
+    load(train_dir)
+    line = f"--train_dir {train_dir}: 33 images of 3 classes; left out: 1 that is not an image (notes.txt)."
+    load(train_dir)
+    assert caplog.messages == [line]
+    (train_dir / "more.txt").write_text("no image")
+    monkeypatch.setenv("RANK", "1")
+    load(train_dir)
+    assert caplog.messages == [line]
+
+
+def test_a_local_folder_of_class_folders_loses_no_image_by_its_name(tmp_path, caplog):
+    """33 of these 40 images are dropped by the file name patterns of `load_dataset`."""
+    folder = save_class_folders(tmp_path / "set", {"owl": 20, "cat": 20})
+    for number in range(7):
+        (folder / "owl" / f"{number}.png").rename(folder / "owl" / f"bird test {number}.png")
+    real = load_real_images(RealImagesRecord(dataset_name=str(folder)))
+    assert len(real.train) + len(real.validation) + len(real.test) == 40
+    assert real.class_names == ["cat", "owl"]
+    assert len(load_dataset(str(folder), split="test")) == 7
+    assert caplog.messages == []
+
+
+def test_split_folders_are_splits_with_the_same_classes(tmp_path, caplog):
+    for split, classes in {"train": {"owl": 10, "cat": 10}, "test": {"owl": 2, "cat": 3, "ant": 1}}.items():
+        save_class_folders(tmp_path / "set" / split, classes)
+    splits = load_local_set(str(tmp_path / "set"))
+    assert {name: len(images) for name, images in splits.items()} == {"train": 20, "test": 6}
+    assert splits["train"].features == splits["test"].features
+    assert splits["test"].features["label"].names == ["cat", "owl", "ant"]
+    assert np.bincount(splits["test"]["label"]).tolist() == [3, 2, 1]
+    line = f"--dataset_name {tmp_path / 'set'}: 'train' has no images of ant, classes all the same."
+    assert caplog.messages == [line]
+
+
+def test_classes_called_by_numbers_are_in_the_order_of_the_numbers(tmp_path):
+    folder = save_class_folders(tmp_path / "set", {"10": 1, "9": 1, "0": 1})
+    assert load_class_folders(str(folder))["train"].features["label"].names == ["0", "9", "10"]
+
+
+ODD_NAMES = ["a::b", "[x]", "*", "a?b#c%20d", "zip:", "http:", "50% off", "~", "$HOME", "{a,b}", "-x", "a\tb", "é"]
+
+
+def test_folders_and_files_of_any_name_are_read_by_every_reader(tmp_path, monkeypatch):
+    folder = tmp_path / "my [set]::*? #%"
+    colours = {}
+    for number, name in enumerate(ODD_NAMES):
+        (folder / name).mkdir(parents=True)
+        for image in range(3):
+            colours[name] = (number * 10, 100, 200)
+            PILImage.new("RGB", (32, 32), colours[name]).save(folder / name / f"{name} {image}.png")
+    monkeypatch.chdir(tmp_path)
+    real = load_real_images(RealImagesRecord(dataset_name=folder.name))
+    assert real.class_names == sorted(ODD_NAMES)
+    assert inspect_images(real.train, "training images", show_progress=False)[1] == {}
+    monkeypatch.chdir("/")  # a row's path holds in every directory
+    labels = real.train["label"]
+    expected = [colours[real.class_names[label]] for label in labels]
+    assert [image.getpixel((0, 0)) for image in real.train["image"]] == expected
+    encoded = real.train.cast_column("image", Image(decode=False))
+    assert [open_image(row["image"]).getpixel((0, 0)) for row in encoded] == expected
+    latents = torch.cat(list(_load_batches(encoded, range(len(encoded)), 32)))
+    assert ((latents[:, :, 0, 0] + 1) * 127.5).round().int().tolist() == [list(colour) for colour in expected]
+
+    def processor(image, return_tensors):
+        return {"pixel_values": [torch.tensor(image.getpixel((0, 0)))]}
+
+    items = [EvalImages(real.train, processor)[row] for row in range(len(real.train))]
+    assert [tuple(item["pixel_values"].tolist()) for item in items] == expected
+
+
 def test_validation_folders_have_the_labels_of_the_training_folders_by_name(train_dir, tmp_path):
     validation_dir = save_class_folders(tmp_path / "validation", {"owl": 2, "cat": 0, "10": 1})
     real = load(train_dir, validation_dir=str(validation_dir))
@@ -120,6 +198,9 @@ def test_a_damaged_image_in_a_class_folder_is_named_by_its_file(train_dir):
         ({"train_dir": "{set}/owl"}, "0.png is not directly in a class folder; right is .*/owl/class name/0.png"),
         ({"train_dir": "{set}/.."}, "train/10/0.png is not directly in a class folder"),
         ({"train_dir": "{set}", "validation_dir": "{other}"}, "--validation_dir .* has no images of emu, fox[.]"),
+        ({"dataset_name": "{set}/owl/0.png"}, "--dataset_name .*/0.png: is a file; give the folder"),
+        ({"dataset_name": "{empty}"}, "--dataset_name .*: has no images"),
+        ({"dataset_name": "{set}", "dataset_config_name": "a"}, "--dataset_config_name a: .* has no configurations"),
         ({"train_dir": "{set}", "dataset_config_name": "a"}, "--dataset_config_name a: goes with --dataset_name"),
         ({"train_dir": "{set}", "dataset_revision": "v1"}, "--dataset_revision v1: goes with --dataset_name"),
         ({"train_dir": "{set}", "train_split": "test"}, "--train_split test: goes with --dataset_name"),

@@ -99,6 +99,13 @@ def test_inspect_images_says_what_is_wrong(tmp_path, monkeypatch):
             images[row]["image"].load()
 
 
+def test_inspect_images_names_the_kind_of_what_pillow_does_not_read():
+    heic = b"\0\0\0\x18ftypheic" + bytes(40)
+    _, problems = inspect_images(image_column([heic, b"\xff\x0a" + bytes(40)]), "photos", show_progress=False)
+    assert problems[0] == "HEIC, which is not read: pip install pillow-heif"
+    assert problems[1].startswith("JPEG XL, which is not read")
+
+
 def test_inspect_images_names_an_error_without_words(monkeypatch):
     monkeypatch.setattr("utils.data.opened_images.to_rgb", lambda image: next(iter(())))
     assert inspect_images(image_column([PNG]), "photos")[1] == {0: "StopIteration"}

@@ -143,6 +143,14 @@ def test_a_set_without_class_names_is_an_error(whole_set, streaming):
 
 
 @KINDS
+def test_a_folder_whose_path_is_a_pattern_to_datasets_is_one_line(tmp_path, streaming):
+    """Else the images of all folders that fit it would be read."""
+    folder = save_set(tmp_path / "set*", CLASS_NAMES, rows_of(CLASS_NAMES, 1))
+    with pytest.raises(UserError, match="--synthetic_dataset .*: datasets does not read folders with [*] in"):
+        load(folder, streaming=streaming)
+
+
+@KINDS
 def test_a_set_of_some_classes_loads_when_that_is_allowed(tmp_path, streaming):
     names = CLASS_NAMES[2:0:-1]
     some = save_set(tmp_path / "some", names, rows_of(names, 2))

@@ -10,7 +10,11 @@ class RealDataArguments:
     _argument_group_name = "real images"
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Real image set: a data set id on the Hub, or a local folder."}
+        default=None,
+        metadata={
+            "help": "Real image set: a data set id on the Hub, or a local folder: class folders, alone or within "
+            "folders called train, valid, test; data files; what save_to_disk wrote."
+        },
     )
     train_dir: str | None = field(
         default=None,

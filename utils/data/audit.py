@@ -171,7 +171,8 @@ def _are_alike(one: np.ndarray, other: np.ndarray) -> bool:
     """Say whether two thumbnails show the same at any brightness.
 
     Of the 324 pairs of different clothes in 6,000 images of Fashion-MNIST that have the same hash, 2 have a correlation
-    above 0.99; of resized, compressed and brightened copies of photos that have the same hash, 98 % have.
+    above 0.99; of resized, compressed and brightened copies of
+    photos that have the same hash, 885 of 897 have; of cropped ones fewer.
     """
     if min(one.std(), other.std()) < LOWEST_CONTRAST:
         return bool(np.abs(one - other).mean() < LOWEST_CONTRAST)

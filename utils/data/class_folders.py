@@ -3,14 +3,15 @@
 import logging
 import os
 from dataclasses import fields
-from pathlib import Path
+from functools import cache
 from typing import TYPE_CHECKING
-
-import PIL.Image
 
 from utils.cli.arguments import RealDataArguments
 from utils.cli.errors import UserError
 from utils.cli.parsing import require_positive
+from utils.cli.processes import is_main_process
+from utils.data.class_names import sort_class_names
+from utils.data.folder_layouts import Classes, FolderSet, read_local_set, read_train_dirs
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -44,82 +45,79 @@ def check_real_images_given(real_data: RealDataArguments) -> None:
     if real_data.train_dir is None:
         if real_data.validation_dir is not None:
             raise UserError(f"--validation_dir {real_data.validation_dir}: needs --train_dir.")
+        _check_local_set(real_data.dataset_name, real_data.dataset_config_name)
         return
     for option in fields(RealDataArguments):
         value = getattr(real_data, option.name)
         if option.name in OF_DATA_SETS and value != option.default:
             raise UserError(f"--{option.name} {value}: goes with --dataset_name, not with --train_dir.")
-    find_class_folders(real_data.train_dir, real_data.validation_dir)
+    read_train_dirs(real_data.train_dir, real_data.validation_dir)
 
 
-def find_class_folders(train_dir: str, validation_dir: str | None = None) -> dict[str, dict[str, list[str]]]:
-    """Return split -> class -> paths of its images, all sorted by name; a folder without images has an empty list.
-
-    Hidden files, and those whose suffix is no image's, are left out.
-
-    Raises:
-        UserError: a folder is not there, has no images, or some that are not directly in a class folder; a class of
-            `validation_dir` is none of `train_dir`.
-    """
-    splits = {"train": _list_images(train_dir, "--train_dir")}
-    if validation_dir is not None:
-        splits["validation"] = _list_images(validation_dir, "--validation_dir")
-        unknown = [name for name, paths in splits["validation"].items() if paths and not splits["train"].get(name)]
-        if unknown:
-            raise UserError(
-                f"--validation_dir {validation_dir}: --train_dir {train_dir} has no images of {', '.join(unknown)}."
-            )
-    return splits
+def _check_local_set(name: str, config_name: str | None) -> None:
+    if os.path.isfile(name):
+        raise UserError(f"--dataset_name {name}: is a file; give the folder that holds it.")
+    if os.path.isdir(name) and read_local_set(name) is not None and config_name is not None:
+        raise UserError(
+            f"--dataset_config_name {config_name}: --dataset_name {name} is a folder of class folders, which has no "
+            "configurations."
+        )
 
 
 def load_class_folders(train_dir: str, validation_dir: str | None = None) -> "DatasetDict":
-    """Return what `load_dataset("imagefolder", drop_labels=False)` makes of tidy class folders.
+    """Return what `load_dataset("imagefolder", drop_labels=False)` makes of tidy class folders, as `train` and
+    `validation`.
 
     That one stops at a stray metadata.csv, takes photo.jpg.txt for an image and an archive for a folder, and leaves out
-    linked folders. Rows hold paths.
+    linked folders. Rows hold absolute paths. What is left out is told.
 
     Raises:
-        UserError: what `find_class_folders` raises.
+        UserError: what `read_train_dirs` raises.
     """
+    return _load(read_train_dirs(train_dir, validation_dir), f"--train_dir {train_dir}")
+
+
+def load_local_set(folder: str) -> "DatasetDict | None":
+    """Return the splits of a local folder of class folders, under the names of its split folders; `train` without any.
+
+    None for a folder of other files, which `load_dataset` reads. It would also read class folders, but leave out the
+    images whose names have a word like train or test where others have none.
+
+    Raises:
+        UserError: what `read_local_set` raises.
+    """
+    found = read_local_set(folder)
+    return None if found is None else _load(found, f"--dataset_name {folder}")
+
+
+def _load(found: FolderSet, where: str) -> "DatasetDict":
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Image  # takes a second, and the check needs none
 
-    splits = find_class_folders(train_dir, validation_dir)
-    empty = [name for name, paths in splits["train"].items() if not paths]
-    if empty:
-        logger.warning(f"--train_dir {train_dir}: no images in {', '.join(empty)}; not a class.")
-    class_names = [name for name, paths in splits["train"].items() if paths]
+    class_names = _class_names(found.splits)
+    first = next(iter(found.splits))
+    others = class_names[len(_class_names({first: found.splits[first]})) :]
+    if others:
+        found.notes.append(f"{where}: '{first}' has no images of {', '.join(others)}, classes all the same.")
+    if is_main_process():
+        for note in found.notes:
+            _warn_once(note)
     features = Features({"image": Image(), "label": ClassLabel(names=class_names)})
     loaded = DatasetDict()
-    for split, classes in splits.items():
+    for split, classes in found.splits.items():
         rows = [(path, label) for label, name in enumerate(class_names) for path in classes.get(name, [])]
         images, labels = zip(*rows)
         loaded[split] = Dataset.from_dict({"image": images, "label": labels}, features=features)
     return loaded
 
 
-def _list_images(folder: str, flag: str) -> dict[str, list[str]]:
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"{flag} {folder}: is no folder.")
-    suffixes = {
-        suffix for suffix, image_format in PIL.Image.registered_extensions().items() if image_format in PIL.Image.OPEN
-    }
-    found = {}
-    for path, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        images = sorted(name for name in files if Path(name).suffix.lower() in suffixes and not _is_hidden(name))
-        parts = Path(path).relative_to(root).parts
-        if len(parts) == 1:
-            found[parts[0]] = [os.path.join(path, name) for name in images]
-        elif images:
-            raise UserError(
-                f"{flag} {folder}: {Path(*parts, images[0])} is not directly in a class folder; right is "
-                f"{root / 'class name' / images[0]}."
-            )
-    if not any(found.values()):
-        raise UserError(f"{flag} {folder}: has no class folders with images.")
-    return found
+@cache
+def _warn_once(note: str) -> None:
+    logger.warning(note)  # some scripts load a set for one purpose, and again for another
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__"))  # as for `datasets`: .DS_Store, ._photo.jpg, __MACOSX
+def _class_names(splits: dict[str, Classes]) -> list[str]:
+    """Return the classes with images, those of the first split before those that only others have."""
+    names = []
+    for classes in splits.values():
+        names += sort_class_names(sorted(name for name, paths in classes.items() if paths and name not in names))
+    return names

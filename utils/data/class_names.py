@@ -222,8 +222,8 @@ def _check_text(flag: str, name: object, noun: object) -> None:
 
 def sort_class_names(names: Iterable[str]) -> list[str]:
     """Return class names in the order of their labels: as text, but integers by their value."""
-    names = list(names)
-    return sorted(names, key=int) if all(re.fullmatch(r"-?\d+", name) for name in names) else sorted(names)
+    names = sorted(names)
+    return sorted(names, key=int) if all(re.fullmatch(r"-?\d{1,18}", name) for name in names) else names
 
 
 def near_equal_names(names: Iterable[str]) -> list[list[str]]:

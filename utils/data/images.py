@@ -7,6 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+try:
+    import pillow_heif
+except ImportError:
+    pass  # HEIC is left out of class folders, and named
+else:
+    pillow_heif.register_heif_opener()  # here, as every process that reads images imports this module
+
 # between this limit and its double, where it stops, Pillow warns of each image: `describe_reading` says it once
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 

@@ -14,10 +14,10 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 from datasets import Dataset, Image
-from datasets.utils.file_utils import xopen
 from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
+from utils.data.image_files import UNREADABLE_KINDS, read_file, unreadable_kind
 from utils.data.images import TOO_LARGE, describe_error, describe_reading, to_rgb
 
 if TYPE_CHECKING:
@@ -174,15 +174,14 @@ def _read_encoded(encoded: dict | None) -> bytes:
         return b""
     if encoded["bytes"] is not None:
         return encoded["bytes"]
-    with xopen(encoded["path"], "rb") as file:
-        return file.read()
+    return read_file(encoded["path"])
 
 
 def _inspect_image(encoded: dict | None) -> tuple[str | None, str | None, str | None]:
     """Return the hash of an image's bytes, what is wrong with the image, and what is to be said of its reading."""
     if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
         return None, "no image", None
-    path = encoded["path"]
+    path, content = encoded["path"], b""
     try:
         content = _read_encoded(encoded)
         image = PIL.Image.open(BytesIO(content))
@@ -193,5 +192,7 @@ def _inspect_image(encoded: dict | None) -> tuple[str | None, str | None, str | 
             PIL.ImageOps.exif_transpose(image)  # as `datasets` does, which stops at EXIF that `to_rgb` ignores
         to_rgb(image)
     except Exception as error:  # on damaged files Pillow raises nearly anything
-        return None, f"{describe_error(error)}{f', file {path}' if path else ''}", None
+        kind = unreadable_kind(content[:32])  # such as HEIC under the name of a JPEG
+        reason = f"{kind}, which is not read: {UNREADABLE_KINDS[kind][1]}" if kind else describe_error(error)
+        return None, f"{reason}{f', file {path}' if path else ''}", None
     return hashlib.sha256(content).hexdigest(), None, note

@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from utils.cli.errors import UserError
 from utils.cli.records import absolute_if_local, image_set_name
-from utils.data.class_folders import load_class_folders
+from utils.data.class_folders import load_class_folders, load_local_set
 from utils.data.labels import is_labelled, unify_labels
 from utils.data.opened_images import PARTS, content_places
 from utils.data.remarks import describe_parts, list_doubts
@@ -182,7 +182,9 @@ def _load_splits(record: RealImagesRecord, token: str | None) -> tuple[DatasetDi
     if record.train_dir is not None:
         return load_class_folders(record.train_dir, record.validation_dir), record
     source = open_source(record.dataset_name, "--dataset_name", "dataset", record.dataset_revision, token)
-    splits = load_data_set(source, record.dataset_config_name)
+    splits = load_local_set(source.name) if source.is_local else None
+    if splits is None:
+        splits = load_data_set(source, record.dataset_config_name)
     return splits, replace(record, dataset_revision=source.revision)
 
 

@@ -25,7 +25,8 @@ def describe_parts(real: "RealImages", unused: dict[str, int]) -> str:
 def list_doubts(real: "RealImages") -> list[str]:
     """Return warnings: classes that look like one, that are tested without having been trained, or not tested."""
     doubts = [
-        f"Warning: the classes {list_names(names)} differ in case, spaces or Unicode form only; they stay separate classes."
+        # ascii: two Unicode forms of a letter look the same
+        f"Warning: the classes {', '.join(map(ascii, names))} differ in case, spaces or Unicode form only; they stay separate classes."
         for names in near_equal_names(real.class_names)
     ]
     counts = {

@@ -1,18 +1,31 @@
 """Labelled image sets out of a folder or a Hub repository, at the commit of their source."""
 
 import logging
+import re
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, config, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import (
+    ChecksumVerificationError,
+    DatasetsError,
+    ExpectedMoreSplitsError,
+    NonMatchingSplitsSizesError,
+    SplitsVerificationError,
+)
 from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.cache.cache import Cache
-from huggingface_hub import constants
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from huggingface_hub import HfFileSystem, constants
 
 from utils.cli.errors import UserError
+from utils.cli.processes import is_main_process
 from utils.hub.repositories import CLIENT_ERRORS, Source
+from utils.hub.saved_sets import is_saved_to_disk, load_saved
 
 logger = logging.getLogger(__name__)
+
+PATTERN = r"::|[*?]|\[.+\]"  # in a path, to datasets: a file in an archive, or a pattern
+SPLIT_SIZE = re.compile(r"'(expected|recorded)': SplitInfo\(name='(.*?)', num_bytes=\d+, num_examples=(\d+)")
 
 
 def load_data_set(source: Source, config_name: str | None = None, split: str | None = None) -> DatasetDict | Dataset:
@@ -23,8 +36,14 @@ def load_data_set(source: Source, config_name: str | None = None, split: str | N
     """
     if not source.is_local and not source.is_reachable():
         return _load_from_cache(source, config_name, split)
+    if source.is_local:
+        check_path(source)
+        if is_saved_to_disk(source.name):
+            return _load_saved(source, config_name, split)
     try:
         loaded = load_dataset(source.name, config_name, split=split, revision=source.revision, token=source.token)
+    except (SplitsVerificationError, ChecksumVerificationError) as error:
+        raise UserError(f"{source.flag} {source.name}: {_describe_mismatch(error)}.") from None
     except (*CLIENT_ERRORS, DatasetsError, ValueError, RuntimeError) as error:
         # datasets says the same of a missing, a private and a gated set, and drops the cause
         if not source.is_local and not isinstance(error, ValueError):
@@ -32,7 +51,55 @@ def load_data_set(source: Source, config_name: str | None = None, split: str | N
         raise UserError(f"{source.flag} {source.name}: cannot be loaded ({_innermost(error)}).") from None
     if not source.is_local:
         _check_commit(loaded if isinstance(loaded, dict) else {split: loaded}, source)
+        if split is None and config_name is None:
+            _warn_of_images_left_out(loaded, source)
     return loaded
+
+
+def check_path(source: Source) -> None:
+    """Check that `datasets` takes a folder's path for what it is, and not for all folders that fit a pattern.
+
+    Raises:
+        UserError: it does not.
+    """
+    path = str(Path(source.name).resolve())
+    if found := re.search("::" if is_saved_to_disk(source.name) else PATTERN, path):
+        raise UserError(
+            f"{source.flag} {source.name}: datasets does not read folders with {found.group()} in their path ({path}); "
+            "rename or move it."
+        )
+
+
+def _load_saved(source: Source, config_name: str | None, split: str | None) -> DatasetDict | Dataset:
+    where = f"{source.flag} {source.name}: is a folder of save_to_disk"
+    if config_name is not None:
+        raise UserError(f"{where}, which has no configurations ('{config_name}').")
+    try:
+        loaded = load_saved(source.name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where} that cannot be loaded ({error}).") from None
+    if split is not None and split not in loaded:
+        raise UserError(f"{where} without a split '{split}'; it has {', '.join(loaded)}.")
+    return loaded if split is None else loaded[split]
+
+
+def _describe_mismatch(error: SplitsVerificationError | ChecksumVerificationError) -> str:
+    """Return what a set's card says and what its files hold, out of an error that holds them as text."""
+    message = str(error)
+    advice = "wait until the set is whole, or correct dataset_info in its README.md"
+    if isinstance(error, NonMatchingSplitsSizesError):
+        sizes: dict[str, dict[str, str]] = {}
+        for which, split, number in SPLIT_SIZE.findall(message):
+            sizes.setdefault(split, {})[which] = f"{int(number):,}"
+        counts = [f"{size.get('recorded')} in its files and {size.get('expected')} in its card for split '{split}'"
+                  for split, size in sizes.items()]  # fmt: skip
+        return f"the images do not add up, {'; '.join(counts) or message}; {advice}"
+    if isinstance(error, SplitsVerificationError):
+        splits = message.strip("{}").replace("'", "")
+        if isinstance(error, ExpectedMoreSplitsError):
+            return f"its card names splits of which there are no files: {splits}; {advice}"
+        return f"its files have splits that its card does not name: {splits}; {advice}"
+    return f"its files are not those that its card describes ({message}); download it anew, or correct its README.md"
 
 
 def _load_from_cache(source: Source, config_name: str | None, split: str | None) -> DatasetDict | Dataset:
@@ -65,6 +132,26 @@ def _check_commit(splits: dict[str, Dataset], source: Source) -> None:
         raise UserError(
             f"{source.flag} {source.name}: the Hub failed, and the cache has the images of commit "
             f"{', '.join(sorted(others))} last, not those of {source.revision}; try again later."
+        )
+
+
+def _warn_of_images_left_out(splits: DatasetDict, source: Source) -> None:
+    """Warn where a repository of image files has more than were read: datasets chooses splits by words in file names,
+    so that cat/a test.png is the test split, and all images without such a word are left out.
+    """
+    if not is_main_process() or any(images.info.builder_name != "imagefolder" for images in splits.values()):
+        return
+    num_read = sum(map(len, splits.values()))
+    root = f"datasets/{source.name}@{source.revision}/"
+    with source.reading("its files cannot be listed"):  # datasets has just listed them: nothing is asked of the Hub
+        paths = [path.removeprefix(root) for path in HfFileSystem(token=source.token).find(root)]
+    num_files = sum(
+        Path(path).suffix.lower() in ImageFolder.EXTENSIONS and not re.search(r"(^|/)(\.|__)", path) for path in paths
+    )
+    if num_read < num_files:
+        logger.warning(
+            f"{source.flag} {source.name}: {num_read:,} of its {num_files:,} images are read; datasets chooses them by "
+            "words such as train and test in their names. To read all, `hf download` it and give the folder."
         )
 
 

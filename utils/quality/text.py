@@ -10,7 +10,7 @@ COLOURS = {"good": "green", "look": "yellow", "bad": "red", "unknown": "dim"}
 
 def print_quality(record: dict) -> None:
     """Print the classes that are farthest from their real ones, the verdicts, and what they cannot tell."""
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names may have brackets
     classes = record["classes"]
     shown = f"the {MAX_ROWS} farthest of {len(classes)}" if len(classes) > MAX_ROWS else "farthest first"
     counts = {name: f"{count['used']:,}" for name, count in record["num_images"].items()}
@@ -36,11 +36,10 @@ def print_quality(record: dict) -> None:
         )
     console.print(table)
     for verdict in record["verdicts"]:
-        colour = COLOURS[verdict["level"]]
-        console.print(f"[{colour}]{verdict['level']:>7}[/{colour}]  ", end="")
-        console.print(f"{verdict['subject']}: {verdict['text']}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{verdict['level']:>7}  ", style=COLOURS[verdict["level"]], end="")
+        console.print(f"{verdict['subject']}: {verdict['text']}", highlight=False, soft_wrap=True)
     for caveat in record["caveats"]:
-        console.print(f"   note  {caveat}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"   note  {caveat}", highlight=False, soft_wrap=True)
 
 
 def _beside(value: float | None, real: float | None, form: str) -> str:

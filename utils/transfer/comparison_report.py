@@ -24,7 +24,7 @@ def print_comparison(summary: list[dict], findings: list[str], baseline: str | N
     """Print what was found, then the table."""
     head, *rows = _accuracy_table(summary, "\n")
     # as wide as it must be: a cut or folded number is worse than a broken line
-    console = Console(width=max(Console().width, 32 + 24 * (len(head) - 1)))
+    console = Console(width=max(Console().width, 32 + 24 * (len(head) - 1)), markup=False, emoji=False)
     for sentence in findings:
         console.print(Text(sentence), soft_wrap=True)  # Text: brackets in names and intervals are no markup
     num_seeds = summary[0]["num_seeds"]

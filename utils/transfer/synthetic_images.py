@@ -16,7 +16,7 @@ from huggingface_hub import HfFileSystem
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.data.label_matching import join_names, match_labels
-from utils.hub.data_sets import load_data_set
+from utils.hub.data_sets import check_path, load_data_set
 from utils.hub.repositories import Source, open_source
 
 FLAG = "--synthetic_dataset"
@@ -155,6 +155,8 @@ def _load_stream(
             f"--streaming: {repository.name} cannot be streamed, the Hub cannot be reached; without --streaming the "
             "cache is used."
         )
+    if repository.is_local:
+        check_path(repository)
     # pyarrow passes over what does not fit the filter, and over whole row groups without reading them
     options = {} if limit is None else {"filters": [("class_index", "<", limit)]}
     with repository.reading("cannot be loaded", also=(DatasetsError, ValueError, RuntimeError)):

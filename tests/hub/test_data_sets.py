@@ -1,0 +1,136 @@
+"""Local data sets that `datasets` reads: saved ones, whole or still being enlarged, and what is wrong in one line."""
+
+import shutil
+from io import BytesIO
+
+import pytest
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import NonMatchingChecksumError
+from PIL import Image
+
+from tests.conftest import save_image_set
+from utils.cli.errors import UserError
+from utils.hub.data_sets import _describe_mismatch, load_data_set
+from utils.hub.repositories import open_source
+
+
+@pytest.fixture(scope="module")
+def image_set(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets") / "images"
+    save_image_set(folder, {"train": 3, "test": 2})
+    return folder
+
+
+def load(folder, *args, **kwargs):
+    return load_data_set(open_source(str(folder), "--dataset_name", "dataset"), *args, **kwargs)
+
+
+def pixels_of(images) -> list[bytes]:
+    return [image.tobytes() for image in images["image"]]
+
+
+def write_card(folder, **counts) -> None:
+    """Write a card that counts the images of splits."""
+    splits = "".join(
+        f"  - name: {split}\n    num_examples: {count}\n    num_bytes: 1\n" for split, count in counts.items()
+    )
+    (folder / "README.md").write_text(f"---\ndataset_info:\n  splits:\n{splits}---\n")
+
+
+def test_a_saved_data_set_is_read(image_set, tmp_path):
+    splits = load_dataset(str(image_set))
+    splits.save_to_disk(str(tmp_path / "my [set]"))
+    loaded = load(tmp_path / "my [set]")
+    assert {name: pixels_of(images) for name, images in loaded.items()} == {
+        name: pixels_of(images) for name, images in splits.items()
+    }
+    assert loaded["train"].features == splits["train"].features
+    assert pixels_of(load(tmp_path / "my [set]", split="test")) == pixels_of(splits["test"])
+
+
+def test_a_single_saved_split_is_the_split_train(image_set, tmp_path):
+    images = load_dataset(str(image_set), split="test")
+    images.save_to_disk(str(tmp_path / "saved"))
+    loaded = load(tmp_path / "saved")
+    assert isinstance(loaded, DatasetDict) and list(loaded) == ["train"]
+    assert pixels_of(loaded["train"]) == pixels_of(images)
+
+
+def test_a_damaged_saved_set_is_one_line(tmp_path):
+    DatasetDict({"train": Dataset.from_dict({"label": [0]})}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(
+        UserError, match="--dataset_name .*: is a folder of save_to_disk without a split 'test'; it has train"
+    ):
+        load(tmp_path / "saved", split="test")
+    with pytest.raises(UserError, match="is a folder of save_to_disk, which has no configurations"):
+        load(tmp_path / "saved", "fine")
+    [data] = (tmp_path / "saved" / "train").glob("*.arrow")
+    whole = data.read_bytes()
+    for content in (whole[:100], b""):
+        data.write_bytes(content)
+        with pytest.raises(UserError, match="is a folder of save_to_disk that cannot be loaded"):
+            load(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "saved" / "train")
+    with pytest.raises(UserError, match="is a folder of save_to_disk that cannot be loaded"):
+        load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (
+            {"train": 27, "test": 6},
+            "9 in its files and 27 in its card for split 'train'; wait until the set is whole, or",
+        ),
+        ({"train": 6, "test": 4}, "'train'; 6 in its files and 4 in its card for split 'test'; wait until"),
+        ({"train": 9, "test": 6, "dev": 3}, "its card names splits of which there are no files: dev; wait until"),
+        ({"train": 9}, "its files have splits that its card does not name: test; wait until"),
+    ],
+)
+def test_a_set_that_is_being_enlarged_is_one_line(image_set, tmp_path, counts, message):
+    shutil.copytree(image_set, tmp_path / "set")
+    write_card(tmp_path / "set", **counts)
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "set")
+    assert str(error.value).startswith(f"--dataset_name {tmp_path / 'set'}: ")
+    assert message in str(error.value)
+    assert "SplitInfo" not in str(error.value) and "\n" not in str(error.value)
+    write_card(tmp_path / "set", train=9, test=6)
+    assert {name: len(images) for name, images in load(tmp_path / "set").items()} == {"train": 9, "test": 6}
+
+
+def test_files_that_are_not_those_of_the_card_are_one_line():
+    line = _describe_mismatch(NonMatchingChecksumError("['a']"))
+    assert line == "its files are not those that its card describes (['a']); download it anew, or correct its README.md"
+
+
+@pytest.mark.parametrize("name", ["my set [a]", "a::b", "what?", "all*"])
+def test_a_folder_whose_path_is_a_pattern_to_datasets_is_one_line(image_set, tmp_path, name):
+    shutil.copytree(image_set, tmp_path / name)
+    with pytest.raises(UserError, match="datasets does not read folders with .* in their path .*; rename or move"):
+        load(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["my set", "50%20 #1", "{a,b}", "~", "it's (1)", "a:b", "é", "a[b"])
+def test_a_folder_of_any_other_name_is_read(image_set, tmp_path, name):
+    shutil.copytree(image_set, tmp_path / name)
+    assert len(load(tmp_path / name)["train"]) == 9
+
+
+@pytest.mark.parametrize(("odd_name", "num_read"), [("bird test 1.png", 1), ("bird.png", 7)])
+def test_images_of_a_repository_that_file_name_patterns_leave_out_are_counted(
+    local_hub_server, caplog, odd_name, num_read
+):
+    buffer = BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    names = [f"{name}/{number}.png" for name in ("cat", "dog") for number in range(3)]
+    names += [f"cat/{odd_name}", ".thumbnails/1.png"]
+    repo_id = f"ada/photos-{num_read}"
+    local_hub_server.create_repo(repo_id, "dataset").commit(dict.fromkeys(names, buffer.getvalue()))
+    loaded = load(repo_id)
+    assert sum(map(len, loaded.values())) == num_read
+    told = [message for message in caplog.messages if message.startswith("--dataset_name")]
+    line = (
+        f"--dataset_name {repo_id}: 1 of its 7 images are read; datasets chooses them by words such as train and test"
+    )
+    assert [text[: len(line)] for text in told] == ([] if num_read == 7 else [line])

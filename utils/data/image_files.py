@@ -1,0 +1,245 @@
+"""Which files below a folder are images: every file is one, or is counted as left out, with the reason."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import PIL.Image
+
+import utils.data.images  # noqa: F401 (makes Pillow read HEIC where pillow-heif is installed)
+from utils.cli.errors import UserError
+
+MAX_NAMED = 3
+MAX_LINKS = 2  # from one linked folder into the next: of folders that are all linked to each other no one sees the end
+NOT_IMAGE, HIDDEN, BAD_NAME, NO_ACCESS, DEAD_LINK, LOOP = range(6)
+# of systems and programs, beside the names that begin with a dot; a class may well be called __other__
+HIDDEN_FOLDERS = {
+    "__MACOSX",
+    "__pycache__",
+    "@eaDir",
+    "#recycle",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+}
+# Pillow knows these by name only: opened, they have no pixels
+NO_PIXELS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+# told by their content; the other formats' signatures are so short that anything may begin with them
+BY_CONTENT = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "JPEG2000", "AVIF", "HEIF", "PSD", "QOI")
+# kinds of pictures that Pillow does not read, at least not alone: suffixes, and what to do
+UNREADABLE_KINDS = {
+    "HEIC": (".heic .heif .heics .heifs .hif", "pip install pillow-heif"),
+    "AVIF": (".avif .avifs", "pip install -U pillow"),
+    "JPEG XL": (".jxl", "save them as PNG or JPEG"),
+    "JPEG XR": (".jxr .wdp .hdp", "save them as PNG or JPEG"),
+    "camera raw": (
+        ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .gpr .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl "
+        ".sr2 .srf .srw .x3f",
+        "develop them to JPEG or PNG",
+    ),
+    "vector graphics": (".ai .cdr .emf .svg .svgz .wmf", "draw them as PNG"),
+    "layered pictures": (".afphoto .clip .kra .psb .xcf", "save them as PNG or JPEG"),
+    "high dynamic range": (".exr .hdr", "save them as PNG"),
+    "DICOM": (".dcm .dicom", "save them as PNG"),
+}
+KIND_OF_SUFFIX = {suffix: kind for kind, (suffixes, _) in UNREADABLE_KINDS.items() for suffix in suffixes.split()}
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+@dataclass
+class ImageFiles:
+    """The files below `root`.
+
+    `images` maps each folder below, by the parts of its path, to the sorted names of its images; `left_out` a reason or
+    an unreadable kind to the relative paths of files; `by_content` are the images whose suffix is no image's.
+    """
+
+    root: str
+    images: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
+    left_out: dict[int | str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    by_content: list[str] = field(default_factory=list)
+
+    def describe_left_out(self) -> str:
+        """Return 'left out: 3 that are not images (notes.txt, ...), 2 HEIC (...)', nothing where all are images."""
+        parts = [_describe(reason, paths) for reason, paths in sorted(self.left_out.items(), key=_importance)]
+        return f"left out: {', '.join(parts)}" if parts else ""
+
+
+def find_image_files(folder: str, flag: str) -> ImageFiles:
+    """Return the files below a folder; linked folders are followed. Only files without an image's suffix are opened.
+
+    Raises:
+        UserError: it is no folder, or may not be read; the name of a folder is not UTF-8.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"{flag} {folder}: {'is a file' if os.path.isfile(folder) else 'is no folder'}.")
+    if not _is_utf8(os.path.abspath(folder)):
+        raise _not_utf8(folder, flag)
+    found = ImageFiles(folder)
+    suffixes = _image_suffixes()
+    for parts, names in _walk(folder, flag, found):
+        images = found.images[parts] = []
+        for name in names:
+            path = os.path.join(folder, *parts, name)
+            kind = _kind_of(path, name, suffixes)
+            relative = os.path.join(*parts, name)
+            if kind is None:
+                images.append(name)
+                if Path(name).suffix.lower() not in suffixes:
+                    found.by_content.append(relative)
+            else:
+                found.left_out[kind].append(relative)
+    return found
+
+
+def read_file(path: str) -> bytes:
+    """Return what is in the file of an image's row: a local file of any name, else a URL or a file in an archive."""
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            return file.read()
+    from datasets.utils.file_utils import xopen  # to which a name with :: is a file in an archive; takes a second
+
+    with xopen(path, "rb") as file:
+        return file.read()
+
+
+def escape_name(name: str) -> str:
+    r"""Return a name as it can be printed, in one line: bytes that are not UTF-8 as \xe9, a new line as \n."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def name_some(names: list[str]) -> str:
+    """Return the first three of some names, with '...' where there are more."""
+    shown = ", ".join(escape_name(name) for name in names[:MAX_NAMED])
+    return f"{shown}, ..." if len(names) > MAX_NAMED else shown
+
+
+def unreadable_kind(head: bytes) -> str | None:
+    """Return the key in `UNREADABLE_KINDS` of an encoded image that Pillow does not know, by its first 32 bytes."""
+    if head[4:8] == b"ftyp":
+        brand = head[8:12]
+        return "AVIF" if brand in (b"avif", b"avis") else "HEIC" if brand in HEIC_BRANDS else None
+    return "JPEG XL" if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")) else None
+
+
+def _walk(folder: str, flag: str, found: ImageFiles) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """Yield each folder's parts and its files, sorted by folder; what is hidden goes into `found.left_out`."""
+    pending = [((), frozenset(), 0)]
+    while pending:
+        parts, above, num_links = pending.pop()
+        path = os.path.join(folder, *parts)
+        try:
+            identity, entries = _list_folder(path)
+        except OSError as error:
+            raise UserError(f"{flag} {folder}: {escape_name(path)} cannot be read ({error.strerror}).") from None
+        if identity in above or num_links > MAX_LINKS:
+            found.left_out[LOOP].append(os.path.join(*parts))
+            continue
+        files, folders = [], []
+        for name, is_folder, is_link in sorted(entries):
+            relative = os.path.join(*parts, name)
+            if name.startswith(".") or is_folder and name in HIDDEN_FOLDERS:
+                hidden = _files_below(folder, relative) if is_folder else [relative]
+                if hidden:
+                    found.left_out[HIDDEN] += hidden
+            elif not is_folder:
+                files.append(name)
+            elif _is_utf8(name):
+                folders.append(((*parts, name), above | {identity}, num_links + is_link))
+            else:
+                raise _not_utf8(path, flag, name)
+        pending += reversed(folders)
+        yield parts, files
+
+
+def _list_folder(path: str) -> tuple[tuple[int, int], list[tuple[str, bool, bool]]]:
+    """Return what identifies a folder, and its entries: name, whether it is a folder, whether it is a link."""
+    status = os.stat(path)
+    with os.scandir(path) as entries:
+        listed = [
+            (entry.name, os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir(), entry.is_symlink())
+            for entry in entries
+        ]
+    return (status.st_dev, status.st_ino), listed
+
+
+def _files_below(folder: str, relative: str) -> list[str]:
+    return [
+        os.path.relpath(os.path.join(below, name), folder)
+        for below, _, names in os.walk(os.path.join(folder, relative))
+        for name in names
+    ]
+
+
+def _kind_of(path: str, name: str, suffixes: set[str]) -> int | str | None:
+    """Return why a file is left out, None for an image."""
+    suffix = Path(name).suffix.lower()
+    if suffix in suffixes:
+        return None if _is_utf8(name) else BAD_NAME  # Arrow's strings are UTF-8
+    if suffix in KIND_OF_SUFFIX:
+        return KIND_OF_SUFFIX[suffix]
+    if not os.path.isfile(path):  # nor is it opened: a named pipe would wait for ever
+        return DEAD_LINK if os.path.islink(path) else NOT_IMAGE
+    try:
+        with open(path, "rb") as file:
+            head = file.read(32)
+            file.seek(0)
+            if _is_read_by_pillow(file):
+                return None if _is_utf8(name) else BAD_NAME
+    except OSError:
+        return NO_ACCESS
+    return unreadable_kind(head) or NOT_IMAGE
+
+
+def _is_read_by_pillow(file) -> bool:
+    try:
+        PIL.Image.open(file, formats=[name for name in BY_CONTENT if name in PIL.Image.OPEN])
+    except PIL.Image.DecompressionBombError:
+        return True
+    except Exception:  # on damaged files Pillow raises nearly anything
+        return False
+    return True
+
+
+def _image_suffixes() -> set[str]:
+    return {
+        suffix
+        for suffix, image_format in PIL.Image.registered_extensions().items()
+        if image_format in PIL.Image.OPEN and image_format not in NO_PIXELS
+    }
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _not_utf8(path: str, flag: str, name: str | None = None) -> UserError:
+    which = "its path" if name is None else f"the folder name '{escape_name(name)}'"
+    return UserError(
+        f"{flag} {escape_name(path)}: {which} is not UTF-8; rename it, as with `convmv -r -f latin1 -t utf8 --notest`."
+    )
+
+
+def _importance(item: tuple[int | str, list[str]]) -> int:
+    reasons = [NOT_IMAGE, *UNREADABLE_KINDS, BAD_NAME, NO_ACCESS, DEAD_LINK, LOOP, HIDDEN]
+    return reasons.index(item[0])
+
+
+def _describe(reason: int | str, paths: list[str]) -> str:
+    number, names = f"{len(paths):,}", name_some(paths)
+    one = len(paths) == 1
+    return {
+        NOT_IMAGE: f"{number} that {'is not an image' if one else 'are not images'} ({names})",
+        BAD_NAME: f"{number} whose name is not UTF-8 ({names}; rename with convmv)",
+        NO_ACCESS: f"{number} that cannot be read ({names})",
+        DEAD_LINK: f"{number} {'link' if one else 'links'} to nothing ({names})",
+        LOOP: f"{number} linked {'folder' if one else 'folders'} that would go round in circles ({names})",
+        HIDDEN: f"{number} hidden",
+    }.get(reason) or f"{number} {reason} ({UNREADABLE_KINDS[reason][1]})"
