@@ -11,7 +11,7 @@ STAGE = {
 FLAGS = {
     "method": "bridged", "match_steps": False, "gradient_accumulation_steps": 1, "learning_rate": 2e-4,
     "weight_decay": 0.01, "warmup_steps": 0.1, "per_device_train_batch_size": 32, "dropout": None,
-    "drop_path_rate": None, **STAGE, "bridge_learning_rate": None, "bridge_weight_decay": None,
+    "drop_path_rate": None, "random_flip": True, **STAGE, "bridge_learning_rate": None, "bridge_weight_decay": None,
     "bridge_warmup_steps": None, "bridge_per_device_train_batch_size": None,
     **{f"bridge_{name}": value for name, value in STAGE.items()}, "bridge_num_train_epochs": 5.0,
     "bridge_max_steps": None, "bridge_mixup_alpha": 0.2,
