@@ -128,6 +128,23 @@ def test_half_of_the_crops_are_mirrored_and_all_differ():
     assert len({pixels.numpy().tobytes() for pixels in crops}) > 150
 
 
+@pytest.mark.parametrize("augmentation", ["robust", "basic"])
+def test_without_random_flip_no_crop_is_mirrored_and_nothing_else_changes(augmentation):
+    image = Image.fromarray(np.repeat(np.linspace(0, 255, 60, dtype=np.uint8)[None, :, None], 40, 0).repeat(3, 2))
+    with_flip, without = (CropAndFlip(FORMAT, augmentation, random_flip) for random_flip in (True, False))
+    for index in range(60):
+        rngs = [np.random.default_rng([1, index]) for _ in range(2)]
+        mirrored, upright = with_flip(image, rngs[0]), without(image, rngs[1])
+        assert upright[0, 0, 0] < upright[0, 0, -1]
+        assert torch.equal(upright, mirrored) or torch.equal(upright, mirrored.flip(-1))
+        assert rngs[0].random() == rngs[1].random()
+
+
+@pytest.mark.parametrize("policy", [v2.TrivialAugmentWide, v2.RandAugment])
+def test_no_policy_mirrors(policy):
+    assert not [name for name in policy()._AUGMENTATION_SPACE if "Flip" in name]
+
+
 @pytest.mark.parametrize("augmentation", ["trivialaugment", "randaugment"])
 def test_a_policy_changes_crops_the_same_way_for_the_same_seeds(augmentation):
     state = torch.get_rng_state()

@@ -23,7 +23,7 @@ TOLERANCE = 2.0
 # pixels of the result: so near to the edge of a crop, the processor's interpolation takes in what lies beyond it
 EDGE = 3
 SCALE = 3  # pixels of a picture to one of the result; odd, so that the nearest one is the middle one
-RAMP_NOISE = 24
+RAMP_NOISE = 8
 COLOURS = 255 * np.array([(0, 0, 0), (1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)], dtype=np.uint8)
 LANDSCAPE, PORTRAIT = (48, 144), (144, 48)  # long: a processor that pads shows it
 
@@ -73,13 +73,17 @@ def _measure(image_processor, size: tuple[int, int]) -> ImageFormat | None:
     if plain is None:
         return None
     picture_size = tuple(SCALE * edge for edge in size)
-    shown = _measure_box(image_processor, plain, picture_size)
-    if shown is None:
-        return None
-    # exactly that scale, whatever is cropped off: so the edges of what is shown fall between pixels
-    picture_size = tuple(SCALE * round(edge * whole / part) for edge, whole, part in zip(size, picture_size, shown[2:]))
-    shown = _measure_box(image_processor, plain, picture_size)
-    return shown and _find_interpolation(image_processor, plain, picture_size, shown)
+    shown = [_measure_range(image_processor, plain, picture_size, axis) for axis in (0, 1)]
+    if not all(edge / 8 < extent < edge + 2 for edge, (_, extent) in zip(picture_size, shown)):
+        return None  # turned, or warped
+    # exactly at that scale, whatever is cropped off: the edges of what is shown fall between pixels
+    picture_size = tuple(
+        SCALE * round(edge * whole / extent) for edge, whole, (_, extent) in zip(size, picture_size, shown)
+    )
+    middles = [_measure_range(image_processor, plain, picture_size, axis)[0] for axis in (0, 1)]
+    top, left = (max(0, round(middle - SCALE * edge / 2)) for middle, edge in zip(middles, size))
+    box = (top, left, SCALE * size[0], SCALE * size[1])
+    return _find_interpolation(image_processor, plain, picture_size, box)
 
 
 def _measure_values(image_processor, size: tuple[int, int]) -> ImageFormat | None:
@@ -97,18 +101,8 @@ def _measure_values(image_processor, size: tuple[int, int]) -> ImageFormat | Non
     return ImageFormat(size, tuple(mean.tolist()), tuple(std.tolist()), channels=tuple(channels.tolist()))
 
 
-def _measure_box(image_processor, plain: ImageFormat, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """Return which box (top, left, height, width) of a picture of a size is shown, None where none can be seen."""
-    (top, height), (left, width) = (_measure_range(image_processor, plain, size, axis) for axis in (0, 1))
-    if not all(edge / 8 < extent < edge + 2 for edge, extent in zip(size, (height, width))):
-        return None
-    height, width = min(round(height), size[0]), min(round(width), size[1])
-    top, left = (max(0, min(round(top), size[0] - height)), max(0, min(round(left), size[1] - width)))
-    return top, left, height, width
-
-
 def _measure_range(image_processor, plain: ImageFormat, size: tuple[int, int], axis: int) -> tuple[float, float]:
-    """Return start and extent of what is shown of one axis of a picture, in its pixels, by a ramp of grey."""
+    """Return middle and extent of what is shown of one axis of a picture, in its pixels, by a ramp of grey."""
     # greys are whole numbers, before and after: noise lets their means take every value between
     noise = np.random.default_rng(0).random((size[axis], size[1 - axis]), dtype=np.float32)
     first, last = RAMP_NOISE, 255 - RAMP_NOISE
@@ -120,7 +114,7 @@ def _measure_range(image_processor, plain: ImageFormat, size: tuple[int, int], a
     places = (greys - first) / (last - first) * (size[axis] - 1)
     inner = slice(len(places) // 8, len(places) - len(places) // 8)
     slope, start = np.polyfit(np.arange(len(places))[inner], places[inner], 1)
-    return start - (slope - 1) / 2, slope * len(places)
+    return start + (slope * (len(places) - 1) + 1) / 2, slope * len(places)
 
 
 def _find_interpolation(

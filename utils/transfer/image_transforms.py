@@ -91,9 +91,7 @@ class CropAndFlip:
             return self.policy(pixels) if self.policy else pixels
 
 
-def cut(
-    image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int], interpolation: str
-) -> torch.Tensor:
+def cut(image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int], interpolation: str) -> torch.Tensor:
     """Return a box (top, left, height, width) of an RGB image, resized to `size`, `(3, height, width)` uint8."""
     if interpolation in OF_PILLOW:
         return v2.functional.pil_to_tensor(
