@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 import train_bridged
-from tests.conftest import CLASS_NAMES, save_image_set
+from tests.conftest import CLASS_NAMES, blank_figures, save_image_set
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
 from utils.transfer import classifiers as classifiers_module
@@ -64,7 +64,8 @@ def test_a_set_whose_token_saw_no_mirrored_images_trains_on_none_in_either_stage
     )
     folder = tmp_path / "out"
     flags = ["--synthetic_dataset", str(unmirrored_dir), "--model_name_or_path", classifiers["vit"], *SMALL]
-    train_bridged.main([*flags, "--output_dir", str(folder)])
+    with blank_figures():
+        train_bridged.main([*flags, "--output_dir", str(folder)])
     assert mirrors == [False, False]
     config = read_record(folder / "bridged_config.json")
     assert [stage["settings"]["random_flip"] for stage in config["stages"]] == [False, False]

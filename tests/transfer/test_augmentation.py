@@ -119,6 +119,13 @@ def test_a_crop_is_torchvisions_of_the_decoded_image(interpolation):
     assert torch.equal(pixels, expected.flip(-1) if rng.random() < 0.5 else expected)
 
 
+def test_single_pixels_are_taken_from_the_whole_jpeg():
+    crop = CropAndFlip(ImageFormat((24, 32), interpolation="nearest-exact"), "basic")
+    photo = random_photo(640, 400)
+    same = [crop(image, np.random.default_rng(3)) for image in (photo.convert("RGB"), random_photo(640, 400))]
+    assert torch.equal(*same)
+
+
 def test_half_of_the_crops_are_mirrored_and_all_differ():
     image = Image.fromarray(np.repeat(np.linspace(0, 255, 60, dtype=np.uint8)[None, :, None], 40, 0).repeat(3, 2))
     crop = CropAndFlip(FORMAT, "basic")

@@ -197,6 +197,8 @@ def test_colours_change_before_the_image_processor_and_large_crops_are_made_smal
     monkeypatch.setattr("utils.transfer.image_datasets.open_image", lambda image: image)
     row = {"image": PILImage.new("RGB", (900, 600), (200, 100, 0)), "label": 1}
     made = [items.make(row, 0, 0, index) for index in range(30)]
+    tiny = {"image": PILImage.new("RGB", (1, 2)), "label": 1}
+    assert all(items.make(tiny, 0, 0, index)["pixel_values"].shape == (3, 32, 32) for index in range(5))
     assert {tuple(item["pixel_values"].shape) for item in made} == {(3, 32, 32)}
     assert all("colours" not in item and item["mixup_weight"] >= 0.5 for item in made)
     means = torch.stack([item["pixel_values"].mean((1, 2)) for item in made])

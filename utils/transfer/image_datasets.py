@@ -58,7 +58,7 @@ class TrainItems:
             colours = torch.from_numpy(item.pop("colours"))
             changed = self.change_colours(pixels[None] / 255, colours[None])[0]
             pixels = changed.mul_(255).round_().to(torch.uint8)
-        return item | {"pixel_values": process(self.image_format.processor, to_pil_image(pixels)).float()}
+        return item | {"pixel_values": process(self.image_format.processor, to_pil_image(pixels))}
 
 
 class TrainImages(torch.utils.data.Dataset):

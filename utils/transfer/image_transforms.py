@@ -36,8 +36,9 @@ class ImageFormat:
 
 
 def process(image_processor, image: Image.Image) -> torch.Tensor:
-    """Return the pixels that an image processor makes of an RGB image, `(3, height, width)`."""
-    return image_processor(image, return_tensors="pt")["pixel_values"][0]
+    """Return the pixels that an image processor makes of an RGB image, `(3, height, width)` float32."""
+    # one that neither rescales nor normalises gives bytes, which no convolution takes
+    return image_processor(image, return_tensors="pt")["pixel_values"][0].float()
 
 
 def normalise(images: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
@@ -79,11 +80,15 @@ class CropAndFlip:
         with torch_seeded(int(rng.integers(2**63))):
             # a tensor without memory has the image's size, which is all that is asked for
             box = self.crop.make_params([torch.empty((1, image.height, image.width), device="meta")])
-            size = (2 * max(self.size),) * 2 if self.keeps_shape else self.size
-            image, box = decode_for_crop(image, **box, size=size)
-            if self.keeps_shape:  # no larger than the processor has any use for
-                shrink = max(1, min(box[2:]) / size[0])
-                size = (round(box[2] / shrink), round(box[3] / shrink))
+            most = 2 * max(self.size)  # the processor has no use for more
+            decoded = (most, most) if self.keeps_shape else self.size
+            if self.interpolation == "nearest-exact":  # a smaller image is smoother than single pixels of the whole
+                decoded = (image.height, image.width)
+            image, box = decode_for_crop(image, **box, size=decoded)
+            size = self.size
+            if self.keeps_shape:
+                shrink = max(1, min(box[2:]) / most)
+                size = tuple(max(3, round(edge / shrink)) for edge in box[2:])  # 3 are needed to sharpen
             pixels = cut(image, box, size, self.interpolation)
             is_mirrored = rng.random() < 0.5  # drawn in any case: what is drawn after it stays the same
             if is_mirrored and self.random_flip:
