@@ -200,6 +200,7 @@ def build_runner(model_args, comparison_args, shared_args, sources: dict, real: 
         batch_norm=shared_args.batch_norm,
         label_smoothing_factor=shared_args.label_smoothing_factor,
         augmentation=shared_args.augmentation,
+        random_flip=real.record.random_flip,
         per_device_train_batch_size=shared_args.per_device_train_batch_size,
         weight_decay=shared_args.weight_decay,
     )

@@ -12,7 +12,7 @@ from utils.cli.records import GENERATION_CONFIG, read_record, write_record
 from utils.data.real_images import RealImagesRecord, load_real_images
 from utils.transfer import cell_workers, cells, fine_tuning
 from utils.transfer.cells import CellRunner
-from utils.transfer.comparison import Arm, Recipe, make_cell
+from utils.transfer.comparison import Arm, Recipe, make_cell, plan_cell
 from utils.transfer.methods import StageSettings
 from utils.transfer.synthetic_images import open_synthetic
 
@@ -257,6 +257,27 @@ def test_stage_1_is_chosen_on_validation_and_kept_for_all_methods(classifiers, s
     asked.clear()
     run(classifiers, synthetic_dir, tmp_path / "again", *again)
     assert {cell.bridge.learning_rate for cell in asked} == {1e-3}
+
+
+def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_any(
+    classifiers, unmirrored_dir, tmp_path, monkeypatch
+):
+    mirrors = []
+
+    def result(self, cell):
+        mirrors.extend(stage.settings.random_flip for stage in plan_cell(cell, self.settings))
+        return RIGHT | {"accuracy": 1.0}
+
+    monkeypatch.setattr(CellRunner, "result", result)
+    run(classifiers, unmirrored_dir, tmp_path / "first")
+    assert len(mirrors) > len(METHODS) and not any(mirrors)
+    # recipes that were searched on images which may be mirrored say nothing of these
+    chosen = read_record(tmp_path / "first" / "chosen_settings.json")
+    chosen["stage1"]["random_flip"] = True
+    write_record(tmp_path / "chosen.json", chosen)
+    mirrors.clear()
+    run(classifiers, unmirrored_dir, tmp_path / "second", "--settings", str(tmp_path / "chosen.json"))
+    assert mirrors and not any(mirrors)
 
 
 def test_the_small_search_is_the_same_for_every_method(classifiers, synthetic_dir, tmp_path, monkeypatch):

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 import train_bridged
-from tests.conftest import CLASS_NAMES, save_image_set
+from tests.conftest import CLASS_NAMES, blank_figures, save_image_set
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
 from utils.transfer import classifiers as classifiers_module
+from utils.transfer.image_transforms import CropAndFlip
 
 pytest_plugins = ["tests.transfer.fixtures"]
 SMALL = ["--max_steps", "2", "--bridge_max_steps", "3", "--max_eval_samples", "6", "--use_cpu"]
@@ -51,6 +52,26 @@ def test_vanilla_needs_no_synthetic_set_and_matches_steps(classifiers, real_imag
     assert results["leep_bridged"] is None
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert not [path for path in written if b"hf_some_secret" in path.read_bytes()]
+
+
+def test_a_set_whose_token_saw_no_mirrored_images_trains_on_none_in_either_stage(
+    classifiers, unmirrored_dir, tmp_path, monkeypatch
+):
+    mirrors = []
+    init = CropAndFlip.__init__
+    monkeypatch.setattr(
+        CropAndFlip, "__init__", lambda self, *args: (init(self, *args), mirrors.append(self.random_flip))[0]
+    )
+    folder = tmp_path / "out"
+    flags = ["--synthetic_dataset", str(unmirrored_dir), "--model_name_or_path", classifiers["vit"], *SMALL]
+    with blank_figures():
+        train_bridged.main([*flags, "--output_dir", str(folder)])
+    assert mirrors == [False, False]
+    config = read_record(folder / "bridged_config.json")
+    assert [stage["settings"]["random_flip"] for stage in config["stages"]] == [False, False]
+    assert config["real_images"]["random_flip"] is False
+    args, _ = train_bridged.parse_arguments([*flags, "--random_flip", "true"])
+    assert args.real.random_flip  # a flag wins
 
 
 def weights(folder) -> dict:

@@ -32,10 +32,10 @@ def classifiers(save_classifier_of) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def make_synthetic_dir(tmp_path_factory, real_images_dir):
-    def make(name: str = "synthetic", class_names=tuple(CLASS_NAMES), train_indices=None):
+    def make(name: str = "synthetic", class_names=tuple(CLASS_NAMES), train_indices=None, random_flip=True):
         folder = tmp_path_factory.mktemp(name) / name
         save_image_set(folder, {"train": 6}, class_names)
-        real = RealImagesRecord(str(real_images_dir), num_shots=2).to_dict()
+        real = RealImagesRecord(str(real_images_dir), num_shots=2, random_flip=random_flip).to_dict()
         record = {"real_images": real, "class_names": CLASS_NAMES, "token": None, "train_indices": train_indices}
         write_record(folder / GENERATION_CONFIG, record)
         return folder
@@ -46,3 +46,9 @@ def make_synthetic_dir(tmp_path_factory, real_images_dir):
 @pytest.fixture(scope="session")
 def synthetic_dir(make_synthetic_dir):
     return make_synthetic_dir()
+
+
+@pytest.fixture(scope="session")
+def unmirrored_dir(make_synthetic_dir):
+    """A set whose token was learned with `--random_flip false`."""
+    return make_synthetic_dir("unmirrored", random_flip=False)

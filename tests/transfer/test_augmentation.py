@@ -119,6 +119,13 @@ def test_a_crop_is_torchvisions_of_the_decoded_image(interpolation):
     assert torch.equal(pixels, expected.flip(-1) if rng.random() < 0.5 else expected)
 
 
+def test_single_pixels_are_taken_from_the_whole_jpeg():
+    crop = CropAndFlip(ImageFormat((24, 32), interpolation="nearest-exact"), "basic")
+    photo = random_photo(640, 400)
+    same = [crop(image, np.random.default_rng(3)) for image in (photo.convert("RGB"), random_photo(640, 400))]
+    assert torch.equal(*same)
+
+
 def test_half_of_the_crops_are_mirrored_and_all_differ():
     image = Image.fromarray(np.repeat(np.linspace(0, 255, 60, dtype=np.uint8)[None, :, None], 40, 0).repeat(3, 2))
     crop = CropAndFlip(FORMAT, "basic")
@@ -126,6 +133,23 @@ def test_half_of_the_crops_are_mirrored_and_all_differ():
     mirrored = np.mean([int(pixels[0, 0, 0]) > int(pixels[0, 0, -1]) for pixels in crops])
     assert mirrored == pytest.approx(0.5, abs=0.1)
     assert len({pixels.numpy().tobytes() for pixels in crops}) > 150
+
+
+@pytest.mark.parametrize("augmentation", ["robust", "basic"])
+def test_without_random_flip_no_crop_is_mirrored_and_nothing_else_changes(augmentation):
+    image = Image.fromarray(np.repeat(np.linspace(0, 255, 60, dtype=np.uint8)[None, :, None], 40, 0).repeat(3, 2))
+    with_flip, without = (CropAndFlip(FORMAT, augmentation, random_flip) for random_flip in (True, False))
+    for index in range(60):
+        rngs = [np.random.default_rng([1, index]) for _ in range(2)]
+        mirrored, upright = with_flip(image, rngs[0]), without(image, rngs[1])
+        assert upright[0, 0, 0] < upright[0, 0, -1]
+        assert torch.equal(upright, mirrored) or torch.equal(upright, mirrored.flip(-1))
+        assert rngs[0].random() == rngs[1].random()
+
+
+@pytest.mark.parametrize("policy", [v2.TrivialAugmentWide, v2.RandAugment])
+def test_no_policy_mirrors(policy):
+    assert not [name for name in policy()._AUGMENTATION_SPACE if "Flip" in name]
 
 
 @pytest.mark.parametrize("augmentation", ["trivialaugment", "randaugment"])

@@ -1,5 +1,10 @@
+import json
+import shutil
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
@@ -45,6 +50,35 @@ def test_saved_channels_last_model_loads_in_a_pipeline(save_classifier_of, name,
     assert list(classify.model.config.id2label.values()) == CLASS_NAMES
     for key, value in model.state_dict().items():
         assert torch.equal(classify.model.state_dict()[key].cpu(), value)
+
+
+@pytest.mark.parametrize("name", ["vit", "timm"])
+@pytest.mark.parametrize(
+    "inherited",
+    [
+        {"problem_type": "multi_label_classification"},
+        {"problem_type": "regression"},
+        {"problem_type": "regression", "function_to_apply": "none"},
+        {"return_dict": False, "output_hidden_states": True, "output_attentions": True},
+    ],
+)
+def test_a_saved_pipeline_gives_softmax_probabilities_whatever_the_base_was_for(
+    save_classifier_of, name, inherited, tmp_path
+):
+    base, saved = tmp_path / "base", tmp_path / "saved"
+    shutil.copytree(save_classifier_of(name), base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | inherited))
+    model = load_classifier(str(base), CLASS_NAMES, True, seed=0).eval()
+    image_processor = load_image_processor(str(base))
+    save_classifier(model, image_processor, saved)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    with torch.no_grad():
+        outputs = model(**image_processor(image, return_tensors="pt"))
+    assert list(outputs) == ["logits"]
+    expected = dict(zip(CLASS_NAMES, outputs.logits[0].softmax(0).tolist()))
+    scores = {entry["label"]: entry["score"] for entry in pipeline("image-classification", model=str(saved))(image)}
+    assert scores == pytest.approx(expected, abs=1e-5) and sum(scores.values()) == pytest.approx(1)
 
 
 def test_half_precision_checkpoint_is_trained_in_float32(save_classifier_of, tmp_path):

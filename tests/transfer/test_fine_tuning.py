@@ -19,7 +19,7 @@ from utils.transfer.classifiers import load_classifier, load_image_processor
 from utils.transfer.fine_tuning import StageResult, fine_tune, run_stage
 from utils.transfer.heads import head_parameter_names
 from utils.transfer.image_datasets import EvalImages, TrainImages, TrainItems
-from utils.transfer.image_transforms import read_image_format
+from utils.transfer.image_format import read_image_format
 from utils.transfer.methods import StagePlan, StageSettings
 from utils.transfer.stage_trainer import soft_cross_entropy
 

@@ -11,7 +11,7 @@ STAGE = {
 FLAGS = {
     "method": "bridged", "match_steps": False, "gradient_accumulation_steps": 1, "learning_rate": 2e-4,
     "weight_decay": 0.01, "warmup_steps": 0.1, "per_device_train_batch_size": 32, "dropout": None,
-    "drop_path_rate": None, **STAGE, "bridge_learning_rate": None, "bridge_weight_decay": None,
+    "drop_path_rate": None, "random_flip": True, **STAGE, "bridge_learning_rate": None, "bridge_weight_decay": None,
     "bridge_warmup_steps": None, "bridge_per_device_train_batch_size": None,
     **{f"bridge_{name}": value for name, value in STAGE.items()}, "bridge_num_train_epochs": 5.0,
     "bridge_max_steps": None, "bridge_mixup_alpha": 0.2,
@@ -35,9 +35,10 @@ def test_stage_1_takes_over_what_has_no_flag_of_its_own_and_nothing_else():
     bridge, real = settings_of(
         learning_rate=1e-3, weight_decay=0.1, warmup_steps=5, dropout=0.3, mixup_alpha=0.4, augmentation="basic",
         label_smoothing_factor=0.1, batch_norm="train", head_warmup_steps=2, freeze_backbone=True,
-        per_device_train_batch_size=8, max_steps=3,
+        per_device_train_batch_size=8, max_steps=3, random_flip=False,
     )  # fmt: skip
     shared = {"weight_decay": 0.1, "warmup_steps": 5, "dropout": 0.3, "per_device_train_batch_size": 8}
+    shared["random_flip"] = False
     factor = {"head_learning_rate_factor": None}
     assert bridge == StageSettings(5 * 125, 1e-3, mixup_alpha=0.2, **shared, **factor)
     assert real == StageSettings(

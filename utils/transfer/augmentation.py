@@ -7,9 +7,8 @@ ones, and a classifier must not learn classes by them.
 import numpy as np
 import torch
 from torch import nn
-from torchvision.transforms import v2
 
-from utils.transfer.image_transforms import ImageFormat
+from utils.transfer.image_transforms import ImageFormat, normalise
 
 JITTER = 0.4
 GRAY_PROBABILITY = 0.2
@@ -37,34 +36,22 @@ def draw_colours(rng: np.random.Generator) -> np.ndarray:
     return np.array([*kinds, *factors, sharpness, sigma, rng.integers(NOISE_OFFSETS)], dtype=np.float32)
 
 
-class BatchAugmentation:
-    """Turn a loader's batch into what the model and the loss take, on the device where the batch is.
-
-    `pixel_values` `(batch, 3, height, width)` uint8 become float32, augmented where there are `colours`, and
-    normalised. `labels` `(batch,)` become `(batch, classes)` where there is a `mixup_weight`.
+class ColourChange:
+    """Change images by the numbers that `draw_colours` returns.
 
     Noise is read from one long row of normal numbers, at a place drawn per image: as everything here, it depends on the
     image's numbers only, not on the batch, and costs no more than reading memory.
     """
 
-    def __init__(self, image_format: ImageFormat, num_classes: int, seed: int):
-        self.image_format = image_format
-        self.num_classes = num_classes
+    def __init__(self, seed: int):
         self.seed = seed
         self._noise = torch.empty(0)
 
-    @torch.no_grad()
-    def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        images = batch["pixel_values"].to(torch.float32).div_(255)
-        labels = batch["labels"]
-        if "colours" in batch:
-            kinds, factors, (sharpness, sigmas, offsets) = _split_colours(batch["colours"])
-            images = sharpen(adjust_colours(images, kinds, factors), sharpness)
-            images = self._add_noise(images, sigmas, offsets)
-        images = v2.functional.normalize(images, self.image_format.mean, self.image_format.std, inplace=True)
-        if "mixup_weight" in batch:
-            images, labels = mix_up(images, labels, batch["mixup_weight"], self.num_classes)
-        return {"pixel_values": images.contiguous(memory_format=torch.channels_last), "labels": labels}
+    def __call__(self, images: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
+        """Return images `(batch, 3, height, width)` in [0, 1] changed by `colours` `(batch, 11)`, in place."""
+        kinds, factors, (sharpness, sigmas, offsets) = _split_colours(colours)
+        images = sharpen(adjust_colours(images, kinds, factors), sharpness)
+        return self._add_noise(images, sigmas, offsets)
 
     def _add_noise(self, images: torch.Tensor, sigmas: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Add noise in place to the images whose standard deviation is above 0."""
@@ -77,6 +64,32 @@ class BatchAugmentation:
         noise = noise.view(-1, *images.shape[1:])
         images[chosen] = noise.mul_(sigmas[chosen, None, None, None]).add_(images[chosen]).clamp_(0, 1)
         return images
+
+
+class BatchAugmentation:
+    """Turn a loader's batch into what the model and the loss take, on the device where the batch is.
+
+    `pixel_values` `(batch, 3, height, width)` uint8 become float32, augmented where there are `colours`, and
+    normalised; what a checkpoint's own processor made is left as it is. `labels` `(batch,)` become `(batch, classes)`
+    where there is a `mixup_weight`.
+    """
+
+    def __init__(self, image_format: ImageFormat, num_classes: int, seed: int):
+        self.image_format = image_format
+        self.num_classes = num_classes
+        self.change_colours = ColourChange(seed)
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        images, labels = batch["pixel_values"], batch["labels"]
+        if self.image_format.processor is None:
+            images = images.to(torch.float32).div_(255)
+            if "colours" in batch:
+                images = self.change_colours(images, batch["colours"])
+            images = normalise(images, self.image_format)
+        if "mixup_weight" in batch:
+            images, labels = mix_up(images, labels, batch["mixup_weight"], self.num_classes)
+        return {"pixel_values": images.contiguous(memory_format=torch.channels_last), "labels": labels}
 
 
 def _split_colours(colours: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,8 +16,11 @@ from utils.cli.errors import UserError
 from utils.hub.repositories import Source, open_source
 from utils.transfer.heads import head_parameter_names
 from utils.transfer.heads import reset_head as draw_head
+from utils.transfer.image_format import check_image_processor
 
 NO_CLASSIFIER = "does not load as an image classifier"
+# what the base checkpoint was asked for beside logits: it would be given, and gathered, for every image
+OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 WEIGHTS = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
 
 
@@ -39,10 +42,12 @@ def load_image_processor(name: str, **hub_options):
     """Return the image processor that belongs to a checkpoint.
 
     Raises:
-        UserError: the checkpoint has none.
+        UserError: the checkpoint has none, or one that does not make `(3, height, width)` of an image.
     """
     with _reading(name, "no usable image processor", **hub_options):
-        return AutoImageProcessor.from_pretrained(name, **hub_options)
+        image_processor = AutoImageProcessor.from_pretrained(name, **hub_options)
+    check_image_processor(image_processor, name)
+    return image_processor
 
 
 def load_pretrained(name: str, **hub_options) -> PreTrainedModel | None:
@@ -82,6 +87,8 @@ def load_classifier(
     config.num_labels = len(class_names)
     config.id2label = dict(enumerate(class_names))
     config.label2id = {class_name: index for index, class_name in enumerate(class_names)}
+    # whatever the base was for: the saved classifier's pipeline gives softmax probabilities (no config says so of one)
+    config.problem_type = "single_label_classification" if len(class_names) > 1 else None
     if config.model_type == "timm_wrapper":
         config.label_names = class_names  # it would save the old names, and load them in place of id2label
     for flag, rate in (("dropout", dropout), ("drop_path_rate", drop_path_rate)):
@@ -140,7 +147,7 @@ def _reading(name: str | Path, problem: str, revision: str | None = None, token:
 
 def _load_config(name: str, **hub_options) -> PreTrainedConfig:
     with _reading(name, NO_CLASSIFIER, **hub_options):
-        return AutoConfig.from_pretrained(name, **hub_options)
+        return AutoConfig.from_pretrained(name, **OUTPUTS, **hub_options)
 
 
 def _load_weights(name: str, config: PreTrainedConfig, **hub_options) -> tuple[PreTrainedModel, dict]:

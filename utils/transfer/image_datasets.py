@@ -7,10 +7,12 @@ import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
+from torchvision.transforms.v2.functional import to_pil_image
 
 from utils.data.images import to_rgb
-from utils.transfer.augmentation import draw_colours
-from utils.transfer.image_transforms import CropAndFlip, open_image, read_image_format
+from utils.transfer.augmentation import ColourChange, draw_colours
+from utils.transfer.image_format import read_image_format
+from utils.transfer.image_transforms import CropAndFlip, open_image, process
 
 SHUFFLE_BUFFER = 1_000  # rows of a stream, undecoded: some 50 MB
 
@@ -19,12 +21,16 @@ class TrainItems:
     """Rows with an undecoded image into items: `pixel_values` `(3, height, width)` uint8, `labels` int.
 
     For `robust` augmentation with the `colours` that `BatchAugmentation` takes, for Mixup with each image's own weight
-    in [0.5, 1].
+    in [0.5, 1]. Where only the image processor can make its pixels, `pixel_values` are those, float32, colours changed.
     """
 
-    def __init__(self, image_processor, augmentation: str = "robust", mixup_alpha: float = 0.0):
-        self.crop_and_flip = CropAndFlip(read_image_format(image_processor), augmentation)
+    def __init__(
+        self, image_processor, augmentation: str = "robust", mixup_alpha: float = 0.0, random_flip: bool = True
+    ):
+        self.image_format = read_image_format(image_processor)
+        self.crop_and_flip = CropAndFlip(self.image_format, augmentation, random_flip)
         self.draws_colours = augmentation == "robust"
+        self.change_colours = ColourChange(seed=0)
         self.mixup_alpha = mixup_alpha
 
     def make(self, row: dict, *seeds: int) -> dict:
@@ -36,7 +42,16 @@ class TrainItems:
             weight = rng.beta(self.mixup_alpha, self.mixup_alpha)
             # the larger part is the image's own: with independent weights, some images would vanish from the batch
             item["mixup_weight"] = np.float32(max(weight, 1 - weight))
-        return item
+        return item if self.image_format.processor is None else self._process(item)
+
+    def _process(self, item: dict) -> dict:
+        """Return the item with what the image processor makes of its crop, which takes colours before it."""
+        pixels = item["pixel_values"]
+        if "colours" in item:
+            colours = torch.from_numpy(item.pop("colours"))
+            changed = self.change_colours(pixels[None] / 255, colours[None])[0]
+            pixels = changed.mul_(255).round_().to(torch.uint8)
+        return item | {"pixel_values": process(self.image_format.processor, to_pil_image(pixels))}
 
 
 class TrainImages(torch.utils.data.Dataset):
@@ -113,8 +128,7 @@ class EvalImages(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         row = self.images[index]  # raises IndexError at the end, so that iteration stops
-        pixel_values = self.image_processor(to_rgb(row["image"]), return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": pixel_values, "labels": row["label"]}
+        return {"pixel_values": process(self.image_processor, to_rgb(row["image"])), "labels": row["label"]}
 
 
 def cache_items(images: EvalImages, max_bytes: int = 2**30) -> EvalImages | list[dict]:

@@ -11,39 +11,41 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
-from transformers import TimmWrapperImageProcessor
 
 from utils.data.images import to_rgb
 
-INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # of Pillow
+OF_PILLOW = ("lanczos", "box", "hamming")  # interpolations of pictures, not of tensors
 ROBUST_SCALE = (0.6, 1.0)  # smaller crops of few images miss what they show
 DEFAULT_SCALE = (0.08, 1.0)  # torchvision's, with which the other recipes were made
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What a checkpoint takes: `size` as (height, width), `mean` and `std` of pixels in [0, 1]."""
+    """What a checkpoint takes (`image_format` measures it): `size` as (height, width), and how values are normalised.
+
+    `mean` and `std` belong to the output's channels, of pixels in [0, 1]; `channels` are the RGB channels that these
+    show. Where a crop cannot be resized and normalised as the image processor does it, there is the `processor` itself.
+    """
 
     size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
+    mean: tuple[float, ...] = (0.0,) * 3
+    std: tuple[float, ...] = (1.0,) * 3
+    interpolation: str = "bilinear"
+    channels: tuple[int, ...] = (0, 1, 2)
+    processor: object | None = None
 
 
-def read_image_format(image_processor) -> ImageFormat:
-    """Return the image format of a checkpoint's image processor."""
-    if isinstance(image_processor, TimmWrapperImageProcessor):
-        config = image_processor.data_config
-        size = tuple(config["input_size"][-2:])
-        return ImageFormat(size, tuple(config["mean"]), tuple(config["std"]), config["interpolation"])
-    config = image_processor.to_dict()
-    edges = config.get("crop_size") if config.get("do_center_crop") else config["size"]
-    edge = edges.get("shortest_edge")
-    size = (edge, edge) if edge else (edges["height"], edges["width"])
-    interpolation = INTERPOLATIONS[int(config["resample"])]
-    if not config.get("do_normalize", True):
-        return ImageFormat(size, (0.0,) * 3, (1.0,) * 3, interpolation)
-    return ImageFormat(size, tuple(config["image_mean"]), tuple(config["image_std"]), interpolation)
+def process(image_processor, image: Image.Image) -> torch.Tensor:
+    """Return the pixels that an image processor makes of an RGB image, `(3, height, width)` float32."""
+    # one that neither rescales nor normalises gives bytes, which no convolution takes
+    return image_processor(image, return_tensors="pt")["pixel_values"][0].float()
+
+
+def normalise(images: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
+    """Return images `(batch, 3, height, width)` in [0, 1] as the checkpoint takes them, changed in place."""
+    if image_format.channels != (0, 1, 2):
+        images = images[:, list(image_format.channels)]
+    return v2.functional.normalize(images, image_format.mean, image_format.std, inplace=True)
 
 
 def open_image(value: dict) -> Image.Image:
@@ -58,16 +60,19 @@ def open_image(value: dict) -> Image.Image:
 class CropAndFlip:
     """Turn an opened image into a random, perhaps mirrored crop `(3, height, width)` uint8, with a policy on top.
 
-    `augmentation` is one of `AUGMENTATIONS`; `trivialaugment` and `randaugment` are torchvision's policies.
+    `augmentation` is one of `AUGMENTATIONS`; `trivialaugment` and `randaugment` are torchvision's policies, which never
+    mirror. Without `random_flip` nothing else changes. A crop for the checkpoint's own processor keeps its shape.
 
     Source: torchvision, v2.RandomResizedCrop, TrivialAugmentWide, RandAugment.
     """
 
-    def __init__(self, image_format: ImageFormat, augmentation: str = "robust"):
+    def __init__(self, image_format: ImageFormat, augmentation: str = "robust", random_flip: bool = True):
         scale = ROBUST_SCALE if augmentation == "robust" else DEFAULT_SCALE
         self.crop = v2.RandomResizedCrop(image_format.size, scale=scale)
         self.size = image_format.size
-        self.interpolation = InterpolationMode(image_format.interpolation)
+        self.keeps_shape = image_format.processor is not None
+        self.interpolation = image_format.interpolation
+        self.random_flip = random_flip
         policies = {"trivialaugment": v2.TrivialAugmentWide, "randaugment": v2.RandAugment}
         self.policy = policies[augmentation]() if augmentation in policies else None
 
@@ -75,15 +80,30 @@ class CropAndFlip:
         with torch_seeded(int(rng.integers(2**63))):
             # a tensor without memory has the image's size, which is all that is asked for
             box = self.crop.make_params([torch.empty((1, image.height, image.width), device="meta")])
-            pixels, box = decode_for_crop(image, **box, size=self.size)
-            if self.interpolation != InterpolationMode.LANCZOS:  # which torch has not
-                pixels = v2.functional.pil_to_tensor(pixels)  # resized there in a third of Pillow's time
-            pixels = v2.functional.resized_crop(pixels, *box, list(self.size), self.interpolation)
-            if self.interpolation == InterpolationMode.LANCZOS:
-                pixels = v2.functional.pil_to_tensor(pixels)
-            if rng.random() < 0.5:
+            most = 2 * max(self.size)  # the processor has no use for more
+            decoded = (most, most) if self.keeps_shape else self.size
+            if self.interpolation == "nearest-exact":  # a smaller image is smoother than single pixels of the whole
+                decoded = (image.height, image.width)
+            image, box = decode_for_crop(image, **box, size=decoded)
+            size = self.size
+            if self.keeps_shape:
+                shrink = max(1, min(box[2:]) / most)
+                size = tuple(max(3, round(edge / shrink)) for edge in box[2:])  # 3 are needed to sharpen
+            pixels = cut(image, box, size, self.interpolation)
+            is_mirrored = rng.random() < 0.5  # drawn in any case: what is drawn after it stays the same
+            if is_mirrored and self.random_flip:
                 pixels = pixels.flip(-1)
             return self.policy(pixels) if self.policy else pixels
+
+
+def cut(image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int], interpolation: str) -> torch.Tensor:
+    """Return a box (top, left, height, width) of an RGB image, resized to `size`, `(3, height, width)` uint8."""
+    if interpolation in OF_PILLOW:
+        return v2.functional.pil_to_tensor(
+            v2.functional.resized_crop(image, *box, list(size), InterpolationMode(interpolation))
+        )
+    pixels = v2.functional.pil_to_tensor(image)  # resized there in a third of Pillow's time
+    return v2.functional.resized_crop(pixels, *box, list(size), InterpolationMode(interpolation))
 
 
 def decode_for_crop(

@@ -28,6 +28,7 @@ class StageSettings:
     batch_norm: str = "frozen"
     label_smoothing_factor: float = 0.0
     augmentation: str = "robust"
+    random_flip: bool = True
     head_warmup_steps: int = 0
     freeze_backbone: bool = False
     dropout: float | None = None

@@ -75,7 +75,8 @@ def read_settings(path: str, arms: list[Arm], shots: list[int | None], settings:
     """
     chosen = read_record(path)
     try:
-        chosen["stage1"] = dataclasses.asdict(dataclasses.replace(settings, **chosen["stage1"]))
+        of_images = {"random_flip": settings.random_flip}  # whatever images the recipes were searched on
+        chosen["stage1"] = dataclasses.asdict(dataclasses.replace(settings, **chosen["stage1"] | of_images))
     except (KeyError, TypeError) as error:
         raise UserError(f"--settings {path}: is no chosen_settings.json of this script ({error}).") from None
     for arm, num_shots in product(arms, shots):

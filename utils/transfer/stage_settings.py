@@ -4,6 +4,7 @@ from utils.transfer.methods import StageSettings, steps_per_epoch
 
 OF_BOTH_STAGES = (
     "learning_rate", "weight_decay", "warmup_steps", "per_device_train_batch_size", "dropout", "drop_path_rate",
+    "random_flip",
 )  # fmt: skip
 OF_EACH_STAGE = (
     "num_train_epochs", "max_steps", "head_learning_rate", "head_warmup_steps", "freeze_backbone", "mixup_alpha",

@@ -1,0 +1,145 @@
+"""What pixels a checkpoint takes, measured on its image processor: training reads no setting that it could misread.
+
+The processor is shown pictures of one colour, ramps and noise. Training repeats what it does to them by a crop, a
+resize and a normalisation; where these do not give the same pixels, training calls the processor itself.
+"""
+
+import dataclasses
+import functools
+import logging
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils.cli.errors import UserError
+from utils.transfer.image_transforms import ImageFormat, cut, normalise, process
+
+logger = logging.getLogger(__name__)
+
+INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "nearest-exact", "box", "hamming")
+# in levels of 255: Pillow and torch round the same value differently by 1, another interpolation differs by 15 and more
+TOLERANCE = 2.0
+# pixels of the result: so near to the edge of a crop, the processor's interpolation takes in what lies beyond it
+EDGE = 3
+SCALE = 3  # pixels of a picture to one of the result; odd, so that the nearest one is the middle one
+RAMP_NOISE = 8
+COLOURS = 255 * np.array([(0, 0, 0), (1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)], dtype=np.uint8)
+LANDSCAPE, PORTRAIT = (48, 144), (144, 48)  # long: a processor that pads shows it
+
+
+def check_image_processor(image_processor, name: str) -> None:
+    """Check that a checkpoint's image processor makes `(3, height, width)` of any picture, always of the same size.
+
+    Raises:
+        UserError: it does not.
+    """
+    made = [_describe_result(image_processor, size) for size in (LANDSCAPE, PORTRAIT)]
+    if made[0] != made[1] or not made[0].startswith("pixel_values 1 x 3 x"):
+        raise UserError(
+            f"--model_name_or_path {name}: its image processor makes {' or '.join(dict.fromkeys(made))} of a picture; "
+            "a model that takes pixel_values 1 x 3 x height x width, of one size, is wanted."
+        )
+
+
+def _describe_result(image_processor, size: tuple[int, int]) -> str:
+    try:
+        features = image_processor(Image.fromarray(_noise(size)), return_tensors="pt")
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # its settings do not go together
+        return f"nothing ({error})"
+    name = "pixel_values" if "pixel_values" in features else next(iter(features))
+    return " ".join([name, " x ".join(map(str, np.shape(features[name])))])
+
+
+@functools.lru_cache(maxsize=8)
+def read_image_format(image_processor) -> ImageFormat:
+    """Return how training makes the pixels that an image processor makes; both are compared on a noisy picture.
+
+    Where they differ, the format holds the processor itself, and a warning says so.
+    """
+    size = tuple(process(image_processor, Image.fromarray(_noise(LANDSCAPE))).shape[1:])
+    image_format = _measure(image_processor, size)
+    if image_format is None:
+        logger.warning(
+            f"{type(image_processor).__name__} does more than crop, resize and normalise (it may pad); training calls "
+            "it for every image, which is slower."
+        )
+        return ImageFormat(size, processor=image_processor)
+    return image_format
+
+
+def _measure(image_processor, size: tuple[int, int]) -> ImageFormat | None:
+    plain = _measure_values(image_processor, size)
+    if plain is None:
+        return None
+    picture_size = tuple(SCALE * edge for edge in size)
+    shown = [_measure_range(image_processor, plain, picture_size, axis) for axis in (0, 1)]
+    if not all(edge / 8 < extent < edge + 2 for edge, (_, extent) in zip(picture_size, shown)):
+        return None  # turned, or warped
+    # exactly at that scale, whatever is cropped off: the edges of what is shown fall between pixels
+    picture_size = tuple(
+        SCALE * round(edge * whole / extent) for edge, whole, (_, extent) in zip(size, picture_size, shown)
+    )
+    middles = [_measure_range(image_processor, plain, picture_size, axis)[0] for axis in (0, 1)]
+    top, left = (max(0, round(middle - SCALE * edge / 2)) for middle, edge in zip(middles, size))
+    box = (top, left, SCALE * size[0], SCALE * size[1])
+    return _find_interpolation(image_processor, plain, picture_size, box)
+
+
+def _measure_values(image_processor, size: tuple[int, int]) -> ImageFormat | None:
+    """Return the format by how pictures of one colour are normalised, None where their pixels are not all the same."""
+    pictures = [Image.fromarray(np.full((*LANDSCAPE, 3), colour)) for colour in COLOURS]
+    made = torch.stack([process(image_processor, picture) for picture in pictures]).double()
+    black, white, *primaries = made.mean((2, 3))
+    channels = (torch.stack(primaries) - black).abs().argmax(0)
+    scale = white - black
+    expected = black + scale * (torch.from_numpy(COLOURS)[:, channels] / 255)
+    errors = (made - expected[:, :, None, None]).abs() / scale.abs()[:, None, None]
+    if not errors.max() < 1e-4:  # nor where one is not a number
+        return None
+    mean, std = -black / scale, 1 / scale
+    return ImageFormat(size, tuple(mean.tolist()), tuple(std.tolist()), channels=tuple(channels.tolist()))
+
+
+def _measure_range(image_processor, plain: ImageFormat, size: tuple[int, int], axis: int) -> tuple[float, float]:
+    """Return middle and extent of what is shown of one axis of a picture, in its pixels, by a ramp of grey."""
+    # greys are whole numbers, before and after: noise lets their means take every value between
+    noise = np.random.default_rng(0).random((size[axis], size[1 - axis]), dtype=np.float32)
+    first, last = RAMP_NOISE, 255 - RAMP_NOISE
+    ramp = np.linspace(first, last, size[axis], dtype=np.float32)[:, None] + RAMP_NOISE * (noise - 0.5)
+    ramp = np.rint(ramp).astype(np.uint8)
+    picture = Image.fromarray(ramp if axis == 0 else ramp.T.copy()).convert("RGB")
+    mean, std = (torch.tensor(values)[:, None, None] for values in (plain.mean, plain.std))
+    greys = 255 * (process(image_processor, picture) * std + mean).mean((0, 2 - axis)).double().numpy()
+    places = (greys - first) / (last - first) * (size[axis] - 1)
+    inner = slice(len(places) // 8, len(places) - len(places) // 8)
+    slope, start = np.polyfit(np.arange(len(places))[inner], places[inner], 1)
+    return start + (slope * (len(places) - 1) + 1) / 2, slope * len(places)
+
+
+def _find_interpolation(
+    image_processor, plain: ImageFormat, size: tuple[int, int], box: tuple[int, int, int, int]
+) -> ImageFormat | None:
+    """Return the format whose interpolation makes the processor's pixels of a box of noise, None where none does."""
+    picture = Image.fromarray(_noise(size))
+    wanted = process(image_processor, picture)
+    errors = {}
+    for interpolation in INTERPOLATIONS:
+        image_format = dataclasses.replace(plain, interpolation=interpolation)
+        made = normalise(cut(picture, box, plain.size, interpolation)[None] / 255, image_format)[0]
+        errors[image_format] = _largest_error(made, wanted, plain)
+    best = min(errors, key=errors.get)
+    return best if errors[best] <= TOLERANCE else None
+
+
+def _largest_error(made: torch.Tensor, wanted: torch.Tensor, image_format: ImageFormat) -> float:
+    """Return the largest difference away from the edges, in levels of 255."""
+    levels = (made - wanted).abs() * torch.tensor(image_format.std).abs()[:, None, None] * 255
+    rows, columns = (min(EDGE, (edge - 1) // 2) for edge in image_format.size)
+    levels = levels[:, rows : levels.shape[1] - rows, columns : levels.shape[2] - columns]
+    return float(levels.max().nan_to_num(nan=torch.inf))
+
+
+def _noise(size: tuple[int, int]) -> np.ndarray:
+    """Return coloured noise `(height, width, 3)`, the same at every call."""
+    return np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
