@@ -4,7 +4,7 @@ import shutil
 from io import BytesIO
 
 import pytest
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from datasets.exceptions import NonMatchingChecksumError
 from PIL import Image
 
@@ -12,6 +12,8 @@ from tests.conftest import save_image_set
 from utils.cli.errors import UserError
 from utils.hub.data_sets import _describe_mismatch, load_data_set
 from utils.hub.repositories import open_source
+
+pytest_plugins = ["tests.local_hub.fixtures"]
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +136,46 @@ def test_images_of_a_repository_that_file_name_patterns_leave_out_are_counted(
         f"--dataset_name {repo_id}: 1 of its 7 images are read; datasets chooses them by words such as train and test"
     )
     assert [text[: len(line)] for text in told] == ([] if num_read == 7 else [line])
+
+
+def write_labels(path, names: list[str], labels: list[int]) -> None:
+    features = Features({"id": Value("int64"), "label": ClassLabel(names=names)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Dataset.from_dict({"id": range(len(labels)), "label": labels}, features=features).to_parquet(path)
+
+
+def labels_by_name(images) -> list[str]:
+    return [images.features["label"].names[label] for label in images["label"]]
+
+
+@pytest.fixture
+def mixed_set(tmp_path):
+    """A set of which each file has the same classes in another order."""
+    write_labels(tmp_path / "mixed" / "data" / "train-0.parquet", ["cat", "dog", "owl"], [0, 1, 2])
+    write_labels(tmp_path / "mixed" / "data" / "train-1.parquet", ["owl", "cat", "dog"], [0, 1, 2])
+    write_labels(tmp_path / "mixed" / "data" / "test-0.parquet", ["dog", "owl", "cat"], [0, 1, 2])
+    return tmp_path / "mixed"
+
+
+def check_mixed(loaded: DatasetDict) -> None:
+    assert labels_by_name(loaded["train"]) == ["cat", "dog", "owl", "owl", "cat", "dog"]
+    assert labels_by_name(loaded["test"]) == ["dog", "owl", "cat"]
+
+
+def test_files_with_classes_in_another_order_are_read_by_name(mixed_set):
+    check_mixed(load(mixed_set))
+    assert labels_by_name(load(mixed_set, split="test")) == ["dog", "owl", "cat"]
+    with pytest.raises(UserError, match="cannot be loaded .it has no split 'valid', but train, test."):
+        load(mixed_set, split="valid")
+
+
+def test_files_of_a_repository_with_classes_in_another_order_are_read_by_name(mixed_set, local_hub, monkeypatch):
+    files = {path.relative_to(mixed_set).as_posix(): path for path in mixed_set.rglob("*.parquet")}
+    local_hub.add_user("ann", "hf_ann")
+    local_hub.create_repo("ann/mixed", "dataset").commit(files)
+    source = open_source("ann/mixed", "--dataset_name", "dataset", token="hf_ann")
+    check_mixed(load_data_set(source))
+    check_mixed(load_data_set(source))  # from the cache of datasets
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="the classes of 'label' in different orders, and HF_HUB_OFFLINE is set"):
+        load_data_set(source)

@@ -4,7 +4,7 @@ import logging
 import re
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, config, load_dataset
+from datasets import Dataset, DatasetDict, config, load_dataset_builder
 from datasets.exceptions import (
     ChecksumVerificationError,
     DatasetsError,
@@ -15,10 +15,13 @@ from datasets.exceptions import (
 from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from huggingface_hub import HfFileSystem, constants
+from datasets.packaged_modules.parquet.parquet import Parquet
+from huggingface_hub import HfFileSystem, constants, try_to_load_from_cache
+from huggingface_hub.file_download import repo_folder_name
 
 from utils.cli.errors import UserError
 from utils.cli.processes import is_main_process
+from utils.hub.file_classes import reordered_names, unify_class_names
 from utils.hub.repositories import CLIENT_ERRORS, Source
 from utils.hub.saved_sets import is_saved_to_disk, load_saved
 
@@ -41,7 +44,13 @@ def load_data_set(source: Source, config_name: str | None = None, split: str | N
         if is_saved_to_disk(source.name):
             return _load_saved(source, config_name, split)
     try:
-        loaded = load_dataset(source.name, config_name, split=split, revision=source.revision, token=source.token)
+        builder = load_dataset_builder(source.name, config_name, revision=source.revision, token=source.token)
+        builder.download_and_prepare()
+        loaded = builder.as_dataset()
+        if split is not None and split not in loaded:
+            raise ValueError(f"it has no split '{split}', but {', '.join(loaded)}")
+        if isinstance(builder, Parquet):
+            loaded = unify_class_names(loaded, _parquet_files(builder.config.data_files, source))
     except (SplitsVerificationError, ChecksumVerificationError) as error:
         raise UserError(f"{source.flag} {source.name}: {_describe_mismatch(error)}.") from None
     except (*CLIENT_ERRORS, DatasetsError, ValueError, RuntimeError) as error:
@@ -50,10 +59,23 @@ def load_data_set(source: Source, config_name: str | None = None, split: str | N
             source.check_access()
         raise UserError(f"{source.flag} {source.name}: cannot be loaded ({_innermost(error)}).") from None
     if not source.is_local:
-        _check_commit(loaded if isinstance(loaded, dict) else {split: loaded}, source)
+        _check_commit(loaded, source)
         if split is None and config_name is None:
             _warn_of_images_left_out(loaded, source)
-    return loaded
+    return loaded if split is None else loaded[split]
+
+
+def _parquet_files(data_files: dict[str, list[str]], source: Source) -> dict[str, list]:
+    """Return the parquet files of each split, to read what their footers say; of a repository those in the cache."""
+
+    def find(url: str) -> str | object:
+        if source.is_local:
+            return url
+        filename = url.partition(f"@{source.revision}/")[2]
+        cached = try_to_load_from_cache(source.name, filename, repo_type="dataset", revision=source.revision)
+        return cached if isinstance(cached, str) else HfFileSystem(token=source.token).open(url)
+
+    return {str(split): [find(url) for url in urls] for split, urls in data_files.items()}
 
 
 def check_path(source: Source) -> None:
@@ -121,7 +143,16 @@ def _load_from_cache(source: Source, config_name: str | None, split: str | None)
     *_, found_config, version, commit = folders[-1].parts
     builder = Cache(repo_id=source.name, dataset_name=name, config_name=found_config, version=version, hash=commit)
     builder.download_and_prepare()
-    return builder.as_dataset(split=split)
+    loaded = builder.as_dataset(split=split)
+    repository = repo_folder_name(repo_id=source.name, repo_type="dataset")
+    files = Path(constants.HF_HUB_CACHE, repository, "snapshots", source.revision).rglob("*.parquet")
+    features = loaded.features if split else next(iter(loaded.values())).features
+    if column := reordered_names(features, files):
+        raise UserError(
+            f"{source.flag} {source.name}: its files have the classes of '{column}' in different orders, and "
+            f"{out_of_reach}: which class an image has cannot be told; load it with the Hub in reach."
+        )
+    return loaded
 
 
 def _check_commit(splits: dict[str, Dataset], source: Source) -> None:

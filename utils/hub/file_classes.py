@@ -1,6 +1,7 @@
 """Class names of a set's parquet files, compared file by file: `datasets` reads all of them with the names of the first."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,19 @@ def unify_class_names(loaded: DatasetDict, files: Mapping[str, Sequence[str | Pa
         for split in loaded:
             loaded[split] = _renumber(loaded[split], column, found[split], every_name)
     return loaded
+
+
+def reordered_names(features: Features, paths: Iterable[str | Path]) -> str | None:
+    """Return a column whose classes a file has in another order than `features`, None where there is none.
+
+    Files with other classes are passed over: they may be of another configuration.
+    """
+    columns = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
+    for path, column in product(paths, columns):
+        names, _ = _read_names(path, column)
+        if names and names != features[column].names and sorted(names) == sorted(features[column].names):
+            return column
+    return None
 
 
 def _read_names(path: str | Path, column: str) -> tuple[list[str] | None, int]:
