@@ -40,7 +40,7 @@ from utils.cli.comparison_arguments import (
     SharedStageArguments,
 )
 from utils.cli.errors import UserError, run_script
-from utils.cli.parsing import ScriptArgumentParser, require_not_negative, require_positive
+from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import COMPARISON, image_set_name, resolve_options, write_record, write_run_config
 from utils.data.class_folders import check_real_images_given
 from utils.data.real_images import (
@@ -76,9 +76,6 @@ GROUPS = (ModelArguments, ComparedImagesArguments, ComparisonArguments, SearchAr
 LISTS = ("seeds", "search_seeds", "num_shots", "search_shots", "volumes", "learning_rates", "step_counts",
          "head_learning_rate_factors", "bridge_learning_rates", "bridge_step_counts",
          "bridge_mixup_alphas")  # fmt: skip
-NOT_NEGATIVE = ("seeds", "search_seeds", "bridge_mixup_alphas", "mixup_alpha", "weight_decay", "dataloader_num_workers")
-POSITIVE = ("max_eval_samples", "num_workers", "num_train_epochs", "bridge_num_train_epochs",
-            "bridge_head_learning_rate_factor", "per_device_train_batch_size")  # fmt: skip
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, int], SyntheticSource]]:
@@ -107,7 +104,7 @@ def check_values(values: dict) -> None:
     """Check flag -> value as far as that needs no data.
 
     Raises:
-        UserError: a value is out of range, missing, or there twice.
+        UserError: a value is missing, or there twice.
     """
     if not values["synthetic_dataset"]:
         raise UserError("--synthetic_dataset: give at least one synthetic set, a folder or a data set id.")
@@ -115,14 +112,6 @@ def check_values(values: dict) -> None:
         entries = values[name] or []
         if len(set(entries)) < len(entries):
             raise UserError(f"--{name} {' '.join(map(str, entries))}: a value is there twice.")
-        for value in entries:
-            (require_not_negative if name in NOT_NEGATIVE else require_positive)(**{name: value})
-    require_positive(**{name: values[name] for name in POSITIVE})
-    require_not_negative(**{name: values[name] for name in NOT_NEGATIVE if name not in LISTS})
-    if not 0 <= values["label_smoothing_factor"] < 1:
-        raise UserError(
-            f"--label_smoothing_factor {values['label_smoothing_factor']}: must be 0 or above, and below 1."
-        )
     for name in ("learning_rates", "bridge_learning_rates"):
         if values["search_learning_rate"] and len(values[name]) > 1:
             raise UserError(f"--search_learning_rate: searches around one value, --{name} has {len(values[name])}.")

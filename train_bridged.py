@@ -42,7 +42,6 @@ from utils.cli.transfer_arguments import (
     MethodArguments,
     StageArguments,
     SyntheticDataArguments,
-    check_ranges,
 )
 from utils.data.class_folders import check_real_images_given
 from utils.data.splits import SPLIT_SEED
@@ -150,10 +149,9 @@ def check_arguments(args: Arguments) -> None:
     """Check values that need no data.
 
     Raises:
-        UserError: a value is out of range, or asks for what this script does not do.
+        UserError: a value asks for what this script does not do.
     """
     check_real_images_given(args.real)
-    check_ranges(resolve_options(args.groups))
     for name, value in (("batch_norm", args.stage.batch_norm), ("bridge_batch_norm", args.bridge.bridge_batch_norm)):
         if args.lora.use_peft and value != "frozen":
             raise UserError(f"--{name} {value}: not with --use_peft; an adapter has no place for statistics.")

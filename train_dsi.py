@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from utils.cli.arguments import HubArguments, RealDataArguments
 from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
-from utils.cli.parsing import ScriptArgumentParser, require_not_negative, require_positive
+from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import DSI_CONFIG, read_record, resolve_options, was_finished
 from utils.data.class_folders import check_real_images_given
 from utils.data.class_names import prompt_nouns, read_class_names_file
@@ -169,19 +169,6 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
         description=__doc__,
     ).parse(argv)  # fmt: skip
     _, data_args, token_args, image_args, training_args, monitoring_args, _ = groups
-    require_positive(
-        num_vectors=token_args.num_vectors, resolution=image_args.resolution,
-        train_batch_size=training_args.train_batch_size, max_train_steps=training_args.max_train_steps,
-        gradient_accumulation_steps=training_args.gradient_accumulation_steps,
-        learning_rate=training_args.learning_rate, checkpointing_steps=monitoring_args.checkpointing_steps,
-        checkpoints_total_limit=monitoring_args.checkpoints_total_limit,
-        validation_steps=monitoring_args.validation_steps,
-    )  # fmt: skip
-    require_not_negative(
-        lr_warmup_steps=training_args.lr_warmup_steps, seed=training_args.seed,
-        dataloader_num_workers=training_args.dataloader_num_workers,
-        num_validation_images=monitoring_args.num_validation_images,
-    )  # fmt: skip
     if image_args.resolution is not None and image_args.resolution % 8:
         raise UserError(f"--resolution {image_args.resolution}: must be a multiple of 8.")
     if training_args.lr_warmup_steps and training_args.lr_scheduler == "constant":

@@ -4,7 +4,7 @@ from typing import Literal
 import pytest
 
 from utils.cli.errors import UserError, run_script
-from utils.cli.parsing import ScriptArgumentParser, require_positive
+from utils.cli.parsing import ScriptArgumentParser
 
 
 @dataclass
@@ -70,14 +70,14 @@ def test_bad_flags_are_an_error_that_names_them(argv):
 
 def test_a_user_error_ends_the_script_with_one_line_and_status_2(capsys):
     def main():
-        require_positive(num_shots=-1)
+        parse("--learning_rate", "-1")
 
     with pytest.raises(SystemExit) as exit_info:
         run_script(main)
     captured = capsys.readouterr()
     assert exit_info.value.code == 2
     assert captured.err.count("\n") == 1
-    assert "--num_shots -1: must be above 0" in captured.err
+    assert "--learning_rate -1.0: must be above 0" in captured.err
     assert captured.out == ""
 
 

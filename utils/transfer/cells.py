@@ -52,7 +52,7 @@ class CellRunner:
         Beside them: which images were right (`unpack_correct`), and the costs of each stage as `<stage>_<cost>`.
 
         Raises:
-            UserError: a stage cannot be run; the message names the cell.
+            UserError: a stage cannot be run, or diverged (`DivergedError`); the message names the cell.
         """
         path = self.path(cell)
         with self._lock(path.stem):
@@ -60,7 +60,7 @@ class CellRunner:
                 try:
                     results = self._run(cell)
                 except UserError as error:
-                    raise UserError(f"{error} (in the cell '{cell.title}')") from None
+                    raise type(error)(f"{error} (in the cell '{cell.title}')") from None
                 write_record(path, {"settings": self._cell_settings(cell), "results": results})
                 gc.collect()  # a Trainer is full of cycles
         return read_record(path)["results"]
