@@ -44,7 +44,6 @@ from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import COMPARISON, image_set_name, resolve_options, write_record, write_run_config
 from utils.data.class_folders import check_real_images_given
 from utils.data.real_images import (
-    RealImages,
     RealImagesRecord,
     check_held_out,
     check_images,
@@ -70,6 +69,7 @@ from utils.transfer.comparison_report import plot_comparison, print_comparison, 
 from utils.transfer.comparison_statistics import Row, describe_findings, stack_correct, summarise
 from utils.transfer.methods import StageSettings, steps_per_epoch
 from utils.transfer.recipe_search import choose_bridge, choose_recipes, describe_choice, read_settings
+from utils.transfer.rehearsal import rehearse
 from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, open_synthetic
 
 GROUPS = (ModelArguments, ComparedImagesArguments, ComparisonArguments, SearchArguments, SharedStageArguments)
@@ -176,8 +176,12 @@ def warn_of_leaks(runner: CellRunner, num_shots: int | None) -> None:
             )
 
 
-def build_runner(model_args, comparison_args, shared_args, sources: dict, real: RealImages) -> CellRunner:
-    """Return what runs the cells; the classifier is looked up, not loaded."""
+def build_runner(model_args, real_args, comparison_args, shared_args, sources: dict, arms: list[Arm]) -> CellRunner:
+    """Return what runs the cells, once two images have been tried on the classifier, and the real images been opened.
+
+    Raises:
+        UserError: the classifier cannot be trained, or the images cannot be used.
+    """
     token = comparison_args.hub_token or None
     commit = check_classifier(model_args.model_name_or_path, model_args.model_revision, token)
     hub_options = {"revision": commit or "main", "trust_remote_code": model_args.trust_remote_code, "token": token}
@@ -200,10 +204,16 @@ def build_runner(model_args, comparison_args, shared_args, sources: dict, real: 
         disable_tqdm=True,
         dataloader_num_workers=shared_args.dataloader_num_workers,
     )
+    image_processor = load_image_processor(model_args.model_name_or_path, **hub_options)
+    imprint = any(arm.variant.head_init == "imprint" for arm in arms)
+    rehearse(model_args.model_name_or_path, image_processor, settings, training_args, imprint=imprint, **hub_options)
+    real = load_real_images(RealImagesRecord.from_arguments(real_args), token)
+    check_held_out(real)
+    check_images(real.train, "real training images", real.record.image_column_name, real.train_indices)
     return CellRunner(
         model_args.model_name_or_path,
         hub_options,
-        load_image_processor(model_args.model_name_or_path, **hub_options),
+        image_processor,
         real,
         sources,
         settings,
@@ -296,11 +306,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     shots = sorted(comparison_args.num_shots) if comparison_args.num_shots else [None]
     volumes = sorted(comparison_args.volumes) if comparison_args.volumes else [None]
 
-    # data
-    real = load_real_images(RealImagesRecord.from_arguments(real_args), comparison_args.hub_token or None)
-    check_held_out(real)
-    check_images(real.train, "real training images", real.record.image_column_name, real.train_indices)
-    runner = build_runner(model_args, comparison_args, shared_args, sources, real)
+    # model and data
+    runner = build_runner(model_args, real_args, comparison_args, shared_args, sources, arms)
     runner.check(arms, shots, volumes)
     warn_of_leaks(runner, shots[0])
 
@@ -332,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     write_markdown(
         runner.output_dir / "comparison.md", summary, baseline_name,
         findings=findings, seeds=seeds, sets=sets, own_sets="{seed}" in "".join(sets.values()),
-        model=model_args.model_name_or_path, real=real.record.name, chosen=chosen,
+        model=model_args.model_name_or_path, real=runner.real.record.name, chosen=chosen,
         chosen_how=describe_choice(search_args.settings, chosen, search_seeds),
         command=public_command("compare_transfer.py", argv),
     )  # fmt: skip

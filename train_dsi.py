@@ -322,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     from utils.data.real_images import RealImagesRecord
     from utils.style.checkpoints import TrainingProgress, find_checkpoint, load_checkpoint, save_checkpoint
-    from utils.style.health import HealthCheck
+    from utils.style.health import HealthCheck, check_finite
     from utils.style.pictures import BeforeAfter, plot_training
     from utils.style.prompt_encoder import PromptEncoder
     from utils.style.steps import TrainingSteps, micro_batches, step_loader
@@ -413,6 +413,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         if validates or saves or progress.step % LOGGING_STEPS == 0:  # each time the CPU waits for a GPU
             per_step = torch.stack(losses).view(-1, accumulation).mean(1)
             progress.loss_history += accelerator.reduce(per_step, "mean").tolist()
+            new_losses = progress.loss_history[-len(per_step) :]
+            check_finite(progress.step, new_losses, encoder.rows, training_args.learning_rate)
             losses.clear()
             recent = progress.loss_history[-50:]
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
@@ -420,6 +422,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         if validates:
             health = health_check.measure()
             progress.held_out_losses[str(progress.step)] = health["loss_trained_token"]
+            held_out_loss = [health["loss_trained_token"]]
+            check_finite(progress.step, held_out_loss, encoder.rows, training_args.learning_rate)
             accelerator.log({"held_out_loss": health["loss_trained_token"]}, progress.step)
             if before_after is not None:
                 before_after.write(output_dir / STYLE_PICTURE)

@@ -16,7 +16,6 @@ import train_bridged
 from tests.conftest import CLASS_NAMES, save_image_set
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
-from utils.transfer import classifiers as classifiers_module
 
 pytest_plugins = ["tests.transfer.fixtures"]
 SMALL = ["--max_steps", "2", "--bridge_max_steps", "3", "--max_eval_samples", "6", "--use_cpu"]
@@ -259,14 +258,12 @@ def rewrite_train_split(folder, change):
         (lambda row, i: {"label": -1} if i == 2 else row, "1 of 9 images .* have no label, the first in row 2"),
     ],
 )
-def test_damaged_images_and_missing_labels_are_found_before_a_model_loads(change, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(classifiers_module, "check_classifier", lambda *_: None)
-    monkeypatch.setattr(classifiers_module, "load_image_processor", lambda *_, **__: pytest.fail("a model was loaded"))
+def test_damaged_images_and_missing_labels_are_found_before_training(change, message, classifiers, tmp_path):
     save_image_set(tmp_path / "real", {"train": 3, "test": 2})
     rewrite_train_split(tmp_path / "real", change)
     with pytest.raises(UserError, match=message):
-        train_bridged.main(["--dataset_name", str(tmp_path / "real"), "--method", "vanilla",
-                            "--output_dir", str(tmp_path / "out")])  # fmt: skip
+        train_bridged.main(["--dataset_name", str(tmp_path / "real"), "--method", "vanilla", "--model_name_or_path",
+                            classifiers["vit"], "--output_dir", str(tmp_path / "out")])  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 

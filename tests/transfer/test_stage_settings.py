@@ -9,7 +9,8 @@ STAGE = {
     "batch_norm": "frozen",
 }  # fmt: skip
 FLAGS = {
-    "method": "bridged", "match_steps": False, "gradient_accumulation_steps": 1, "learning_rate": 2e-4,
+    "method": "bridged", "match_steps": False, "gradient_accumulation_steps": 1, "dataloader_drop_last": False,
+    "streaming": False, "eval_strategy": "no", "eval_delay": 0, "metric_for_best_model": None, "learning_rate": 2e-4,
     "weight_decay": 0.01, "warmup_steps": 0.1, "per_device_train_batch_size": 32, "dropout": None,
     "drop_path_rate": None, **STAGE, "bridge_learning_rate": None, "bridge_weight_decay": None,
     "bridge_warmup_steps": None, "bridge_per_device_train_batch_size": None,
