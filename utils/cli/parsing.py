@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import json
-import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ from transformers import HfArgumentParser
 from utils.cli.errors import UserError
 from utils.cli.ranges import check_ranges
 
+MAX_FLOAT = 1e30  # what comes of larger ones is no finite float32 any more
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -46,7 +46,7 @@ class ScriptArgumentParser(HfArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(re.sub(r"^argument (--\w+)\S*", r"\1", message))
+        raise UserError(re.sub(r"^argument (--\w+)[^:\s]*", r"\1", message))
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple:
         """Return the dataclass instances for `argv` (the process's own arguments when None).
@@ -82,8 +82,8 @@ class ScriptArgumentParser(HfArgumentParser):
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> object:
         value = super()._get_value(action, arg_string)
-        if isinstance(value, float) and not math.isfinite(value):  # no flag means anything by it
-            raise argparse.ArgumentError(action, f"must be a finite number, got {value}")
+        if isinstance(value, float) and not abs(value) <= MAX_FLOAT:  # so written, it refuses NaN too
+            raise argparse.ArgumentError(action, f"must be a finite number of at most {MAX_FLOAT:g}, got {value}")
         return value
 
     def _apply_recipe(self, path: Path) -> None:

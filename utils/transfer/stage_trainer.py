@@ -19,6 +19,8 @@ from utils.transfer.batch_norm import batch_norm_modules
 from utils.transfer.heads import head_parameter_names
 from utils.transfer.image_datasets import StreamedTrainImages, TrainImages
 
+INITIAL_SCALE = 2.0**16  # of torch's GradScaler
+
 
 class StageTrainer(Trainer):
     """A Trainer that augments batches, counts the images that it trained on in `progress`, and ends where it diverges.
@@ -61,8 +63,9 @@ class StageTrainer(Trainer):
                 f"--per_device_train_batch_size {self.args.per_device_train_batch_size}: only {self.state.global_step} "
                 f"of {self.args.max_steps} steps were taken, for want of images; give fewer images per step."
             )
-        # with fp16 single steps are passed over; the schedule counts those that are not
-        if self.accelerator.scaler is not None and self.lr_scheduler.last_epoch == 0:
+        # fp16 passes over steps with infinite gradients, each of which halves the scale of the loss
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() <= INITIAL_SCALE * 0.5**self.state.global_step:
             raise self._diverged("the gradients of every step are infinite")
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
