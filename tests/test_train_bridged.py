@@ -211,51 +211,6 @@ def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, r
         (["--synthetic_dataset", "SYN", "--method", "mix", "--streaming"], "--streaming: not with --method mix"),
         (["--synthetic_dataset", "SYN", "--max_steps", "0"], "--max_steps 0: must be above 0, or left out"),
         (["--synthetic_dataset", "SYN", "--logging_steps", "inf"], "--logging_steps: must be a finite number of"),
-        (
-            ["--synthetic_dataset", "SYN", "--per_device_eval_batch_size", "0"],
-            "--per_device_eval_batch_size 0: must be",
-        ),
-        (
-            ["--synthetic_dataset", "SYN", "--metric_for_best_model", "f1"],
-            "f1: is not measured; choose one of loss, acc",
-        ),
-        (
-            ["--synthetic_dataset", "SYN", "--save_strategy", "best"],
-            "--save_strategy best: needs --metric_for_best_mod",
-        ),
-        (["--synthetic_dataset", "SYN", "--deepspeed", "no-file.json"], "deepspeed"),
-        (
-            [
-                "--synthetic_dataset",
-                "SYN",
-                "--model_name_or_path",
-                "VIT",
-                "--eval_strategy",
-                "steps",
-                "--use_cpu",
-                "--eval_delay",
-                "500",
-            ],
-            "--eval_delay 500.*: nothing would be evaluated; the longest stage has 30 steps",
-        ),
-        (
-            [
-                "--synthetic_dataset",
-                "SYN",
-                "--model_name_or_path",
-                "VIT",
-                "--eval_strategy",
-                "epoch",
-                "--use_cpu",
-                "--metric_for_best_model",
-                "eval_top5_accuracy",
-            ],
-            "top5_accuracy: needs more than 5 classes, there are 3",
-        ),
-        (
-            ["--synthetic_dataset", "SYN", "--model_name_or_path", "VIT", "--dataloader_drop_last", "--use_cpu"],
-            "--dataloader_drop_last: stage1 would take no step, its 18 images are less than a batch .32 on each of 1 ",
-        ),
         (["--synthetic_dataset", "SYN", "--load_best_model_at_end"], "requires the save and eval strategy to match"),
         (
             [
@@ -286,25 +241,28 @@ def test_bad_input_is_one_user_error_and_nothing_is_written(flags, message, synt
     assert not (tmp_path / "out").exists()
 
 
-def rewrite_train_split(folder, change):
-    """Replace the train rows of an image set by `change(row)`, images as they are stored."""
-    path = folder / "data" / "train-00000.parquet"
-    rows = load_dataset("parquet", data_files=str(path), split="train").cast_column("image", Image(decode=False))
-    rows = rows.map(change, with_indices=True)
-    path.unlink()
-    rows.to_parquet(path)
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("flags", "message"),
     [
-        (
-            lambda row, i: {"image": {"bytes": b"torn", "path": None}} if i == 1 else row,
-            "row 1, column 'image': damaged",
-        ),
-        (lambda row, i: {"label": -1} if i == 2 else row, "1 of 9 images .* have no label, the first in row 2"),
+        (["--per_device_eval_batch_size", "0"], "^--per_device_eval_batch_size 0: must be above 0"),
+        (["--metric_for_best_model", "f1"], "^--metric_for_best_model f1: is not measured; choose one of loss, accur"),
+        (["--prediction_loss_only", "--metric_for_best_model", "eval_accuracy"], "not measured; choose one of loss"),
+        (["--save_strategy", "best"], "^--save_strategy best: needs --metric_for_best_model, and --eval_strategy"),
+        (["--deepspeed", "no-file.json"], "deepspeed"),
+        (["--eval_strategy", "steps", "--eval_delay", "500"], "^--eval_delay 500.*; the longest stage has 30 steps"),
+        (["--metric_for_best_model", "eval_top5_accuracy"], "top5_accuracy: needs more than 5 classes, there are 3"),
+        (["--dataloader_drop_last"], "^--dataloader_drop_last: stage1 would take no step, its 18 images are less than"),
     ],
 )
+def test_what_the_trainer_would_say_late_is_one_line_before_training(
+    flags, message, synthetic_dir, classifiers, tmp_path
+):
+    flags = ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["vit"], *flags]
+    with pytest.raises(UserError, match=message):
+        train_bridged.main([*flags, "--use_cpu", "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_trial_of_two_images_shows_is_found_before_images_are_read(classifiers, tmp_path, monkeypatch):
     monkeypatch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("images were read"))
     with pytest.raises(UserError, match="^--optim adamw_8bit: ImportError: .*bitsandbytes"):
@@ -326,6 +284,25 @@ def test_a_run_that_diverges_publishes_nothing_and_has_no_finished_record(run, t
     assert not (tmp_path / "out" / "bridged_config.json").exists() and not list(tmp_path.glob("out/*/stage.json"))
 
 
+def rewrite_train_split(folder, change):
+    """Replace the train rows of an image set by `change(row)`, images as they are stored."""
+    path = folder / "data" / "train-00000.parquet"
+    rows = load_dataset("parquet", data_files=str(path), split="train").cast_column("image", Image(decode=False))
+    rows = rows.map(change, with_indices=True)
+    path.unlink()
+    rows.to_parquet(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda row, i: {"image": {"bytes": b"torn", "path": None}} if i == 1 else row,
+            "row 1, column 'image': damaged",
+        ),
+        (lambda row, i: {"label": -1} if i == 2 else row, "1 of 9 images .* have no label, the first in row 2"),
+    ],
+)
 def test_damaged_images_and_missing_labels_are_found_before_training(change, message, classifiers, tmp_path):
     save_image_set(tmp_path / "real", {"train": 3, "test": 2})
     rewrite_train_split(tmp_path / "real", change)

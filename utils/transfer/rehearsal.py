@@ -124,7 +124,9 @@ def _naming(flag: str, what: str = "") -> Iterator[None]:
 def _nothing_left(device: torch.device) -> Iterator[None]:
     """Set random states back, and free the memory, of what runs in it."""
     python, numpy = random.getstate(), np.random.get_state()
-    gc.freeze()  # else each collection, of which a Trainer makes some, goes through all modules: seconds
+    freezes = gc.get_freeze_count() == 0
+    if freezes:  # else each collection, of which a Trainer makes some, goes through all modules: seconds
+        gc.freeze()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
@@ -132,6 +134,7 @@ def _nothing_left(device: torch.device) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         gc.collect()  # a Trainer is full of cycles
-        gc.unfreeze()
+        if freezes:
+            gc.unfreeze()
         if device.type == "cuda":
             torch.cuda.empty_cache()
