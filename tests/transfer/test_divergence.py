@@ -52,7 +52,11 @@ def spoil_step(monkeypatch, number: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "max_steps", "options"),
-    [("vit", 6, {}), ("resnet", 6, {"logging_strategy": "steps", "logging_steps": 1}), ("vit", 1, {"save_steps": 1})],
+    [
+        ("vit", 6, {}),
+        ("resnet", 6, {"logging_strategy": "steps", "logging_steps": 1, "save_strategy": "steps"}),
+        ("vit", 1, {"save_strategy": "steps", "save_steps": 1}),
+    ],
 )
 def test_a_stage_that_diverges_is_one_line_and_not_finished(run, tmp_path, name, max_steps, options):
     settings = replace(SETTINGS, max_steps=max_steps, learning_rate=1e30)  # weights of 1e30 are finite
@@ -60,7 +64,7 @@ def test_a_stage_that_diverges_is_one_line_and_not_finished(run, tmp_path, name,
         DivergedError,
         match=rf"^--learning_rate 1e\+30: .* is (nan|inf) at step \d of {max_steps} in stage1; try a lower",
     ):
-        run(settings, name=name, save_strategy="steps", **options)
+        run(settings, name=name, **options)
     assert {path.name for path in (tmp_path / "stage1").iterdir()} == {"stage_settings.json"}
 
 
