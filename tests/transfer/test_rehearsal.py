@@ -85,7 +85,7 @@ def test_a_model_that_does_not_take_the_pixels_is_one_line_that_names_it(run, tm
         ({"report_to": "wandb"}, "^--report_to wandb: RuntimeError: .*to be installed"),
         ({"report_to": "diary"}, "^--report_to diary: ValueError: diary is not supported"),
         ({"batch_eval_metrics": True, "eval_strategy": "steps"}, "^training flags: ValueError: .*`batch_eval_metrics`"),
-        ({"gradient_checkpointing": True, "name": "resnet"}, "^--model_name_or_path .*not support gradient checkpoin"),
+        ({"gradient_checkpointing": True, "name": "resnet"}, "^--model_name_or_path .*not support activation checkp"),
         ({"lora": LoraSettings(target_modules=("nowhere",))}, "^--lora_target_modules nowhere: there is no such layer"),
     ],
 )
