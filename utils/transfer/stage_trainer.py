@@ -56,7 +56,11 @@ class StageTrainer(Trainer):
                 self.state = state
                 self.progress.go_on_from(state)
                 return
-        training_loss = self.train(resume_from_checkpoint=checkpoint).training_loss
+        try:
+            training_loss = self.train(resume_from_checkpoint=checkpoint).training_loss
+        except DivergedError:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes progress bar and tracker
+            raise
         self.check_finite(training_loss)
         if self.state.global_step < self.args.max_steps:
             raise UserError(
@@ -98,7 +102,7 @@ class StageTrainer(Trainer):
         return DivergedError(
             f"--learning_rate {self.args.learning_rate:g}: {what} at step {self.state.global_step} of "
             f"{self.args.max_steps} in {Path(self.args.output_dir).name}; try a lower one (on synthetic images that is "
-            f"--bridge_learning_rate), more --warmup_steps{precision}. Earlier checkpoints are kept."
+            f"--bridge_learning_rate) or more --warmup_steps{precision}. Earlier checkpoints are kept."
         )
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
