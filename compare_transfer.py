@@ -40,12 +40,11 @@ from utils.cli.comparison_arguments import (
     SharedStageArguments,
 )
 from utils.cli.errors import UserError, run_script
-from utils.cli.parsing import ScriptArgumentParser, require_not_negative, require_positive
+from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import COMPARISON, image_set_name, resolve_options, write_record, write_run_config
 from utils.data.class_folders import check_real_images_given
 from utils.data.opened_images import open_all
 from utils.data.real_images import (
-    RealImages,
     RealImagesRecord,
     check_held_out,
     limit_held_out,
@@ -71,15 +70,13 @@ from utils.transfer.comparison_report import plot_comparison, print_comparison, 
 from utils.transfer.comparison_statistics import Row, describe_findings, stack_correct, summarise
 from utils.transfer.methods import StageSettings, steps_per_epoch
 from utils.transfer.recipe_search import choose_bridge, choose_recipes, describe_choice, read_settings
+from utils.transfer.rehearsal import rehearse
 from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, open_synthetic
 
 GROUPS = (ModelArguments, ComparedImagesArguments, ComparisonArguments, SearchArguments, SharedStageArguments)
 LISTS = ("seeds", "search_seeds", "num_shots", "search_shots", "volumes", "learning_rates", "step_counts",
          "head_learning_rate_factors", "bridge_learning_rates", "bridge_step_counts",
          "bridge_mixup_alphas")  # fmt: skip
-NOT_NEGATIVE = ("seeds", "search_seeds", "bridge_mixup_alphas", "mixup_alpha", "weight_decay", "dataloader_num_workers")
-POSITIVE = ("max_eval_samples", "num_workers", "num_train_epochs", "bridge_num_train_epochs",
-            "bridge_head_learning_rate_factor", "per_device_train_batch_size")  # fmt: skip
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, int], SyntheticSource]]:
@@ -108,7 +105,7 @@ def check_values(values: dict) -> None:
     """Check flag -> value as far as that needs no data.
 
     Raises:
-        UserError: a value is out of range, missing, or there twice.
+        UserError: a value is missing, or there twice.
     """
     if not values["synthetic_dataset"]:
         raise UserError("--synthetic_dataset: give at least one synthetic set, a folder or a data set id.")
@@ -116,14 +113,6 @@ def check_values(values: dict) -> None:
         entries = values[name] or []
         if len(set(entries)) < len(entries):
             raise UserError(f"--{name} {' '.join(map(str, entries))}: a value is there twice.")
-        for value in entries:
-            (require_not_negative if name in NOT_NEGATIVE else require_positive)(**{name: value})
-    require_positive(**{name: values[name] for name in POSITIVE})
-    require_not_negative(**{name: values[name] for name in NOT_NEGATIVE if name not in LISTS})
-    if not 0 <= values["label_smoothing_factor"] < 1:
-        raise UserError(
-            f"--label_smoothing_factor {values['label_smoothing_factor']}: must be 0 or above, and below 1."
-        )
     for name in ("learning_rates", "bridge_learning_rates"):
         if values["search_learning_rate"] and len(values[name]) > 1:
             raise UserError(f"--search_learning_rate: searches around one value, --{name} has {len(values[name])}.")
@@ -188,8 +177,12 @@ def warn_of_leaks(runner: CellRunner, num_shots: int | None) -> None:
             )
 
 
-def build_runner(model_args, comparison_args, shared_args, sources: dict, real: RealImages) -> CellRunner:
-    """Return what runs the cells; the classifier is looked up, not loaded."""
+def build_runner(model_args, real_args, comparison_args, shared_args, sources: dict, arms: list[Arm]) -> CellRunner:
+    """Return what runs the cells, once two images have been tried on the classifier, and the real images been opened.
+
+    Raises:
+        UserError: the classifier cannot be trained, or the images cannot be used.
+    """
     token = comparison_args.hub_token or None
     commit = check_classifier(model_args.model_name_or_path, model_args.model_revision, token)
     hub_options = {"revision": commit or "main", "trust_remote_code": model_args.trust_remote_code, "token": token}
@@ -200,7 +193,7 @@ def build_runner(model_args, comparison_args, shared_args, sources: dict, real: 
         batch_norm=shared_args.batch_norm,
         label_smoothing_factor=shared_args.label_smoothing_factor,
         augmentation=shared_args.augmentation,
-        random_flip=real.record.random_flip,
+        random_flip=real_args.random_flip,
         per_device_train_batch_size=shared_args.per_device_train_batch_size,
         weight_decay=shared_args.weight_decay,
     )
@@ -213,11 +206,19 @@ def build_runner(model_args, comparison_args, shared_args, sources: dict, real: 
         disable_tqdm=True,
         dataloader_num_workers=shared_args.dataloader_num_workers,
     )
+    image_processor = load_image_processor(model_args.model_name_or_path, **hub_options)
+    imprint = any(arm.variant.head_init == "imprint" for arm in arms)
+    rehearse(model_args.model_name_or_path, image_processor, settings, training_args, imprint=imprint, **hub_options)
+    real = load_real_images(RealImagesRecord.from_arguments(real_args), token)
+    real = limit_held_out(real, comparison_args.max_eval_samples)
+    check_held_out(real)
+    opened = open_all(real)
+    print("\n".join((*real.remarks, *opened.remarks)))
     return CellRunner(
         model_args.model_name_or_path,
         hub_options,
-        load_image_processor(model_args.model_name_or_path, **hub_options),
-        real,
+        image_processor,
+        opened.images,
         sources,
         settings,
         training_args,
@@ -309,15 +310,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     shots = sorted(comparison_args.num_shots) if comparison_args.num_shots else [None]
     volumes = sorted(comparison_args.volumes) if comparison_args.volumes else [None]
 
-    # data
-    real = load_real_images(RealImagesRecord.from_arguments(real_args), comparison_args.hub_token or None)
-    print("\n".join(real.remarks))
-    real = limit_held_out(real, comparison_args.max_eval_samples)
-    check_held_out(real)
-    opened = open_all(real)
-    real = opened.images
-    print("".join(f"{remark}\n" for remark in opened.remarks), end="")
-    runner = build_runner(model_args, comparison_args, shared_args, sources, real)
+    # model and data
+    runner = build_runner(model_args, real_args, comparison_args, shared_args, sources, arms)
     runner.check(arms, shots, volumes)
     warn_of_leaks(runner, shots[0])
 
@@ -349,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     write_markdown(
         runner.output_dir / "comparison.md", summary, baseline_name,
         findings=findings, seeds=seeds, sets=sets, own_sets="{seed}" in "".join(sets.values()),
-        model=model_args.model_name_or_path, real=real.record.name, chosen=chosen,
+        model=model_args.model_name_or_path, real=runner.real.record.name, chosen=chosen,
         chosen_how=describe_choice(search_args.settings, chosen, search_seeds),
         command=public_command("compare_transfer.py", argv),
     )  # fmt: skip

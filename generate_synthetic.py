@@ -22,7 +22,7 @@ from utils.cli.arguments import HubArguments, RealDataArguments
 from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
 from utils.cli.interruptions import ending_cleanly
-from utils.cli.parsing import ScriptArgumentParser, require_not_negative, require_positive, suggestion
+from utils.cli.parsing import ScriptArgumentParser, suggestion
 from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, resolve_options, write_run_config
 from utils.data.class_folders import check_real_images_given
 from utils.data.class_names import list_names, match_class_names
@@ -225,18 +225,8 @@ def check_arguments(
     prompt_args: PromptArguments, sampling_args: SamplingArguments, output_args: OutputArguments
 ) -> None:
     """Check what needs no file to be known as wrong."""
-    require_positive(
-        num_images_per_class=sampling_args.num_images_per_class,
-        num_inference_steps=sampling_args.num_inference_steps, resolution=sampling_args.resolution,
-        batch_size=sampling_args.batch_size, images_per_shard=output_args.images_per_shard,
-    )  # fmt: skip
-    for guidance_scale in sampling_args.guidance_scale:
-        require_positive(guidance_scale=guidance_scale)
-    require_not_negative(max_redraws=sampling_args.max_redraws, seed=sampling_args.seed)
     if sampling_args.max_redraws > MAX_REDRAWS:
         raise UserError(f"--max_redraws {sampling_args.max_redraws}: must be at most {MAX_REDRAWS}.")
-    if not 1 <= output_args.image_quality <= 100:
-        raise UserError(f"--image_quality {output_args.image_quality}: must be from 1 to 100.")
     if prompt_args.prompts_file is not None and (prompt_args.prompt_templates or prompt_args.prompt_set != "single"):
         raise UserError(
             f"--prompts_file {prompt_args.prompts_file}: takes the place of templates; leave --prompt_templates and "

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from utils.cli.arguments import RealDataArguments
 from utils.cli.errors import UserError, run_script
-from utils.cli.parsing import ScriptArgumentParser, require_positive
+from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.data.class_folders import check_real_images_given
 from utils.hub.repositories import Source, open_source
@@ -95,11 +95,6 @@ def main(argv=None) -> dict:
     ).parse(argv)
     if synthetic_args.synthetic_dataset is None:
         raise UserError("--synthetic_dataset is missing: a folder of generate_synthetic.py, or a data set id.")
-    require_positive(
-        batch_size=report_args.batch_size,
-        max_images_per_class=report_args.max_images_per_class,
-        num_pairs=report_args.num_pairs,
-    )
     source = open_source(
         synthetic_args.synthetic_dataset, "--synthetic_dataset", "dataset",
         synthetic_args.synthetic_dataset_revision, model_args.hub_token,

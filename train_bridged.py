@@ -37,14 +37,13 @@ from utils.cli.records import (
     write_record,
     write_run_config,
 )
-from utils.cli.training_arguments import BridgedTrainingArguments
+from utils.cli.training_arguments import BridgedTrainingArguments, check_training_arguments
 from utils.cli.transfer_arguments import (
     BridgeStageArguments,
     LoraArguments,
     MethodArguments,
     StageArguments,
     SyntheticDataArguments,
-    check_ranges,
 )
 from utils.data.class_folders import check_real_images_given
 from utils.data.label_matching import match_labels
@@ -53,7 +52,7 @@ from utils.hub.publishing import publish_finished, publish_folder
 from utils.hub.targets import open_target
 from utils.transfer.methods import StagePlan, plan_stages
 from utils.transfer.run_folder import begin_run, find_unfinished
-from utils.transfer.stage_settings import stage_settings
+from utils.transfer.stage_settings import check_stages, stage_settings
 
 logger = logging.getLogger(__name__)
 
@@ -152,22 +151,15 @@ def check_arguments(args: Arguments) -> None:
     """Check values that need no data.
 
     Raises:
-        UserError: a value is out of range, or asks for what this script does not do.
+        UserError: a value asks for what this script does not do.
     """
     check_real_images_given(args.real)
-    check_ranges(resolve_options(args.groups))
     for name, value in (("batch_norm", args.stage.batch_norm), ("bridge_batch_norm", args.bridge.bridge_batch_norm)):
         if args.lora.use_peft and value != "frozen":
             raise UserError(f"--{name} {value}: not with --use_peft; an adapter has no place for statistics.")
     if args.synthetic.streaming and args.method.method == "mix":
         raise UserError("--streaming: not with --method mix, which draws from both kinds of images at random.")
-    if args.training.load_best_model_at_end:
-        raise UserError("--load_best_model_at_end: not offered; a stage ends with its last step.")
-    if args.training.resume_from_checkpoint not in (None, "latest"):
-        raise UserError(
-            f"--resume_from_checkpoint {args.training.resume_from_checkpoint}: must be latest; a run goes on from its "
-            "newest checkpoint, in whichever stage that is."
-        )
+    check_training_arguments(args.training)
 
 
 def load_and_open(args: Arguments, parts: tuple[str, ...] = ("train", "validation", "test")):
@@ -352,17 +344,15 @@ def main(argv: Sequence[str] | None = None) -> dict:
     from utils.transfer.image_datasets import EvalImages
     from utils.transfer.metrics import test_metrics
     from utils.transfer.prediction import leep_of_checkpoint, leep_of_model, num_source_classes, predict
+    from utils.transfer.rehearsal import rehearse
     from utils.transfer.report import add_totals, plot_report, print_results
 
     is_main_process = set_up_logging(training_args)
     transformers.set_seed(training_args.seed)
 
-    # data
-    pretrained = args.model.model_name_or_path
+    # model: what it cannot do is found before the images are read
+    pretrained, method = args.model.model_name_or_path, args.method
     args.model.model_revision = check_classifier(pretrained, args.model.model_revision, token)
-    real, images, num_images = load_images(args, source)
-
-    # model
     hub_options = {
         "revision": args.model.model_revision or "main",
         "trust_remote_code": args.model.trust_remote_code,
@@ -370,11 +360,18 @@ def main(argv: Sequence[str] | None = None) -> dict:
     }
     image_processor = load_image_processor(pretrained, **hub_options)
     lora = LoraSettings(**args.lora.settings) if args.lora.use_peft else None
+    rehearse(
+        pretrained, image_processor, stage_settings(options, {"real": 1, "both": 1}, 1)[1], training_args, lora=lora,
+        imprint=method.method == "bridged" and method.head_init == "imprint", **hub_options,
+    )  # fmt: skip
+
+    # data
+    real, images, num_images = load_images(args, source)
 
     # stages
     bridge_settings, settings = stage_settings(options, num_images, training_args.world_size)
-    method = args.method
     stages = plan_stages(method.method, bridge_settings, settings, method.head_init, method.match_steps)
+    check_stages(stages, options, num_images, len(real.class_names), training_args.world_size)
     if is_main_process and not resume:
         begin_run(output_dir, options)
     PartialState().wait_for_everyone()

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from utils.cli.arguments import HubArguments, RealDataArguments
 from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
-from utils.cli.parsing import ScriptArgumentParser, require_not_negative, require_positive
+from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import DSI_CONFIG, read_record, resolve_options, was_finished
 from utils.data.class_folders import check_real_images_given
 from utils.data.class_names import prompt_nouns, read_class_names_file
@@ -169,19 +169,6 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
         description=__doc__,
     ).parse(argv)  # fmt: skip
     _, data_args, token_args, image_args, training_args, monitoring_args, _ = groups
-    require_positive(
-        num_vectors=token_args.num_vectors, resolution=image_args.resolution,
-        train_batch_size=training_args.train_batch_size, max_train_steps=training_args.max_train_steps,
-        gradient_accumulation_steps=training_args.gradient_accumulation_steps,
-        learning_rate=training_args.learning_rate, checkpointing_steps=monitoring_args.checkpointing_steps,
-        checkpoints_total_limit=monitoring_args.checkpoints_total_limit,
-        validation_steps=monitoring_args.validation_steps,
-    )  # fmt: skip
-    require_not_negative(
-        lr_warmup_steps=training_args.lr_warmup_steps, seed=training_args.seed,
-        dataloader_num_workers=training_args.dataloader_num_workers,
-        num_validation_images=monitoring_args.num_validation_images,
-    )  # fmt: skip
     if image_args.resolution is not None and image_args.resolution % 8:
         raise UserError(f"--resolution {image_args.resolution}: must be a multiple of 8.")
     if training_args.lr_warmup_steps and training_args.lr_scheduler == "constant":
@@ -336,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     from utils.data.real_images import RealImagesRecord
     from utils.style.checkpoints import TrainingProgress, find_checkpoint, load_checkpoint, save_checkpoint
-    from utils.style.health import HealthCheck
+    from utils.style.health import HealthCheck, check_finite
     from utils.style.pictures import BeforeAfter, plot_training
     from utils.style.prompt_encoder import PromptEncoder
     from utils.style.steps import TrainingSteps, micro_batches, step_loader
@@ -428,6 +415,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         if validates or saves or progress.step % LOGGING_STEPS == 0:  # each time the CPU waits for a GPU
             per_step = torch.stack(losses).view(-1, accumulation).mean(1)
             progress.loss_history += accelerator.reduce(per_step, "mean").tolist()
+            new_losses = progress.loss_history[-len(per_step) :]
+            check_finite(progress.step, new_losses, encoder.rows, training_args.learning_rate)
             losses.clear()
             recent = progress.loss_history[-50:]
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
@@ -435,6 +424,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         if validates:
             health = health_check.measure()
             progress.held_out_losses[str(progress.step)] = health["loss_trained_token"]
+            held_out_loss = [health["loss_trained_token"]]
+            check_finite(progress.step, held_out_loss, encoder.rows, training_args.learning_rate)
             accelerator.log({"held_out_loss": health["loss_trained_token"]}, progress.step)
             if before_after is not None:
                 before_after.write(output_dir / STYLE_PICTURE)

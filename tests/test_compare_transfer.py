@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import compare_transfer
-from utils.cli.errors import UserError
+from utils.cli.errors import DivergedError, UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
 from utils.data.real_images import RealImagesRecord, load_real_images
 from utils.transfer import cell_workers, cells, fine_tuning
@@ -278,6 +278,61 @@ def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_any(
     mirrors.clear()
     run(classifiers, unmirrored_dir, tmp_path / "second", "--settings", str(tmp_path / "chosen.json"))
     assert mirrors and not any(mirrors)
+
+
+def diverge(monkeypatch, diverges) -> None:
+    """Let the cells diverge of which `diverges(cell)` says so; the others are fine."""
+
+    def run_cell(self, cell):
+        if diverges(cell):
+            raise DivergedError("--learning_rate 1: the loss is nan")
+        return RIGHT | {"accuracy": 0.0}  # no better than a candidate that diverged, if that counted
+
+    monkeypatch.setattr(CellRunner, "_run", run_cell)
+
+
+def test_a_candidate_that_diverges_has_lost_the_search_and_is_told_of(
+    classifiers, synthetic_dir, tmp_path, monkeypatch, capsys
+):
+    diverge(monkeypatch, lambda cell: cell.recipe.learning_rate == 1e-4 or cell.bridge.learning_rate == 1e-4)
+    rates = ["--learning_rates", "1e-4", "1e-3", "--bridge_learning_rates", "1e-4", "1e-3"]
+    run(classifiers, synthetic_dir, tmp_path, *rates)
+    chosen = json.loads((tmp_path / "chosen_settings.json").read_text())
+    assert chosen["stage1"]["learning_rate"] == chosen["bridged"]["2"]["learning_rate"] == 1e-3
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: a candidate of the")]
+    assert len(warnings) == 1 + 3 * 2  # of stage 1, and of three methods at one and two shots
+    assert "of the search has lost: --learning_rate 1: the loss is nan (in the cell 'bridged, 1 shot" in warnings[3]
+
+
+def test_a_search_in_which_all_diverge_is_one_line(classifiers, synthetic_dir, tmp_path, monkeypatch):
+    diverge(monkeypatch, lambda cell: cell.split == "validation")
+    with pytest.raises(UserError, match="every candidate of vanilla_matched with 1 shot diverged; give lower ones"):
+        run(classifiers, synthetic_dir, tmp_path / "real", "--learning_rates", "1e-4", "1e-3")
+    with pytest.raises(UserError, match="every candidate of stage 1 .--bridge_learning_rates. diverged"):
+        run(classifiers, synthetic_dir, tmp_path / "bridge", "--bridge_learning_rates", "1e-4", "1e-3")
+
+
+def test_a_cell_of_the_table_that_diverges_ends_the_comparison_and_does_not_count(
+    classifiers, synthetic_dir, tmp_path, monkeypatch
+):
+    diverge(monkeypatch, lambda cell: cell.arm.name == "synthetic_only")
+    with pytest.raises(UserError, match="the loss is nan .in the cell 'synthetic_only, seed 0'"):
+        run(classifiers, synthetic_dir, tmp_path)
+    assert len(list((tmp_path / "cells").iterdir())) == 6 and not (tmp_path / "comparison.json").exists()
+
+
+def test_what_a_trial_of_two_images_shows_is_found_before_images_are_read(
+    synthetic_dir, tmp_path, monkeypatch, save_classifier_of
+):
+    monkeypatch.setattr(compare_transfer, "load_real_images", lambda *_: pytest.fail("images were read"))
+    monkeypatch.setattr("utils.transfer.rehearsal.imprint_head", lambda *_: 1 / 0)
+    model = ["--model_name_or_path", save_classifier_of("vit"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ZeroDivisionError):  # it is tried where a method needs it
+        compare_transfer.main(["--synthetic_dataset", str(synthetic_dir), "--methods", "bridged_imprint", *model])
+    monkeypatch.setattr("utils.transfer.rehearsal.predict", lambda *_: [][0])
+    with pytest.raises(UserError, match="^--model_name_or_path .*: a trial run of two RGB images fails .IndexError"):
+        compare_transfer.main(["--synthetic_dataset", str(synthetic_dir), "--methods", "bridged", *model])
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_small_search_is_the_same_for_every_method(classifiers, synthetic_dir, tmp_path, monkeypatch):

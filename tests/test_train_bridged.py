@@ -16,7 +16,6 @@ import train_bridged
 from tests.conftest import CLASS_NAMES, blank_figures, save_image_set
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
-from utils.transfer import classifiers as classifiers_module
 from utils.transfer.image_transforms import CropAndFlip
 
 pytest_plugins = ["tests.transfer.fixtures"]
@@ -256,6 +255,8 @@ def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, r
         (["--synthetic_dataset", "SYN", "--mix_ratio", "0"], "--mix_ratio 0.0: must be above 0"),
         (["--synthetic_dataset", "SYN", "--bridge_mixup_alpha", "-1"], "--bridge_mixup_alpha -1.0: must be 0 or above"),
         (["--synthetic_dataset", "SYN", "--method", "mix", "--streaming"], "--streaming: not with --method mix"),
+        (["--synthetic_dataset", "SYN", "--max_steps", "0"], "--max_steps 0: must be above 0, or left out"),
+        (["--synthetic_dataset", "SYN", "--logging_steps", "inf"], "--logging_steps: must be a finite number of"),
         (["--synthetic_dataset", "SYN", "--load_best_model_at_end"], "requires the save and eval strategy to match"),
         (
             [
@@ -286,6 +287,49 @@ def test_bad_input_is_one_user_error_and_nothing_is_written(flags, message, synt
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--per_device_eval_batch_size", "0"], "^--per_device_eval_batch_size 0: must be above 0"),
+        (["--metric_for_best_model", "f1"], "^--metric_for_best_model f1: is not measured; choose one of loss, accur"),
+        (["--prediction_loss_only", "--metric_for_best_model", "eval_accuracy"], "not measured; choose one of loss"),
+        (["--save_strategy", "best"], "^--save_strategy best: needs --metric_for_best_model, and --eval_strategy"),
+        (["--deepspeed", "no-file.json"], "deepspeed"),
+        (["--eval_strategy", "steps", "--eval_delay", "500"], "^--eval_delay 500.*; the longest stage has 30 steps"),
+        (["--metric_for_best_model", "eval_top5_accuracy"], "top5_accuracy: needs more than 5 classes, there are 3"),
+        (["--dataloader_drop_last"], "^--dataloader_drop_last: stage1 would take no step, its 18 images are less than"),
+    ],
+)
+def test_what_the_trainer_would_say_late_is_one_line_before_training(
+    flags, message, synthetic_dir, classifiers, tmp_path
+):
+    flags = ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["vit"], *flags]
+    with pytest.raises(UserError, match=message):
+        train_bridged.main([*flags, "--use_cpu", "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_trial_of_two_images_shows_is_found_before_images_are_read(classifiers, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("images were read"))
+    with pytest.raises(UserError, match="^--optim adamw_8bit: ImportError: .*bitsandbytes"):
+        train_bridged.main(["--dataset_name", "user/cars", "--method", "vanilla", "--optim", "adamw_8bit", "--use_cpu",
+                            "--model_name_or_path", classifiers["vit"], "--output_dir", str(tmp_path)])  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trial_of_two_images_changes_no_weight(run, tmp_path, monkeypatch):
+    run("tried")
+    monkeypatch.setattr("utils.transfer.rehearsal.rehearse", lambda *_, **__: None)
+    run("untried")
+    assert_same_weights(tmp_path / "tried", tmp_path / "untried")
+
+
+def test_a_run_that_diverges_publishes_nothing_and_has_no_finished_record(run, tmp_path):
+    with pytest.raises(UserError, match=r"^--learning_rate 1e\+30: .* at step 2 of 2 in vanilla; try a lower one"):
+        run("out", "--method", "vanilla", "--learning_rate", "1e30")
+    assert not (tmp_path / "out" / "bridged_config.json").exists() and not list(tmp_path.glob("out/*/stage.json"))
+
+
 def rewrite_train_split(folder, change):
     """Replace the train rows of an image set by `change(row)`, images as they are stored."""
     path = folder / "data" / "train-00000.parquet"
@@ -305,14 +349,12 @@ def rewrite_train_split(folder, change):
         (lambda row, i: {"label": -1} if i == 2 else row, "1 of 9 images .* have no label, the first in row 2"),
     ],
 )
-def test_damaged_images_and_missing_labels_are_found_before_a_model_loads(change, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(classifiers_module, "check_classifier", lambda *_: None)
-    monkeypatch.setattr(classifiers_module, "load_image_processor", lambda *_, **__: pytest.fail("a model was loaded"))
+def test_damaged_images_and_missing_labels_are_found_before_training(change, message, classifiers, tmp_path):
     save_image_set(tmp_path / "real", {"train": 3, "test": 2})
     rewrite_train_split(tmp_path / "real", change)
     with pytest.raises(UserError, match=message):
-        train_bridged.main(["--dataset_name", str(tmp_path / "real"), "--method", "vanilla",
-                            "--output_dir", str(tmp_path / "out")])  # fmt: skip
+        train_bridged.main(["--dataset_name", str(tmp_path / "real"), "--method", "vanilla", "--model_name_or_path",
+                            classifiers["vit"], "--output_dir", str(tmp_path / "out")])  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 

@@ -367,6 +367,7 @@ def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
         ({"class_names_file": "nowhere.txt"}, "--class_names_file nowhere.txt: cannot be read"),
         ({"num_shots": 100}, r"--num_shots 100: label 0 has 1\d images"),
         ({"learning_rate": 0}, "--learning_rate 0.0: must be above 0"),
+        ({"learning_rate": "nan"}, "--learning_rate: must be a finite number of at most 1e.30, got nan"),
         ({"resolution": 30}, "--resolution 30: must be a multiple of 8"),
         ({"seed": -1}, "--seed -1: must be 0 or above"),
         ({"lr_scheduler": "steep"}, "--lr_scheduler.*: invalid choice: 'steep'"),
@@ -382,6 +383,32 @@ def test_bad_input_is_one_line_before_anything_loads_or_is_written(run_dsi, flag
         run_dsi(**flags)
     assert called == []
     assert not (tmp_path / "style").exists()
+
+
+@pytest.mark.parametrize("max_train_steps", [1, 3])
+def test_a_token_that_diverges_is_one_line_and_is_not_written(run_dsi, tmp_path, max_train_steps):
+    with pytest.raises(UserError, match=r"^--learning_rate 1e\+30: .* at step \d or shortly before; try a lower one"):
+        run_dsi(learning_rate=1e30, max_train_steps=max_train_steps, checkpointing_steps=1)
+    left = {path.name for path in (tmp_path / "style").iterdir()}
+    assert not left & {"learned_embeds.safetensors", "dsi_config.json"}
+
+
+def test_the_checkpoint_before_a_nan_is_kept_and_resumed_from(run_dsi, tmp_path, monkeypatch):
+    flags = {"checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    run_dsi(output_dir=tmp_path / "whole", **flags)
+    denoising_loss, calls = train_dsi.denoising_loss, []
+
+    def spoiled(*args):
+        calls.append(None)
+        return denoising_loss(*args) * (float("nan") if len(calls) == 2 else 1)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="the loss is nan at step 2 or shortly"):
+        patch.setattr(train_dsi, "denoising_loss", spoiled)
+        run_dsi(**flags)
+    assert (tmp_path / "style" / "checkpoint-1").is_dir() and not (tmp_path / "style" / "checkpoint-2").exists()
+    run_dsi(**flags, resume_from_checkpoint="latest")
+    for whole, resumed in zip(read_rows(tmp_path / "whole"), read_rows(tmp_path / "style"), strict=True):
+        assert torch.equal(whole, resumed)
 
 
 def test_a_finished_token_is_not_overwritten_unasked(run_dsi, tmp_path, capsys):

@@ -4,7 +4,7 @@ from typing import Literal
 import pytest
 
 from utils.cli.errors import UserError, run_script
-from utils.cli.parsing import ScriptArgumentParser, require_positive
+from utils.cli.parsing import ScriptArgumentParser
 
 
 @dataclass
@@ -14,6 +14,7 @@ class Arguments:
     flip: bool = True
     kind: Literal["x", "y"] = "x"
     steps: int | None = None
+    rates: list[float] | None = None
 
 
 def parse(*argv):
@@ -34,6 +35,9 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
         ("learning_rate: fast", "'learning_rate: fast'"),
         ("kind: z", "'kind: z'"),
         ("steps: [1, 2]", "'steps' takes one value"),
+        ("learning_rate: .nan", "'learning_rate: nan': must be a finite number of at most 1e+30, got nan"),
+        ("rates: [1, .inf]", "'rates: inf': must be a finite number of at most 1e+30, got inf"),
+        ("rates: [1, fast]", "'rates: fast': invalid float value"),
         ("- a", "must be a mapping"),
         ("a: [", "malformed"),
     ],
@@ -68,16 +72,35 @@ def test_bad_flags_are_an_error_that_names_them(argv):
         parse(*argv)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999", "1e31"])
+def test_a_number_that_is_not_finite_is_refused_for_every_flag(value):
+    for argv in ([f"--learning_rate=-{value}"], ["--rates", "1", value]):
+        with pytest.raises(UserError, match="^--(learning_rate|rates): must be a finite number of at most 1e.30, got "):
+            parse(*argv)
+
+
+def test_a_value_out_of_range_is_found_before_the_dataclass_acts_on_it():
+    @dataclass
+    class Acting:
+        save_steps: int = 1
+
+        def __post_init__(self):
+            assert self.save_steps
+
+    with pytest.raises(UserError, match="^--save_steps 0: must be above 0"):
+        ScriptArgumentParser(Acting).parse(["--save_steps", "0"])
+
+
 def test_a_user_error_ends_the_script_with_one_line_and_status_2(capsys):
     def main():
-        require_positive(num_shots=-1)
+        parse("--learning_rate", "-1")
 
     with pytest.raises(SystemExit) as exit_info:
         run_script(main)
     captured = capsys.readouterr()
     assert exit_info.value.code == 2
     assert captured.err.count("\n") == 1
-    assert "--num_shots -1: must be above 0" in captured.err
+    assert "--learning_rate -1.0: must be above 0" in captured.err
     assert captured.out == ""
 
 

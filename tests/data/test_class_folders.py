@@ -208,7 +208,7 @@ def test_a_damaged_image_in_a_class_folder_is_named_by_its_file(train_dir):
         ({"dataset_name": "user/cars", "num_shots": -1}, "--num_shots -1: must be above 0"),
         ({"dataset_name": "user/cars", "train_val_split": 0.0}, "--train_val_split 0.0: must be above 0 and below 1"),
         ({"dataset_name": "user/cars", "train_val_split": 1.0}, "--train_val_split 1.0: must be"),
-        ({"dataset_name": "user/cars", "few_shot_seed": -1}, "--few_shot_seed -1: must be 0 or more"),
+        ({"dataset_name": "user/cars", "few_shot_seed": -1}, "--few_shot_seed -1: must be 0 or above"),
     ],
 )
 def test_check_real_images_given_names_the_flag_that_is_wrong(train_dir, tmp_path, settings, message):

@@ -1,6 +1,7 @@
 """Tiny classifiers of transformers and timm with random weights, and a synthetic set with its record."""
 
 import functools
+import gc
 
 import pytest
 import torch
@@ -9,6 +10,15 @@ from tests.conftest import CLASS_NAMES, save_image_set
 from tests.transfer.architectures import save_architecture
 from utils.cli.records import GENERATION_CONFIG, write_record
 from utils.data.real_images import RealImagesRecord
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """Keep garbage collections, of which each training makes two, from going through all of torch."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from scipy.stats import binom
 from sklearn.metrics import top_k_accuracy_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from utils.cli.training_arguments import METRICS
 from utils.transfer import metrics
 from utils.transfer.metrics import accuracy_interval, classification_metrics, leep
 
@@ -150,3 +151,10 @@ def test_results_on_the_test_images_have_the_interval_and_the_number_of_images()
     assert (found["test_accuracy"], found["test_accuracy_low"], found["test_accuracy_high"]) == (0.8, low, high)
     assert found["num_test_images"] == 100
     assert {f"test_{name}" for name in classification_metrics(logits, labels)} < set(found)
+
+
+@pytest.mark.parametrize("num_classes", [3, 6])
+def test_the_metrics_that_a_flag_may_name_are_those_that_are_measured(num_classes):
+    measured = classification_metrics(np.eye(num_classes), np.arange(num_classes))
+    known = set(METRICS) - {"loss"}  # which the Trainer adds
+    assert set(measured) == (known if num_classes > 5 else known - {"top5_accuracy"})

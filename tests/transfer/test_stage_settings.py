@@ -1,7 +1,8 @@
 import pytest
 
-from utils.transfer.methods import StageSettings
-from utils.transfer.stage_settings import stage_settings
+from utils.cli.errors import UserError
+from utils.transfer.methods import StageSettings, plan_stages
+from utils.transfer.stage_settings import check_stages, stage_settings
 
 STAGE = {
     "num_train_epochs": 30.0, "max_steps": -1, "head_learning_rate": None, "head_warmup_steps": 0,
@@ -9,7 +10,8 @@ STAGE = {
     "batch_norm": "frozen",
 }  # fmt: skip
 FLAGS = {
-    "method": "bridged", "match_steps": False, "gradient_accumulation_steps": 1, "learning_rate": 2e-4,
+    "method": "bridged", "match_steps": False, "gradient_accumulation_steps": 1, "dataloader_drop_last": False,
+    "streaming": False, "eval_strategy": "no", "eval_delay": 0, "metric_for_best_model": None, "learning_rate": 2e-4,
     "weight_decay": 0.01, "warmup_steps": 0.1, "per_device_train_batch_size": 32, "dropout": None,
     "drop_path_rate": None, "random_flip": True, **STAGE, "bridge_learning_rate": None, "bridge_weight_decay": None,
     "bridge_warmup_steps": None, "bridge_per_device_train_batch_size": None,
@@ -57,3 +59,28 @@ def test_a_heads_learning_rate_is_told_as_a_factor():
 def test_mix_takes_the_epochs_of_stage_1_over_both_kinds_and_where_steps_are_matched_those_of_the_real_images():
     assert settings_of(method="mix")[1].max_steps == 5 * 33
     assert settings_of(method="mix", match_steps=True)[1].max_steps == 30 * 2
+
+
+def test_epochs_of_whole_batches_have_fewer_steps():
+    bridge, real = settings_of(dataloader_drop_last=True)
+    assert (bridge.max_steps, real.max_steps) == (5 * 31, 30 * 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_processes", "message"),
+    [
+        ({"dataloader_drop_last": True}, 2, "--dataloader_drop_last: stage2 would take no step, its 40 images"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 41, "streaming": True},
+            1,
+            "stage2 .* 40 images",
+        ),
+        ({"eval_strategy": "steps", "eval_delay": 161}, 1, "--eval_delay 161: .*; the longest stage has 160 steps"),
+        ({"metric_for_best_model": "top5_accuracy"}, 1, "top5_accuracy: needs more than 5 classes, there are 5"),
+    ],
+)
+def test_what_numbers_of_images_steps_and_classes_do_not_allow_is_found_before_a_stage(flags, num_processes, message):
+    stages = plan_stages("bridged", *settings_of(num_processes, **flags))
+    with pytest.raises(UserError, match=message):
+        check_stages(stages, FLAGS | flags, NUM_IMAGES, 5, num_processes)
+    check_stages(stages, FLAGS, NUM_IMAGES, 5, num_processes)

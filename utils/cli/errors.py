@@ -11,6 +11,10 @@ class UserError(ValueError):
     """Bad input. The message names the flag and its value, what is wrong with it, and what would be right."""
 
 
+class DivergedError(UserError):
+    """Training came to losses or weights that are no finite numbers; the settings are at fault, not the data."""
+
+
 def run_script(main: Callable[[], object]) -> None:
     """Call a script's `main`; a `UserError` ends it with one line and exit status 2, a bug keeps its traceback.
 

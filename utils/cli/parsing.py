@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ import yaml
 from transformers import HfArgumentParser
 
 from utils.cli.errors import UserError
+from utils.cli.ranges import check_ranges
 
+MAX_FLOAT = 1e30  # what comes of larger ones is no finite float32 any more
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -43,7 +46,7 @@ class ScriptArgumentParser(HfArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(re.sub(r"^argument (--\w+)[^:\s]*", r"\1", message))
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple:
         """Return the dataclass instances for `argv` (the process's own arguments when None).
@@ -52,8 +55,8 @@ class ScriptArgumentParser(HfArgumentParser):
         beside it win.
 
         Raises:
-            UserError: an unknown flag or recipe key, a value of the wrong type or out of its choices, flags that do not
-                go together.
+            UserError: an unknown flag or recipe key, a value of the wrong type or out of its choices or range, flags
+                that do not go together, or that this machine does not support.
         """
         argv = list(sys.argv[1:] if argv is None else argv)
         if argv and argv[0].endswith(RECIPE_SUFFIXES):
@@ -64,12 +67,24 @@ class ScriptArgumentParser(HfArgumentParser):
             )
         except UserError:
             raise
-        except ValueError as error:  # of TrainingArguments, about flags that do not go together
+        except (ValueError, ImportError, OSError) as error:  # of TrainingArguments, about flags or this machine
             raise UserError(str(error)) from None
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
             raise UserError(f"{unknown[0]}: no such flag{suggestion(unknown[0], flags)}; --help lists them.")
         return tuple(instances)
+
+    def parse_known_args(self, args=None, namespace=None) -> tuple:
+        """Parse as `ArgumentParser` does, and check ranges before the dataclasses are made, which act on values."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        check_ranges(vars(namespace))
+        return namespace, unknown
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> object:
+        value = super()._get_value(action, arg_string)
+        if isinstance(value, float) and not abs(value) <= MAX_FLOAT:  # so written, it refuses NaN too
+            raise argparse.ArgumentError(action, f"must be a finite number of at most {MAX_FLOAT:g}, got {value}")
+        return value
 
     def _apply_recipe(self, path: Path) -> None:
         actions = {action.dest: action for action in reversed(self._actions)}
@@ -87,13 +102,17 @@ class ScriptArgumentParser(HfArgumentParser):
         if isinstance(value, list):
             if action.nargs != "+":
                 raise UserError(f"{path}: '{key}' takes one value, the recipe gives a list.")
-            return [self._get_value(action, str(item)) for item in value]
+            return [self._convert_one(path, key, item, action) for item in value]
+        converted = self._convert_one(path, key, value, action)
+        return [converted] if action.nargs == "+" else converted
+
+    def _convert_one(self, path: Path, key: str, value: object, action: argparse.Action) -> object:
         try:
             converted = self._get_value(action, str(value))
             self._check_value(action, converted)
         except argparse.ArgumentError as error:
             raise UserError(f"{path}: '{key}: {value}': {error.message}.") from None
-        return [converted] if action.nargs == "+" else converted
+        return converted
 
 
 def suggestion(name: object, known: Iterable[str]) -> str:
@@ -151,25 +170,3 @@ def read_text(path: Path, name: str) -> str:
         raise UserError(f"{name} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
         raise UserError(f"{name} cannot be read (not UTF-8).") from None
-
-
-def require_positive(**values: float | None) -> None:
-    """Check that every given flag value is above 0 (None passes).
-
-    Raises:
-        UserError: a value is 0 or below.
-    """
-    for name, value in values.items():
-        if value is not None and value <= 0:
-            raise UserError(f"--{name} {value}: must be above 0.")
-
-
-def require_not_negative(**values: float | None) -> None:
-    """Check that every given flag value is 0 or above (None passes).
-
-    Raises:
-        UserError: a value is below 0.
-    """
-    for name, value in values.items():
-        if value is not None and value < 0:
-            raise UserError(f"--{name} {value}: must be 0 or above.")

@@ -5,7 +5,13 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from utils.cli.errors import UserError
+
 MAX_WORKERS = 16
+# what is measured in an evaluation while a stage trains; top-5 above 5 classes only
+METRICS = (
+    "loss", "accuracy", "mean_per_class_accuracy", "macro_f1", "expected_calibration_error", "top5_accuracy",
+)  # fmt: skip
 
 
 def default_num_workers() -> int:
@@ -55,3 +61,24 @@ class BridgedTrainingArguments(TrainingArguments):
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Use so many validation and test images, evenly spread; all when not given."}
     )
+
+
+def check_training_arguments(training_args: TrainingArguments) -> None:
+    """Check those of the Trainer's flags that it looks at late, or that our stages do not know.
+
+    Raises:
+        UserError: one cannot be done.
+    """
+    resume, metric = training_args.resume_from_checkpoint, training_args.metric_for_best_model
+    if training_args.load_best_model_at_end:
+        raise UserError("--load_best_model_at_end: not offered; a stage ends with its last step.")
+    if resume not in (None, "latest"):
+        raise UserError(
+            f"--resume_from_checkpoint {resume}: must be latest; a run goes on from its newest checkpoint, in "
+            "whichever stage that is."
+        )
+    known = METRICS[:1] if training_args.prediction_loss_only else METRICS
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise UserError(f"--metric_for_best_model {metric}: is not measured; choose one of {', '.join(known)}.")
+    if training_args.save_strategy == "best" and (metric is None or training_args.eval_strategy == "no"):
+        raise UserError("--save_strategy best: needs --metric_for_best_model, and --eval_strategy steps or epoch.")

@@ -2,21 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from utils.cli.errors import UserError
-from utils.cli.parsing import require_not_negative, require_positive
 from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, HEAD_INITS, METHODS
-
-# flags by their range; those that are not given pass
-POSITIVE = (
-    "max_synthetic_samples_per_class", "mix_ratio", "bridge_num_train_epochs", "bridge_max_steps",
-    "bridge_learning_rate", "bridge_head_learning_rate", "bridge_per_device_train_batch_size", "head_learning_rate",
-    "learning_rate", "num_train_epochs", "max_eval_samples", "lora_r", "lora_alpha",
-)  # fmt: skip
-NOT_NEGATIVE = (
-    "head_warmup_steps", "bridge_head_warmup_steps", "mixup_alpha", "bridge_mixup_alpha", "weight_decay",
-    "bridge_weight_decay", "bridge_warmup_steps",
-)  # fmt: skip
-SHARES = ("label_smoothing_factor", "dropout", "drop_path_rate", "bridge_label_smoothing_factor", "lora_dropout")
 
 
 @dataclass
@@ -188,16 +174,3 @@ class LoraArguments:
             "dropout": self.lora_dropout,
             "target_modules": None if targets is None else tuple(targets),
         }
-
-
-def check_ranges(values: dict) -> None:
-    """Check the numbers among the flags of train_bridged.py, a mapping of name to value.
-
-    Raises:
-        UserError: one is out of range.
-    """
-    require_positive(**{name: values[name] for name in POSITIVE})
-    require_not_negative(**{name: values[name] for name in NOT_NEGATIVE})
-    for name in SHARES:
-        if values[name] is not None and not 0 <= values[name] < 1:
-            raise UserError(f"--{name} {values[name]}: must be 0 or above, and below 1.")

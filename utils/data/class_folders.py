@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from utils.cli.arguments import RealDataArguments
 from utils.cli.errors import UserError
-from utils.cli.parsing import require_positive
 from utils.cli.processes import is_main_process
+from utils.cli.ranges import check_ranges
 from utils.data.class_names import sort_class_names
 from utils.data.folder_layouts import Classes, FolderSet, read_local_set, read_train_dirs
 
@@ -37,11 +37,7 @@ def check_real_images_given(real_data: RealDataArguments) -> None:
             f"--train_dir {real_data.train_dir}: not together with --dataset_name {real_data.dataset_name}; "
             "give one of them."
         )
-    require_positive(num_shots=real_data.num_shots, max_train_samples=real_data.max_train_samples)
-    if not 0 < real_data.train_val_split < 1:
-        raise UserError(f"--train_val_split {real_data.train_val_split}: must be above 0 and below 1.")
-    if real_data.few_shot_seed < 0:
-        raise UserError(f"--few_shot_seed {real_data.few_shot_seed}: must be 0 or more.")
+    check_ranges(vars(real_data))
     if real_data.train_dir is None:
         if real_data.validation_dir is not None:
             raise UserError(f"--validation_dir {real_data.validation_dir}: needs --train_dir.")

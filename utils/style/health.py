@@ -5,6 +5,7 @@ import math
 import torch
 from torch.nn import functional as F
 
+from utils.cli.errors import DivergedError
 from utils.style.prompt_encoder import PromptEncoder, PromptIds, unet_arguments
 from utils.style.token import norm_in_vocabulary
 
@@ -102,3 +103,19 @@ def judge(losses: dict[str, torch.Tensor]) -> dict:
         "gain_standard_error": round(standard_error, 5),
         "token_learned": gain.mean().item() > 2 * standard_error,
     }
+
+
+def check_finite(step: int, losses: list[float], rows: list[torch.Tensor], learning_rate: float) -> None:
+    """Check the losses up to a step, and the token's rows after it.
+
+    Raises:
+        DivergedError: one of them is not finite.
+    """
+    what = next((f"the loss is {loss}" for loss in losses if not math.isfinite(loss)), None)
+    if what is None and not all(torch.isfinite(row).all() for row in rows):
+        what = "the token's embedding is not finite"
+    if what is not None:
+        raise DivergedError(
+            f"--learning_rate {learning_rate:g}: {what} at step {step} or shortly before; try a lower one or, in half "
+            "precision, --mixed_precision no. Earlier checkpoints are kept."
+        )

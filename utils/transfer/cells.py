@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from filelock import FileLock
 from transformers import TrainingArguments
 
-from utils.cli.errors import UserError
+from utils.cli.errors import DivergedError, UserError
 from utils.cli.records import read_record, write_record
 from utils.data.opened_images import open_synthetic
 from utils.data.real_images import RealImages
@@ -53,7 +53,8 @@ class CellRunner:
         Beside them: which images were right (`unpack_correct`), and the costs of each stage as `<stage>_<cost>`.
 
         Raises:
-            UserError: a stage cannot be run; the message names the cell.
+            UserError: a stage cannot be run, or diverged; the message names the cell. A cell of a search that diverged
+                has a result, with an accuracy of None and the message as `diverged`.
         """
         path = self.path(cell)
         with self._lock(path.stem):
@@ -61,7 +62,10 @@ class CellRunner:
                 try:
                     results = self._run(cell)
                 except UserError as error:
-                    raise UserError(f"{error} (in the cell '{cell.title}')") from None
+                    message = f"{error} (in the cell '{cell.title}')"
+                    if not isinstance(error, DivergedError) or cell.split != "validation":
+                        raise UserError(message) from None
+                    results = {"accuracy": None, "diverged": message}
                 write_record(path, {"settings": self._cell_settings(cell), "results": results})
                 gc.collect()  # a Trainer is full of cycles
         return read_record(path)["results"]

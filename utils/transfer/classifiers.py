@@ -142,7 +142,7 @@ def _no_such_rate(config: PreTrainedConfig, flag: str, rate: float) -> UserError
 
 def _reading(name: str | Path, problem: str, revision: str | None = None, token: str | None = None, **_):
     source = Source(str(name), "--model_name_or_path", "model", revision, token)
-    return source.reading(problem, also=(ValueError, KeyError))  # of models that transformers does not know
+    return source.reading(problem, also=(ValueError, KeyError, AssertionError))  # of what the libraries do not know
 
 
 def _load_config(name: str, **hub_options) -> PreTrainedConfig:

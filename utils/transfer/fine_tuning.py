@@ -70,7 +70,7 @@ def run_stage(
 
     Raises:
         UserError: the checkpoint is no image classifier; what is to be resumed was begun with other settings; the
-            settings do not go together.
+            settings do not go together; training diverged.
     """
     _check_stream(stage, images)
     num_images = None if isinstance(images, IterableDataset) else len(images)
@@ -135,7 +135,33 @@ def fine_tune(
     `settings` go before `training_args`, which give the rest: schedule, optimiser, precision, workers, logging, seed.
     `validation` is evaluated when `training_args.eval_strategy` asks for it. Training goes on from a Trainer's
     `checkpoint` of the same settings. With `freeze_backbone`, all but the head is left without gradients.
+
+    Raises:
+        UserError: training diverged, or took fewer steps than planned.
     """
+    trainer = build_trainer(model, images, image_processor, settings, training_args, output_dir, validation)
+    trainer.train_to_the_end(checkpoint)
+    progress, state, stage_args = trainer.progress, trainer.state, trainer.args
+    num_gpus = 0 if stage_args.device.type == "cpu" else stage_args.world_size * max(1, stage_args.n_gpu)
+    result = StageResult(
+        state.global_step, int(progress.num_images), round(progress.seconds, 2), num_gpus, state.log_history
+    )
+    accelerator = trainer.accelerator
+    del trainer  # which is full of cycles and holds the loader's workers: what follows collects garbage
+    accelerator.free_memory()
+    return result
+
+
+def build_trainer(
+    model: nn.Module,
+    images: Dataset | IterableDataset,
+    image_processor,
+    settings: StageSettings,
+    training_args: TrainingArguments,
+    output_dir: str | Path,
+    validation: Dataset | None = None,
+) -> StageTrainer:
+    """Return the Trainer of `fine_tune`, and prepare the model for it in place."""
     if settings.freeze_backbone:
         head = set(head_parameter_names(model))
         for name, parameter in model.named_parameters():
@@ -158,16 +184,7 @@ def fine_tune(
     )
     if stage_args.logging_strategy == "no":
         trainer.remove_callback(PrinterCallback)  # it prints a summary even so
-    trainer.train_to_the_end(checkpoint)
-    progress, state = trainer.progress, trainer.state
-    num_gpus = 0 if stage_args.device.type == "cpu" else stage_args.world_size * max(1, stage_args.n_gpu)
-    result = StageResult(
-        state.global_step, int(progress.num_images), round(progress.seconds, 2), num_gpus, state.log_history
-    )
-    accelerator = trainer.accelerator
-    del trainer  # which is full of cycles and holds the loader's workers: what follows collects garbage
-    accelerator.free_memory()
-    return result
+    return trainer
 
 
 def _stage_arguments(
@@ -186,6 +203,7 @@ def _stage_arguments(
         label_smoothing_factor=0.0,  # ours: the Trainer's does not go with a loss of one's own
         average_tokens_across_devices=True,  # so counts the loss
         ignore_data_skip=False,
+        logging_nan_inf_filter=False,  # it hides losses that end training; and to look at each one takes a GPU's time
         dataloader_persistent_workers=training_args.dataloader_num_workers > 0,
         dataloader_pin_memory=training_args.dataloader_pin_memory and torch.accelerator.is_available(),
         push_to_hub=False,

@@ -97,9 +97,13 @@ def _split_head_warmup(stage: StagePlan) -> list[StagePlan]:
     return [replace(stage, name=name, settings=settings), replace(stage, head_init="keep", start=name, settings=rest)]
 
 
-def steps_per_epoch(num_images: int, images_per_batch: int, accumulation: int = 1) -> int:
-    """Return the optimiser steps of one epoch, of `accumulation` batches each; a batch is that of all processes."""
-    return math.ceil(math.ceil(num_images / images_per_batch) / accumulation)
+def steps_per_epoch(num_images: int, images_per_batch: int, accumulation: int = 1, drop_last: bool = False) -> int:
+    """Return the optimiser steps of one epoch, of `accumulation` batches each; a batch is that of all processes.
+
+    With `drop_last`, an epoch has whole batches only.
+    """
+    num_batches = num_images // images_per_batch if drop_last else math.ceil(num_images / images_per_batch)
+    return math.ceil(num_batches / accumulation)
 
 
 def mix_indices(num_real: int, num_synthetic: int, ratio: float | None) -> list[int]:

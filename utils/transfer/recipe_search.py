@@ -15,8 +15,11 @@ from utils.transfer.comparison import (
     look_up_recipe,
     make_cell,
     shots_key,
+    shots_title,
 )
 from utils.transfer.methods import StageSettings
+
+LOST = [-1.0]  # the accuracies of a candidate that diverged
 
 
 def choose_bridge(
@@ -34,7 +37,7 @@ def choose_bridge(
         bridge: [make_cell(arm, None, seed, Recipe(0.0, 0), bridge, volume, "validation") for seed in seeds]
         for bridge in candidates
     }
-    return choose_best(_score(runner, cells, num_workers, "search of stage 1"))[0]
+    return _choose(_score(runner, cells, num_workers, "search of stage 1"), "stage 1 (--bridge_learning_rates)")[0]
 
 
 def choose_recipes(
@@ -62,7 +65,8 @@ def choose_recipes(
             continue
         recipe, accuracy = candidates[0], None
         if len(candidates) > 1:
-            recipe, accuracy = choose_best({recipe: scores[arm, num_shots, recipe] for recipe in candidates})
+            scores_here = {recipe: scores[arm, num_shots, recipe] for recipe in candidates}
+            recipe, accuracy = _choose(scores_here, f"{arm.label} with {shots_title(num_shots)}")
         chosen[arm.label][shots_key(num_shots)] = dataclasses.asdict(recipe) | {"validation_accuracy": accuracy}
     return chosen
 
@@ -97,6 +101,24 @@ def describe_choice(settings_path: str | None, chosen: dict, seeds: list[int]) -
 
 
 def _score(runner: CellRunner, cells: dict[object, list[Cell]], num_workers: int, what: str) -> dict:
-    """Return each candidate's accuracies on the validation images; `cells` has one a seed."""
+    """Return each candidate's accuracies on the validation images; `cells` has one a seed.
+
+    A candidate that diverged on any seed is told of, and has lost: its accuracies are below all others.
+    """
     results = run_cells(runner, [cell for by_seed in cells.values() for cell in by_seed], num_workers, what)
-    return {candidate: [results[cell]["accuracy"] for cell in by_seed] for candidate, by_seed in cells.items()}
+    for diverged in dict.fromkeys(result["diverged"] for result in results.values() if "diverged" in result):
+        print(f"Warning: a candidate of the {what} has lost: {diverged}")
+    scores = {candidate: [results[cell]["accuracy"] for cell in by_seed] for candidate, by_seed in cells.items()}
+    return {candidate: LOST if None in accuracies else accuracies for candidate, accuracies in scores.items()}
+
+
+def _choose(scores: dict, what: str) -> tuple[object, float]:
+    """Return the best candidate and its mean accuracy.
+
+    Raises:
+        UserError: all of them diverged.
+    """
+    best, accuracy = choose_best(scores)
+    if scores[best] is LOST:
+        raise UserError(f"--learning_rates: every candidate of {what} diverged; give lower ones.")
+    return best, accuracy

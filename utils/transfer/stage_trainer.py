@@ -1,24 +1,33 @@
-"""The Trainer of a stage: augmentation on the device, soft labels, a head's own learning rate, exact resume."""
+"""The Trainer of a stage: augmentation, soft labels, a head's own learning rate, exact resume, no diverged model."""
 
+import math
 import time
 from pathlib import Path
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from utils.cli.errors import DivergedError, UserError
 from utils.transfer.augmentation import BatchAugmentation
 from utils.transfer.batch_norm import batch_norm_modules
 from utils.transfer.heads import head_parameter_names
 from utils.transfer.image_datasets import StreamedTrainImages, TrainImages
 
+INITIAL_SCALE = 2.0**16  # of torch's GradScaler
+
 
 class StageTrainer(Trainer):
-    """A Trainer that augments batches, and counts the images that it trained on in `progress`."""
+    """A Trainer that augments batches, counts the images that it trained on in `progress`, and ends where it diverges.
+
+    Losses are looked at when they are logged, the model before a checkpoint is written and at the end. The arguments
+    have to turn `logging_nan_inf_filter` off, which would put other losses in the place of those that are not finite.
+    """
 
     def __init__(
         self, *args, augmentation: BatchAugmentation, freeze_batch_norm: bool, head_learning_rate: float, **kwargs
@@ -27,13 +36,19 @@ class StageTrainer(Trainer):
         self.augmentation = augmentation
         self.frozen_modules = batch_norm_modules(self.model) if freeze_batch_norm else []
         self.head_learning_rate = head_learning_rate
+        self.last_inputs = None
         self.progress = StageProgress()
         self.add_callback(self.progress)
         if isinstance(self.train_dataset, TrainImages):  # a stream counts its own epochs
             self.add_callback(EpochCallback(self.train_dataset))
 
     def train_to_the_end(self, checkpoint: str | None) -> None:
-        """Train all steps, or those that a checkpoint leaves; after the last one, the Trainer would do one more."""
+        """Train all steps, or those that a checkpoint leaves; after the last one, the Trainer would do one more.
+
+        Raises:
+            DivergedError: the loss or the weights are not finite.
+            UserError: fewer steps were taken than planned.
+        """
         if checkpoint is not None:
             state = TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME)
             if state.global_step >= self.args.max_steps:
@@ -41,7 +56,58 @@ class StageTrainer(Trainer):
                 self.state = state
                 self.progress.go_on_from(state)
                 return
-        self.train(resume_from_checkpoint=checkpoint)
+        try:
+            training_loss = self.train(resume_from_checkpoint=checkpoint).training_loss
+        except DivergedError:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes progress bar and tracker
+            raise
+        self.check_finite(training_loss)
+        if self.state.global_step < self.args.max_steps:
+            raise UserError(
+                f"--per_device_train_batch_size {self.args.per_device_train_batch_size}: only {self.state.global_step} "
+                f"of {self.args.max_steps} steps were taken, for want of images; give fewer images per step."
+            )
+        # fp16 passes over steps with infinite gradients, each of which halves the scale of the loss
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() <= INITIAL_SCALE * 0.5**self.state.global_step:
+            raise self._diverged("the gradients of every step are infinite")
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        super().log(logs, *args, **kwargs)
+        if not math.isfinite(logs.get("loss", 0.0)):  # the mean over all processes
+            raise self._diverged(f"the loss is {logs['loss']}")
+
+    def check_finite(self, training_loss: float = 0.0) -> None:
+        """Check weights and losses; every process checks those of all.
+
+        Among the losses is that of the last batch with the weights as they are: weights of 1e30 are finite.
+
+        Raises:
+            DivergedError: one of them is not finite.
+        """
+        tensors = [*self.model.parameters(), *(buffer for buffer in self.model.buffers() if buffer.is_floating_point())]
+        values = {"a weight": get_total_norm(tensors, math.inf), "the loss": torch.tensor(training_loss)}
+        if self.last_inputs is not None:  # a stage whose last step was taken before has none
+            self.model.eval()  # training_step sets it back
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = self.model(pixel_values=self.last_inputs["pixel_values"])
+                values["the loss after the last step"] = soft_cross_entropy(outputs, self.last_inputs["labels"])
+        own = torch.stack([value.to(self.args.device, torch.float32) for value in values.values()])
+        for what, value in zip(values, self.accelerator.gather(own[None]).sum(0).tolist()):
+            if not math.isfinite(value):
+                raise self._diverged(f"{what} is {value}")
+
+    def _diverged(self, what: str) -> DivergedError:
+        precision = ", or --bf16 in place of fp16" if self.accelerator.scaler is not None else ""
+        return DivergedError(
+            f"--learning_rate {self.args.learning_rate:g}: {what} at step {self.state.global_step} of "
+            f"{self.args.max_steps} in {Path(self.args.output_dir).name}; try a lower one (on synthetic images that is "
+            f"--bridge_learning_rate) or more --warmup_steps{precision}. Earlier checkpoints are kept."
+        )
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        self.check_finite()  # else it might take the place of a good one
+        super()._save_checkpoint(*args, **kwargs)
 
     def get_train_dataloader(self):
         # Workers get their seeds from it. They are started anew when a stage is resumed: drawn from torch's own
@@ -76,6 +142,7 @@ class StageTrainer(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training:
             inputs = self.augmentation(inputs)
+            self.last_inputs = dict(inputs)  # the labels of the other one are taken out
             # here, because training_step calls model.train() after every callback
             for module in self.frozen_modules:
                 module.eval()

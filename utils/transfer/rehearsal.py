@@ -1,0 +1,140 @@
+"""A trial run of two images before anything long: what the model or the Trainer cannot do shows in seconds."""
+
+import dataclasses
+import gc
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+
+from utils.cli.errors import UserError
+from utils.transfer.adapters import LoraSettings
+from utils.transfer.classifiers import load_classifier
+from utils.transfer.fine_tuning import build_trainer
+from utils.transfer.heads import imprint_head
+from utils.transfer.image_datasets import EvalImages, TrainItems
+from utils.transfer.methods import StagePlan, StageSettings
+from utils.transfer.prediction import predict
+from utils.transfer.stage_models import load_start
+
+CLASS_NAMES = ["first", "second"]
+NUM_STEPS = 100  # that a schedule is made for
+MAX_REASON = 300  # characters of a library's message
+# what libraries raise on a model, a package or a value that does not fit
+PROBLEMS = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError, OSError,
+)  # fmt: skip
+
+
+def rehearse(
+    pretrained: str,
+    image_processor,
+    settings: StageSettings,
+    training_args: TrainingArguments,
+    *,
+    lora: LoraSettings | None = None,
+    imprint: bool = False,
+    **hub_options,
+) -> None:
+    """Train a checkpoint for one step on two generated pictures, evaluate it, and throw it away.
+
+    It is loaded and trained as a stage is, on the same device, in the same precision, with the same optimiser, but not
+    compiled. With `imprint`, a head of class means is tried too. No random state is changed, nothing is written.
+
+    Raises:
+        UserError: one of these fails; the message names the flag.
+    """
+    stage = StagePlan("rehearsal", "real", "reset", dataclasses.replace(settings, max_steps=1))
+    load = partial(
+        load_classifier, class_names=CLASS_NAMES, seed=0, dropout=settings.dropout,
+        drop_path_rate=settings.drop_path_rate, **hub_options,
+    )  # fmt: skip
+    with _nothing_left(training_args.device), TemporaryDirectory() as folder:
+        pictures = _generate_pictures(2 * training_args.world_size)
+        with _naming(f"--report_to {' '.join(training_args.report_to)}"):
+            for callback in get_reporting_integration_callbacks(training_args.report_to):
+                callback()
+        with _naming(f"--model_name_or_path {pretrained}", "a trial run of two RGB images fails"):
+            model = load_start(stage, pretrained, lora, pretrained, 0, load, hub_options.get("revision"))
+            images = list(EvalImages(pictures, image_processor))
+            if imprint:
+                imprint_head(model, images)
+            TrainItems(image_processor)  # what the processor does not say is no matter of the Trainer
+            _train_one_step(model, pictures, image_processor, stage.settings, training_args, folder)
+            predict(model, images)
+            del model
+
+
+def _train_one_step(model, pictures: Dataset, image_processor, settings: StageSettings, training_args, folder) -> None:
+    trial_args = dataclasses.replace(
+        training_args,
+        per_device_eval_batch_size=2, gradient_accumulation_steps=1, dataloader_drop_last=False,
+        dataloader_num_workers=0, dataloader_prefetch_factor=None, lr_scheduler_type="constant",
+        lr_scheduler_kwargs=None, save_strategy="no", eval_strategy="no", eval_on_start=False, logging_strategy="no",
+        logging_first_step=False, metric_for_best_model=None, greater_is_better=None, report_to="none",
+        disable_tqdm=True, torch_compile=False, torch_compile_backend=None, torch_compile_mode=None,
+    )  # fmt: skip
+    # the head's own learning rate may be left open until a stage is planned
+    settings = dataclasses.replace(
+        settings, per_device_train_batch_size=2, warmup_steps=0, head_learning_rate_factor=1.0
+    )
+    precision = training_args.mixed_precision  # of a flag, or of accelerate launch
+    with _naming("training flags" if precision == "no" else f"--{precision}"):
+        trainer = build_trainer(model, pictures, image_processor, settings, trial_args, folder, pictures)
+    with _naming(f"--optim {training_args.optim.value}"):
+        trainer.create_optimizer()
+    schedule = training_args.lr_scheduler_type
+    with _naming(f"--lr_scheduler_type {schedule.value} (--lr_scheduler_kwargs {training_args.lr_scheduler_kwargs})"):
+        get_scheduler(
+            schedule, trainer.optimizer, num_warmup_steps=0, num_training_steps=NUM_STEPS,
+            scheduler_specific_kwargs=training_args.lr_scheduler_kwargs,
+        )  # fmt: skip
+    trainer.train()
+    if training_args.eval_strategy != "no":
+        trainer.evaluate()
+
+
+def _generate_pictures(number: int) -> Dataset:
+    """Return pictures of noise, as wide as they are not high, with every class among them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (number, 48, 64, 3), dtype=np.uint8)
+    rows = {"image": list(pixels), "label": [index % len(CLASS_NAMES) for index in range(number)]}
+    return Dataset.from_dict(rows, Features({"image": Image(), "label": ClassLabel(names=CLASS_NAMES)}))
+
+
+@contextmanager
+def _naming(flag: str, what: str = "") -> Iterator[None]:
+    """Turn what a library raises into an error of one line that names a flag."""
+    try:
+        yield
+    except UserError:
+        raise
+    except PROBLEMS as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON]
+        raise UserError(f"{flag}: {what} ({reason})." if what else f"{flag}: {reason}") from error
+
+
+@contextmanager
+def _nothing_left(device: torch.device) -> Iterator[None]:
+    """Set random states back, and free the memory, of what runs in it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    freezes = gc.get_freeze_count() == 0
+    if freezes:  # else each collection, of which a Trainer makes some, goes through all modules: seconds
+        gc.freeze()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        gc.collect()  # a Trainer is full of cycles
+        if freezes:
+            gc.unfreeze()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
