@@ -260,7 +260,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", choices=list(read_sets()), help="image set (default: all)")
     args = parser.parse_args(argv)
     datasets.disable_progress_bars()
-    logging.getLogger("utils").setLevel(logging.ERROR)  # the table says what was matched in spite of case
     names = [args.recipe] if args.recipe else list(read_sets())
     with Console(stderr=True).status(f"reading {len(names)} image sets on the Hub"):
         reports = {name: check_set(name) for name in names}
@@ -271,4 +270,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("utils").setLevel(logging.ERROR)  # the table says what was matched in spite of case
     run_script(lambda: sys.exit(main()))

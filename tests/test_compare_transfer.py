@@ -10,6 +10,7 @@ import compare_transfer
 from utils.cli.errors import DivergedError, UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
 from utils.data.real_images import RealImagesRecord, load_real_images
+from utils.hub import markdown
 from utils.transfer import cell_workers, cells, fine_tuning
 from utils.transfer.cells import CellRunner
 from utils.transfer.comparison import Arm, Recipe, make_cell, plan_cell
@@ -80,7 +81,7 @@ def test_a_killed_comparison_goes_on_and_stage_1_is_trained_once(finished):
     assert {settings.max_steps for settings, _, folder in trained if folder.name == "vanilla"} == {3}
     assert json.loads((output_dir / "comparison.json").read_text())["summary"] == comparison["summary"]
     assert (output_dir / "comparison.png").is_file()
-    assert comparison["findings"][0] in (output_dir / "comparison.md").read_text(encoding="utf-8")
+    assert markdown.text(comparison["findings"][0]) in (output_dir / "comparison.md").read_text(encoding="utf-8")
     assert not list((output_dir / "work").iterdir()), "weights of cells are not kept"
     entry = comparison["summary"][2]
     assert (entry["method"], entry["num_shots"]) == ("bridged", 1)

@@ -356,7 +356,7 @@ def test_images_that_come_out_bad_for_some_seeds_are_drawn_again(problem, finish
     for row, clean in zip(read_rows(tmp_path / "set"), read_rows(finished_set)):
         assert (row == clean) == (clean["seed"] not in bad)
     assert (
-        "| green circle | A green circle photo in the style of <dsi-style> | 7 | 3 |"
+        "| green circle | A green circle photo in the style of &lt;dsi-style&gt; | 7 | 3 |"
         in (tmp_path / "set/README.md").read_text()
     )
 

@@ -71,7 +71,7 @@ def test_labels_of_a_selection_are_those_of_its_rows():
 @pytest.mark.parametrize(
     ("labels", "feature", "message"),
     [
-        ([0.5, 1.5], None, "--label_column_name kind: is of type float64; one class per image is wanted, as an integer"),
+        ([0.5, 1.5], None, "--label_column_name kind: is of type float64; one class per image is wanted"),
         ([0.006], Value("float32"), "is of type float32"),
         ([float("nan"), 1.0], None, "is of type float64"),
         ([[1, 2], [3]], None, r"holds lists, several labels per image \(multi-label\); one class"),

@@ -40,7 +40,7 @@ def assign(sizes: dict, unlabelled: tuple = (), **given) -> dict[str, str]:
         ({"train": 9, "valid": 3}, {"validation": "valid"}, {"validation": "valid"}),
         ({"train": 9, "valid": 3, "test": 3}, {"test": "valid"}, {"test": "valid", "validation": None}),
         ({"train": 9, "test": 3}, {"validation": "test"}, {"validation": "test"}),
-        ({"train": 10}, {"train": "train[:80%]", "test": "train[80%:]"}, {"train": "train[:80%]", "test": "train[80%:]"}),
+        ({"train": 9}, {"train": "train[:5]", "test": "train[5:]"}, {"train": "train[:5]", "test": "train[5:]"}),
         ({"train": 9, "extra": 3, "test": 2}, {"train": "train+extra"}, {"train": "train+extra", "test": "test"}),
         ({"train": 9, "test": 8}, {"validation": "test[:4]", "test": "test[4:]"},
          {"validation": "test[:4]", "test": "test[4:]"}),
@@ -105,8 +105,8 @@ def test_the_parts_are_told_in_one_line(tmp_path):
     real = load(tmp_path)
     train, validation = len(real.train), len(real.validation)
     assert real.remarks == (
-        f"{tmp_path}: train {train} images (split 'train'), validation {validation} images (carved off 'train'), test 9 "
-        "images (split 'validation').",
+        f"{tmp_path}: train {train} images (split 'train'), validation {validation} images (carved off 'train'), "
+        "test 9 images (split 'validation').",
     )
 
 

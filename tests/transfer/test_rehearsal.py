@@ -63,14 +63,21 @@ def save_odd_model(name: str, folder) -> None:
         ("timm of one channel", "RuntimeError: .* to have 1 channels, but got 3"),
         ("ViT of one channel", "Expected 1 but got 3"),
         ("another size", r"Input image size \(48\*48\) doesn't match model \(32\*32\)"),
-        ("five dimensions", "rank 4"),
-        ("ImageGPT", "pixel_values"),
-        ("naflex", ""),
     ],
 )
 def test_a_model_that_does_not_take_the_pixels_is_one_line_that_names_it(run, tmp_path, name, reason):
     save_odd_model(name, tmp_path / "odd")
     with pytest.raises(UserError, match=f"^--model_name_or_path .*odd: a trial run of two RGB images fails .*{reason}"):
+        run(tmp_path / "odd")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("five dimensions", "1 x 3 x 3 x 32 x 32"), ("ImageGPT", "input_ids"), ("naflex", "1 x 16 x 192")],
+)
+def test_a_processor_that_makes_no_images_is_one_line_before_the_model_loads(run, tmp_path, name, reason):
+    save_odd_model(name, tmp_path / "odd")
+    with pytest.raises(UserError, match=f"^--model_name_or_path .*odd: its image processor makes .*{reason}"):
         run(tmp_path / "odd")
 
 

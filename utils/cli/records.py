@@ -66,7 +66,7 @@ def read_record(path: str | Path) -> dict:
 
 
 def absolute_if_local(name: str | None) -> str | None:
-    """Return a folder's absolute path, for records that are read in other working directories; other names as they are."""
+    """Return a folder's absolute path, as records are read in other working directories; other names as they are."""
     return os.path.abspath(name) if name is not None and Path(name).is_dir() else name
 
 

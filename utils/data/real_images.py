@@ -66,7 +66,7 @@ class Part:
 
 @dataclass(frozen=True)
 class RealImages:
-    """Train, validation and test images with the columns `image` and `label`. `train` is a subset where one is asked for.
+    """Train, validation and test images with the columns `image` and `label`; `train` may be a subset.
 
     `record` is resolved (columns found, commit pinned). `parts` says of each part which rows it holds. `remarks` are
     lines for the user: which split serves as what, and what may not be meant.
@@ -94,7 +94,7 @@ class RealImages:
 
 @dataclass(frozen=True)
 class LabelledSplits:
-    """The splits that serve as parts, before anything is carved off; `unused` maps the others to their images' number."""
+    """The splits that serve as parts, before anything is carved off; `unused` maps the others to their numbers."""
 
     images: dict[str, Dataset]
     parts: dict[str, Part]

@@ -26,7 +26,8 @@ def list_doubts(real: "RealImages") -> list[str]:
     """Return warnings: classes that look like one, that are tested without having been trained, or not tested."""
     doubts = [
         # ascii: two Unicode forms of a letter look the same
-        f"Warning: the classes {', '.join(map(ascii, names))} differ in case, spaces or Unicode form only; they stay separate classes."
+        f"Warning: the classes {', '.join(map(ascii, names))} differ in case, spaces or Unicode form only; they stay "
+        "separate classes."
         for names in near_equal_names(real.class_names)
     ]
     counts = {

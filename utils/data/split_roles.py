@@ -1,4 +1,4 @@
-"""Which split of an image set serves as training, validation and test part: as the flags say, else by the usual names."""
+"""Which split serves as training, validation and test part: the one that a flag names, else by the usual names."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Class names of a set's parquet files, compared file by file: `datasets` reads all of them with the names of the first."""
+"""Class names of a set's parquet files, compared file by file: `datasets` reads all with the names of the first."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product

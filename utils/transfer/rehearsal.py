@@ -19,7 +19,7 @@ from utils.transfer.adapters import LoraSettings
 from utils.transfer.classifiers import load_classifier
 from utils.transfer.fine_tuning import build_trainer
 from utils.transfer.heads import imprint_head
-from utils.transfer.image_datasets import EvalImages, TrainItems
+from utils.transfer.image_datasets import EvalImages
 from utils.transfer.methods import StagePlan, StageSettings
 from utils.transfer.prediction import predict
 from utils.transfer.stage_models import load_start
@@ -66,7 +66,6 @@ def rehearse(
             images = list(EvalImages(pictures, image_processor))
             if imprint:
                 imprint_head(model, images)
-            TrainItems(image_processor)  # what the processor does not say is no matter of the Trainer
             _train_one_step(model, pictures, image_processor, stage.settings, training_args, folder)
             predict(model, images)
             del model
