@@ -31,6 +31,7 @@ from utils.cli.records import (
     BRIDGED_CONFIG,
     EVAL_RESULTS,
     RUN_CONFIG,
+    absolute_if_local,
     read_record,
     resolve_options,
     was_finished,
@@ -218,7 +219,7 @@ def describe_run(args: Arguments, real, source, stages: list[StagePlan]) -> dict
         **vars(args.method),
         "stages": [dataclasses.asdict(stage) for stage in stages],
         "lora": vars(args.lora) if args.lora.use_peft else None,
-        "base_model": args.model.model_name_or_path,
+        "base_model": absolute_if_local(args.model.model_name_or_path),
         "base_model_revision": args.model.model_revision,
         "class_names": real.class_names,
         "real_images": real.record.to_dict(),
@@ -228,7 +229,7 @@ def describe_run(args: Arguments, real, source, stages: list[StagePlan]) -> dict
             for part, where in real.parts.items()
         },
         "test_split": real.parts["test"].split,
-        "synthetic_dataset": dataclasses.asdict(source) if source else None,
+        "synthetic_dataset": dataclasses.asdict(source) | {"name": absolute_if_local(source.name)} if source else None,
     }
 
 

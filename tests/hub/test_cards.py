@@ -180,21 +180,33 @@ def test_the_card_says_when_steps_were_matched(method, match_steps, told, tmp_pa
     assert text.count("as many optimiser steps as both stages") == told
 
 
+def part(split: str, is_carved: bool) -> dict:
+    return {"split": split, "num_images": 7, "is_carved": is_carved}
+
+
 @pytest.mark.parametrize(
-    ("record", "split", "note"),
+    ("test", "validation", "note"),
     [
-        ({"test_split": "test"}, "test", None),
-        ({"test_split": "validation"}, "validation", "these images are its split `validation`"),
-        ({"test_split": "train"}, "train", "these images were carved off the training images"),
-        ({"test_split": None}, None, None),
-        ({"test_split": None, "real_images": {"train_dir": "a", "validation_dir": "b"}}, None, "split `validation`"),
+        (part("test", False), part("train", True),
+         "They are the split `test`. What was watched during training, 7 images, was carved off `train`."),
+        (part("valid", False), part("dev", False),
+         "They are the split `valid`. What was watched during training, 7 images, is the split `dev`."),
+        (part("train[:80%]", True), part("train[:80%]", True),
+         "They were carved off the split `train[:80%]` before training."),
     ],
-)
-def test_the_card_says_which_images_the_test_images_are(record, split, note, tmp_path):
-    card = write_classifier_card(tmp_path, config=record, **ACCURACY)
-    assert card.data.eval_results[0].dataset_split == split
-    assert note is None or note in card.text
-    assert ("The set has no split" in card.text) == (note is not None)
+)  # fmt: skip
+def test_the_card_says_which_images_the_test_images_are(test, validation, note, tmp_path):
+    config = {"test_split": test["split"], "parts": {"test": test, "validation": validation}}
+    card = write_classifier_card(tmp_path, config=config, **ACCURACY)
+    assert card.data.eval_results[0].dataset_split == test["split"]
+    assert note in card.text
+
+
+def test_the_card_says_when_some_classes_were_not_tested(tmp_path):
+    counts = {"num_test_classes": 1, "num_classes": 2}
+    note = "**Only 1 of the 2 classes have test images**: means over classes are over those."
+    assert note in write_classifier_card(tmp_path, **ACCURACY, **counts).text
+    assert "have test images" not in write_classifier_card(tmp_path, **ACCURACY, **counts | {"num_classes": 1}).text
 
 
 def test_the_card_has_the_interval_and_flags_leep_on_too_few_images(tmp_path):

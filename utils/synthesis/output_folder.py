@@ -10,7 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils.cli.errors import UserError
-from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, package_versions, read_record, write_record
+from utils.cli.records import (
+    GENERATION_CONFIG,
+    RUN_CONFIG,
+    absolute_if_local,
+    package_versions,
+    read_record,
+    write_record,
+)
 from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.sources import Sources
 
@@ -76,12 +83,16 @@ def start_output_folder(
         quality = QUALITY_RECORD, QUALITY_PLOTS, DUPLICATE_PAIRS
         for name in (GENERATION_CONFIG, RUN_CONFIG, PREVIEW, CHECKSUMS, CLASS_NAMES, *quality):
             (folder / name).unlink(missing_ok=True)
+    generator = sources.generator.source
     record = {
         "settings": settings,
         "fingerprint": settings_fingerprint(settings),
         "num_images_per_class": plan.num_images_per_class,
         "num_images": plan.num_images,
-        "generator": {"id": sources.generator.source.name, "revision": sources.generator.source.revision},
+        "generator": {
+            "id": absolute_if_local(sources.generator.source.name),
+            "revision": sources.generator.source.revision,
+        },
         "token": sources.token and sources.token.to_dict(),
         "real_images": sources.real_images,
         "class_names": sources.class_names,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from utils.cli.arguments import RealDataArguments
 from utils.cli.errors import UserError
-from utils.cli.records import DSI_CONFIG, read_record
+from utils.cli.records import DSI_CONFIG, absolute_if_local, read_record
 from utils.data.class_names import prompt_nouns, read_class_names, read_class_names_file
 from utils.data.prompts import DSI_TEMPLATE, PLAIN_TEMPLATE
 from utils.hub.repositories import open_source
@@ -31,7 +31,8 @@ class StyleToken:
     path: Path
 
     def to_dict(self) -> dict:
-        return {key: value for key, value in asdict(self).items() if key != "path"}
+        record = {key: value for key, value in asdict(self).items() if key != "path"}
+        return record | {"id": absolute_if_local(self.id)}
 
 
 @dataclass(frozen=True)
