@@ -89,10 +89,7 @@ def start_output_folder(
         "fingerprint": settings_fingerprint(settings),
         "num_images_per_class": plan.num_images_per_class,
         "num_images": plan.num_images,
-        "generator": {
-            "id": absolute_if_local(sources.generator.source.name),
-            "revision": sources.generator.source.revision,
-        },
+        "generator": {"id": absolute_if_local(generator.name), "revision": generator.revision},
         "token": sources.token and sources.token.to_dict(),
         "real_images": sources.real_images,
         "class_names": sources.class_names,
