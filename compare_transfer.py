@@ -43,14 +43,9 @@ from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import COMPARISON, image_set_name, resolve_options, write_record, write_run_config
 from utils.data.class_folders import check_real_images_given
+from utils.data.image_set import RealImagesRecord
 from utils.data.opened_images import open_all
-from utils.data.real_images import (
-    RealImagesRecord,
-    check_held_out,
-    limit_held_out,
-    load_real_images,
-    same_image_set,
-)
+from utils.data.real_images import check_held_out, limit_held_out, load_real_images, same_image_set
 from utils.transfer.cell_workers import run_cells, use_one_gpu, visible_gpus
 from utils.transfer.cells import CellRunner
 from utils.transfer.classifiers import check_classifier, load_image_processor

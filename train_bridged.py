@@ -169,8 +169,9 @@ def load_and_open(args: Arguments, parts: tuple[str, ...] = ("train", "validatio
     Raises:
         UserError: they cannot be loaded, one is damaged, or none are left to validate or to test on.
     """
+    from utils.data.image_set import RealImagesRecord
     from utils.data.opened_images import open_all
-    from utils.data.real_images import RealImagesRecord, check_held_out, limit_held_out, load_real_images
+    from utils.data.real_images import check_held_out, limit_held_out, load_real_images
 
     real = load_real_images(RealImagesRecord.from_arguments(args.real), args.training.hub_token or None)
     for remark in real.remarks:
@@ -258,7 +259,8 @@ def check_data(args: Arguments, source) -> dict:
         UserError: there are no such images, or the synthetic set has other classes.
     """
     from utils.data.audit import audit_images, list_findings, print_audit
-    from utils.data.real_images import RealImagesRecord, load_real_images
+    from utils.data.image_set import RealImagesRecord
+    from utils.data.real_images import load_real_images
     from utils.transfer.synthetic_images import load_synthetic
 
     is_main_process = set_up_logging(args.training)

@@ -321,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     import torch
     from accelerate.utils import set_seed
 
-    from utils.data.real_images import RealImagesRecord
+    from utils.data.image_set import RealImagesRecord
     from utils.style.checkpoints import TrainingProgress, find_checkpoint, load_checkpoint, save_checkpoint
     from utils.style.health import HealthCheck, check_finite
     from utils.style.pictures import BeforeAfter, plot_training

@@ -9,7 +9,8 @@ import pytest
 import compare_transfer
 from utils.cli.errors import DivergedError, UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
-from utils.data.real_images import RealImagesRecord, load_real_images
+from utils.data.image_set import RealImagesRecord
+from utils.data.real_images import load_real_images
 from utils.hub import markdown
 from utils.transfer import cell_workers, cells, fine_tuning
 from utils.transfer.cells import CellRunner

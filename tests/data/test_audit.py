@@ -5,7 +5,8 @@ from PIL import ImageCms
 from rich.console import Console
 
 from utils.data.audit import _are_alike, _thumbnail, across_splits, audit_images, list_findings, print_audit
-from utils.data.real_images import RealImagesRecord, load_real_images
+from utils.data.image_set import RealImagesRecord
+from utils.data.real_images import load_real_images
 
 
 def draw(seed: int, size=(48, 64)) -> PILImage.Image:

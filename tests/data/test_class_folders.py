@@ -13,8 +13,9 @@ from utils.cli.arguments import RealDataArguments
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, write_record
 from utils.data.class_folders import check_real_images_given, load_class_folders, load_local_set
+from utils.data.image_set import RealImagesRecord
 from utils.data.opened_images import inspect_images, open_all
-from utils.data.real_images import RealImagesRecord, load_real_images
+from utils.data.real_images import load_real_images
 from utils.style.latents import _load_batches
 from utils.transfer.image_datasets import EvalImages
 from utils.transfer.image_transforms import open_image

@@ -10,9 +10,10 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
 from utils.cli.errors import UserError
+from utils.data.image_set import RealImagesRecord
 from utils.data.images import to_rgb
 from utils.data.opened_images import open_all
-from utils.data.real_images import RealImagesRecord, load_real_images
+from utils.data.real_images import load_real_images
 
 NUM_IMAGES = 30
 LABELS = ["cat", "dog"] * (NUM_IMAGES // 2)

@@ -10,8 +10,9 @@ from datasets import ClassLabel, Dataset, Features, Image
 
 from tests.conftest import CLASS_NAMES, save_image_set
 from utils.cli.errors import UserError
+from utils.data.image_set import RealImagesRecord
 from utils.data.opened_images import NUM_THREADS, inspect_images, open_all, open_synthetic
-from utils.data.real_images import RealImagesRecord, load_real_images
+from utils.data.real_images import load_real_images
 
 
 def encode(image, image_format="PNG", **options) -> bytes:

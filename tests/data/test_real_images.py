@@ -5,7 +5,8 @@ from datasets import ClassLabel, Dataset, Features, Image
 from tests.conftest import CLASS_NAMES, draw_image, save_image_set
 from utils.cli.errors import UserError
 from utils.cli.records import image_set_name
-from utils.data.real_images import RealImagesRecord, limit_held_out, load_real_images, same_image_set
+from utils.data.image_set import RealImagesRecord
+from utils.data.real_images import limit_held_out, load_real_images, same_image_set
 from utils.data.splits import few_shot_indices
 
 

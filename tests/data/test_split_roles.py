@@ -4,7 +4,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 from tests.conftest import CLASS_NAMES, draw_image, save_image_set
 from utils.cli.errors import UserError
-from utils.data.real_images import RealImagesRecord, load_real_images
+from utils.data.image_set import RealImagesRecord
+from utils.data.real_images import load_real_images
 from utils.data.split_roles import assign_splits, select
 
 SIZES = {"train": 100, "valid": 20, "test": 30, "extra": 5}

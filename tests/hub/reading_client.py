@@ -11,7 +11,8 @@ import time
 import torch
 
 from utils.cli.errors import UserError
-from utils.data.real_images import RealImagesRecord, load_real_images
+from utils.data.image_set import RealImagesRecord
+from utils.data.real_images import load_real_images
 from utils.hub.repositories import open_source
 from utils.style.base_models import open_base_model
 from utils.synthesis.sources import read_token_sources

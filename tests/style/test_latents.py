@@ -20,7 +20,8 @@ from safetensors.torch import load, save
 
 from tests.processes import ForkedPython
 from utils.cli.errors import UserError
-from utils.data.real_images import RealImagesRecord, load_real_images
+from utils.data.image_set import RealImagesRecord
+from utils.data.real_images import load_real_images
 from utils.style import latents as latents_module
 from utils.style.latents import LatentCache, latent_key
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.data.real_images import RealImagesRecord, load_real_images
+from utils.data.image_set import RealImagesRecord
+from utils.data.real_images import load_real_images
 from utils.style.base_models import open_base_model
 from utils.style.latents import LatentCache
 from utils.style.steps import TrainingSteps, micro_batches, step_loader

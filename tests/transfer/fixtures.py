@@ -9,7 +9,7 @@ import torch
 from tests.conftest import CLASS_NAMES, save_image_set
 from tests.transfer.architectures import save_architecture
 from utils.cli.records import GENERATION_CONFIG, write_record
-from utils.data.real_images import RealImagesRecord
+from utils.data.image_set import RealImagesRecord
 
 
 @pytest.fixture(scope="module", autouse=True)

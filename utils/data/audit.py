@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from utils.data.image_set import RealImages
 from utils.data.images import TOO_LARGE, to_rgb, upright_size
 from utils.data.opened_images import inspect_images
-from utils.data.real_images import RealImages
 
 MAX_EXAMPLES = 3
 FEW_IMAGES = 500  # starting processes takes longer than looking at so many

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.ExifTags
@@ -18,10 +17,8 @@ from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
 from utils.data.image_files import UNREADABLE_KINDS, read_file, unreadable_kind
+from utils.data.image_set import RealImages
 from utils.data.images import TOO_LARGE, describe_error, describe_reading, to_rgb
-
-if TYPE_CHECKING:
-    from utils.data.real_images import RealImages
 
 NUM_THREADS = min(16, os.cpu_count() or 1)
 PARTS = ("train", "validation", "test")
@@ -35,13 +32,13 @@ class OpenedImages:
     left out, and what was guessed in reading.
     """
 
-    images: "RealImages"
+    images: RealImages
     digests: dict[str, list[str]]
     num_skipped: int
     remarks: list[str]
 
 
-def open_all(real: "RealImages", parts: tuple[str, ...] = PARTS) -> OpenedImages:
+def open_all(real: RealImages, parts: tuple[str, ...] = PARTS) -> OpenedImages:
     """Open every image of some parts once, each in one of the processes, as training will read it.
 
     Damaged ones are left out where the record's `skip_bad_images` allows that.
@@ -96,7 +93,7 @@ def _describe_skipped(problems: dict[str, str]) -> list[str]:
     return [f"Warning: {len(problems)} damaged images were left out, the first is {place} ({problem})."]
 
 
-def _check_classes_left(real: "RealImages", kept: np.ndarray | None) -> None:
+def _check_classes_left(real: RealImages, kept: np.ndarray | None) -> None:
     """Raise where a class has no training images but damaged ones."""
     labels = np.asarray(real.train["label"])
     lost = np.setdiff1d(labels, labels if kept is None else labels[kept])

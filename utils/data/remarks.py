@@ -1,28 +1,23 @@
 """What a user should know of an image set before anything is trained: the parts, and what may not be meant."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from utils.data.class_names import list_names, near_equal_names
-
-if TYPE_CHECKING:
-    from utils.data.real_images import RealImages
+from utils.data.image_set import RealImages
 
 
-def describe_parts(real: "RealImages", unused: dict[str, int]) -> str:
+def describe_parts(real: RealImages, unused: dict[str, int]) -> str:
     """Return a line that says which split serves as what; `unused` maps the other splits to their numbers of images."""
-    sentences = []
-    for part, source in real.parts.items():
+    listed = []
+    for part in ("train", "validation", "test"):
+        source = real.parts[part]
         how = f"carved off '{source.split}'" if source.is_carved else f"split '{source.split}'"
-        sentences.append((part, f"{part} {len(source.rows):,} images ({how})"))
-    order = ("train", "validation", "test")
-    listed = ", ".join(text for _, text in sorted(sentences, key=lambda item: order.index(item[0])))
+        listed.append(f"{part} {len(source.rows):,} images ({how})")
     left = ", ".join(f"'{split}' ({number:,} images)" for split, number in unused.items())
-    return f"{real.record.name}: {listed}{f'; not used: {left}' if left else ''}."
+    return f"{real.record.name}: {', '.join(listed)}{f'; not used: {left}' if left else ''}."
 
 
-def list_doubts(real: "RealImages") -> list[str]:
+def list_doubts(real: RealImages) -> list[str]:
     """Return warnings: classes that look like one, that are tested without having been trained, or not tested."""
     doubts = [
         # ascii: two Unicode forms of a letter look the same

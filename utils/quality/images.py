@@ -7,9 +7,10 @@ from datasets import ClassLabel, Dataset, Image
 
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record
+from utils.data.image_set import RealImages, RealImagesRecord
 from utils.data.label_matching import match_labels
 from utils.data.opened_images import open_all
-from utils.data.real_images import RealImages, RealImagesRecord, load_real_images
+from utils.data.real_images import load_real_images
 from utils.hub.data_sets import load_data_set
 from utils.hub.repositories import Source
 

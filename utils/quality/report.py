@@ -8,7 +8,7 @@ import torch
 
 from utils.cli.errors import UserError
 from utils.cli.records import write_record
-from utils.data.real_images import RealImages
+from utils.data.image_set import RealImages
 from utils.hub.repositories import Source
 from utils.quality.distances import (
     ClassSums,

@@ -10,8 +10,9 @@ from accelerate import PartialState
 from datasets import Dataset
 from huggingface_hub import constants
 
+from utils.data.image_set import RealImages, RealImagesRecord
 from utils.data.opened_images import open_all
-from utils.data.real_images import RealImages, RealImagesRecord, load_real_images
+from utils.data.real_images import load_real_images
 from utils.style.base_models import BaseModel
 from utils.style.latents import LatentCache, Latents
 

@@ -131,7 +131,8 @@ def read_plain_sources(
         class_names, record = list(chosen), None
     else:
         # not at the top: datasets takes seconds to import, and with a token it is not needed before sampling
-        from utils.data.real_images import RealImagesRecord, load_labelled_splits
+        from utils.data.image_set import RealImagesRecord
+        from utils.data.real_images import load_labelled_splits
 
         images = load_labelled_splits(RealImagesRecord.from_arguments(real_data), hub_token)
         class_names, record = images.class_names, images.record.to_dict()

@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 
 from utils.cli.errors import DivergedError, UserError
 from utils.cli.records import read_record, write_record
+from utils.data.image_set import RealImages
 from utils.data.opened_images import open_synthetic
-from utils.data.real_images import RealImages
 from utils.data.splits import few_shot_indices
 from utils.transfer.comparison import Arm, Cell, fingerprint, plan_cell, shots_key
 from utils.transfer.comparison_statistics import pack_correct

@@ -4,8 +4,8 @@ import logging
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
+from utils.data.image_set import RealImages
 from utils.data.opened_images import open_synthetic
-from utils.data.real_images import RealImages
 from utils.transfer.methods import mix_indices
 from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, load_synthetic, num_images
 

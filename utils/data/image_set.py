@@ -1,0 +1,82 @@
+"""A labelled image set: the record that names it, its parts, and which rows of which split they are."""
+
+from dataclasses import asdict, dataclass, fields, replace
+
+import numpy as np
+from datasets import Dataset
+
+from utils.cli.records import absolute_if_local, image_set_name
+
+PLACES = ("dataset_name", "train_dir", "validation_dir")
+
+
+@dataclass(frozen=True)
+class RealImagesRecord:
+    """What one needs to load the same images again; part of every step's record."""
+
+    dataset_name: str | None = None
+    train_dir: str | None = None
+    validation_dir: str | None = None
+    dataset_config_name: str | None = None
+    dataset_revision: str | None = None
+    image_column_name: str | None = None
+    label_column_name: str | None = None
+    train_split: str = "train"
+    validation_split: str | None = None
+    test_split: str | None = None
+    train_val_split: float = 0.1
+    num_shots: int | None = None
+    few_shot_seed: int = 0
+    max_train_samples: int | None = None
+    random_flip: bool = True
+    skip_bad_images: bool = False
+
+    @property
+    def name(self) -> str:
+        return image_set_name(asdict(self))
+
+    @classmethod
+    def from_arguments(cls, arguments) -> "RealImagesRecord":
+        """Return the record of a script's `RealDataArguments` (the fields have the same names), folders absolute."""
+        values = {field.name: getattr(arguments, field.name) for field in fields(cls)}
+        return cls(**values | {name: absolute_if_local(values[name]) for name in PLACES})
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where images come from: the split as a flag names it, and their rows there; carved off the training images?"""
+
+    split: str
+    rows: np.ndarray
+    is_carved: bool = False
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Train, validation and test images with the columns `image` and `label`; `train` may be a subset.
+
+    `record` is resolved (columns found, commit pinned). `parts` says of each part which rows it holds. `remarks` are
+    lines for the user: which split serves as what, and what may not be meant.
+    """
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    class_names: list[str]
+    record: RealImagesRecord
+    parts: dict[str, Part]
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def train_indices(self) -> np.ndarray:
+        """The rows of the train split that `train` holds: what a token or a classifier has seen."""
+        return self.parts["train"].rows
+
+    def select(self, rows: dict[str, np.ndarray]) -> "RealImages":
+        """Return some images of each part, by their places in it; parts that are not named stay whole."""
+        parts = {part: replace(self.parts[part], rows=self.parts[part].rows[kept]) for part, kept in rows.items()}
+        images = {part: getattr(self, part).select(kept) for part, kept in rows.items()}
+        return replace(self, **images, parts=self.parts | parts)
