@@ -209,6 +209,7 @@ def build_runner(model_args, real_args, comparison_args, shared_args, sources: d
     check_held_out(real)
     opened = open_all(real)
     print("\n".join((*real.remarks, *opened.remarks)))
+    check_held_out(opened.images)  # of what was left out, all may have been in one part
     return CellRunner(
         model_args.model_name_or_path,
         hub_options,

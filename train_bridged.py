@@ -181,6 +181,7 @@ def load_and_open(args: Arguments, parts: tuple[str, ...] = ("train", "validatio
     opened = open_all(real, parts)
     for remark in opened.remarks:
         logger.warning(remark)
+    check_held_out(opened.images)  # of what was left out, all may have been in one part
     return opened.images
 
 

@@ -365,7 +365,7 @@ def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
         ({"prompt_templates": "a {class} " + "x" * 80 + " {token}"}, "the text encoder takes 77"),
         ({"prompt_templates_file": "nowhere.txt"}, "--prompt_templates_file nowhere.txt: cannot be read"),
         ({"class_names_file": "nowhere.txt"}, "--class_names_file nowhere.txt: cannot be read"),
-        ({"num_shots": 100}, r"--num_shots 100: label 0 has 1\d images"),
+        ({"num_shots": 100}, r"--num_shots 100: class 'red_square' of .* has 1\d training images"),
         ({"learning_rate": 0}, "--learning_rate 0.0: must be above 0"),
         ({"learning_rate": "nan"}, "--learning_rate: must be a finite number of at most 1e.30, got nan"),
         ({"resolution": 30}, "--resolution 30: must be a multiple of 8"),

@@ -117,16 +117,24 @@ def test_a_local_folder_of_class_folders_loses_no_image_by_its_name(tmp_path, ca
     assert caplog.messages == []
 
 
-def test_split_folders_are_splits_with_the_same_classes(tmp_path, caplog):
-    for split, classes in {"train": {"owl": 10, "cat": 10}, "test": {"owl": 2, "cat": 3, "ant": 1}}.items():
+def test_the_classes_of_split_folders_are_matched_by_name(tmp_path, caplog):
+    counts = {"train": {"owl": 10, "cat": 10}, "test": {"Owl": 2, "cat": 3, "ant": 1}, "extra": {"fox": 1}}
+    for split, classes in counts.items():
         save_class_folders(tmp_path / "set" / split, classes)
     splits = load_local_set(str(tmp_path / "set"))
-    assert {name: len(images) for name, images in splits.items()} == {"train": 20, "test": 6}
-    assert splits["train"].features == splits["test"].features
-    assert splits["test"].features["label"].names == ["cat", "owl", "ant"]
-    assert np.bincount(splits["test"]["label"]).tolist() == [3, 2, 1]
-    line = f"--dataset_name {tmp_path / 'set'}: 'train' has no images of ant, classes all the same."
-    assert caplog.messages == [line]
+    assert {name: len(images) for name, images in splits.items()} == {"train": 20, "test": 6, "extra": 1}
+    real = load_real_images(RealImagesRecord(str(tmp_path / "set")))
+    assert real.class_names == ["cat", "owl", "ant"]  # a class of a split that is not used is none
+    assert np.bincount(real.test["label"]).tolist() == [3, 2, 1]
+    assert "1 class name matched in spite of case, spaces or Unicode form: 'Owl' is 'owl'" in caplog.text
+    assert any("1 test images are of classes without training images ('ant')" in remark for remark in real.remarks)
+
+
+def test_validation_folders_match_in_spite_of_case(train_dir, tmp_path):
+    validation_dir = save_class_folders(tmp_path / "validation", {"OWL": 2, "cat": 1})
+    real = load(train_dir, validation_dir=str(validation_dir))
+    assert real.class_names == ["10", "cat", "owl"]
+    assert np.bincount(real.test["label"]).tolist() == [0, 1, 2]
 
 
 def test_classes_called_by_numbers_are_in_the_order_of_the_numbers(tmp_path):

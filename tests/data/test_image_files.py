@@ -154,3 +154,11 @@ def test_unreadable_kinds_are_known_by_their_content():
     assert unreadable_kind(HEIC.replace(b"ftypheic", b"ftypmp42")) is None
     assert unreadable_kind(b"\xff\x0a\x10") == unreadable_kind(b"\0\0\0\x0cJXL \r\n\x87\n") == "JPEG XL"
     assert unreadable_kind(JPEG) is None
+
+
+def test_a_named_pipe_is_left_out_and_not_waited_for(tmp_path):
+    (tmp_path / "cat").mkdir()
+    os.mkfifo(tmp_path / "cat" / "pipe.jpg")
+    found = find_image_files(str(tmp_path), "--train_dir")
+    assert found.images[("cat",)] == []
+    assert found.describe_left_out() == "left out: 1 that is not an image (cat/pipe.jpg)"

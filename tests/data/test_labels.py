@@ -53,7 +53,7 @@ def test_names_of_another_part_match_in_spite_of_case(caplog):
     by_name, names = unify(train=labelled(["cat", "dog"]), test=labelled(["Dog ", "CAT", "emu"]))
     assert names == ["cat", "dog", "emu"]
     assert by_name["test"] == ["dog", "cat", "emu"]
-    assert "--label_column_name kind: test part: 2 class names matched in spite of case" in caplog.text
+    assert "--label_column_name kind: split 'test': 2 class names matched in spite of case" in caplog.text
     with pytest.raises(UserError, match="CAT"):
         unify(train=labelled(["cat", "Cat"]), test=labelled(["CAT"]))
 
@@ -72,21 +72,22 @@ def test_labels_of_a_selection_are_those_of_its_rows():
         ([0.006], Value("float32"), "is of type float32"),
         ([float("nan"), 1.0], None, "is of type float64"),
         ([[1, 2], [3]], None, r"holds lists, several labels per image \(multi-label\); one class"),
-        ([["a"], ["b"]], None, "multi-label"),
+        ([["a", "b"], ["b"]], None, "multi-label"),
         ([[1, 0, 0], [0, 0, 1]], None, "holds one-hot vectors of 3 numbers"),
         ([[1.0, 0.0], [0.0, 1.0]], None, "holds one-hot vectors of 2 numbers"),
         ([[True, False], [False, True]], None, "holds one-hot vectors of 2 numbers"),
         ([[1, 1, 0], [0, 0, 1]], None, "multi-label"),
         ([[], [1]], None, "multi-label"),
-        ([[0], [1]], List(ClassLabel(names=["a", "b"])), "multi-label"),
+        ([[0, 1], [1]], List(ClassLabel(names=["a", "b"])), "multi-label"),
+        ([[0], [1]], None, "holds lists of one label each"),
         ([b"a", b"b"], None, "is of type binary"),
         ([{"id": 1}, {"id": 2}], None, "is of type dict"),
-        ([0, None, 1, -1], None, "2 of 4 images of the train part have no label, the first in row 1"),
-        (["a", "", " ", None], None, "3 of 4 images of the train part have no label, the first in row 1"),
+        ([0, None, 1, -1], None, "2 of 4 images of split 'train' have no label, the first in row 1 .-1 is no class."),
+        (["a", "", " ", None], None, "3 of 4 images of split 'train' have no label, the first in row 1"),
         ([True, None], None, "1 of 2 images .* row 1"),
         ([0, -1], ClassLabel(names=["a", "b"]), "1 of 2 images .* row 1"),
-        ([0, 1, 7], "tampered", "7 in row 2 of the train part stands for no class; 2 classes are numbered 0 to 1"),
-        ([0, 1, -5], "tampered", "-5 in row 2 of the train part stands for no class"),
+        ([0, 1, 7], "tampered", "7 in row 2 of split 'train' stands for no class; 2 classes are numbered 0 to 1"),
+        ([0, 1, -5], "tampered", "-5 in row 2 of split 'train' stands for no class"),
     ],
 )  # fmt: skip
 def test_what_is_no_class_is_one_line(labels, feature, message):
@@ -100,7 +101,7 @@ def test_what_is_no_class_is_one_line(labels, feature, message):
 
 
 def test_labels_of_two_kinds_are_one_line():
-    with pytest.raises(UserError, match="not of one kind .integers in the train part, names in the test part."):
+    with pytest.raises(UserError, match="not of one kind .integers in split 'train', names in split 'test'."):
         unify(train=labelled([0, 1]), test=labelled(["a", "b"]))
 
 

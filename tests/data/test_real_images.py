@@ -1,12 +1,19 @@
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 
 from tests.conftest import CLASS_NAMES, draw_image, save_image_set
 from utils.cli.errors import UserError
 from utils.cli.records import image_set_name
 from utils.data.image_set import RealImagesRecord
-from utils.data.real_images import limit_held_out, load_real_images, same_image_set
+from utils.data.opened_images import open_all
+from utils.data.real_images import (
+    check_held_out,
+    limit_held_out,
+    load_labelled_splits,
+    load_real_images,
+    same_image_set,
+)
 from utils.data.splits import few_shot_indices
 
 
@@ -132,9 +139,9 @@ def test_labels_of_strings_become_class_names(tmp_path):
     ("settings", "message"),
     [
         ({"label_column_name": "colour"}, "--label_column_name colour: not in .* columns are image, label"),
-        ({"image_column_name": "label"}, "no image column"),
+        ({"image_column_name": "label"}, "one column cannot be both; columns are image, label"),
         ({"train_split": "training"}, "--train_split training: .* has train .60 images., test .30 images."),
-        ({"num_shots": 20}, "--num_shots 20: label 0 has 1. images"),
+        ({"num_shots": 20}, "--num_shots 20: class 'red_square' of .* has 1. training images"),
     ],
 )
 def test_bad_settings_are_one_line_that_names_them(real_images_dir, settings, message):
@@ -152,7 +159,7 @@ def test_missing_labels_are_counted_and_the_first_is_named(tmp_path):
     features = Features({"image": Image(), "label": ClassLabel(names=CLASS_NAMES)})
     rows = {"image": [draw_image(0, rng) for _ in range(4)], "label": [0, None, 1, None]}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(UserError, match="2 of 4 images of the train part have no label, the first in row 1"):
+    with pytest.raises(UserError, match="2 of 4 images of split 'train' have no label, the first in row 1"):
         load(tmp_path)
 
 
@@ -207,3 +214,59 @@ def test_image_sets_are_the_same_by_name_or_by_folder(tmp_path, monkeypatch):
     assert not same_image_set({"dataset_name": "user/cars"}, "user/vans", None)
     assert not same_image_set({"dataset_name": "user/cars"}, None, "photos")
     assert not same_image_set({}, "user/cars", None)
+
+
+def test_a_text_column_of_the_usual_name_is_found_without_a_flag(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = {"image": [draw_image(i % 2, rng) for i in range(20)], "label": [("owl", "cat")[i % 2] for i in range(20)]}
+    Dataset.from_dict(rows).cast_column("image", Image()).to_parquet(tmp_path / "train.parquet")
+    assert load(tmp_path).class_names == ["cat", "owl"]
+
+
+def test_a_set_in_another_format_is_read_as_it_is_stored(tmp_path):
+    save_image_set(tmp_path / "set", {"train": 10, "test": 2})
+    for kind in ("numpy", "torch"):
+        load_dataset(str(tmp_path / "set")).with_format(kind).save_to_disk(tmp_path / kind)
+        real = load(tmp_path / kind)
+        assert open_all(real).images.train[0]["image"].size == (32, 32)
+
+
+def test_splits_of_different_features_can_be_one_part(tmp_path):
+    rng = np.random.default_rng(0)
+    train = {"image": [draw_image(0, rng)] * 4, "label": [0, 1, 0, 1]}
+    extra = {"image": [draw_image(0, rng)] * 2, "label": ["b", "a"]}
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    sets = DatasetDict(
+        train=Dataset.from_dict(train, features=features),
+        extra=Dataset.from_dict(extra).cast_column("image", Image(mode="L")),
+    )
+    sets.save_to_disk(tmp_path / "set")
+    found = load_labelled_splits(RealImagesRecord(str(tmp_path / "set"), train_split="train+extra"))
+    assert [found.class_names[label] for label in found.images["train"]["label"]] == ["a", "b", "a", "b", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "remark"),
+    [
+        (["a", "nan"], "the class 'nan' may stand for images without a label"),
+        (["a", "None"], "the class 'None' may stand for images without a label"),
+    ],
+)
+def test_what_may_be_a_missing_label_is_told(tmp_path, labels, remark):
+    rng = np.random.default_rng(0)
+    rows = {"image": [draw_image(0, rng) for _ in range(12)], "label": labels * 6}
+    Dataset.from_dict(rows).cast_column("image", Image()).to_parquet(tmp_path / "train.parquet")
+    assert any(remark in line for line in load(tmp_path).remarks)
+
+
+def test_a_class_without_images_is_told_and_a_single_class_is_an_error(tmp_path):
+    save_image_set(tmp_path, {"train": 10})
+    path = tmp_path / "data" / "train-00000.parquet"
+    whole = Dataset.from_parquet(str(path))
+    whole.filter(lambda row: row["label"] != 1).to_parquet(path)
+    real = load(tmp_path)
+    assert any("no part has images of 'green circle'" in remark for remark in real.remarks)
+    check_held_out(real)
+    whole.filter(lambda row: row["label"] == 1).to_parquet(path)
+    with pytest.raises(UserError, match="all training images are of one class .green circle.; a classifier needs two"):
+        check_held_out(load(tmp_path))

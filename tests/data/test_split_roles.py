@@ -37,6 +37,10 @@ def assign(sizes: dict, unlabelled: tuple = (), **given) -> dict[str, str]:
         ({"training": 9, "test": 3}, {}, {"train": "training", "test": "test"}),
         ({"train": 9, "test": 0, "valid": 3}, {}, {"test": "valid"}),
         ({"train": 9, "holdout": 3}, {}, {}),
+        ({"seg_train": 9, "seg_test": 3}, {}, {"train": "seg_train", "test": "seg_test"}),
+        ({"training_set": 9, "test_set": 3}, {}, {"train": "training_set", "test": "test_set"}),
+        ({"train": 9, "test_hard": 2, "test": 3}, {}, {"test": "test"}),
+        ({"train": 9, "testimony": 3, "contest": 3}, {}, {}),
         ({"train": 9, "holdout": 3}, {"test": "holdout"}, {"test": "holdout"}),
         ({"train": 9, "valid": 3}, {"validation": "valid"}, {"validation": "valid"}),
         ({"train": 9, "valid": 3, "test": 3}, {"test": "valid"}, {"test": "valid", "validation": None}),
@@ -71,6 +75,9 @@ def test_a_split_without_labels_is_passed_over_unless_it_is_named():
             r"--test_split train\[80%:\]: 20 of its images are in --train_split train too; .*:80%",
         ),
         ({"test": "train"}, "--test_split train: 100 of its images are in --train_split train too"),
+        ({"train": "train+train"}, "--train_split train.train: takes some images twice; its slices must not overlap"),
+        ({"train": "train[:9]+train[5:12]"}, "takes some images twice"),
+        ({"train": "train[5:9]+train[:5]"}, None),
         ({"validation": "test"}, None),
         ({"validation": "test[:9]", "test": "test"}, "--test_split test: 9 of its images are in --validation_split"),
         ({"train": "train+test"}, None),
@@ -132,7 +139,7 @@ def test_an_unused_split_may_be_without_labels(tmp_path):
     real = load(tmp_path)
     assert real.parts["test"].is_carved
     assert real.remarks[0].endswith("; not used: 'test' (4 images), 'unlabeled' (6 images).")
-    with pytest.raises(UserError, match="4 of 4 images of the test part have no label, the first in row 0"):
+    with pytest.raises(UserError, match="4 of 4 images of split 'test' have no label, the first in row 0"):
         load(tmp_path, test_split="test")
     assert len(load(tmp_path, train_split="train[:9]", test_split="train[9:]").test) == 6
 
@@ -148,5 +155,5 @@ def test_a_part_of_other_columns_is_an_error(tmp_path):
     train = Dataset.from_dict({"image": [draw_image(0, rng)] * 3, "label": ["a", "b", "a"]})
     test = Dataset.from_dict({"image": [draw_image(0, rng)], "kind": ["a"]})
     DatasetDict(train=train.cast_column("image", Image()), test=test).save_to_disk(tmp_path / "set")
-    with pytest.raises(UserError, match="--label_column_name label: not in split test of"):
+    with pytest.raises(UserError, match="--label_column_name label: not in split 'test' of"):
         load(tmp_path / "set", label_column_name="label", test_split="test")

@@ -2,7 +2,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Features, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from utils.hub.file_classes import unify_class_names
 
@@ -25,7 +26,7 @@ def unify(tmp_path):
             for split in dict.fromkeys(name.split("-")[0] for name in files)
         }
         loaded = load_dataset("parquet", data_files=paths, cache_dir=str(tmp_path / "cache"))
-        return unify_class_names(loaded, paths)
+        return unify_class_names(loaded, paths, "--dataset_name set")
 
     return unify
 
@@ -66,8 +67,51 @@ def test_missing_labels_stay_missing(unify):
 def test_rows_that_are_not_those_of_the_files_are_an_error(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / f"{name}.parquet", ["x", "y"] if name == "a" else ["y", "x"], [0, 1])
-    paths = {"train": [tmp_path / "a.parquet", tmp_path / "b.parquet"]}
+    paths = {"train": [str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet")]}
     loaded = load_dataset("parquet", data_files={"train": str(tmp_path / "a.parquet")}, cache_dir=str(tmp_path / "c"))
-    with pytest.raises(ValueError, match="order the class names of 'label' differently"):
-        unify_class_names(loaded, paths)
+    with pytest.raises(ValueError, match="classes of 'label' in different orders, and other rows"):
+        unify_class_names(loaded, paths, "set")
     assert np.array_equal(loaded["train"]["label"], [0, 1])
+
+
+def test_files_of_text_and_of_class_names_are_an_error(tmp_path, unify):
+    write(tmp_path / "named.parquet", ["cat", "dog"], [0, 1])
+    pq.write_table(pa.table({"id": [0], "label": ["cat"]}), tmp_path / "text.parquet")
+    for first, second in (("named", "text"), ("text", "named")):
+        paths = {"train": [str(tmp_path / f"{name}.parquet") for name in (first, second)]}
+        try:
+            loaded = load_dataset("parquet", data_files=paths, cache_dir=str(tmp_path / first))
+        except DatasetGenerationError:
+            continue  # datasets refuses it by itself
+        with pytest.raises(ValueError, match="its files disagree on column 'label'"):
+            unify_class_names(loaded, paths, "set")
+
+
+def test_a_card_that_renames_classes_is_taken_and_told(tmp_path, caplog):
+    write(tmp_path / "a.parquet", ["0", "1"], [0, 1])
+    features = Features({"id": Value("int64"), "label": ClassLabel(names=["cat", "dog"])})
+    paths = {"train": [str(tmp_path / "a.parquet")]}
+    loaded = load_dataset("parquet", data_files=paths, features=features, cache_dir=str(tmp_path / "cache"))
+    loaded = unify_class_names(loaded, paths, "--dataset_name set")
+    assert by_name(loaded["train"]) == ["cat", "dog"]
+    assert "--dataset_name set: its card names the classes of 'label' cat, dog, ..., its files 0, 1" in caplog.text
+
+
+def test_a_card_with_the_classes_in_another_order_is_mapped_by_name(tmp_path):
+    write(tmp_path / "a.parquet", ["dog", "cat"], [0, 1])
+    features = Features({"id": Value("int64"), "label": ClassLabel(names=["cat", "dog"])})
+    paths = {"train": [str(tmp_path / "a.parquet")]}
+    loaded = load_dataset("parquet", data_files=paths, features=features, cache_dir=str(tmp_path / "cache"))
+    loaded = unify_class_names(loaded, paths, "set")
+    assert (by_name(loaded["train"]), loaded["train"].features["label"].names) == (["dog", "cat"], ["cat", "dog"])
+
+
+def test_arrow_files_that_number_classes_differently_are_read_by_name(tmp_path):
+    paths = {}
+    for split, names in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        features = Features({"id": Value("int64"), "label": ClassLabel(names=names)})
+        images = Dataset.from_dict({"id": [0, 1, 2], "label": [0, 0, 1]}, features=features)
+        images.save_to_disk(tmp_path / split)
+        paths[split] = [str(next((tmp_path / split).glob("*.arrow")))]
+    loaded = load_dataset("arrow", data_files=paths, cache_dir=str(tmp_path / "cache"))
+    assert by_name(unify_class_names(loaded, paths, "set")["test"]) == ["dog", "dog", "cat"]

@@ -30,6 +30,11 @@ NOT_OF_THE_RESULT = (
     "checkpoints_total_limit", "validation_steps", "report_to", "dataloader_num_workers", "latent_cache_dir",
     "save_strategy", "save_steps", "save_total_limit", "disable_tqdm",
 )  # fmt: skip
+# options that may name a folder
+INPUTS = (
+    "dataset_name", "train_dir", "validation_dir", "synthetic_dataset", "learned_embeds", "model_name_or_path",
+    "pretrained_model_name_or_path",
+)  # fmt: skip
 STYLE_TOKEN_OPTIONS = ("placeholder_token", "initializer_token")  # no access tokens
 
 PACKAGES = ("torch", "torchvision", "transformers", "diffusers", "datasets", "accelerate", "huggingface_hub", "timm")
@@ -76,19 +81,22 @@ def image_set_name(real_images: dict) -> str:
 
 
 def resolve_options(groups: Iterable) -> dict:
-    """Return flag -> value of argument dataclasses, as JSON holds them, without access tokens."""
+    """Return flag -> value of argument dataclasses, as JSON holds them; without access tokens, folders absolute."""
     resolved = {}
     for group in groups:
         values = group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
         resolved.update(
             {key: value for key, value in values.items() if not key.endswith("token") or key in STYLE_TOKEN_OPTIONS}
         )
+    resolved |= {name: absolute_if_local(resolved[name]) for name in INPUTS if isinstance(resolved.get(name), str)}
     return json.loads(json.dumps(resolved))
 
 
 def differing_options(before: dict, options: dict) -> list[str]:
     """Return 'name was value' for every option on which a result depends and that was another before."""
     names = [name for name in options if not name.startswith("hub_") and name not in NOT_OF_THE_RESULT]
+    # records of before folders were noted by their absolute paths
+    before = before | {name: absolute_if_local(before[name]) for name in INPUTS if isinstance(before.get(name), str)}
     return [f"{name} was {before.get(name)}" for name in names if before.get(name) != options[name]]
 
 

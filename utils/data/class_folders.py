@@ -11,7 +11,7 @@ from utils.cli.errors import UserError
 from utils.cli.processes import is_main_process
 from utils.cli.ranges import check_ranges
 from utils.data.class_names import sort_class_names
-from utils.data.folder_layouts import Classes, FolderSet, read_local_set, read_train_dirs
+from utils.data.folder_layouts import FolderSet, read_local_set, read_train_dirs
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -70,7 +70,7 @@ def load_class_folders(train_dir: str, validation_dir: str | None = None) -> "Da
     Raises:
         UserError: what `read_train_dirs` raises.
     """
-    return _load(read_train_dirs(train_dir, validation_dir), f"--train_dir {train_dir}")
+    return _load(read_train_dirs(train_dir, validation_dir))
 
 
 def load_local_set(folder: str) -> "DatasetDict | None":
@@ -83,25 +83,22 @@ def load_local_set(folder: str) -> "DatasetDict | None":
         UserError: what `read_local_set` raises.
     """
     found = read_local_set(folder)
-    return None if found is None else _load(found, f"--dataset_name {folder}")
+    return None if found is None else _load(found)
 
 
-def _load(found: FolderSet, where: str) -> "DatasetDict":
+def _load(found: FolderSet) -> "DatasetDict":
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Image  # takes a second, and the check needs none
 
-    class_names = _class_names(found.splits)
-    first = next(iter(found.splits))
-    others = class_names[len(_class_names({first: found.splits[first]})) :]
-    if others:
-        found.notes.append(f"{where}: '{first}' has no images of {', '.join(others)}, classes all the same.")
     if is_main_process():
         for note in found.notes:
             _warn_once(note)
-    features = Features({"image": Image(), "label": ClassLabel(names=class_names)})
     loaded = DatasetDict()
     for split, classes in found.splits.items():
-        rows = [(path, label) for label, name in enumerate(class_names) for path in classes.get(name, [])]
+        # each split has its own classes: which are the same, `unify_labels` finds out for those that are used
+        class_names = sort_class_names(name for name, paths in classes.items() if paths)
+        rows = [(path, label) for label, name in enumerate(class_names) for path in classes[name]]
         images, labels = zip(*rows)
+        features = Features({"image": Image(), "label": ClassLabel(names=class_names)})
         loaded[split] = Dataset.from_dict({"image": images, "label": labels}, features=features)
     return loaded
 
@@ -109,11 +106,3 @@ def _load(found: FolderSet, where: str) -> "DatasetDict":
 @cache
 def _warn_once(note: str) -> None:
     logger.warning(note)  # some scripts load a set for one purpose, and again for another
-
-
-def _class_names(splits: dict[str, Classes]) -> list[str]:
-    """Return the classes with images, those of the first split before those that only others have."""
-    names = []
-    for classes in splits.values():
-        names += sort_class_names(sorted(name for name, paths in classes.items() if paths and name not in names))
-    return names

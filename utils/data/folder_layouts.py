@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.cli.errors import UserError
+from utils.data.class_names import match_class_names
 from utils.data.image_files import NOT_IMAGE, ImageFiles, escape_name, find_image_files, name_some
 from utils.hub.saved_sets import is_saved_to_disk
 
@@ -49,7 +50,9 @@ def read_train_dirs(train_dir: str, validation_dir: str | None = None) -> Folder
             found.notes += _count(files, flag, [found.splits[split]])
     if validation_dir is not None:
         train, validation = found.splits.values()
-        unknown = [name for name, paths in validation.items() if paths and not train.get(name)]
+        with_images = [[name for name, paths in classes.items() if paths] for classes in (validation, train)]
+        matched = match_class_names(*with_images, f"--validation_dir {validation_dir}:")
+        unknown = [name for name in with_images[0] if name not in matched]
         if unknown:
             names = ", ".join(escape_name(name) for name in unknown)
             raise UserError(f"--validation_dir {validation_dir}: --train_dir {train_dir} has no images of {names}.")
@@ -184,7 +187,7 @@ def _has_card_with_data(folder: str) -> bool:
     except OSError:
         return False
     header = text[3:].partition("\n---")[0] if text.startswith("---") else ""
-    return re.search(r"^(configs|dataset_info)\s*:", header, re.MULTILINE) is not None
+    return re.search(r"^configs\s*:", header, re.MULTILINE) is not None
 
 
 def _is_metadata(path: str) -> bool:

@@ -139,12 +139,14 @@ def _walk(folder: str, flag: str, found: ImageFiles) -> Iterator[tuple[tuple[str
             found.left_out[LOOP].append(os.path.join(*parts))
             continue
         files, folders = [], []
-        for name, is_folder, is_link in sorted(entries):
+        for name, is_folder, is_link, is_special in sorted(entries):
             relative = os.path.join(*parts, name)
             if name.startswith(".") or is_folder and name in HIDDEN_FOLDERS:
                 hidden = _files_below(folder, relative) if is_folder else [relative]
                 if hidden:
                     found.left_out[HIDDEN] += hidden
+            elif is_special:  # a named pipe, for one: to read it would wait for ever
+                found.left_out[NOT_IMAGE].append(relative)
             elif not is_folder:
                 files.append(name)
             elif _is_utf8(name):
@@ -155,14 +157,15 @@ def _walk(folder: str, flag: str, found: ImageFiles) -> Iterator[tuple[tuple[str
         yield parts, files
 
 
-def _list_folder(path: str) -> tuple[tuple[int, int], list[tuple[str, bool, bool]]]:
-    """Return what identifies a folder, and its entries: name, whether it is a folder, whether it is a link."""
+def _list_folder(path: str) -> tuple[tuple[int, int], list[tuple[str, bool, bool, bool]]]:
+    """Return what identifies a folder, and its entries: name, whether it is a folder, a link, or no file either."""
     status = os.stat(path)
     with os.scandir(path) as entries:
-        listed = [
-            (entry.name, os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir(), entry.is_symlink())
-            for entry in entries
-        ]
+        listed = []
+        for entry in entries:
+            is_link = entry.is_symlink()
+            is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
+            listed.append((entry.name, is_folder, is_link, not is_folder and not is_link and not entry.is_file()))
     return (status.st_dev, status.st_ino), listed
 
 

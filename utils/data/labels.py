@@ -19,7 +19,7 @@ def label_column(images: Dataset, column: str = "label") -> pa.ChunkedArray:
 def without_label(column: pa.ChunkedArray) -> np.ndarray:
     """Return the rows without a label: null, not a number, -1, or text without a letter."""
     missing = pc.is_null(column, nan_is_null=True)
-    if pa.types.is_integer(column.type):
+    if pa.types.is_signed_integer(column.type):
         missing = pc.or_(missing, pc.equal(column, NO_LABEL).fill_null(False))
     elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         missing = pc.or_(missing, pc.equal(pc.utf8_trim_whitespace(column), "").fill_null(False))
@@ -31,40 +31,42 @@ def is_labelled(images: Dataset, column: str) -> bool:
     return column in images.features and len(without_label(label_column(images, column))) < len(images)
 
 
-def unify_labels(parts: dict[str, Dataset], column_name: str) -> tuple[dict[str, Dataset], list[str]]:
-    """Return the parts with a ClassLabel column `label` of the same classes, and the class names.
+def unify_labels(splits: dict[str, Dataset], column_name: str) -> tuple[dict[str, Dataset], list[str]]:
+    """Return splits with a ClassLabel column `label` of the same classes, and the class names.
 
     Integers, texts and booleans become classes in their natural order. Classes are known by their names, as
-    `match_class_names` finds them: where a part numbers them otherwise, its labels are changed; those that training
-    images lack come last. `column_name` is the user's name of the column.
+    `match_class_names` finds them: where a split numbers them otherwise, its labels are changed; those that the first
+    split lacks come last. `column_name` is the user's name of the column.
 
     Raises:
-        UserError: the column is of another kind, of different kinds in different parts, an image has no label, or a
+        UserError: the column is of another kind, of different kinds in different splits, an image has no label, or a
             number stands for no class.
     """
     flag = f"--label_column_name {column_name}:"
     names_of, kinds = {}, {}
-    for part, images in parts.items():
+    for split, images in splits.items():
         feature, column = images.features["label"], label_column(images)
-        kinds[part] = _check_kind(flag, feature, column)
+        kinds[split] = _check_kind(flag, feature, column)
         missing = without_label(column)
         if missing.size:
+            hint = f" ({NO_LABEL} is no class)" if pa.types.is_integer(column.type) else ""
             raise UserError(
-                f"{flag} {len(missing)} of {len(images)} images of the {part} part have no label, the first in row "
-                f"{missing[0]}."
+                f"{flag} {len(missing)} of {len(images)} images of split '{split}' have no label, the first in row "
+                f"{missing[0]}{hint}."
             )
-        names_of[part] = _names(flag, part, feature, column)
+        names_of[split] = _names(flag, split, feature, column)
     if len(set(kinds.values())) > 1:
-        listed = ", ".join(f"{kind} in the {part} part" for part, kind in kinds.items())
+        listed = ", ".join(f"{kind} in split '{split}'" for split, kind in kinds.items())
         raise UserError(f"{flag} is not of one kind ({listed}); make all of them integers, or all texts.")
-    class_names = list(names_of["train"])
-    for part, names in names_of.items():
-        matched = match_class_names(names, class_names, f"{flag} {part} part:")
-        names_of[part] = {name: matched.get(name, name) for name in names}
+    class_names = list(next(iter(names_of.values())))
+    for split, names in names_of.items():
+        matched = match_class_names(names, class_names, f"{flag} split '{split}':")
+        names_of[split] = {name: matched.get(name, name) for name in names}
         class_names += [name for name in names if name not in matched]
-    if not any(isinstance(images.features["label"], ClassLabel) for images in parts.values()):
+    if not any(isinstance(images.features["label"], ClassLabel) for images in splits.values()):
         class_names = sort_class_names(class_names)
-    return {part: _with_classes(images, names_of[part], class_names) for part, images in parts.items()}, class_names
+    unified = {split: _with_classes(images, names_of[split], class_names) for split, images in splits.items()}
+    return unified, class_names
 
 
 def _check_kind(flag: str, feature: object, column: pa.ChunkedArray) -> str:
@@ -89,20 +91,22 @@ def _describe_lists(column: pa.ChunkedArray) -> str:
     """Return what kind of lists these are: one-hot vectors, or several labels per image."""
     rows = column.slice(0, 1000).drop_null().to_pylist()
     lengths = {len(row) for row in rows}
+    if lengths == {1}:
+        return "lists of one label each (their only item is the class)"
     if len(lengths) == 1 and max(lengths) > 1 and all(set(row) == {0, 1} and sum(row) == 1 for row in rows):
         return f"one-hot vectors of {max(lengths)} numbers (the place of the 1 is the class)"
     return "lists, several labels per image (multi-label)"
 
 
-def _names(flag: str, part: str, feature: object, column: pa.ChunkedArray) -> list[str]:
-    """Return the class names of a part; of a ClassLabel by its numbers, which are checked to stand for some."""
+def _names(flag: str, split: str, feature: object, column: pa.ChunkedArray) -> list[str]:
+    """Return the class names of a split; of a ClassLabel by its numbers, which are checked to stand for some."""
     if not isinstance(feature, ClassLabel):
         return [str(value) for value in pc.unique(column).to_pylist()]
     labels = column.to_numpy()
     strange = np.flatnonzero((labels < 0) | (labels >= feature.num_classes))
     if strange.size:
         raise UserError(
-            f"{flag} {labels[strange[0]]} in row {strange[0]} of the {part} part stands for no class; "
+            f"{flag} {labels[strange[0]]} in row {strange[0]} of split '{split}' stands for no class; "
             f"{feature.num_classes} classes are numbered 0 to {feature.num_classes - 1}."
         )
     return feature.names

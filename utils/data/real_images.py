@@ -12,10 +12,12 @@ from utils.data.image_set import Part, RealImages, RealImagesRecord
 from utils.data.labels import is_labelled, unify_labels
 from utils.data.opened_images import PARTS, content_places
 from utils.data.remarks import describe_parts, list_doubts
-from utils.data.split_roles import Selection, assign_splits, select
+from utils.data.split_roles import assign_splits, select
 from utils.data.splits import TEST_SHARE, balanced_indices, carve, evenly_spaced, few_shot_indices
 from utils.hub.data_sets import load_data_set
 from utils.hub.repositories import open_source
+
+USUAL_LABEL_NAMES = ("label", "labels")
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,11 @@ def load_labelled_splits(record: RealImagesRecord, token: str | None = None) -> 
     record = replace(record, image_column_name=image_column, label_column_name=label_column)
     given = {part: getattr(record, f"{part}_split") for part in PARTS}
     chosen = assign_splits(splits, given, record.name, lambda split: is_labelled(splits[split], label_column))
-    images = {part: _standardise(selection, splits, record) for part, selection in chosen.items()}
-    images, class_names = unify_labels(images, label_column)
-    used = {piece.split for selection in chosen.values() for piece in selection.slices}
+    used = dict.fromkeys(split for selection in chosen.values() for split in selection.splits)
+    standard = {split: _standardise(splits[split], split, record) for split in used}
+    standard, class_names = unify_labels(standard, label_column)
     return LabelledSplits(
-        images,
+        {part: selection.read(standard) for part, selection in chosen.items()},
         {part: Part(selection.spec, selection.rows) for part, selection in chosen.items()},
         class_names,
         replace(record, train_split=chosen["train"].spec),
@@ -77,7 +79,7 @@ def load_real_images(record: RealImagesRecord, token: str | None = None) -> Real
             )
         kept, held_out = carve(labels, places, kept, end)
         images[part], parts[part] = whole.select(held_out), Part(parts["train"].split, rows[held_out], is_carved=True)
-    kept = kept[_training_subset(labels[kept], record)]
+    kept = kept[_training_subset(labels[kept], found.class_names, record)]
     images["train"], parts["train"] = whole.select(kept), replace(parts["train"], rows=rows[kept])
     real = RealImages(**images, class_names=found.class_names, record=record, parts=parts)
     return replace(real, remarks=(describe_parts(real, found.unused), *list_doubts(real)))
@@ -93,13 +95,17 @@ def same_image_set(record: dict, dataset_name: str | None, train_dir: str | None
     return recorded == (place(dataset_name), place(train_dir))
 
 
-def _training_subset(labels: np.ndarray, record: RealImagesRecord) -> np.ndarray:
+def _training_subset(labels: np.ndarray, class_names: list[str], record: RealImagesRecord) -> np.ndarray:
     num_samples = len(labels) if record.max_train_samples is None else record.max_train_samples
     if record.num_shots is not None:
-        try:
-            shots = few_shot_indices(labels, record.num_shots, record.few_shot_seed)
-        except ValueError as error:
-            raise UserError(f"--num_shots {record.num_shots}: {error} in '{record.name}'.") from None
+        counts = np.bincount(labels, minlength=len(class_names))
+        fewest = np.argmin(np.where(counts, counts, len(labels) + 1))
+        if counts[fewest] < record.num_shots:
+            raise UserError(
+                f"--num_shots {record.num_shots}: class '{class_names[fewest]}' of '{record.name}' has "
+                f"{counts[fewest]} training images; lower --num_shots, add images, or remove the class."
+            )
+        shots = few_shot_indices(labels, record.num_shots, record.few_shot_seed)
         num_samples = min(num_samples, len(shots))  # the shots are the first of the balanced order
     return balanced_indices(labels, num_samples, record.few_shot_seed)
 
@@ -117,7 +123,8 @@ def _load_splits(record: RealImagesRecord, token: str | None) -> tuple[DatasetDi
 def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str]:
     """Return the names of the image and of the label column: as given, else by type.
 
-    Where no column is of type Image, the one that holds the bytes of files is taken.
+    Where no column is of type Image, the one that holds the bytes of files is taken; where none is of type ClassLabel,
+    the one with a usual name.
 
     Raises:
         UserError: a given column is not there, or there is not exactly one of that type.
@@ -131,6 +138,8 @@ def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str
         found = [name for name, feature in features.items() if isinstance(feature, kind)]
         if kind is Image and not found:
             found = [name for name, feature in features.items() if _holds_files(feature)]
+        if kind is ClassLabel and not found:
+            found = [name for name in features if name in USUAL_LABEL_NAMES]
         if len(found) != 1:
             what = "no" if not found else "more than one"
             raise UserError(
@@ -139,7 +148,13 @@ def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str
             )
         return found[0]
 
-    return record.image_column_name or only(Image, "image"), record.label_column_name or only(ClassLabel, "label")
+    image = record.image_column_name or only(Image, "image")
+    label = record.label_column_name or only(ClassLabel, "label")
+    if image == label:
+        raise UserError(
+            f"--image_column_name {image}, --label_column_name {label}: one column cannot be both; columns are {columns}."
+        )
+    return image, label
 
 
 def _holds_files(feature: object) -> bool:
@@ -148,15 +163,16 @@ def _holds_files(feature: object) -> bool:
     return isinstance(content, Value) and content.dtype in ("binary", "large_binary")
 
 
-def _standardise(selection: Selection, splits: DatasetDict, record: RealImagesRecord) -> Dataset:
-    """Return the selected images with the two columns, as `image` (decoded, in its own mode) and `label`."""
+def _standardise(images: Dataset, split: str, record: RealImagesRecord) -> Dataset:
+    """Return the images of a split with the two columns, as `image` (decoded, in its own mode) and `label`."""
     columns = [record.image_column_name, record.label_column_name]
-    images = selection.read(splits)
     for flag, name in zip(("image", "label"), columns):
         if name not in images.features:
-            raise UserError(f"--{flag}_column_name {name}: not in split {selection.spec} of '{record.name}'.")
-    images = images.select_columns(columns).rename_columns(
-        {old: new for old, new in zip(columns, ("image", "label")) if old != new}
+            raise UserError(f"--{flag}_column_name {name}: not in split '{split}' of '{record.name}'.")
+    images = (
+        images.with_format(None)
+        .select_columns(columns)
+        .rename_columns({old: new for old, new in zip(columns, ("image", "label")) if old != new})
     )
     kind = images.features["image"]
     # an Image with a mode would be converted by datasets, where that decodes it, and not by `to_rgb`
@@ -177,11 +193,17 @@ def limit_held_out(real_images: RealImages, max_images: int | None) -> RealImage
 
 
 def check_held_out(real_images: RealImages) -> None:
-    """Check that there are images to validate and to test on.
+    """Check that there are two classes to tell apart, and images to validate and to test on.
 
     Raises:
-        UserError: there are none, as where every class has a single image.
+        UserError: there are not, as where every class has a single image.
     """
+    classes = {real_images.class_names[label] for label in set(real_images.train["label"])}
+    if len(classes) < 2:
+        raise UserError(
+            f"{real_images.record.name}: all training images are of one class ({', '.join(classes)}); a classifier "
+            "needs two or more."
+        )
     for split in ("validation", "test"):
         if not len(getattr(real_images, split)):
             raise UserError(

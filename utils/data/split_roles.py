@@ -1,5 +1,6 @@
 """Which split serves as training, validation and test part: the one that a flag names, else by the usual names."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,8 +37,13 @@ class Selection:
         rows = np.concatenate(parts) if parts else np.zeros(0, int)
         return rows if len({part.split for part in self.slices}) == 1 else np.arange(len(rows))
 
-    def read(self, splits: DatasetDict) -> Dataset:
-        """Return the images."""
+    @property
+    def splits(self) -> list[str]:
+        """The splits that it takes rows of, each once."""
+        return list(dict.fromkeys(piece.split for piece in self.slices))
+
+    def read(self, splits: dict[str, Dataset]) -> Dataset:
+        """Return the images; the splits have the same features."""
         parts = [splits[part.split].select(range(part.start, part.stop)) for part in self.slices]
         return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
@@ -69,9 +75,9 @@ def assign_splits(
     chosen = {part: select(splits, part, spec, name) for part, spec in given.items() if spec is not None}
 
     def guess(part: str) -> None:
-        taken = {piece.split for selection in chosen.values() for piece in selection.slices}
-        by_name = {split.casefold(): split for split in reversed(splits) if split not in taken and len(splits[split])}
-        found = [by_name[known] for known in KNOWN_NAMES[part] if known in by_name]
+        taken = {split for selection in chosen.values() for split in selection.splits}
+        left = [split for split in splits if split not in taken and len(splits[split])]
+        found = named_for(part, left)
         usable = next((split for split in found if is_labelled(split)), None)
         if usable is not None:
             chosen["test" if "test" not in chosen else "validation"] = select(splits, part, usable, name)
@@ -92,6 +98,13 @@ def assign_splits(
     return chosen
 
 
+def named_for(part: str, splits: list[str]) -> list[str]:
+    """Return the splits with a usual name of a part, then those that have one among their words, as 'seg_test'."""
+    words = {split: re.split(r"[-._ 0-9]+", split.casefold()) for split in splits}
+    exact = [split for known in KNOWN_NAMES[part] for split in splits if words[split] == [known]]
+    return exact + [split for split in splits if split not in exact and set(KNOWN_NAMES[part]) & set(words[split])]
+
+
 def select(splits: DatasetDict, part: str, spec: str, name: str) -> Selection:
     """Return what `spec` stands for: a split, or slices such as `train[80%:]` and `train+extra`.
 
@@ -102,7 +115,7 @@ def select(splits: DatasetDict, part: str, spec: str, name: str) -> Selection:
     """
     sizes = {split: len(images) for split, images in splits.items()}
     if part == "train" and spec == "train" and spec not in sizes:
-        spec = next((split for split in sizes if split.casefold() in KNOWN_NAMES["train"]), spec)
+        spec = next(iter(named_for("train", list(sizes))), spec)
     if spec in sizes:
         slices = [Slice(spec, 0, sizes[spec])]
     else:
@@ -117,4 +130,7 @@ def select(splits: DatasetDict, part: str, spec: str, name: str) -> Selection:
     slices = [piece for piece in slices if piece.stop > piece.start]
     if not slices:
         raise UserError(f"--{part}_split {spec}: no images are in it.")
+    ordered = sorted(slices, key=lambda piece: (piece.split, piece.start))
+    if any(one.split == other.split and other.start < one.stop for one, other in zip(ordered, ordered[1:])):
+        raise UserError(f"--{part}_split {spec}: takes some images twice; its slices must not overlap.")
     return Selection(spec, tuple(slices))

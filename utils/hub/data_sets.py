@@ -13,6 +13,7 @@ from datasets.exceptions import (
     SplitsVerificationError,
 )
 from datasets.naming import camelcase_to_snakecase
+from datasets.packaged_modules.arrow.arrow import Arrow
 from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
@@ -49,8 +50,9 @@ def load_data_set(source: Source, config_name: str | None = None, split: str | N
         loaded = builder.as_dataset()
         if split is not None and split not in loaded:
             raise ValueError(f"it has no split '{split}', but {', '.join(loaded)}")
-        if isinstance(builder, Parquet):
-            loaded = unify_class_names(loaded, _parquet_files(builder.config.data_files, source))
+        if isinstance(builder, Parquet | Arrow):
+            files = _data_files(builder.config.data_files, source)
+            loaded = unify_class_names(loaded, files, f"{source.flag} {source.name}")
     except (SplitsVerificationError, ChecksumVerificationError) as error:
         raise UserError(f"{source.flag} {source.name}: {_describe_mismatch(error)}.") from None
     except (*CLIENT_ERRORS, DatasetsError, ValueError, RuntimeError) as error:
@@ -60,17 +62,17 @@ def load_data_set(source: Source, config_name: str | None = None, split: str | N
         raise UserError(f"{source.flag} {source.name}: cannot be loaded ({_innermost(error)}).") from None
     if not source.is_local:
         _check_commit(loaded, source)
-        if split is None and config_name is None:
-            _warn_of_images_left_out(loaded, source)
+    if split is None and config_name is None:
+        _warn_of_images_left_out(loaded, source)
     return loaded if split is None else loaded[split]
 
 
-def _parquet_files(data_files: dict[str, list[str]], source: Source) -> dict[str, list]:
-    """Return the parquet files of each split, to read what their footers say; of a repository those in the cache."""
+def _data_files(data_files: dict[str, list[str]], source: Source) -> dict[str, list]:
+    """Return the files of each split, to read what they say of themselves; of a repository those in the cache."""
 
     def find(url: str) -> str | object:
         if source.is_local:
-            return url
+            return str(url)
         filename = url.partition(f"@{source.revision}/")[2]
         cached = try_to_load_from_cache(source.name, filename, repo_type="dataset", revision=source.revision)
         return cached if isinstance(cached, str) else HfFileSystem(token=source.token).open(url)
@@ -167,22 +169,26 @@ def _check_commit(splits: dict[str, Dataset], source: Source) -> None:
 
 
 def _warn_of_images_left_out(splits: DatasetDict, source: Source) -> None:
-    """Warn where a repository of image files has more than were read: datasets chooses splits by words in file names,
-    so that cat/a test.png is the test split, and all images without such a word are left out.
+    """Warn where a set of image files has more than were read: datasets chooses splits by words in file names, so that
+    cat/a test.png is the test split, and all images without such a word are left out, as those not in a metadata file.
     """
     if not is_main_process() or any(images.info.builder_name != "imagefolder" for images in splits.values()):
         return
     num_read = sum(map(len, splits.values()))
-    root = f"datasets/{source.name}@{source.revision}/"
-    with source.reading("its files cannot be listed"):  # datasets has just listed them: nothing is asked of the Hub
-        paths = [path.removeprefix(root) for path in HfFileSystem(token=source.token).find(root)]
+    if source.is_local:
+        paths = [path.relative_to(source.name).as_posix() for path in Path(source.name).rglob("*")]
+    else:
+        root = f"datasets/{source.name}@{source.revision}/"
+        with source.reading("its files cannot be listed"):  # datasets has just listed them: the Hub is not asked
+            paths = [path.removeprefix(root) for path in HfFileSystem(token=source.token).find(root)]
     num_files = sum(
         Path(path).suffix.lower() in ImageFolder.EXTENSIONS and not re.search(r"(^|/)(\.|__)", path) for path in paths
     )
     if num_read < num_files:
         logger.warning(
             f"{source.flag} {source.name}: {num_read:,} of its {num_files:,} images are read; datasets chooses them by "
-            "words such as train and test in their names. To read all, `hf download` it and give the folder."
+            "words such as train and test in their names, and by metadata files. To read all, give a folder of class "
+            "folders without other data files."
         )
 
 

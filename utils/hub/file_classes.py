@@ -1,33 +1,62 @@
-"""Class names of a set's parquet files, compared file by file: `datasets` reads all with the names of the first."""
+"""What a set's files say of its classes, compared file by file: `datasets` reads all of them as the first says."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features
+
+logger = logging.getLogger(__name__)
 
 HUGGINGFACE = b"huggingface"  # the key of a schema's metadata with the features
 
 
-def unify_class_names(loaded: DatasetDict, files: Mapping[str, Sequence[str | Path]]) -> DatasetDict:
+@dataclass(frozen=True)
+class FileLabels:
+    """A file's column of labels: its class names (None where it has none), whether it holds numbers, how many rows."""
+
+    names: list[str] | None
+    is_numeric: bool
+    num_rows: int
+
+
+def unify_class_names(loaded: DatasetDict, files: Mapping[str, Sequence[str | BinaryIO]], where: str) -> DatasetDict:
     """Return the splits with labels that mean the same class in every row, found by name; names they lack come last.
 
-    `files` are the local parquet files of each split, in the order in which their rows were read. Files that say
-    nothing of classes are read with the names that the splits have.
+    `files` are the parquet or arrow files of each split, in the order in which their rows were read. Numbers in files
+    without class names are read by the names that the splits have. Where all files agree, and a card names other
+    classes, these are taken by their numbers, and a warning says so. `where` begins it.
 
     Raises:
-        ValueError: the files name their classes differently, and their rows are not those of the splits.
+        ValueError: a column has class names in some files and text in others; files differ, and their rows are not
+            those of the splits.
     """
     for column, feature in next(iter(loaded.values())).features.items():
-        if not isinstance(feature, ClassLabel):
+        found = {split: [_read_labels(file, column) for file in of_split] for split, of_split in files.items()}
+        of_files = [labels for of_split in found.values() for labels in of_split]
+        named = [labels.names for labels in of_files if labels.names]
+        if not named:
             continue
-        found = {split: [_read_names(path, column) for path in paths] for split, paths in files.items()}
-        names = [feature.names, *(names for of_split in found.values() for names, _ in of_split if names)]
-        if all(other == feature.names for other in names):
+        if not isinstance(feature, ClassLabel) or not all(labels.is_numeric for labels in of_files):
+            raise ValueError(
+                f"its files disagree on column '{column}': class names for numbers in one, text in another"
+            )
+        if all(names == feature.names for names in named):
             continue
-        every_name = list(dict.fromkeys(name for some in names for name in some))
+        every_name = list(dict.fromkeys(name for names in named for name in names))
+        if named.count(named[0]) == len(named) and set(every_name) != set(feature.names):
+            logger.warning(
+                f"{where}: its card names the classes of '{column}' {', '.join(feature.names[:3])}, ..., its files "
+                f"{', '.join(named[0][:3])}, ...; the card's names are taken, by their numbers."
+            )
+            continue
+        every_name = list(dict.fromkeys([*(name for name in feature.names if name in every_name), *every_name]))
         for split in loaded:
             loaded[split] = _renumber(loaded[split], column, found[split], every_name)
     return loaded
@@ -40,39 +69,52 @@ def reordered_names(features: Features, paths: Iterable[str | Path]) -> str | No
     """
     columns = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
     for path, column in product(paths, columns):
-        names, _ = _read_names(path, column)
+        names = _read_labels(str(path), column).names
         if names and names != features[column].names and sorted(names) == sorted(features[column].names):
             return column
     return None
 
 
-def _read_names(path: str | Path, column: str) -> tuple[list[str] | None, int]:
-    """Return the class names that a file gives a column, None where it gives none, and how many rows it has."""
-    with pq.ParquetFile(path) as file:
-        schema = file.schema_arrow
-        has_features = HUGGINGFACE in (schema.metadata or {})
-        feature = Features.from_arrow_schema(schema).get(column) if has_features else None
-        return feature.names if isinstance(feature, ClassLabel) else None, file.metadata.num_rows
+def _read_labels(file: str | BinaryIO, column: str) -> FileLabels:
+    """Return what a file says of a column."""
+    schema, num_rows = _read_schema(file)
+    names, is_numeric = None, True
+    if column in schema.names:
+        kind = schema.field(column).type
+        is_numeric = pa.types.is_integer(kind) or pa.types.is_null(kind)
+        feature = Features.from_arrow_schema(schema)[column] if HUGGINGFACE in (schema.metadata or {}) else None
+        names = feature.names if isinstance(feature, ClassLabel) else None
+    return FileLabels(names, is_numeric, num_rows)
 
 
-def _renumber(
-    images: Dataset, column: str, found: list[tuple[list[str] | None, int]], every_name: list[str]
-) -> Dataset:
-    if sum(num_rows for _, num_rows in found) != len(images):
-        raise ValueError(
-            f"its files order the class names of '{column}' differently, and have other rows than are read"
-        )
+def _read_schema(file: str | BinaryIO) -> tuple[pa.Schema, int]:
+    name = file if isinstance(file, str) else getattr(file, "path", "")
+    if not name.endswith(".arrow"):
+        with pq.ParquetFile(file) as parquet:
+            return parquet.schema_arrow, parquet.metadata.num_rows
+    with pa.memory_map(file) if isinstance(file, str) else file as source:
+        try:
+            reader = pa.ipc.open_stream(source)  # as datasets writes it
+            return reader.schema, sum(batch.num_rows for batch in reader)
+        except pa.ArrowInvalid:
+            source.seek(0)
+            reader = pa.ipc.open_file(source)
+            return reader.schema, sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
+
+
+def _renumber(images: Dataset, column: str, found: list[FileLabels], every_name: list[str]) -> Dataset:
+    if sum(labels.num_rows for labels in found) != len(images):
+        raise ValueError(f"its files have the classes of '{column}' in different orders, and other rows than were read")
     places = {name: place for place, name in enumerate(every_name)}
     stored = images.select_columns(column).with_format("arrow")[:][column]
-    labels = stored.fill_null(-1).to_numpy()  # which is no label either
-    renumbered, start = np.array(labels), 0
-    for names, num_rows in found:
-        rows = slice(start, start + num_rows)
-        own = np.array([places[name] for name in names or images.features[column].names])
-        known = (labels[rows] >= 0) & (labels[rows] < len(own))  # others are told where labels are checked
-        renumbered[rows][known] = own[labels[rows][known]]
-        start += num_rows
-    feature = ClassLabel(names=every_name)
+    numbers = stored.fill_null(-1).to_numpy()  # which is no label either
+    renumbered, start = np.array(numbers), 0
+    for labels in found:
+        rows = slice(start, start + labels.num_rows)
+        own = np.array([places.get(name, -1) for name in labels.names or images.features[column].names])
+        known = (numbers[rows] >= 0) & (numbers[rows] < len(own))  # others are told where labels are checked
+        renumbered[rows][known] = own[numbers[rows][known]]
+        start += labels.num_rows
     order = images.column_names
     others = images.rename_column(column, f"{column} before")
-    return others.add_column(column, renumbered, feature=feature).select_columns(order)
+    return others.add_column(column, renumbered, feature=ClassLabel(names=every_name)).select_columns(order)

@@ -20,4 +20,4 @@ def load_saved(folder: str) -> "DatasetDict":
     from datasets import Dataset, DatasetDict, load_from_disk
 
     loaded = load_from_disk(os.path.abspath(folder))
-    return DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded
+    return (DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded).with_format(None)

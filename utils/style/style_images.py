@@ -46,6 +46,8 @@ def load_style_images(record: RealImagesRecord, token: str | None = None) -> Sty
         real = real.select({held_out: _some_rows(real.validation)})
     opened = open_all(real, tuple(dict.fromkeys(["train", held_out])))
     real = replace(opened.images, remarks=(*real.remarks, *opened.remarks))
+    if not len(getattr(real, held_out)):  # all of them were damaged
+        held_out = "train"
     images, held_out_digests = getattr(real, held_out), opened.digests[held_out]
     if held_out == "train":
         rows = _some_rows(images)
