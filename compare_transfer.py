@@ -42,7 +42,7 @@ from utils.cli.comparison_arguments import (
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import COMPARISON, image_set_name, resolve_options, write_record, write_run_config
-from utils.data.class_folders import check_real_images_given
+from utils.data.class_folders import check_output_outside, check_real_images_given
 from utils.data.image_set import RealImagesRecord
 from utils.data.opened_images import open_all
 from utils.data.real_images import check_held_out, limit_held_out, load_real_images, same_image_set
@@ -76,7 +76,7 @@ LISTS = ("seeds", "search_seeds", "num_shots", "search_shots", "volumes", "learn
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, int], SyntheticSource]]:
     """Return the argument groups, with what the first synthetic set's record says for flags not given, and the sets."""
-    parser = ScriptArgumentParser(GROUPS)
+    parser = ScriptArgumentParser(GROUPS, description=__doc__)
     groups = parser.parse(argv)
     check_values(resolve_options(groups))
     _, real_args, comparison_args, search_args, _ = groups
@@ -93,6 +93,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, i
         parser.set_defaults(**{name: value for name, value in recorded.items() if name not in not_ours})
     groups = parser.parse(argv)
     check_real_images_given(groups[1])
+    check_output_outside(groups[2].output_dir, groups[1])
     return list(groups), sources
 
 

@@ -46,7 +46,7 @@ from utils.cli.transfer_arguments import (
     StageArguments,
     SyntheticDataArguments,
 )
-from utils.data.class_folders import check_real_images_given
+from utils.data.class_folders import check_output_outside, check_real_images_given
 from utils.data.label_matching import match_labels
 from utils.hub.merged_card import check_card
 from utils.hub.publishing import publish_finished, publish_folder
@@ -90,7 +90,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
     from utils.data.real_images import same_image_set
     from utils.transfer.synthetic_images import open_synthetic
 
-    parser = ScriptArgumentParser([group.type for group in dataclasses.fields(Arguments)])
+    parser = ScriptArgumentParser([group.type for group in dataclasses.fields(Arguments)], description=__doc__)
     args = Arguments(*parser.parse(argv))
     source, recorded = None, None
     given = args.real.dataset_name, args.real.train_dir
@@ -106,9 +106,10 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
     if recorded and (given == (None, None) or same_image_set(recorded, *given)):
         parser.set_defaults(**recorded)
     name = args.synthetic.synthetic_dataset or args.real.dataset_name or args.real.train_dir or ""
-    parser.set_defaults(output_dir=f"{Path(name).name}-{args.method.method}")
+    parser.set_defaults(output_dir=f"{Path(name).resolve().name}-{args.method.method}")
     args = Arguments(*parser.parse(argv))
     check_arguments(args)
+    check_output_outside(args.training.output_dir, args.real)
     return args, source
 
 

@@ -25,7 +25,7 @@ from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import DSI_CONFIG, read_record, resolve_options, was_finished
-from utils.data.class_folders import check_real_images_given
+from utils.data.class_folders import check_output_outside, check_real_images_given
 from utils.data.class_names import prompt_nouns, read_class_names_file
 from utils.data.prompts import (
     CLASSLESS_TEMPLATE,
@@ -300,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     *groups, templates = parse_arguments(argv)
     model_args, data_args, token_args, image_args, training_args, monitoring_args, hub_args = groups
     options, output_dir = resolve_options(groups), Path(training_args.output_dir)
+    check_output_outside(output_dir, data_args)
     overwrite = training_args.overwrite_output_dir
     finished = was_finished(output_dir, DSI_CONFIG, "a style token", options, overwrite)
     hub_target = None

@@ -139,7 +139,7 @@ def test_labels_of_strings_become_class_names(tmp_path):
     ("settings", "message"),
     [
         ({"label_column_name": "colour"}, "--label_column_name colour: not in .* columns are image, label"),
-        ({"image_column_name": "label"}, "one column cannot be both; columns are image, label"),
+        ({"image_column_name": "label"}, "one column cannot be both of image, label"),
         ({"train_split": "training"}, "--train_split training: .* has train .60 images., test .30 images."),
         ({"num_shots": 20}, "--num_shots 20: class 'red_square' of .* has 1. training images"),
     ],

@@ -4,6 +4,7 @@ import logging
 import os
 from dataclasses import fields
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.cli.arguments import RealDataArguments
@@ -48,6 +49,22 @@ def check_real_images_given(real_data: RealDataArguments) -> None:
         if option.name in OF_DATA_SETS and value != option.default:
             raise UserError(f"--{option.name} {value}: goes with --dataset_name, not with --train_dir.")
     read_train_dirs(real_data.train_dir, real_data.validation_dir)
+
+
+def check_output_outside(output_dir: str | Path, real_data: RealDataArguments) -> None:
+    """Check that results are not written among the images, where the next run would take them for images.
+
+    Raises:
+        UserError: the output folder is in one of the image folders.
+    """
+    output = Path(output_dir).resolve()
+    for flag in ("dataset_name", "train_dir", "validation_dir"):
+        folder = getattr(real_data, flag)
+        if folder is not None and os.path.isdir(folder) and output.is_relative_to(Path(folder).resolve()):
+            raise UserError(
+                f"--output_dir {output_dir}: is inside --{flag} {folder}, whose files are the images; name a folder "
+                "outside of it."
+            )
 
 
 def _check_local_set(name: str, config_name: str | None) -> None:

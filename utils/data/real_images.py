@@ -152,7 +152,7 @@ def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str
     label = record.label_column_name or only(ClassLabel, "label")
     if image == label:
         raise UserError(
-            f"--image_column_name {image}, --label_column_name {label}: one column cannot be both; columns are {columns}."
+            f"--image_column_name {image}, --label_column_name {label}: one column cannot be both of {columns}."
         )
     return image, label
 
