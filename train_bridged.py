@@ -159,6 +159,8 @@ def check_arguments(args: Arguments) -> None:
     for name, value in (("batch_norm", args.stage.batch_norm), ("bridge_batch_norm", args.bridge.bridge_batch_norm)):
         if args.lora.use_peft and value != "frozen":
             raise UserError(f"--{name} {value}: not with --use_peft; an adapter has no place for statistics.")
+    if args.synthetic.streaming and args.real.skip_bad_images:
+        logger.warning("Warning: --skip_bad_images: no image of a stream is opened first; damaged ones end the run.")
     if args.synthetic.streaming and args.method.method == "mix":
         raise UserError("--streaming: not with --method mix, which draws from both kinds of images at random.")
     check_training_arguments(args.training)

@@ -443,7 +443,7 @@ def test_a_malformed_card_is_an_error_before_a_model_loads(outputs, commands, tm
 
 def test_the_card_says_how_pictures_are_read_and_its_code_reads_transparent_ones_so(tmp_path):
     text = write_classifier_card(tmp_path, **ACCURACY).text
-    assert "transparency laid on white" in text
+    assert "laid transparent images on white" in text
     found = {}
     exec(next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "on_white" in block), found)
     picture = PILImage.new("RGBA", (2, 1), (255, 0, 0, 51))

@@ -192,7 +192,7 @@ def test_where_training_cannot_make_its_pixels_the_image_processor_does_and_one_
     assert len(messages) == 1 and "training calls it for every image, which is slower" in messages[0]
 
 
-def test_colours_change_before_the_image_processor_and_large_crops_are_made_smaller(monkeypatch):
+def test_colours_change_before_the_image_processor_and_crops_keep_their_pixels(monkeypatch):
     items = TrainItems(make("Donut"), "robust", mixup_alpha=0.2)
     monkeypatch.setattr("utils.transfer.image_datasets.open_image", lambda image: image)
     row = {"image": PILImage.new("RGB", (900, 600), (200, 100, 0)), "label": 1}
@@ -206,7 +206,7 @@ def test_colours_change_before_the_image_processor_and_large_crops_are_made_smal
     largest = []
     monkeypatch.setattr(items, "_process", lambda item: largest.append(item["pixel_values"].shape[1:]) or item)
     items.make(row, 0, 0, 1)
-    assert min(largest[0]) <= 64 < max(largest[0]) + 1
+    assert min(largest[0]) > 300  # the picture's own pixels, of which a processor may cut some out
 
 
 def test_a_wrong_mean_scale_order_or_interpolation_would_be_seen(monkeypatch):

@@ -139,18 +139,24 @@ def test_a_finished_stage_with_an_adapter_is_loaded_and_a_torn_checkpoint_passed
     assert_same(alone, resumed)
 
 
-def test_the_last_checkpoint_is_the_one_of_most_steps_that_every_process_has_written(tmp_path):
+def test_the_last_checkpoint_is_the_one_of_most_steps_that_every_process_has_written(tmp_path, caplog):
     settings = {"num_processes": 2}
     assert find_earlier_run(tmp_path, settings) == (None, None)
     begin_stage(tmp_path, settings)
     assert find_earlier_run(tmp_path, settings) == (None, None)
-    for step, num_processes in ((8, 2), (10, 2), (12, 1)):
+    for step, num_processes in ((8, 2), (10, 2), (12, 1), (14, 2), (16, 2)):
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
         (checkpoint / "trainer_state.json").write_text("{}")
         for rank in range(num_processes):
-            (checkpoint / f"rng_state_{rank}.pth").touch()
+            torch.save({}, checkpoint / f"rng_state_{rank}.pth")
+    (tmp_path / "checkpoint-14" / "model.safetensors").write_bytes(b"torn")
+    torch.save({"state": torch.zeros(1000)}, tmp_path / "checkpoint-16" / "optimizer.pt")
+    os.truncate(tmp_path / "checkpoint-16" / "optimizer.pt", 1000)
     assert find_earlier_run(tmp_path, settings) == (None, str(tmp_path / "checkpoint-10"))
+    assert {line.split(": ")[2].split(" is not")[0] for line in caplog.messages} == {
+        str(tmp_path / f"checkpoint-{step}") for step in (12, 14, 16)
+    }
 
 
 def test_resuming_with_other_settings_is_refused_and_names_them(run, tmp_path):

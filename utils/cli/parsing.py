@@ -44,6 +44,8 @@ class ScriptArgumentParser(HfArgumentParser):
             usage="%(prog)s [recipe.yaml] [flags; recipe keys are flags]",
             **kwargs,
         )
+        # of TrainingArguments: flags that take JSON
+        self._dict_fields = {name for kind in self.dataclass_types for name in getattr(kind, "_VALID_DICT_FIELDS", ())}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(re.sub(r"^argument (--\w+)[^:\s]*", r"\1", message))
@@ -67,7 +69,12 @@ class ScriptArgumentParser(HfArgumentParser):
             )
         except UserError:
             raise
-        except (ValueError, ImportError, OSError) as error:  # of TrainingArguments, about flags or this machine
+        except (
+            ValueError,
+            TypeError,
+            ImportError,
+            OSError,
+        ) as error:  # of TrainingArguments
             raise UserError(str(error)) from None
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
@@ -97,6 +104,10 @@ class ScriptArgumentParser(HfArgumentParser):
         self.set_defaults(**defaults)
 
     def _convert(self, path: Path, key: str, value: object, action: argparse.Action) -> object:
+        if value is None and action.default is not None:
+            raise UserError(f"{path}: '{key}' is empty; give a value, or leave it out for {action.default}.")
+        if isinstance(value, dict) and key not in self._dict_fields:
+            raise UserError(f"{path}: '{key}' takes one value, the recipe gives a mapping.")
         if value is None or isinstance(value, dict):
             return value
         if isinstance(value, list):

@@ -77,6 +77,13 @@ def check_training_arguments(training_args: TrainingArguments) -> None:
             f"--resume_from_checkpoint {resume}: must be latest; a run goes on from its newest checkpoint, in "
             "whichever stage that is."
         )
+    backend = training_args.torch_compile_backend
+    if training_args.torch_compile and backend is not None:
+        import torch._dynamo  # takes seconds
+
+        if backend not in torch._dynamo.list_backends(exclude_tags=()):
+            listed = ", ".join(torch._dynamo.list_backends())
+            raise UserError(f"--torch_compile_backend {backend}: unknown; there are {listed}.")
     known = METRICS[:1] if training_args.prediction_loss_only else METRICS
     if metric is not None and metric.removeprefix("eval_") not in known:
         raise UserError(f"--metric_for_best_model {metric}: is not measured; choose one of {', '.join(known)}.")

@@ -1,23 +1,19 @@
 """Images in class folders, and the check that one real image set is given."""
 
-import logging
 import os
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.cli.arguments import RealDataArguments
 from utils.cli.errors import UserError
-from utils.cli.processes import is_main_process
+from utils.cli.processes import warn_once
 from utils.cli.ranges import check_ranges
 from utils.data.class_names import sort_class_names
 from utils.data.folder_layouts import FolderSet, read_local_set, read_train_dirs
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-
-logger = logging.getLogger(__name__)
 
 OF_DATA_SETS = ("dataset_config_name", "dataset_revision", "train_split", "validation_split", "test_split")
 
@@ -106,9 +102,8 @@ def load_local_set(folder: str) -> "DatasetDict | None":
 def _load(found: FolderSet) -> "DatasetDict":
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Image  # takes a second, and the check needs none
 
-    if is_main_process():
-        for note in found.notes:
-            _warn_once(note)
+    for note in found.notes:
+        warn_once(note)
     loaded = DatasetDict()
     for split, classes in found.splits.items():
         # each split has its own classes: which are the same, `unify_labels` finds out for those that are used
@@ -118,8 +113,3 @@ def _load(found: FolderSet) -> "DatasetDict":
         features = Features({"image": Image(), "label": ClassLabel(names=class_names)})
         loaded[split] = Dataset.from_dict({"image": images, "label": labels}, features=features)
     return loaded
-
-
-@cache
-def _warn_once(note: str) -> None:
-    logger.warning(note)  # some scripts load a set for one purpose, and again for another

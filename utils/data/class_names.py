@@ -1,19 +1,16 @@
 """Class names into the nouns that stand for them in prompts. No torch."""
 
 import json
-import logging
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path
 
 import yaml
 
 from utils.cli.errors import UserError
 from utils.cli.parsing import read_entries, read_text, suggestion
-
-logger = logging.getLogger(__name__)
+from utils.cli.processes import warn_once
 
 # '001.Black_footed_Albatross', '3_dog', '12 - dog', '00-dog', 'n02085620-Chihuahua'; but not '18-wheeler', '737-200'
 NUMBERING = re.compile(r"(?:n\d{8}[-_ ]+|\d+(?:\s*[._)]+\s*|\s+-\s+)|0\d*[- ]+)(?=[^\W\d_])")
@@ -110,7 +107,7 @@ def match_class_names(
     if folded:
         name, class_name = next(iter(folded.items()))
         number = "1 class name" if len(folded) == 1 else f"{len(folded)} class names"
-        _warn_once(f"{flag} {number} matched in spite of case, spaces or Unicode form: '{name}' is '{class_name}'.")
+        warn_once(f"{flag} {number} matched in spite of case, spaces or Unicode form: '{name}' is '{class_name}'.")
     return matched | folded
 
 
@@ -120,11 +117,6 @@ def fold_class_name(name: str) -> str:
     Underscores and hyphens stay: '737-200' and '737 200', or 'a_10' and 'a-10', may well be two classes.
     """
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).split())
-
-
-@cache
-def _warn_once(line: str) -> None:
-    logger.warning(line)  # a comparison loads its synthetic set again for each volume
 
 
 def read_class_names_file(path: str, class_names: list[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from textwrap import shorten
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -25,6 +26,7 @@ from huggingface_hub.errors import (
 
 from utils.cli.errors import UserError
 
+MAX_REASON = 400  # characters of a library's message, which may list all models that it knows
 REPO_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 HUB_TOKEN, HF_TOKEN, LOGIN = "--hub_token", "HF_TOKEN", "of `hf auth login`"
@@ -213,7 +215,7 @@ class Source:
                 f"{self._prefix} no such folder here, the Hub ({constants.ENDPOINT}) cannot be reached "
                 f"({_first_line(causes[-1])}), and {cache}."
             )
-        return f"{self._prefix} {problem} ({error})."
+        return f"{self._prefix} {problem} ({shorten(str(error), MAX_REASON, placeholder=' ...')})."
 
     def _not_found(self) -> str:
         for repo_type in [other for other in TYPE_NAMES if other != self.repo_type]:

@@ -38,7 +38,7 @@ def load_reference_images(real_images: dict, hub_token: str | None = None) -> Re
     record = replace(RealImagesRecord(**real_images), num_shots=None, max_train_samples=None)
     opened = open_all(load_real_images(record, hub_token))
     for part in ("train", "test"):
-        if not len(getattr(opened.images, part)):
+        if opened.num_skipped and not len(getattr(opened.images, part)):
             raise UserError(f"{record.name}: no images are left in the {part} part; all of them are damaged.")
     return replace(opened.images, remarks=(*opened.images.remarks, *opened.remarks))
 

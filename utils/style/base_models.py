@@ -2,12 +2,13 @@
 
 import hashlib
 import logging
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 from utils.cli.errors import UserError
 from utils.hub.repositories import Source, open_source
-from utils.style.pipeline_files import find_variants, list_weights, read_config
+from utils.style.pipeline_files import PROBLEMS, find_variants, list_weights, read_config
 from utils.style.schedulers import OwnScheduler, read_scheduler
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,14 @@ class BaseModel:
             if found != wanted:
                 raise UserError(f"{self._prefix} its {part} is {found}; wanted is {wanted}.")
         unet, vae = self._config("unet"), self._config("vae")
+        scale, size, blocks = vae.get("scaling_factor", 0.18215), unet.get("sample_size"), vae.get("block_out_channels")
+        if not isinstance(scale, int | float) or not math.isfinite(scale) or scale == 0:
+            raise UserError(f"{self._prefix} its VAE's scaling_factor is {scale}; a number other than 0 is wanted.")
+        if not isinstance(size, int) or size < 1 or not isinstance(blocks, list) or not blocks:
+            raise UserError(
+                f"{self._prefix} its configs do not say at how many pixels it draws (sample_size {size} of its U-Net, "
+                f"block_out_channels {blocks} of its VAE)."
+            )
         num_channels = vae.get("latent_channels", 4)
         for name in ("in_channels", "out_channels"):
             if unet.get(name, 4) != num_channels:
@@ -152,18 +161,13 @@ class BaseModel:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-        with self.source.reading("its text encoder cannot be loaded"):
-            return [
-                kind.from_pretrained(
-                    self.source.name,
-                    subfolder=folder,
-                    dtype=dtype,
-                    use_safetensors=True,
-                    variant=self.variants.get(folder),
-                    **self._options,
-                ).eval()
-                for folder, kind in list(kinds.items())[: 1 + self.is_xl]
-            ]
+        encoders = []
+        for folder, kind in list(kinds.items())[: 1 + self.is_xl]:
+            options = {"use_safetensors": True, "variant": self.variants.get(folder), "dtype": dtype}
+            encoder, info = self._load(kind, folder, output_loading_info=True, **options)
+            self._check_loaded(folder, info)
+            encoders.append(encoder.eval())
+        return encoders
 
     def load_vae(self):
         """Return the VAE in float32, as Stable Diffusion XL's overflows in half precision."""
@@ -212,10 +216,21 @@ class BaseModel:
 
     def _load_model(self, kind, part: str, dtype):
         options = {"use_safetensors": True, "variant": self.variants.get(part), "torch_dtype": dtype}
-        return self._load(kind, part, **options).requires_grad_(False).eval()
+        model, info = self._load(kind, part, output_loading_info=True, **options)
+        self._check_loaded(part, info)
+        return model.requires_grad_(False).eval()
+
+    def _check_loaded(self, part: str, info: dict) -> None:
+        """Check that a part has all its weights: those that are missing would be random."""
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise UserError(
+                f"{self._prefix} {len(missing)} weights of its {part} are missing, such as {missing[0]}; the files are "
+                "damaged, or those of another model."
+            )
 
     def _load(self, kind, subfolder: str | None, **options):
-        with self.source.reading(f"its {subfolder or 'pipeline'} cannot be loaded", also=(ValueError,)):
+        with self.source.reading(f"its {subfolder or 'pipeline'} cannot be loaded", also=PROBLEMS):
             if subfolder is not None:
                 options["subfolder"] = subfolder
             return kind.from_pretrained(self.source.name, **options, **self._options)

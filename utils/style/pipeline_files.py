@@ -5,6 +5,8 @@ import logging
 import re
 from collections.abc import Iterable
 
+from safetensors import SafetensorError
+
 from utils.cli.errors import UserError
 from utils.hub.repositories import Source
 
@@ -15,6 +17,8 @@ SHARD = r"(?:-\d{5}-of-\d{5})?"
 SAFETENSORS = re.compile(rf"(?:diffusion_pytorch_)?model(?:\.(\w+))?{SHARD}(?:\.(\w+))?\.safetensors")
 PICKLED = re.compile(r"(?:diffusion_)?pytorch_model.*\.(?:bin|ckpt|pt|pth)")
 VARIANT = "fp16"
+# what the libraries raise on configs and weights that do not go together
+PROBLEMS = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RuntimeError, SafetensorError)
 
 
 def read_config(source: Source, filename: str, expected: str) -> dict:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from utils.cli.errors import UserError
 from utils.hub.repositories import Source
 from utils.style.base_models import SUPPORTED_PIPELINES, open_pipeline, refuse_class
-from utils.style.pipeline_files import find_variants, read_config
+from utils.style.pipeline_files import PROBLEMS, find_variants, read_config
 from utils.style.schedulers import FAST_SCHEDULER, OwnScheduler, read_scheduler
 
 if TYPE_CHECKING:
@@ -233,10 +233,11 @@ def load_pipeline(
         dtypes["vae"] = torch.float32
     # of parts that have both, diffusers then loads this one, too
     variant = next((variant for variant in generator.variants.values() if variant), None)
-    with source.reading("its pipeline cannot be loaded from safetensors", also=(ValueError,)):
+    with source.reading("its pipeline cannot be loaded from safetensors", also=PROBLEMS):
         pipe = diffusers.AutoPipelineForText2Image.from_pretrained(
             name, dtype=dtypes, use_safetensors=True, variant=variant, **source.load_options()
         )
+        pipe.to(device)  # of weights that were missing there is nothing to move
     if "vae" in dtypes:
         for part in pipe.vae.children():
             part.register_forward_pre_hook(_in_float32)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -13,6 +14,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from utils.cli.errors import UserError
+from utils.cli.processes import warn_once
 from utils.hub.repositories import Source, open_source
 from utils.transfer.heads import head_parameter_names
 from utils.transfer.heads import reset_head as draw_head
@@ -96,15 +98,32 @@ def load_classifier(
             _set_rate(config, flag, rate)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # for what the checkpoint lacks
-        model, _ = _load_weights(name, config, dtype=torch.float32, **hub_options)
-    if not head_parameter_names(model):
+        model, info = _load_weights(name, config, dtype=torch.float32, **hub_options)
+    head = head_parameter_names(model)
+    if not head:
         raise UserError(
             f"--model_name_or_path {name}: no parameter depends on the number of classes, so there is no head to train;"
             " an image classifier is wanted."
         )
+    _check_loaded(name, model, set(info["missing_keys"]) - set(head))
     if reset_head:
         draw_head(model, seed)
     return model
+
+
+def _check_loaded(name: str, model: PreTrainedModel, missing: set[str]) -> None:
+    """Say which weights besides the head a checkpoint lacks: they are random.
+
+    Raises:
+        UserError: it lacks most of them, as one of another model, or with other names for the weights.
+    """
+    if not missing:
+        return
+    num_all = len(model.state_dict())
+    words = f"{len(missing)} of {num_all} weights are not in the checkpoint, such as {min(missing)}"
+    if len(missing) > num_all / 2:
+        raise UserError(f"--model_name_or_path {name}: {words}; a checkpoint of this very model is wanted.")
+    warn_once(f"Warning: --model_name_or_path {name}: {words}; they begin as random numbers.")
 
 
 def _set_rate(config: PreTrainedConfig, flag: str, rate: float) -> None:
@@ -142,7 +161,9 @@ def _no_such_rate(config: PreTrainedConfig, flag: str, rate: float) -> UserError
 
 def _reading(name: str | Path, problem: str, revision: str | None = None, token: str | None = None, **_):
     source = Source(str(name), "--model_name_or_path", "model", revision, token)
-    return source.reading(problem, also=(ValueError, KeyError, AssertionError))  # of what the libraries do not know
+    # of what the libraries do not know, and of files that are torn
+    also = (ValueError, KeyError, AssertionError, AttributeError, TypeError, SafetensorError)
+    return source.reading(problem, also=also)
 
 
 def _load_config(name: str, **hub_options) -> PreTrainedConfig:

@@ -9,7 +9,8 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torchvision.transforms.v2.functional import to_pil_image
 
-from utils.data.images import to_rgb
+from utils.cli.errors import UserError
+from utils.data.images import describe_error, to_rgb
 from utils.transfer.augmentation import ColourChange, draw_colours
 from utils.transfer.image_format import read_image_format
 from utils.transfer.image_transforms import CropAndFlip, open_image, process
@@ -102,7 +103,15 @@ class StreamedTrainImages(torch.utils.data.IterableDataset):
             position = -1
             # datasets itself gives each worker its part
             for position, row in enumerate(self._epoch_images(epoch)):
-                yield self.items.make(row, self.seed, epoch, *reader, position)
+                try:
+                    item = self.items.make(row, self.seed, epoch, *reader, position)
+                except Exception as error:  # on damaged files Pillow raises nearly anything
+                    raise UserError(
+                        f"--streaming: a synthetic image is damaged ({describe_error(error)}), number {position} of "
+                        f"epoch {epoch}, file {(row['image'] or {}).get('path')}; without --streaming it is named "
+                        "by its row, or left out by --skip_bad_images."
+                    ) from error
+                yield item
             if position < 0:
                 return
 

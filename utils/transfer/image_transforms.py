@@ -80,15 +80,10 @@ class CropAndFlip:
         with torch_seeded(int(rng.integers(2**63))):
             # a tensor without memory has the image's size, which is all that is asked for
             box = self.crop.make_params([torch.empty((1, image.height, image.width), device="meta")])
-            most = 2 * max(self.size)  # the processor has no use for more
-            decoded = (most, most) if self.keeps_shape else self.size
-            if self.interpolation == "nearest-exact":  # a smaller image is smoother than single pixels of the whole
-                decoded = (image.height, image.width)
-            image, box = decode_for_crop(image, **box, size=decoded)
-            size = self.size
-            if self.keeps_shape:
-                shrink = max(1, min(box[2:]) / most)
-                size = tuple(max(3, round(edge / shrink)) for edge in box[2:])  # 3 are needed to sharpen
+            # the processor may cut pixels out, and a smaller image is smoother than single pixels of the whole
+            is_whole = self.keeps_shape or self.interpolation == "nearest-exact"
+            image, box = decode_for_crop(image, **box, size=(image.height, image.width) if is_whole else self.size)
+            size = tuple(max(3, edge) for edge in box[2:]) if self.keeps_shape else self.size  # 3 are needed to sharpen
             pixels = cut(image, box, size, self.interpolation)
             is_mirrored = rng.random() < 0.5  # drawn in any case: what is drawn after it stays the same
             if is_mirrored and self.random_flip:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoConfig
 
+from utils.cli.errors import UserError
 from utils.transfer.classifiers import load_pretrained
 from utils.transfer.metrics import leep
 
@@ -17,6 +18,9 @@ def predict(model: nn.Module, images, batch_size: int = 128, num_workers: int = 
 
     The work is divided over the processes, each image is evaluated once; each process returns all of it. `num_workers`
     processes beside each one decode. The model is left in eval mode, on its device.
+
+    Raises:
+        UserError: a logit is not finite.
     """
     state = PartialState()
     model.eval().to(state.device, memory_format=torch.channels_last)
@@ -29,7 +33,13 @@ def predict(model: nn.Module, images, batch_size: int = 128, num_workers: int = 
             pixel_values = batch["pixel_values"].to(state.device, model.dtype, memory_format=torch.channels_last)
             logits.append(model(pixel_values=pixel_values).logits.float())
             labels.append(batch["labels"].to(state.device))
-    return _gather_in_turn(torch.cat(logits), len(images)), _gather_in_turn(torch.cat(labels), len(images))
+    logits, labels = (_gather_in_turn(torch.cat(parts), len(images)) for parts in (logits, labels))
+    if not np.isfinite(logits).all():
+        raise UserError(
+            f"{model.config.name_or_path}: the classifier's outputs are not finite; its weights are damaged, or "
+            "mean and std of its image processor."
+        )
+    return logits, labels
 
 
 def _gather_in_turn(part: torch.Tensor, num_rows: int) -> np.ndarray:

@@ -64,10 +64,10 @@ def rehearse(
         with _naming(f"--model_name_or_path {pretrained}", "a trial run of two RGB images fails"):
             model = load_start(stage, pretrained, lora, pretrained, 0, load, hub_options.get("revision"))
             images = list(EvalImages(pictures, image_processor))
+            predict(model, images)
             if imprint:
                 imprint_head(model, images)
             _train_one_step(model, pictures, image_processor, stage.settings, training_args, folder)
-            predict(model, images)
             del model
 
 

@@ -5,12 +5,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from zipfile import is_zipfile
 
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from utils.cli.errors import UserError
+from utils.cli.processes import warn_once
 from utils.cli.records import differing_options, read_record, write_record
 from utils.transfer.adapters import LoraSettings
 from utils.transfer.methods import StagePlan
@@ -100,14 +103,23 @@ def _refuse_other_settings(folder: Path, settings: dict) -> None:
 
 def _last_checkpoint(folder: Path, num_processes: int) -> str | None:
     """Return the checkpoint of the most steps among those that were written to the end."""
-    whole = [path for path in folder.glob("checkpoint-*") if _is_whole(path, num_processes)]
+    found = list(folder.glob("checkpoint-*"))
+    whole = [path for path in found if _is_whole(path, num_processes)]
+    for path in found:
+        if path not in whole:
+            warn_once(f"Warning: --resume_from_checkpoint: {path} is not whole, or torn; it is passed over.")
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def _is_whole(checkpoint: Path, num_processes: int) -> bool:
-    """Say whether a checkpoint has its last file, the Trainer's state, and every process's random state."""
+    """Say whether a checkpoint has its last file, the Trainer's state, all random states, and no torn file."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, json.JSONDecodeError):
+        for path in checkpoint.glob("*.safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, json.JSONDecodeError, SafetensorError):
         return False
-    return len(list(checkpoint.glob("rng_state*.pth"))) == num_processes
+    saved = list(checkpoint.glob("rng_state*.pth"))
+    # torch saves archives, of which a torn one has no end
+    return len(saved) == num_processes and all(map(is_zipfile, [*saved, *checkpoint.glob("*.pt")]))

@@ -48,7 +48,8 @@ def check_stages(
     """Check, before the first stage trains, what depends on the numbers of images, steps and classes.
 
     Raises:
-        UserError: a stage has no whole batch, nothing would be evaluated, or a metric is not there for so few classes.
+        UserError: a stage has no whole batch or is all warm-up, nothing would be evaluated, or a metric is not there
+            for so few classes.
     """
     for stage in stages:
         batch_size, number = stage.settings.per_device_train_batch_size, num_images[stage.images]
@@ -57,6 +58,12 @@ def check_stages(
             raise UserError(
                 f"--dataloader_drop_last: {stage.name} would take no step, its {number} images are less than a batch "
                 f"({batch_size} on each of {num_processes} processes); give a smaller --per_device_train_batch_size."
+            )
+        warmup_steps, max_steps = stage.settings.warmup_steps, stage.settings.max_steps
+        if 1 < max_steps <= warmup_steps:
+            raise UserError(
+                f"--warmup_steps {warmup_steps:g}: {stage.name} has {max_steps} steps, so the learning rate never "
+                "reaches its peak; give fewer, or a share below 1."
             )
     most_steps = max(stage.settings.max_steps for stage in stages)
     if flags["eval_strategy"] == "steps" and flags["eval_delay"] > most_steps:

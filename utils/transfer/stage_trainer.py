@@ -56,11 +56,14 @@ class StageTrainer(Trainer):
                 self.state = state
                 self.progress.go_on_from(state)
                 return
+        started_at = self._copy_head()
         try:
             training_loss = self.train(resume_from_checkpoint=checkpoint).training_loss
         except DivergedError:
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes progress bar and tracker
             raise
+        except UserError as error:  # a worker of the loader puts its traceback before the message
+            raise UserError(str(error).rpartition("UserError: ")[2]) from None
         self.check_finite(training_loss)
         if self.state.global_step < self.args.max_steps:
             raise UserError(
@@ -71,6 +74,8 @@ class StageTrainer(Trainer):
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.get_scale() <= INITIAL_SCALE * 0.5**self.state.global_step:
             raise self._diverged("the gradients of every step are infinite")
+        if checkpoint is None and self.args.max_steps > 1 and all(map(torch.equal, started_at, self._copy_head())):
+            raise self._diverged("no weight of the head has moved", "higher")
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         super().log(logs, *args, **kwargs)
@@ -97,12 +102,20 @@ class StageTrainer(Trainer):
             if not math.isfinite(value):
                 raise self._diverged(f"{what} is {value}")
 
-    def _diverged(self, what: str) -> DivergedError:
-        precision = ", or --bf16 in place of fp16" if self.accelerator.scaler is not None else ""
+    def _copy_head(self) -> list[torch.Tensor]:
+        """Return the head's weights as they are: small, and trained in every stage."""
+        head = set(head_parameter_names(self.model))
+        return [value.detach().cpu().clone() for name, value in self.model.named_parameters() if name in head]
+
+    def _diverged(self, what: str, right: str = "lower") -> DivergedError:
+        advice = f"try a {right} one (on synthetic images that is --bridge_learning_rate)"
+        if right == "lower":
+            advice += " or more --warmup_steps"
+            if self.accelerator.scaler is not None:
+                advice += ", or --bf16 instead of fp16"
         return DivergedError(
             f"--learning_rate {self.args.learning_rate:g}: {what} at step {self.state.global_step} of "
-            f"{self.args.max_steps} in {Path(self.args.output_dir).name}; try a lower one (on synthetic images that is "
-            f"--bridge_learning_rate) or more --warmup_steps{precision}. Earlier checkpoints are kept."
+            f"{self.args.max_steps} in {Path(self.args.output_dir).name}; {advice}. Earlier checkpoints are kept."
         )
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
