@@ -28,6 +28,11 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     assert arguments == Arguments(5e-5, ["b", "c"], False, "x", 9)
 
 
+def test_an_optional_value_may_be_empty_in_a_recipe(tmp_path):
+    (tmp_path / "r.yaml").write_text("steps: null\nrates:\n")
+    assert parse(str(tmp_path / "r.yaml")) == Arguments()
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
@@ -35,6 +40,10 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
         ("learning_rate: fast", "'learning_rate: fast'"),
         ("kind: z", "'kind: z'"),
         ("steps: [1, 2]", "'steps' takes one value"),
+        ("flip: null", "'flip' is empty; give a value, or leave it out for True"),
+        ("learning_rate:", "'learning_rate' is empty; give a value, or leave it out for 0.001"),
+        ("flip: {a: 1}", "'flip' takes one value, the recipe gives a mapping"),
+        ("steps: {}", "'steps' takes one value, the recipe gives a mapping"),
         ("learning_rate: .nan", "'learning_rate: nan': must be a finite number of at most 1e+30, got nan"),
         ("rates: [1, .inf]", "'rates: inf': must be a finite number of at most 1e+30, got inf"),
         ("rates: [1, fast]", "'rates: fast': invalid float value"),

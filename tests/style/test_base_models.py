@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from utils.cli.errors import UserError
 from utils.style.base_models import MIRRORS, open_base_model
@@ -197,3 +198,28 @@ def test_both_parts_of_xl_are_loaded(tiny_xl_pipeline_dir):
     assert len(base_model.load_tokenizers()) == len(base_model.load_text_encoders(torch.float32)) == 2
     assert {encoder.dtype for encoder in base_model.load_text_encoders(torch.bfloat16)} == {torch.bfloat16}
     assert base_model.load_vae().dtype == torch.float32
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_weights_of_other_names_are_an_error(part, copied):
+    path = next((copied / part).glob("*.safetensors"))
+    save_file({f"module.{name}": value for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    base_model = open_folder(copied)
+    load = getattr(base_model, {"text_encoder": "load_text_encoders"}.get(part, f"load_{part}"))
+    with pytest.raises(UserError, match=rf"^--model .*copied: \d+ weights of its {part} are missing, such as"):
+        load(*[torch.float32] * (part != "vae"))
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "problem"),
+    [
+        ("vae", {"scaling_factor": None}, "its VAE's scaling_factor is None; a number other than 0"),
+        ("vae", {"scaling_factor": 0}, "its VAE's scaling_factor is 0"),
+        ("vae", {"block_out_channels": []}, "its configs do not say at how many pixels it draws"),
+        ("unet", {"sample_size": None}, "its configs do not say at how many pixels it draws .sample_size None"),
+    ],
+)
+def test_configs_without_a_number_are_an_error_before_anything_loads(part, settings, problem, copied):
+    change_config(copied / part / "config.json", **settings)
+    with pytest.raises(UserError, match=f"^--model .*copied: {problem}"):
+        open_folder(copied)

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tests.transfer.architectures import HEADS, save_timm
 from utils.cli.errors import UserError
 from utils.transfer.classifiers import load_classifier, load_image_processor, load_pretrained, save_classifier
 from utils.transfer.heads import head_parameter_names
+from utils.transfer.prediction import predict
 
 pytest_plugins = ["tests.transfer.fixtures"]
 
@@ -165,3 +167,40 @@ def test_drop_path_of_a_timm_model_without_it_is_an_error(tmp_path):
     assert is_random_in_training(load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0, dropout=0.5))
     with pytest.raises(UserError, match=f"--drop_path_rate 0.1: {tmp_path} has no drop path"):
         load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0, drop_path_rate=0.1)
+
+
+def change_weights(folder, change) -> str:
+    path = Path(folder) / "model.safetensors"
+    save_file(dict(change(*item) for item in load_file(path).items() if change(*item)), path, metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_a_checkpoint_whose_weights_have_other_names_is_an_error(save_classifier_of, tmp_path):
+    folder = shutil.copytree(save_classifier_of("vit"), tmp_path / "compiled")
+    change_weights(folder, lambda name, value: (f"_orig_mod.{name}", value))  # as torch.compile saves them
+    with pytest.raises(UserError, match=r"--model_name_or_path .*compiled: \d+ of \d+ weights are not in the"):
+        load_classifier(str(folder), CLASS_NAMES, True, seed=0)
+
+
+def test_a_checkpoint_that_lacks_a_few_weights_is_told(save_classifier_of, tmp_path, caplog):
+    folder = shutil.copytree(save_classifier_of("vit"), tmp_path / "lacking")
+    change_weights(folder, lambda name, value: None if name.endswith("layernorm.bias") else (name, value))
+    load_classifier(str(folder), CLASS_NAMES, True, seed=0)
+    assert "lacking: 1 of " in caplog.text and "they begin as random numbers" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", b"torn" * 100])
+def test_torn_weights_are_one_line(save_classifier_of, tmp_path, content):
+    folder = shutil.copytree(save_classifier_of("vit"), tmp_path / "torn")
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="--model_name_or_path .*torn: does not load as an image classifier"):
+        load_classifier(str(folder), CLASS_NAMES, True, seed=0)
+
+
+def test_outputs_that_are_not_finite_are_no_prediction(save_classifier_of):
+    model = load_classifier(save_classifier_of("vit"), CLASS_NAMES, True, seed=0)
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    items = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0}]
+    with pytest.raises(UserError, match="the classifier's outputs are not finite; its weights are damaged"):
+        predict(model, items)

@@ -123,5 +123,11 @@ def test_steps_that_fp16_passes_over_are_normal_as_long_as_some_are_taken(run, m
     if infinite is INFINITE_FIRST:
         assert run()[1].num_steps == 6 and len(calls) == 6
     else:
-        with pytest.raises(DivergedError, match="the gradients of every step are infinite .*--bf16 in place of fp16"):
+        with pytest.raises(DivergedError, match="the gradients of every step are infinite .*--bf16 instead of fp16"):
             run()
+
+
+def test_a_stage_whose_head_never_moves_is_not_finished(run, tmp_path):
+    with pytest.raises(DivergedError, match="--learning_rate 1e-20: no weight of the head has moved .* a higher one"):
+        run(replace(SETTINGS, learning_rate=1e-20))
+    assert not (tmp_path / "stage1" / "stage.json").exists()

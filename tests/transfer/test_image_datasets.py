@@ -128,3 +128,19 @@ def test_what_needs_all_images_at_once_is_refused_for_a_stream(
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
     with pytest.raises(UserError, match="which a stream does not give"):
         run_stage(plan, classifiers["vit"], CLASS_NAMES, stream, processor, args, tmp_path)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_image_in_a_stream_ends_a_stage_in_one_line(classifiers, processor, tmp_path, num_workers):
+    rows = [{"bytes": b"no image", "path": "cat.png"}] * 8
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASS_NAMES)})
+    stream = datasets.Dataset.from_dict({"image": rows, "label": [0] * 8}, features=features).to_iterable_dataset()
+    args = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no",
+        dataloader_num_workers=num_workers,
+    )  # fmt: skip
+    stage = StagePlan("stage1", "synthetic", "reset", StageSettings(2, 1e-3, per_device_train_batch_size=2))
+    with pytest.raises(UserError) as error:
+        run_stage(stage, classifiers["vit"], CLASS_NAMES, stream, processor, args, tmp_path / "stage1")
+    assert str(error.value).startswith("--streaming: a synthetic image is damaged (no known image format), number 0 of")
+    assert "file cat.png" in str(error.value) and "Traceback" not in str(error.value)

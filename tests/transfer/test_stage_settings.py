@@ -84,3 +84,10 @@ def test_what_numbers_of_images_steps_and_classes_do_not_allow_is_found_before_a
     with pytest.raises(UserError, match=message):
         check_stages(stages, FLAGS | flags, NUM_IMAGES, 5, num_processes)
     check_stages(stages, FLAGS, NUM_IMAGES, 5, num_processes)
+
+
+def test_a_stage_that_is_all_warm_up_is_an_error():
+    message = "--warmup_steps 160: stage1 has 160 steps, so the learning rate never reaches its peak"
+    with pytest.raises(UserError, match=message):
+        check_stages(plan_stages("bridged", *settings_of(warmup_steps=160)), FLAGS, NUM_IMAGES, 5, 1)
+    check_stages(plan_stages("vanilla", *settings_of(warmup_steps=59)), FLAGS, NUM_IMAGES, 5, 1)

@@ -74,7 +74,8 @@ class StageTrainer(Trainer):
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.get_scale() <= INITIAL_SCALE * 0.5**self.state.global_step:
             raise self._diverged("the gradients of every step are infinite")
-        if checkpoint is None and self.args.max_steps > 1 and all(map(torch.equal, started_at, self._copy_head())):
+        is_still = all(torch.allclose(*pair, rtol=1e-6, atol=1e-10) for pair in zip(started_at, self._copy_head()))
+        if is_still and checkpoint is None and self.args.max_steps > 1:  # the first step of a warm-up has a rate of 0
             raise self._diverged("no weight of the head has moved", "higher")
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
