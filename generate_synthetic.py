@@ -24,7 +24,7 @@ from utils.cli.errors import UserError, run_script
 from utils.cli.interruptions import ending_cleanly
 from utils.cli.parsing import ScriptArgumentParser, suggestion
 from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, resolve_options, write_run_config
-from utils.data.class_folders import check_real_images_given
+from utils.data.class_folders import check_output_outside, check_real_images_given
 from utils.data.class_names import list_names, match_class_names
 from utils.data.name_doctor import check_strict, diagnose, print_findings, write_class_names
 from utils.data.prompts import check_template
@@ -187,8 +187,9 @@ class PublishingArguments(HubArguments):
 
 
 def read_sources(
-    source_args: SourceArguments, prompt_args: PromptArguments, data_args: RealDataArguments, hub_token: str | None
-) -> Sources:
+    source_args: SourceArguments, prompt_args: PromptArguments, data_args: RealDataArguments, output_dir: str,
+    hub_token: str | None,
+) -> Sources:  # fmt: skip
     """Read generator, class names and token from the record of --learned_embeds, or from the flags instead of it."""
     names_file = prompt_args.class_names_file
     if source_args.learned_embeds is not None:
@@ -215,6 +216,7 @@ def read_sources(
         )
     if has_real_images:
         check_real_images_given(data_args)
+        check_output_outside(output_dir, data_args)
     return read_plain_sources(
         source_args.pretrained_model_name_or_path, source_args.revision, data_args if has_real_images else None,
         names_file, hub_token,
@@ -436,7 +438,7 @@ def main(argv=None) -> dict:
             output_args.output_dir, hub_args.hub_dataset_id, "dataset", hub_args.hub_private_repo,
             hub_args.hub_revision, hub_args.hub_token,
         )  # fmt: skip
-    sources = read_sources(source_args, prompt_args, data_args, hub_args.hub_token)
+    sources = read_sources(source_args, prompt_args, data_args, output_args.output_dir, hub_args.hub_token)
     labels = find_labels(prompt_args.classes, prompt_args.exclude_classes, sources.class_names)
     findings = diagnose(*sources.names_of(labels), sources.chosen_nouns)
     if prompt_args.strict_class_names:

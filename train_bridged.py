@@ -79,10 +79,14 @@ class Arguments:
     bridge: BridgeStageArguments
     lora: LoraArguments
     training: BridgedTrainingArguments
+    real_images_from: str | None = None  # whose record names the real images, where no flag does
 
     @property
     def groups(self) -> list:
-        return [getattr(self, group.name) for group in dataclasses.fields(self)]
+        return [getattr(self, group.name) for group in GROUPS]
+
+
+GROUPS = [group for group in dataclasses.fields(Arguments) if group.name != "real_images_from"]
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple:
@@ -90,7 +94,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
     from utils.data.real_images import same_image_set
     from utils.transfer.synthetic_images import open_synthetic
 
-    parser = ScriptArgumentParser([group.type for group in dataclasses.fields(Arguments)], description=__doc__)
+    parser = ScriptArgumentParser([group.type for group in GROUPS], description=__doc__)
     args = Arguments(*parser.parse(argv))
     source, recorded = None, None
     given = args.real.dataset_name, args.real.train_dir
@@ -107,7 +111,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
         parser.set_defaults(**recorded)
     name = args.synthetic.synthetic_dataset or args.real.dataset_name or args.real.train_dir or ""
     parser.set_defaults(output_dir=f"{Path(name).resolve().name}-{args.method.method}")
-    args = Arguments(*parser.parse(argv))
+    is_recorded = bool(recorded) and given == (None, None)
+    recorded_in = args.synthetic.synthetic_dataset or args.training.output_dir
+    args = Arguments(*parser.parse(argv), real_images_from=recorded_in if is_recorded else None)
     check_arguments(args)
     check_output_outside(args.training.output_dir, args.real)
     return args, source
@@ -176,7 +182,14 @@ def load_and_open(args: Arguments, parts: tuple[str, ...] = ("train", "validatio
     from utils.data.opened_images import open_all
     from utils.data.real_images import check_held_out, limit_held_out, load_real_images
 
-    real = load_real_images(RealImagesRecord.from_arguments(args.real), args.training.hub_token or None)
+    try:
+        real = load_real_images(RealImagesRecord.from_arguments(args.real), args.training.hub_token or None)
+    except UserError as error:
+        if args.real_images_from is None:
+            raise
+        raise UserError(
+            f"{error} (named in the record of {args.real_images_from}; give --dataset_name or --train_dir)"
+        ) from None
     for remark in real.remarks:
         logger.info(remark)
     real = limit_held_out(real, args.training.max_eval_samples)

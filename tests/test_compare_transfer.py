@@ -303,7 +303,7 @@ def test_a_candidate_that_diverges_has_lost_the_search_and_is_told_of(
     assert chosen["stage1"]["learning_rate"] == chosen["bridged"]["2"]["learning_rate"] == 1e-3
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: a candidate of the")]
     assert len(warnings) == 1 + 3 * 2  # of stage 1, and of three methods at one and two shots
-    assert "of the search has lost: --learning_rate 1: the loss is nan (in the cell 'bridged, 1 shot" in warnings[3]
+    assert "of the search was dropped: --learning_rate 1: the loss is nan (in the cell 'bridged, 1 shot" in warnings[3]
 
 
 def test_a_search_in_which_all_diverge_is_one_line(classifiers, synthetic_dir, tmp_path, monkeypatch):

@@ -403,3 +403,18 @@ def test_error_is_one_line_with_exit_status_2(tmp_path):
         "train_bridged.py: error: --synthetic_dataset no folder: neither an existing folder nor a repository id like "
         "'user/name'."
     ]
+
+
+def test_real_images_that_have_moved_are_told_with_the_record_that_names_them(classifiers, synthetic_dir, tmp_path):
+    folder = shutil.copytree(synthetic_dir, tmp_path / "syn")
+    record = read_record(folder / GENERATION_CONFIG)
+    write_record(folder / GENERATION_CONFIG, record | {"real_images": {"dataset_name": "./gone"}})
+    flags = ["--synthetic_dataset", str(folder), "--model_name_or_path", classifiers["vit"], *SMALL]
+    with pytest.raises(UserError, match="--dataset_name ./gone: neither .*named in the record of .*syn; give --data"):
+        train_bridged.main([*flags, "--output_dir", str(tmp_path / "out")])
+
+
+def test_results_are_not_written_among_the_images(real_images_dir, monkeypatch):
+    monkeypatch.chdir(real_images_dir)
+    with pytest.raises(UserError, match="--output_dir real-images-vanilla: is inside --dataset_name [.], whose"):
+        train_bridged.main(["--dataset_name", ".", "--method", "vanilla"])

@@ -348,7 +348,7 @@ def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
     [
         ({"dataset_name": None}, "--dataset_name is missing"),
         ({"train_dir": "."}, "--train_dir .: not together with --dataset_name"),
-        ({"dataset_name": None, "train_dir": "./nowhere"}, "--train_dir ./nowhere: is no folder"),
+        ({"dataset_name": None, "train_dir": "./nowhere"}, "--train_dir ./nowhere: not a directory"),
         ({"dataset_name": "./nowhere"}, "--dataset_name ./nowhere: neither an existing folder"),
         ({"pretrained_model_name_or_path": "user/nothing"}, "user/nothing: neither a folder nor a model repository"),
         ({"pretrained_model_name_or_path": "runwayml/stable-diffusion-v1-5"}, "its mirror is stable-diffusion-v1-5/"),

@@ -89,7 +89,7 @@ def test_a_single_class_folder_is_a_class(tmp_path):
 def test_a_folder_without_images_is_no_class_and_a_warning(train_dir, caplog):
     (train_dir / "aardvark").mkdir()
     assert load(train_dir).class_names == ["10", "cat", "owl"]
-    assert "no images in aardvark; not a class" in caplog.text
+    assert "skipping empty class folders: aardvark" in caplog.text
 
 
 def test_what_is_left_out_is_told_once_by_the_main_process(train_dir, caplog, monkeypatch):
@@ -201,8 +201,8 @@ def test_a_damaged_image_in_a_class_folder_is_named_by_its_file(train_dir):
         ({}, "--dataset_name is missing: .* or give --train_dir"),
         ({"dataset_name": "user/cars", "train_dir": "{set}"}, "--train_dir .*: not together with --dataset_name user"),
         ({"dataset_name": "user/cars", "validation_dir": "{set}"}, "--validation_dir .*: needs --train_dir"),
-        ({"train_dir": "nowhere"}, "--train_dir nowhere: is no folder"),
-        ({"train_dir": "{set}", "validation_dir": "nowhere"}, "--validation_dir nowhere: is no folder"),
+        ({"train_dir": "nowhere"}, "--train_dir nowhere: not a directory"),
+        ({"train_dir": "{set}", "validation_dir": "nowhere"}, "--validation_dir nowhere: not a directory"),
         ({"train_dir": "{empty}"}, "--train_dir .*: has no class folders with images"),
         ({"train_dir": "{set}/owl"}, "0.png is not directly in a class folder; right is .*/owl/class name/0.png"),
         ({"train_dir": "{set}/.."}, "train/10/0.png is not directly in a class folder"),

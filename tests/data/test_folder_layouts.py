@@ -54,7 +54,7 @@ def test_folders_are_classes_or_splits_with_classes(tree, folders, expected):
     assert list(found.splits) == list(expected)  # the training images' first, for the order of the classes
     called = {name for name in folders if is_split_name(name) and "/" not in name}
     assert [note.partition("set: ")[2] for note in found.notes] == [
-        f"{name} holds images and no class folders, so it is a class." for name in called
+        f"treating {name} as a class (it holds images, not class folders)." for name in called
     ]
 
 
@@ -149,7 +149,7 @@ def test_a_folder_without_images_or_data_is_one_line(tree, files, message):
 def test_a_class_whose_files_are_all_left_out_is_no_class_and_told(tree):
     found = read_train_dirs(tree(*two_of("cat", "dog"), "owl/1.cr2"))
     assert [name for name, paths in found.splits["train"].items() if paths] == ["cat", "dog"]
-    assert "no images in owl; not a class" in found.notes[0]
+    assert "skipping empty class folders: owl" in found.notes[0]
     assert "4 images of 2 classes; left out: 1 camera raw (develop them to JPEG or PNG)" in found.notes[1]
 
 

@@ -117,7 +117,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
     write(tmp_path, "cat/1.jpg")
     with pytest.raises(UserError, match="--train_dir .*1.jpg: is a file"):
         find(tmp_path / "cat" / "1.jpg")
-    with pytest.raises(UserError, match="--train_dir .*nowhere: is no folder"):
+    with pytest.raises(UserError, match="--train_dir .*nowhere: not a directory"):
         find(tmp_path / "nowhere")
     scandir = os.scandir
 

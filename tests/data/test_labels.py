@@ -86,8 +86,8 @@ def test_labels_of_a_selection_are_those_of_its_rows():
         (["a", "", " ", None], None, "3 of 4 images of split 'train' have no label, the first in row 1"),
         ([True, None], None, "1 of 2 images .* row 1"),
         ([0, -1], ClassLabel(names=["a", "b"]), "1 of 2 images .* row 1"),
-        ([0, 1, 7], "tampered", "7 in row 2 of split 'train' stands for no class; 2 classes are numbered 0 to 1"),
-        ([0, 1, -5], "tampered", "-5 in row 2 of split 'train' stands for no class"),
+        ([0, 1, 7], "tampered", "7 in row 2 of split 'train' is not a class id; 2 classes are numbered 0 to 1"),
+        ([0, 1, -5], "tampered", "-5 in row 2 of split 'train' is not a class id"),
     ],
 )  # fmt: skip
 def test_what_is_no_class_is_one_line(labels, feature, message):

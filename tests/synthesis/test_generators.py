@@ -107,8 +107,8 @@ def test_scheduler_that_does_not_fit_is_an_error_that_lists_the_others(kind, sch
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 TURBO = {**SD, "prediction_type": "epsilon", "timestep_spacing": "trailing"}
 ODD = {  # scheduler class, its config, settings of the U-Net, what suits
-    "sdxl-turbo": ("EulerAncestralDiscreteScheduler", TURBO, {}, "--num_inference_steps 4 --guidance_scale 1 is lik"),
-    "lcm": ("LCMScheduler", SD, {"time_cond_proj_dim": 32}, "--num_inference_steps 4 is likely right"),
+    "sdxl-turbo": ("EulerAncestralDiscreteScheduler", TURBO, {}, "--num_inference_steps 4 --guidance_scale 1 is rec"),
+    "lcm": ("LCMScheduler", SD, {"time_cond_proj_dim": 32}, "--num_inference_steps 4 is recommended"),
     "playground": ("EDMDPMSolverMultistepScheduler", {"sigma_data": 0.5, "prediction_type": "epsilon"}, {}, None),
     "cosxl": ("EDMEulerScheduler", {"sigma_data": 1.0, "prediction_type": "v_prediction"}, {}, None),
     "rectified flow": ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, {}, None),
@@ -149,7 +149,7 @@ def test_advice_leaves_out_what_is_given(copy_pipeline):
     folder = copy_pipeline("tiny_pipeline_dir")
     change_scheduler(folder, "EulerDiscreteScheduler", TURBO)
     generator = open_folder(folder)
-    assert ": --guidance_scale 1 is likely right." in few_steps_advice(generator, ["guidance_scale"])
+    assert ": --guidance_scale 1 is recommended." in few_steps_advice(generator, ["guidance_scale"])
     assert few_steps_advice(generator, []) is None
 
 
@@ -166,7 +166,7 @@ def test_the_script_warns_once_where_steps_and_guidance_are_not_given(flags, sui
     change_scheduler(folder, "EulerDiscreteScheduler", TURBO)
     warn_of_steps(open_folder(folder), SamplingArguments(**flags))
     lines = capsys.readouterr().out.splitlines()
-    assert [f"'trailing'): {suited} is likely right." in line for line in lines] == [True] * bool(suited)
+    assert [f"'trailing'): {suited} is recommended." in line for line in lines] == [True] * bool(suited)
 
 
 def test_more_steps_than_the_scheduler_has_are_an_error(copy_pipeline):

@@ -102,7 +102,7 @@ def _read_layout(files: ImageFiles, flag: str, prefix: tuple[str, ...]) -> Folde
         found = FolderSet({"train": _classes_below(files, prefix, flag)})
         found.notes += _count(files, flag, found.splits.values())
         found.notes += [
-            f"{flag} {escape_name(files.root)}: {name} holds images and no class folders, so it is a class."
+            f"{flag} {escape_name(files.root)}: treating {name} as a class (it holds images, not class folders)."
             for name in filter(is_split_name, flat)
         ]
         return found
@@ -167,10 +167,10 @@ def _count(files: ImageFiles, flag: str, splits, unlabelled: list[str] = ()) -> 
     })  # fmt: skip
     where = f"{flag} {escape_name(files.root)}"
     if empty:
-        notes.append(f"{where}: no images in {', '.join(map(escape_name, empty))}; not a class.")
+        notes.append(f"{where}: skipping empty class folders: {', '.join(map(escape_name, empty))}.")
     told = [files.describe_left_out()] if files.left_out else []
     if files.by_content:
-        told.append(f"known as images by their content only: {len(files.by_content):,} ({name_some(files.by_content)})")
+        told.append(f"recognised as images by their content: {len(files.by_content):,} ({name_some(files.by_content)})")
     if unlabelled:
         told.append(f"not used: {', '.join(unlabelled)}")
     if told:

@@ -74,7 +74,7 @@ def find_image_files(folder: str, flag: str) -> ImageFiles:
         UserError: it is no folder, or may not be read; the name of a folder is not UTF-8.
     """
     if not os.path.isdir(folder):
-        raise UserError(f"{flag} {folder}: {'is a file' if os.path.isfile(folder) else 'is no folder'}.")
+        raise UserError(f"{flag} {folder}: {'is a file' if os.path.isfile(folder) else 'not a directory'}.")
     if not _is_utf8(os.path.abspath(folder)):
         raise _not_utf8(folder, flag)
     found = ImageFiles(folder)

@@ -79,9 +79,7 @@ def describe_error(error: Exception) -> str:
         return "no known image format"
     if isinstance(error, Image.DecompressionBombError):
         size, limit = map(int, re.findall(r"\d+", str(error))[:2])
-        return (
-            f"{TOO_LARGE}: {size:,} pixels, more than the {limit:,} that Pillow opens, for fear of a decompression bomb"
-        )
+        return f"{TOO_LARGE}: {size:,} pixels, more than the {limit:,} that Pillow opens, the decompression bomb limit"
     return str(error) or type(error).__name__
 
 

@@ -106,7 +106,7 @@ def _names(flag: str, split: str, feature: object, column: pa.ChunkedArray) -> l
     strange = np.flatnonzero((labels < 0) | (labels >= feature.num_classes))
     if strange.size:
         raise UserError(
-            f"{flag} {labels[strange[0]]} in row {strange[0]} of split '{split}' stands for no class; "
+            f"{flag} {labels[strange[0]]} in row {strange[0]} of split '{split}' is not a class id; "
             f"{feature.num_classes} classes are numbered 0 to {feature.num_classes - 1}."
         )
     return feature.names

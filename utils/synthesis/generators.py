@@ -198,7 +198,7 @@ def few_steps_advice(generator: Generator, defaults: list[str]) -> str | None:
         return None
     return (
         f"{generator.source.flag} {generator.source.name} looks distilled for few steps ({signs}): {' '.join(flags)} "
-        "is likely right."
+        "is recommended."
     )
 
 

@@ -107,7 +107,7 @@ def _score(runner: CellRunner, cells: dict[object, list[Cell]], num_workers: int
     """
     results = run_cells(runner, [cell for by_seed in cells.values() for cell in by_seed], num_workers, what)
     for diverged in dict.fromkeys(result["diverged"] for result in results.values() if "diverged" in result):
-        print(f"Warning: a candidate of the {what} has lost: {diverged}")
+        print(f"Warning: a candidate of the {what} was dropped: {diverged}")
     scores = {candidate: [results[cell]["accuracy"] for cell in by_seed] for candidate, by_seed in cells.items()}
     return {candidate: LOST if None in accuracies else accuracies for candidate, accuracies in scores.items()}
 

@@ -68,7 +68,7 @@ class StageTrainer(Trainer):
         if self.state.global_step < self.args.max_steps:
             raise UserError(
                 f"--per_device_train_batch_size {self.args.per_device_train_batch_size}: only {self.state.global_step} "
-                f"of {self.args.max_steps} steps were taken, for want of images; give fewer images per step."
+                f"of {self.args.max_steps} steps were taken, there are too few images; give fewer images per step."
             )
         # fp16 passes over steps with infinite gradients, each of which halves the scale of the loss
         scaler = self.accelerator.scaler
