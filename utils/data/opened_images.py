@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 
 import numpy as np
@@ -28,8 +29,8 @@ PARTS = ("train", "validation", "test")
 class OpenedImages:
     """Images of which each was opened, without the damaged ones.
 
-    `digests` maps part -> SHA-256 of each image's encoded bytes, in order; `remarks` are lines for the user: what was
-    left out, and what was guessed in reading.
+    `digests` maps part -> SHA-256 of each image's encoded bytes, in order, where they were asked for; `remarks` are
+    lines for the user: what was left out, and what was guessed in reading.
     """
 
     images: RealImages
@@ -38,22 +39,22 @@ class OpenedImages:
     remarks: list[str]
 
 
-def open_all(real: RealImages, parts: tuple[str, ...] = PARTS) -> OpenedImages:
+def open_all(real: RealImages, parts: tuple[str, ...] = PARTS, with_digests: bool = False) -> OpenedImages:
     """Open every image of some parts once, each in one of the processes, as training will read it.
 
-    Damaged ones are left out where the record's `skip_bad_images` allows that.
+    Damaged ones are left out where the record's `skip_bad_images` allows that. Memory grows with the digests only.
 
     Raises:
         UserError: an image is damaged and may not be left out, or a class has no other training images.
     """
-    found = {part: _inspect_together(getattr(real, part), f"{part} images") for part in parts}
+    found = {part: _inspect_together(getattr(real, part), f"{part} images", with_digests) for part in parts}
     problems = {
         f"{part} images: row {real.parts[part].rows[row]}, column '{real.record.image_column_name}'": problem
         for part, (_, bad, _) in found.items()
         for row, problem in sorted(bad.items())
     }
     _refuse_damaged(problems, real.record.skip_bad_images)
-    kept = {part: np.array(sorted(good), dtype=int) for part, (good, bad, _) in found.items() if bad}
+    kept = {part: _rows_without(getattr(real, part), bad) for part, (_, bad, _) in found.items() if bad}
     _check_classes_left(real, kept.get("train"))
     digests = {part: [good[row] for row in sorted(good)] for part, (good, _, _) in found.items()}
     notes = Counter(note for _, _, notes in found.values() for note in notes.values())
@@ -67,10 +68,14 @@ def open_synthetic(images: Dataset, name: str, skip_bad_images: bool) -> tuple[D
     Raises:
         UserError: an image is damaged and may not be left out.
     """
-    good, bad, _ = _inspect_together(images, "synthetic images")
+    _, bad, _ = _inspect_together(images, "synthetic images", with_digests=False)
     problems = {f"--synthetic_dataset {name}: row {row}": bad[row] for row in sorted(bad)}
     _refuse_damaged(problems, skip_bad_images)
-    return images.select(sorted(good)) if bad else images, _describe_skipped(problems)
+    return images.select(_rows_without(images, bad)) if bad else images, _describe_skipped(problems)
+
+
+def _rows_without(images: Dataset, bad: dict[int, str]) -> np.ndarray:
+    return np.setdiff1d(np.arange(len(images)), list(bad))
 
 
 def _refuse_damaged(problems: dict[str, str], may_skip: bool) -> None:
@@ -102,16 +107,20 @@ def _check_classes_left(real: RealImages, kept: np.ndarray | None) -> None:
         raise UserError(f"--skip_bad_images: all training images of {names} are damaged.")
 
 
-def _inspect_together(images: Dataset, what: str) -> tuple[dict[int, str], dict[int, str], dict[int, str]]:
+def _inspect_together(
+    images: Dataset, what: str, with_digests: bool
+) -> tuple[dict[int, str], dict[int, str], dict[int, str]]:
     """Return what `inspect_images` finds, from all processes, the notes last."""
     notes: dict[int, str] = {}
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # without a state of accelerate, which would take up a GPU
-        return *inspect_images(images, what, notes=notes), notes
+        return *inspect_images(images, what, notes=notes, with_digests=with_digests), notes
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
     state = PartialState()
-    found = inspect_images(images, what, state.process_index, state.num_processes, state.is_local_main_process, notes)
+    found = inspect_images(
+        images, what, state.process_index, state.num_processes, state.is_local_main_process, notes, with_digests
+    )
     parts = gather_object([(*found, notes)])
     return tuple({row: text for part in parts for row, text in part[which].items()} for which in range(3))
 
@@ -132,21 +141,23 @@ def content_places(images: Dataset) -> np.ndarray:
 
 def inspect_images(
     images: Dataset, what: str, rank: int = 0, num_parts: int = 1, show_progress: bool = True,
-    notes: dict[int, str] | None = None,
+    notes: dict[int, str] | None = None, with_digests: bool = True,
 ) -> tuple[dict[int, str], dict[int, str]]:  # fmt: skip
     """Decode the images of the rows `rank`, `rank + num_parts`, ... once, in threads.
 
-    Returns row -> SHA-256 of the encoded bytes for the good ones, and row -> what is wrong for the damaged ones.
+    Returns row -> SHA-256 of the encoded bytes for the good ones (nothing where not `with_digests`), and row -> what is
+    wrong for the damaged ones.
     `notes`, where given, gets row -> what `describe_reading` says of a good one.
     """
     rows = range(rank, len(images), num_parts)
     hashes, problems = {}, {}
-    found = _in_threads(images, _inspect_image, rows, f"checking {what}", show_progress)
+    inspect = partial(_inspect_image, with_digest=with_digests)
+    found = _in_threads(images, inspect, rows, f"checking {what}", show_progress)
     for row, (digest, problem, note) in zip(rows, found):
-        if problem is None:
-            hashes[row] = digest
-        else:
+        if problem is not None:
             problems[row] = problem
+        elif with_digests:
+            hashes[row] = digest
         if notes is not None and note is not None:
             notes[row] = note
     return hashes, problems
@@ -174,7 +185,7 @@ def _read_encoded(encoded: dict | None) -> bytes:
     return read_file(encoded["path"])
 
 
-def _inspect_image(encoded: dict | None) -> tuple[str | None, str | None, str | None]:
+def _inspect_image(encoded: dict | None, with_digest: bool) -> tuple[str | None, str | None, str | None]:
     """Return the hash of an image's bytes, what is wrong with the image, and what is to be said of its reading."""
     if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
         return None, "no image", None
@@ -192,4 +203,4 @@ def _inspect_image(encoded: dict | None) -> tuple[str | None, str | None, str | 
         kind = unreadable_kind(content[:32])  # such as HEIC under the name of a JPEG
         reason = f"{kind}, which is not read: {UNREADABLE_KINDS[kind][1]}" if kind else describe_error(error)
         return None, f"{reason}{f', file {path}' if path else ''}", None
-    return hashlib.sha256(content).hexdigest(), None, note
+    return hashlib.sha256(content).hexdigest() if with_digest else None, None, note

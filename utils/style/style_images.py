@@ -44,7 +44,7 @@ def load_style_images(record: RealImagesRecord, token: str | None = None) -> Sty
     held_out = "train" if record.num_shots is not None or not len(real.validation) else "validation"
     if held_out == "validation":
         real = real.select({held_out: _some_rows(real.validation)})
-    opened = open_all(real, tuple(dict.fromkeys(["train", held_out])))
+    opened = open_all(real, tuple(dict.fromkeys(["train", held_out])), with_digests=True)
     real = replace(opened.images, remarks=(*real.remarks, *opened.remarks))
     if not len(getattr(real, held_out)):  # all of them were damaged
         held_out = "train"
