@@ -127,7 +127,7 @@ def test_the_classes_of_split_folders_are_matched_by_name(tmp_path, caplog):
     assert real.class_names == ["cat", "owl", "ant"]  # a class of a split that is not used is none
     assert np.bincount(real.test["label"]).tolist() == [3, 2, 1]
     assert "1 class name matched in spite of case, spaces or Unicode form: 'Owl' is 'owl'" in caplog.text
-    assert any("1 test images are of classes without training images ('ant')" in remark for remark in real.remarks)
+    assert any("test images of classes without training images: 1 ('ant')" in remark for remark in real.remarks)
 
 
 def test_validation_folders_match_in_spite_of_case(train_dir, tmp_path):

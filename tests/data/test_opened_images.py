@@ -155,7 +155,7 @@ def test_skipped_images_leave_every_other_in_its_part(damaged_dir):
     found = open_all(whole, with_digests=True)
     opened, digests = found.images, found.digests
     assert found.num_skipped == 3
-    assert found.remarks[0].startswith("Warning: 3 damaged images were left out, the first is ")
+    assert found.remarks[0].startswith("Warning: damaged images that are left out: 3, the first is ")
     for part in ("train", "validation", "test"):
         damaged = {7, 10} if part != "test" else {2}
         assert opened.parts[part].rows.tolist() == [row for row in whole.parts[part].rows if row not in damaged]
@@ -171,4 +171,4 @@ def test_a_damaged_synthetic_image_is_named_or_left_out():
         open_synthetic(images, "cars-syn", skip_bad_images=False)
     kept, remarks = open_synthetic(images, "cars-syn", skip_bad_images=True)
     assert len(kept) == 2
-    assert "1 damaged images were left out, the first is --synthetic_dataset cars-syn: row 1" in remarks[0]
+    assert "damaged images that are left out: 1, the first is --synthetic_dataset cars-syn: row 1" in remarks[0]

@@ -95,7 +95,7 @@ def _describe_skipped(problems: dict[str, str]) -> list[str]:
     if not problems:
         return []
     place, problem = next(iter(problems.items()))
-    return [f"Warning: {len(problems)} damaged images were left out, the first is {place} ({problem})."]
+    return [f"Warning: damaged images that are left out: {len(problems)}, the first is {place} ({problem})."]
 
 
 def _check_classes_left(real: RealImages, kept: np.ndarray | None) -> None:

@@ -44,7 +44,7 @@ def list_doubts(real: RealImages) -> list[str]:
         untrained = np.flatnonzero((counts[part] > 0) & (counts["train"] == 0))
         if untrained.size:
             doubts.append(
-                f"Warning: {counts[part][untrained].sum():,} {part} images are of classes without training images "
+                f"Warning: {part} images of classes without training images: {counts[part][untrained].sum():,} "
                 f"({list_names([real.class_names[label] for label in untrained])}); all of them count as wrong."
             )
         missing = np.flatnonzero((counts[part] == 0) & (counts["train"] > 0))
