@@ -115,7 +115,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
     recorded_in = args.synthetic.synthetic_dataset or args.training.output_dir
     args = Arguments(*parser.parse(argv), real_images_from=recorded_in if is_recorded else None)
     check_arguments(args)
-    check_output_outside(args.training.output_dir, args.real)
+    if not args.training.dry_run:
+        check_output_outside(args.training.output_dir, args.real)
     return args, source
 
 
@@ -193,11 +194,11 @@ def load_and_open(args: Arguments, parts: tuple[str, ...] = ("train", "validatio
     for remark in real.remarks:
         logger.info(remark)
     real = limit_held_out(real, args.training.max_eval_samples)
-    check_held_out(real)
+    check_held_out(real, parts)
     opened = open_all(real, parts)
     for remark in opened.remarks:
         logger.warning(remark)
-    check_held_out(opened.images)  # of what was left out, all may have been in one part
+    check_held_out(opened.images, parts)  # of what was left out, all may have been in one part
     return opened.images
 
 
@@ -246,6 +247,7 @@ def describe_run(args: Arguments, real, source, stages: list[StagePlan]) -> dict
             part: {"split": where.split, "num_images": len(where.rows), "is_carved": where.is_carved}
             for part, where in real.parts.items()
         },
+        "validation": {"num_images": len(real.validation)},
         "test_split": real.parts["test"].split,
         "synthetic_dataset": dataclasses.asdict(source) | {"name": absolute_if_local(source.name)} if source else None,
     }

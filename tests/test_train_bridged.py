@@ -418,3 +418,5 @@ def test_results_are_not_written_among_the_images(real_images_dir, monkeypatch):
     monkeypatch.chdir(real_images_dir)
     with pytest.raises(UserError, match="--output_dir real-images-vanilla: is inside --dataset_name [.], whose"):
         train_bridged.main(["--dataset_name", ".", "--method", "vanilla"])
+    args, _ = train_bridged.parse_arguments(["--dataset_name", ".", "--dry_run"])  # which writes none
+    assert args.training.dry_run

@@ -270,3 +270,4 @@ def test_a_class_without_images_is_told_and_a_single_class_is_an_error(tmp_path)
     whole.filter(lambda row: row["label"] == 1).to_parquet(path)
     with pytest.raises(UserError, match="all training images are of one class .green circle.; a classifier needs two"):
         check_held_out(load(tmp_path))
+    check_held_out(load(tmp_path), ("test",))  # a finished classifier can be tested on it

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 from utils.cli.errors import UserError
 from utils.cli.ranges import check_ranges
 
-MAX_FLOAT = 1e30  # what comes of larger ones is no finite float32 any more
+MAX_FLOAT = 1e30  # with larger ones float32 overflows
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 
 

@@ -53,7 +53,7 @@ class ImageFiles:
     """The files below `root`.
 
     `images` maps each folder below, by the parts of its path, to the sorted names of its images; `left_out` a reason or
-    an unreadable kind to the relative paths of files; `by_content` are the images whose suffix is no image's.
+    an unreadable kind to the relative paths of files; `by_content` are the images whose suffix says otherwise.
     """
 
     root: str
@@ -71,7 +71,7 @@ def find_image_files(folder: str, flag: str) -> ImageFiles:
     """Return the files below a folder; linked folders are followed. Only files without an image's suffix are opened.
 
     Raises:
-        UserError: it is no folder, or may not be read; the name of a folder is not UTF-8.
+        UserError: it is not a directory, or may not be read; the name of a folder is not UTF-8.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{flag} {folder}: {'is a file' if os.path.isfile(folder) else 'not a directory'}.")

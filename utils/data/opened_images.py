@@ -112,17 +112,8 @@ def _inspect_together(
 ) -> tuple[dict[int, str], dict[int, str], dict[int, str]]:
     """Return what `inspect_images` finds, from all processes, the notes last."""
     notes: dict[int, str] = {}
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # without a state of accelerate, which would take up a GPU
-        return *inspect_images(images, what, notes=notes, with_digests=with_digests), notes
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    state = PartialState()
-    found = inspect_images(
-        images, what, state.process_index, state.num_processes, state.is_local_main_process, notes, with_digests
-    )
-    parts = gather_object([(*found, notes)])
-    return tuple({row: text for part in parts for row, text in part[which].items()} for which in range(3))
+    found = inspect_images(images, what, *_own_share(), notes, with_digests)
+    return _from_all_processes(*found, notes)
 
 
 def content_places(images: Dataset) -> np.ndarray:
@@ -135,8 +126,31 @@ def content_places(images: Dataset) -> np.ndarray:
             digest = hashlib.sha256(repr(encoded).encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
-    is_local_main_process = os.environ.get("LOCAL_RANK", "0") == "0"
-    return np.array(list(_in_threads(images, place, range(len(images)), "reading images", is_local_main_process)))
+    rank, num_parts, show_progress = _own_share()
+    rows = range(rank, len(images), num_parts)
+    own = dict(zip(rows, _in_threads(images, place, rows, "reading images", show_progress)))
+    (places,) = _from_all_processes(own)
+    return np.array([places[row] for row in range(len(images))])
+
+
+def _own_share() -> tuple[int, int, bool]:
+    """Return which of how many processes this is, and whether it shows a progress bar."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # without a state of accelerate, which would take up a GPU
+        return 0, 1, True
+    from accelerate import PartialState
+
+    state = PartialState()
+    return state.process_index, state.num_processes, state.is_local_main_process
+
+
+def _from_all_processes(*found: dict[int, object]) -> tuple[dict[int, object], ...]:
+    """Return dictionaries by row, each with the rows of every process."""
+    if _own_share()[1] == 1:
+        return found
+    from accelerate.utils import gather_object
+
+    parts = gather_object([found])
+    return tuple({row: value for part in parts for row, value in part[which].items()} for which in range(len(found)))
 
 
 def inspect_images(

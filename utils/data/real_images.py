@@ -192,20 +192,20 @@ def limit_held_out(real_images: RealImages, max_images: int | None) -> RealImage
     )
 
 
-def check_held_out(real_images: RealImages) -> None:
-    """Check that there are two classes to tell apart, and images to validate and to test on.
+def check_held_out(real_images: RealImages, parts: tuple[str, ...] = PARTS) -> None:
+    """Check of the parts that are used that training has two classes to tell apart, and the others have images.
 
     Raises:
         UserError: there are not, as where every class has a single image.
     """
     classes = {real_images.class_names[label] for label in set(real_images.train["label"])}
-    if len(classes) < 2:
+    if "train" in parts and len(classes) < 2:
         raise UserError(
             f"{real_images.record.name}: all training images are of one class ({', '.join(classes)}); a classifier "
             "needs two or more."
         )
     for split in ("validation", "test"):
-        if not len(getattr(real_images, split)):
+        if split in parts and not len(getattr(real_images, split)):
             raise UserError(
                 f"{real_images.record.name}: no images are left for the {split} part; give three or more of a class, "
                 "or test images of their own (a split 'test', or --validation_dir)."
