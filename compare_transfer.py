@@ -31,25 +31,19 @@ from pathlib import Path
 import transformers
 from transformers import TrainingArguments
 
-from utils.cli.arguments import ModelArguments
 from utils.cli.commands import public_command
-from utils.cli.comparison_arguments import (
+from utils.cli.errors import UserError, run_script
+from utils.cli.options import resolve_options
+from utils.cli.parsing import ScriptArgumentParser
+from utils.cli.records import COMPARISON, image_set_name, write_record, write_run_config
+from utils.comparison.arguments import (
     ComparedImagesArguments,
     ComparisonArguments,
     SearchArguments,
     SharedStageArguments,
 )
-from utils.cli.errors import UserError, run_script
-from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.records import COMPARISON, image_set_name, resolve_options, write_record, write_run_config
-from utils.data.class_folders import check_output_outside, check_real_images_given
-from utils.data.image_set import RealImagesRecord
-from utils.data.opened_images import open_all
-from utils.data.real_images import check_held_out, limit_held_out, load_real_images, same_image_set
-from utils.transfer.cell_workers import run_cells, use_one_gpu, visible_gpus
-from utils.transfer.cells import CellRunner
-from utils.transfer.classifiers import check_classifier, load_image_processor
-from utils.transfer.comparison import (
+from utils.comparison.cells import CellRunner
+from utils.comparison.grid import (
     Arm,
     Cell,
     Recipe,
@@ -61,10 +55,17 @@ from utils.transfer.comparison import (
     recipe_grid,
     shots_title,
 )
-from utils.transfer.comparison_report import plot_comparison, print_comparison, write_markdown
-from utils.transfer.comparison_statistics import Row, describe_findings, stack_correct, summarise
+from utils.comparison.report import plot_comparison, print_comparison, write_markdown
+from utils.comparison.search import choose_bridge, choose_recipes, describe_choice, read_settings
+from utils.comparison.statistics import Row, describe_findings, stack_correct, summarise
+from utils.comparison.workers import run_cells, use_one_gpu, visible_gpus
+from utils.data.class_folders import check_output_outside, check_real_images_given
+from utils.data.image_set import RealImagesRecord
+from utils.data.opened_images import open_all
+from utils.data.real_images import check_held_out, limit_held_out, load_real_images, same_image_set
+from utils.transfer.arguments import ModelArguments
+from utils.transfer.classifiers import check_classifier, load_image_processor
 from utils.transfer.methods import StageSettings, steps_per_epoch
-from utils.transfer.recipe_search import choose_bridge, choose_recipes, describe_choice, read_settings
 from utils.transfer.rehearsal import rehearse
 from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, open_synthetic
 

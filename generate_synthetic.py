@@ -18,16 +18,18 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from utils.cli.arguments import HubArguments, RealDataArguments
 from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
 from utils.cli.interruptions import ending_cleanly
+from utils.cli.options import resolve_options, without_effect
 from utils.cli.parsing import ScriptArgumentParser, suggestion
-from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, resolve_options, write_run_config
+from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, write_run_config
+from utils.data.arguments import RealDataArguments
 from utils.data.class_folders import check_output_outside, check_real_images_given
 from utils.data.class_names import list_names, match_class_names
 from utils.data.name_doctor import check_strict, diagnose, print_findings, write_class_names
 from utils.data.prompts import check_template
+from utils.hub.arguments import HubArguments
 from utils.hub.merged_card import check_card
 from utils.hub.publishing import publish_folder
 from utils.hub.targets import open_target
@@ -161,8 +163,8 @@ class SamplingArguments:
 class OutputArguments:
     _argument_group_name = "output"
 
-    output_dir: str = field(default="synthetic-images", metadata={"help": "Folder of the set."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a synthetic set that is there."})
+    output_dir: str = field(default="synthetic-images", metadata=without_effect("Folder of the set."))
+    overwrite_output_dir: bool = field(default=False, metadata=without_effect("Replace a synthetic set that is there."))
     images_per_shard: int = field(default=1000, metadata={"help": "Images per parquet file, the unit of resuming."})
     image_format: str = field(default="jpeg", metadata={"help": "Image encoding.", "choices": ["jpeg", "png", "webp"]})
     image_quality: int = field(
@@ -182,7 +184,8 @@ class OutputArguments:
 @dataclass
 class PublishingArguments(HubArguments):
     hub_dataset_id: str | None = field(
-        default=None, metadata={"help": "Repository of the set; the output folder's name under you when not given."}
+        default=None,
+        metadata=without_effect("Repository of the set; the output folder's name under you when not given."),
     )
 
 

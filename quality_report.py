@@ -13,10 +13,10 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from utils.cli.arguments import RealDataArguments
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import GENERATION_CONFIG, read_record
+from utils.data.arguments import RealDataArguments
 from utils.data.class_folders import check_real_images_given
 from utils.hub.repositories import Source, open_source
 

@@ -22,37 +22,37 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cli.arguments import ModelArguments, RealDataArguments
 from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
+from utils.cli.options import absolute_if_local, free_options, resolve_options
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import (
     ALL_RESULTS,
     BRIDGED_CONFIG,
     EVAL_RESULTS,
     RUN_CONFIG,
-    absolute_if_local,
     read_record,
-    resolve_options,
-    was_finished,
     write_record,
     write_run_config,
 )
-from utils.cli.training_arguments import BridgedTrainingArguments, check_training_arguments
-from utils.cli.transfer_arguments import (
-    BridgeStageArguments,
-    LoraArguments,
-    MethodArguments,
-    StageArguments,
-    SyntheticDataArguments,
-)
+from utils.cli.run_folder import RunFolder
+from utils.data.arguments import RealDataArguments
 from utils.data.class_folders import check_output_outside, check_real_images_given
 from utils.data.label_matching import match_labels
 from utils.hub.merged_card import check_card
 from utils.hub.publishing import publish_finished, publish_folder
 from utils.hub.targets import open_target
-from utils.transfer.methods import StagePlan, plan_stages
-from utils.transfer.run_folder import begin_run, find_unfinished
+from utils.transfer.arguments import (
+    BridgedTrainingArguments,
+    BridgeStageArguments,
+    LoraArguments,
+    MethodArguments,
+    ModelArguments,
+    StageArguments,
+    SyntheticDataArguments,
+    check_training_arguments,
+)
+from utils.transfer.methods import STAGE_NAMES, StagePlan, plan_stages
 from utils.transfer.stage_settings import check_stages, stage_settings
 
 logger = logging.getLogger(__name__)
@@ -340,27 +340,30 @@ def main(argv: Sequence[str] | None = None) -> dict:
     # output folder
     output_dir = Path(training_args.output_dir)
     options = resolve_options(args.groups)
-    overwrite = training_args.overwrite_output_dir
-    finished = was_finished(output_dir, BRIDGED_CONFIG, "a classifier", options, overwrite)
+    folder = RunFolder(
+        output_dir, "a classifier", options, BRIDGED_CONFIG, traces=STAGE_NAMES, free=free_options(args.groups),
+        overwrite=training_args.overwrite_output_dir,
+    )  # fmt: skip
+    is_finished = folder.is_finished
     hub_target = None
     if training_args.push_to_hub:
         hub_target = open_target(
             output_dir, training_args.hub_model_id, "model", bool(training_args.hub_private_repo),
             training_args.hub_revision, training_args.hub_token,
         )  # fmt: skip
-    if finished:
+    if is_finished:
         publish_finished(output_dir, hub_target, PUBLISHED_FILES)
         return read_record(output_dir / ALL_RESULTS)
     check_card(output_dir / "README.md")
-    resume = find_unfinished(output_dir, options, training_args.resume_from_checkpoint == "latest", overwrite)
+    resume = folder.is_resumable(training_args.resume_from_checkpoint == "latest")
 
     # these take seconds to import: only once the arguments are known to be good
     import transformers
     from accelerate import PartialState
 
     from utils.hub.licenses import read_licenses
-    from utils.hub.model_card import write_model_card
     from utils.transfer.adapters import LoraSettings, save_merged
+    from utils.transfer.card import write_model_card
     from utils.transfer.classifiers import check_classifier, load_image_processor, save_classifier
     from utils.transfer.fine_tuning import run_stage
     from utils.transfer.image_datasets import EvalImages
@@ -395,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     stages = plan_stages(method.method, bridge_settings, settings, method.head_init, method.match_steps)
     check_stages(stages, options, num_images, len(real.class_names), training_args.world_size)
     if is_main_process and not resume:
-        begin_run(output_dir, options)
+        folder.begin()
     PartialState().wait_for_everyone()
     train_images = EvalImages(real.train, image_processor)
     results = {
@@ -442,7 +445,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         licenses = read_licenses(sources, token)
         command = public_command("train_bridged.py", argv)
         write_model_card(output_dir, model_id, pretrained, config, results, licenses, command)
-        write_record(output_dir / BRIDGED_CONFIG, config)  # last: its presence says that the classifier is finished
+        folder.finish(config)
         if hub_target is not None:
             publish_folder(output_dir, hub_target, PUBLISHED_FILES, stale_patterns=WEIGHTS)
     return results

@@ -20,11 +20,13 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from utils.cli.arguments import HubArguments, RealDataArguments
 from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
+from utils.cli.options import free_options, resolve_options, without_effect
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.records import DSI_CONFIG, read_record, resolve_options, was_finished
+from utils.cli.records import DSI_CONFIG, read_record
+from utils.cli.run_folder import RunFolder
+from utils.data.arguments import RealDataArguments
 from utils.data.class_folders import check_output_outside, check_real_images_given
 from utils.data.class_names import prompt_nouns, read_class_names_file
 from utils.data.prompts import (
@@ -36,6 +38,7 @@ from utils.data.prompts import (
     render_prompt,
     token_text,
 )
+from utils.hub.arguments import HubArguments
 from utils.hub.merged_card import check_card
 from utils.hub.publishing import publish_finished, publish_folder
 from utils.hub.targets import open_target
@@ -99,7 +102,8 @@ class ImageArguments:
         default=None, metadata={"help": "Pixels a side, a multiple of 8; the base model's own when not given."}
     )
     latent_cache_dir: str | None = field(
-        default=None, metadata={"help": "Where encoded images are kept; in the Hugging Face cache when not given."}
+        default=None,
+        metadata=without_effect("Where encoded images are kept; in the Hugging Face cache when not given."),
     )
 
 
@@ -109,8 +113,12 @@ class TrainingArguments:
 
     _argument_group_name = "training"
 
-    output_dir: str = field(default="dsi-style", metadata={"help": "Folder for the token, its record and its card."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start from scratch where there is a token."})
+    output_dir: str = field(
+        default="dsi-style", metadata=without_effect("Folder for the token, its record and its card.")
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata=without_effect("Start from scratch where there is a token.")
+    )
     train_batch_size: int = field(default=8, metadata={"help": "Images per process and forward pass."})
     gradient_accumulation_steps: int = field(
         default=1, metadata={"help": "Forward passes per optimiser step, 1 or more."}
@@ -129,7 +137,9 @@ class TrainingArguments:
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory, about a third slower."})
     torch_compile: bool = field(default=False, metadata={"help": "Compile the U-Net: minutes first, then faster."})
     torch_compile_backend: str = field(default="inductor", metadata={"help": "Backend of torch.compile."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that prepare steps ahead, 0 or more."})
+    dataloader_num_workers: int = field(
+        default=0, metadata=without_effect("Processes that prepare steps ahead, 0 or more.")
+    )
     seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn, 0 or more."})
 
 
@@ -137,27 +147,28 @@ class TrainingArguments:
 class MonitoringArguments:
     _argument_group_name = "checkpoints and monitoring"
 
-    checkpointing_steps: int = field(default=1000, metadata={"help": "Save a checkpoint every so many steps."})
+    checkpointing_steps: int = field(default=1000, metadata=without_effect("Save a checkpoint every so many steps."))
     checkpoints_total_limit: int | None = field(
-        default=None, metadata={"help": "Keep so many checkpoints, the latest; all when not given."}
+        default=None, metadata=without_effect("Keep so many checkpoints, the latest; all when not given.")
     )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Go on from a checkpoint's folder, or from the 'latest' in --output_dir."}
+        default=None, metadata=without_effect("Go on from a checkpoint's folder, or from the 'latest' in --output_dir.")
     )
     validation_steps: int = field(
         default=2000,
-        metadata={"help": "Measure and draw the before/after picture every so many steps, and at the end."},
+        metadata=without_effect("Measure and draw the before/after picture every so many steps, and at the end."),
     )
     num_validation_images: int = field(
         default=8, metadata={"help": "Columns of the before/after picture, a class each; 0 for no picture."}
     )
-    report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, trackio or none."})
+    report_to: str = field(default="none", metadata=without_effect("Tracker: tensorboard, wandb, trackio or none."))
 
 
 @dataclass
 class PublishingArguments(HubArguments):
     hub_model_id: str | None = field(
-        default=None, metadata={"help": "Repository of the token; the output folder's name under you when not given."}
+        default=None,
+        metadata=without_effect("Repository of the token; the output folder's name under you when not given."),
     )
 
 
@@ -302,14 +313,17 @@ def main(argv: Sequence[str] | None = None) -> dict:
     options, output_dir = resolve_options(groups), Path(training_args.output_dir)
     check_output_outside(output_dir, data_args)
     overwrite = training_args.overwrite_output_dir
-    finished = was_finished(output_dir, DSI_CONFIG, "a style token", options, overwrite)
+    free = free_options(groups)
+    is_finished = RunFolder(
+        output_dir, "a style token", options, DSI_CONFIG, free=free, overwrite=overwrite
+    ).is_finished
     hub_target = None
     if hub_args.push_to_hub:
         hub_target = open_target(
             output_dir, hub_args.hub_model_id, "model", hub_args.hub_private_repo, hub_args.hub_revision,
             hub_args.hub_token,
         )  # fmt: skip
-    if finished:
+    if is_finished:
         publish_finished(output_dir, hub_target, PUBLISHED_FILES)
         return read_record(output_dir / DSI_CONFIG)["health"]
     check_card(output_dir / "README.md")
@@ -332,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     from utils.style.token import add_placeholder_tokens, save_learned_embeds
 
     # Tokenizers, images and prompts: everything that can be wrong, before a model loads
-    checkpoint = find_checkpoint(output_dir, monitoring_args.resume_from_checkpoint, options, overwrite)
+    checkpoint = find_checkpoint(output_dir, monitoring_args.resume_from_checkpoint, options, overwrite, free)
     accelerator = start_accelerator(training_args, monitoring_args)
     set_seed(training_args.seed)
     noise_scheduler = base_model.load_noise_scheduler()

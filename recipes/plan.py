@@ -8,10 +8,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from utils.cli.arguments import RealDataArguments
 from utils.cli.errors import UserError
 from utils.cli.parsing import read_mapping
-from utils.transfer.comparison import parse_arms, rates_around
+from utils.comparison.grid import parse_arms, rates_around
+from utils.data.arguments import RealDataArguments
 from utils.transfer.methods import StageSettings, steps_per_epoch
 
 RECIPES = Path(__file__).resolve().parent

@@ -9,12 +9,12 @@ import pytest
 import compare_transfer
 from utils.cli.errors import DivergedError, UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
+from utils.comparison.cells import CellRunner
+from utils.comparison.grid import Arm, Recipe, make_cell, plan_cell
 from utils.data.image_set import RealImagesRecord
 from utils.data.real_images import load_real_images
 from utils.hub import markdown
 from utils.transfer import cell_workers, cells, fine_tuning
-from utils.transfer.cells import CellRunner
-from utils.transfer.comparison import Arm, Recipe, make_cell, plan_cell
 from utils.transfer.methods import StageSettings
 from utils.transfer.synthetic_images import open_synthetic
 

@@ -148,7 +148,7 @@ class Killed(BaseException):
         ("utils.transfer.fine_tuning.StageTrainer", "training_step", 3),  # in stage 1, after a checkpoint
         ("utils.transfer.fine_tuning", "fine_tune", 2),  # between the stages
         ("utils.transfer.fine_tuning.StageTrainer", "training_step", 5),  # in stage 2
-        ("utils.hub.model_card", "write_model_card", 1),  # after the last stage
+        ("utils.transfer.card", "write_model_card", 1),  # after the last stage
     ],
 )
 def test_a_killed_run_goes_on_in_its_stage_to_the_same_weights(run, module, name, call, tmp_path, monkeypatch):
@@ -166,7 +166,7 @@ def test_a_killed_run_goes_on_in_its_stage_to_the_same_weights(run, module, name
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, name, die)
         run("killed", *flags)
-    with pytest.raises(UserError, match="holds stages of an unfinished run; give --resume_from_checkpoint latest"):
+    with pytest.raises(UserError, match="holds stage.* of an unfinished run; give --resume_from_checkpoint latest"):
         run("killed", *flags)
     with pytest.raises(UserError, match="begun with other options .mixup_alpha was 0.2"):
         run("killed", "--resume_from_checkpoint", "latest")

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 import pytest
 
 from utils.cli.errors import UserError
-from utils.cli.records import read_record, resolve_options, write_record, write_run_config
+from utils.cli.options import resolve_options
+from utils.cli.records import read_record, write_record, write_run_config
 
 
 @dataclass

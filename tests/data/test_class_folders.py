@@ -9,9 +9,9 @@ from PIL import Image as PILImage
 
 import train_bridged
 from tests.conftest import draw_image
-from utils.cli.arguments import RealDataArguments
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, write_record
+from utils.data.arguments import RealDataArguments
 from utils.data.class_folders import check_real_images_given, load_class_folders, load_local_set
 from utils.data.image_set import RealImagesRecord
 from utils.data.opened_images import inspect_images, open_all

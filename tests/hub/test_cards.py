@@ -18,13 +18,13 @@ import train_dsi
 from tests.conftest import CLASS_NAMES
 from utils.cli.errors import UserError
 from utils.data.images import to_rgb
-from utils.hub.dataset_card import write_dataset_card
 from utils.hub.licenses import License, common_license, hub_ids, read_license
 from utils.hub.merged_card import BEGIN, END
-from utils.hub.model_card import write_model_card
-from utils.hub.token_card import write_token_card
 from utils.style.base_models import BaseModel
+from utils.style.card import write_token_card
+from utils.synthesis.card import write_dataset_card
 from utils.transfer.adapters import LoraSettings, add_adapter, save_merged
+from utils.transfer.card import write_model_card
 from utils.transfer.classifiers import load_classifier, load_image_processor
 from utils.transfer.methods import HEAD_INITS, METHODS, StageSettings, plan_stages
 from utils.transfer.report import add_totals

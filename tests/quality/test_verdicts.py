@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from utils.hub.quality_section import quality_section
 from utils.quality.verdicts import judge, list_caveats
+from utils.synthesis.quality_section import quality_section
 
 
 def entry(name, shift=0.1, diversity=0.5, real_diversity=0.5):

@@ -11,8 +11,8 @@ from scipy.stats import binom
 from sklearn.metrics import top_k_accuracy_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from utils.cli.training_arguments import METRICS
 from utils.transfer import metrics
+from utils.transfer.arguments import METRICS
 from utils.transfer.metrics import accuracy_interval, classification_metrics, leep
 
 

@@ -22,7 +22,7 @@ from utils.transfer.adapters import LoraSettings
 from utils.transfer.classifiers import load_image_processor
 from utils.transfer.fine_tuning import run_stage
 from utils.transfer.methods import StagePlan
-from utils.transfer.stage_folder import begin_stage, find_earlier_run
+from utils.transfer.stage_folder import find_earlier_run, stage_folder
 from utils.transfer.stage_trainer import StageProgress, StageTrainer
 
 pytest_plugins = ["tests.transfer.fixtures"]
@@ -140,10 +140,10 @@ def test_a_finished_stage_with_an_adapter_is_loaded_and_a_torn_checkpoint_passed
 
 
 def test_the_last_checkpoint_is_the_one_of_most_steps_that_every_process_has_written(tmp_path, caplog):
-    settings = {"num_processes": 2}
-    assert find_earlier_run(tmp_path, settings) == (None, None)
-    begin_stage(tmp_path, settings)
-    assert find_earlier_run(tmp_path, settings) == (None, None)
+    folder = stage_folder(tmp_path, {"num_processes": 2})
+    assert find_earlier_run(folder) == (None, None)
+    folder.begin()
+    assert find_earlier_run(folder) == (None, None)
     for step, num_processes in ((8, 2), (10, 2), (12, 1), (14, 2), (16, 2)):
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
@@ -153,7 +153,7 @@ def test_the_last_checkpoint_is_the_one_of_most_steps_that_every_process_has_wri
     (tmp_path / "checkpoint-14" / "model.safetensors").write_bytes(b"torn")
     torch.save({"state": torch.zeros(1000)}, tmp_path / "checkpoint-16" / "optimizer.pt")
     os.truncate(tmp_path / "checkpoint-16" / "optimizer.pt", 1000)
-    assert find_earlier_run(tmp_path, settings) == (None, str(tmp_path / "checkpoint-10"))
+    assert find_earlier_run(folder) == (None, str(tmp_path / "checkpoint-10"))
     assert {line.split(": ")[2].split(" is not")[0] for line in caplog.messages} == {
         str(tmp_path / f"checkpoint-{step}") for step in (12, 14, 16)
     }
@@ -162,9 +162,9 @@ def test_the_last_checkpoint_is_the_one_of_most_steps_that_every_process_has_wri
 def test_resuming_with_other_settings_is_refused_and_names_them(run, tmp_path):
     run("stage")
     other = replace(PLAN, settings=replace(SETTINGS, learning_rate=0.5))
-    with pytest.raises(UserError, match=r"other settings \(learning_rate was 0.01; seed was 42\)"):
+    with pytest.raises(UserError, match=r"other options \(learning_rate was 0.01, now 0.5; seed was 42, now 1\)"):
         run("stage", plan=other, seed=1, resume=True)
-    with pytest.raises(UserError, match=r"\(lora was None\)"):
+    with pytest.raises(UserError, match=r"\(lora was None, now"):
         run("stage", lora=LoraSettings(), resume=True)
     assert (tmp_path / "stage" / "stage.json").exists()
 

@@ -1,11 +1,13 @@
 """Command lines: dataclasses into argument groups, recipes, and errors of one line."""
 
 import argparse
+import copy
+import dataclasses
 import difflib
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,6 +46,7 @@ class ScriptArgumentParser(HfArgumentParser):
             usage="%(prog)s [recipe.yaml] [flags; recipe keys are flags]",
             **kwargs,
         )
+        self.given: set[str] = set()  # names of the flags on the command line and in the recipe, once parsed
         # of TrainingArguments: flags that take JSON
         self._dict_fields = {name for kind in self.dataclass_types for name in getattr(kind, "_VALID_DICT_FIELDS", ())}
 
@@ -63,6 +66,8 @@ class ScriptArgumentParser(HfArgumentParser):
         argv = list(sys.argv[1:] if argv is None else argv)
         if argv and argv[0].endswith(RECIPE_SUFFIXES):
             self._apply_recipe(Path(argv.pop(0)))
+        actions = (self._option_string_actions.get(word.partition("=")[0]) for word in argv)
+        self.given |= {action.dest for action in actions if action is not None}
         try:
             *instances, unknown = self.parse_args_into_dataclasses(
                 argv, look_for_args_file=False, return_remaining_strings=True
@@ -81,11 +86,25 @@ class ScriptArgumentParser(HfArgumentParser):
             raise UserError(f"{unknown[0]}: no such flag{suggestion(unknown[0], flags)}; --help lists them.")
         return tuple(instances)
 
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        """Add a field's flag; of its metadata, argparse does not know whether it affects a result."""
+        field = copy.copy(field)
+        field.metadata = {key: value for key, value in field.metadata.items() if key != "affects_result"}
+        HfArgumentParser._parse_dataclass_field(parser, field)
+
     def parse_known_args(self, args=None, namespace=None) -> tuple:
         """Parse as `ArgumentParser` does, and check ranges before the dataclasses are made, which act on values."""
         namespace, unknown = super().parse_known_args(args, namespace)
         check_ranges(vars(namespace))
         return namespace, unknown
+
+    def fill_in(self, groups: Iterable, values: Mapping[str, object]) -> None:
+        """Set, in place, the flags in `values` that are not given: what a record or a table says for them."""
+        for group in groups:
+            for field in dataclasses.fields(group):
+                if field.name in values and field.name not in self.given:
+                    setattr(group, field.name, values[field.name])
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> object:
         value = super()._get_value(action, arg_string)
@@ -101,6 +120,7 @@ class ScriptArgumentParser(HfArgumentParser):
                 raise UserError(f"{path}: key '{key}' is no flag of this script{suggestion(key, list(actions))}.")
             defaults[key] = self._convert(path, key, value, actions[key])
             actions[key].required = False
+        self.given |= set(defaults)
         self.set_defaults(**defaults)
 
     def _convert(self, path: Path, key: str, value: object, action: argparse.Action) -> object:

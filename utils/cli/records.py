@@ -1,6 +1,5 @@
 """The JSON records that connect the steps: one module writes and reads all of them."""
 
-import dataclasses
 import json
 import os
 import platform
@@ -8,7 +7,6 @@ import re
 import resource
 import subprocess
 import time
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -23,19 +21,6 @@ RUN_CONFIG = "run_config.json"
 ALL_RESULTS = "all_results.json"
 EVAL_RESULTS = "eval_results.json"
 COMPARISON = "comparison.json"
-
-# options that may differ between two runs with the same result, beside those of publishing
-NOT_OF_THE_RESULT = (
-    "push_to_hub", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "checkpointing_steps",
-    "checkpoints_total_limit", "validation_steps", "report_to", "dataloader_num_workers", "latent_cache_dir",
-    "save_strategy", "save_steps", "save_total_limit", "disable_tqdm",
-)  # fmt: skip
-# options that may name a folder
-INPUTS = (
-    "dataset_name", "train_dir", "validation_dir", "synthetic_dataset", "learned_embeds", "model_name_or_path",
-    "pretrained_model_name_or_path",
-)  # fmt: skip
-STYLE_TOKEN_OPTIONS = ("placeholder_token", "initializer_token")  # no access tokens
 
 PACKAGES = ("torch", "torchvision", "transformers", "diffusers", "datasets", "accelerate", "huggingface_hub", "timm")
 
@@ -70,56 +55,9 @@ def read_record(path: str | Path) -> dict:
     return record
 
 
-def absolute_if_local(name: str | None) -> str | None:
-    """Return a folder's absolute path, as records are read in other working directories; other names as they are."""
-    return os.path.abspath(name) if name is not None and Path(name).is_dir() else name
-
-
 def image_set_name(real_images: dict) -> str:
     """Return what the real images of a record are called: their data set, else the folder of their class folders."""
     return real_images.get("dataset_name") or real_images["train_dir"]
-
-
-def resolve_options(groups: Iterable) -> dict:
-    """Return flag -> value of argument dataclasses, as JSON holds them; without access tokens, folders absolute."""
-    resolved = {}
-    for group in groups:
-        values = group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
-        resolved.update(
-            {key: value for key, value in values.items() if not key.endswith("token") or key in STYLE_TOKEN_OPTIONS}
-        )
-    resolved |= {name: absolute_if_local(resolved[name]) for name in INPUTS if isinstance(resolved.get(name), str)}
-    return json.loads(json.dumps(resolved))
-
-
-def differing_options(before: dict, options: dict) -> list[str]:
-    """Return 'name was value' for every option on which a result depends and that was another before."""
-    names = [name for name in options if not name.startswith("hub_") and name not in NOT_OF_THE_RESULT]
-    # records of before folders were noted by their absolute paths
-    before = before | {name: absolute_if_local(before[name]) for name in INPUTS if isinstance(before.get(name), str)}
-    return [f"{name} was {before.get(name)}" for name in names if before.get(name) != options[name]]
-
-
-def was_finished(output_dir: str | Path, record_name: str, what: str, options: dict, overwrite: bool) -> bool:
-    """Say whether a folder holds the finished result of a run with these options, those of publishing aside.
-
-    Such a run is not done again: the same command goes on with publishing. `overwrite` starts from scratch.
-
-    Raises:
-        UserError: it holds the result of a run with other options, or is a file.
-    """
-    folder = Path(output_dir)
-    if folder.is_file():
-        raise UserError(f"--output_dir {folder}: is a file; name a folder.")
-    if overwrite or not (folder / record_name).exists():
-        return False
-    differing = differing_options(read_record(folder / RUN_CONFIG)["options"], options)
-    if differing:
-        raise UserError(
-            f"--output_dir {folder}: holds {what} made with other options ({'; '.join(differing)}); choose another "
-            "folder or give --overwrite_output_dir."
-        )
-    return True
 
 
 def package_versions() -> dict[str, str]:

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, fields, replace
 import numpy as np
 from datasets import Dataset
 
-from utils.cli.records import absolute_if_local, image_set_name
+from utils.cli.options import absolute_if_local
+from utils.cli.records import image_set_name
 
 PLACES = ("dataset_name", "train_dir", "validation_dir")
 

@@ -4,6 +4,7 @@ What a step trains on is a function of its number (`utils/style/steps.py`), so n
 """
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from utils.cli.errors import UserError
-from utils.cli.records import differing_options, read_record, write_record
+from utils.cli.options import differing_options
+from utils.cli.records import read_record, write_record
 from utils.style.token import LEARNED_EMBEDS, load_learned_embeds, save_learned_embeds
 from utils.style.token_folder import checkpoint_folders
 
@@ -35,7 +37,9 @@ class TrainingProgress:
     held_out_losses: dict[str, float] = field(default_factory=dict)
 
 
-def find_checkpoint(output_dir: str | Path, resume: str | None, options: dict, overwrite: bool) -> Path | None:
+def find_checkpoint(
+    output_dir: str | Path, resume: str | None, options: dict, overwrite: bool, free: Iterable[str] = ()
+) -> Path | None:
     """Return the checkpoint to go on from: `resume` is 'latest', a folder, or None for a new run.
 
     Raises:
@@ -60,7 +64,7 @@ def find_checkpoint(output_dir: str | Path, resume: str | None, options: dict, o
             raise UserError(
                 f"--resume_from_checkpoint {resume}: is no checkpoint of train_dsi.py; {output_dir} has {have}."
             )
-    differing = differing_options(read_record(checkpoint / STATE_RECORD)["progress"]["options"], options)
+    differing = differing_options(read_record(checkpoint / STATE_RECORD)["progress"]["options"], options, free)
     if differing:
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: was made with other options ({'; '.join(differing)}); give the "

@@ -4,10 +4,11 @@ import re
 import shutil
 from pathlib import Path
 
-from utils.cli.records import DSI_CONFIG, RUN_CONFIG, absolute_if_local, image_set_name, write_record, write_run_config
+from utils.cli.options import absolute_if_local
+from utils.cli.records import DSI_CONFIG, RUN_CONFIG, image_set_name, write_record, write_run_config
 from utils.hub.licenses import read_licenses
-from utils.hub.token_card import STYLE_PICTURE, write_token_card
 from utils.style.base_models import BaseModel
+from utils.style.card import STYLE_PICTURE, write_token_card
 
 TRAINING_PICTURE = "training.png"
 PUBLISHED_FILES = (

@@ -2,11 +2,11 @@
 
 from utils.cli.records import GENERATION_CONFIG, image_set_name, read_record, write_record
 from utils.data.name_doctor import Finding, write_class_names
-from utils.hub.dataset_card import write_dataset_card
 from utils.hub.licenses import read_licenses
-from utils.hub.quality_section import quality_section
+from utils.synthesis.card import write_dataset_card
 from utils.synthesis.output_folder import CLASS_NAMES, PREVIEW, QUALITY_RECORD
 from utils.synthesis.preview import draw_contact_sheet
+from utils.synthesis.quality_section import quality_section
 from utils.synthesis.shards import Shards, synthetic_features
 from utils.synthesis.sources import Sources
 

@@ -10,14 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils.cli.errors import UserError
-from utils.cli.records import (
-    GENERATION_CONFIG,
-    RUN_CONFIG,
-    absolute_if_local,
-    package_versions,
-    read_record,
-    write_record,
-)
+from utils.cli.options import absolute_if_local
+from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, package_versions, read_record, write_record
 from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.sources import Sources
 

@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from utils.cli.arguments import RealDataArguments
 from utils.cli.errors import UserError
-from utils.cli.records import DSI_CONFIG, absolute_if_local, read_record
+from utils.cli.options import absolute_if_local
+from utils.cli.records import DSI_CONFIG, read_record
+from utils.data.arguments import RealDataArguments
 from utils.data.class_names import prompt_nouns, read_class_names, read_class_names_file
 from utils.data.prompts import DSI_TEMPLATE, PLAIN_TEMPLATE
 from utils.hub.repositories import open_source

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import default_collate
@@ -22,7 +23,7 @@ from utils.transfer.heads import head_parameter_names, imprint_head
 from utils.transfer.image_datasets import EvalImages, StreamedTrainImages, TrainImages, TrainItems
 from utils.transfer.methods import StagePlan, StageSettings
 from utils.transfer.metrics import classification_metrics
-from utils.transfer.stage_folder import begin_stage, describe_stage, find_earlier_run, finish_stage
+from utils.transfer.stage_folder import describe_stage, find_earlier_run, stage_folder
 from utils.transfer.stage_models import load_start, load_trained, save_trained
 from utils.transfer.stage_trainer import StageTrainer, soft_cross_entropy
 
@@ -75,7 +76,8 @@ def run_stage(
     _check_stream(stage, images)
     num_images = None if isinstance(images, IterableDataset) else len(images)
     settings = describe_stage(stage, start, class_names, num_images, training_args, lora, hub_options.get("revision"))
-    earlier, checkpoint = find_earlier_run(output_dir, settings) if resume else (None, None)
+    folder = stage_folder(output_dir, settings)
+    earlier, checkpoint = find_earlier_run(folder) if resume else (None, None)
     # the head of a later stage is not that of the first drawn once more, to which the features have come closer
     head_seed = training_args.seed if stage.start is None else zlib.crc32(f"{training_args.seed} {stage.name}".encode())
     load = partial(
@@ -90,12 +92,17 @@ def run_stage(
         return load_trained(output_dir, pretrained if lora else None, load), StageResult(**earlier)
     model = load_start(stage, start, lora, pretrained, head_seed, load, hub_options.get("revision"))
     if checkpoint is None:
-        begin_stage(output_dir, settings)
+        if PartialState().is_main_process:
+            folder.begin()
+        PartialState().wait_for_everyone()
         _prepare(model, stage, images, image_processor, training_args)
     result = fine_tune(
         model, images, image_processor, stage.settings, training_args, output_dir, validation, checkpoint=checkpoint
     )
-    finish_stage(output_dir, settings, dataclasses.asdict(result), partial(save_trained, model, image_processor))
+    if PartialState().is_main_process:
+        save_trained(model, image_processor, folder.path)
+        folder.finish({"settings": settings, "result": dataclasses.asdict(result)})
+    PartialState().wait_for_everyone()
     return model, result
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from utils.hub.model_card import MEANS_OVER_CLASSES, METRIC_NAMES
+from utils.transfer.card import MEANS_OVER_CLASSES, METRIC_NAMES
 from utils.transfer.methods import STAGE_NAMES
 from utils.transfer.metrics import NUM_CALIBRATION_BINS, confidences
 

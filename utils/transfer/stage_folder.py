@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -12,21 +10,15 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from utils.cli.errors import UserError
 from utils.cli.processes import warn_once
-from utils.cli.records import differing_options, read_record, write_record
+from utils.cli.records import read_record
+from utils.cli.run_folder import RunFolder
 from utils.transfer.adapters import LoraSettings
+from utils.transfer.arguments import OF_EACH_STAGE
 from utils.transfer.methods import StagePlan
 
 STAGE_RECORD = "stage.json"
 SETTINGS_RECORD = "stage_settings.json"
-
-# of the Trainer's arguments, those on which the trained weights depend and that a stage does not set itself
-TRAINER_SETTINGS = (
-    "seed", "data_seed", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "gradient_accumulation_steps", "dataloader_drop_last", "bf16", "fp16",
-    "full_determinism",
-)  # fmt: skip
 
 
 def describe_stage(
@@ -48,57 +40,36 @@ def describe_stage(
         "head_init": stage.head_init,
         **dataclasses.asdict(stage.settings),
         "lora": dataclasses.asdict(lora) if lora else None,
-        **{name: trainer_settings[name] for name in TRAINER_SETTINGS},
+        **{name: trainer_settings[name] for name in OF_EACH_STAGE},
         "num_processes": training_args.world_size,
         "class_names": class_names,
     }
     return json.loads(json.dumps(description))
 
 
-def find_earlier_run(folder: str | Path, settings: dict) -> tuple[dict | None, str | None]:
+def stage_folder(folder: str | Path, settings: dict) -> RunFolder:
+    """Return the folder of a stage with these settings, of `describe_stage`."""
+    return RunFolder(
+        Path(folder), "a stage", settings, STAGE_RECORD, noted_in=(SETTINGS_RECORD, "settings"),
+        traces=("checkpoint-*",),
+    )  # fmt: skip
+
+
+def find_earlier_run(folder: RunFolder) -> tuple[dict | None, str | None]:
     """Return the result of the finished stage that a folder holds, and its last whole checkpoint, None where not.
 
     Raises:
         UserError: they were made with other settings.
     """
-    folder = Path(folder)
     result, checkpoint = None, None
-    if (folder / SETTINGS_RECORD).exists():
-        _refuse_other_settings(folder, settings)
-        if (folder / STAGE_RECORD).exists():
-            result = read_record(folder / STAGE_RECORD)["result"]
+    if folder.is_begun:
+        folder.check_options()
+        if (folder.path / STAGE_RECORD).exists():
+            result = read_record(folder.path / STAGE_RECORD)["result"]
         else:
-            checkpoint = _last_checkpoint(folder, settings["num_processes"])
+            checkpoint = _last_checkpoint(folder.path, folder.options["num_processes"])
     PartialState().wait_for_everyone()  # before one of them changes what is there
     return result, checkpoint
-
-
-def begin_stage(folder: str | Path, settings: dict) -> None:
-    """Clear a folder of an earlier run's record and checkpoints, and write the settings."""
-    folder = Path(folder)
-    if PartialState().is_main_process:
-        (folder / STAGE_RECORD).unlink(missing_ok=True)
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        write_record(folder / SETTINGS_RECORD, {"settings": settings})
-    PartialState().wait_for_everyone()
-
-
-def finish_stage(folder: str | Path, settings: dict, result: dict, save: Callable[[Path], None]) -> None:
-    """Let `save` write the model into the folder, then write the record, whose presence says that all is there."""
-    if PartialState().is_main_process:
-        save(Path(folder))
-        write_record(Path(folder) / STAGE_RECORD, {"settings": settings, "result": result})
-    PartialState().wait_for_everyone()
-
-
-def _refuse_other_settings(folder: Path, settings: dict) -> None:
-    differing = differing_options(read_record(folder / SETTINGS_RECORD)["settings"], settings)
-    if differing:
-        raise UserError(
-            f"--resume_from_checkpoint: {folder} was begun with other settings ({'; '.join(differing)}); give the same "
-            "ones, or --overwrite_output_dir to train anew."
-        )
 
 
 def _last_checkpoint(folder: Path, num_processes: int) -> str | None:

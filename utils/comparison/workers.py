@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from utils.cli.errors import UserError
-from utils.transfer.cells import CellRunner
-from utils.transfer.comparison import Cell
+from utils.comparison.cells import CellRunner
+from utils.comparison.grid import Cell
 
 _runner: CellRunner | None = None  # of a worker process
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from utils.transfer.comparison_statistics import (
+from utils.comparison.statistics import (
     Row,
     describe_findings,
     mean_costs,

@@ -10,7 +10,7 @@ from utils.hub.markdown import FUNCTIONS
 from utils.hub.merged_card import save_card
 
 STYLE_PICTURE = "style.png"
-TEMPLATE = Path(__file__).parent / "templates" / "token_card.md.jinja"
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def write_token_card(

@@ -11,12 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from utils.cli.records import write_text
+from utils.comparison.grid import VARIANTS, shots_key, shots_title, volume_title
+from utils.comparison.statistics import COSTS
 from utils.hub.licenses import hub_ids
 from utils.hub.markdown import FUNCTIONS, code, text
-from utils.transfer.comparison import VARIANTS, shots_key, shots_title, volume_title
-from utils.transfer.comparison_statistics import COSTS
 
-TEMPLATE = Path(__file__).parent.parent / "hub" / "templates" / "comparison_card.md.jinja"
+TEMPLATE = Path(__file__).with_name("report.md.jinja")
 MARKERS = "osD^vPX*<>hp"
 
 

@@ -5,8 +5,8 @@ import PIL.Image
 import pytest
 from huggingface_hub import ModelCard
 
-from utils.transfer.comparison_report import plot_comparison, print_comparison, write_markdown
-from utils.transfer.comparison_statistics import Row, describe_findings, pack_correct, stack_correct, summarise
+from utils.comparison.report import plot_comparison, print_comparison, write_markdown
+from utils.comparison.statistics import Row, describe_findings, pack_correct, stack_correct, summarise
 from utils.transfer.methods import StageSettings
 
 VANILLA = Row("vanilla_matched")

@@ -13,11 +13,11 @@ from transformers import TrainingArguments
 
 from utils.cli.errors import DivergedError, UserError
 from utils.cli.records import read_record, write_record
+from utils.comparison.grid import Arm, Cell, fingerprint, plan_cell, shots_key
+from utils.comparison.statistics import pack_correct
 from utils.data.image_set import RealImages
 from utils.data.opened_images import open_synthetic
 from utils.data.splits import few_shot_indices
-from utils.transfer.comparison import Arm, Cell, fingerprint, plan_cell, shots_key
-from utils.transfer.comparison_statistics import pack_correct
 from utils.transfer.fine_tuning import run_stage
 from utils.transfer.image_datasets import EvalImages, cache_items
 from utils.transfer.methods import StagePlan, StageSettings, mix_indices

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from utils.cli.arguments import RealDataArguments
-from utils.transfer.comparison import VARIANTS
+from utils.comparison.grid import VARIANTS
+from utils.data.arguments import RealDataArguments
 from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES
 
 

@@ -13,7 +13,7 @@ from utils.hub.licenses import License, common_license, hub_ids
 from utils.hub.markdown import FUNCTIONS
 from utils.hub.merged_card import save_card
 
-TEMPLATE = Path(__file__).parent / "templates" / "dataset_card.md.jinja"
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def write_dataset_card(

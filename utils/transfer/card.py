@@ -10,7 +10,7 @@ from utils.hub.licenses import License, common_license, hub_ids
 from utils.hub.markdown import FUNCTIONS, code
 from utils.hub.merged_card import save_card
 
-TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 METRIC_NAMES = {
     "accuracy": "Accuracy",
     "top5_accuracy": "Top-5 accuracy",

@@ -5,9 +5,8 @@ from itertools import product
 
 from utils.cli.errors import UserError
 from utils.cli.records import read_record
-from utils.transfer.cell_workers import run_cells
-from utils.transfer.cells import CellRunner
-from utils.transfer.comparison import (
+from utils.comparison.cells import CellRunner
+from utils.comparison.grid import (
     Arm,
     Cell,
     Recipe,
@@ -17,6 +16,7 @@ from utils.transfer.comparison import (
     shots_key,
     shots_title,
 )
+from utils.comparison.workers import run_cells
 from utils.transfer.methods import StageSettings
 
 LOST = [-1.0]  # the accuracies of a candidate that diverged

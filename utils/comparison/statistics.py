@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from utils.transfer.comparison import shots_title
+from utils.comparison.grid import shots_title
 
 CONFIDENCE = 0.95
 COSTS = ("steps", "images_seen", "seconds", "gpu_hours")

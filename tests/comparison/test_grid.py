@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from utils.cli.errors import UserError
-from utils.transfer.comparison import (
+from utils.comparison.grid import (
     VARIANTS,
     Arm,
     Recipe,

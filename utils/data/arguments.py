@@ -1,4 +1,4 @@
-"""Argument groups that more than one script takes."""
+"""The flags that name the labelled real images."""
 
 from dataclasses import dataclass, field
 
@@ -69,34 +69,4 @@ class RealDataArguments:
     )
     skip_bad_images: bool = field(
         default=False, metadata={"help": "Leave damaged images out and count them (default: an error)."}
-    )
-
-
-@dataclass
-class ModelArguments:
-    """The pretrained classifier."""
-
-    _argument_group_name = "model"
-
-    model_name_or_path: str = field(
-        default="timm/resnet18.tv_in1k",
-        metadata={"help": "Pretrained image classifier of transformers or timm: a model id on the Hub, or a folder."},
-    )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-
-
-@dataclass
-class HubArguments:
-    """Publishing and access."""
-
-    _argument_group_name = "Hub"
-
-    push_to_hub: bool = field(default=False, metadata={"help": "Publish the output folder on the Hub."})
-    hub_private_repo: bool = field(default=False, metadata={"help": "Make the repository private when creating it."})
-    hub_revision: str | None = field(
-        default=None, metadata={"help": "Branch to publish to, made when it is not there; main when not given."}
-    )
-    hub_token: str | None = field(
-        default=None, metadata={"help": "Access token; HF_TOKEN or `hf auth login` when not given."}
     )

@@ -1,0 +1,102 @@
+import dataclasses
+import json
+from dataclasses import dataclass, field
+
+import pytest
+from transformers import TrainingArguments
+
+from utils.cli.errors import UserError
+from utils.cli.options import free_options, without_effect
+from utils.cli.parsing import ScriptArgumentParser
+from utils.cli.records import RUN_CONFIG, read_record
+from utils.cli.run_folder import RunFolder
+from utils.transfer.arguments import BridgedTrainingArguments
+
+OPTIONS = {"learning_rate": 1e-4, "save_steps": 500}
+RECORD = "result.json"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path, "a result", OPTIONS, RECORD, traces=("stage1", "checkpoint-*"), free={"save_steps"})
+
+
+@pytest.fixture
+def unfinished(folder):
+    folder.begin()
+    for name in ("checkpoint-5", "checkpoint-10", "stage1"):
+        (folder.path / name).mkdir()
+    return folder
+
+
+def with_options(folder: RunFolder, **options) -> RunFolder:
+    return dataclasses.replace(folder, options=OPTIONS | options)
+
+
+def test_an_unfinished_run_goes_on_only_when_asked_and_with_its_options(unfinished):
+    assert [path.name for path in unfinished.find_traces()] == ["stage1", "checkpoint-5", "checkpoint-10"]
+    assert with_options(unfinished, save_steps=5).is_resumable(True)
+    with pytest.raises(
+        UserError, match="holds checkpoint-10 of an unfinished run; give --resume_from_checkpoint latest"
+    ):
+        unfinished.is_resumable(False)
+    with pytest.raises(
+        UserError, match=r"begun with other options \(learning_rate was 0.0001, now 1.0\); give the same"
+    ):
+        with_options(unfinished, learning_rate=1.0).is_resumable(True)
+    assert not dataclasses.replace(unfinished, overwrite=True).is_resumable(True)
+
+
+def test_where_nothing_was_begun_resuming_begins(folder):
+    assert not folder.is_resumable(True) and not folder.is_finished
+
+
+def test_a_new_run_takes_away_the_traces_and_the_mark_of_a_finished_one_and_nothing_else(unfinished):
+    for name in (RECORD, "model.safetensors", "notes.txt"):
+        (unfinished.path / name).write_text("{}")
+    with_options(unfinished, learning_rate=1.0).begin()
+    assert sorted(path.name for path in unfinished.path.iterdir()) == ["model.safetensors", "notes.txt", RUN_CONFIG]
+    assert read_record(unfinished.path / RUN_CONFIG) == {"options": OPTIONS | {"learning_rate": 1.0}}
+
+
+def test_a_finished_run_is_not_done_again_and_one_with_other_options_is_refused(folder):
+    folder.begin()
+    folder.finish({"accuracy": 0.5})
+    assert folder.is_finished and with_options(folder, save_steps=5).is_finished
+    with pytest.raises(
+        UserError, match=r"holds a result made with other options \(learning_rate was 0.0001, now 1.0\)"
+    ):
+        _ = with_options(folder, learning_rate=1.0).is_finished
+    assert not dataclasses.replace(folder, overwrite=True).is_finished
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        _ = dataclasses.replace(folder, path=folder.path / RECORD).is_finished
+
+
+@dataclass
+class Flags:
+    seed: int = field(default=0, metadata={"help": "Seed."})
+    colour: str = field(default="red", metadata={"help": "Colour."})
+    output_dir: str = field(default="out", metadata=without_effect("Folder."))
+
+
+def test_flags_without_effect_are_told_from_the_rest(tmp_path):
+    assert free_options([Flags()]) == {"output_dir"}
+    free = free_options([BridgedTrainingArguments(output_dir=str(tmp_path))])
+    of_the_result = {"learning_rate", "max_steps", "seed", "bf16", "optim", "max_eval_samples", "num_train_epochs"}
+    of_no_result = {"logging_steps", "per_device_eval_batch_size", "save_steps", "eval_strategy", "report_to"}
+    assert not of_the_result & free and of_no_result <= free
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert set(BridgedTrainingArguments._inherited_result_options) <= names
+
+
+def test_what_a_record_says_is_taken_for_flags_that_are_not_given(tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"colour": "blue"}))
+    for argv, expected in (
+        ([], (7, "green")),
+        (["--seed=3"], (3, "green")),
+        ([str(tmp_path / "recipe.json")], (7, "blue")),
+    ):
+        parser = ScriptArgumentParser([Flags])
+        (flags,) = parser.parse(argv)
+        parser.fill_in([flags], {"seed": 7, "colour": "green", "unknown": 1})
+        assert (flags.seed, flags.colour) == expected

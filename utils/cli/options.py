@@ -1,0 +1,72 @@
+"""The options of a run: as a record holds them, which of them affect its result, and in which two runs differ."""
+
+import dataclasses
+import inspect
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+# options that may name a folder
+INPUTS = (
+    "dataset_name", "train_dir", "validation_dir", "synthetic_dataset", "learned_embeds", "model_name_or_path",
+    "pretrained_model_name_or_path",
+)  # fmt: skip
+STYLE_TOKEN_OPTIONS = ("placeholder_token", "initializer_token")  # no access tokens
+
+
+def without_effect(help_text: str) -> dict:
+    """Return the metadata of a flag on which no result depends: two runs may differ in it."""
+    return {"help": help_text, "affects_result": False}
+
+
+def absolute_if_local(name: str | None) -> str | None:
+    """Return a folder's absolute path, as records are read in other working directories; other names as they are."""
+    return os.path.abspath(name) if name is not None and Path(name).is_dir() else name
+
+
+def resolve_options(groups: Iterable) -> dict:
+    """Return flag -> value of argument dataclasses, as JSON holds them; without access tokens, folders absolute."""
+    resolved = {}
+    for group in groups:
+        values = group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
+        resolved.update(
+            {key: value for key, value in values.items() if not key.endswith("token") or key in STYLE_TOKEN_OPTIONS}
+        )
+    resolved |= {name: absolute_if_local(resolved[name]) for name in INPUTS if isinstance(resolved.get(name), str)}
+    return json.loads(json.dumps(resolved))
+
+
+def free_options(groups: Iterable) -> frozenset[str]:
+    """Return the names of the options on which no result depends.
+
+    Those are the fields `without_effect`, and of the fields that a group inherits from a library all but the names in
+    its `_inherited_result_options`.
+    """
+    free = set()
+    for group in groups:
+        of_library = getattr(group, "_inherited_result_options", None)
+        kinds = [kind for kind in type(group).__mro__ if kind.__module__.partition(".")[0] != "transformers"]
+        ours = {name for kind in kinds for name in inspect.get_annotations(kind)}
+        for field in dataclasses.fields(group):
+            if of_library is None or field.name in ours:
+                affects = field.metadata.get("affects_result", True)
+            else:
+                affects = field.name in of_library
+            if not affects:
+                free.add(field.name)
+    return frozenset(free)
+
+
+def differing_options(before: dict, now: dict, free: Iterable[str] = ()) -> list[str]:
+    """Return 'name was value, now value' for each option of `now` that was another before, those in `free` aside."""
+    now = json.loads(json.dumps(now))
+    # records of earlier versions noted folders as they were given
+    before = before | {name: absolute_if_local(before[name]) for name in INPUTS if isinstance(before.get(name), str)}
+    names = [name for name in now if name not in free and before.get(name) != now[name]]
+    return [f"{name} was {_shorten(before.get(name))}, now {_shorten(now[name])}" for name in names]
+
+
+def _shorten(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
