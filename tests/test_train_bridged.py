@@ -146,7 +146,7 @@ class Killed(BaseException):
     ("module", "name", "call"),
     [
         ("utils.transfer.fine_tuning.StageTrainer", "training_step", 3),  # in stage 1, after a checkpoint
-        ("utils.transfer.fine_tuning", "fine_tune", 2),  # between the stages
+        ("utils.transfer.stage", "fine_tune", 2),  # between the stages
         ("utils.transfer.fine_tuning.StageTrainer", "training_step", 5),  # in stage 2
         ("utils.transfer.card", "write_model_card", 1),  # after the last stage
     ],

@@ -11,9 +11,10 @@ from transformers import TrainingArguments
 from tests.conftest import CLASS_NAMES
 from utils.cli.errors import UserError
 from utils.transfer.classifiers import load_classifier, load_image_processor
-from utils.transfer.fine_tuning import fine_tune, run_stage
+from utils.transfer.fine_tuning import fine_tune
 from utils.transfer.image_datasets import StreamedTrainImages, TrainImages, TrainItems
 from utils.transfer.methods import StagePlan, StageSettings
+from utils.transfer.stage import Pretrained, run_stage
 from utils.transfer.synthetic_images import load_synthetic, open_synthetic
 
 pytest_plugins = ["tests.transfer.fixtures"]
@@ -127,7 +128,7 @@ def test_what_needs_all_images_at_once_is_refused_for_a_stream(
     plan = StagePlan("stage1", "synthetic", head_init, StageSettings(1, 1e-2, batch_norm=batch_norm))
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
     with pytest.raises(UserError, match="which a stream does not give"):
-        run_stage(plan, classifiers["vit"], CLASS_NAMES, stream, processor, args, tmp_path)
+        run_stage(plan, None, stream, Pretrained(classifiers["vit"], processor, {}), CLASS_NAMES, args, tmp_path)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -141,6 +142,8 @@ def test_a_damaged_image_in_a_stream_ends_a_stage_in_one_line(classifiers, proce
     )  # fmt: skip
     stage = StagePlan("stage1", "synthetic", "reset", StageSettings(2, 1e-3, per_device_train_batch_size=2))
     with pytest.raises(UserError) as error:
-        run_stage(stage, classifiers["vit"], CLASS_NAMES, stream, processor, args, tmp_path / "stage1")
+        run_stage(
+            stage, None, stream, Pretrained(classifiers["vit"], processor, {}), CLASS_NAMES, args, tmp_path / "stage1"
+        )
     assert str(error.value).startswith("--streaming: a synthetic image is damaged (no known image format), number 0 of")
     assert "file cat.png" in str(error.value) and "Traceback" not in str(error.value)

@@ -13,6 +13,7 @@ from utils.transfer.adapters import LoraSettings
 from utils.transfer.classifiers import load_image_processor
 from utils.transfer.methods import StageSettings
 from utils.transfer.rehearsal import rehearse
+from utils.transfer.stage import Pretrained
 
 pytest_plugins = ["tests.transfer.fixtures"]
 SETTINGS = StageSettings(3, 1e-3, head_learning_rate_factor=None, mixup_alpha=0.2)
@@ -22,7 +23,8 @@ SETTINGS = StageSettings(3, 1e-3, head_learning_rate_factor=None, mixup_alpha=0.
 def run(tmp_path):
     def run(folder, settings=SETTINGS, lora=None, imprint=False, **flags):
         args = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, **({"report_to": "none"} | flags))
-        rehearse(str(folder), load_image_processor(str(folder)), settings, args, lora=lora, imprint=imprint)
+        pretrained = Pretrained(str(folder), load_image_processor(str(folder)), {}, lora)
+        rehearse(pretrained, settings, args, imprint)
 
     return run
 

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from utils.comparison.grid import VARIANTS
+from utils.cli.options import without_effect
 from utils.data.arguments import RealDataArguments
-from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES
+from utils.transfer.arguments import default_num_workers
+from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, METHODS
 
 
 @dataclass
@@ -38,7 +39,7 @@ class ComparisonArguments:
             "synthetic_only",
         ],
         metadata={
-            "help": f"Rows of the table: {', '.join(VARIANTS)}; method@NAME takes another synthetic set than the first."
+            "help": f"Rows of the table: {', '.join(METHODS)}; method@NAME takes another synthetic set than the first."
         },
     )  # fmt: skip
     num_shots: list[int] | None = field(
@@ -126,4 +127,9 @@ class SharedStageArguments:
     label_smoothing_factor: float = field(default=0.0, metadata={"help": "Label smoothing, in [0, 1)."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images, for each cell."})
+    bf16: bool = field(default=False, metadata={"help": "Train in bfloat16 mixed precision."})
+    fp16: bool = field(default=False, metadata={"help": "Train in float16 mixed precision."})
+    dataloader_num_workers: int = field(
+        default_factory=default_num_workers,
+        metadata=without_effect("Processes that read images ahead for each cell, as in train_bridged.py."),
+    )

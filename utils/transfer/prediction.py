@@ -55,13 +55,13 @@ def leep_of_model(model: nn.Module, images, batch_size: int = 128, num_workers: 
     return leep(torch.from_numpy(logits).softmax(1).numpy(), labels)
 
 
-def leep_of_checkpoint(name: str, images, **hub_options) -> float | None:
+def leep_of_checkpoint(name: str, images, batch_size: int = 128, num_workers: int = 0, **hub_options) -> float | None:
     """Return LEEP of a checkpoint's own classes for the labels of `images`; None for a backbone without a head.
 
     With fewer images than `num_source_classes` (few shots), a score is too good to compare with others.
     """
     model = load_pretrained(str(name), **hub_options)
-    return None if model is None else leep_of_model(model, images)
+    return None if model is None else leep_of_model(model, images, batch_size, num_workers)
 
 
 def num_source_classes(name: str, **hub_options) -> int:

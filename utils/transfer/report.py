@@ -13,7 +13,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from utils.transfer.card import MEANS_OVER_CLASSES, METRIC_NAMES
-from utils.transfer.methods import STAGE_NAMES
+from utils.transfer.methods import stage_names
 from utils.transfer.metrics import NUM_CALIBRATION_BINS, confidences
 
 MAX_CLASSES_WITH_NAMES = 30
@@ -126,7 +126,7 @@ def print_results(title: str, results: dict) -> None:
             table.add_row(name, _describe_leep(key, results))
     console = Console()
     console.print(table)
-    stages = [name for name in (*STAGE_NAMES, "total") if f"{name}_steps" in results]
+    stages = [name for name in (*stage_names(), "total") if f"{name}_steps" in results]
     if stages:
         console.print(_cost_table(stages, results))
 
