@@ -306,9 +306,8 @@ def evaluate_finished(args: Arguments) -> dict:
         UserError: the real images have other classes than the classifier.
     """
     from utils.transfer.classifiers import load_classifier, load_image_processor
-    from utils.transfer.image_datasets import EvalImages
-    from utils.transfer.metrics import test_metrics
-    from utils.transfer.prediction import predict
+    from utils.transfer.evaluation import predict, test_metrics
+    from utils.transfer.image_format import EvalImages
     from utils.transfer.report import print_results
 
     is_main_process = set_up_logging(args.training)
@@ -363,14 +362,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     from utils.hub.licenses import read_licenses
     from utils.transfer.adapters import LoraSettings, save_merged
-    from utils.transfer.card import write_model_card
     from utils.transfer.classifiers import check_classifier, load_image_processor, save_classifier
+    from utils.transfer.evaluation import leep_results, predict, test_metrics
     from utils.transfer.fine_tuning import run_stage
-    from utils.transfer.image_datasets import EvalImages
-    from utils.transfer.metrics import test_metrics
-    from utils.transfer.prediction import leep_of_checkpoint, leep_of_model, num_source_classes, predict
+    from utils.transfer.image_format import EvalImages
     from utils.transfer.rehearsal import rehearse
-    from utils.transfer.report import add_totals, plot_report, print_results
+    from utils.transfer.report import add_totals, plot_report, print_results, write_model_card
 
     is_main_process = set_up_logging(training_args)
     transformers.set_seed(training_args.seed)
@@ -401,12 +398,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         folder.begin()
     PartialState().wait_for_everyone()
     train_images = EvalImages(real.train, image_processor)
-    results = {
-        "leep_pretrained": leep_of_checkpoint(pretrained, train_images, **hub_options),
-        "leep_bridged": None,
-        "leep_num_images": len(real.train),
-        "leep_num_source_classes": num_source_classes(pretrained, **hub_options),
-    }
+    results = {}
     transformers.utils.logging.disable_progress_bar()  # what is to be downloaded is; the rest are moments
     log_histories = {}
     for stage in stages:
@@ -420,8 +412,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         )  # fmt: skip
         results |= {f"{stage.name}_{key}": value for key, value in done.summary().items()}
         log_histories[stage.name] = done.log_history
-        if stage.name == "stage1":
-            results["leep_bridged"] = leep_of_model(model, train_images, *loader_options(training_args))
+        if stage.name in ("stage1", "vanilla", "mix"):
+            bridged = model if stage.name == "stage1" else None
+            results |= leep_results(pretrained, bridged, train_images, *loader_options(training_args), **hub_options)
     results = add_totals(results, list(log_histories))
 
     # results: the one time that the test images are read

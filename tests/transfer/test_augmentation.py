@@ -6,8 +6,17 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from utils.transfer.augmentation import NOISE_SIGMA, BatchAugmentation, adjust_colours, draw_colours, mix_up, sharpen
-from utils.transfer.image_transforms import CropAndFlip, ImageFormat, decode_for_crop
+from utils.transfer.augmentation import (
+    NOISE_SIGMA,
+    BatchAugmentation,
+    CropAndFlip,
+    adjust_colours,
+    decode_for_crop,
+    draw_colours,
+    mix_up,
+    sharpen,
+)
+from utils.transfer.image_format import ImageFormat
 
 FORMAT = ImageFormat((24, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear")
 ADJUST = (v2.functional.adjust_brightness, v2.functional.adjust_contrast, v2.functional.adjust_saturation)

@@ -13,8 +13,8 @@ from tests.conftest import CLASS_NAMES
 from tests.transfer.architectures import HEADS, save_timm
 from utils.cli.errors import UserError
 from utils.transfer.classifiers import load_classifier, load_image_processor, load_pretrained, save_classifier
-from utils.transfer.heads import head_parameter_names
-from utils.transfer.prediction import predict
+from utils.transfer.evaluation import predict
+from utils.transfer.model_parts import head_parameter_names
 
 pytest_plugins = ["tests.transfer.fixtures"]
 

@@ -9,8 +9,8 @@ from tests.transfer.architectures import HEADS, save_timm
 from utils.cli.errors import UserError
 from utils.transfer.adapters import LoraSettings, add_adapter
 from utils.transfer.classifiers import load_classifier, load_image_processor
-from utils.transfer.heads import head_parameter_names, imprint_head, reset_head
-from utils.transfer.image_datasets import EvalImages
+from utils.transfer.image_format import EvalImages
+from utils.transfer.model_parts import head_parameter_names, imprint_head, reset_head
 
 pytest_plugins = ["tests.transfer.fixtures"]
 

@@ -10,9 +10,9 @@ from transformers import TrainingArguments
 
 from tests.conftest import CLASS_NAMES
 from utils.cli.errors import UserError
+from utils.transfer.augmentation import StreamedTrainImages, TrainImages, TrainItems
 from utils.transfer.classifiers import load_classifier, load_image_processor
 from utils.transfer.fine_tuning import fine_tune, run_stage
-from utils.transfer.image_datasets import StreamedTrainImages, TrainImages, TrainItems
 from utils.transfer.methods import StagePlan, StageSettings
 from utils.transfer.synthetic_images import load_synthetic, open_synthetic
 

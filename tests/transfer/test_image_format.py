@@ -12,13 +12,12 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from utils.cli.errors import UserError
-from utils.transfer.augmentation import BatchAugmentation
+from utils.transfer.augmentation import BatchAugmentation, TrainItems
 from utils.transfer.classifiers import load_classifier, load_image_processor
+from utils.transfer.evaluation import predict
 from utils.transfer.fine_tuning import fine_tune
-from utils.transfer.image_datasets import EvalImages, TrainItems
-from utils.transfer.image_format import check_image_processor, read_image_format
+from utils.transfer.image_format import EvalImages, check_image_processor, read_image_format
 from utils.transfer.methods import StageSettings
-from utils.transfer.prediction import predict
 
 pytest_plugins = ["tests.transfer.fixtures"]
 
@@ -68,7 +67,7 @@ def trained_on(image_processor, image: PILImage.Image, box: tuple, monkeypatch) 
     items = TrainItems(image_processor, "basic", random_flip=False)
     drawn = dict(zip(("top", "left", "height", "width"), box))
     monkeypatch.setattr(items.crop_and_flip.crop, "make_params", lambda _: drawn)
-    monkeypatch.setattr("utils.transfer.image_datasets.open_image", lambda image: image)
+    monkeypatch.setattr("utils.transfer.augmentation.open_image", lambda image: image)
     batch = default_collate([items.make({"image": image, "label": 0}, 1)])
     return BatchAugmentation(items.image_format, 2, seed=0)(batch)["pixel_values"][0]
 
@@ -194,7 +193,7 @@ def test_where_training_cannot_make_its_pixels_the_image_processor_does_and_one_
 
 def test_colours_change_before_the_image_processor_and_crops_keep_their_pixels(monkeypatch):
     items = TrainItems(make("Donut"), "robust", mixup_alpha=0.2)
-    monkeypatch.setattr("utils.transfer.image_datasets.open_image", lambda image: image)
+    monkeypatch.setattr("utils.transfer.augmentation.open_image", lambda image: image)
     row = {"image": PILImage.new("RGB", (900, 600), (200, 100, 0)), "label": 1}
     made = [items.make(row, 0, 0, index) for index in range(30)]
     tiny = {"image": PILImage.new("RGB", (1, 2)), "label": 1}

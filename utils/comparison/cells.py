@@ -18,11 +18,10 @@ from utils.comparison.statistics import pack_correct
 from utils.data.image_set import RealImages
 from utils.data.opened_images import open_synthetic
 from utils.data.splits import few_shot_indices
+from utils.transfer.evaluation import classification_metrics, predict
 from utils.transfer.fine_tuning import run_stage
-from utils.transfer.image_datasets import EvalImages, cache_items
+from utils.transfer.image_format import EvalImages, cache_items
 from utils.transfer.methods import StagePlan, StageSettings, mix_indices
-from utils.transfer.metrics import classification_metrics
-from utils.transfer.prediction import predict
 from utils.transfer.synthetic_images import SyntheticSource, load_synthetic
 
 

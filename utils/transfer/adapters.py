@@ -13,8 +13,8 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from utils.cli.errors import UserError
 from utils.transfer.classifiers import save_classifier
-from utils.transfer.heads import head_module_names
-from utils.transfer.image_datasets import EvalImages
+from utils.transfer.image_format import EvalImages
+from utils.transfer.model_parts import head_module_names
 
 ADAPTER_DIR = "adapter"
 NUM_CHECKED_IMAGES = 4

@@ -1,9 +1,11 @@
-"""Image classifiers of transformers and timm: load with a fresh or a kept head, save so that a pipeline loads them."""
+"""Image classifiers of transformers and timm: checked, loaded with a fresh or a kept head, saved for a pipeline."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -16,13 +18,19 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from utils.cli.errors import UserError
 from utils.cli.processes import warn_once
 from utils.hub.repositories import Source, open_source
-from utils.transfer.heads import head_parameter_names
-from utils.transfer.heads import reset_head as draw_head
 from utils.transfer.image_format import check_image_processor
+from utils.transfer.model_parts import batch_norm_modules, head_parameter_names
+from utils.transfer.model_parts import reset_head as draw_head
 
 NO_CLASSIFIER = "does not load as an image classifier"
 # what the base checkpoint was asked for beside logits: it would be given, and gathered, for every image
 OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+# peak learning rates of AdamW on real and on synthetic images, where flags give none
+LEARNING_RATES = {
+    "part": (2e-4, 5e-4),  # an adapter with the head, or the head alone
+    "batch_norm": (2e-4, 5e-4),  # all weights of a network that normalises by BatchNorm: ResNet, EfficientNet
+    "other": (2e-5, 5e-5),  # all weights of any other: ViT, Swin, ConvNeXt, hybrids, networks without normalisation
+}
 WEIGHTS = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
 
 
@@ -38,6 +46,46 @@ def check_classifier(name: str, revision: str | None = None, token: str | None =
     if not source.has_one_of(WEIGHTS):
         raise UserError(f"--model_name_or_path {name}: has no weights; one of {', '.join(WEIGHTS)} is wanted.")
     return source.revision
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Peak rates on real and on synthetic images, and in words why these."""
+
+    real: float
+    synthetic: float
+    reason: str
+
+
+def default_learning_rates(
+    name: str, *, use_peft: bool = False, freeze_backbone: bool = False, **hub_options
+) -> LearningRates:
+    """Return the rates of `LEARNING_RATES` that suit a checkpoint and what is trained of it, without its weights.
+
+    The head's own rate is a multiple of them. They are ours, and what a search starts from.
+
+    Raises:
+        UserError: the checkpoint does not fit an image classifier.
+
+    Source: 2e-5 is that of transformers' image-classification example (ViT) and of Swin's fine-tuning
+        (configs/swin/*_22kto1k_finetune.yaml, of 512 images a batch); ConvNeXt's is 5e-5, less in lower layers
+        (TRAINING.md, of as many).
+    """
+    if use_peft or freeze_backbone:
+        trained = "an adapter and the head are" if use_peft else "the head alone is"
+        return LearningRates(*LEARNING_RATES["part"], f"{trained} trained")
+    config = _load_config(name, **hub_options)
+    with _reading(name, NO_CLASSIFIER, **hub_options):
+        model = _build_without_weights(config, **hub_options)
+    has_layer_norm = any(isinstance(module, nn.LayerNorm) for module in model.modules())
+    if not batch_norm_modules(model):
+        kind, why = "other", "has no BatchNorm"
+    elif has_layer_norm:
+        kind, why = "other", "has LayerNorm beside BatchNorm"
+    else:
+        kind, why = "batch_norm", "normalises by BatchNorm"
+    architecture = config.architecture if config.model_type == "timm_wrapper" else config.model_type
+    return LearningRates(*LEARNING_RATES[kind], f"{architecture} {why}, all its weights are trained")
 
 
 def load_image_processor(name: str, **hub_options):
@@ -148,8 +196,7 @@ def _kind_of_rate(key: str) -> str | None:
 def _set_timm_rate(config: PreTrainedConfig, flag: str, rate: float) -> None:
     config.model_args = (config.model_args or {}) | {{"dropout": "drop_rate"}.get(flag, flag): rate}
     try:
-        with torch.device("meta"):
-            AutoModelForImageClassification.from_config(config)
+        _build_without_weights(config)
     except TypeError:  # not an argument of this architecture
         raise _no_such_rate(config, flag, rate) from None
 
@@ -169,6 +216,16 @@ def _reading(name: str | Path, problem: str, revision: str | None = None, token:
 def _load_config(name: str, **hub_options) -> PreTrainedConfig:
     with _reading(name, NO_CLASSIFIER, **hub_options):
         return AutoConfig.from_pretrained(name, **OUTPUTS, **hub_options)
+
+
+def _build_without_weights(
+    config: PreTrainedConfig, revision: str | None = None, trust_remote_code: bool = False, **_
+) -> PreTrainedModel:
+    code = {}
+    if trust_remote_code and AutoModelForImageClassification.__name__ in getattr(config, "auto_map", {}):
+        code = {"trust_remote_code": True, "code_revision": revision}
+    with torch.device("meta"):  # shapes without memory
+        return AutoModelForImageClassification.from_config(config, **code)
 
 
 def _load_weights(name: str, config: PreTrainedConfig, **hub_options) -> tuple[PreTrainedModel, dict]:

@@ -16,13 +16,12 @@ from transformers.trainer_utils import EvalPrediction
 
 from utils.cli.errors import UserError
 from utils.transfer.adapters import LoraSettings
-from utils.transfer.augmentation import BatchAugmentation
-from utils.transfer.batch_norm import recalibrate_batch_norm
+from utils.transfer.augmentation import BatchAugmentation, StreamedTrainImages, TrainImages, TrainItems
 from utils.transfer.classifiers import load_classifier
-from utils.transfer.heads import head_parameter_names, imprint_head
-from utils.transfer.image_datasets import EvalImages, StreamedTrainImages, TrainImages, TrainItems
+from utils.transfer.evaluation import classification_metrics
+from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StagePlan, StageSettings
-from utils.transfer.metrics import classification_metrics
+from utils.transfer.model_parts import head_parameter_names, imprint_head, recalibrate_batch_norm
 from utils.transfer.stage_folder import describe_stage, find_earlier_run, stage_folder
 from utils.transfer.stage_models import load_start, load_trained, save_trained
 from utils.transfer.stage_trainer import StageTrainer, soft_cross_entropy

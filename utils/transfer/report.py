@@ -1,9 +1,10 @@
-"""What people look at after a run: learning curves, confusion matrix, calibration, and a table of results and costs."""
+"""What people read of a run: curves, confusion matrix and calibration, a table of results and costs, the model card."""
 
 import math
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
@@ -12,10 +13,22 @@ from rich.table import Table
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from utils.transfer.card import MEANS_OVER_CLASSES, METRIC_NAMES
+from utils.cli.records import image_set_name
+from utils.hub.licenses import License, common_license, hub_ids
+from utils.hub.markdown import FUNCTIONS, code
+from utils.hub.merged_card import save_card
+from utils.transfer.evaluation import NUM_CALIBRATION_BINS, confidences
 from utils.transfer.methods import STAGE_NAMES
-from utils.transfer.metrics import NUM_CALIBRATION_BINS, confidences
 
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+METRIC_NAMES = {
+    "accuracy": "Accuracy",
+    "top5_accuracy": "Top-5 accuracy",
+    "mean_per_class_accuracy": "Mean per-class accuracy",
+    "macro_f1": "Macro F1",
+    "expected_calibration_error": "Expected calibration error",
+}
+MEANS_OVER_CLASSES = ("mean_per_class_accuracy", "macro_f1")
 MAX_CLASSES_WITH_NAMES = 30
 NAME_LENGTH = 22
 CURVES = {
@@ -160,3 +173,75 @@ def _cost_table(stages: list[str], results: dict) -> Table:
         values = (results[f"{stage}_{cost}"] for cost in COSTS)
         table.add_row(stage, *("not measured" if value is None else f"{round(value, 4):,}" for value in values))
     return table
+
+
+def write_model_card(
+    output_dir: str | Path,
+    model_name: str,
+    base_model: str,
+    config: dict,
+    results: dict,
+    licenses: dict[str, License],
+    command: str,
+) -> None:
+    """Write `README.md` with a `model-index`, the data sets and the base model linked.
+
+    `config` is what `bridged_config.json` holds, `results` what `all_results.json` holds, `licenses` maps each source's
+    name to its licence, of which the classifier gets that of `base_model`. Local paths are named in the text only: the
+    Hub takes ids in the metadata. A card that is there already is merged.
+
+    Raises:
+        UserError: that card's metadata are malformed.
+    """
+    real = image_set_name(config["real_images"])
+    synthetic = config["synthetic_dataset"]["name"] if config["synthetic_dataset"] else None
+    base_models = hub_ids(base_model)
+    data = ModelCardData(
+        **common_license([licenses[base_model]]).to_metadata(),
+        model_name=model_name,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["bridged-transfer", "image-classification", "synthetic-data", *(["lora"] if config["lora"] else [])],
+        base_model=base_models[0] if base_models else None,
+        base_model_relation="finetune" if base_models else None,
+        datasets=hub_ids(real, synthetic) or None,
+        eval_results=eval_results(real, config.get("test_split"), results) or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        model_name=model_name,
+        model_path=base_model,
+        base_link=_link(base_model),
+        real_link=_link(real, "datasets/"),
+        synthetic_link=synthetic and _link(synthetic, "datasets/"),
+        config=config,
+        results=results,
+        metric_names=METRIC_NAMES,
+        licenses=licenses,
+        command=command,
+        **FUNCTIONS,
+    )
+    save_card(card, Path(output_dir) / "README.md")
+
+
+def _link(name: str, folder: str = "") -> str:
+    return f"[{code(name)}]({constants.ENDPOINT}/{folder}{name})" if hub_ids(name) else code(name)
+
+
+def eval_results(dataset_name: str, split: str | None, results: dict) -> list[EvalResult]:
+    """Return the test metrics of `results` that are numbers, for a `model-index`; a `split` of None has no name."""
+    folder_or_repository = Path(dataset_name).resolve().name if Path(dataset_name).is_dir() else dataset_name
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=folder_or_repository,
+            dataset_name=Path(folder_or_repository).name,
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=metric_name,
+            metric_value=round(float(results[f"test_{metric}"]), 4),
+        )
+        for metric, metric_name in METRIC_NAMES.items()
+        if math.isfinite(results.get(f"test_{metric}", math.nan))
+    ]

@@ -8,10 +8,9 @@ from transformers import PreTrainedModel
 
 from utils.cli.errors import UserError
 from utils.transfer.adapters import LoraSettings, add_adapter, load_adapter, save_adapter
-from utils.transfer.batch_norm import batch_norm_modules
 from utils.transfer.classifiers import save_classifier
-from utils.transfer.heads import reset_head
 from utils.transfer.methods import StagePlan
+from utils.transfer.model_parts import batch_norm_modules, reset_head
 
 
 def load_start(

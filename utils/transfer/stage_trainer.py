@@ -14,10 +14,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from utils.cli.errors import DivergedError, UserError
-from utils.transfer.augmentation import BatchAugmentation
-from utils.transfer.batch_norm import batch_norm_modules
-from utils.transfer.heads import head_parameter_names
-from utils.transfer.image_datasets import StreamedTrainImages, TrainImages
+from utils.transfer.augmentation import BatchAugmentation, StreamedTrainImages, TrainImages
+from utils.transfer.model_parts import batch_norm_modules, head_parameter_names
 
 INITIAL_SCALE = 2.0**16  # of torch's GradScaler
 
