@@ -75,6 +75,7 @@ def default_learning_rates(
         trained = "an adapter and the head are" if use_peft else "the head alone is"
         return LearningRates(*LEARNING_RATES["part"], f"{trained} trained")
     config = _load_config(name, **hub_options)
+    config.num_labels = 2  # timm's backbones have none
     with _reading(name, NO_CLASSIFIER, **hub_options):
         model = _build_without_weights(config, **hub_options)
     has_layer_norm = any(isinstance(module, nn.LayerNorm) for module in model.modules())
@@ -114,15 +115,9 @@ def load_pretrained(name: str, **hub_options) -> PreTrainedModel | None:
 
 
 def load_classifier(
-    name: str,
-    class_names: list[str],
-    reset_head: bool,
-    seed: int,
-    *,
-    dropout: float | None = None,
-    drop_path_rate: float | None = None,
-    **hub_options,
-) -> PreTrainedModel:
+    name: str, class_names: list[str], reset_head: bool, seed: int, *, dropout: float | None = None,
+    drop_path_rate: float | None = None, **hub_options,
+) -> PreTrainedModel:  # fmt: skip
     """Return a checkpoint as a classifier of `class_names`, with a fresh head drawn from `seed` or with its own.
 
     Weights are float32, in which they are trained, whatever they were saved in. `dropout` and `drop_path_rate`, in
@@ -175,13 +170,23 @@ def _check_loaded(name: str, model: PreTrainedModel, missing: set[str]) -> None:
 
 
 def _set_rate(config: PreTrainedConfig, flag: str, rate: float) -> None:
-    """Set one kind of dropout in the config, so that what is saved says how it was trained."""
+    """Set one kind of dropout in the config, so that what is saved says how it was trained.
+
+    Raises:
+        UserError: the architecture has no such dropout.
+    """
+    kind = {"dropout": "dropout", "drop_path_rate": "drop path"}[flag]
+    no_such_rate = UserError(f"--{flag} {rate}: {config.name_or_path} has no {kind}; leave the flag out.")
     if config.model_type == "timm_wrapper":
-        _set_timm_rate(config, flag, rate)
+        config.model_args = (config.model_args or {}) | {{"dropout": "drop_rate"}.get(flag, flag): rate}
+        try:
+            _build_without_weights(config)
+        except TypeError:  # not an argument of this architecture
+            raise no_such_rate from None
         return
     keys = [key for key in config.to_dict() if _kind_of_rate(key) == flag]
     if not keys:
-        raise _no_such_rate(config, flag, rate)
+        raise no_such_rate
     for key in keys:
         old = getattr(config, key)  # some have a rate for each of their stages
         setattr(config, key, [rate] * len(old) if isinstance(old, list) else rate)
@@ -191,19 +196,6 @@ def _kind_of_rate(key: str) -> str | None:
     if "drop_path" in key or "drop_connect" in key:
         return "drop_path_rate"
     return "dropout" if "drop" in key and "att" not in key else None  # attention's is a third kind
-
-
-def _set_timm_rate(config: PreTrainedConfig, flag: str, rate: float) -> None:
-    config.model_args = (config.model_args or {}) | {{"dropout": "drop_rate"}.get(flag, flag): rate}
-    try:
-        _build_without_weights(config)
-    except TypeError:  # not an argument of this architecture
-        raise _no_such_rate(config, flag, rate) from None
-
-
-def _no_such_rate(config: PreTrainedConfig, flag: str, rate: float) -> UserError:
-    kind = {"dropout": "dropout", "drop_path_rate": "drop path"}[flag]
-    return UserError(f"--{flag} {rate}: {config.name_or_path} has no {kind}; leave the flag out.")
 
 
 def _reading(name: str | Path, problem: str, revision: str | None = None, token: str | None = None, **_):

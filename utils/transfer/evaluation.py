@@ -107,12 +107,9 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, 
     expected calibration error is the mean distance of confidence and accuracy over 15 bins of confidence.
     """
     return ImageClassification(keep_in_memory=True).compute(
-        predictions=logits.argmax(1),
-        references=labels,
-        confidences=confidences(logits),
-        ranks=_true_class_ranks(logits, labels),
-        num_classes=logits.shape[1],
-    )
+        predictions=logits.argmax(1), references=labels, confidences=confidences(logits),
+        ranks=_true_class_ranks(logits, labels), num_classes=logits.shape[1],
+    )  # fmt: skip
 
 
 def confidences(logits: np.ndarray) -> np.ndarray:
@@ -151,12 +148,9 @@ def accuracy_interval(logits: np.ndarray, labels: np.ndarray, seed: int = 0) -> 
     if len(labels) < 2:
         return 0.0, 1.0
     interval = bootstrap(
-        (logits.argmax(1) == labels,),
-        np.mean,
-        method="percentile",
+        (logits.argmax(1) == labels,), np.mean, method="percentile", rng=np.random.default_rng(seed),
         batch=max(1, MAX_DRAWS_IN_MEMORY // len(labels)),
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    ).confidence_interval  # fmt: skip
     return float(interval.low), float(interval.high)
 
 

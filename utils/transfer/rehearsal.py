@@ -34,15 +34,9 @@ PROBLEMS = (
 
 
 def rehearse(
-    pretrained: str,
-    image_processor,
-    settings: StageSettings,
-    training_args: TrainingArguments,
-    *,
-    lora: LoraSettings | None = None,
-    imprint: bool = False,
-    **hub_options,
-) -> None:
+    pretrained: str, image_processor, settings: StageSettings, training_args: TrainingArguments, *,
+    lora: LoraSettings | None = None, imprint: bool = False, **hub_options,
+) -> None:  # fmt: skip
     """Train a checkpoint for one step on two generated pictures, evaluate it, and throw it away.
 
     It is loaded and trained as a stage is, on the same device, in the same precision, with the same optimiser, but not
