@@ -47,7 +47,7 @@ from utils.data.image_set import RealImagesRecord
 from utils.data.opened_images import open_all
 from utils.data.real_images import check_held_out, limit_held_out, load_real_images, same_image_set
 from utils.transfer.arguments import ModelArguments
-from utils.transfer.classifiers import check_classifier, load_image_processor
+from utils.transfer.classifiers import check_classifier, default_learning_rates, load_image_processor
 from utils.transfer.methods import StageSettings, describe_methods
 from utils.transfer.rehearsal import rehearse
 from utils.transfer.stage import Pretrained
@@ -94,7 +94,7 @@ def check_values(values: dict) -> None:
         if len(set(entries)) < len(entries):
             raise UserError(f"--{name} {' '.join(map(str, entries))}: a value is there twice.")
     for name in ("learning_rates", "bridge_learning_rates"):
-        if values["search_learning_rate"] and len(values[name]) > 1:
+        if values["search_learning_rate"] and len(values[name] or []) > 1:
             raise UserError(f"--search_learning_rate: searches around one value, --{name} has {len(values[name])}.")
     other_shots = set(values["search_shots"] or []) - set(values["num_shots"] or [])
     if other_shots:
@@ -189,6 +189,19 @@ def build_runner(model_args, real_args, comparison_args, shared_args, sources: d
     )  # fmt: skip
 
 
+def fill_in_learning_rates(search_args, pretrained: Pretrained) -> None:
+    """Set the learning rates that are not given by the kind of classifier, and say so."""
+    if search_args.settings or (search_args.learning_rates and search_args.bridge_learning_rates):
+        return
+    rates = default_learning_rates(pretrained.name, **pretrained.hub_options)
+    search_args.learning_rates = search_args.learning_rates or [rates.real]
+    search_args.bridge_learning_rates = search_args.bridge_learning_rates or [rates.synthetic]
+    print(
+        f"Learning rates {search_args.learning_rates[0]:g} on real, {search_args.bridge_learning_rates[0]:g} on "
+        f"synthetic images where none is given: {rates.reason}."
+    )
+
+
 def build_training_arguments(shared_args, comparison_args) -> TrainingArguments:
     """Return what the Trainer of every stage is told.
 
@@ -231,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     # model and data
     runner = build_runner(model_args, real_args, comparison_args, shared_args, sources, rows)
+    fill_in_learning_rates(search_args, runner.pretrained)
     runner.check(rows, shots, volumes)
     warn_of_leaks(runner, shots[0])
 

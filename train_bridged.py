@@ -71,6 +71,7 @@ logger = logging.getLogger(__name__)
 MAX_IMAGES_FOR_KEPT_HEAD = 4
 # the classifier itself, no stage and no training state
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter/*")
+LEEP_RESULTS = ("leep_pretrained", "leep_bridged", "leep_num_images", "leep_num_source_classes")
 PUBLISHED_FILES = (
     *WEIGHTS, "config.json", "preprocessor_config.json", "report.png", ALL_RESULTS, BRIDGED_CONFIG, RUN_CONFIG,
     "README.md",
@@ -347,9 +348,8 @@ def evaluate_finished(args: Arguments) -> dict:
         UserError: the real images have other classes than the classifier.
     """
     from utils.transfer.classifiers import load_classifier, load_image_processor
-    from utils.transfer.image_datasets import EvalImages
-    from utils.transfer.metrics import test_metrics
-    from utils.transfer.prediction import predict
+    from utils.transfer.evaluation import predict, test_metrics
+    from utils.transfer.image_format import EvalImages
     from utils.transfer.report import print_results
 
     is_main_process = set_up_logging(args.training)
@@ -379,6 +379,22 @@ def open_hub_target(training_args: BridgedTrainingArguments) -> Target | None:
     )  # fmt: skip
 
 
+def choose_learning_rate(args: Arguments) -> str | None:
+    """Set the learning rate that is not given, by what kind of model is trained; return why, None where it is given."""
+    from utils.transfer.classifiers import check_classifier, default_learning_rates
+
+    if args.training.learning_rate is not None:
+        return None
+    model_args, token = args.model, args.training.hub_token or None
+    commit = check_classifier(model_args.model_name_or_path, model_args.model_revision, token)
+    rates = default_learning_rates(
+        model_args.model_name_or_path, use_peft=args.lora.use_peft, freeze_backbone=args.stage.freeze_backbone,
+        revision=commit or "main", trust_remote_code=model_args.trust_remote_code, token=token,
+    )  # fmt: skip
+    args.training.learning_rate = rates.real
+    return rates.reason
+
+
 def open_pretrained(args: Arguments):
     """Return the checkpoint that is to be adapted, its commit pinned; its weights are not loaded.
 
@@ -399,32 +415,26 @@ def open_pretrained(args: Arguments):
 
 
 class Leep:
-    """LEEP of the pretrained classifier and of that of stage 1 on the real training images, before stage 2."""
+    """LEEP of the pretrained classifier and of that of stage 1 on the real training images, measured after stage 1."""
 
     def __init__(self, args: Arguments, pretrained, real):
-        from utils.transfer.image_datasets import EvalImages
-        from utils.transfer.prediction import leep_of_checkpoint, num_source_classes
-
-        has_stage_1 = STAGE_1.name in (stage.name for stage in args.chosen_method.stages)
-        self.is_measured = has_stage_1 if args.training.leep is None else args.training.leep
-        self.loader_options = loader_options(args.training)
-        self.images = EvalImages(real.train, pretrained.image_processor)
-        self.results = {
-            "leep_pretrained": None,
-            "leep_bridged": None,
-            "leep_num_images": len(real.train),
-            "leep_num_source_classes": num_source_classes(pretrained.name, **pretrained.hub_options),
-        }
-        if self.is_measured:
-            self.results["leep_pretrained"] = leep_of_checkpoint(
-                pretrained.name, self.images, *self.loader_options, **pretrained.hub_options
-            )
+        self.args, self.pretrained, self.train_images = args, pretrained, real.train
+        names = [stage.name for stage in args.chosen_method.stages]
+        has_stage_1 = STAGE_1.name in names
+        is_measured = has_stage_1 if args.training.leep is None else args.training.leep
+        self.measured_after = (STAGE_1.name if has_stage_1 else names[0]) if is_measured else None
+        self.results = dict.fromkeys(LEEP_RESULTS)
 
     def after_stage(self, stage: StagePlan, model) -> None:
-        from utils.transfer.prediction import leep_of_model
+        from utils.transfer.evaluation import leep_results
+        from utils.transfer.image_format import EvalImages
 
-        if self.is_measured and stage.name == STAGE_1.name:
-            self.results["leep_bridged"] = leep_of_model(model, self.images, *self.loader_options)
+        if stage.name == self.measured_after:
+            self.results = leep_results(
+                self.pretrained.name, model if stage.name == STAGE_1.name else None,
+                EvalImages(self.train_images, self.pretrained.image_processor), *loader_options(self.args.training),
+                **self.pretrained.hub_options,
+            )  # fmt: skip
 
 
 def write_results(folder: Path, title: str, pretrained, class_names: list[str], results: dict, done) -> None:
@@ -443,7 +453,7 @@ def write_results(folder: Path, title: str, pretrained, class_names: list[str], 
 def write_card(args: Arguments, folder: Path, model_id: str, config: dict, results: dict, command: str) -> None:
     """Write the model card, with the licenses of what the classifier was made from."""
     from utils.hub.licenses import read_licenses
-    from utils.transfer.card import write_model_card
+    from utils.transfer.report import write_model_card
 
     name, real, synthetic = args.model.model_name_or_path, config["real_images"], config["synthetic_dataset"]
     sources = [(name, "model", args.model.model_revision)]
@@ -464,6 +474,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         return evaluate_finished(args)
 
     # output folder
+    rate_reason = choose_learning_rate(args)
     options = resolve_options(args.groups)
     folder = RunFolder(
         Path(training_args.output_dir), "a classifier", options, BRIDGED_CONFIG, traces=stage_names(),
@@ -480,14 +491,16 @@ def main(argv: Sequence[str] | None = None) -> dict:
     import transformers
     from accelerate import PartialState
 
-    from utils.transfer.image_datasets import EvalImages
-    from utils.transfer.metrics import test_metrics
+    from utils.transfer.evaluation import test_metrics
+    from utils.transfer.image_format import EvalImages
     from utils.transfer.rehearsal import rehearse
     from utils.transfer.report import add_totals
     from utils.transfer.run_method import run_method
 
     is_main_process = set_up_logging(training_args)
     transformers.set_seed(training_args.seed)
+    if rate_reason is not None:
+        logger.info(f"--learning_rate {training_args.learning_rate:g}: {rate_reason}.")
 
     # model: what it cannot do is found before the images are read
     pretrained = open_pretrained(args)
@@ -516,7 +529,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     results = add_totals(leep.results | done.results, list(done.log_histories))
     results |= test_metrics(done.logits, done.labels)
     if is_main_process:
-        config = describe_run(args, real, source, stages)
+        config = describe_run(args, real, source, stages) | {"learning_rate_reason": rate_reason}
         write_results(folder.path, f"{args.method.method}: {folder.path}", pretrained, real.class_names, results, done)
         write_run_config(folder.path, options, started)
         model_id = hub_target.repo_id if hub_target else folder.path.resolve().name

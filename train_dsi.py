@@ -43,9 +43,9 @@ from utils.hub.merged_card import check_card
 from utils.hub.publishing import publish_finished, publish_folder
 from utils.hub.targets import open_target
 from utils.style.base_models import open_base_model
+from utils.style.card import STYLE_PICTURE
 from utils.style.token_folder import (
     PUBLISHED_FILES,
-    STYLE_PICTURE,
     TRAINING_PICTURE,
     describe_token,
     print_summary,

@@ -14,13 +14,12 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from tests.conftest import CLASS_NAMES
 from utils.cli.errors import UserError
 from utils.transfer.adapters import LoraSettings
-from utils.transfer.augmentation import BatchAugmentation
+from utils.transfer.augmentation import BatchAugmentation, TrainImages, TrainItems
 from utils.transfer.classifiers import load_classifier, load_image_processor
 from utils.transfer.fine_tuning import StageResult, fine_tune, soft_cross_entropy
-from utils.transfer.heads import head_parameter_names
-from utils.transfer.image_datasets import EvalImages, TrainImages, TrainItems
-from utils.transfer.image_format import read_image_format
+from utils.transfer.image_format import EvalImages, read_image_format
 from utils.transfer.methods import StagePlan, StageSettings
+from utils.transfer.model_parts import head_parameter_names
 from utils.transfer.stage import Pretrained, run_stage
 
 pytest_plugins = ["tests.transfer.fixtures"]

@@ -12,9 +12,9 @@ from datasets import Dataset, load_dataset
 from safetensors.torch import save_file
 from transformers import TrainingArguments
 
+from utils.transfer.augmentation import TrainItems
 from utils.transfer.classifiers import load_classifier, load_image_processor
 from utils.transfer.fine_tuning import StageTrainer, fine_tune
-from utils.transfer.image_datasets import TrainItems
 from utils.transfer.methods import StagePlan, StageSettings
 from utils.transfer.stage import Pretrained, run_stage
 from utils.transfer.synthetic_images import load_synthetic, open_synthetic

@@ -74,8 +74,12 @@ class SearchArguments:
         default=False,
         metadata={"help": "Search a quarter and four times of both learning rates too, the same for every method."},
     )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [2e-4], metadata={"help": "Peak learning rates of AdamW."}
+    learning_rates: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rates of AdamW; when not given, 2e-4 for networks with BatchNorm, 2e-5 for others "
+            "(ViT, Swin, ConvNeXt)."
+        },
     )
     step_counts: list[int] | None = field(
         default=None, metadata={"help": "Steps on real images, in place of epochs; matched methods add stage 1's."}
@@ -84,8 +88,9 @@ class SearchArguments:
     head_learning_rate_factors: list[float] | None = field(
         default=None, metadata={"help": "Head's learning rate over the rest's; 10 for a fresh head, 1 for another."}
     )
-    bridge_learning_rates: list[float] = field(
-        default_factory=lambda: [5e-4], metadata={"help": "Peak learning rates on synthetic images."}
+    bridge_learning_rates: list[float] | None = field(
+        default=None,
+        metadata={"help": "Peak learning rates on synthetic images; when not given, 5e-4 and 5e-5 for these."},
     )
     bridge_step_counts: list[int] | None = field(
         default=None, metadata={"help": "Steps on synthetic images, in place of epochs; the same for every volume."}

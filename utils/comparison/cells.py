@@ -28,9 +28,9 @@ from utils.comparison.statistics import pack_correct
 from utils.data.image_set import RealImages
 from utils.data.opened_images import open_synthetic
 from utils.data.splits import few_shot_indices
-from utils.transfer.image_datasets import EvalImages, cache_items
+from utils.transfer.evaluation import classification_metrics
+from utils.transfer.image_format import EvalImages, cache_items
 from utils.transfer.methods import StageSettings
-from utils.transfer.metrics import classification_metrics
 from utils.transfer.run_method import run_method, select_images
 from utils.transfer.stage import Pretrained
 from utils.transfer.synthetic_images import SyntheticSource, load_synthetic
@@ -148,6 +148,8 @@ class CellRunner:
             "max_eval_samples": self.max_eval_samples,
             "real_images": self.real.record.to_dict(),
         }
+        if "recalibrate" in (stage["settings"]["batch_norm"] for stage in settings["stages"]):
+            settings["statistics_batch_size"] = self.training_args.per_device_eval_batch_size
         if cell.row.method.uses_synthetic:
             settings |= self._synthetic_settings(cell) | {"mix_ratio": cell.row.method.mix_ratio}
         return settings

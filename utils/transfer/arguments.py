@@ -252,7 +252,13 @@ class BridgedTrainingArguments(TrainingArguments):
     )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per device and step."})
     per_device_eval_batch_size: int = field(default=128, metadata=without_effect("Images per device in evaluation."))
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of AdamW; when not given, 2e-4 for networks with BatchNorm, adapters and heads "
+            "alone, 2e-5 for all weights of others (ViT, Swin, ConvNeXt)."
+        },
+    )
     num_train_epochs: float = field(default=30.0, metadata={"help": "Epochs over the real images."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})

@@ -19,12 +19,11 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalPrediction
 
 from utils.cli.errors import DivergedError, UserError
-from utils.transfer.augmentation import BatchAugmentation
-from utils.transfer.batch_norm import batch_norm_modules
-from utils.transfer.heads import head_parameter_names
-from utils.transfer.image_datasets import EvalImages, StreamedTrainImages, TrainImages, TrainItems
+from utils.transfer.augmentation import BatchAugmentation, StreamedTrainImages, TrainImages, TrainItems
+from utils.transfer.evaluation import classification_metrics
+from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StageSettings
-from utils.transfer.metrics import classification_metrics
+from utils.transfer.model_parts import batch_norm_modules, head_parameter_names
 
 INITIAL_SCALE = 2.0**16  # of torch's GradScaler
 

@@ -14,11 +14,11 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from utils.cli.errors import UserError
+from utils.transfer.evaluation import predict
 from utils.transfer.fine_tuning import build_trainer
-from utils.transfer.heads import imprint_head
-from utils.transfer.image_datasets import EvalImages
+from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StagePlan, StageSettings
-from utils.transfer.prediction import predict
+from utils.transfer.model_parts import imprint_head
 from utils.transfer.stage import Pretrained, load_start
 
 CLASS_NAMES = ["first", "second"]

@@ -11,8 +11,8 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch import nn
 from transformers import TrainingArguments
 
+from utils.transfer.evaluation import predict
 from utils.transfer.methods import Method, StagePlan, mix_indices
-from utils.transfer.prediction import predict
 from utils.transfer.stage import Pretrained, run_stage
 
 logger = logging.getLogger(__name__)

@@ -22,12 +22,11 @@ from utils.cli.records import read_record
 from utils.cli.run_folder import RunFolder
 from utils.transfer.adapters import LoraSettings, add_adapter, load_adapter, save_adapter
 from utils.transfer.arguments import OF_EACH_STAGE
-from utils.transfer.batch_norm import batch_norm_modules, recalibrate_batch_norm
 from utils.transfer.classifiers import load_classifier, save_classifier
 from utils.transfer.fine_tuning import StageResult, fine_tune
-from utils.transfer.heads import imprint_head, reset_head
-from utils.transfer.image_datasets import EvalImages
+from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StagePlan
+from utils.transfer.model_parts import batch_norm_modules, imprint_head, recalibrate_batch_norm, reset_head
 
 STAGE_RECORD = "stage.json"
 SETTINGS_RECORD = "stage_settings.json"
