@@ -346,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     from utils.style.checkpoints import TrainingState, find_checkpoint
     from utils.style.monitor import BeforeAfter, HealthCheck, Monitor
     from utils.style.style_images import load_latents, load_style_images
-    from utils.style.token import Denoiser, PromptEncoder, add_placeholder_tokens
+    from utils.style.token import Denoiser, PromptEncoder, add_placeholder_tokens, save_learned_embeds
 
     # Tokenizers, images and prompts: everything that can be wrong, before a model loads
     checkpoint = find_checkpoint(folder, monitoring_args.resume_from_checkpoint)
@@ -398,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             initializer_token=token_args.initializer_token, resolution=resolution,
             max_train_steps=training_args.max_train_steps, health=health, held_out_losses=state.held_out_losses,
         )  # fmt: skip
-        state.save_token(folder.path)
+        save_learned_embeds(folder.path, token, encoder.rows)
         monitor.plot_training()
         write_records(folder, record, started, public_command("train_dsi.py", argv), hub_target, hub_args.hub_token)
         if hub_target is not None:

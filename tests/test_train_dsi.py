@@ -20,7 +20,7 @@ import train_dsi
 from tests.conftest import CLASS_NAMES, read_rows, save_image_set
 from utils.cli.errors import UserError
 from utils.cli.records import read_record
-from utils.style import monitor
+from utils.style import monitor, token
 from utils.style.base_models import BaseModel
 
 pytest_plugins = ["tests.style.fixtures"]
@@ -227,14 +227,8 @@ def test_rows_stay_float32_beside_a_model_in_half_precision(run_dsi, tiny_xl_pip
     loaded = spy_on_loading(monkeypatch)
     flags = {"pretrained_model_name_or_path": tiny_xl_pipeline_dir, "num_validation_images": 1}
     history = run_dsi(mixed_precision="bf16", **flags)["loss_history"]
-    dtypes = {
-        name: weight.dtype
-        for method, model, _ in loaded
-        if method != "load_vae"
-        for name, weight in model.named_parameters()
-        if not name.endswith(".rows")
-    }
-    assert set(dtypes.values()) == {torch.bfloat16}
+    weights = [weight for name, model, _ in loaded if name != "load_vae" for weight in model.named_parameters()]
+    assert {weight.dtype for name, weight in weights if not name.endswith(".rows")} == {torch.bfloat16}
     assert np.isfinite(history).all()
     for rows in read_rows(tmp_path / "style"):
         assert rows.dtype == torch.float32
@@ -272,22 +266,12 @@ def test_class_folders_train_and_a_damaged_image_is_an_error_or_left_out_and_cou
 
 
 def test_prompts_come_from_files_and_class_names_are_corrected(run_dsi, monkeypatch, tmp_path):
-    prompts = []
-    original = train_dsi.prepare_prompts
-
-    def prepare(tokenizers, *args):
-        nouns, prompt_ids = original(tokenizers, *args)
-        prompts.extend(tokenizers[0].decode(ids[0], skip_special_tokens=True) for ids in prompt_ids.training)
-        return nouns, prompt_ids
-
-    monkeypatch.setattr(train_dsi, "prepare_prompts", prepare)
+    prompts, check = [], token.check_prompt_lengths
+    monkeypatch.setattr(token, "check_prompt_lengths", lambda *args: (prompts.extend(args[1]), check(*args)))
     (tmp_path / "names.yaml").write_text("blue-stripe: band of blue\n")
     (tmp_path / "templates.txt").write_text("# more\n{class} by {token}\n")
     run_dsi(class_names_file=tmp_path / "names.yaml", prompt_templates_file=tmp_path / "templates.txt")
-    assert [prompt.replace(" ", "") for prompt in prompts[2::3]] == [
-        "abandofbluephotointhestyleof<dsi-style>",
-        "bandofblueby<dsi-style>",
-    ]
+    assert prompts[2::3] == ["A band of blue photo in the style of <dsi-style>", "band of blue by <dsi-style>"]
     record = read_record(tmp_path / "style" / "dsi_config.json")
     assert record["prompt_nouns"] == ["red square", "green circle", "band of blue"]
     assert record["prompt_templates"] == ["A {class} photo in the style of {token}", "{class} by {token}"]
@@ -424,7 +408,9 @@ def test_a_finished_token_is_not_overwritten_unasked(run_dsi, tmp_path, capsys):
     with pytest.raises(UserError, match="initializer_token was style"):
         run_dsi(initializer_token="s")
     assert (tmp_path / "style" / "learned_embeds.safetensors").read_bytes() == before
+    (tmp_path / "style" / "style.png").touch()
     run_dsi(seed=5, overwrite_output_dir=True)
+    assert not (tmp_path / "style" / "style.png").exists()  # of the token that was replaced
     assert (tmp_path / "style" / "learned_embeds.safetensors").read_bytes() != before
 
 

@@ -44,10 +44,6 @@ class TrainingState:
     loss_history: list[float] = field(default_factory=list)
     held_out_losses: dict[str, float] = field(default_factory=dict)
 
-    def save_token(self, folder: Path) -> None:
-        """Write `learned_embeds.safetensors`, for `pipe.load_textual_inversion`."""
-        save_learned_embeds(folder, self.placeholder_token, self.rows)
-
     def save(self, folder: RunFolder, total_limit: int | None = None) -> Path:
         """Write `checkpoint-<step>`, whole or not at all, then remove the oldest beyond `total_limit`.
 
@@ -63,7 +59,7 @@ class TrainingState:
             for parameter, values in optimizer_state["state"].items()
             for name, value in values.items()
         }
-        self.save_token(temporary)
+        save_learned_embeds(temporary, self.placeholder_token, self.rows)
         save_file(tensors, temporary / TRAINING_STATE)
         record = {
             "progress": {name: getattr(self, name) for name in PROGRESS},
