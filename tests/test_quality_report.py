@@ -20,7 +20,7 @@ from tests.conftest import CLASS_NAMES, blank_figures, save_image_set
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
 from utils.hub.repositories import Source
-from utils.quality.images import collect_parts, load_reference_images
+from utils.quality.features import collect_parts, load_reference_images
 
 pytest_plugins = ["tests.local_hub.fixtures"]
 

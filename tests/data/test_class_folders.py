@@ -11,8 +11,8 @@ import train_bridged
 from tests.conftest import draw_image
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, write_record
-from utils.data.arguments import RealDataArguments
-from utils.data.class_folders import check_real_images_given, load_class_folders, load_local_set
+from utils.data.arguments import RealDataArguments, check_real_images_given
+from utils.data.class_folders import load_folder_set, read_local_set, read_train_dirs
 from utils.data.image_set import RealImagesRecord
 from utils.data.opened_images import inspect_images, open_all
 from utils.data.real_images import load_real_images
@@ -121,7 +121,7 @@ def test_the_classes_of_split_folders_are_matched_by_name(tmp_path, caplog):
     counts = {"train": {"owl": 10, "cat": 10}, "test": {"Owl": 2, "cat": 3, "ant": 1}, "extra": {"fox": 1}}
     for split, classes in counts.items():
         save_class_folders(tmp_path / "set" / split, classes)
-    splits = load_local_set(str(tmp_path / "set"))
+    splits = load_folder_set(read_local_set(str(tmp_path / "set")))
     assert {name: len(images) for name, images in splits.items()} == {"train": 20, "test": 6, "extra": 1}
     real = load_real_images(RealImagesRecord(str(tmp_path / "set")))
     assert real.class_names == ["cat", "owl", "ant"]  # a class of a split that is not used is none
@@ -139,7 +139,7 @@ def test_validation_folders_match_in_spite_of_case(train_dir, tmp_path):
 
 def test_classes_called_by_numbers_are_in_the_order_of_the_numbers(tmp_path):
     folder = save_class_folders(tmp_path / "set", {"10": 1, "9": 1, "0": 1})
-    assert load_class_folders(str(folder))["train"].features["label"].names == ["0", "9", "10"]
+    assert load_folder_set(read_train_dirs(str(folder)))["train"].features["label"].names == ["0", "9", "10"]
 
 
 ODD_NAMES = ["a::b", "[x]", "*", "a?b#c%20d", "zip:", "http:", "50% off", "~", "$HOME", "{a,b}", "-x", "a\tb", "é"]

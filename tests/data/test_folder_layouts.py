@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from utils.cli.errors import UserError
-from utils.data.folder_layouts import is_split_name, read_local_set, read_train_dirs
+from utils.data.class_folders import is_split_name, read_local_set, read_train_dirs
 
 
 @pytest.fixture

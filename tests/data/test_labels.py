@@ -4,7 +4,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 
 from utils.cli.errors import UserError
 from utils.data.class_names import near_equal_names, sort_class_names
-from utils.data.labels import is_labelled, unify_labels
+from utils.data.columns import is_labelled, unify_labels
 
 
 def labelled(labels: list, feature=None) -> Dataset:

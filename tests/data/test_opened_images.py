@@ -36,7 +36,9 @@ PNG, JPEG, PROGRESSIVE = encode(PHOTO), encode(PHOTO, "JPEG"), encode(PHOTO, "JP
 
 def test_inspect_images_hashes_the_bytes_as_stored(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(JPEG)
-    hashes, problems = inspect_images(image_column([PNG, str(tmp_path / "photo.jpg"), PROGRESSIVE]), "photos")
+    hashes, problems, _ = inspect_images(
+        image_column([PNG, str(tmp_path / "photo.jpg"), PROGRESSIVE]), "photos", with_digests=True
+    )
     assert problems == {}
     assert hashes == {row: hashlib.sha256(data).hexdigest() for row, data in enumerate([PNG, JPEG, PROGRESSIVE])}
 
@@ -44,11 +46,11 @@ def test_inspect_images_hashes_the_bytes_as_stored(tmp_path):
 def test_inspect_images_of_parts_are_those_of_the_whole():
     count = 8 * NUM_THREADS + 3  # more than one piece
     images = image_column([PNG[:-40] if row % 5 == 0 else PNG for row in range(3 * count)])
-    parts = [inspect_images(images, "photos", rank, 3, show_progress=False) for rank in range(3)]
-    assert [sorted({**hashes, **problems}) for hashes, problems in parts] == [
+    parts = [inspect_images(images, "photos", True, rank, 3, show_progress=False) for rank in range(3)]
+    assert [sorted({**hashes, **problems}) for hashes, problems, _ in parts] == [
         list(range(rank, 3 * count, 3)) for rank in range(3)
     ]
-    hashes, problems = inspect_images(images, "photos", show_progress=False)
+    hashes, problems, _ = inspect_images(images, "photos", with_digests=True, show_progress=False)
     assert hashes == {row: text for part in parts for row, text in part[0].items()}
     assert problems == {row: text for part in parts for row, text in part[1].items()}
     assert sorted(problems) == list(range(0, 3 * count, 5))
@@ -70,7 +72,7 @@ def test_inspect_images_finds_what_decoding_a_jpeg_at_full_size_finds(photo):
         middle = len(photo) // 2
         broken.append(photo[:middle] + rng.bytes(length) + photo[middle + length :])
         broken.append(photo[:middle] + bytes(length) + photo[middle + length :])
-    _, problems = inspect_images(image_column(broken), "photos", show_progress=False)
+    _, problems, _ = inspect_images(image_column(broken), "photos", with_digests=True, show_progress=False)
     assert set(range(4)) < set(problems)
     assert {row for row, data in enumerate(broken) if not decodes(data)} == set(problems)
 
@@ -88,7 +90,7 @@ def test_inspect_images_says_what_is_wrong(tmp_path, monkeypatch):
     unreadable_exif = encode(PHOTO, "JPEG", exif=exif_that_datasets_cannot_read())
     broken = [None, bomb, str(text), str(tmp_path / "gone.jpg"), PNG[:-60], b"", unreadable_exif]
     images = image_column([*broken, PNG])
-    hashes, problems = inspect_images(images, "photos", show_progress=False)
+    hashes, problems, _ = inspect_images(images, "photos", with_digests=True, show_progress=False)
     assert list(hashes) == [len(broken)]
     for row, message in enumerate(
         ["no image", "too large: 192,000 pixels", "no known image format, file .*notes.jpg", "No such file .*gone.jpg"]
@@ -102,7 +104,9 @@ def test_inspect_images_says_what_is_wrong(tmp_path, monkeypatch):
 
 def test_inspect_images_names_the_kind_of_what_pillow_does_not_read():
     heic = b"\0\0\0\x18ftypheic" + bytes(40)
-    _, problems = inspect_images(image_column([heic, b"\xff\x0a" + bytes(40)]), "photos", show_progress=False)
+    _, problems, _ = inspect_images(
+        image_column([heic, b"\xff\x0a" + bytes(40)]), "photos", with_digests=True, show_progress=False
+    )
     assert problems[0] == "HEIC, which is not read: pip install pillow-heif"
     assert problems[1].startswith("JPEG XL, which is not read")
 
@@ -117,7 +121,7 @@ def test_inspect_images_reads_a_bounded_number_of_images_at_a_time(monkeypatch):
     read = []
     getitem = Dataset.__getitem__
     monkeypatch.setattr(Dataset, "__getitem__", lambda self, rows: read.append(len(rows)) or getitem(self, rows))
-    hashes, _ = inspect_images(images, "photos", show_progress=False)
+    hashes, _, _ = inspect_images(images, "photos", with_digests=True, show_progress=False)
     assert len(hashes) == sum(read) == 20 * NUM_THREADS
     assert max(read) <= 8 * NUM_THREADS
 

@@ -6,7 +6,7 @@ from tests.conftest import CLASS_NAMES, draw_image, save_image_set
 from utils.cli.errors import UserError
 from utils.data.image_set import RealImagesRecord
 from utils.data.real_images import load_real_images
-from utils.data.split_roles import assign_splits, select
+from utils.data.splits import assign_splits, select
 
 SIZES = {"train": 100, "valid": 20, "test": 30, "extra": 5}
 

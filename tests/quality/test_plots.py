@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from utils.quality.plots import plot_pairs
+from utils.quality.presentation import plot_pairs
 
 
 def test_each_pair_is_shown_image_above_image(tmp_path):

@@ -1,4 +1,4 @@
-from utils.quality.text import print_quality
+from utils.quality.presentation import print_quality
 
 
 def test_brackets_in_names_are_printed_as_they_are(capsys, monkeypatch):

@@ -15,15 +15,8 @@ MAX_NAMED = 3
 MAX_LINKS = 2  # from one linked folder into the next: of folders that are all linked to each other no one sees the end
 NOT_IMAGE, HIDDEN, BAD_NAME, NO_ACCESS, DEAD_LINK, LOOP = range(6)
 # of systems and programs, beside the names that begin with a dot; a class may well be called __other__
-HIDDEN_FOLDERS = {
-    "__MACOSX",
-    "__pycache__",
-    "@eaDir",
-    "#recycle",
-    "$RECYCLE.BIN",
-    "System Volume Information",
-    "lost+found",
-}
+HIDDEN_FOLDERS = {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",
+                  "lost+found"}  # fmt: skip
 # Pillow knows these by name only: opened, they have no pixels
 NO_PIXELS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 # told by their content; the other formats' signatures are so short that anything may begin with them
@@ -63,7 +56,8 @@ class ImageFiles:
 
     def describe_left_out(self) -> str:
         """Return 'left out: 3 that are not images (notes.txt, ...), 2 HEIC (...)', nothing where all are images."""
-        parts = [_describe(reason, paths) for reason, paths in sorted(self.left_out.items(), key=_importance)]
+        reasons = (NOT_IMAGE, *UNREADABLE_KINDS, BAD_NAME, NO_ACCESS, DEAD_LINK, LOOP, HIDDEN)  # the most telling first
+        parts = [_describe(reason, self.left_out[reason]) for reason in reasons if reason in self.left_out]
         return f"left out: {', '.join(parts)}" if parts else ""
 
 
@@ -228,11 +222,6 @@ def _not_utf8(path: str, flag: str, name: str | None = None) -> UserError:
     return UserError(
         f"{flag} {escape_name(path)}: {which} is not UTF-8; rename it, as with `convmv -r -f latin1 -t utf8 --notest`."
     )
-
-
-def _importance(item: tuple[int | str, list[str]]) -> int:
-    reasons = [NOT_IMAGE, *UNREADABLE_KINDS, BAD_NAME, NO_ACCESS, DEAD_LINK, LOOP, HIDDEN]
-    return reasons.index(item[0])
 
 
 def _describe(reason: int | str, paths: list[str]) -> str:

@@ -1,6 +1,5 @@
 """The class-name doctor: what in class names makes a generator draw something else, and what to write instead."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from utils.cli.errors import UserError
+from utils.cli.records import write_text
 from utils.data.class_names import drop_numbering, list_names, propose_noun, separate_digits, split_camel_case
 
 MAX_ROWS = 8  # of one and the same warning in the printed table; a file has them all
@@ -232,10 +232,7 @@ def write_class_names(path: str | Path, class_names: list[str], nouns: list[str]
     for name, noun in zip(class_names, nouns):
         lines += comments.get(name, [])
         lines.append(yaml.safe_dump({name: noun}, allow_unicode=True, width=float("inf")).rstrip("\n"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def _comment(text: str) -> str:

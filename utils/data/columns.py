@@ -1,14 +1,81 @@
-"""A label column of any usual kind into classes that all parts share."""
+"""The image and the label column of a set: found, and of any usual kind made into images and classes."""
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, LargeList, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, LargeList, List, Value
 
 from utils.cli.errors import UserError
 from utils.data.class_names import match_class_names, sort_class_names
+from utils.data.image_set import RealImagesRecord
 
+USUAL_LABEL_NAMES = ("label", "labels")
 NO_LABEL = -1  # of integers and of ClassLabel, as `datasets` has it
+
+
+def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str]:
+    """Return the names of the image and of the label column: as given, else by type.
+
+    Where no column is of type Image, the one that holds the bytes of files is taken; where none is of type ClassLabel,
+    the one with a usual name.
+
+    Raises:
+        UserError: a given column is not there, or there is not exactly one of that type.
+    """
+    columns = ", ".join(features)
+    for flag, name in (("image", record.image_column_name), ("label", record.label_column_name)):
+        if name is not None and name not in features:
+            raise UserError(f"--{flag}_column_name {name}: not in '{record.name}'; columns are {columns}.")
+
+    def only(kind: type, flag: str) -> str:
+        found = [name for name, feature in features.items() if isinstance(feature, kind)]
+        if kind is Image and not found:
+            found = [name for name, feature in features.items() if _holds_files(feature)]
+        if kind is ClassLabel and not found:
+            found = [name for name in features if name in USUAL_LABEL_NAMES]
+        if len(found) != 1:
+            what = "no" if not found else "more than one"
+            raise UserError(
+                f"--{flag}_column_name: '{record.name}' has {what} column of type {kind.__name__}; "
+                f"name it, columns are {columns}."
+            )
+        return found[0]
+
+    image = record.image_column_name or only(Image, "image")
+    label = record.label_column_name or only(ClassLabel, "label")
+    if image == label:
+        raise UserError(
+            f"--image_column_name {image}, --label_column_name {label}: one column cannot be both of {columns}."
+        )
+    return image, label
+
+
+def _holds_files(feature: object) -> bool:
+    """Say whether a column holds the bytes of files, alone or beside a path, as pandas, pyarrow and duckdb write it."""
+    content = feature.get("bytes") if isinstance(feature, dict) else feature
+    return isinstance(content, Value) and content.dtype in ("binary", "large_binary")
+
+
+def standardise(images: Dataset, split: str, record: RealImagesRecord) -> Dataset:
+    """Return the images of a split with the two columns, as `image` (decoded, in its own mode) and `label`."""
+    columns = [record.image_column_name, record.label_column_name]
+    for flag, name in zip(("image", "label"), columns):
+        if name not in images.features:
+            raise UserError(f"--{flag}_column_name {name}: not in split '{split}' of '{record.name}'.")
+    images = (
+        images.with_format(None)
+        .select_columns(columns)
+        .rename_columns({old: new for old, new in zip(columns, ("image", "label")) if old != new})
+    )
+    kind = images.features["image"]
+    # an Image with a mode would be converted by datasets, where that decodes it, and not by `to_rgb`
+    if _holds_files(kind) or (isinstance(kind, Image) and (kind.mode or not kind.decode)):
+        return images.cast_column("image", Image())
+    if not isinstance(kind, Image):
+        kind = kind.dtype if isinstance(kind, Value) else type(kind).__name__
+        cure = "; store the images that it names by `cast_column` and `to_parquet` of datasets" if "str" in kind else ""
+        raise UserError(f"--image_column_name {record.image_column_name}: is of type {kind}, no image column{cure}.")
+    return images
 
 
 def label_column(images: Dataset, column: str = "label") -> pa.ChunkedArray:
