@@ -78,24 +78,28 @@ def standardise(images: Dataset, split: str, record: RealImagesRecord) -> Datase
     return images
 
 
-def label_column(images: Dataset, column: str = "label") -> pa.ChunkedArray:
+def _label_column(images: Dataset, column: str = "label") -> pa.ChunkedArray:
     """Return the labels as they are stored."""
     return images.select_columns(column).with_format("arrow")[:][column]
 
 
-def without_label(column: pa.ChunkedArray) -> np.ndarray:
+def _without_label(column: pa.ChunkedArray) -> np.ndarray:
     """Return the rows without a label: null, not a number, -1, or text without a letter."""
     missing = pc.is_null(column, nan_is_null=True)
     if pa.types.is_signed_integer(column.type):
         missing = pc.or_(missing, pc.equal(column, NO_LABEL).fill_null(False))
-    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    elif _is_text(column):
         missing = pc.or_(missing, pc.equal(pc.utf8_trim_whitespace(column), "").fill_null(False))
     return np.flatnonzero(missing.to_numpy())
 
 
+def _is_text(column: pa.ChunkedArray) -> bool:
+    return pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+
+
 def is_labelled(images: Dataset, column: str) -> bool:
     """Return whether at least one image has a label."""
-    return column in images.features and len(without_label(label_column(images, column))) < len(images)
+    return column in images.features and len(_without_label(_label_column(images, column))) < len(images)
 
 
 def unify_labels(splits: dict[str, Dataset], column_name: str) -> tuple[dict[str, Dataset], list[str]]:
@@ -112,9 +116,9 @@ def unify_labels(splits: dict[str, Dataset], column_name: str) -> tuple[dict[str
     flag = f"--label_column_name {column_name}:"
     names_of, kinds = {}, {}
     for split, images in splits.items():
-        feature, column = images.features["label"], label_column(images)
+        feature, column = images.features["label"], _label_column(images)
         kinds[split] = _check_kind(flag, feature, column)
-        missing = without_label(column)
+        missing = _without_label(column)
         if missing.size:
             hint = f" ({NO_LABEL} is no class)" if pa.types.is_integer(column.type) else ""
             raise UserError(
@@ -145,7 +149,7 @@ def _check_kind(flag: str, feature: object, column: pa.ChunkedArray) -> str:
             return "integers"
         if pa.types.is_boolean(column.type):
             return "booleans"
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        if _is_text(column):
             return "names"
     right = "one class per image is wanted, as an integer, a text, a boolean or a ClassLabel"
     if isinstance(feature, List | LargeList):
@@ -185,7 +189,7 @@ def _with_classes(images: Dataset, names: dict[str, str], class_names: list[str]
     if feature == wanted:
         return images
     places = {name: place for place, name in enumerate(class_names)}
-    column = label_column(images)
+    column = _label_column(images)
     if isinstance(feature, ClassLabel):
         labels = np.array([places[names[name]] for name in feature.names])[column.to_numpy()]
     else:

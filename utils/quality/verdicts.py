@@ -81,8 +81,8 @@ def _judge_distance(record: dict) -> tuple[str, str]:
     }
     level = _level(ratio, NOTABLE_RATIO, LARGE_RATIO)
     return level, (
-        f"Frechet distance {format_distance(frechet)}, {ratio:.1f} times the floor of {format_distance(floor)} (kernel distance "
-        f"{kernel['synthetic']:.3g}, floor {kernel['floor']:.3g}): {meaning[level]}."
+        f"Frechet distance {format_distance(frechet)}, {ratio:.1f} times the floor of {format_distance(floor)} "
+        f"(kernel distance {kernel['synthetic']:.3g}, floor {kernel['floor']:.3g}): {meaning[level]}."
     )
 
 

@@ -1,10 +1,97 @@
-import pyarrow as pa
-import pytest
-from datasets import ClassLabel, Dataset, Features, List, Value
+"""Which columns hold images and labels, among them bytes of files that do not say so, and labels of any kind."""
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+
+from tests.data.builders import encode, labelled_images, load
 from utils.cli.errors import UserError
-from utils.data.class_names import near_equal_names, sort_class_names
 from utils.data.columns import is_labelled, unify_labels
+from utils.data.images import to_rgb
+from utils.data.opened_images import open_all
+
+NUM_IMAGES = 30
+LABELS = ["cat", "dog"] * (NUM_IMAGES // 2)
+FILES = [encode(PILImage.new("RGB", (4, 4), (level, 0, 255 - level))) for level in range(NUM_IMAGES)]
+NAMES = [f"{number}.png" for number in range(NUM_IMAGES)]
+
+
+def struct(binary, string) -> pa.Array:
+    rows = [{"bytes": content, "path": name} for content, name in zip(FILES, NAMES)]
+    return pa.array(rows, pa.struct([("bytes", binary), ("path", string)]))
+
+
+def load_table(tmp_path, column_name=None, **columns):
+    (tmp_path / "set").mkdir()
+    table = pa.table({**columns, "label": LABELS})
+    pq.write_table(table, tmp_path / "set" / "train.parquet")
+    return load(tmp_path / "set", image_column_name=column_name)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        struct(pa.binary(), pa.string()),
+        struct(pa.large_binary(), pa.large_string()),
+        pa.array([{"bytes": content} for content in FILES]),
+        pa.array([{"path": name, "bytes": content, "size": 4} for content, name in zip(FILES, NAMES)]),
+        pa.array(FILES, pa.binary()),
+        pa.array(FILES, pa.large_binary()),
+    ],
+    ids=["struct", "large struct", "bytes alone", "other fields", "binary", "large binary"],
+)
+def test_a_column_of_the_bytes_of_files_is_read_as_images(column, tmp_path):
+    real = load_table(tmp_path, photo=column, caption=pa.array(NAMES))
+    assert real.record.image_column_name == "photo"
+    found = set()
+    open_all(real)
+    for part in (real.train, real.validation, real.test):
+        assert isinstance(part.features["image"], Image)
+        for row in part:
+            level = row["image"].getpixel((0, 0))[0]
+            assert real.class_names[row["label"]] == LABELS[level]
+            found.add(level)
+    assert found == set(range(NUM_IMAGES))
+
+
+def test_of_two_columns_of_bytes_one_must_be_named(tmp_path):
+    columns = {"photo": pa.array(FILES, pa.binary()), "thumbnail": struct(pa.binary(), pa.string())}
+    with pytest.raises(UserError, match="--image_column_name: .* more than one column .*photo, thumbnail, label"):
+        load_table(tmp_path, **columns)
+    (tmp_path / "named").mkdir()
+    real = load_table(tmp_path / "named", "thumbnail", **columns)
+    assert np.asarray(real.train[0]["image"]).shape == (4, 4, 3)
+
+
+def test_columns_are_found_by_type_and_the_labels_by_a_usual_name_too(tmp_path):
+    images = labelled_images(["owl", "cat"] * 6).add_column("mask", FILES[:12])
+    images.to_parquet(tmp_path / "train.parquet")
+    real = load(tmp_path)
+    assert real.record.image_column_name == "image"  # of type Image, before one of bytes
+    assert real.class_names == ["cat", "owl"]
+    named = images.remove_columns("mask").rename_columns({"image": "img", "label": "kind"})
+    named.to_parquet(tmp_path / "train.parquet")
+    real = load(tmp_path, label_column_name="kind")
+    assert real.class_names == ["cat", "owl"]
+    assert np.asarray(real.train[0]["image"])[..., 1 - real.train[0]["label"]].max() == 230  # of its class's colour
+
+
+def test_an_image_column_with_a_mode_is_read_without_it(tmp_path):
+    """Training reads files, evaluation what datasets decode: with a mode, these would be other pixels."""
+    clear = encode(PILImage.new("RGBA", (4, 4), (0, 0, 0, 0)))
+    for feature in (Image(mode="RGB"), Image(decode=False)):
+        features = Features({"image": feature, "label": ClassLabel(names=["cat", "dog"])})
+        rows = {"image": [{"bytes": clear, "path": None}] * NUM_IMAGES, "label": [0, 1] * (NUM_IMAGES // 2)}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+        assert to_rgb(load(tmp_path).test[0]["image"]).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_column_of_paths_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="--image_column_name url: is of type string, no image column; .*cast_column"):
+        load_table(tmp_path, "url", url=pa.array([f"https://example.com/{name}" for name in NAMES]))
 
 
 def labelled(labels: list, feature=None) -> Dataset:
@@ -59,10 +146,8 @@ def test_names_of_another_part_match_in_spite_of_case(caplog):
 
 
 def test_labels_of_a_selection_are_those_of_its_rows():
-    images = labelled(["a", "b", "c", "b"]).select([3, 2])
-    assert unify(train=images)[0]["train"] == ["b", "c"]
-    images = labelled([5, 7, 9]).select([2, 0])
-    assert unify(train=images)[0]["train"] == ["9", "5"]
+    assert unify(train=labelled(["a", "b", "c", "b"]).select([3, 2]))[0]["train"] == ["b", "c"]
+    assert unify(train=labelled([5, 7, 9]).select([2, 0]))[0]["train"] == ["9", "5"]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +171,7 @@ def test_labels_of_a_selection_are_those_of_its_rows():
         (["a", "", " ", None], None, "3 of 4 images of split 'train' have no label, the first in row 1"),
         ([True, None], None, "1 of 2 images .* row 1"),
         ([0, -1], ClassLabel(names=["a", "b"]), "1 of 2 images .* row 1"),
+        ([0, None, 1, None], ClassLabel(names=["a", "b"]), "2 of 4 images of split 'train' have no label.* row 1"),
         ([0, 1, 7], "tampered", "7 in row 2 of split 'train' is not a class id; 2 classes are numbered 0 to 1"),
         ([0, 1, -5], "tampered", "-5 in row 2 of split 'train' is not a class id"),
     ],
@@ -110,16 +196,3 @@ def test_a_split_is_labelled_where_one_image_is():
     assert not is_labelled(labelled([-1, -1]), "label")
     assert not is_labelled(labelled([None, None], Value("string")), "label")
     assert not is_labelled(labelled([0]), "kind")
-
-
-def test_class_names_that_are_integers_are_in_numeric_order():
-    assert sort_class_names(["10", "9", "-1"]) == ["-1", "9", "10"]
-    assert sort_class_names(["10", "9", "b"]) == ["10", "9", "b"]
-    assert sort_class_names(["²", "1"]) == ["1", "²"]
-
-
-def test_names_that_differ_in_case_blanks_or_accents_are_found():
-    names = ["Cat", "cat ", "CAT", "dog", "caf\u00e9", "cafe\u0301", "cafe", "St. Bernard", "St.  bernard"]
-    assert near_equal_names(names) == [
-        ["Cat", "cat ", "CAT"], ["caf\u00e9", "cafe\u0301"], ["St. Bernard", "St.  bernard"],
-    ]  # fmt: skip
