@@ -23,6 +23,16 @@ def encode(image: PILImage.Image, image_format: str = "PNG", **options) -> bytes
     return content.getvalue()
 
 
+def save_class_folders(folder, counts: dict[str, int]):
+    """Write `counts[name]` images of each class; the classes are drawn in the order of `counts`."""
+    rng = np.random.default_rng(0)
+    for label, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            draw_image(label, rng).save(folder / name / f"{number}.png")
+    return folder
+
+
 def image_column(encoded: list[bytes | str | None]) -> Dataset:
     """Return a data set of encoded images: bytes, a path, or None."""
     rows = [

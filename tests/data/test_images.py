@@ -111,18 +111,16 @@ def test_to_rgb_of_a_transparent_colour_is_white(mode, colour, key):
 SIXTEEN_BITS, EIGHT_BITS = [0, 257, 32_768, 65_535], [0, 1, 128, 255]
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
-def test_to_rgb_of_16_bits_is_scaled(mode):
-    dtype = {"I;16": "<u2", "I;16B": ">u2"}[mode]
+@pytest.mark.parametrize(
+    ("dtype", "file_format"),
+    [("<u2", None), (">u2", None), ("<u2", "PNG"), ("<u2", "TIFF"), ("<u2", "PPM"), ("<u2", "JPEG2000")],
+)
+def test_to_rgb_of_16_bits_is_scaled(dtype, file_format):
     image = grey(SIXTEEN_BITS, dtype)
-    assert image.mode == mode
+    assert image.mode == {"<u2": "I;16", ">u2": "I;16B"}[dtype]
+    if file_format is not None:
+        image = reopen(image, file_format, **({"irreversible": False} if file_format == "JPEG2000" else {}))
     assert levels(image) == pytest.approx(EIGHT_BITS, abs=1)
-
-
-@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM", "JPEG2000"])
-def test_to_rgb_of_a_16_bit_file_is_scaled(file_format):
-    options = {"irreversible": False} if file_format == "JPEG2000" else {}
-    assert levels(reopen(grey(SIXTEEN_BITS, np.uint16), file_format, **options)) == pytest.approx(EIGHT_BITS, abs=1)
 
 
 @pytest.mark.parametrize("white", [255, 1023, 4095, 65_535])
@@ -153,6 +151,7 @@ def test_to_rgb_of_14_bits_in_16_is_dark_which_is_said():
         ([0, 32_768, 65_535], np.uint16, {262: 0}, [255, 127, 0]),  # white is 0
         ([0, 0.25, 1], np.float32, {262: 0}, [255, 191, 0]),
         ([0, 128, 255], np.uint8, {262: 0}, [0, 128, 255]),  # Pillow inverts these on both sides
+        ([0, 16_384, 32_767], np.uint16, {339: 2}, [0, 128, 255]),  # signed: white is at their half
     ],
 )
 def test_to_rgb_of_a_tiff_goes_by_its_tags(values, dtype, tags, expected):
@@ -161,12 +160,6 @@ def test_to_rgb_of_a_tiff_goes_by_its_tags(values, dtype, tags, expected):
         directory.tagtype[tag] = TiffTags.FLOAT if isinstance(value, float) else TiffTags.SHORT
         directory[tag] = value
     assert levels(reopen(grey(values, dtype), "TIFF", tiffinfo=directory)) == pytest.approx(expected, abs=1)
-
-
-def test_to_rgb_of_signed_16_bits_has_white_at_their_half():
-    image = reopen(grey([0, 16_384, 32_767], np.uint16), "TIFF", tiffinfo={339: 2})
-    assert image.mode == "I"
-    assert levels(image) == pytest.approx([0, 128, 255], abs=1)
 
 
 def test_to_rgb_of_12_bits_packed_in_a_tiff_goes_by_their_number():
@@ -200,23 +193,6 @@ def test_describe_reading_says_that_12_bits_in_colour_of_16_are_nearly_black():
     assert "nearly black" in describe_reading(deep_png([4095, 1000, 0, 65_535]))
     assert describe_reading(deep_png([65_535, 1000, 0])) is None
     assert pixel(deep_png([65_535, 32_768, 0])) == (255, 128, 0)
-
-
-@pytest.mark.parametrize(
-    ("values", "dtype", "said"),
-    [
-        ([0.0, 0.5, 1], np.float32, "read with 0 as black and 1 as white"),
-        ([-1, 0.5, 1], np.float32, "read with -1 as black and 1 as white"),
-        ([-2, 0.5, 3], np.float32, "read with 0 as black and 255 as white"),
-        ([0, 70_000], np.int32, "read with 0 as black and the brightest pixel as white"),
-        ([-5, 65_535], np.int32, "read with 0 as black and 65,535 as white"),
-        ([0, 40_000], np.int32, None),
-        ([0, 255], np.uint8, None),
-    ],
-)
-def test_describe_reading_says_what_white_was_taken(values, dtype, said):
-    found = describe_reading(reopen(grey(values, dtype), "TIFF"))
-    assert found is None if said is None else found.endswith(said)
 
 
 def test_large_images_do_not_flood_the_terminal(tmp_path):
@@ -256,23 +232,28 @@ def test_sizes_are_those_of_the_upright_image():
 
 
 @pytest.mark.parametrize(
-    ("values", "dtype", "expected"),
+    ("values", "dtype", "expected", "said"),
     [
-        ([0, 1, 128, 255], np.int32, [0, 1, 128, 255]),
-        (SIXTEEN_BITS, np.int32, EIGHT_BITS),
-        ([-5, 0, 500_000, 1_000_000], np.int32, [0, 0, 128, 255]),
-        ([0, 0.25, 0.5, 1], np.float32, [0, 64, 128, 255]),
-        ([0, 1, 128, 255], np.float32, [0, 1, 128, 255]),
-        (SIXTEEN_BITS, np.float32, EIGHT_BITS),
-        ([-0.5, np.nan, np.inf, 1], np.float32, [64, 0, 0, 255]),
-        ([-0.05, 0, 0.5, 1], np.float32, [0, 0, 128, 255]),  # what resizing leaves below 0
-        ([-1.5, 0, 0.5, 1], np.float32, [0, 0, 128, 255]),
-        ([-1, 0, 0.5, 1], np.float32, [0, 128, 191, 255]),
-        ([0, 0, 0, 0], np.float32, [0, 0, 0, 0]),
+        ([0, 1, 128, 255], np.int32, [0, 1, 128, 255], "0 as black and 255 as white"),
+        (SIXTEEN_BITS, np.int32, EIGHT_BITS, None),
+        ([-5, 65_535], np.int32, [0, 255], "0 as black and 65,535 as white"),
+        ([-5, 0, 500_000, 1_000_000], np.int32, [0, 0, 128, 255], "0 as black and the brightest pixel as white"),
+        ([0, 0.25, 0.5, 1], np.float32, [0, 64, 128, 255], "0 as black and 1 as white"),
+        ([0, 1, 128, 255], np.float32, [0, 1, 128, 255], "0 as black and 255 as white"),
+        (SIXTEEN_BITS, np.float32, EIGHT_BITS, None),
+        ([-0.5, np.nan, np.inf, 1], np.float32, [64, 0, 0, 255], "-1 as black and 1 as white"),
+        ([-0.05, 0, 0.5, 1], np.float32, [0, 0, 128, 255], "0 as black and 1 as white"),  # resizing leaves such
+        ([-1.5, 0, 0.5, 1], np.float32, [0, 0, 128, 255], "0 as black and 1 as white"),
+        ([-1, 0, 0.5, 1], np.float32, [0, 128, 191, 255], "-1 as black and 1 as white"),
+        ([-2, 0.5, 3], np.float32, [0, 0, 3], "0 as black and 255 as white"),
+        ([0, 0, 0, 0], np.float32, [0, 0, 0, 0], "0 as black and 1 as white"),
+        ([0, 255], np.uint8, [0, 255], None),
     ],
 )
-def test_to_rgb_of_grey_without_a_white_takes_the_next_usual_one(values, dtype, expected):
+def test_grey_without_a_white_takes_the_next_usual_one_and_that_is_said(values, dtype, expected, said):
     assert levels(grey(values, dtype)) == pytest.approx(expected, abs=1)
+    found = describe_reading(reopen(grey(values, dtype), "TIFF"))
+    assert found == (said and f"of more than 8 bits a channel, read with {said}")
 
 
 def test_to_rgb_of_an_inverted_jpeg_of_adobe_is_not_inverted():
