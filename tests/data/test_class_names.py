@@ -33,27 +33,14 @@ def read_alone(path, text):
 @pytest.mark.parametrize(
     ("class_name", "noun"),
     [
-        ("AnnualCrop", "annual crop"),
-        ("CupOfTea", "cup of tea"),
-        ("redFox", "red fox"),
-        ("TVStand", "TV stand"),
-        ("SmartTV", "smart TV"),
-        ("Big_RedFox", "Big red fox"),
-        ("apple_pie", "apple pie"),
-        ("Apple___Black_rot", "Apple Black rot"),
-        ("001.Black_footed_Albatross", "Black footed Albatross"),
-        ("001.ak47", "ak47"),
-        (" 3_dog ", "dog"),
-        ("12 - dog", "dog"),
-        ("00-dog", "dog"),
-        ("n02085620-Chihuahua", "Chihuahua"),
-        ("boeing737", "boeing 737"),
-        ("iPhone14", "iPhone 14"),
-        ("18wheeler", "18 wheeler"),
-        ("label3", "label 3"),
-        ("BMW_X5", "BMW X5"),
+        ("AnnualCrop", "annual crop"), ("CupOfTea", "cup of tea"), ("redFox", "red fox"), ("TVStand", "TV stand"),
+        ("SmartTV", "smart TV"), ("Big_RedFox", "Big red fox"), ("apple_pie", "apple pie"),
+        ("Apple___Black_rot", "Apple Black rot"), ("001.Black_footed_Albatross", "Black footed Albatross"),
+        ("001.ak47", "ak47"), (" 3_dog ", "dog"), ("12 - dog", "dog"), ("00-dog", "dog"),
+        ("n02085620-Chihuahua", "Chihuahua"), ("boeing737", "boeing 737"), ("iPhone14", "iPhone 14"),
+        ("18wheeler", "18 wheeler"), ("label3", "label 3"), ("BMW_X5", "BMW X5"),
     ],
-)
+)  # fmt: skip
 def test_propose_noun_writes_separate_words(class_name, noun):
     assert propose_noun(class_name) == noun
 

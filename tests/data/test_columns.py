@@ -109,16 +109,12 @@ def unify(**parts: Dataset) -> tuple[dict[str, list[str]], list[str]]:
 @pytest.mark.parametrize(
     ("labels", "feature", "names"),
     [
-        ([10, 2, 1, 2], None, ["1", "2", "10"]),
-        ([3, 2], Value("uint8"), ["2", "3"]),
-        (["10", "9", "2"], None, ["2", "9", "10"]),
-        (["b", "a10", "a9"], None, ["a10", "a9", "b"]),
-        (["x", "y"], Value("large_string"), ["x", "y"]),
-        ([True, False], None, ["False", "True"]),
-        ([2, 0], ClassLabel(names=["c", "a", "b"]), ["c", "a", "b"]),
-        ([0, 1], Value("int8"), ["0", "1"]),
+        ([10, 2, 1, 2], None, ["1", "2", "10"]), ([3, 2], Value("uint8"), ["2", "3"]),
+        (["10", "9", "2"], None, ["2", "9", "10"]), (["b", "a10", "a9"], None, ["a10", "a9", "b"]),
+        (["x", "y"], Value("large_string"), ["x", "y"]), ([True, False], None, ["False", "True"]),
+        ([2, 0], ClassLabel(names=["c", "a", "b"]), ["c", "a", "b"]), ([0, 1], Value("int8"), ["0", "1"]),
     ],
-)
+)  # fmt: skip
 def test_classes_are_in_their_natural_order(labels, feature, names):
     by_name, found = unify(train=labelled(labels, feature))
     assert found == names
