@@ -70,20 +70,15 @@ def choose_real_images(source: Source, real_args: RealDataArguments) -> dict:
         check_real_images_given(real_args)
         return asdict(real_args)
     for name, value in asdict(real_args).items():
-        if value != getattr(RealDataArguments(), name):
+        if value != getattr(RealDataArguments, name):
             raise UserError(f"--{name} {value}: needs --dataset_name or --train_dir.")
-    if not source.has_one_of([GENERATION_CONFIG]):
+    record = read_record(source.file(GENERATION_CONFIG)) if source.has_one_of([GENERATION_CONFIG]) else {}
+    if record.get("real_images") is None:
         raise UserError(
             f"--synthetic_dataset {source.name}: has no {GENERATION_CONFIG} that names the real images; give "
             "--dataset_name or --train_dir."
         )
-    real_images = read_record(source.file(GENERATION_CONFIG)).get("real_images")
-    if real_images is None:
-        raise UserError(
-            f"--synthetic_dataset {source.name}: its {GENERATION_CONFIG} names no real images; give --dataset_name or "
-            "--train_dir."
-        )
-    return real_images
+    return record["real_images"]
 
 
 def main(argv=None) -> dict:

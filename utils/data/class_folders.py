@@ -50,9 +50,9 @@ def read_train_dirs(train_dir: str, validation_dir: str | None = None) -> Folder
         if folder is not None:
             files = find_image_files(folder, flag)
             if not any(files.images.values()):
-                raise _no_images(files, flag, "class folders with images")
-            found.splits[split] = _classes_below(files, (), flag)
-            found.notes += _count(files, flag, [found.splits[split]])
+                raise _no_images(files, "class folders with images")
+            found.splits[split] = _classes_below(files, ())
+            found.notes += _count(files, [found.splits[split]])
     if validation_dir is not None:
         train, validation = found.splits.values()
         with_images = [[name for name, paths in classes.items() if paths] for classes in (validation, train)]
@@ -82,8 +82,8 @@ def read_local_set(folder: str, flag: str = "--dataset_name") -> FolderSet | Non
     if not any(files.images.values()):
         if any(Path(path).suffix.lower() in OTHER_DATA_FILES for path in others):
             return None
-        raise _no_images(files, flag, "images")
-    return _read_layout(files, flag, ())
+        raise _no_images(files, "images")
+    return _read_layout(files, ())
 
 
 def load_folder_set(found: FolderSet) -> "DatasetDict":
@@ -113,67 +113,71 @@ def is_split_name(name: str, words: set[str] = SPLIT_WORDS) -> bool:
     return not words.isdisjoint(split_words(name))
 
 
+def _training_first(name: str) -> tuple[bool, str]:
+    return not is_split_name(name, TRAIN_WORDS), name
+
+
 def split_words(name: str) -> list[str]:
     """Return the words of a split's name in lower case: those of 'seg_train' and 'Test-2' say what it is for."""
     return re.split(r"[-._ 0-9]+", name.casefold())
 
 
-def _read_layout(files: ImageFiles, flag: str, prefix: tuple[str, ...]) -> FolderSet:
+def _read_layout(files: ImageFiles, prefix: tuple[str, ...]) -> FolderSet:
     """Return the splits below the folder `prefix` of a local data set."""
     depth = len(prefix)
     with_images = [parts for parts, names in files.images.items() if names and parts[:depth] == prefix]
     if prefix in with_images:
-        raise _not_in_class_folder(files, flag, prefix, prefix)
+        raise _not_in_class_folder(files, prefix, prefix)
     flat = [parts[depth] for parts in with_images if len(parts) == depth + 1]
     nested = list(dict.fromkeys(parts[depth] for parts in with_images if len(parts) > depth + 1))
     both = [name for name in flat if name in nested]
     if both:
-        raise _not_in_class_folder(files, flag, prefix, (*prefix, both[0]))
+        raise _not_in_class_folder(files, prefix, (*prefix, both[0]))
     if not nested:
-        _check_classes(files, flag, prefix, flat)
-        found = FolderSet({"train": _classes_below(files, prefix, flag)})
-        found.notes += _count(files, flag, found.splits.values())
+        _check_classes(files, prefix, flat)
+        found = FolderSet({"train": _classes_below(files, prefix)})
+        found.notes += _count(files, found.splits.values())
         found.notes += [
-            f"{flag} {escape_name(files.root)}: treating {name} as a class (it holds images, not class folders)."
+            f"{files.place}: treating {name} as a class (it holds images, not class folders)."
             for name in filter(is_split_name, flat)
         ]
         return found
-    splits = sorted(nested, key=lambda name: (not is_split_name(name, TRAIN_WORDS), name))
+    splits = sorted(nested, key=_training_first)
     if not any(is_split_name(name) for name in nested):
         if len(nested) == 1 and not flat:
-            return _read_layout(files, flag, (*prefix, nested[0]))  # an archive has often one folder around all
-        raise _not_in_class_folder(files, flag, prefix, max(with_images, key=len))
+            return _read_layout(files, (*prefix, nested[0]))  # an archive has often one folder around all
+        raise _not_in_class_folder(files, prefix, max(with_images, key=len))
     stray = [name for name in flat if not is_split_name(name)]
     if stray:
         raise UserError(
-            f"{flag} {escape_name(files.root)}: {name_some(splits)} hold class folders, but {name_some(stray)} images; "
-            f"give --train_dir {_path(files, prefix, splits[0])} for those class folders only, or move the others away."
+            f"{files.place}: {name_some(splits)} hold class folders, but {name_some(stray)} images; "
+            f"give --train_dir {files.path(prefix, splits[0])} for those class folders only, or move the others away."
         )
-    found = FolderSet({name: _classes_below(files, (*prefix, name), flag) for name in splits})
+    found = FolderSet({name: _classes_below(files, (*prefix, name)) for name in splits})
     unlabelled = [f"{len(files.images[(*prefix, name)]):,} of {name}, which has no class folders" for name in flat]
     empty = [
         parts[depth] for parts in files.images
         if len(parts) == depth + 1 and parts[:depth] == prefix and parts[depth] not in (*nested, *flat)
     ]  # fmt: skip
-    found.notes += _count(files, flag, found.splits.values(), unlabelled)
+    found.notes += _count(files, found.splits.values(), unlabelled)
     if empty:
-        found.notes.append(f"{flag} {escape_name(files.root)}: no images in {name_some(empty)}; not used.")
+        found.notes.append(f"{files.place}: no images in {name_some(empty)}; not used.")
     return found
 
 
-def _check_classes(files: ImageFiles, flag: str, prefix: tuple[str, ...], names: list[str]) -> None:
+def _check_classes(files: ImageFiles, prefix: tuple[str, ...], names: list[str]) -> None:
     """Check that folders with images are classes: splits without labels, or one folder of images, look the same."""
     if len(names) > 1 and sum(map(is_split_name, names)) < 2:
         return
     many = len(names) > 1
     raise UserError(
-        f"{flag} {escape_name(files.root)}: only {name_some(names)} {'hold' if many else 'holds'} images, so no labels "
+        f"{files.place}: only {name_some(names)} {'hold' if many else 'holds'} images, so no labels "
         f"are seen; right is a folder for each class, with or without train and test around them. If "
-        f"{'they are classes' if many else 'it is a class'}, give --train_dir {_path(files, prefix)}."
+        f"{'they are classes' if many else 'it is a class'}, give --train_dir {files.path(prefix)}."
     )
 
 
-def _classes_below(files: ImageFiles, prefix: tuple[str, ...], flag: str) -> Classes:
+def _classes_below(files: ImageFiles, prefix: tuple[str, ...]) -> Classes:
     """Return the classes below the folder `prefix`, which holds class folders and nothing else.
 
     Raises:
@@ -187,19 +191,18 @@ def _classes_below(files: ImageFiles, prefix: tuple[str, ...], flag: str) -> Cla
             folder = os.path.join(os.path.abspath(files.root), *parts)
             classes[parts[depth]] = [os.path.join(folder, name) for name in names]
         elif names:
-            raise _not_in_class_folder(files, flag, prefix, parts)
+            raise _not_in_class_folder(files, prefix, parts)
     return classes
 
 
-def _count(files: ImageFiles, flag: str, splits, unlabelled: list[str] = ()) -> list[str]:
+def _count(files: ImageFiles, splits, unlabelled: list[str] = ()) -> list[str]:
     """Return the lines on what is used and what is left out, none where every file is used."""
     splits, notes = list(splits), []
     empty = sorted({name for classes in splits for name in classes} - {
         name for classes in splits for name, paths in classes.items() if paths
     })  # fmt: skip
-    where = f"{flag} {escape_name(files.root)}"
     if empty:
-        notes.append(f"{where}: skipping empty class folders: {', '.join(map(escape_name, empty))}.")
+        notes.append(f"{files.place}: skipping empty class folders: {', '.join(map(escape_name, empty))}.")
     told = [files.describe_left_out()] if files.left_out else []
     if files.by_content:
         told.append(f"recognised as images by their content: {len(files.by_content):,} ({name_some(files.by_content)})")
@@ -208,7 +211,7 @@ def _count(files: ImageFiles, flag: str, splits, unlabelled: list[str] = ()) -> 
     if told:
         num_images = sum(len(paths) for classes in splits for paths in classes.values())
         num_classes = len({name for classes in splits for name, paths in classes.items() if paths})
-        notes.append(f"{where}: {num_images:,} images of {num_classes:,} classes; {'; '.join(told)}.")
+        notes.append(f"{files.place}: {num_images:,} images of {num_classes:,} classes; {'; '.join(told)}.")
     return notes
 
 
@@ -227,29 +230,23 @@ def _is_metadata(path: str) -> bool:
     return name in METADATA_FILES and (not folders or len(folders) == 1 and is_split_name(folders[0]))
 
 
-def _path(files: ImageFiles, *parts) -> str:
-    flattened = [name for part in parts for name in ([part] if isinstance(part, str) else part)]
-    return escape_name(os.path.join(files.root, *flattened))
-
-
-def _no_images(files: ImageFiles, flag: str, what: str) -> UserError:
+def _no_images(files: ImageFiles, what: str) -> UserError:
     left_out = files.describe_left_out()
-    return UserError(f"{flag} {escape_name(files.root)}: has no {what}{f'; {left_out}' if left_out else ''}.")
+    return UserError(f"{files.place}: has no {what}{f'; {left_out}' if left_out else ''}.")
 
 
-def _not_in_class_folder(files: ImageFiles, flag: str, prefix: tuple[str, ...], folder: tuple[str, ...]) -> UserError:
+def _not_in_class_folder(files: ImageFiles, prefix: tuple[str, ...], folder: tuple[str, ...]) -> UserError:
     """Return the error for an image in `folder`, where `prefix` is the folder that should hold class folders."""
     name = files.images[folder][0]
-    place = f"{flag} {escape_name(files.root)}: {escape_name(os.path.join(*folder, name))}"
-    splits = sorted({
-        parts[0] for parts, names in files.images.items() if names and len(parts) == 2 and is_split_name(parts[0])
-    }, key=lambda name: (not is_split_name(name, TRAIN_WORDS), name))  # fmt: skip
-    if flag == "--train_dir" and len(folder) == 2 and folder[0] in splits:
-        others = f" --validation_dir {_path(files, splits[1])}" if len(splits) > 1 else ""
+    place = f"{files.place}: {escape_name(os.path.join(*folder, name))}"
+    nested = {parts[0] for parts, names in files.images.items() if names and len(parts) == 2}
+    splits = sorted(filter(is_split_name, nested), key=_training_first)
+    if files.flag == "--train_dir" and len(folder) == 2 and folder[0] in splits:
+        others = f" --validation_dir {files.path(splits[1])}" if len(splits) > 1 else ""
         return UserError(
-            f"{place} is not directly in a class folder; right is --train_dir {_path(files, splits[0])}{others}, or "
+            f"{place} is not directly in a class folder; right is --train_dir {files.path(splits[0])}{others}, or "
             f"--dataset_name {escape_name(files.root)}, which takes {name_some(splits)} as splits."
         )
-    right = _path(files, prefix, "class name", name)
-    others = f", or {flag} {_path(files, folder[:-1])}" if len(folder) > len(prefix) + 1 else ""
+    right = files.path(prefix, "class name", name)
+    others = f", or {files.flag} {files.path(folder[:-1])}" if len(folder) > len(prefix) + 1 else ""
     return UserError(f"{place} is not directly in a class folder; right is {right}{others}.")

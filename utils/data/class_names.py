@@ -66,10 +66,8 @@ def prompt_nouns(class_names: list[str], corrections: dict[str, str] | None = No
     """
     corrections = corrections or {}
     nouns = [" ".join(corrections[name].split()) if name in corrections else propose_noun(name) for name in class_names]
-    alike: dict[str, list[str]] = {}
-    for name, noun in zip(class_names, nouns):
-        alike.setdefault(noun.casefold(), []).append(name)
-    for name, noun in zip(class_names, nouns):
+    alike = group_names(class_names, map(str.casefold, nouns))
+    for noun in nouns:
         names = alike[noun.casefold()]
         if len(names) > 1:
             raise UserError(
@@ -219,22 +217,23 @@ def sort_class_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=int) if all(re.fullmatch(r"-?\d{1,18}", name) for name in names) else names
 
 
-def near_equal_names(names: Iterable[str]) -> list[list[str]]:
+def near_equal_names(names: Sequence[str]) -> list[list[str]]:
     """Return the groups of names that differ in case, spaces or Unicode form only."""
+    return [group for group in group_names(names, map(fold_class_name, names)).values() if len(group) > 1]
+
+
+def group_names(names: Iterable[str], keys: Iterable[str]) -> dict[str, list[str]]:
+    """Return key -> the names that have it, both in order; `keys` are those of the names one by one."""
     groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(fold_class_name(name), []).append(name)
-    return [group for group in groups.values() if len(group) > 1]
+    for name, key in zip(names, keys):
+        groups.setdefault(key, []).append(name)
+    return groups
 
 
 def match_labels(
-    names: Sequence[str],
-    class_names: Sequence[str],
-    flag: str,
-    what: str,
-    allow_missing: bool = False,
+    names: Sequence[str], class_names: Sequence[str], flag: str, what: str, allow_missing: bool = False,
     advice: str = "",
-) -> dict[str, int]:
+) -> dict[str, int]:  # fmt: skip
     """Return each of `names`, in its order, with its place in the real set's `class_names`.
 
     `flag` begins the messages; `what` has the names, as in "the synthetic set"; `advice` ends what is said of missing

@@ -39,16 +39,9 @@ NAMES = {
 
 
 def make_quality_report(
-    synthetic: Source,
-    real_images: RealImages,
-    model: Source,
-    output_dir: str | Path,
-    *,
-    batch_size: int = 64,
-    max_images_per_class: int = 1000,
-    num_pairs: int = 8,
-    device: str | torch.device | None = None,
-) -> dict:
+    synthetic: Source, real_images: RealImages, model: Source, output_dir: str | Path, *, batch_size: int = 64,
+    max_images_per_class: int = 1000, num_pairs: int = 8, device: str | torch.device | None = None,
+) -> dict:  # fmt: skip
     """Compare a synthetic set with real images; write `quality.json`, `quality.png` and `duplicates.png`.
 
     `synthetic` is a local folder or a data set at a commit, `model` that of `open_feature_model`. The first
@@ -165,13 +158,9 @@ def _measure_classes(units: dict[str, UnitFeatures], parts: dict[str, Part], cla
 
 
 def _find_duplicates(
-    units: dict[str, UnitFeatures],
-    own_unit: UnitFeatures,
-    parts: dict[str, Part],
-    class_names: list[str],
-    num_pairs: int,
-    device: str | torch.device,
-) -> tuple[dict, dict, dict]:
+    units: dict[str, UnitFeatures], own_unit: UnitFeatures, parts: dict[str, Part], class_names: list[str],
+    num_pairs: int, device: str | torch.device,
+) -> tuple[dict, dict, dict]:  # fmt: skip
     """Return, for each kind of image, the figures of near-duplicates, the similarities that they come from, and where
     the closest pairs are.
 
