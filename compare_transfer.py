@@ -42,7 +42,7 @@ from utils.comparison.search import (
     read_settings,
 )
 from utils.comparison.statistics import describe_findings, stack_correct, summarise
-from utils.data.class_folders import check_output_outside, check_real_images_given
+from utils.data.arguments import check_output_outside, check_real_images_given
 from utils.data.image_set import RealImagesRecord
 from utils.data.opened_images import open_all
 from utils.data.real_images import check_held_out, limit_held_out, load_real_images, same_image_set

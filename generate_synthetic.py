@@ -24,8 +24,7 @@ from utils.cli.interruptions import ending_cleanly
 from utils.cli.options import resolve_options, without_effect
 from utils.cli.parsing import ScriptArgumentParser, suggestion
 from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, write_run_config
-from utils.data.arguments import RealDataArguments
-from utils.data.class_folders import check_output_outside, check_real_images_given
+from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given
 from utils.data.class_names import list_names, match_class_names
 from utils.data.name_doctor import check_strict, diagnose, print_findings, write_class_names
 from utils.data.prompts import check_template
@@ -397,8 +396,7 @@ def open_quality_report(output_args: OutputArguments, real_images: dict | None, 
         return None
     if real_images is None:
         raise UserError("--quality_report true: needs the real images; give --dataset_name or --train_dir as well.")
-    from utils.quality.features import open_feature_model
-    from utils.quality.images import load_reference_images
+    from utils.quality.features import load_reference_images, open_feature_model
 
     model = open_feature_model(output_args.quality_model, "--quality_model", token=hub_token)
     return model, load_reference_images(real_images, hub_token)
@@ -407,8 +405,8 @@ def open_quality_report(output_args: OutputArguments, real_images: dict | None, 
 def report_quality(output_dir: str, model, real) -> None:
     """Compare the finished set with the real images."""
     from utils.hub.repositories import Source
+    from utils.quality.presentation import print_quality
     from utils.quality.report import make_quality_report
-    from utils.quality.text import print_quality
 
     print_quality(make_quality_report(Source(output_dir, "--output_dir", "dataset"), real, model, output_dir))
 

@@ -16,8 +16,7 @@ from pathlib import Path
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import GENERATION_CONFIG, read_record
-from utils.data.arguments import RealDataArguments
-from utils.data.class_folders import check_real_images_given
+from utils.data.arguments import RealDataArguments, check_real_images_given
 from utils.hub.repositories import Source, open_source
 
 
@@ -56,8 +55,7 @@ class ReportArguments:
     )
     batch_size: int = field(default=64, metadata={"help": "Images that the model sees at a time."})
     max_images_per_class: int = field(
-        default=1000,
-        metadata={"help": "Look at the first so many images of each class; of the test images at all."},
+        default=1000, metadata={"help": "Look at the first so many images of each class; of the test images at all."}
     )
     num_pairs: int = field(default=8, metadata={"help": "Pairs of images to show of each kind."})
 
@@ -72,20 +70,15 @@ def choose_real_images(source: Source, real_args: RealDataArguments) -> dict:
         check_real_images_given(real_args)
         return asdict(real_args)
     for name, value in asdict(real_args).items():
-        if value != getattr(RealDataArguments(), name):
+        if value != getattr(RealDataArguments, name):
             raise UserError(f"--{name} {value}: needs --dataset_name or --train_dir.")
-    if not source.has_one_of([GENERATION_CONFIG]):
+    record = read_record(source.file(GENERATION_CONFIG)) if source.has_one_of([GENERATION_CONFIG]) else {}
+    if record.get("real_images") is None:
         raise UserError(
             f"--synthetic_dataset {source.name}: has no {GENERATION_CONFIG} that names the real images; give "
             "--dataset_name or --train_dir."
         )
-    real_images = read_record(source.file(GENERATION_CONFIG)).get("real_images")
-    if real_images is None:
-        raise UserError(
-            f"--synthetic_dataset {source.name}: its {GENERATION_CONFIG} names no real images; give --dataset_name or "
-            "--train_dir."
-        )
-    return real_images
+    return record["real_images"]
 
 
 def main(argv=None) -> dict:
@@ -107,10 +100,9 @@ def main(argv=None) -> dict:
     # these take seconds to import: only once the arguments are known to be good
     import transformers
 
-    from utils.quality.features import open_feature_model
-    from utils.quality.images import load_reference_images
+    from utils.quality.features import load_reference_images, open_feature_model
+    from utils.quality.presentation import print_quality
     from utils.quality.report import make_quality_report
-    from utils.quality.text import print_quality
 
     transformers.utils.logging.set_verbosity_error()  # it lists the head's weights, which no feature needs
     model = open_feature_model(

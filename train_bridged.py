@@ -37,9 +37,8 @@ from utils.cli.records import (
     write_run_config,
 )
 from utils.cli.run_folder import RunFolder
-from utils.data.arguments import RealDataArguments
-from utils.data.class_folders import check_output_outside, check_real_images_given
-from utils.data.label_matching import match_labels
+from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given
+from utils.data.class_names import match_labels
 from utils.hub.merged_card import check_card
 from utils.hub.publishing import publish_finished, publish_folder
 from utils.hub.targets import Target, open_target

@@ -25,8 +25,7 @@ from utils.cli.options import free_options, resolve_options, without_effect
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import DSI_CONFIG, read_record
 from utils.cli.run_folder import CHECKPOINTS, RunFolder
-from utils.data.arguments import RealDataArguments
-from utils.data.class_folders import check_output_outside, check_real_images_given
+from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given
 from utils.data.class_names import prompt_nouns, read_class_names_file
 from utils.data.prompts import (
     CLASSLESS_TEMPLATE,

@@ -31,7 +31,7 @@ from rich.text import Text
 from recipes.plan import RECIPES, read_sets
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import read_mapping
-from utils.data.label_matching import match_labels
+from utils.data.class_names import match_labels
 from utils.hub.licenses import UNKNOWN, license_in_card
 from utils.hub.repositories import Source, open_source
 from utils.hub.retries import pause_after

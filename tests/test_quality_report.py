@@ -3,7 +3,7 @@
 import io
 import json
 import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from tests.conftest import CLASS_NAMES, blank_figures, save_image_set
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
 from utils.hub.repositories import Source
-from utils.quality.images import collect_parts, load_reference_images
+from utils.quality.features import collect_parts, load_reference_images
 
 pytest_plugins = ["tests.local_hub.fixtures"]
 
@@ -93,33 +93,35 @@ def report(folder, model_dir, output_dir, *flags, draws_figures=False) -> dict:
 
 @pytest.fixture(scope="module")
 def finished(set_dir, model_dir, tmp_path_factory):
+    """The record of a report, its folder, and what was printed."""
     output_dir = tmp_path_factory.mktemp("reports") / "report"
-    return report(set_dir, model_dir, output_dir, draws_figures=True), output_dir
+    with redirect_stdout(io.StringIO()) as printed:
+        record = report(set_dir, model_dir, output_dir, draws_figures=True)
+    return record, output_dir, printed.getvalue()
 
 
 def levels(record):
     return {verdict["subject"]: verdict["level"] for verdict in record["verdicts"]}
 
 
-def test_record_and_pictures_are_written(finished):
-    record, output_dir = finished
+def test_record_pictures_and_the_terminal_show_the_same(finished):
+    record, output_dir, printed = finished
     assert sorted(path.name for path in output_dir.iterdir()) == WRITTEN
     assert read_record(output_dir / "quality.json") == json.loads(json.dumps(record))
     for name in ("quality.png", "duplicates.png"):
         pixels = np.asarray(Image.open(output_dir / name).convert("L"))
         assert min(pixels.shape) > 300 and pixels.std() > 10
+    for words in (*CLASS_NAMES, *(verdict["text"] for verdict in record["verdicts"]), record["caveats"][0]):
+        assert words in printed
+    assert f"Written to {output_dir}" in printed
 
 
-def test_the_real_images_are_all_of_the_records_set_not_its_shots(finished, real_dir):
-    record, _ = finished
+def test_darkened_turned_images_are_told_from_all_of_the_records_real_ones(finished, real_dir):
+    record, _, _ = finished
     assert record["real_images"]["dataset_name"] == str(real_dir)
     assert {name: count["used"] for name, count in record["num_images"].items()} == {
         "synthetic": 90, "train": 60, "held_out": 30, "test": 30
     }  # fmt: skip
-
-
-def test_darkened_turned_images_are_told_from_real_ones(finished):
-    record, _ = finished
     frechet = record["distance"]["frechet"]
     assert record["distance"]["num_images"] == 30  # as many as there are held-out real ones, of each class
     assert frechet["synthetic"] > 2 * frechet["floor"] > 0
@@ -129,17 +131,10 @@ def test_darkened_turned_images_are_told_from_real_ones(finished):
     assert levels(record)["whole set"] != "good"
 
 
-def test_the_terminal_shows_classes_verdicts_and_where_the_report_is(set_dir, model_dir, tmp_path, capsys):
-    record = report(set_dir, model_dir, tmp_path / "report")
-    printed = capsys.readouterr().out
-    for words in (*CLASS_NAMES, *(verdict["text"] for verdict in record["verdicts"]), record["caveats"][0]):
-        assert words in printed
-    assert f"Written to {tmp_path / 'report'}" in printed
-
-
-def test_a_planted_copy_of_a_test_image_is_found(copied_set, real_dir, model_dir, tmp_path):
+def test_a_planted_copy_of_a_test_image_is_found_and_a_repetition_once(copied_set, real_dir, model_dir, tmp_path):
     real = read_shard(real_dir / "data" / "test-00000.parquet")[17]
-    change_images(copied_set, lambda row, image: real if row == 40 else image)
+    first = read_shard(copied_set / "data" / "train-00000.parquet")[0]
+    change_images(copied_set, lambda row, image: {40: real, 3: first}.get(row, image))
     record = report(copied_set, model_dir, tmp_path / "report")
     found = record["duplicates"]["test"]
     assert found["num_copies"] == 1
@@ -149,6 +144,10 @@ def test_a_planted_copy_of_a_test_image_is_found(copied_set, real_dir, model_dir
     assert found["pairs"][0].items() >= names.items()
     assert levels(record)["copies of test images"] == "bad"
     assert levels(record)["copies of training images"] != "bad"
+    within = record["duplicates"]["synthetic"]
+    assert within["num_copies"] == 2
+    assert {within["pairs"][0][key] for key in ("synthetic_row", "other_row")} == {0, 3}
+    assert within["pairs"][1]["similarity"] < 0.9999
 
 
 def test_a_planted_copy_of_a_training_image_has_its_row_in_the_split(copied_set, real_images_dir, model_dir, tmp_path):
@@ -163,15 +162,6 @@ def test_a_planted_copy_of_a_training_image_has_its_row_in_the_split(copied_set,
     copies = [pair for pair in pairs if pair["similarity"] > 0.9999]
     assert used - 40 <= len(copies) <= 20
     assert all(pair["other_row"] == 59 - pair["synthetic_row"] for pair in copies)
-
-
-def test_repetitions_within_the_set_are_found_once(copied_set, model_dir, tmp_path):
-    first = read_shard(copied_set / "data" / "train-00000.parquet")[0]
-    change_images(copied_set, lambda row, image: first if row == 3 else image)
-    found = report(copied_set, model_dir, tmp_path / "report")["duplicates"]["synthetic"]
-    assert found["num_copies"] == 2
-    assert {found["pairs"][0][key] for key in ("synthetic_row", "other_row")} == {0, 3}
-    assert found["pairs"][1]["similarity"] < 0.9999
 
 
 def test_diversity_and_repetitions_do_not_depend_on_how_far_the_set_is(real_dir, model_dir, tmp_path):
@@ -237,15 +227,6 @@ def test_only_the_first_of_each_class_are_looked_at_but_all_test_images(copied_s
     assert any("15 of 90" in caveat for caveat in record["caveats"])
 
 
-def test_labels_follow_names_when_the_class_order_differs(set_dir, real_dir, model_dir, tmp_path, finished):
-    order = [CLASS_NAMES[index] for index in (2, 0, 1)]
-    folder = tmp_path / "permuted"
-    save_image_set(folder, {"train": 4}, order)
-    record = report(folder, model_dir, tmp_path / "report", "--dataset_name", str(real_dir))
-    pair = record["duplicates"]["train"]["pairs"][0]
-    assert pair["synthetic_class"] == order[pair["synthetic_row"] % 3]
-
-
 def test_a_set_for_some_classes_is_compared_with_those(copied_set, model_dir, tmp_path):
     change_labels(copied_set, lambda row: row if row["label"] != 1 else None)
     record_path = copied_set / GENERATION_CONFIG
@@ -278,11 +259,9 @@ def test_sets_on_the_hub_are_read_by_id(set_dir, real_dir, model_dir, local_hub,
 
 
 def test_a_set_in_another_case_is_compared_class_by_class(set_dir, real_dir, tmp_path):
-    names = ["BLUE-STRIPE", "Red_Square", "green circle"]
+    names = [CLASS_NAMES[2].upper(), CLASS_NAMES[0].title(), CLASS_NAMES[1]]
     table = pq.read_table(set_dir / "data" / "train-00000.parquet")
-    labels = [
-        {"red_square": 1, "green circle": 2, "blue-stripe": 0}[CLASS_NAMES[row]] for row in table["label"].to_pylist()
-    ]
+    labels = [(label + 1) % 3 for label in table["label"].to_pylist()]
     folder = tmp_path / "other-case"
     (folder / "data").mkdir(parents=True)
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
@@ -290,57 +269,48 @@ def test_a_set_in_another_case_is_compared_class_by_class(set_dir, real_dir, tmp
     pq.write_table(pa.table(columns, schema=features.arrow_schema), folder / "data" / "train-00000.parquet")
     write_record(folder / GENERATION_CONFIG, {"settings": {"classes": names}})
     real = load_reference_images({"dataset_name": str(real_dir)})
-    given = collect_parts(Source(str(set_dir), "--synthetic_dataset", "dataset"), real, 1000)["synthetic"]
-    found = collect_parts(Source(str(folder), "--synthetic_dataset", "dataset"), real, 1000)["synthetic"]
-    assert found.labels.tolist() == given.labels.tolist()
+    given, found = (
+        collect_parts(Source(str(path), "--synthetic_dataset", "dataset"), real, 1000)["synthetic"].labels.tolist()
+        for path in (set_dir, folder)
+    )
+    assert found == given
 
 
-def bad_inputs(set_dir, real_dir, model_dir, tmp_path):
-    """Return name -> flags, and what the one line says."""
-    other, renamed, empty, plain = (tmp_path / name for name in ("other", "renamed", "empty", "plain"))
-    save_image_set(other, {"train": 2}, ("red_square", "green circle", "yellow"))
-    save_image_set(renamed, {"train": 2}, ("red square", *CLASS_NAMES[1:]))
-    shutil.copytree(set_dir, empty)
-    change_labels(empty, lambda row: row if row["label"] != 1 else None)
-    save_image_set(plain, {"train": 2})
-    lacking = shutil.copytree(real_dir, tmp_path / "lacking")
-    change_labels(lacking, lambda row: row if row["label"] != 1 else None)
-    file = tmp_path / "file"
-    file.write_text("")
-    real = ["--dataset_name", str(real_dir)]
-    return {
-        "no set": ([], "--synthetic_dataset is missing"),
-        "no such set": (["--synthetic_dataset", "no such set"], "--synthetic_dataset no such set: neither"),
-        "no record": (["--synthetic_dataset", plain], "has no generation_config.json that names the real images"),
-        "other classes": (["--synthetic_dataset", other, *real], "set; missing: blue-stripe; extra: yellow."),
-        "renamed": (["--synthetic_dataset", renamed, *real], "renamed: 'red_square' is 'red square' in the synth"),
-        "empty class": (["--synthetic_dataset", empty], "has no images of green circle"),
-        "no real images": (["--synthetic_dataset", set_dir, "--dataset_name", lacking], "no training images of green"),
-        "shots alone": (["--synthetic_dataset", set_dir, "--num_shots", "3"], "--num_shots 3: needs --dataset_name"),
-        "no batch": (["--synthetic_dataset", set_dir, "--batch_size", "0"], "--batch_size 0: must be above 0"),
-        "no limit": (["--synthetic_dataset", set_dir, "--max_images_per_class", "0"], "must be above 0"),
-        "no pairs": (["--synthetic_dataset", set_dir, "--num_pairs", "0"], "--num_pairs 0: must be above 0"),
-        "no model": (["--synthetic_dataset", set_dir, "--model_name_or_path", plain], "has no config.json"),
-        "a file": (["--synthetic_dataset", set_dir, "--output_dir", file], "is a file"),
-    }  # fmt: skip
+@pytest.fixture(scope="module")
+def folders(set_dir, real_dir, model_dir, tmp_path_factory):
+    """Name -> a folder that flags can name; some are sets that do not go with the real images."""
+    root = tmp_path_factory.mktemp("bad")
+    save_image_set(root / "other", {"train": 2}, ("red_square", "green circle", "yellow"))
+    save_image_set(root / "renamed", {"train": 2}, ("red square", *CLASS_NAMES[1:]))
+    save_image_set(root / "plain", {"train": 2})
+    for name, source in (("empty", set_dir), ("lacking", real_dir)):
+        shutil.copytree(source, root / name)
+        change_labels(root / name, lambda row: row if row["label"] != 1 else None)
+    (root / "file").write_text("")
+    return {"set": set_dir, "real": real_dir, "model": model_dir} | {path.name: path for path in root.iterdir()}
 
 
-BAD_INPUTS = (
-    "no set", "no such set", "no record", "other classes", "renamed", "empty class", "no real images", "shots alone",
-    "no batch", "no limit", "no pairs", "no model", "a file",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD_INPUTS)
-def test_bad_input_is_one_line_and_writes_nothing(name, set_dir, real_dir, model_dir, tmp_path, monkeypatch):
-    flags, message = bad_inputs(set_dir, real_dir, model_dir, tmp_path)[name]
-    flags = [str(flag) for flag in flags]
-    if "--model_name_or_path" not in flags:
-        flags += ["--model_name_or_path", str(model_dir)]
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "--synthetic_dataset is missing"),
+        ("--synthetic_dataset no-such-set", "--synthetic_dataset no-such-set: neither"),
+        ("--synthetic_dataset {plain}", "has no generation_config.json that names the real images"),
+        ("--synthetic_dataset {other} --dataset_name {real}", "set; missing: blue-stripe; extra: yellow."),
+        ("--synthetic_dataset {renamed} --dataset_name {real}", "renamed: 'red_square' is 'red square' in the synth"),
+        ("--synthetic_dataset {empty}", "has no images of green circle"),
+        ("--synthetic_dataset {set} --dataset_name {lacking}", "no training images of green"),
+        ("--synthetic_dataset {set} --num_shots 3", "--num_shots 3: needs --dataset_name"),
+        ("--synthetic_dataset {set} --batch_size 0", "--batch_size 0: must be above 0"),
+        ("--synthetic_dataset {set} --max_images_per_class 0", "must be above 0"),
+        ("--synthetic_dataset {set} --num_pairs 0", "--num_pairs 0: must be above 0"),
+        ("--synthetic_dataset {set} --model_name_or_path {plain}", "has no config.json"),
+        ("--synthetic_dataset {set} --output_dir {file}", "is a file"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(flags, message, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as raised:
-        main(flags)
+        main(f"--model_name_or_path {{model}} {flags}".format(**folders).split())
     assert message in str(raised.value) and "\n" not in str(raised.value)
-    assert not list(work.iterdir())
+    assert not list(tmp_path.iterdir())

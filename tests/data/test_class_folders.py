@@ -1,5 +1,5 @@
-import dataclasses
-import shutil
+import os
+import re
 
 import numpy as np
 import pytest
@@ -7,28 +7,16 @@ import torch
 from datasets import Image, load_dataset
 from PIL import Image as PILImage
 
-import train_bridged
-from tests.conftest import draw_image
+from tests.data.builders import save_class_folders
 from utils.cli.errors import UserError
-from utils.cli.records import GENERATION_CONFIG, write_record
-from utils.data.arguments import RealDataArguments
-from utils.data.class_folders import check_real_images_given, load_class_folders, load_local_set
+from utils.data.arguments import RealDataArguments, check_real_images_given
+from utils.data.class_folders import is_split_name, load_folder_set, read_local_set, read_train_dirs
 from utils.data.image_set import RealImagesRecord
-from utils.data.opened_images import inspect_images, open_all
+from utils.data.opened_images import inspect_images
 from utils.data.real_images import load_real_images
 from utils.style.latents import _load_batches
 from utils.transfer.augmentation import open_image
 from utils.transfer.image_format import EvalImages
-
-
-def save_class_folders(folder, counts: dict[str, int]):
-    """Write `counts[name]` images of each class; the classes are drawn in the order of `counts`."""
-    rng = np.random.default_rng(0)
-    for label, (name, count) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            draw_image(label, rng).save(folder / name / f"{number}.png")
-    return folder
 
 
 @pytest.fixture
@@ -38,6 +26,10 @@ def train_dir(tmp_path):
 
 def load(train_dir, **settings):
     return load_real_images(RealImagesRecord(train_dir=str(train_dir), **settings))
+
+
+def classes_of(folder) -> list[str]:
+    return load_folder_set(read_train_dirs(str(folder)))["train"].features["label"].names
 
 
 def names_of(images, class_names) -> list[str]:
@@ -55,41 +47,18 @@ def test_class_folders_are_what_imagefolder_makes_of_them(tmp_path):
     real = load(train_dir)
     parts = [real.train, real.validation, real.test]
     assert real.class_names == expected.features["label"].names == ["10", "cat", "owl"]
-    assert sum(len(part) for part in parts) == 33
-    assert {(image.tobytes(), label) for part in parts for image, label in zip(part["image"], part["label"])} == {
+    found = [(image.tobytes(), label) for part in parts for image, label in zip(part["image"], part["label"])]
+    assert sorted(found) == sorted(
         (image.tobytes(), label) for image, label in zip(expected["image"], expected["label"])
-    }
+    )
     row = int(real.train_indices[5])
     assert real.train[5]["image"].tobytes() == expected[row]["image"].tobytes()
 
 
-def test_class_folders_with_stray_files_and_odd_names_are_read_all_the_same(train_dir):
-    expected = load(train_dir).train["label"]
-    for stray in (".DS_Store", "owl/.DS_Store", "owl/._0.png", "cat/Thumbs.db", "cat/0.png.txt", "notes.txt"):
-        (train_dir / stray).write_text("no image")
-    (train_dir / "cat" / "metadata.csv").write_text("file_name,label\n")
-    for hidden in (".thumbnails", "__MACOSX"):
-        shutil.copytree(train_dir / "owl", train_dir / hidden)
-        shutil.copytree(train_dir / "owl", train_dir / "cat" / hidden)
-    (train_dir / "owl" / "0.png").rename(train_dir / "owl" / "0.PNG")
-    (train_dir / "owl").rename(train_dir.parent / "elsewhere")
-    (train_dir / "owl").symlink_to(train_dir.parent / "elsewhere")
-    real = load(train_dir)
-    assert real.class_names == ["10", "cat", "owl"]
-    assert sorted(real.train["label"]) == sorted(expected)  # no image has moved
-    assert names_of(real.train, real.class_names) == ["10", "cat", "owl"]
-    open_all(real)
-
-
-def test_a_single_class_folder_is_a_class(tmp_path):
+def test_a_single_class_folder_is_a_class_and_numbers_are_in_their_order(tmp_path):
     real = load(save_class_folders(tmp_path / "train", {"owl": 10}))
     assert (real.class_names, set(real.train["label"])) == (["owl"], {0})
-
-
-def test_a_folder_without_images_is_no_class_and_a_warning(train_dir, caplog):
-    (train_dir / "aardvark").mkdir()
-    assert load(train_dir).class_names == ["10", "cat", "owl"]
-    assert "skipping empty class folders: aardvark" in caplog.text
+    assert classes_of(save_class_folders(tmp_path / "numbers", {"10": 1, "9": 1, "0": 1})) == ["0", "9", "10"]
 
 
 def test_what_is_left_out_is_told_once_by_the_main_process(train_dir, caplog, monkeypatch):
@@ -121,25 +90,13 @@ def test_the_classes_of_split_folders_are_matched_by_name(tmp_path, caplog):
     counts = {"train": {"owl": 10, "cat": 10}, "test": {"Owl": 2, "cat": 3, "ant": 1}, "extra": {"fox": 1}}
     for split, classes in counts.items():
         save_class_folders(tmp_path / "set" / split, classes)
-    splits = load_local_set(str(tmp_path / "set"))
+    splits = load_folder_set(read_local_set(str(tmp_path / "set")))
     assert {name: len(images) for name, images in splits.items()} == {"train": 20, "test": 6, "extra": 1}
     real = load_real_images(RealImagesRecord(str(tmp_path / "set")))
     assert real.class_names == ["cat", "owl", "ant"]  # a class of a split that is not used is none
     assert np.bincount(real.test["label"]).tolist() == [3, 2, 1]
     assert "1 class name matched in spite of case, spaces or Unicode form: 'Owl' is 'owl'" in caplog.text
     assert any("test images of classes without training images: 1 ('ant')" in remark for remark in real.remarks)
-
-
-def test_validation_folders_match_in_spite_of_case(train_dir, tmp_path):
-    validation_dir = save_class_folders(tmp_path / "validation", {"OWL": 2, "cat": 1})
-    real = load(train_dir, validation_dir=str(validation_dir))
-    assert real.class_names == ["10", "cat", "owl"]
-    assert np.bincount(real.test["label"]).tolist() == [0, 1, 2]
-
-
-def test_classes_called_by_numbers_are_in_the_order_of_the_numbers(tmp_path):
-    folder = save_class_folders(tmp_path / "set", {"10": 1, "9": 1, "0": 1})
-    assert load_class_folders(str(folder))["train"].features["label"].names == ["0", "9", "10"]
 
 
 ODD_NAMES = ["a::b", "[x]", "*", "a?b#c%20d", "zip:", "http:", "50% off", "~", "$HOME", "{a,b}", "-x", "a\tb", "é"]
@@ -173,93 +130,160 @@ def test_folders_and_files_of_any_name_are_read_by_every_reader(tmp_path, monkey
     assert [tuple(item["pixel_values"].tolist()) for item in items] == expected
 
 
-def test_validation_folders_have_the_labels_of_the_training_folders_by_name(train_dir, tmp_path):
-    validation_dir = save_class_folders(tmp_path / "validation", {"owl": 2, "cat": 0, "10": 1})
-    real = load(train_dir, validation_dir=str(validation_dir))
+def test_validation_folders_have_the_labels_of_the_training_folders_by_name_whatever_its_case(train_dir, tmp_path):
+    validation_dir = save_class_folders(tmp_path / "validation", {"OWL": 2, "cat": 0, "10": 1})
+    real = load(train_dir, validation_dir=str(validation_dir), num_shots=2)
     assert real.class_names == ["10", "cat", "owl"]
-    assert len(real.test) == 3  # there is no split 'test', so the validation folder is the test
+    assert np.bincount(real.test["label"]).tolist() == [1, 0, 2]  # without a split 'test' they are the test
     assert names_of(real.test, real.class_names) == ["10", "owl"]
-    assert len(real.train) + len(real.validation) == 33
+    assert np.bincount(real.train["label"]).tolist() == [2, 2, 2]
 
 
-def test_training_subsets_of_class_folders_are_those_of_the_flags(train_dir):
-    assert np.bincount(load(train_dir, num_shots=2).train["label"]).tolist() == [2, 2, 2]
-    assert np.bincount(load(train_dir, max_train_samples=5).train["label"]).tolist() == [2, 2, 1]
+@pytest.fixture
+def tree(tmp_path):
+    """Return a function that writes files below a folder 'set', images or text by their suffix, and returns it."""
+
+    def write(*files):
+        for file in files:
+            path = tmp_path / "set" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix in (".png", ".jpg"):
+                PILImage.new("RGB", (8, 8)).save(path)
+            else:
+                path.write_text("text")
+        return str(tmp_path / "set")
+
+    return write
 
 
-def test_a_damaged_image_in_a_class_folder_is_named_by_its_file(train_dir):
-    for path in (train_dir / "cat").iterdir():
-        path.write_bytes(path.read_bytes()[:100])
-    real = load(train_dir)
-    with pytest.raises(UserError, match=r"train images: row \d+, .* damaged \(.* file .*/cat/\d+.png\)"):
-        open_all(real)
+def counts(found) -> dict[str, dict[str, int]]:
+    return {split: {name: len(paths) for name, paths in classes.items()} for split, classes in found.splits.items()}
+
+
+def two_of(*folders) -> list[str]:
+    return [f"{folder}/{number}.png" for folder in folders for number in (1, 2)]
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("folders", "expected"),
     [
-        ({}, "--dataset_name is missing: .* or give --train_dir"),
-        ({"dataset_name": "user/cars", "train_dir": "{set}"}, "--train_dir .*: not together with --dataset_name user"),
-        ({"dataset_name": "user/cars", "validation_dir": "{set}"}, "--validation_dir .*: needs --train_dir"),
-        ({"train_dir": "nowhere"}, "--train_dir nowhere: not a directory"),
-        ({"train_dir": "{set}", "validation_dir": "nowhere"}, "--validation_dir nowhere: not a directory"),
-        ({"train_dir": "{empty}"}, "--train_dir .*: has no class folders with images"),
-        ({"train_dir": "{set}/owl"}, "0.png is not directly in a class folder; right is .*/owl/class name/0.png"),
-        ({"train_dir": "{set}/.."}, "train/10/0.png is not directly in a class folder"),
-        ({"train_dir": "{set}", "validation_dir": "{other}"}, "--validation_dir .* has no images of emu, fox[.]"),
-        ({"dataset_name": "{set}/owl/0.png"}, "--dataset_name .*/0.png: is a file; give the folder"),
-        ({"dataset_name": "{empty}"}, "--dataset_name .*: has no images"),
-        ({"dataset_name": "{set}", "dataset_config_name": "a"}, "--dataset_config_name a: .* has no configurations"),
-        ({"train_dir": "{set}", "dataset_config_name": "a"}, "--dataset_config_name a: goes with --dataset_name"),
-        ({"train_dir": "{set}", "dataset_revision": "v1"}, "--dataset_revision v1: goes with --dataset_name"),
-        ({"train_dir": "{set}", "train_split": "test"}, "--train_split test: goes with --dataset_name"),
-        ({"train_dir": "{set}", "max_train_samples": 0}, "--max_train_samples 0: must be above 0"),
-        ({"dataset_name": "user/cars", "num_shots": -1}, "--num_shots -1: must be above 0"),
-        ({"dataset_name": "user/cars", "train_val_split": 0.0}, "--train_val_split 0.0: must be above 0 and below 1"),
-        ({"dataset_name": "user/cars", "train_val_split": 1.0}, "--train_val_split 1.0: must be"),
-        ({"dataset_name": "user/cars", "few_shot_seed": -1}, "--few_shot_seed -1: must be 0 or above"),
+        (["cat", "dog"], {"train": {"cat": 2, "dog": 2}}),
+        (["car", "train", "bus"], {"train": {"bus": 2, "car": 2, "train": 2}}),
+        (["test", "rest"], {"train": {"rest": 2, "test": 2}}),
+        (["train/cat", "train/dog"], {"train": {"cat": 2, "dog": 2}}),
+        (["test/cat", "Train/cat", "valid/cat"], {"Train": {"cat": 2}, "test": {"cat": 2}, "valid": {"cat": 2}}),
+        (["seg_train/cat", "seg_test/cat", "extra/cat"], {"seg_train": {"cat": 2}, "extra": {"cat": 2},
+                                                          "seg_test": {"cat": 2}}),
+        (["train/train", "train/car", "val/train"], {"train": {"car": 2, "train": 2}, "val": {"train": 2}}),
+        (["Pets/cat", "Pets/dog"], {"train": {"cat": 2, "dog": 2}}),
+        (["all/data/train/cat", "all/data/test/cat"], {"train": {"cat": 2}, "test": {"cat": 2}}),
+    ],
+)  # fmt: skip
+def test_folders_are_classes_or_splits_with_classes(tree, folders, expected):
+    found = read_local_set(tree(*two_of(*folders)))
+    assert counts(found) == expected
+    assert list(found.splits) == list(expected)  # the training images' first, for the order of the classes
+    called = {name for name in folders if is_split_name(name) and "/" not in name}
+    assert [note.partition("set: ")[2] for note in found.notes] == [
+        f"treating {name} as a class (it holds images, not class folders)." for name in called
+    ]
+
+
+def test_an_unlabelled_test_folder_is_counted_and_not_used(tree):
+    folder = tree(*two_of("train/cat", "train/dog"), *two_of("test"), "test/3.png", "sample.csv")
+    found = read_local_set(folder)
+    assert counts(found) == {"train": {"cat": 2, "dog": 2}}
+    assert found.notes == [
+        f"--dataset_name {folder}: 4 images of 2 classes; left out: 1 that is not an image (sample.csv); not used: "
+        "3 of test, which has no class folders."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["train", "test"], "only test, train hold images, .* If they are classes, give --train_dir .*set[.]"),
+        (["train", "valid", "sample"], "so no labels are seen"),
+        (["images"], "only images holds images, so no labels are seen; .* If it is a class, give --train_dir"),
+        (["train/cat", "samples"], "train hold class folders, but samples images; give --train_dir .*set/train for"),
+        (["train/cat", "train"], "train/1.png is not directly in a class folder"),
+        (["cat", "dog", "."], "1.png is not directly in a class folder; right is .*set/class name/1.png[.]"),
+        (["cats/tabby", "dogs/pug"], "cats/tabby/1.png is not directly .*; right is .* or --dataset_name .*/cats"),
+        (["train/cats/tabby", "test/cats/tabby"], "train/cats/tabby/1.png is not .* right is .*train/class name/1.png"),
+    ],
+)  # fmt: skip
+def test_folders_that_may_mean_one_thing_or_another_are_one_line(tree, folders, message):
+    with pytest.raises(UserError, match=message):
+        read_local_set(tree(*two_of(*folders)))
+
+
+def test_a_train_dir_of_splits_says_how_to_give_them(tree):
+    folder = tree(*two_of("test/cat", "train/cat", "train/dog"))
+    right = f"right is --train_dir {folder}/train --validation_dir {folder}/test, or --dataset_name {folder}"
+    with pytest.raises(UserError, match=re.escape(right)):
+        read_train_dirs(folder)
+
+
+def test_a_train_dir_takes_folders_called_as_splits_for_classes(tree):
+    assert counts(read_train_dirs(tree(*two_of("train", "test")))) == {"train": {"test": 2, "train": 2}}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["data/train-00000.parquet", "assets/1.png"],
+        ["cat/1.png", "dog/1.png", "metadata.csv"],
+        ["train/cat/1.png", "train/metadata.jsonl"],
+        ["train.tar", "notes.txt"],
+        ["photos.zip"],
+        ["data.jsonl"],
+        ["dataset_dict.json", "cat/1.png", "dog/1.png"],  # what save_to_disk writes
     ],
 )
-def test_check_real_images_given_names_the_flag_that_is_wrong(train_dir, tmp_path, settings, message):
-    save_class_folders(tmp_path / "other", {"owl": 1, "fox": 1, "emu": 1, "yak": 0})
-    (tmp_path / "empty" / "owl").mkdir(parents=True)
-    folders = {"{set}": train_dir, "{other}": tmp_path / "other", "{empty}": tmp_path / "empty"}
-    for placeholder, folder in folders.items():
-        settings = {
-            flag: value.replace(placeholder, str(folder)) if isinstance(value, str) else value
-            for flag, value in settings.items()
-        }
+def test_other_data_is_left_to_datasets(tree, files):
+    assert read_local_set(tree(*files)) is None
+
+
+def test_a_card_that_names_data_files_is_left_to_datasets(tree):
+    folder = tree(*two_of("cat", "dog"), "README.md")
+    assert counts(read_local_set(folder)) == {"train": {"cat": 2, "dog": 2}}
+    card = os.path.join(folder, "README.md")
+    for header, is_ours in (("license: mit\n---\nconfigs: none", True), ("configs:\n- config_name: a", False)):
+        with open(card, "w") as file:
+            file.write(f"---\n{header}\n---\n")
+        assert (read_local_set(folder) is not None) == is_ours
+
+
+def test_tables_and_archives_beside_class_folders_are_named(tree):
+    found = read_local_set(tree(*two_of("cat", "dog"), "labels.csv", "all.zip", "dog/metadata.csv"))
+    assert counts(found) == {"train": {"cat": 2, "dog": 2}}
+    told = "4 images of 2 classes; left out: 3 that are not images (all.zip, labels.csv, dog/metadata.csv)"
+    assert told in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["notes.txt"], r"has no images; left out: 1 that is not an image \(notes.txt\)"),
+        (["cat/1.cr2"], "has no images; left out: 1 camera raw"),
+        ([".hidden/1.png"], "has no images; left out: 1 hidden"),
+    ],
+)
+def test_a_folder_without_images_or_data_is_one_line(tree, files, message):
     with pytest.raises(UserError, match=message):
-        check_real_images_given(RealDataArguments(**settings))
+        read_local_set(tree(*files))
 
 
-def test_check_real_images_given_takes_either_kind(train_dir):
-    check_real_images_given(RealDataArguments(dataset_name="user/cars", train_split="training", dataset_revision="v1"))
-    check_real_images_given(RealDataArguments(train_dir=str(train_dir), validation_dir=str(train_dir), num_shots=1))
+def test_a_class_whose_files_are_all_left_out_is_no_class_and_told(tree):
+    found = read_train_dirs(tree(*two_of("cat", "dog"), "owl/1.cr2"))
+    assert load_folder_set(found)["train"].features["label"].names == ["cat", "dog"]
+    assert "skipping empty class folders: owl" in found.notes[0]
+    assert "4 images of 2 classes; left out: 1 camera raw (develop them to JPEG or PNG)" in found.notes[1]
 
 
-def write_synthetic_record(folder, **real_images):
-    write_record(folder / GENERATION_CONFIG, {"real_images": real_images})
-    return str(folder)
+def test_split_names_are_those_of_datasets():
+    from datasets.data_files import SPLIT_KEYWORDS
 
-
-def real_arguments(*argv):
-    return train_bridged.parse_arguments(argv)[0].real
-
-
-def test_train_bridged_takes_the_class_folders_of_the_record(train_dir, tmp_path):
-    record = RealImagesRecord(train_dir=str(train_dir), num_shots=2, max_train_samples=5)
-    synthetic = write_synthetic_record(tmp_path / "synthetic", **record.to_dict())
-    for argv in ([], ["--train_dir", str(train_dir)]):
-        arguments = real_arguments("--synthetic_dataset", synthetic, *argv)
-        assert RealImagesRecord(**dataclasses.asdict(arguments)) == record
-    other = real_arguments("--synthetic_dataset", synthetic, "--dataset_name", "user/cars")
-    assert (other.dataset_name, other.train_dir, other.num_shots) == ("user/cars", None, None)
-    assert real_arguments("--synthetic_dataset", synthetic, "--num_shots", "1").num_shots == 1
-
-
-def test_train_bridged_takes_class_folders_beside_a_record_of_before_they_were(train_dir, tmp_path):
-    synthetic = write_synthetic_record(tmp_path / "synthetic", dataset_name="user/cars", num_shots=2)
-    assert real_arguments("--synthetic_dataset", synthetic).num_shots == 2
-    other = real_arguments("--synthetic_dataset", synthetic, "--train_dir", str(train_dir))
-    assert (other.dataset_name, other.train_dir, other.num_shots) == (None, str(train_dir), None)
+    assert all(is_split_name(word) for words in SPLIT_KEYWORDS.values() for word in words)
+    assert all(map(is_split_name, ["Train", "test-2", "my.dev.images", "seg_pred_test"]))
+    assert not any(map(is_split_name, ["trains", "latest", "contest", "devil"]))

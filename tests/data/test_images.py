@@ -4,12 +4,11 @@ import subprocess
 import sys
 import zlib
 
-import datasets
 import numpy as np
 import pytest
-from datasets import Dataset, Features
 from PIL import Image, TiffImagePlugin, TiffTags
 
+from tests.data.builders import encode, image_column
 from utils.cli.errors import UserError
 from utils.data.images import centre_square, describe_reading, to_model_range, to_rgb, upright_size
 from utils.data.opened_images import inspect_images, open_synthetic
@@ -20,9 +19,7 @@ ORANGE = (200, 100, 50)
 
 def reopen(image, file_format, **options):
     """Return the image as it comes out of a file."""
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return Image.open(buffer)
+    return Image.open(io.BytesIO(encode(image, file_format, **options)))
 
 
 def pixel(image):
@@ -43,37 +40,21 @@ def levels(image):
 @pytest.mark.parametrize(
     ("mode", "colour", "expected"),
     [
-        ("1", 1, (255, 255, 255)),
-        ("1", 0, (0, 0, 0)),
-        ("L", 77, (77, 77, 77)),
-        ("L", 255, (255, 255, 255)),
-        ("I;16", 65_535, (255, 255, 255)),
-        ("I;16L", 65_535, (255, 255, 255)),
-        ("I;16B", 65_535, (255, 255, 255)),
-        ("I;16N", 65_535, (255, 255, 255)),
-        ("I", 65_535, (255, 255, 255)),
-        ("F", 1, (255, 255, 255)),
-        ("RGB", ORANGE, ORANGE),
-        ("RGBX", (*ORANGE, 9), ORANGE),
-        ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
-        ("CMYK", (0, 0, 0, 255), (0, 0, 0)),
-        ("CMYK", (0, 255, 0, 0), (255, 0, 255)),
-        ("YCbCr", (255, 128, 128), (255, 255, 255)),
-        ("YCbCr", (0, 128, 128), (0, 0, 0)),
-        ("HSV", (0, 0, 255), (255, 255, 255)),
-        ("HSV", (0, 0, 128), (128, 128, 128)),
-        ("CMYK", (0, 0, 0, 128), (127, 127, 127)),
-        ("LA", (0, 64), (191, 191, 191)),
-        ("LA", (128, 255), (128, 128, 128)),
-        ("La", (0, 64), (191, 191, 191)),
-        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
-        ("RGBA", (255, 0, 0, 51), (255, 204, 204)),
+        ("1", 1, (255, 255, 255)), ("1", 0, (0, 0, 0)), ("L", 77, (77, 77, 77)), ("L", 255, (255, 255, 255)),
+        ("I;16", 65_535, (255, 255, 255)), ("I;16L", 65_535, (255, 255, 255)), ("I;16B", 65_535, (255, 255, 255)),
+        ("I;16N", 65_535, (255, 255, 255)), ("I", 65_535, (255, 255, 255)), ("F", 1, (255, 255, 255)),
+        ("RGB", ORANGE, ORANGE), ("RGBX", (*ORANGE, 9), ORANGE), ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
+        ("CMYK", (0, 0, 0, 255), (0, 0, 0)), ("CMYK", (0, 255, 0, 0), (255, 0, 255)),
+        ("YCbCr", (255, 128, 128), (255, 255, 255)), ("YCbCr", (0, 128, 128), (0, 0, 0)),
+        ("HSV", (0, 0, 255), (255, 255, 255)), ("HSV", (0, 0, 128), (128, 128, 128)),
+        ("CMYK", (0, 0, 0, 128), (127, 127, 127)), ("LA", (0, 64), (191, 191, 191)),
+        ("LA", (128, 255), (128, 128, 128)), ("La", (0, 64), (191, 191, 191)),
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)), ("RGBA", (255, 0, 0, 51), (255, 204, 204)),
         ("RGBa", (51, 0, 0, 51), (255, 204, 204)),  # the same, colour times opacity
-        ("LAB", (255, 128, 128), (255, 255, 255)),
-        ("LAB", (0, 128, 128), (0, 0, 0)),
+        ("LAB", (255, 128, 128), (255, 255, 255)), ("LAB", (0, 128, 128), (0, 0, 0)),
         ("LAB", (137, 128, 128), (128, 128, 128)),  # L* 53.6
     ],
-)
+)  # fmt: skip
 def test_to_rgb_of_a_mode_gives_its_colour(mode, colour, expected):
     assert pixel(Image.new(mode, (1, 1), colour)) == pytest.approx(expected, abs=1)
 
@@ -100,12 +81,10 @@ def test_to_rgb_of_a_palette_gives_its_colours_and_lays_transparent_ones_on_whit
     options = {} if transparency is None else {"transparency": transparency}
     pixels = np.asarray(to_rgb(reopen(image, "PNG", **options)))[0].tolist()
     assert pixels == [list(ORANGE), [0, 0, 255] if transparency is None else [255, 255, 255]]
-
-
-def test_to_rgb_of_a_palette_with_alpha():
-    image = Image.new("PA", (1, 1), (1, 0))
-    image.putpalette([*ORANGE, 0, 0, 255])
-    assert pixel(image) == (255, 255, 255)
+    if transparency is not None:
+        image = Image.new("PA", (1, 1), (1, 0))
+        image.putpalette([*ORANGE, 0, 0, 255])
+        assert pixel(image) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(("mode", "colour", "key"), [("L", 77, 77), ("RGB", ORANGE, ORANGE)])
@@ -116,18 +95,16 @@ def test_to_rgb_of_a_transparent_colour_is_white(mode, colour, key):
 SIXTEEN_BITS, EIGHT_BITS = [0, 257, 32_768, 65_535], [0, 1, 128, 255]
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
-def test_to_rgb_of_16_bits_is_scaled(mode):
-    dtype = {"I;16": "<u2", "I;16B": ">u2"}[mode]
+@pytest.mark.parametrize(
+    ("dtype", "file_format"),
+    [("<u2", None), (">u2", None), ("<u2", "PNG"), ("<u2", "TIFF"), ("<u2", "PPM"), ("<u2", "JPEG2000")],
+)
+def test_to_rgb_of_16_bits_is_scaled(dtype, file_format):
     image = grey(SIXTEEN_BITS, dtype)
-    assert image.mode == mode
+    assert image.mode == {"<u2": "I;16", ">u2": "I;16B"}[dtype]
+    if file_format is not None:
+        image = reopen(image, file_format, **({"irreversible": False} if file_format == "JPEG2000" else {}))
     assert levels(image) == pytest.approx(EIGHT_BITS, abs=1)
-
-
-@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM", "JPEG2000"])
-def test_to_rgb_of_a_16_bit_file_is_scaled(file_format):
-    options = {"irreversible": False} if file_format == "JPEG2000" else {}
-    assert levels(reopen(grey(SIXTEEN_BITS, np.uint16), file_format, **options)) == pytest.approx(EIGHT_BITS, abs=1)
 
 
 @pytest.mark.parametrize("white", [255, 1023, 4095, 65_535])
@@ -158,6 +135,7 @@ def test_to_rgb_of_14_bits_in_16_is_dark_which_is_said():
         ([0, 32_768, 65_535], np.uint16, {262: 0}, [255, 127, 0]),  # white is 0
         ([0, 0.25, 1], np.float32, {262: 0}, [255, 191, 0]),
         ([0, 128, 255], np.uint8, {262: 0}, [0, 128, 255]),  # Pillow inverts these on both sides
+        ([0, 16_384, 32_767], np.uint16, {339: 2}, [0, 128, 255]),  # signed: white is at their half
     ],
 )
 def test_to_rgb_of_a_tiff_goes_by_its_tags(values, dtype, tags, expected):
@@ -168,19 +146,10 @@ def test_to_rgb_of_a_tiff_goes_by_its_tags(values, dtype, tags, expected):
     assert levels(reopen(grey(values, dtype), "TIFF", tiffinfo=directory)) == pytest.approx(expected, abs=1)
 
 
-def test_to_rgb_of_signed_16_bits_has_white_at_their_half():
-    content = io.BytesIO()
-    grey([0, 16_384, 32_767], np.uint16).save(content, "TIFF", tiffinfo={339: 2})
-    image = Image.open(content)
-    assert image.mode == "I"
-    assert levels(image) == pytest.approx([0, 128, 255], abs=1)
-
-
 def test_to_rgb_of_12_bits_packed_in_a_tiff_goes_by_their_number():
-    content = io.BytesIO()
-    grey([0, 0], np.uint16).save(content, "TIFF")
-    packed = content.getvalue().replace(b"\x02\x01\x03\0\1\0\0\0\x10\0", b"\x02\x01\x03\0\1\0\0\0\x0c\0")
-    strip = int(Image.open(content).tag_v2[273][0])
+    content = encode(grey([0, 0], np.uint16), "TIFF")
+    packed = content.replace(b"\x02\x01\x03\0\1\0\0\0\x10\0", b"\x02\x01\x03\0\1\0\0\0\x0c\0")
+    strip = int(Image.open(io.BytesIO(content)).tag_v2[273][0])
     packed = packed[:strip] + bytes([0x40, 0x0F, 0xFF]) + packed[strip + 3 :]  # 1024, 4095
     assert levels(Image.open(io.BytesIO(packed))) == pytest.approx([64, 255], abs=1)
 
@@ -210,29 +179,6 @@ def test_describe_reading_says_that_12_bits_in_colour_of_16_are_nearly_black():
     assert pixel(deep_png([65_535, 32_768, 0])) == (255, 128, 0)
 
 
-@pytest.mark.parametrize(
-    ("values", "dtype", "said"),
-    [
-        ([0.0, 0.5, 1], np.float32, "read with 0 as black and 1 as white"),
-        ([-1, 0.5, 1], np.float32, "read with -1 as black and 1 as white"),
-        ([-2, 0.5, 3], np.float32, "read with 0 as black and 255 as white"),
-        ([0, 70_000], np.int32, "read with 0 as black and the brightest pixel as white"),
-        ([-5, 65_535], np.int32, "read with 0 as black and 65,535 as white"),
-        ([0, 40_000], np.int32, None),
-        ([0, 255], np.uint8, None),
-    ],
-)
-def test_describe_reading_says_what_white_was_taken(values, dtype, said):
-    found = describe_reading(reopen(grey(values, dtype), "TIFF"))
-    assert found is None if said is None else found.endswith(said)
-
-
-def encoded(image, file_format="PNG"):
-    content = io.BytesIO()
-    image.save(content, file_format)
-    return {"bytes": content.getvalue(), "path": None}
-
-
 def test_large_images_do_not_flood_the_terminal(tmp_path):
     Image.new("L", (50, 20)).save(tmp_path / "large.png")
     code = "from utils.data.images import Image; Image.MAX_IMAGE_PIXELS = 600; Image.open(r'{}')"
@@ -242,12 +188,10 @@ def test_large_images_do_not_flood_the_terminal(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Image size")
 def test_images_above_a_limit_of_pillow_are_said_to_be_large_and_not_damaged(monkeypatch):
-    rows = [encoded(Image.new("L", size)) for size in ((30, 20), (60, 30), (50, 20))]
-    rows.append(encoded(grey([0, 4095], np.uint16)))
+    rows = [Image.new("L", size) for size in ((30, 20), (60, 30), (50, 20))] + [grey([0, 4095], np.uint16)]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
-    images = Dataset.from_dict({"image": rows}, features=Features({"image": datasets.Image()}))
-    notes = {}
-    hashes, problems = inspect_images(images, "photos", show_progress=False, notes=notes)
+    images = image_column(list(map(encode, rows)))
+    hashes, problems, notes = inspect_images(images, "photos", with_digests=True, show_progress=False)
     assert sorted(hashes) == [0, 2, 3]
     assert problems[1].startswith("too large: 1,800 pixels, more than the 1,200 that Pillow opens")
     assert notes[2].startswith("of more than 600 pixels")
@@ -272,23 +216,28 @@ def test_sizes_are_those_of_the_upright_image():
 
 
 @pytest.mark.parametrize(
-    ("values", "dtype", "expected"),
+    ("values", "dtype", "expected", "said"),
     [
-        ([0, 1, 128, 255], np.int32, [0, 1, 128, 255]),
-        (SIXTEEN_BITS, np.int32, EIGHT_BITS),
-        ([-5, 0, 500_000, 1_000_000], np.int32, [0, 0, 128, 255]),
-        ([0, 0.25, 0.5, 1], np.float32, [0, 64, 128, 255]),
-        ([0, 1, 128, 255], np.float32, [0, 1, 128, 255]),
-        (SIXTEEN_BITS, np.float32, EIGHT_BITS),
-        ([-0.5, np.nan, np.inf, 1], np.float32, [64, 0, 0, 255]),
-        ([-0.05, 0, 0.5, 1], np.float32, [0, 0, 128, 255]),  # what resizing leaves below 0
-        ([-1.5, 0, 0.5, 1], np.float32, [0, 0, 128, 255]),
-        ([-1, 0, 0.5, 1], np.float32, [0, 128, 191, 255]),
-        ([0, 0, 0, 0], np.float32, [0, 0, 0, 0]),
+        ([0, 1, 128, 255], np.int32, [0, 1, 128, 255], "0 as black and 255 as white"),
+        (SIXTEEN_BITS, np.int32, EIGHT_BITS, None),
+        ([-5, 65_535], np.int32, [0, 255], "0 as black and 65,535 as white"),
+        ([-5, 0, 500_000, 1_000_000], np.int32, [0, 0, 128, 255], "0 as black and the brightest pixel as white"),
+        ([0, 0.25, 0.5, 1], np.float32, [0, 64, 128, 255], "0 as black and 1 as white"),
+        ([0, 1, 128, 255], np.float32, [0, 1, 128, 255], "0 as black and 255 as white"),
+        (SIXTEEN_BITS, np.float32, EIGHT_BITS, None),
+        ([-0.5, np.nan, np.inf, 1], np.float32, [64, 0, 0, 255], "-1 as black and 1 as white"),
+        ([-0.05, 0, 0.5, 1], np.float32, [0, 0, 128, 255], "0 as black and 1 as white"),  # resizing leaves such
+        ([-1.5, 0, 0.5, 1], np.float32, [0, 0, 128, 255], "0 as black and 1 as white"),
+        ([-1, 0, 0.5, 1], np.float32, [0, 128, 191, 255], "-1 as black and 1 as white"),
+        ([-2, 0.5, 3], np.float32, [0, 0, 3], "0 as black and 255 as white"),
+        ([0, 0, 0, 0], np.float32, [0, 0, 0, 0], "0 as black and 1 as white"),
+        ([0, 255], np.uint8, [0, 255], None),
     ],
 )
-def test_to_rgb_of_grey_without_a_white_takes_the_next_usual_one(values, dtype, expected):
+def test_grey_without_a_white_takes_the_next_usual_one_and_that_is_said(values, dtype, expected, said):
     assert levels(grey(values, dtype)) == pytest.approx(expected, abs=1)
+    found = describe_reading(reopen(grey(values, dtype), "TIFF"))
+    assert found == (said and f"of more than 8 bits a channel, read with {said}")
 
 
 def test_to_rgb_of_an_inverted_jpeg_of_adobe_is_not_inverted():
@@ -336,10 +285,9 @@ def test_to_rgb_ignores_unreadable_exif(exif):
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "JPEG2000"])
 def test_to_rgb_of_a_truncated_file_raises(file_format):
-    buffer = io.BytesIO()
-    Image.effect_noise((64, 64), 50).save(buffer, file_format)
+    content = encode(Image.effect_noise((64, 64), 50), file_format)
     with pytest.raises(OSError, match="truncated|broken"):
-        to_rgb(Image.open(io.BytesIO(buffer.getvalue()[:600])))
+        to_rgb(Image.open(io.BytesIO(content[:600])))
 
 
 def test_centre_square_and_range():

@@ -6,29 +6,12 @@ import numpy as np
 import PIL.Image
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import Dataset, Features, Image
 
-from tests.conftest import CLASS_NAMES, save_image_set
+from tests.conftest import save_image_set
+from tests.data.builders import CLASSES, encode, image_column, load
 from utils.cli.errors import UserError
-from utils.data.image_set import RealImagesRecord
 from utils.data.opened_images import NUM_THREADS, inspect_images, open_all, open_synthetic
-from utils.data.real_images import load_real_images
-
-
-def encode(image, image_format="PNG", **options) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, image_format, **options)
-    return buffer.getvalue()
-
-
-def image_column(encoded: list) -> Dataset:
-    """Return a data set of encoded images: bytes, a path, or None."""
-    rows = [{"bytes": item if isinstance(item, bytes) else None, "path": None} if item else None for item in encoded]
-    for row, item in zip(rows, encoded):
-        if isinstance(item, str):
-            row["path"] = item
-    return Dataset.from_dict({"image": rows}, features=Features({"image": Image()}))
-
 
 PHOTO = PIL.Image.effect_noise((160, 120), 60).convert("RGB")
 PNG, JPEG, PROGRESSIVE = encode(PHOTO), encode(PHOTO, "JPEG"), encode(PHOTO, "JPEG", progressive=True)
@@ -36,7 +19,9 @@ PNG, JPEG, PROGRESSIVE = encode(PHOTO), encode(PHOTO, "JPEG"), encode(PHOTO, "JP
 
 def test_inspect_images_hashes_the_bytes_as_stored(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(JPEG)
-    hashes, problems = inspect_images(image_column([PNG, str(tmp_path / "photo.jpg"), PROGRESSIVE]), "photos")
+    hashes, problems, _ = inspect_images(
+        image_column([PNG, str(tmp_path / "photo.jpg"), PROGRESSIVE]), "photos", with_digests=True
+    )
     assert problems == {}
     assert hashes == {row: hashlib.sha256(data).hexdigest() for row, data in enumerate([PNG, JPEG, PROGRESSIVE])}
 
@@ -44,11 +29,11 @@ def test_inspect_images_hashes_the_bytes_as_stored(tmp_path):
 def test_inspect_images_of_parts_are_those_of_the_whole():
     count = 8 * NUM_THREADS + 3  # more than one piece
     images = image_column([PNG[:-40] if row % 5 == 0 else PNG for row in range(3 * count)])
-    parts = [inspect_images(images, "photos", rank, 3, show_progress=False) for rank in range(3)]
-    assert [sorted({**hashes, **problems}) for hashes, problems in parts] == [
+    parts = [inspect_images(images, "photos", True, rank, 3, show_progress=False) for rank in range(3)]
+    assert [sorted({**hashes, **problems}) for hashes, problems, _ in parts] == [
         list(range(rank, 3 * count, 3)) for rank in range(3)
     ]
-    hashes, problems = inspect_images(images, "photos", show_progress=False)
+    hashes, problems, _ = inspect_images(images, "photos", with_digests=True, show_progress=False)
     assert hashes == {row: text for part in parts for row, text in part[0].items()}
     assert problems == {row: text for part in parts for row, text in part[1].items()}
     assert sorted(problems) == list(range(0, 3 * count, 5))
@@ -70,7 +55,7 @@ def test_inspect_images_finds_what_decoding_a_jpeg_at_full_size_finds(photo):
         middle = len(photo) // 2
         broken.append(photo[:middle] + rng.bytes(length) + photo[middle + length :])
         broken.append(photo[:middle] + bytes(length) + photo[middle + length :])
-    _, problems = inspect_images(image_column(broken), "photos", show_progress=False)
+    _, problems, _ = inspect_images(image_column(broken), "photos", with_digests=True, show_progress=False)
     assert set(range(4)) < set(problems)
     assert {row for row, data in enumerate(broken) if not decodes(data)} == set(problems)
 
@@ -88,7 +73,7 @@ def test_inspect_images_says_what_is_wrong(tmp_path, monkeypatch):
     unreadable_exif = encode(PHOTO, "JPEG", exif=exif_that_datasets_cannot_read())
     broken = [None, bomb, str(text), str(tmp_path / "gone.jpg"), PNG[:-60], b"", unreadable_exif]
     images = image_column([*broken, PNG])
-    hashes, problems = inspect_images(images, "photos", show_progress=False)
+    hashes, problems, _ = inspect_images(images, "photos", with_digests=True, show_progress=False)
     assert list(hashes) == [len(broken)]
     for row, message in enumerate(
         ["no image", "too large: 192,000 pixels", "no known image format, file .*notes.jpg", "No such file .*gone.jpg"]
@@ -100,16 +85,13 @@ def test_inspect_images_says_what_is_wrong(tmp_path, monkeypatch):
             images[row]["image"].load()
 
 
-def test_inspect_images_names_the_kind_of_what_pillow_does_not_read():
-    heic = b"\0\0\0\x18ftypheic" + bytes(40)
-    _, problems = inspect_images(image_column([heic, b"\xff\x0a" + bytes(40)]), "photos", show_progress=False)
+def test_inspect_images_names_the_kind_of_what_pillow_does_not_read_and_errors_without_words(monkeypatch):
+    heic, jxl = b"\0\0\0\x18ftypheic" + bytes(40), b"\xff\x0a" + bytes(40)
+    monkeypatch.setattr("utils.data.opened_images.to_rgb", lambda image: next(iter(())))
+    _, problems, _ = inspect_images(image_column([heic, jxl, PNG]), "photos", show_progress=False)
     assert problems[0] == "HEIC, which is not read: pip install pillow-heif"
     assert problems[1].startswith("JPEG XL, which is not read")
-
-
-def test_inspect_images_names_an_error_without_words(monkeypatch):
-    monkeypatch.setattr("utils.data.opened_images.to_rgb", lambda image: next(iter(())))
-    assert inspect_images(image_column([PNG]), "photos")[1] == {0: "StopIteration"}
+    assert problems[2] == "StopIteration"
 
 
 def test_inspect_images_reads_a_bounded_number_of_images_at_a_time(monkeypatch):
@@ -117,7 +99,7 @@ def test_inspect_images_reads_a_bounded_number_of_images_at_a_time(monkeypatch):
     read = []
     getitem = Dataset.__getitem__
     monkeypatch.setattr(Dataset, "__getitem__", lambda self, rows: read.append(len(rows)) or getitem(self, rows))
-    hashes, _ = inspect_images(images, "photos", show_progress=False)
+    hashes, _, _ = inspect_images(images, "photos", with_digests=True, show_progress=False)
     assert len(hashes) == sum(read) == 20 * NUM_THREADS
     assert max(read) <= 8 * NUM_THREADS
 
@@ -131,13 +113,9 @@ def damaged_dir(tmp_path):
         table = pq.read_table(path).to_pydict()
         for row in rows:
             table["image"][row]["bytes"] = table["image"][row]["bytes"][:60]
-        features = Features({"photo": Image(), "label": ClassLabel(names=CLASS_NAMES)})
+        features = Features({"photo": Image(), "label": CLASSES})
         Dataset.from_dict({"photo": table["image"], "label": table["label"]}, features=features).to_parquet(path)
     return tmp_path
-
-
-def load(folder, **settings):
-    return load_real_images(RealImagesRecord(str(folder), **settings))
 
 
 def test_damaged_images_of_all_parts_are_counted_and_the_first_is_named_as_the_user_knows_it(damaged_dir):

@@ -4,22 +4,20 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from utils.quality import duplicates
+from utils.quality import distances
 from utils.quality.distances import (
+    COPY_SIMILARITY,
     ClassSums,
+    Nearest,
     class_shifts,
+    closest_pairs,
+    count_similar,
+    find_nearest,
     frechet_distances,
     kernel_distances,
     list_confusions,
     matched_rows,
     nearest_class_shares,
-)
-from utils.quality.duplicates import (
-    COPY_SIMILARITY,
-    Nearest,
-    closest_pairs,
-    count_similar,
-    find_nearest,
     similarity_threshold,
 )
 from utils.quality.features import UnitFeatures
@@ -144,8 +142,8 @@ def test_confusions_are_those_beyond_the_real_images():
 
 @pytest.mark.parametrize("same", [True, False])
 def test_nearest_is_that_of_the_whole_table_across_chunks(monkeypatch, same):
-    monkeypatch.setattr(duplicates, "QUERY_CHUNK", 7)
-    monkeypatch.setattr(duplicates, "TARGET_CHUNK", 11)
+    monkeypatch.setattr(distances, "QUERY_CHUNK", 7)
+    monkeypatch.setattr(distances, "TARGET_CHUNK", 11)
     queries = UnitFeatures(gaussian(50), np.zeros(6, np.float32))
     targets = queries if same else UnitFeatures(gaussian(40, 0, 1), np.zeros(6, np.float32))
     table = (queries.take(slice(None)) @ targets.take(slice(None)).T).numpy()

@@ -1,6 +1,14 @@
-"""The flags that name the labelled real images."""
+"""The flags that name the labelled real images, and the check that they name one set. Opens no image."""
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.cli.errors import UserError
+from utils.cli.ranges import check_ranges
+from utils.data.class_folders import read_local_set, read_train_dirs
+
+OF_DATA_SETS = ("dataset_config_name", "dataset_revision", "train_split", "validation_split", "test_split")
 
 
 @dataclass
@@ -70,3 +78,58 @@ class RealDataArguments:
     skip_bad_images: bool = field(
         default=False, metadata={"help": "Leave damaged images out and count them (default: an error)."}
     )
+
+
+def check_real_images_given(real_data: RealDataArguments) -> None:
+    """Check that one image set is given, and that the other flags go with it. Opens no image.
+
+    Raises:
+        UserError: none or two are given, class folders are not as they should be, a value is out of range.
+    """
+    if real_data.dataset_name is None and real_data.train_dir is None:
+        raise UserError(
+            "--dataset_name is missing: a data set id on the Hub, or a local folder; or give --train_dir, a folder "
+            "with a subfolder of images for each class."
+        )
+    if real_data.dataset_name is not None and real_data.train_dir is not None:
+        raise UserError(
+            f"--train_dir {real_data.train_dir}: not together with --dataset_name {real_data.dataset_name}; "
+            "give one of them."
+        )
+    check_ranges(vars(real_data))
+    if real_data.train_dir is None:
+        if real_data.validation_dir is not None:
+            raise UserError(f"--validation_dir {real_data.validation_dir}: needs --train_dir.")
+        _check_local_set(real_data.dataset_name, real_data.dataset_config_name)
+        return
+    for name in OF_DATA_SETS:
+        value = getattr(real_data, name)
+        if value != getattr(RealDataArguments, name):
+            raise UserError(f"--{name} {value}: goes with --dataset_name, not with --train_dir.")
+    read_train_dirs(real_data.train_dir, real_data.validation_dir)
+
+
+def check_output_outside(output_dir: str | Path, real_data: RealDataArguments) -> None:
+    """Check that results are not written among the images, where the next run would take them for images.
+
+    Raises:
+        UserError: the output folder is in one of the image folders.
+    """
+    output = Path(output_dir).resolve()
+    for flag in ("dataset_name", "train_dir", "validation_dir"):
+        folder = getattr(real_data, flag)
+        if folder is not None and os.path.isdir(folder) and output.is_relative_to(Path(folder).resolve()):
+            raise UserError(
+                f"--output_dir {output_dir}: is inside --{flag} {folder}, whose files are the images; name a folder "
+                "outside of it."
+            )
+
+
+def _check_local_set(name: str, config_name: str | None) -> None:
+    if os.path.isfile(name):
+        raise UserError(f"--dataset_name {name}: is a file; give the folder that holds it.")
+    if os.path.isdir(name) and read_local_set(name) is not None and config_name is not None:
+        raise UserError(
+            f"--dataset_config_name {config_name}: --dataset_name {name} is a folder of class folders, which has no "
+            "configurations."
+        )

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from utils.data.image_set import RealImages
+from utils.data.image_set import PARTS, RealImages
 from utils.data.images import TOO_LARGE, to_rgb, upright_size
 from utils.data.opened_images import inspect_images
 
@@ -80,14 +80,13 @@ def audit_images(real: RealImages) -> ImageAudit:
 
     Source: cleanvision, for copies, look-alikes (64-bit perceptual hash, then `_are_alike`) and odd images.
     """
-    splits = {"train": real.train, "validation": real.validation, "test": real.test}
     counts, damaged, places, sizes, good, readings = {}, {}, [], [], [], {}
-    for split, images in splits.items():
+    for split in PARTS:
+        images = getattr(real, split)
         labels = np.asarray(images["label"], dtype=int)
         counts[split] = np.bincount(labels, minlength=len(real.class_names))
         files = images.select_columns("image").cast_column("image", Image(decode=False))
-        notes = {}
-        _, problems = inspect_images(images, f"{split} images", notes=notes)
+        _, problems, notes = inspect_images(images, f"{split} images")
         for row, (label, encoded) in enumerate(zip(labels, (file["image"] for file in files))):
             place = Place(split, row, real.class_names[label], _file_name(encoded))
             if row in problems:

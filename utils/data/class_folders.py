@@ -1,106 +1,99 @@
-"""Images in class folders, and the check that one real image set is given."""
+"""Local folders of images: what they mean, classes, or splits that hold the classes, and the images in them."""
 
 import os
-from dataclasses import fields
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.cli.errors import UserError
 from utils.cli.processes import warn_once
-from utils.cli.ranges import check_ranges
-from utils.data.arguments import RealDataArguments
-from utils.data.class_names import sort_class_names
-from utils.data.folder_layouts import FolderSet, read_local_set, read_train_dirs
+from utils.data.class_names import match_class_names, sort_class_names
+from utils.data.image_files import NOT_IMAGE, ImageFiles, escape_name, find_image_files, name_some
+from utils.hub.saved_sets import is_saved_to_disk
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-OF_DATA_SETS = ("dataset_config_name", "dataset_revision", "train_split", "validation_split", "test_split")
+# as `datasets` knows them (data_files.SPLIT_KEYWORDS), which takes a second to import
+SPLIT_WORDS = {"train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation"}
+TRAIN_WORDS = {"train", "training"}
+TABLES_OF_IMAGES = (".parquet", ".arrow")
+METADATA_FILES = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # which imagefolder reads
+OTHER_DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".tar", ".tgz", ".gz", ".zip", ".h5", ".hdf5", ".xml",
+                    ".lance")  # fmt: skip
+
+Classes = dict[str, list[str]]
 
 
-def check_real_images_given(real_data: RealDataArguments) -> None:
-    """Check that one image set is given, and that the other flags go with it. Opens no image.
+@dataclass
+class FolderSet:
+    """A set of class folders: split -> class -> absolute paths of its images, sorted by name.
+
+    A folder without images is a class with an empty list. `notes` are the lines that a user should read.
+    """
+
+    splits: dict[str, Classes]
+    notes: list[str] = field(default_factory=list)
+
+
+def read_train_dirs(train_dir: str, validation_dir: str | None = None) -> FolderSet:
+    """Return the class folders of --train_dir, and of --validation_dir.
 
     Raises:
-        UserError: none or two are given, class folders are not as they should be, a value is out of range.
+        UserError: a folder is not there, has no images, or some that are not directly in a class folder; a class of
+            `validation_dir` is none of `train_dir`.
     """
-    if real_data.dataset_name is None and real_data.train_dir is None:
-        raise UserError(
-            "--dataset_name is missing: a data set id on the Hub, or a local folder; or give --train_dir, a folder "
-            "with a subfolder of images for each class."
-        )
-    if real_data.dataset_name is not None and real_data.train_dir is not None:
-        raise UserError(
-            f"--train_dir {real_data.train_dir}: not together with --dataset_name {real_data.dataset_name}; "
-            "give one of them."
-        )
-    check_ranges(vars(real_data))
-    if real_data.train_dir is None:
-        if real_data.validation_dir is not None:
-            raise UserError(f"--validation_dir {real_data.validation_dir}: needs --train_dir.")
-        _check_local_set(real_data.dataset_name, real_data.dataset_config_name)
-        return
-    for option in fields(RealDataArguments):
-        value = getattr(real_data, option.name)
-        if option.name in OF_DATA_SETS and value != option.default:
-            raise UserError(f"--{option.name} {value}: goes with --dataset_name, not with --train_dir.")
-    read_train_dirs(real_data.train_dir, real_data.validation_dir)
+    found = FolderSet({})
+    folders = {"train": ("--train_dir", train_dir), "validation": ("--validation_dir", validation_dir)}
+    for split, (flag, folder) in folders.items():
+        if folder is not None:
+            files = find_image_files(folder, flag)
+            if not any(files.images.values()):
+                raise _no_images(files, "class folders with images")
+            found.splits[split] = _classes_below(files, ())
+            found.notes += _count(files, [found.splits[split]])
+    if validation_dir is not None:
+        train, validation = found.splits.values()
+        with_images = [[name for name, paths in classes.items() if paths] for classes in (validation, train)]
+        matched = match_class_names(*with_images, f"--validation_dir {validation_dir}:")
+        unknown = [name for name in with_images[0] if name not in matched]
+        if unknown:
+            names = ", ".join(escape_name(name) for name in unknown)
+            raise UserError(f"--validation_dir {validation_dir}: --train_dir {train_dir} has no images of {names}.")
+    return found
 
 
-def check_output_outside(output_dir: str | Path, real_data: RealDataArguments) -> None:
-    """Check that results are not written among the images, where the next run would take them for images.
+def read_local_set(folder: str, flag: str = "--dataset_name") -> FolderSet | None:
+    """Return the class folders of a local data set; None for one of other files, which `datasets` reads.
+
+    It is a folder of class folders, or of split folders (train, valid, test, ...) that hold class folders. A split
+    folder with images and no class folders, as Kaggle's test, is not used, and noted.
 
     Raises:
-        UserError: the output folder is in one of the image folders.
+        UserError: there are neither images nor other data; the folders may mean one thing or another.
     """
-    output = Path(output_dir).resolve()
-    for flag in ("dataset_name", "train_dir", "validation_dir"):
-        folder = getattr(real_data, flag)
-        if folder is not None and os.path.isdir(folder) and output.is_relative_to(Path(folder).resolve()):
-            raise UserError(
-                f"--output_dir {output_dir}: is inside --{flag} {folder}, whose files are the images; name a folder "
-                "outside of it."
-            )
+    if is_saved_to_disk(folder) or _has_card_with_data(folder):
+        return None
+    files = find_image_files(folder, flag)
+    others = files.left_out.get(NOT_IMAGE, [])
+    if any(Path(path).suffix.lower() in TABLES_OF_IMAGES or _is_metadata(path) for path in others):
+        return None
+    if not any(files.images.values()):
+        if any(Path(path).suffix.lower() in OTHER_DATA_FILES for path in others):
+            return None
+        raise _no_images(files, "images")
+    return _read_layout(files, ())
 
 
-def _check_local_set(name: str, config_name: str | None) -> None:
-    if os.path.isfile(name):
-        raise UserError(f"--dataset_name {name}: is a file; give the folder that holds it.")
-    if os.path.isdir(name) and read_local_set(name) is not None and config_name is not None:
-        raise UserError(
-            f"--dataset_config_name {config_name}: --dataset_name {name} is a folder of class folders, which has no "
-            "configurations."
-        )
-
-
-def load_class_folders(train_dir: str, validation_dir: str | None = None) -> "DatasetDict":
-    """Return what `load_dataset("imagefolder", drop_labels=False)` makes of tidy class folders, as `train` and
-    `validation`.
+def load_folder_set(found: FolderSet) -> "DatasetDict":
+    """Return the splits of class folders as `load_dataset("imagefolder", drop_labels=False)` makes them of tidy ones.
 
     That one stops at a stray metadata.csv, takes photo.jpg.txt for an image and an archive for a folder, and leaves out
-    linked folders. Rows hold absolute paths. What is left out is told.
-
-    Raises:
-        UserError: what `read_train_dirs` raises.
+    linked folders, and the images whose names have a word like train or test where others have none. Rows hold absolute
+    paths. What is left out is told.
     """
-    return _load(read_train_dirs(train_dir, validation_dir))
-
-
-def load_local_set(folder: str) -> "DatasetDict | None":
-    """Return the splits of a local folder of class folders, under the names of its split folders; `train` without any.
-
-    None for a folder of other files, which `load_dataset` reads. It would also read class folders, but leave out the
-    images whose names have a word like train or test where others have none.
-
-    Raises:
-        UserError: what `read_local_set` raises.
-    """
-    found = read_local_set(folder)
-    return None if found is None else _load(found)
-
-
-def _load(found: FolderSet) -> "DatasetDict":
-    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image  # takes a second, and the check needs none
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image  # takes a second, and checks need none
 
     for note in found.notes:
         warn_once(note)
@@ -113,3 +106,147 @@ def _load(found: FolderSet) -> "DatasetDict":
         features = Features({"image": Image(), "label": ClassLabel(names=class_names)})
         loaded[split] = Dataset.from_dict({"image": images, "label": labels}, features=features)
     return loaded
+
+
+def is_split_name(name: str, words: set[str] = SPLIT_WORDS) -> bool:
+    """Return whether a folder is called as a split, or has that as one of its words, as 'seg_train' and 'Test-2'."""
+    return not words.isdisjoint(split_words(name))
+
+
+def _training_first(name: str) -> tuple[bool, str]:
+    return not is_split_name(name, TRAIN_WORDS), name
+
+
+def split_words(name: str) -> list[str]:
+    """Return the words of a split's name in lower case: those of 'seg_train' and 'Test-2' say what it is for."""
+    return re.split(r"[-._ 0-9]+", name.casefold())
+
+
+def _read_layout(files: ImageFiles, prefix: tuple[str, ...]) -> FolderSet:
+    """Return the splits below the folder `prefix` of a local data set."""
+    depth = len(prefix)
+    with_images = [parts for parts, names in files.images.items() if names and parts[:depth] == prefix]
+    if prefix in with_images:
+        raise _not_in_class_folder(files, prefix, prefix)
+    flat = [parts[depth] for parts in with_images if len(parts) == depth + 1]
+    nested = list(dict.fromkeys(parts[depth] for parts in with_images if len(parts) > depth + 1))
+    both = [name for name in flat if name in nested]
+    if both:
+        raise _not_in_class_folder(files, prefix, (*prefix, both[0]))
+    if not nested:
+        _check_classes(files, prefix, flat)
+        found = FolderSet({"train": _classes_below(files, prefix)})
+        found.notes += _count(files, found.splits.values())
+        found.notes += [
+            f"{files.place}: treating {name} as a class (it holds images, not class folders)."
+            for name in filter(is_split_name, flat)
+        ]
+        return found
+    splits = sorted(nested, key=_training_first)
+    if not any(is_split_name(name) for name in nested):
+        if len(nested) == 1 and not flat:
+            return _read_layout(files, (*prefix, nested[0]))  # an archive has often one folder around all
+        raise _not_in_class_folder(files, prefix, max(with_images, key=len))
+    stray = [name for name in flat if not is_split_name(name)]
+    if stray:
+        raise UserError(
+            f"{files.place}: {name_some(splits)} hold class folders, but {name_some(stray)} images; "
+            f"give --train_dir {files.path(prefix, splits[0])} for those class folders only, or move the others away."
+        )
+    found = FolderSet({name: _classes_below(files, (*prefix, name)) for name in splits})
+    unlabelled = [f"{len(files.images[(*prefix, name)]):,} of {name}, which has no class folders" for name in flat]
+    empty = [
+        parts[depth] for parts in files.images
+        if len(parts) == depth + 1 and parts[:depth] == prefix and parts[depth] not in (*nested, *flat)
+    ]  # fmt: skip
+    found.notes += _count(files, found.splits.values(), unlabelled)
+    if empty:
+        found.notes.append(f"{files.place}: no images in {name_some(empty)}; not used.")
+    return found
+
+
+def _check_classes(files: ImageFiles, prefix: tuple[str, ...], names: list[str]) -> None:
+    """Check that folders with images are classes: splits without labels, or one folder of images, look the same."""
+    if len(names) > 1 and sum(map(is_split_name, names)) < 2:
+        return
+    many = len(names) > 1
+    raise UserError(
+        f"{files.place}: only {name_some(names)} {'hold' if many else 'holds'} images, so no labels "
+        f"are seen; right is a folder for each class, with or without train and test around them. If "
+        f"{'they are classes' if many else 'it is a class'}, give --train_dir {files.path(prefix)}."
+    )
+
+
+def _classes_below(files: ImageFiles, prefix: tuple[str, ...]) -> Classes:
+    """Return the classes below the folder `prefix`, which holds class folders and nothing else.
+
+    Raises:
+        UserError: there are images elsewhere below it.
+    """
+    depth, classes = len(prefix), {}
+    for parts, names in files.images.items():
+        if parts[:depth] != prefix:
+            continue
+        if len(parts) == depth + 1:
+            folder = os.path.join(os.path.abspath(files.root), *parts)
+            classes[parts[depth]] = [os.path.join(folder, name) for name in names]
+        elif names:
+            raise _not_in_class_folder(files, prefix, parts)
+    return classes
+
+
+def _count(files: ImageFiles, splits, unlabelled: list[str] = ()) -> list[str]:
+    """Return the lines on what is used and what is left out, none where every file is used."""
+    splits, notes = list(splits), []
+    empty = sorted({name for classes in splits for name in classes} - {
+        name for classes in splits for name, paths in classes.items() if paths
+    })  # fmt: skip
+    if empty:
+        notes.append(f"{files.place}: skipping empty class folders: {', '.join(map(escape_name, empty))}.")
+    told = [files.describe_left_out()] if files.left_out else []
+    if files.by_content:
+        told.append(f"recognised as images by their content: {len(files.by_content):,} ({name_some(files.by_content)})")
+    if unlabelled:
+        told.append(f"not used: {', '.join(unlabelled)}")
+    if told:
+        num_images = sum(len(paths) for classes in splits for paths in classes.values())
+        num_classes = len({name for classes in splits for name, paths in classes.items() if paths})
+        notes.append(f"{files.place}: {num_images:,} images of {num_classes:,} classes; {'; '.join(told)}.")
+    return notes
+
+
+def _has_card_with_data(folder: str) -> bool:
+    """Return whether a card says which files are the data: then `datasets` reads them."""
+    try:
+        text = (Path(folder) / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    header = text[3:].partition("\n---")[0] if text.startswith("---") else ""
+    return re.search(r"^configs\s*:", header, re.MULTILINE) is not None
+
+
+def _is_metadata(path: str) -> bool:
+    *folders, name = Path(path).parts
+    return name in METADATA_FILES and (not folders or len(folders) == 1 and is_split_name(folders[0]))
+
+
+def _no_images(files: ImageFiles, what: str) -> UserError:
+    left_out = files.describe_left_out()
+    return UserError(f"{files.place}: has no {what}{f'; {left_out}' if left_out else ''}.")
+
+
+def _not_in_class_folder(files: ImageFiles, prefix: tuple[str, ...], folder: tuple[str, ...]) -> UserError:
+    """Return the error for an image in `folder`, where `prefix` is the folder that should hold class folders."""
+    name = files.images[folder][0]
+    place = f"{files.place}: {escape_name(os.path.join(*folder, name))}"
+    nested = {parts[0] for parts, names in files.images.items() if names and len(parts) == 2}
+    splits = sorted(filter(is_split_name, nested), key=_training_first)
+    if files.flag == "--train_dir" and len(folder) == 2 and folder[0] in splits:
+        others = f" --validation_dir {files.path(splits[1])}" if len(splits) > 1 else ""
+        return UserError(
+            f"{place} is not directly in a class folder; right is --train_dir {files.path(splits[0])}{others}, or "
+            f"--dataset_name {escape_name(files.root)}, which takes {name_some(splits)} as splits."
+        )
+    right = files.path(prefix, "class name", name)
+    others = f", or {files.flag} {files.path(folder[:-1])}" if len(folder) > len(prefix) + 1 else ""
+    return UserError(f"{place} is not directly in a class folder; right is {right}{others}.")

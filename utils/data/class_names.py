@@ -1,5 +1,6 @@
 """Class names into the nouns that stand for them in prompts. No torch."""
 
+import difflib
 import json
 import re
 import unicodedata
@@ -17,6 +18,7 @@ NUMBERING = re.compile(r"(?:n\d{8}[-_ ]+|\d+(?:\s*[._)]+\s*|\s+-\s+)|0\d*[- ]+)(
 # three letters make a word, as in 'boeing737' and '18wheeler'; with fewer it is a type, as 'A320', 'ak47', '500ml'
 GLUED_DIGITS = re.compile(r"(?<=[A-Za-z]{2}[a-z])(?=\d)|(?<=\d)(?=[A-Za-z][a-z]{2})")
 MAX_LISTED = 10
+SIMILARITY = 0.8  # from which on two names are taken for spellings of one
 
 
 def propose_noun(class_name: str) -> str:
@@ -64,10 +66,8 @@ def prompt_nouns(class_names: list[str], corrections: dict[str, str] | None = No
     """
     corrections = corrections or {}
     nouns = [" ".join(corrections[name].split()) if name in corrections else propose_noun(name) for name in class_names]
-    alike: dict[str, list[str]] = {}
-    for name, noun in zip(class_names, nouns):
-        alike.setdefault(noun.casefold(), []).append(name)
-    for name, noun in zip(class_names, nouns):
+    alike = group_names(class_names, map(str.casefold, nouns))
+    for noun in nouns:
         names = alike[noun.casefold()]
         if len(names) > 1:
             raise UserError(
@@ -173,9 +173,8 @@ def read_class_names(path: str) -> dict[str, str]:
 
 
 def list_names(names: list[str]) -> str:
-    """Return names as a message lists them: the first ten, and how many more there are."""
-    rest = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(repr(name) for name in names[:MAX_LISTED]) + rest
+    """Return names in quotes, as most messages list them."""
+    return join_names([repr(name) for name in names])
 
 
 def _read_names(path: str, flag: str) -> dict | list:
@@ -218,9 +217,62 @@ def sort_class_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=int) if all(re.fullmatch(r"-?\d{1,18}", name) for name in names) else names
 
 
-def near_equal_names(names: Iterable[str]) -> list[list[str]]:
+def near_equal_names(names: Sequence[str]) -> list[list[str]]:
     """Return the groups of names that differ in case, spaces or Unicode form only."""
+    return [group for group in group_names(names, map(fold_class_name, names)).values() if len(group) > 1]
+
+
+def group_names(names: Iterable[str], keys: Iterable[str]) -> dict[str, list[str]]:
+    """Return key -> the names that have it, both in order; `keys` are those of the names one by one."""
     groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(fold_class_name(name), []).append(name)
-    return [group for group in groups.values() if len(group) > 1]
+    for name, key in zip(names, keys):
+        groups.setdefault(key, []).append(name)
+    return groups
+
+
+def match_labels(
+    names: Sequence[str], class_names: Sequence[str], flag: str, what: str, allow_missing: bool = False,
+    advice: str = "",
+) -> dict[str, int]:  # fmt: skip
+    """Return each of `names`, in its order, with its place in the real set's `class_names`.
+
+    `flag` begins the messages; `what` has the names, as in "the synthetic set"; `advice` ends what is said of missing
+    classes.
+
+    Raises:
+        UserError: names are not clear; classes are renamed, extra or, unless `allow_missing`, missing.
+    """
+    matched = match_class_names(names, class_names, flag)
+    missing = sorted(set(class_names) - set(matched.values()))
+    extra = sorted(set(names) - set(matched))
+    renamed = _find_renamed(missing, extra)
+    missing = [known for known in missing if known not in renamed and not allow_missing]
+    extra = [other for other in extra if other not in renamed.values()]
+    found = {
+        "renamed": [f"'{known}' is '{other}' in {what}" for known, other in renamed.items()],
+        "missing": missing,
+        "extra": extra,
+    }
+    problems = "; ".join(f"{kind}: {join_names(listed)}" for kind, listed in found.items() if listed)
+    if problems:
+        hint = f"; {advice}" if missing and advice else ""
+        raise UserError(f"{flag} its classes are not those of the real set; {problems}{hint}.")
+    places = {name: place for place, name in enumerate(class_names)}
+    return {name: places[matched[name]] for name in names}
+
+
+def _find_renamed(missing: list[str], extra: list[str]) -> dict[str, str]:
+    """Return missing name -> the extra one that is the same but for case and signs, else much alike."""
+    left = {re.sub(r"[\W_]", "", other.casefold()): other for other in extra}
+    plain = {known: re.sub(r"[\W_]", "", known.casefold()) for known in missing}
+    renamed = {known: left.pop(key) for known, key in plain.items() if key in left}
+    for known in [known for known in missing if known not in renamed][:MAX_LISTED]:
+        for key in difflib.get_close_matches(plain[known], left, n=1, cutoff=SIMILARITY):
+            renamed[known] = left.pop(key)
+    return renamed
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Return the first ten of some names, and how many more there are."""
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more

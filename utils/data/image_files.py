@@ -15,15 +15,8 @@ MAX_NAMED = 3
 MAX_LINKS = 2  # from one linked folder into the next: of folders that are all linked to each other no one sees the end
 NOT_IMAGE, HIDDEN, BAD_NAME, NO_ACCESS, DEAD_LINK, LOOP = range(6)
 # of systems and programs, beside the names that begin with a dot; a class may well be called __other__
-HIDDEN_FOLDERS = {
-    "__MACOSX",
-    "__pycache__",
-    "@eaDir",
-    "#recycle",
-    "$RECYCLE.BIN",
-    "System Volume Information",
-    "lost+found",
-}
+HIDDEN_FOLDERS = {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",
+                  "lost+found"}  # fmt: skip
 # Pillow knows these by name only: opened, they have no pixels
 NO_PIXELS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 # told by their content; the other formats' signatures are so short that anything may begin with them
@@ -50,20 +43,32 @@ HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 
 @dataclass
 class ImageFiles:
-    """The files below `root`.
+    """The files below `root`, which is given with a flag.
 
     `images` maps each folder below, by the parts of its path, to the sorted names of its images; `left_out` a reason or
     an unreadable kind to the relative paths of files; `by_content` are the images whose suffix says otherwise.
     """
 
     root: str
+    flag: str
     images: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
     left_out: dict[int | str, list[str]] = field(default_factory=lambda: defaultdict(list))
     by_content: list[str] = field(default_factory=list)
 
+    @property
+    def place(self) -> str:
+        """The flag and its value, which begin a message."""
+        return f"{self.flag} {escape_name(self.root)}"
+
+    def path(self, *parts: str | tuple[str, ...]) -> str:
+        """Return the path of names, or tuples of names, below `root` as it can be printed."""
+        names = [name for part in parts for name in ((part,) if isinstance(part, str) else part)]
+        return escape_name(os.path.join(self.root, *names))
+
     def describe_left_out(self) -> str:
         """Return 'left out: 3 that are not images (notes.txt, ...), 2 HEIC (...)', nothing where all are images."""
-        parts = [_describe(reason, paths) for reason, paths in sorted(self.left_out.items(), key=_importance)]
+        reasons = (NOT_IMAGE, *UNREADABLE_KINDS, BAD_NAME, NO_ACCESS, DEAD_LINK, LOOP, HIDDEN)  # the most telling first
+        parts = [_describe(reason, self.left_out[reason]) for reason in reasons if reason in self.left_out]
         return f"left out: {', '.join(parts)}" if parts else ""
 
 
@@ -77,9 +82,9 @@ def find_image_files(folder: str, flag: str) -> ImageFiles:
         raise UserError(f"{flag} {folder}: {'is a file' if os.path.isfile(folder) else 'not a directory'}.")
     if not _is_utf8(os.path.abspath(folder)):
         raise _not_utf8(folder, flag)
-    found = ImageFiles(folder)
+    found = ImageFiles(folder, flag)
     suffixes = _image_suffixes()
-    for parts, names in _walk(folder, flag, found):
+    for parts, names in _walk(found):
         images = found.images[parts] = []
         for name in names:
             path = os.path.join(folder, *parts, name)
@@ -125,16 +130,16 @@ def unreadable_kind(head: bytes) -> str | None:
     return "JPEG XL" if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")) else None
 
 
-def _walk(folder: str, flag: str, found: ImageFiles) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+def _walk(found: ImageFiles) -> Iterator[tuple[tuple[str, ...], list[str]]]:
     """Yield each folder's parts and its files, sorted by folder; what is hidden goes into `found.left_out`."""
     pending = [((), frozenset(), 0)]
     while pending:
         parts, above, num_links = pending.pop()
-        path = os.path.join(folder, *parts)
+        path = os.path.join(found.root, *parts)
         try:
             identity, entries = _list_folder(path)
         except OSError as error:
-            raise UserError(f"{flag} {folder}: {escape_name(path)} cannot be read ({error.strerror}).") from None
+            raise UserError(f"{found.place}: {escape_name(path)} cannot be read ({error.strerror}).") from None
         if identity in above or num_links > MAX_LINKS:
             found.left_out[LOOP].append(os.path.join(*parts))
             continue
@@ -142,7 +147,7 @@ def _walk(folder: str, flag: str, found: ImageFiles) -> Iterator[tuple[tuple[str
         for name, is_folder, is_link, is_special in sorted(entries):
             relative = os.path.join(*parts, name)
             if name.startswith(".") or is_folder and name in HIDDEN_FOLDERS:
-                hidden = _files_below(folder, relative) if is_folder else [relative]
+                hidden = _files_below(found.root, relative) if is_folder else [relative]
                 if hidden:
                     found.left_out[HIDDEN] += hidden
             elif is_special:  # a named pipe, for one: to read it would wait for ever
@@ -152,7 +157,7 @@ def _walk(folder: str, flag: str, found: ImageFiles) -> Iterator[tuple[tuple[str
             elif _is_utf8(name):
                 folders.append(((*parts, name), above | {identity}, num_links + is_link))
             else:
-                raise _not_utf8(path, flag, name)
+                raise _not_utf8(path, found.flag, name)
         pending += reversed(folders)
         yield parts, files
 
@@ -228,11 +233,6 @@ def _not_utf8(path: str, flag: str, name: str | None = None) -> UserError:
     return UserError(
         f"{flag} {escape_name(path)}: {which} is not UTF-8; rename it, as with `convmv -r -f latin1 -t utf8 --notest`."
     )
-
-
-def _importance(item: tuple[int | str, list[str]]) -> int:
-    reasons = [NOT_IMAGE, *UNREADABLE_KINDS, BAD_NAME, NO_ACCESS, DEAD_LINK, LOOP, HIDDEN]
-    return reasons.index(item[0])
 
 
 def _describe(reason: int | str, paths: list[str]) -> str:

@@ -7,38 +7,23 @@ from datasets import Dataset
 
 from utils.cli.options import absolute_if_local
 from utils.cli.records import image_set_name
+from utils.data.arguments import RealDataArguments
 
+PARTS = ("train", "validation", "test")
 PLACES = ("dataset_name", "train_dir", "validation_dir")
 
 
-@dataclass(frozen=True)
-class RealImagesRecord:
-    """What one needs to load the same images again; part of every step's record."""
-
-    dataset_name: str | None = None
-    train_dir: str | None = None
-    validation_dir: str | None = None
-    dataset_config_name: str | None = None
-    dataset_revision: str | None = None
-    image_column_name: str | None = None
-    label_column_name: str | None = None
-    train_split: str = "train"
-    validation_split: str | None = None
-    test_split: str | None = None
-    train_val_split: float = 0.1
-    num_shots: int | None = None
-    few_shot_seed: int = 0
-    max_train_samples: int | None = None
-    random_flip: bool = True
-    skip_bad_images: bool = False
+@dataclass
+class RealImagesRecord(RealDataArguments):
+    """What one needs to load the same images again, the flags' values; part of every step's record."""
 
     @property
     def name(self) -> str:
         return image_set_name(asdict(self))
 
     @classmethod
-    def from_arguments(cls, arguments) -> "RealImagesRecord":
-        """Return the record of a script's `RealDataArguments` (the fields have the same names), folders absolute."""
+    def from_arguments(cls, arguments: RealDataArguments) -> "RealImagesRecord":
+        """Return the record of a script's flags, folders absolute."""
         values = {field.name: getattr(arguments, field.name) for field in fields(cls)}
         return cls(**values | {name: absolute_if_local(values[name]) for name in PLACES})
 

@@ -1,6 +1,5 @@
 """The class-name doctor: what in class names makes a generator draw something else, and what to write instead."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -13,7 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from utils.cli.errors import UserError
-from utils.data.class_names import drop_numbering, list_names, propose_noun, separate_digits, split_camel_case
+from utils.cli.records import write_text
+from utils.data.class_names import (
+    drop_numbering,
+    group_names,
+    list_names,
+    propose_noun,
+    separate_digits,
+    split_camel_case,
+)
 
 MAX_ROWS = 8  # of one and the same warning in the printed table; a file has them all
 
@@ -91,7 +98,8 @@ def diagnose(class_names: list[str], nouns: list[str], given: Collection[str] = 
     the class name, as in the record of a style token.
     """
     all_numbered = all(drop_numbering(name) != name for name in class_names)
-    twins = _group_twins(class_names, nouns)
+    # 'T-shirt', 't shirts' and 'tshirt' are the same
+    twins = group_names(class_names, ("".join(_words(noun)) for noun in nouns))
     containers = _find_containers(nouns)
     findings = []
     for name, noun in zip(class_names, nouns):
@@ -156,14 +164,6 @@ def _singular(word: str) -> str:
     return word[:-2] + "y" if word.endswith("ie") else word
 
 
-def _group_twins(class_names: list[str], nouns: list[str]) -> dict[str, list[str]]:
-    """Return letters of a noun -> the classes that have them: 'T-shirt', 't shirts' and 'tshirt' are the same."""
-    twins: dict[str, list[str]] = {}
-    for name, noun in zip(class_names, nouns):
-        twins.setdefault("".join(_words(noun)), []).append(name)
-    return twins
-
-
 def _find_containers(nouns: list[str]) -> dict[tuple[str, ...], list[str]]:
     """Return words of a noun -> the nouns that have them among more words, side by side."""
     containers: dict[tuple[str, ...], list[str]] = {_words(noun): [] for noun in nouns}
@@ -226,16 +226,13 @@ def write_class_names(path: str | Path, class_names: list[str], nouns: list[str]
         proposal = f"; proposal: {finding.proposal}" if finding.proposal not in (None, finding.noun) else ""
         comments.setdefault(finding.class_name, []).append(_comment(f"{finding.problem}{proposal}"))
     lines = [
-        _comment("What stands for each class in prompts, in the order of the labels. Edit what is behind the colons,"),
-        _comment("then give this file with --class_names_file."),
+        "# What stands for each class in prompts, in the order of the labels. Edit what is behind the colons,",
+        "# then give this file with --class_names_file.",
     ]
     for name, noun in zip(class_names, nouns):
         lines += comments.get(name, [])
         lines.append(yaml.safe_dump({name: noun}, allow_unicode=True, width=float("inf")).rstrip("\n"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def _comment(text: str) -> str:

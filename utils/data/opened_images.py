@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import PIL.ExifTags
@@ -18,11 +19,11 @@ from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
 from utils.data.image_files import UNREADABLE_KINDS, read_file, unreadable_kind
-from utils.data.image_set import RealImages
+from utils.data.image_set import PARTS, RealImages
 from utils.data.images import TOO_LARGE, describe_error, describe_reading, to_rgb
 
 NUM_THREADS = min(16, os.cpu_count() or 1)
-PARTS = ("train", "validation", "test")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,18 @@ class OpenedImages:
     remarks: list[str]
 
 
+class Inspected(NamedTuple):
+    """What opening each image shows, by row.
+
+    `digests` are SHA-256 of the encoded bytes of the good ones, where they are asked for, `problems` what is wrong with
+    the damaged ones, `notes` what `describe_reading` says of good ones.
+    """
+
+    digests: dict[int, str]
+    problems: dict[int, str]
+    notes: dict[int, str]
+
+
 def open_all(real: RealImages, parts: tuple[str, ...] = PARTS, with_digests: bool = False) -> OpenedImages:
     """Open every image of some parts once, each in one of the processes, as training will read it.
 
@@ -50,16 +63,16 @@ def open_all(real: RealImages, parts: tuple[str, ...] = PARTS, with_digests: boo
     found = {part: _inspect_together(getattr(real, part), f"{part} images", with_digests) for part in parts}
     problems = {
         f"{part} images: row {real.parts[part].rows[row]}, column '{real.record.image_column_name}'": problem
-        for part, (_, bad, _) in found.items()
-        for row, problem in sorted(bad.items())
+        for part, inspected in found.items()
+        for row, problem in sorted(inspected.problems.items())
     }
-    _refuse_damaged(problems, real.record.skip_bad_images)
-    kept = {part: _rows_without(getattr(real, part), bad) for part, (_, bad, _) in found.items() if bad}
+    remarks = _settle_damaged(problems, real.record.skip_bad_images)
+    kept = {part: _good_rows(getattr(real, part), inspected) for part, inspected in found.items() if inspected.problems}
     _check_classes_left(real, kept.get("train"))
-    digests = {part: [good[row] for row in sorted(good)] for part, (good, _, _) in found.items()}
-    notes = Counter(note for _, _, notes in found.values() for note in notes.values())
-    remarks = [f"Warning: {number:,} images {words}." for words, number in notes.items()]
-    return OpenedImages(real.select(kept), digests, len(problems), [*_describe_skipped(problems), *remarks])
+    digests = {part: [digest for _, digest in sorted(inspected.digests.items())] for part, inspected in found.items()}
+    notes = Counter(note for inspected in found.values() for note in inspected.notes.values())
+    remarks += [f"Warning: {number:,} images {words}." for words, number in notes.items()]
+    return OpenedImages(real.select(kept), digests, len(problems), remarks)
 
 
 def open_synthetic(images: Dataset, name: str, skip_bad_images: bool) -> tuple[Dataset, list[str]]:
@@ -68,34 +81,33 @@ def open_synthetic(images: Dataset, name: str, skip_bad_images: bool) -> tuple[D
     Raises:
         UserError: an image is damaged and may not be left out.
     """
-    _, bad, _ = _inspect_together(images, "synthetic images", with_digests=False)
-    problems = {f"--synthetic_dataset {name}: row {row}": bad[row] for row in sorted(bad)}
-    _refuse_damaged(problems, skip_bad_images)
-    return images.select(_rows_without(images, bad)) if bad else images, _describe_skipped(problems)
+    inspected = _inspect_together(images, "synthetic images", with_digests=False)
+    problems = {f"--synthetic_dataset {name}: row {row}": text for row, text in sorted(inspected.problems.items())}
+    remarks = _settle_damaged(problems, skip_bad_images)
+    return images.select(_good_rows(images, inspected)) if problems else images, remarks
 
 
-def _rows_without(images: Dataset, bad: dict[int, str]) -> np.ndarray:
-    return np.setdiff1d(np.arange(len(images)), list(bad))
+def _good_rows(images: Dataset, inspected: Inspected) -> np.ndarray:
+    return np.setdiff1d(np.arange(len(images)), list(inspected.problems))
 
 
-def _refuse_damaged(problems: dict[str, str], may_skip: bool) -> None:
-    """Raise where images do not open, given as place -> what is wrong, unless they may be left out."""
-    if not problems or may_skip:
-        return
+def _settle_damaged(problems: dict[str, str], may_skip: bool) -> list[str]:
+    """Return what is said of images that do not open, given as place -> what is wrong, where they may be left out.
+
+    Raises:
+        UserError: they may not.
+    """
+    if not problems:
+        return []
     place, problem = next(iter(problems.items()))
+    if may_skip:
+        return [f"Warning: damaged images that are left out: {len(problems)}, the first is {place} ({problem})."]
     state, cure = "damaged", "repair or remove what is damaged"
     if problem.startswith(TOO_LARGE):
         state, cure = "not read", "shrink or remove what is too large"
     raise UserError(
         f"{place}: {state} ({problem}); {state} in all: {len(problems)}; {cure}, or give --skip_bad_images."
     )
-
-
-def _describe_skipped(problems: dict[str, str]) -> list[str]:
-    if not problems:
-        return []
-    place, problem = next(iter(problems.items()))
-    return [f"Warning: damaged images that are left out: {len(problems)}, the first is {place} ({problem})."]
 
 
 def _check_classes_left(real: RealImages, kept: np.ndarray | None) -> None:
@@ -107,30 +119,63 @@ def _check_classes_left(real: RealImages, kept: np.ndarray | None) -> None:
         raise UserError(f"--skip_bad_images: all training images of {names} are damaged.")
 
 
-def _inspect_together(
-    images: Dataset, what: str, with_digests: bool
-) -> tuple[dict[int, str], dict[int, str], dict[int, str]]:
-    """Return what `inspect_images` finds, from all processes, the notes last."""
-    notes: dict[int, str] = {}
-    found = inspect_images(images, what, *_own_share(), notes, with_digests)
-    return _from_all_processes(*found, notes)
+def _inspect_together(images: Dataset, what: str, with_digests: bool) -> Inspected:
+    """Return what `inspect_images` finds, from all processes."""
+    return Inspected(*_from_all_processes(*inspect_images(images, what, with_digests, *_own_share())))
+
+
+def inspect_images(
+    images: Dataset, what: str, with_digests: bool = False, rank: int = 0, num_parts: int = 1,
+    show_progress: bool = True,
+) -> Inspected:  # fmt: skip
+    """Decode the images of the rows `rank`, `rank + num_parts`, ... once, in threads."""
+    inspected = Inspected({}, {}, {})
+    rows = range(rank, len(images), num_parts)
+    inspect = partial(_inspect_image, with_digest=with_digests)
+    for row, results in zip(rows, map_encoded(images, inspect, rows, f"checking {what}", show_progress)):
+        for by_row, result in zip(inspected, results):
+            if result is not None:
+                by_row[row] = result
+    return inspected
 
 
 def content_places(images: Dataset) -> np.ndarray:
     """Return a number in [0, 1) for each image, evenly spread, that depends on nothing but its encoded bytes."""
 
-    def place(encoded: dict | None) -> float:
+    def place(row: int, encoded: dict | None) -> float:
         try:
-            digest = hashlib.sha256(_read_encoded(encoded)).digest()
+            digest = hashlib.sha256(_read_encoded(encoded) or b"").digest()
         except OSError:  # told when the images are opened
             digest = hashlib.sha256(repr(encoded).encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
     rank, num_parts, show_progress = _own_share()
     rows = range(rank, len(images), num_parts)
-    own = dict(zip(rows, _in_threads(images, place, rows, "reading images", show_progress)))
+    own = dict(zip(rows, map_encoded(images, place, rows, "reading images", show_progress)))
     (places,) = _from_all_processes(own)
     return np.array([places[row] for row in range(len(images))])
+
+
+def map_encoded(
+    images: Dataset, function: Callable[[int, dict | None], Result], rows: range, what: str,
+    show_progress: bool = True, piece: int = 4 * NUM_THREADS,
+) -> Iterator[Result]:  # fmt: skip
+    """Yield what a function of a row and its encoded image gives for each of the rows, in order, from threads.
+
+    They are a piece ahead of the one that is taken. No more is in memory: these are the bytes of whole files.
+    """
+    encoded = images.select_columns("image").cast_column("image", Image(decode=False))
+    with (
+        ThreadPoolExecutor(NUM_THREADS) as threads,
+        tqdm(total=len(rows), desc=what, unit="image", leave=False, disable=not show_progress) as progress,
+    ):
+        ahead = iter(())
+        for start in range(0, len(rows) + piece, piece):
+            current, coming = ahead, rows[start : start + piece]
+            ahead = threads.map(function, coming, encoded[coming]["image"]) if coming else iter(())
+            for result in current:
+                progress.update()
+                yield result
 
 
 def _own_share() -> tuple[int, int, bool]:
@@ -153,59 +198,22 @@ def _from_all_processes(*found: dict[int, object]) -> tuple[dict[int, object], .
     return tuple({row: value for part in parts for row, value in part[which].items()} for which in range(len(found)))
 
 
-def inspect_images(
-    images: Dataset, what: str, rank: int = 0, num_parts: int = 1, show_progress: bool = True,
-    notes: dict[int, str] | None = None, with_digests: bool = True,
-) -> tuple[dict[int, str], dict[int, str]]:  # fmt: skip
-    """Decode the images of the rows `rank`, `rank + num_parts`, ... once, in threads.
-
-    Returns row -> SHA-256 of the encoded bytes for the good ones (nothing where not `with_digests`), and row -> what is
-    wrong for the damaged ones.
-    `notes`, where given, gets row -> what `describe_reading` says of a good one.
-    """
-    rows = range(rank, len(images), num_parts)
-    hashes, problems = {}, {}
-    inspect = partial(_inspect_image, with_digest=with_digests)
-    found = _in_threads(images, inspect, rows, f"checking {what}", show_progress)
-    for row, (digest, problem, note) in zip(rows, found):
-        if problem is not None:
-            problems[row] = problem
-        elif with_digests:
-            hashes[row] = digest
-        if notes is not None and note is not None:
-            notes[row] = note
-    return hashes, problems
-
-
-def _in_threads(images: Dataset, function: Callable, rows: range, what: str, show_progress: bool) -> Iterator:
-    """Yield what a function of the encoded image gives for each of the rows, in order."""
-    encoded = images.select_columns("image").cast_column("image", Image(decode=False))
-    with (
-        ThreadPoolExecutor(NUM_THREADS) as threads,
-        tqdm(total=len(rows), desc=what, unit="image", leave=False, disable=not show_progress) as progress,
-    ):
-        # a piece at a time: `map` takes all that it is given, and these are the bytes of whole files
-        for start in range(0, len(rows), 8 * NUM_THREADS):
-            piece = rows[start : start + 8 * NUM_THREADS]
-            yield from threads.map(function, encoded[piece]["image"])
-            progress.update(len(piece))
-
-
-def _read_encoded(encoded: dict | None) -> bytes:
-    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
-        return b""
-    if encoded["bytes"] is not None:
+def _read_encoded(encoded: dict | None) -> bytes | None:
+    """Return an image's encoded bytes, None where there are none."""
+    if encoded is None:
+        return None
+    if encoded["bytes"] is not None or encoded["path"] is None:
         return encoded["bytes"]
     return read_file(encoded["path"])
 
 
-def _inspect_image(encoded: dict | None, with_digest: bool) -> tuple[str | None, str | None, str | None]:
+def _inspect_image(row: int, encoded: dict | None, with_digest: bool) -> tuple[str | None, str | None, str | None]:
     """Return the hash of an image's bytes, what is wrong with the image, and what is to be said of its reading."""
-    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
-        return None, "no image", None
-    path, content = encoded["path"], b""
+    content = b""
     try:
         content = _read_encoded(encoded)
+        if content is None:
+            return None, "no image", None
         image = PIL.Image.open(BytesIO(content))
         note = describe_reading(image)
         image.draft("RGB", (1, 1))  # a JPEG is decoded to an eighth of its size, which still reads all of its bytes
@@ -216,5 +224,5 @@ def _inspect_image(encoded: dict | None, with_digest: bool) -> tuple[str | None,
     except Exception as error:  # on damaged files Pillow raises nearly anything
         kind = unreadable_kind(content[:32])  # such as HEIC under the name of a JPEG
         reason = f"{kind}, which is not read: {UNREADABLE_KINDS[kind][1]}" if kind else describe_error(error)
-        return None, f"{reason}{f', file {path}' if path else ''}", None
+        return None, f"{reason}, file {encoded['path']}" if encoded["path"] else reason, None
     return hashlib.sha256(content).hexdigest() if with_digest else None, None, note

@@ -4,20 +4,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import Dataset, DatasetDict
 
 from utils.cli.errors import UserError
-from utils.data.class_folders import load_class_folders, load_local_set
-from utils.data.image_set import Part, RealImages, RealImagesRecord
-from utils.data.labels import is_labelled, unify_labels
-from utils.data.opened_images import PARTS, content_places
-from utils.data.remarks import describe_parts, list_doubts
-from utils.data.split_roles import assign_splits, select
-from utils.data.splits import TEST_SHARE, balanced_indices, carve, evenly_spaced, few_shot_indices
+from utils.data.class_folders import load_folder_set, read_local_set, read_train_dirs
+from utils.data.class_names import list_names, near_equal_names
+from utils.data.columns import find_columns, is_labelled, standardise, unify_labels
+from utils.data.image_set import PARTS, Part, RealImages, RealImagesRecord
+from utils.data.opened_images import content_places
+from utils.data.splits import TEST_SHARE, assign_splits, balanced_indices, carve, evenly_spaced, select
 from utils.hub.data_sets import load_data_set
 from utils.hub.repositories import open_source
 
-USUAL_LABEL_NAMES = ("label", "labels")
+MISSING_VALUES = ("nan", "none", "null", "n/a", "na", "<na>")  # what programs write where there is no label
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def load_labelled_splits(record: RealImagesRecord, token: str | None = None) -> 
     given = {part: getattr(record, f"{part}_split") for part in PARTS}
     chosen = assign_splits(splits, given, record.name, lambda split: is_labelled(splits[split], label_column))
     used = dict.fromkeys(split for selection in chosen.values() for split in selection.splits)
-    standard = {split: _standardise(splits[split], split, record) for split in used}
+    standard = {split: standardise(splits[split], split, record) for split in used}
     standard, class_names = unify_labels(standard, label_column)
     return LabelledSplits(
         {part: selection.read(standard) for part, selection in chosen.items()},
@@ -82,7 +81,7 @@ def load_real_images(record: RealImagesRecord, token: str | None = None) -> Real
     kept = kept[_training_subset(labels[kept], found.class_names, record)]
     images["train"], parts["train"] = whole.select(kept), replace(parts["train"], rows=rows[kept])
     real = RealImages(**images, class_names=found.class_names, record=record, parts=parts)
-    return replace(real, remarks=(describe_parts(real, found.unused), *list_doubts(real)))
+    return replace(real, remarks=(_describe_parts(real, found.unused), *_list_doubts(real)))
 
 
 def same_image_set(record: dict, dataset_name: str | None, train_dir: str | None) -> bool:
@@ -105,84 +104,70 @@ def _training_subset(labels: np.ndarray, class_names: list[str], record: RealIma
                 f"--num_shots {record.num_shots}: class '{class_names[fewest]}' of '{record.name}' has "
                 f"{counts[fewest]} training images; lower --num_shots, add images, or remove the class."
             )
-        shots = few_shot_indices(labels, record.num_shots, record.few_shot_seed)
-        num_samples = min(num_samples, len(shots))  # the shots are the first of the balanced order
+        # the shots are the first of the balanced order
+        num_samples = min(num_samples, record.num_shots * np.count_nonzero(counts))
     return balanced_indices(labels, num_samples, record.few_shot_seed)
 
 
 def _load_splits(record: RealImagesRecord, token: str | None) -> tuple[DatasetDict, RealImagesRecord]:
     if record.train_dir is not None:
-        return load_class_folders(record.train_dir, record.validation_dir), record
+        return load_folder_set(read_train_dirs(record.train_dir, record.validation_dir)), record
     source = open_source(record.dataset_name, "--dataset_name", "dataset", record.dataset_revision, token)
-    splits = load_local_set(source.name) if source.is_local else None
-    if splits is None:
-        splits = load_data_set(source, record.dataset_config_name)
+    found = read_local_set(source.name) if source.is_local else None
+    splits = load_data_set(source, record.dataset_config_name) if found is None else load_folder_set(found)
     return splits, replace(record, dataset_revision=source.revision)
 
 
-def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str]:
-    """Return the names of the image and of the label column: as given, else by type.
+def _describe_parts(real: RealImages, unused: dict[str, int]) -> str:
+    """Return a line that says which split serves as what; `unused` maps the other splits to their numbers of images."""
+    listed = []
+    for part in PARTS:
+        source = real.parts[part]
+        how = f"carved off '{source.split}'" if source.is_carved else f"split '{source.split}'"
+        listed.append(f"{part} {len(source.rows):,} images ({how})")
+    left = ", ".join(f"'{split}' ({number:,} images)" for split, number in unused.items())
+    return f"{real.record.name}: {', '.join(listed)}{f'; not used: {left}' if left else ''}."
 
-    Where no column is of type Image, the one that holds the bytes of files is taken; where none is of type ClassLabel,
-    the one with a usual name.
 
-    Raises:
-        UserError: a given column is not there, or there is not exactly one of that type.
-    """
-    columns = ", ".join(features)
-    for flag, name in (("image", record.image_column_name), ("label", record.label_column_name)):
-        if name is not None and name not in features:
-            raise UserError(f"--{flag}_column_name {name}: not in '{record.name}'; columns are {columns}.")
+def _list_doubts(real: RealImages) -> list[str]:
+    """Return warnings: classes that look like one, that are tested without having been trained, or not tested."""
 
-    def only(kind: type, flag: str) -> str:
-        found = [name for name, feature in features.items() if isinstance(feature, kind)]
-        if kind is Image and not found:
-            found = [name for name, feature in features.items() if _holds_files(feature)]
-        if kind is ClassLabel and not found:
-            found = [name for name in features if name in USUAL_LABEL_NAMES]
-        if len(found) != 1:
-            what = "no" if not found else "more than one"
-            raise UserError(
-                f"--{flag}_column_name: '{record.name}' has {what} column of type {kind.__name__}; "
-                f"name it, columns are {columns}."
-            )
-        return found[0]
+    def named(is_meant: np.ndarray) -> str:
+        return list_names([real.class_names[label] for label in np.flatnonzero(is_meant)])
 
-    image = record.image_column_name or only(Image, "image")
-    label = record.label_column_name or only(ClassLabel, "label")
-    if image == label:
-        raise UserError(
-            f"--image_column_name {image}, --label_column_name {label}: one column cannot be both of {columns}."
+    doubts = [
+        # ascii: two Unicode forms of a letter look the same
+        f"Warning: the classes {', '.join(map(ascii, names))} differ in case, spaces or Unicode form only; they stay "
+        "separate classes, and train_dsi.py refuses two that are the same in a prompt: merge or rename them."
+        for names in near_equal_names(real.class_names)
+    ]
+    counts = {
+        part: np.bincount(np.asarray(getattr(real, part)["label"], int), minlength=len(real.class_names))
+        for part in real.parts
+    }
+    absent = sum(counts.values()) == 0
+    if absent.any():
+        doubts.append(
+            f"Warning: no part has images of {named(absent)}; the classifier has an output for each all the same."
         )
-    return image, label
-
-
-def _holds_files(feature: object) -> bool:
-    """Say whether a column holds the bytes of files, alone or beside a path, as pandas, pyarrow and duckdb write it."""
-    content = feature.get("bytes") if isinstance(feature, dict) else feature
-    return isinstance(content, Value) and content.dtype in ("binary", "large_binary")
-
-
-def _standardise(images: Dataset, split: str, record: RealImagesRecord) -> Dataset:
-    """Return the images of a split with the two columns, as `image` (decoded, in its own mode) and `label`."""
-    columns = [record.image_column_name, record.label_column_name]
-    for flag, name in zip(("image", "label"), columns):
-        if name not in images.features:
-            raise UserError(f"--{flag}_column_name {name}: not in split '{split}' of '{record.name}'.")
-    images = (
-        images.with_format(None)
-        .select_columns(columns)
-        .rename_columns({old: new for old, new in zip(columns, ("image", "label")) if old != new})
-    )
-    kind = images.features["image"]
-    # an Image with a mode would be converted by datasets, where that decodes it, and not by `to_rgb`
-    if _holds_files(kind) or (isinstance(kind, Image) and (kind.mode or not kind.decode)):
-        return images.cast_column("image", Image())
-    if not isinstance(kind, Image):
-        kind = kind.dtype if isinstance(kind, Value) else type(kind).__name__
-        cure = "; store the images that it names by `cast_column` and `to_parquet` of datasets" if "str" in kind else ""
-        raise UserError(f"--image_column_name {record.image_column_name}: is of type {kind}, no image column{cure}.")
-    return images
+    missing_values = [name for name in real.class_names if name.casefold() in MISSING_VALUES]
+    if missing_values:
+        doubts.append(
+            f"Warning: the class {list_names(missing_values)} may stand for images without a label; it is a class here."
+        )
+    for part in ("validation", "test"):
+        tested, trained = counts[part] > 0, counts["train"] > 0
+        if (tested & ~trained).any():
+            doubts.append(
+                f"Warning: {part} images of classes without training images: {counts[part][~trained].sum():,} "
+                f"({named(tested & ~trained)}); all of them count as wrong."
+            )
+        if tested.any() and (trained & ~tested).any():
+            doubts.append(
+                f"Warning: the {part} part has images of {tested.sum()} of {len(real.class_names)} classes (none of "
+                f"{named(trained & ~tested)}); per-class means cover only these."
+            )
+    return doubts
 
 
 def limit_held_out(real_images: RealImages, max_images: int | None) -> RealImages:

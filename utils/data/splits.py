@@ -1,8 +1,137 @@
-"""Which image is in which part: validation carved from train, few-shot subsets. Pure functions of the labels."""
+"""Which split serves as training, validation and test part, and which of its images are in a part or a subset."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets
+from datasets.data_files import SPLIT_KEYWORDS
 
+from utils.cli.errors import UserError
+from utils.data.class_folders import split_words
+
+# train, validation, test -> the names that `datasets` knows for it, the usual one first
+KNOWN_NAMES = {str(role): tuple(names) for role, names in SPLIT_KEYWORDS.items()}
 TEST_SHARE = 0.1  # of a set without a test part
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The rows `start` to `stop` of a split."""
+
+    split: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a flag such as `--test_split` selects: the text, and the rows that it stands for, in order."""
+
+    spec: str
+    slices: tuple[Slice, ...]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The rows in the split; where several splits are put together, the places in the whole."""
+        parts = [np.arange(part.start, part.stop) for part in self.slices]
+        rows = np.concatenate(parts) if parts else np.zeros(0, int)
+        return rows if len({part.split for part in self.slices}) == 1 else np.arange(len(rows))
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that it takes rows of, each once."""
+        return list(dict.fromkeys(piece.split for piece in self.slices))
+
+    def read(self, splits: dict[str, Dataset]) -> Dataset:
+        """Return the images; the splits have the same features."""
+        parts = [splits[part.split].select(range(part.start, part.stop)) for part in self.slices]
+        return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+    def shared_rows(self, other: "Selection") -> int:
+        """Return how many rows both have."""
+        return sum(
+            max(0, min(mine.stop, theirs.stop) - max(mine.start, theirs.start))
+            for mine in self.slices
+            for theirs in other.slices
+            if mine.split == theirs.split
+        )
+
+
+def assign_splits(
+    splits: DatasetDict, given: dict[str, str | None], name: str, is_labelled: Callable[[str], bool]
+) -> dict[str, Selection]:
+    """Return the selections for `train`, `validation` and `test`, without a part that is to be carved off train.
+
+    `given` has the flags' values by part. Where there is none, test is the split with one of test's usual names, else
+    that with one of validation's; validation is such a one that is left. A split by such a name of which no image has
+    a label (`is_labelled`) is passed over. `name` is the image set's.
+
+    Raises:
+        UserError: there is no such split or slice, it is empty, or two parts share images.
+    """
+    chosen = {part: select(splits, part, spec, name) for part, spec in given.items() if spec is not None}
+
+    def guess(part: str) -> None:
+        taken = {split for selection in chosen.values() for split in selection.splits}
+        left = [split for split in splits if split not in taken and len(splits[split])]
+        found = named_for(part, left)
+        usable = next((split for split in found if is_labelled(split)), None)
+        if usable is not None:
+            chosen["test" if "test" not in chosen else "validation"] = select(splits, part, usable, name)
+
+    if "test" not in chosen:
+        guess("test")
+    if "test" not in chosen and "validation" not in chosen:
+        guess("validation")
+    if "validation" not in chosen and "test" in chosen:
+        guess("validation")
+    for part, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
+        if part in chosen and other in chosen and (shared := chosen[part].shared_rows(chosen[other])):
+            raise UserError(
+                f"--{part}_split {chosen[part].spec}: {shared} of its images are in --{other}_split "
+                f"{chosen[other].spec} too; parts must not share images, for example --train_split 'train[:80%]' "
+                "--test_split 'train[80%:]'."
+            )
+    return chosen
+
+
+def named_for(part: str, splits: list[str]) -> list[str]:
+    """Return the splits with a usual name of a part, then those that have one among their words, as 'seg_test'."""
+    words = {split: split_words(split) for split in splits}
+    exact = [split for known in KNOWN_NAMES[part] for split in splits if words[split] == [known]]
+    return exact + [split for split in splits if split not in exact and set(KNOWN_NAMES[part]) & set(words[split])]
+
+
+def select(splits: DatasetDict, part: str, spec: str, name: str) -> Selection:
+    """Return what `spec` stands for: a split, or slices such as `train[80%:]` and `train+extra`.
+
+    Raises:
+        UserError: there is no such split, the text is no slice, or nothing is in it.
+
+    Source: datasets, `ReadInstruction`, for the slices.
+    """
+    sizes = {split: len(images) for split, images in splits.items()}
+    if part == "train" and spec == "train" and spec not in sizes:
+        spec = next(iter(named_for("train", list(sizes))), spec)
+    if spec in sizes:
+        slices = [Slice(spec, 0, sizes[spec])]
+    else:
+        try:
+            pieces = ReadInstruction.from_spec(spec).to_absolute(sizes)
+        except (ValueError, AssertionError):
+            listed = ", ".join(f"{split} ({size:,} images)" for split, size in sizes.items())
+            raise UserError(
+                f"--{part}_split {spec}: '{name}' has {listed}; give one of these, or a slice such as 'train[80%:]'."
+            ) from None
+        slices = [Slice(piece.splitname, piece.from_, piece.to) for piece in pieces]
+    slices = [piece for piece in slices if piece.stop > piece.start]
+    if not slices:
+        raise UserError(f"--{part}_split {spec}: no images are in it.")
+    ordered = sorted(slices, key=lambda piece: (piece.split, piece.start))
+    if any(one.split == other.split and other.start < one.stop for one, other in zip(ordered, ordered[1:])):
+        raise UserError(f"--{part}_split {spec}: takes some images twice; its slices must not overlap.")
+    return Selection(spec, tuple(slices))
 
 
 def carve(labels: np.ndarray, places: np.ndarray, rows: np.ndarray, end: float) -> tuple[np.ndarray, np.ndarray]:

@@ -9,26 +9,24 @@ import torch
 from utils.cli.errors import UserError
 from utils.cli.records import write_record
 from utils.data.image_set import RealImages
+from utils.data.splits import evenly_spaced
 from utils.hub.repositories import Source
 from utils.quality.distances import (
+    MAX_CALIBRATION_IMAGES,
     ClassSums,
     class_shifts,
+    closest_pairs,
+    count_similar,
+    find_nearest,
     frechet_distances,
     kernel_distances,
     list_confusions,
     matched_rows,
     nearest_class_shares,
-)
-from utils.quality.duplicates import (
-    calibration_rows,
-    closest_pairs,
-    count_similar,
-    find_nearest,
     similarity_threshold,
 )
-from utils.quality.features import FeatureModel, UnitFeatures, extract_features
-from utils.quality.images import Part, collect_parts
-from utils.quality.plots import plot_pairs, plot_quality
+from utils.quality.features import FeatureModel, Part, UnitFeatures, collect_parts, extract_features
+from utils.quality.presentation import plot_pairs, plot_quality
 from utils.quality.verdicts import judge, list_caveats
 from utils.synthesis.output_folder import DUPLICATE_PAIRS, QUALITY_PLOTS, QUALITY_RECORD
 
@@ -41,16 +39,9 @@ NAMES = {
 
 
 def make_quality_report(
-    synthetic: Source,
-    real_images: RealImages,
-    model: Source,
-    output_dir: str | Path,
-    *,
-    batch_size: int = 64,
-    max_images_per_class: int = 1000,
-    num_pairs: int = 8,
-    device: str | torch.device | None = None,
-) -> dict:
+    synthetic: Source, real_images: RealImages, model: Source, output_dir: str | Path, *, batch_size: int = 64,
+    max_images_per_class: int = 1000, num_pairs: int = 8, device: str | torch.device | None = None,
+) -> dict:  # fmt: skip
     """Compare a synthetic set with real images; write `quality.json`, `quality.png` and `duplicates.png`.
 
     `synthetic` is a local folder or a data set at a commit, `model` that of `open_feature_model`. The first
@@ -96,7 +87,7 @@ def make_quality_report(
 def _find_centre(train: np.ndarray, model: Source) -> np.ndarray:
     """Return the mean `(num_features,)` of the real training images' features."""
     centre = train.mean(0, dtype=np.float64).astype(np.float32)
-    some = np.asarray(train[calibration_rows(len(train))], np.float32)
+    some = np.asarray(train[evenly_spaced(len(train), MAX_CALIBRATION_IMAGES)], np.float32)
     # smaller differences are rounding: what is on disk is in half precision
     if np.linalg.norm(some - centre, axis=1).max() <= 2 * np.finfo(np.float16).eps * np.linalg.norm(centre):
         raise UserError(
@@ -151,29 +142,25 @@ def _measure_classes(units: dict[str, UnitFeatures], parts: dict[str, Part], cla
             "class": class_names[label],
             "num_images": int(sums["synthetic"].counts[label]),
             "num_train": int(sums["train"].counts[label]),
-            **{name: _number(values[label]) for name, values in columns.items()},
+            **{name: _mean(values[[label]]) for name, values in columns.items()},
         }
         for label in present
     ]
     classes.sort(key=lambda entry: -1.0 if entry["shift"] is None else entry["shift"], reverse=True)
     return {
         "classes": classes,
-        "diversity": {name: _number(_mean(values[present])) for name, values in diversity.items()},
+        "diversity": {name: _mean(values[present]) for name, values in diversity.items()},
         "nearest_class": {
-            "own_share": {name: _number(_mean(np.diagonal(values)[present])) for name, values in shares.items()},
+            "own_share": {name: _mean(np.diagonal(values)[present]) for name, values in shares.items()},
             "confusions": list_confusions(shares["synthetic"], shares["held_out"], class_names),
         },
     }
 
 
 def _find_duplicates(
-    units: dict[str, UnitFeatures],
-    own_unit: UnitFeatures,
-    parts: dict[str, Part],
-    class_names: list[str],
-    num_pairs: int,
-    device: str | torch.device,
-) -> tuple[dict, dict, dict]:
+    units: dict[str, UnitFeatures], own_unit: UnitFeatures, parts: dict[str, Part], class_names: list[str],
+    num_pairs: int, device: str | torch.device,
+) -> tuple[dict, dict, dict]:  # fmt: skip
     """Return, for each kind of image, the figures of near-duplicates, the similarities that they come from, and where
     the closest pairs are.
 
@@ -187,7 +174,7 @@ def _find_duplicates(
         if len(targets) < 2:
             continue
         nearest = find_nearest(queries, targets, f"nearest {NAMES[kind]}", device)
-        rows = calibration_rows(len(units[calibrating]))
+        rows = evenly_spaced(len(units[calibrating]), MAX_CALIBRATION_IMAGES)
         real_targets = units["train"] if within else targets
         real = find_nearest(units[calibrating], real_targets, "the same of real images", device, rows).similarities
         threshold = similarity_threshold(real)
@@ -216,12 +203,7 @@ def _describe_pair(
     }
 
 
-def _mean(values: np.ndarray) -> float:
-    """Return the mean of what is not NaN, NaN where nothing is left."""
+def _mean(values: np.ndarray) -> float | None:
+    """Return the mean of what is not NaN as JSON has it, None where nothing is left."""
     known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")
-
-
-def _number(value: float) -> float | None:
-    """Return a value as JSON has it, None for NaN."""
-    return None if np.isnan(value) else float(value)
+    return float(known.mean()) if known.size else None

@@ -57,7 +57,8 @@ def list_caveats(record: dict) -> list[str]:
     return caveats
 
 
-def _figure(value: float) -> str:
+def format_distance(value: float) -> str:
+    """Return a distance with three digits, or as a whole number where it has more."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -80,8 +81,8 @@ def _judge_distance(record: dict) -> tuple[str, str]:
     }
     level = _level(ratio, NOTABLE_RATIO, LARGE_RATIO)
     return level, (
-        f"Frechet distance {_figure(frechet)}, {ratio:.1f} times the floor of {_figure(floor)} (kernel distance "
-        f"{kernel['synthetic']:.3g}, floor {kernel['floor']:.3g}): {meaning[level]}."
+        f"Frechet distance {format_distance(frechet)}, {ratio:.1f} times the floor of {format_distance(floor)} "
+        f"(kernel distance {kernel['synthetic']:.3g}, floor {kernel['floor']:.3g}): {meaning[level]}."
     )
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import HfFileSystem
 
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record
-from utils.data.label_matching import join_names, match_labels
+from utils.data.class_names import join_names, match_labels
 from utils.hub.data_sets import check_path, load_data_set
 from utils.hub.repositories import Source, open_source
 

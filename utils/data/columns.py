@@ -1,34 +1,105 @@
-"""A label column of any usual kind into classes that all parts share."""
+"""The image and the label column of a set: found, and of any usual kind made into images and classes."""
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, LargeList, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, LargeList, List, Value
 
 from utils.cli.errors import UserError
 from utils.data.class_names import match_class_names, sort_class_names
+from utils.data.image_set import RealImagesRecord
 
+USUAL_LABEL_NAMES = ("label", "labels")
 NO_LABEL = -1  # of integers and of ClassLabel, as `datasets` has it
 
 
-def label_column(images: Dataset, column: str = "label") -> pa.ChunkedArray:
+def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str]:
+    """Return the names of the image and of the label column: as given, else by type.
+
+    Where no column is of type Image, the one that holds the bytes of files is taken; where none is of type ClassLabel,
+    the one with a usual name.
+
+    Raises:
+        UserError: a given column is not there, or there is not exactly one of that type.
+    """
+    columns = ", ".join(features)
+    for flag, name in (("image", record.image_column_name), ("label", record.label_column_name)):
+        if name is not None and name not in features:
+            raise UserError(f"--{flag}_column_name {name}: not in '{record.name}'; columns are {columns}.")
+
+    def only(kind: type, flag: str) -> str:
+        found = [name for name, feature in features.items() if isinstance(feature, kind)]
+        if kind is Image and not found:
+            found = [name for name, feature in features.items() if _holds_files(feature)]
+        if kind is ClassLabel and not found:
+            found = [name for name in features if name in USUAL_LABEL_NAMES]
+        if len(found) != 1:
+            what = "no" if not found else "more than one"
+            raise UserError(
+                f"--{flag}_column_name: '{record.name}' has {what} column of type {kind.__name__}; "
+                f"name it, columns are {columns}."
+            )
+        return found[0]
+
+    image = record.image_column_name or only(Image, "image")
+    label = record.label_column_name or only(ClassLabel, "label")
+    if image == label:
+        raise UserError(
+            f"--image_column_name {image}, --label_column_name {label}: one column cannot be both of {columns}."
+        )
+    return image, label
+
+
+def _holds_files(feature: object) -> bool:
+    """Say whether a column holds the bytes of files, alone or beside a path, as pandas, pyarrow and duckdb write it."""
+    content = feature.get("bytes") if isinstance(feature, dict) else feature
+    return isinstance(content, Value) and content.dtype in ("binary", "large_binary")
+
+
+def standardise(images: Dataset, split: str, record: RealImagesRecord) -> Dataset:
+    """Return the images of a split with the two columns, as `image` (decoded, in its own mode) and `label`."""
+    columns = [record.image_column_name, record.label_column_name]
+    for flag, name in zip(("image", "label"), columns):
+        if name not in images.features:
+            raise UserError(f"--{flag}_column_name {name}: not in split '{split}' of '{record.name}'.")
+    images = (
+        images.with_format(None)
+        .select_columns(columns)
+        .rename_columns({old: new for old, new in zip(columns, ("image", "label")) if old != new})
+    )
+    kind = images.features["image"]
+    # an Image with a mode would be converted by datasets, where that decodes it, and not by `to_rgb`
+    if _holds_files(kind) or (isinstance(kind, Image) and (kind.mode or not kind.decode)):
+        return images.cast_column("image", Image())
+    if not isinstance(kind, Image):
+        kind = kind.dtype if isinstance(kind, Value) else type(kind).__name__
+        cure = "; store the images that it names by `cast_column` and `to_parquet` of datasets" if "str" in kind else ""
+        raise UserError(f"--image_column_name {record.image_column_name}: is of type {kind}, no image column{cure}.")
+    return images
+
+
+def _label_column(images: Dataset, column: str = "label") -> pa.ChunkedArray:
     """Return the labels as they are stored."""
     return images.select_columns(column).with_format("arrow")[:][column]
 
 
-def without_label(column: pa.ChunkedArray) -> np.ndarray:
+def _without_label(column: pa.ChunkedArray) -> np.ndarray:
     """Return the rows without a label: null, not a number, -1, or text without a letter."""
     missing = pc.is_null(column, nan_is_null=True)
     if pa.types.is_signed_integer(column.type):
         missing = pc.or_(missing, pc.equal(column, NO_LABEL).fill_null(False))
-    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    elif _is_text(column):
         missing = pc.or_(missing, pc.equal(pc.utf8_trim_whitespace(column), "").fill_null(False))
     return np.flatnonzero(missing.to_numpy())
 
 
+def _is_text(column: pa.ChunkedArray) -> bool:
+    return pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+
+
 def is_labelled(images: Dataset, column: str) -> bool:
     """Return whether at least one image has a label."""
-    return column in images.features and len(without_label(label_column(images, column))) < len(images)
+    return column in images.features and len(_without_label(_label_column(images, column))) < len(images)
 
 
 def unify_labels(splits: dict[str, Dataset], column_name: str) -> tuple[dict[str, Dataset], list[str]]:
@@ -45,9 +116,9 @@ def unify_labels(splits: dict[str, Dataset], column_name: str) -> tuple[dict[str
     flag = f"--label_column_name {column_name}:"
     names_of, kinds = {}, {}
     for split, images in splits.items():
-        feature, column = images.features["label"], label_column(images)
+        feature, column = images.features["label"], _label_column(images)
         kinds[split] = _check_kind(flag, feature, column)
-        missing = without_label(column)
+        missing = _without_label(column)
         if missing.size:
             hint = f" ({NO_LABEL} is no class)" if pa.types.is_integer(column.type) else ""
             raise UserError(
@@ -78,7 +149,7 @@ def _check_kind(flag: str, feature: object, column: pa.ChunkedArray) -> str:
             return "integers"
         if pa.types.is_boolean(column.type):
             return "booleans"
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        if _is_text(column):
             return "names"
     right = "one class per image is wanted, as an integer, a text, a boolean or a ClassLabel"
     if isinstance(feature, List | LargeList):
@@ -118,7 +189,7 @@ def _with_classes(images: Dataset, names: dict[str, str], class_names: list[str]
     if feature == wanted:
         return images
     places = {name: place for place, name in enumerate(class_names)}
-    column = label_column(images)
+    column = _label_column(images)
     if isinstance(feature, ClassLabel):
         labels = np.array([places[names[name]] for name in feature.names])[column.to_numpy()]
     else:

@@ -1,9 +1,9 @@
-"""The pictures of a quality report show the images that its record names."""
+"""Pictures and table of a quality report show the images and names of its record as they are."""
 
 import numpy as np
 from PIL import Image
 
-from utils.quality.plots import plot_pairs
+from utils.quality.presentation import plot_pairs, print_quality
 
 
 def test_each_pair_is_shown_image_above_image(tmp_path):
@@ -23,3 +23,16 @@ def test_each_pair_is_shown_image_above_image(tmp_path):
     above, below, second, under = map(centre, [(0, 0, 250), (0, 250, 250), (250, 0, 0), (250, 250, 0)])
     assert above[0] < below[0] and second[0] < under[0]
     assert abs(above[1] - below[1]) < 1 and abs(second[1] - under[1]) < 1 and above[1] < second[1]
+
+
+def test_brackets_in_names_are_printed_as_they_are(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    figures = dict.fromkeys(("shift", "shift_floor", "diversity", "real_diversity", "own_share", "real_own_share"), 1.0)
+    count = {"used": 1}
+    print_quality({
+        "classes": [{"class": "[red]car :car:", "num_images": 1, **figures}],
+        "num_images": {"synthetic": count, "train": count, "held_out": count, "test": count},
+        "synthetic": {"id": "[bold]set"}, "model": {"id": "[dim]model"}, "verdicts": [], "caveats": [],
+    })  # fmt: skip
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("[red]car :car:", "[bold]set", "[dim]model"))

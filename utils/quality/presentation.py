@@ -1,4 +1,4 @@
-"""The pictures of a quality report: its figures, and the pairs of images that are most alike."""
+"""What people see of a quality report: a table and verdicts, figures, and the pairs of images most alike."""
 
 import textwrap
 from pathlib import Path
@@ -7,13 +7,58 @@ import numpy as np
 from datasets import Dataset
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from utils.data.images import to_rgb
+from utils.quality.verdicts import format_distance
 
+MAX_ROWS = 10
+COLOURS = {"good": "green", "look": "yellow", "bad": "red", "unknown": "dim"}
 MAX_BARS = 20
 NAME_LENGTH = 22
 REAL, SYNTHETIC = "0.65", "tab:blue"
 KINDS = {"test": "real test", "train": "real training", "synthetic": "other synthetic"}
+
+
+def print_quality(record: dict) -> None:
+    """Print the classes that are farthest from their real ones, the verdicts, and what they cannot tell."""
+    console = Console(markup=False, emoji=False)  # names may have brackets
+    classes = record["classes"]
+    shown = f"the {MAX_ROWS} farthest of {len(classes)}" if len(classes) > MAX_ROWS else "farthest first"
+    counts = {name: f"{count['used']:,}" for name, count in record["num_images"].items()}
+    table = Table(
+        # Text: brackets in names are no markup
+        title=Text(f"{record['synthetic']['id']}: classes, {shown}; real images in brackets", "table.title"),
+        caption=Text(
+            f"{counts['synthetic']} synthetic images; real: {counts['train']} training, {counts['held_out']} "
+            f"held-out, {counts['test']} test; features of {record['model']['id']}",
+            "table.caption",
+        ),
+    )
+    table.add_column("class")
+    for name in ("images", "shift (0: as real)", "diversity", "nearest to own class"):
+        table.add_column(name, justify="right")
+    for entry in classes[:MAX_ROWS]:
+        table.add_row(
+            Text(entry["class"]),
+            f"{entry['num_images']:,}",
+            _beside(entry["shift"], entry["shift_floor"], ".2f"),
+            _beside(entry["diversity"], entry["real_diversity"], ".2f"),
+            _beside(entry["own_share"], entry["real_own_share"], ".0%"),
+        )
+    console.print(table)
+    for verdict in record["verdicts"]:
+        console.print(f"{verdict['level']:>7}  ", style=COLOURS[verdict["level"]], end="")
+        console.print(f"{verdict['subject']}: {verdict['text']}", highlight=False, soft_wrap=True)
+    for caveat in record["caveats"]:
+        console.print(f"   note  {caveat}", highlight=False, soft_wrap=True)
+
+
+def _beside(value: float | None, real: float | None, form: str) -> str:
+    texts = ["-" if number is None else format(number, form) for number in (value, real)]
+    return f"{texts[0]} ({texts[1]})"
 
 
 @rc_context({"text.parse_math": False})  # dollars in a name are no formula
@@ -93,7 +138,7 @@ def _plot_distances(figure, axis, distance: dict) -> None:
         values = [distance[name]["synthetic"], distance[name]["floor"]]
         # from 0: the kernel distance may be a little below it by chance
         bars = side.bar([3 * place, 3 * place + 1], np.maximum(values, 0), color=[SYNTHETIC, REAL])
-        side.bar_label(bars, [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values], padding=3)
+        side.bar_label(bars, [format_distance(value) for value in values], padding=3)
         side.set_ylim(0, 1.15 * max(*values, 1e-9))
     axis.set_ylabel("Frechet distance")
     twin.set_ylabel("kernel distance")
