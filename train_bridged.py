@@ -39,7 +39,7 @@ from utils.cli.run_folder import RunFolder
 from utils.data.arguments import RealDataArguments
 from utils.data.class_folders import check_output_outside, check_real_images_given
 from utils.data.label_matching import match_labels
-from utils.hub.merged_card import check_card
+from utils.hub.cards import check_card
 from utils.hub.publishing import publish_finished, publish_folder
 from utils.hub.targets import open_target
 from utils.transfer.arguments import (
@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     import transformers
     from accelerate import PartialState
 
-    from utils.hub.licenses import read_licenses
+    from utils.hub.cards import read_licenses
     from utils.transfer.adapters import LoraSettings, save_merged
     from utils.transfer.card import write_model_card
     from utils.transfer.classifiers import check_classifier, load_image_processor, save_classifier

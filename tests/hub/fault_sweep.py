@@ -115,9 +115,9 @@ def main(kind: str, work_dir: Path) -> None:
         os.environ.pop("HF_HUB_OFFLINE", None)
         from huggingface_hub.utils import _http
 
-        from utils.hub import retries
+        from utils.hub import targets
 
-        retries.wait_between_tries.set(lambda problem, pause: time.sleep(0.01))
+        targets.wait_between_tries.set(lambda problem, pause: time.sleep(0.01))
         _http.time = SimpleNamespace(sleep=lambda seconds: time.sleep(0.01))
         result = sweep(kind, hub, work_dir / "folders")
         result["server_failures"] = hub.failures

@@ -18,8 +18,7 @@ import train_dsi
 from tests.conftest import CLASS_NAMES
 from utils.cli.errors import UserError
 from utils.data.images import to_rgb
-from utils.hub.licenses import License, common_license, hub_ids, read_license
-from utils.hub.merged_card import BEGIN, END
+from utils.hub.cards import BEGIN, END, License, common_license, hub_ids, read_license
 from utils.style.base_models import BaseModel
 from utils.style.card import write_token_card
 from utils.synthesis.card import write_dataset_card

@@ -5,12 +5,11 @@ from io import BytesIO
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
-from datasets.exceptions import NonMatchingChecksumError
 from PIL import Image
 
 from tests.conftest import save_image_set
 from utils.cli.errors import UserError
-from utils.hub.data_sets import _describe_mismatch, load_data_set
+from utils.hub.data_sets import load_data_set
 from utils.hub.repositories import open_source
 
 pytest_plugins = ["tests.local_hub.fixtures"]
@@ -99,11 +98,6 @@ def test_a_set_that_is_being_enlarged_is_one_line(image_set, tmp_path, counts, m
     assert "SplitInfo" not in str(error.value) and "\n" not in str(error.value)
     write_card(tmp_path / "set", train=9, test=6)
     assert {name: len(images) for name, images in load(tmp_path / "set").items()} == {"train": 9, "test": 6}
-
-
-def test_files_that_are_not_those_of_the_card_are_one_line():
-    line = _describe_mismatch(NonMatchingChecksumError("['a']"))
-    assert line == "its files are not those that its card describes (['a']); download it anew, or correct its README.md"
 
 
 @pytest.mark.parametrize("name", ["my set [a]", "a::b", "what?", "all*"])

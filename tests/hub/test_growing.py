@@ -17,9 +17,9 @@ from tests.hub.fault_sweep import CARD, FAULTS, PATTERNS
 from tests.local_hub import Fault
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, write_record
-from utils.hub import growing, retries
+from utils.hub import growing, targets
+from utils.hub.cards import BEGIN, END
 from utils.hub.growing import GrowingUpload
-from utils.hub.merged_card import BEGIN, END
 from utils.hub.publishing import publish_folder
 from utils.hub.targets import open_target
 
@@ -34,7 +34,7 @@ OUR_CARD = CARD.replace("# A card", f"{BEGIN}\n# A card\n{END}")
 def hub(local_hub, monkeypatch):
     """The local Hub with a user, and short pauses of our own and of the client."""
     local_hub.add_user("ann", TOKEN)
-    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(targets, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: time.sleep(0.01)))
     return local_hub
 
@@ -183,8 +183,8 @@ def grow_in_steps(folder: Path, hub) -> None:
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_fault_at_every_kind_of_request_loses_nothing(kind, hub, tmp_path, caplog, monkeypatch):
-    pause_after = retries.pause_after  # a second at least, where the Hub asks for one
-    monkeypatch.setattr(retries, "pause_after", lambda *args: None if pause_after(*args) is None else 0.01)
+    pause_after = targets.pause_after  # a second at least, where the Hub asks for one
+    monkeypatch.setattr(targets, "pause_after", lambda *args: None if pause_after(*args) is None else 0.01)
     grow_in_steps(start_folder(tmp_path / "clean", "ours"), hub)
     blob = re.compile("[0-9a-f]{40,64}")
     requests = {(request.method, blob.sub("[0-9a-f]{40,64}", request.path)) for request in hub.log}
@@ -218,9 +218,9 @@ def test_while_the_hub_is_down_the_work_goes_on_with_one_line_and_what_it_missed
     hub.inject(down)
     with upload:
         write_shard(folder, 0)
-        wait_until(lambda: hub.faults_fired.count(down) > 3 * retries.MAX_TRIES)
+        wait_until(lambda: hub.faults_fired.count(down) > 3 * targets.MAX_TRIES)
         write_shard(folder, 1)
-        wait_until(lambda: hub.faults_fired.count(down) > 5 * retries.MAX_TRIES)
+        wait_until(lambda: hub.faults_fired.count(down) > 5 * targets.MAX_TRIES)
         [line] = warnings_of(caplog)
         assert re.fullmatch(
             r"publishing ann/cars: gave up after 6 tries \(HfHubHTTPError: .*503.*\); the work goes on, its finished "
@@ -228,7 +228,7 @@ def test_while_the_hub_is_down_the_work_goes_on_with_one_line_and_what_it_missed
             line,
         )
         # not even the tries are logged: they would be hundreds of lines in a night
-        assert [record for record in caplog.records if record.name == retries.__name__] == []
+        assert [record for record in caplog.records if record.name == targets.__name__] == []
         hub.clear_faults()
         wait_until(lambda: len(files(hub)) == 3)
         hub.inject(Fault("status", path="", times=None))
@@ -523,7 +523,7 @@ def test_leaving_the_block_reads_no_more_shards(hub, folder, caplog):
 @pytest.mark.parametrize("error", [UserError, SystemExit, KeyboardInterrupt])
 def test_an_error_in_the_block_ends_the_thread_at_once_while_a_try_waits_for_the_next(error, hub, folder, monkeypatch):
     for pause in ("FIRST_PAUSE", "LONGEST_PAUSE"):
-        monkeypatch.setattr(retries, pause, 10_000)
+        monkeypatch.setattr(targets, pause, 10_000)
     monkeypatch.setattr(growing, "SECONDS_TO_FINISH", 60)  # which a thread that is not woken would last
     hub.inject(Fault("status", "POST", "/commit/", times=None))
     write_shard(folder, 0)

@@ -10,9 +10,7 @@ from markdown_it import MarkdownIt
 
 from tests.hub.test_cards import MIT, UNKNOWN, metadata_of, write_classifier_card, write_style_card
 from utils.comparison.report import write_markdown
-from utils.hub.licenses import License
-from utils.hub.markdown import code, fence, text
-from utils.hub.merged_card import END, save_card
+from utils.hub.cards import END, License, code, fence, save_card, text
 from utils.synthesis.card import write_dataset_card
 from utils.synthesis.quality_section import quality_section
 

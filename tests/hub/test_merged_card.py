@@ -5,7 +5,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from utils.cli.errors import UserError
-from utils.hub.merged_card import BEGIN, END, check_card, merge_cards, save_card
+from utils.hub.cards import BEGIN, END, check_card, merge_cards, save_card
 
 
 def make_card(text: str = "our figures", around: tuple[str, str] = ("", ""), **metadata) -> str:

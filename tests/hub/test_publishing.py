@@ -14,7 +14,7 @@ import pytest
 from tests.hub.fault_sweep import FAULTS, FOLDERS, LEFT_OUT, PATTERNS, write_folder
 from tests.local_hub import Fault
 from utils.cli.errors import UserError
-from utils.hub import retries
+from utils.hub import targets
 from utils.hub.publishing import publish_folder
 from utils.hub.targets import open_target
 
@@ -29,7 +29,7 @@ def hub(local_hub, monkeypatch):
     """The local Hub with users, and short pauses of our own."""
     local_hub.add_user("ann", TOKEN)
     local_hub.add_user("ann", "hf_ann_reads", role="read")
-    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(targets, "FIRST_PAUSE", 0.01)
     return local_hub
 
 
@@ -65,7 +65,7 @@ def test_a_push_ends_complete_whatever_fault_meets_whichever_request(kind, sweep
 
 @pytest.mark.parametrize("path", ["/whoami-v2", "/repos/create", "/api/datasets/ann/cars$", "/commit/main"])
 def test_past_the_limit_of_tries_there_is_one_line_and_a_second_run_completes(path, hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(retries, "MAX_TRIES", 3)
+    monkeypatch.setattr(targets, "MAX_TRIES", 3)
     folder = write_folder(tmp_path / "cars", FOLDERS["set"], "x")
     fault = Fault("status", path=path, times=None)
     hub.inject(fault)

@@ -8,7 +8,7 @@ from pathlib import Path
 from utils.cli.errors import UserError
 from utils.data.class_names import match_class_names
 from utils.data.image_files import NOT_IMAGE, ImageFiles, escape_name, find_image_files, name_some
-from utils.hub.saved_sets import is_saved_to_disk
+from utils.hub.repositories import is_saved_to_disk
 
 # as `datasets` knows them (data_files.SPLIT_KEYWORDS), which takes a second to import
 SPLIT_WORDS = {"train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.cli.options import absolute_if_local
 from utils.cli.records import DSI_CONFIG, RUN_CONFIG, image_set_name, write_record, write_run_config
-from utils.hub.licenses import read_licenses
+from utils.hub.cards import read_licenses
 from utils.style.base_models import BaseModel
 from utils.style.card import STYLE_PICTURE, write_token_card
 

@@ -6,9 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 
 from utils.cli.records import image_set_name
-from utils.hub.licenses import License, common_license, hub_ids
-from utils.hub.markdown import FUNCTIONS, code
-from utils.hub.merged_card import save_card
+from utils.hub.cards import FUNCTIONS, License, code, common_license, hub_ids, save_card
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 METRIC_NAMES = {
