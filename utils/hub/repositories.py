@@ -69,10 +69,10 @@ class Source:
         place = {"repo_type": self.repo_type, "revision": self.revision}
         if any(isinstance(find_in_cache(self.name, filename, **place), str) for filename in filenames):
             return True
-        if constants.HF_HUB_OFFLINE:
-            return False
         with self.reading("its files cannot be listed"):
-            return any(HfApi().file_exists(self.name, filename, **self._where) for filename in filenames)
+            return not constants.HF_HUB_OFFLINE and any(
+                HfApi().file_exists(self.name, filename, **self._where) for filename in filenames
+            )
 
     def list_files(self) -> list[str]:
         """Return the names of the files at the top and in the folders there; without a network, those of the cache.
@@ -137,12 +137,9 @@ class Source:
 
     @contextmanager
     def reading(
-        self,
-        problem: str,
-        filename: str | None = None,
-        expected: str | None = None,
+        self, problem: str, filename: str | None = None, expected: str | None = None,
         also: tuple[type[Exception], ...] = (),
-    ) -> Iterator[None]:
+    ) -> Iterator[None]:  # fmt: skip
         """Turn a client's failure within the block into one line; `problem` for those that have none of their own.
 
         `also` are other errors that mean that what was read cannot be used.
@@ -176,7 +173,8 @@ class Source:
         if caused_by(errors.GatedRepoError):
             origin = _token_origin(self.token)
             how = f"with the account of the token ({origin})" if origin else f"then {_how_to_log_in(None)}"
-            return f"{self._prefix} is gated; accept its conditions at {self._page()}, {how}."
+            page = f"{constants.ENDPOINT}/{'' if self.repo_type == 'model' else f'{self.repo_type}s/'}{self.name}"
+            return f"{self._prefix} is gated; accept its conditions at {page}, {how}."
         if caused_by(errors.RepositoryNotFoundError):
             return f"{self._prefix} {self._not_found()}."
         if caused_by(errors.RevisionNotFoundError):
@@ -223,10 +221,6 @@ class Source:
             return f"the token ({_token_origin(self.token)}) may not read it{detail}"
         later = "; try again later" if status == 429 or status >= 500 else ""
         return f"the Hub ({constants.ENDPOINT}) answers with error {status}{detail}{later}"
-
-    def _page(self) -> str:
-        folder = "" if self.repo_type == "model" else f"{self.repo_type}s/"
-        return f"{constants.ENDPOINT}/{folder}{self.name}"
 
 
 def open_source(
