@@ -40,7 +40,7 @@ def load_data_set(source: Source, config_name: str | None = None, split: str | N
         loaded = builder.as_dataset()
         if split is not None and split not in loaded:
             raise ValueError(f"it has no split '{split}', but {', '.join(loaded)}")
-        if builder.info.builder_name in ("parquet", "arrow"):
+        if builder.name in ("parquet", "arrow"):
             files = _data_files(builder.config.data_files, source)
             loaded = unify_class_names(loaded, files, where.removesuffix(":"))
     except exceptions.SplitsVerificationError as error:
@@ -52,7 +52,7 @@ def load_data_set(source: Source, config_name: str | None = None, split: str | N
         raise UserError(f"{where} cannot be loaded ({_innermost(error)}).") from None
     if not source.is_local:
         _check_commit(loaded, source)
-    if split is None and config_name is None and builder.info.builder_name == "imagefolder" and is_main_process():
+    if split is None and config_name is None and builder.name == "imagefolder" and is_main_process():
         _warn_of_images_left_out(loaded, builder, source)
     return loaded if split is None else loaded[split]
 
