@@ -2,8 +2,6 @@
 
 import http.client
 import json
-import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -249,36 +247,6 @@ def test_the_answers_to_preupload_follow_the_hub_s_rules(hub, connection):
     assert [row["uploadMode"] for row in rows] == list(modes.values())
     sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of b"abc"
     assert [row.get("oid") for row in rows] == [git_blob_sha1(content), sha256, None, None, None, None]
-
-
-def test_concurrent_commits_are_put_in_a_row(hub):
-    repo = hub.create_repo("ann/cars")
-
-    def commit_ten(number: int) -> None:
-        for step in range(10):
-            repo.commit({f"{number}/{step}.txt": b"x"})
-
-    threads = [threading.Thread(target=commit_ten, args=(number,)) for number in range(8)]
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
-    assert len(repo.paths()) == len({commit.id for commit in repo.commits()}) == 81
-
-
-def test_a_reset_leaves_nothing_behind(hub, connection):
-    hub.create_repo("ann/cars").commit({"a.bin": BIG})
-    hub.inject(Fault("drop", times=None))
-    hub.page_size, hub.has_cdn = 1, True
-    hub.reset()
-    assert ask(connection, "GET", "/api/models/ann/cars")[0] == 401
-    assert hub.repos() == [] and list(hub.blobs.folder.iterdir()) == []
-    assert (hub.page_size, hub.has_cdn, len(hub.log), hub.accounts) == (1000, False, 1, {})
 
 
 def test_the_environment_is_complete_and_keeps_nothing_of_another_hub(hub, tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def published(hub, name="ann/cars", repo_type="dataset", revision="main"):
 
 @pytest.fixture(scope="module")
 def sweeps(tmp_path_factory):
-    """What became of every fault at every request of each kind of upload; the three run at the same time."""
+    """What became of every fault at every request of each kind of upload; both run at the same time."""
     children = {}
     for kind in FOLDERS:
         command = [sys.executable, "-m", "tests.hub.fault_sweep", kind, str(tmp_path_factory.mktemp(kind))]
