@@ -28,10 +28,9 @@ from utils.data.arguments import RealDataArguments, check_output_outside, check_
 from utils.data.class_names import list_names, match_class_names
 from utils.data.name_doctor import check_strict, diagnose, print_findings, write_class_names
 from utils.data.prompts import check_template
-from utils.hub.arguments import HubArguments
-from utils.hub.merged_card import check_card
+from utils.hub.cards import check_card
 from utils.hub.publishing import publish_folder
-from utils.hub.targets import open_target
+from utils.hub.targets import HubArguments, open_target
 from utils.synthesis.output_folder import (
     CHECKSUMS,
     CLASS_NAMES,

@@ -39,7 +39,7 @@ from utils.cli.records import (
 from utils.cli.run_folder import RunFolder
 from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given
 from utils.data.class_names import match_labels
-from utils.hub.merged_card import check_card
+from utils.hub.cards import check_card
 from utils.hub.publishing import publish_finished, publish_folder
 from utils.hub.targets import Target, open_target
 from utils.transfer.arguments import (
@@ -451,7 +451,7 @@ def write_results(folder: Path, title: str, pretrained, class_names: list[str], 
 
 def write_card(args: Arguments, folder: Path, model_id: str, config: dict, results: dict, command: str) -> None:
     """Write the model card, with the licenses of what the classifier was made from."""
-    from utils.hub.licenses import read_licenses
+    from utils.hub.cards import read_licenses
     from utils.transfer.report import write_model_card
 
     name, real, synthetic = args.model.model_name_or_path, config["real_images"], config["synthetic_dataset"]

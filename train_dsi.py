@@ -36,10 +36,9 @@ from utils.data.prompts import (
     render_prompt,
     token_text,
 )
-from utils.hub.arguments import HubArguments
-from utils.hub.merged_card import check_card
+from utils.hub.cards import check_card
 from utils.hub.publishing import publish_finished, publish_folder
-from utils.hub.targets import open_target
+from utils.hub.targets import HubArguments, open_target
 from utils.style.base_models import open_base_model
 from utils.style.card import PUBLISHED_FILES, describe_token, write_records
 

@@ -32,9 +32,9 @@ from recipes.plan import RECIPES, read_sets
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import read_mapping
 from utils.data.class_names import match_labels
-from utils.hub.licenses import UNKNOWN, license_in_card
+from utils.hub.cards import UNKNOWN, license_in_card
 from utils.hub.repositories import Source, open_source
-from utils.hub.retries import pause_after
+from utils.hub.targets import pause_after
 
 NUM_THREADS = 16  # they wait for the Hub
 HUGGINGFACE = b"huggingface"  # the key of a schema's metadata with the features

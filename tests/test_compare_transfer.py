@@ -14,7 +14,7 @@ from utils.comparison.cells import CellRunner
 from utils.comparison.grid import Recipe, Row, make_cell, plan_cell
 from utils.data.image_set import RealImagesRecord
 from utils.data.real_images import load_real_images
-from utils.hub import markdown
+from utils.hub import cards
 from utils.transfer import stage
 from utils.transfer.methods import METHODS, StageSettings
 from utils.transfer.run_method import select_images
@@ -85,7 +85,7 @@ def test_a_killed_comparison_goes_on_and_stage_1_is_trained_once(finished):
     assert {settings.max_steps for settings, _, folder in trained if folder.name == "vanilla"} == {3}
     assert json.loads((output_dir / "comparison.json").read_text())["summary"] == comparison["summary"]
     assert (output_dir / "comparison.png").is_file()
-    assert markdown.text(comparison["findings"][0]) in (output_dir / "comparison.md").read_text(encoding="utf-8")
+    assert cards.text(comparison["findings"][0]) in (output_dir / "comparison.md").read_text(encoding="utf-8")
     assert not list((output_dir / "work").iterdir()), "weights of cells are not kept"
     entry = comparison["summary"][2]
     assert (entry["method"], entry["num_shots"]) == ("bridged", 1)

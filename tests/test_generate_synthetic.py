@@ -23,7 +23,7 @@ from tests.synthesis.tokens import PLACEHOLDER, save_token, shard_hashes
 from utils.cli.commands import public_command
 from utils.cli.errors import UserError
 from utils.data.prompts import token_text
-from utils.hub import growing, retries
+from utils.hub import growing, targets
 from utils.synthesis.encoding import encode_image
 from utils.synthesis.runner import Runner
 from utils.synthesis.shards import Shards
@@ -402,7 +402,7 @@ def test_shards_are_published_while_later_ones_are_made_whatever_the_hub_does(
 ):
     local_hub.add_user("user", TOKEN)
     monkeypatch.setattr(growing, "GrowingUpload", functools.partial(growing.GrowingUpload, pause=0.05))
-    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(targets, "FIRST_PAUSE", 0.01)
     draw_shard = Runner._draw_shard
 
     def draw_when_published(runner, number):

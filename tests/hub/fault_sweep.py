@@ -1,6 +1,6 @@
 """Publish a folder once undisturbed, then once for each request and each fault: what became of it, as JSON.
 
-    python -m tests.hub.fault_sweep token|set|model WORK_DIR
+    python -m tests.hub.fault_sweep set|model WORK_DIR
 
 A process of its own, as the client reads HF_ENDPOINT when it is imported. Only the pauses between tries are shortened,
 ours and the client's.
@@ -28,7 +28,6 @@ FAULTS = {
 }
 CARD = "---\nlicense: unknown\ntags:\n- bridged-transfer\n---\n\n# A card\n"
 FOLDERS = {
-    "token": {"learned_embeds.safetensors": b"token", "dsi_config.json": b"{}", "README.md": CARD.encode()},
     "set": {
         **{f"data/train-{number:05d}.parquet": b"shard %d" % number * 100 for number in range(3)},
         "generation_config.json": b"{}", "README.md": CARD.encode(),
@@ -115,9 +114,9 @@ def main(kind: str, work_dir: Path) -> None:
         os.environ.pop("HF_HUB_OFFLINE", None)
         from huggingface_hub.utils import _http
 
-        from utils.hub import retries
+        from utils.hub import targets
 
-        retries.wait_between_tries.set(lambda problem, pause: time.sleep(0.01))
+        targets.wait_between_tries.set(lambda problem, pause: time.sleep(0.01))
         _http.time = SimpleNamespace(sleep=lambda seconds: time.sleep(0.01))
         result = sweep(kind, hub, work_dir / "folders")
         result["server_failures"] = hub.failures

@@ -2,15 +2,16 @@
 
 import shutil
 from io import BytesIO
+from types import SimpleNamespace
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
-from datasets.exceptions import NonMatchingChecksumError
 from PIL import Image
 
 from tests.conftest import save_image_set
+from tests.local_hub import Fault
 from utils.cli.errors import UserError
-from utils.hub.data_sets import _describe_mismatch, load_data_set
+from utils.hub.data_sets import load_data_set
 from utils.hub.repositories import open_source
 
 pytest_plugins = ["tests.local_hub.fixtures"]
@@ -101,11 +102,6 @@ def test_a_set_that_is_being_enlarged_is_one_line(image_set, tmp_path, counts, m
     assert {name: len(images) for name, images in load(tmp_path / "set").items()} == {"train": 9, "test": 6}
 
 
-def test_files_that_are_not_those_of_the_card_are_one_line():
-    line = _describe_mismatch(NonMatchingChecksumError("['a']"))
-    assert line == "its files are not those that its card describes (['a']); download it anew, or correct its README.md"
-
-
 @pytest.mark.parametrize("name", ["my set [a]", "a::b", "what?", "all*"])
 def test_a_folder_whose_path_is_a_pattern_to_datasets_is_one_line(image_set, tmp_path, name):
     shutil.copytree(image_set, tmp_path / name)
@@ -178,4 +174,18 @@ def test_files_of_a_repository_with_classes_in_another_order_are_read_by_name(mi
     check_mixed(load_data_set(source))  # from the cache of datasets
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="the classes of 'label' in different orders, and HF_HUB_OFFLINE is set"):
+        load_data_set(source)
+
+
+def test_images_of_another_commit_are_not_taken_where_the_hub_fails_in_between(mixed_set, local_hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
+    repo = local_hub.create_repo("ann/changed", "dataset")
+    first = repo.commit({"data/train-0.parquet": mixed_set / "data" / "train-0.parquet"})
+    assert len(load("ann/changed")["train"]) == 3
+    repo.commit({"data/train-1.parquet": mixed_set / "data" / "train-1.parquet"})
+    source = open_source("ann/changed", "--dataset_name", "dataset")
+    local_hub.inject(Fault("status", path="/resolve/", times=None))
+    with pytest.raises(
+        UserError, match=f"the cache has the images of commit {first} last, not those of {source.revision}"
+    ):
         load_data_set(source)

@@ -17,9 +17,9 @@ from tests.hub.fault_sweep import CARD, FAULTS, PATTERNS
 from tests.local_hub import Fault
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, write_record
-from utils.hub import growing, retries
+from utils.hub import growing, targets
+from utils.hub.cards import BEGIN, END
 from utils.hub.growing import GrowingUpload
-from utils.hub.merged_card import BEGIN, END
 from utils.hub.publishing import publish_folder
 from utils.hub.targets import open_target
 
@@ -34,7 +34,7 @@ OUR_CARD = CARD.replace("# A card", f"{BEGIN}\n# A card\n{END}")
 def hub(local_hub, monkeypatch):
     """The local Hub with a user, and short pauses of our own and of the client."""
     local_hub.add_user("ann", TOKEN)
-    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(targets, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: time.sleep(0.01)))
     return local_hub
 
@@ -106,15 +106,16 @@ def warnings_of(caplog) -> list[str]:
 
 
 def test_shards_are_there_one_after_another_before_the_end_and_are_sent_once(hub, folder):
+    hub.create_repo("ann/cars", "dataset").commit({"README.md": CARD.encode()})  # a person's: it makes no set whole
     with grow(folder):
         for number in range(3):
             path = write_shard(folder, number)
             wait_until(lambda path=path: path in files(hub))
-            # without a card nobody takes it for whole
-            assert set(files(hub)) == {*find_shards(folder), GENERATION_CONFIG}
+            # without our card nobody takes it for whole
+            assert files(hub) == files_of(folder) | {"README.md": CARD.encode()}
     write_shard(folder, 3)
     finish(folder)
-    assert files(hub) == files_of(folder)
+    assert files(hub) == files_of(folder) | {"README.md": files(hub)["README.md"]}
     assert len(contents_sent(hub)) == len(set(contents_sent(hub))) == 4
 
 
@@ -165,6 +166,7 @@ def test_a_set_that_was_uploaded_early_loads_with_its_features_streaming_too(hub
             wait_until(lambda number=number: f"data/train-{number:05d}.parquet" in files(hub))
         early = json.loads(run_with_hub(LOAD, token=TOKEN, check=True).stdout)
     finish(folder)
+    hub.has_cdn = True
     for loaded in (early, json.loads(run_with_hub(LOAD, token=TOKEN, check=True).stdout)):
         assert loaded["features"][0] == loaded["features"][1]
         assert loaded["classes"] == [["van", "suv"]] * 2
@@ -183,8 +185,8 @@ def grow_in_steps(folder: Path, hub) -> None:
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_fault_at_every_kind_of_request_loses_nothing(kind, hub, tmp_path, caplog, monkeypatch):
-    pause_after = retries.pause_after  # a second at least, where the Hub asks for one
-    monkeypatch.setattr(retries, "pause_after", lambda *args: None if pause_after(*args) is None else 0.01)
+    pause_after = targets.pause_after  # a second at least, where the Hub asks for one
+    monkeypatch.setattr(targets, "pause_after", lambda *args: None if pause_after(*args) is None else 0.01)
     grow_in_steps(start_folder(tmp_path / "clean", "ours"), hub)
     blob = re.compile("[0-9a-f]{40,64}")
     requests = {(request.method, blob.sub("[0-9a-f]{40,64}", request.path)) for request in hub.log}
@@ -218,9 +220,9 @@ def test_while_the_hub_is_down_the_work_goes_on_with_one_line_and_what_it_missed
     hub.inject(down)
     with upload:
         write_shard(folder, 0)
-        wait_until(lambda: hub.faults_fired.count(down) > 3 * retries.MAX_TRIES)
+        wait_until(lambda: hub.faults_fired.count(down) > 3 * targets.MAX_TRIES)
         write_shard(folder, 1)
-        wait_until(lambda: hub.faults_fired.count(down) > 5 * retries.MAX_TRIES)
+        wait_until(lambda: hub.faults_fired.count(down) > 5 * targets.MAX_TRIES)
         [line] = warnings_of(caplog)
         assert re.fullmatch(
             r"publishing ann/cars: gave up after 6 tries \(HfHubHTTPError: .*503.*\); the work goes on, its finished "
@@ -228,7 +230,7 @@ def test_while_the_hub_is_down_the_work_goes_on_with_one_line_and_what_it_missed
             line,
         )
         # not even the tries are logged: they would be hundreds of lines in a night
-        assert [record for record in caplog.records if record.name == retries.__name__] == []
+        assert [record for record in caplog.records if record.name == targets.__name__] == []
         hub.clear_faults()
         wait_until(lambda: len(files(hub)) == 3)
         hub.inject(Fault("status", path="", times=None))
@@ -253,13 +255,28 @@ def test_a_record_that_cannot_be_fetched_for_a_while_is_not_taken_for_another_se
     assert "gave up after 6 tries" in caplog.text and len(warnings_of(caplog)) == 1
 
 
-def test_a_hub_that_refuses_is_one_line_and_no_end_of_the_work(hub, folder, caplog):
-    hub.inject(Fault("status", path="/commit/", status=403, times=None))
-    with grow(folder):
-        write_shard(folder, 0)
-        wait_until(lambda: len(commits(hub)) >= 3)
-    assert len(warnings_of(caplog)) == 1 and "403" in warnings_of(caplog)[0]
-    assert "\n" not in warnings_of(caplog)[0]
+@pytest.mark.parametrize(
+    ("problem", "line"),
+    [
+        ("refused", "403"),
+        ("public", "'ann/cars' is there already, and public; nothing was sent; the work goes on"),
+        ("token", "generation_config.json holds an access token"),
+    ],
+)
+def test_what_forbids_an_upload_is_one_line_and_no_end_of_the_work(problem, line, hub, folder, caplog):
+    if problem == "refused":
+        hub.inject(Fault("status", path="/commit/", status=403, times=None))
+    if problem == "public":
+        hub.create_repo("ann/cars", "dataset")
+    if problem == "token":
+        write_record(folder / GENERATION_CONFIG, {"fingerprint": "ours", "token": TOKEN})
+    write_shard(folder, 0)
+    with grow(folder, private=problem == "public"):
+        wait_until(lambda: len([request for request in hub.log if request.path.endswith("/ann/cars")]) > 3)
+    [told] = warnings_of(caplog)
+    assert line in told and "\n" not in told and TOKEN not in caplog.text
+    assert files(hub) == {}
+    assert len(contents_sent(hub)) == (problem == "refused")
 
 
 def test_each_kind_of_error_of_our_own_is_one_line_without_the_token_and_the_next_look_is_made(hub, folder, caplog):
@@ -282,16 +299,6 @@ def test_each_kind_of_error_of_our_own_is_one_line_without_the_token_and_the_nex
         f"publishing ann/cars: ZeroDivisionError: a bug with ***, look 1; {later}",
         f"publishing ann/cars: KeyError: 'look 4'; {later}",
     ]
-
-
-def test_a_record_with_the_token_in_it_is_not_uploaded(hub, folder, caplog):
-    write_record(folder / GENERATION_CONFIG, {"fingerprint": "ours", "token": TOKEN})
-    write_shard(folder, 0)
-    with grow(folder):
-        wait_until(lambda: warnings_of(caplog))
-    assert "generation_config.json holds an access token" in warnings_of(caplog)[0]
-    assert TOKEN not in caplog.text
-    assert files(hub) == {} and contents_sent(hub) == []
 
 
 KILLED = """
@@ -360,47 +367,35 @@ def test_another_set_in_the_repository_stays_whole_until_ours_replaces_it(record
     assert len(files(hub)) == 4
 
 
-def test_another_set_that_comes_in_the_meantime_is_left_alone_too(hub, folder, caplog):
-    with grow(folder):
-        write_shard(folder, 0)
-        wait_until(lambda: len(files(hub)) == 2)
-        hub.repo("ann/cars", "dataset").commit(their_set({"schema_version": 1, "fingerprint": "theirs"}))
-        write_shard(folder, 1)
-        wait_until(lambda: warnings_of(caplog))
-        assert files(hub) == their_set({"schema_version": 1, "fingerprint": "theirs"})
-
-
-def test_another_set_that_comes_before_our_commit_is_left_alone_too(hub, folder, caplog):
+@pytest.mark.parametrize("moment", ["between two commits", "in a commit"])
+def test_another_set_that_comes_in_the_meantime_is_left_alone_too(moment, hub, folder, caplog):
+    theirs = their_set({"schema_version": 1, "fingerprint": "theirs"})
     held = Fault("hold", "POST", "/preupload/", skip=1)
-    hub.inject(held)
+    if moment == "in a commit":
+        hub.inject(held)
     with grow(folder):
         write_shard(folder, 0)
-        wait_until(lambda: hub.faults_fired)
-        hub.repo("ann/cars", "dataset").commit(their_set({"schema_version": 1, "fingerprint": "theirs"}))
+        wait_until(lambda: hub.faults_fired if moment == "in a commit" else len(files(hub)) == 2)
+        hub.repo("ann/cars", "dataset").commit(theirs)
+        write_shard(folder, 1)
         held.released.set()
         wait_until(lambda: warnings_of(caplog))
-    assert 412 in [request.status for request in hub.log]
+    assert (412 in [request.status for request in hub.log]) == (moment == "in a commit")
     assert [line.split(" (")[0] for line in warnings_of(caplog)] == ["ann/cars holds another set"]
-    assert files(hub) == their_set({"schema_version": 1, "fingerprint": "theirs"})
+    assert files(hub) == theirs
 
 
-def test_shards_of_ours_without_a_record_are_known_by_their_content(hub, folder):
+def test_shards_of_ours_without_a_record_are_known_by_their_content_and_get_it_again(hub, folder):
     """So a push of many files is left when it is killed after its first commit: records come in the last."""
     paths = [write_shard(folder, number) for number in range(2)]
     hub.create_repo("ann/cars", "dataset").commit({path: folder / path for path in paths})
     with grow(folder):
         write_shard(folder, 2)
         wait_until(lambda: len(files(hub)) == 4)
-    assert len(contents_sent(hub)) == 1
-
-
-def test_a_record_that_is_deleted_in_the_meantime_comes_again_with_the_next_shard(hub, folder):
-    with grow(folder):
-        write_shard(folder, 0)
-        wait_until(lambda: len(files(hub)) == 2)
         hub.repo("ann/cars", "dataset").add_commit({}, [GENERATION_CONFIG], "delete")
-        write_shard(folder, 1)
-        wait_until(lambda: len(files(hub)) == 3)
+        write_shard(folder, 3)
+        wait_until(lambda: len(files(hub)) == 5)
+    assert len(contents_sent(hub)) == 2
 
 
 def test_a_whole_set_that_grows_stays_as_its_card_says_until_the_end(hub, folder, caplog):
@@ -418,13 +413,6 @@ def test_a_whole_set_that_grows_stays_as_its_card_says_until_the_end(hub, folder
     # the contents went ahead
     assert len(contents_sent(hub)) == 2
     assert warnings_of(caplog) == []
-
-
-def test_a_card_that_a_person_wrote_makes_no_set_whole(hub, folder):
-    hub.create_repo("ann/cars", "dataset").commit({"README.md": CARD.encode()})
-    with grow(folder):
-        write_shard(folder, 0)
-        wait_until(lambda: "data/train-00000.parquet" in files(hub))
 
 
 def test_a_folder_that_is_on_the_hub_already_is_neither_sent_nor_committed(hub, folder):
@@ -472,15 +460,6 @@ def test_the_repository_is_made_with_the_first_shard_private_and_on_its_branch(h
     assert files(hub, "try-2") == files_of(folder)
 
 
-def test_a_public_repository_gets_nothing_when_a_private_one_was_asked_for(hub, folder, caplog):
-    hub.create_repo("ann/cars", "dataset")
-    with grow(folder, private=True):
-        write_shard(folder, 0)
-        wait_until(lambda: warnings_of(caplog))
-    assert "'ann/cars' is there already, and public; nothing was sent; the work goes on" in warnings_of(caplog)[0]
-    assert files(hub) == {} and contents_sent(hub) == []
-
-
 @contextmanager
 def grow_while_held(folder: Path, hub, *fault, **options):
     """Grow with a request that the Hub answers only once the block is being left."""
@@ -523,7 +502,7 @@ def test_leaving_the_block_reads_no_more_shards(hub, folder, caplog):
 @pytest.mark.parametrize("error", [UserError, SystemExit, KeyboardInterrupt])
 def test_an_error_in_the_block_ends_the_thread_at_once_while_a_try_waits_for_the_next(error, hub, folder, monkeypatch):
     for pause in ("FIRST_PAUSE", "LONGEST_PAUSE"):
-        monkeypatch.setattr(retries, pause, 10_000)
+        monkeypatch.setattr(targets, pause, 10_000)
     monkeypatch.setattr(growing, "SECONDS_TO_FINISH", 60)  # which a thread that is not woken would last
     hub.inject(Fault("status", "POST", "/commit/", times=None))
     write_shard(folder, 0)

@@ -4,16 +4,14 @@ import html
 import re
 
 import pytest
-from datasets import ClassLabel, Features, Image
-from huggingface_hub import DatasetCard
+from huggingface_hub import metadata_load
 from markdown_it import MarkdownIt
 
-from tests.hub.test_cards import MIT, UNKNOWN, metadata_of, write_classifier_card, write_style_card
+from tests.style.test_card import write_style_card
+from tests.synthesis.test_card import UNKNOWN, write_set_card
+from tests.transfer.test_card import write_classifier_card
 from utils.comparison.report import write_markdown
-from utils.hub.licenses import License
-from utils.hub.markdown import code, fence, text
-from utils.hub.merged_card import END, save_card
-from utils.synthesis.card import write_dataset_card
+from utils.hub.cards import END, License, code, fence, save_card, text
 from utils.synthesis.quality_section import quality_section
 
 NAMES = [
@@ -66,12 +64,8 @@ def test_a_name_is_read_as_it_is_wherever_it_stands(show, name):
     assert tables(f"| a | b | c |\n|---|---|---|\n| x | {shown} | y |") == [
         [["a", "b", "c"], ["x", one_line(name), "y"]]
     ]
-    for prefix, kind in (
-        ("- ", "bullet_list_open"),
-        ("# ", "heading_open"),
-        ("", "paragraph_open"),
-        ("Of ", "paragraph_open"),
-    ):
+    kinds = {"- ": "bullet_list_open", "# ": "heading_open", "": "paragraph_open", "Of ": "paragraph_open"}
+    for prefix, kind in kinds.items():
         tokens = PARSER.parse(f"{prefix}{shown}")
         assert tokens[0].type == kind
         (inline,) = [token for token in tokens if token.type == "inline"]
@@ -95,46 +89,29 @@ def test_a_command_with_fences_is_one_block(command):
     assert (block.type, block.info, block.content) == ("fence", "bash", f"{command}\n")
 
 
-def write_set_card_of(folder, names: list[str], **record):
-    folder.mkdir()
-    features = Features({"image": Image(), "label": ClassLabel(names=names)})
-    record = {
-        "generator": {"id": "user/sd|x", "revision": None}, "token": None,
-        "settings": {"seed": 0, "batch_size": 2, "prompt|s": None} | {f"set {n}": name for n, name in enumerate(names)},
-        "num_images": 3, "num_images_per_class": 1, "class_names": names, "images_at_a_time": 2,
-        "real_images": {"dataset_name": "folder|of `cars`"}, "num_redraws": dict.fromkeys(names, 0), **record,
-    }  # fmt: skip
-    prompts = {name: f"a {name} in the style of <style>" for name in names}
-    write_dataset_card(folder, features, record, prompts, {"a`b": MIT}, "the command")
-    return DatasetCard.load(folder / "README.md")
-
-
 def test_the_card_of_a_set_of_odd_names_shows_and_holds_them(tmp_path):
     names = list(dict.fromkeys(NAMES))
-    card = write_set_card_of(tmp_path / "a set", names)
+    settings = {"batch_size": 2, "prompt|s": None} | {f"set {number}": name for number, name in enumerate(names)}
+    real_images, folder = {"dataset_name": "folder|of `cars`"}, tmp_path / "a set"
+    card = write_set_card(folder, {"a`b": UNKNOWN}, "user/sd|x", names, settings=settings, real_images=real_images)
     settings, classes = tables(card.text)
-    assert settings[1:4] == [["seed", "0"], ["batch_size", "2"], ["prompt|s", "None"]]
-    assert settings[4:] == [[f"set {number}", one_line(name)] for number, name in enumerate(names)]
-    assert classes[1:] == [[one_line(name), one_line(f"a {name} in the style of <style>"), "1", "0"] for name in names]
+    assert settings[1:3] == [["batch_size", "2"], ["prompt|s", "None"]]
+    assert settings[3:] == [[f"set {number}", one_line(name)] for number, name in enumerate(names)]
+    assert classes[1:] == [[one_line(name), one_line(f"a {name}"), "1", "0"] for name in names]
     assert "folder|of `cars`" in html.unescape(re.sub("</?code>", "", card.text))
-    (label,) = [
-        feature for feature in metadata_of(tmp_path / "a set")["dataset_info"]["features"] if feature["name"] == "label"
-    ]
+    features = metadata_load(folder / "README.md")["dataset_info"]["features"]
+    (label,) = [feature for feature in features if feature["name"] == "label"]
     assert list(label["dtype"]["class_label"]["names"].values()) == names
-    text_before = (tmp_path / "a set" / "README.md").read_text()
-    save_card(text_before, tmp_path / "a set" / "README.md")  # merged with itself
-    assert (tmp_path / "a set" / "README.md").read_text() == text_before
+    text_before = (folder / "README.md").read_text()
+    save_card(text_before, folder / "README.md")  # merged with itself
+    assert (folder / "README.md").read_text() == text_before
 
 
 @pytest.mark.parametrize("name", ["a|b", "two\nlines", "# c", "`t`", 'say "x"', "back\\slash", "<b>"])
 def test_the_cards_of_token_and_classifier_hold_odd_folder_names(name, tmp_path):
-    token = write_style_card(tmp_path / "token", base_model=f"/models/{name}", real=f"/data/{name}").text
-    classifier = write_classifier_card(
-        tmp_path / "classifier",
-        base_model=f"/models/{name}",
-        real=f"/data/{name}",
-        config={"lora": {"lora_r": 8, "lora_alpha": 8}},
-    ).text
+    token = write_style_card(tmp_path / "token", f"/models/{name}", f"/data/{name}").text
+    lora = {"lora": {"lora_r": 8, "lora_alpha": 8}}
+    classifier = write_classifier_card(tmp_path / "classifier", f"/models/{name}", f"/data/{name}", config=lora).text
     assert [len(row) for row in tables(classifier)[1]] == [7] * 5
     for card in (token, classifier):
         inlines = [token for token in PARSER.parse(card) if token.type == "inline" and "/data/" in seen_safely(token)]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.fault_sweep import FAULTS, FOLDERS, LEFT_OUT, PATTERNS, write_folder
+from tests.hub.fault_sweep import CARD, FAULTS, FOLDERS, LEFT_OUT, PATTERNS, write_folder
 from tests.local_hub import Fault
 from utils.cli.errors import UserError
-from utils.hub import retries
+from utils.hub import targets
 from utils.hub.publishing import publish_folder
 from utils.hub.targets import open_target
 
@@ -29,7 +29,7 @@ def hub(local_hub, monkeypatch):
     """The local Hub with users, and short pauses of our own."""
     local_hub.add_user("ann", TOKEN)
     local_hub.add_user("ann", "hf_ann_reads", role="read")
-    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(targets, "FIRST_PAUSE", 0.01)
     return local_hub
 
 
@@ -44,7 +44,7 @@ def published(hub, name="ann/cars", repo_type="dataset", revision="main"):
 
 @pytest.fixture(scope="module")
 def sweeps(tmp_path_factory):
-    """What became of every fault at every request of each kind of upload; the three run at the same time."""
+    """What became of every fault at every request of each kind of upload; both run at the same time."""
     children = {}
     for kind in FOLDERS:
         command = [sys.executable, "-m", "tests.hub.fault_sweep", kind, str(tmp_path_factory.mktemp(kind))]
@@ -65,7 +65,7 @@ def test_a_push_ends_complete_whatever_fault_meets_whichever_request(kind, sweep
 
 @pytest.mark.parametrize("path", ["/whoami-v2", "/repos/create", "/api/datasets/ann/cars$", "/commit/main"])
 def test_past_the_limit_of_tries_there_is_one_line_and_a_second_run_completes(path, hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(retries, "MAX_TRIES", 3)
+    monkeypatch.setattr(targets, "MAX_TRIES", 3)
     folder = write_folder(tmp_path / "cars", FOLDERS["set"], "x")
     fault = Fault("status", path=path, times=None)
     hub.inject(fault)
@@ -142,20 +142,14 @@ def test_after_a_kill_only_what_is_missing_is_sent(hub, tmp_path, run_with_hub):
     assert published(hub) == {name: (folder / name).read_bytes() for name in FOLDERS["set"]}
 
 
-def publish_behind(hub, ours: Path, theirs: Path) -> None:
-    """Publish `theirs` while the commit of `ours` is on its way, so that ours comes on an old head."""
-    publish(ours)
-    hub.clear_log()
-    for folder in (ours, theirs):
-        (folder / "data").mkdir(exist_ok=True)
-    (ours / "data/train-00009.parquet").write_bytes(b"ours")
-    held = Fault("hold", "POST", "/preupload/")
+def publish_while(hub, ours: Path, request: tuple[str, str], commit_theirs) -> None:
+    """Publish `ours` and let someone else commit while one of our requests waits for its answer."""
+    held, failures = Fault("hold", *request), []
     hub.inject(held)
-    failures = []
 
     def push():
         try:
-            publish(ours, stale_patterns=())
+            publish(ours)
         except UserError as error:
             failures.append(error)
 
@@ -163,28 +157,46 @@ def publish_behind(hub, ours: Path, theirs: Path) -> None:
     slow.start()
     while not hub.faults_fired:
         time.sleep(0.02)
-    publish(theirs, stale_patterns=())
+    commit_theirs()
     held.released.set()
     slow.join()
     if failures:
         raise failures[0]
 
 
-def test_two_pushes_at_once_to_other_files_both_end_well(hub, tmp_path):
-    ours = write_folder(tmp_path / "ours", FOLDERS["set"], "x")
-    theirs = write_folder(tmp_path / "theirs", {"data/train-00007.parquet": b"theirs"}, "x")
-    publish_behind(hub, ours, theirs)
-    assert 412 in [request.status for request in hub.log]
+# before it has been looked up on which commit ours comes, and after that
+MOMENTS = [("GET", "/api/datasets/ann/cars/tree/"), ("POST", "/preupload/")]
+
+
+@pytest.fixture
+def ours(hub, tmp_path):
+    """A set that is on the Hub but for a new shard and new words in its card; two of its shards are gone."""
+    folder = write_folder(tmp_path / "ours", FOLDERS["set"], "x")
+    publish(folder)
+    for number in (1, 2):
+        (folder / f"data/train-{number:05d}.parquet").unlink()
+    (folder / "data/train-00009.parquet").write_bytes(b"ours")
+    (folder / "README.md").write_text(CARD + "new words")
+    return folder
+
+
+@pytest.mark.parametrize("request_held", MOMENTS)
+def test_what_others_commit_during_a_push_stays_when_it_is_none_of_our_files(request_held, hub, ours):
+    theirs = {"data/train-00007.parquet": b"theirs", "data/train-00002.parquet": b"theirs too"}
+    publish_while(hub, ours, request_held, lambda: hub.repo("ann/cars", "dataset").commit(theirs))
+    assert (412 in [request.status for request in hub.log]) == (request_held[1] == "/preupload/")
     there = published(hub)
-    assert there["data/train-00009.parquet"] == b"ours" and there["data/train-00007.parquet"] == b"theirsx"
+    ours_there = {"data/train-00000.parquet", "data/train-00009.parquet"}
+    assert {path for path in there if path.endswith(".parquet")} == theirs.keys() | ours_there
+    assert there.items() >= theirs.items() and there["data/train-00009.parquet"] == b"ours"
 
 
-def test_two_pushes_at_once_to_the_same_file_are_explained(hub, tmp_path):
-    ours = write_folder(tmp_path / "ours", FOLDERS["set"], "x")
-    theirs = write_folder(tmp_path / "theirs", {"data/train-00009.parquet": b"theirs"}, "x")
-    with pytest.raises(UserError, match="someone else has just changed data/train-00009.parquet"):
-        publish_behind(hub, ours, theirs)
-    assert published(hub)["data/train-00009.parquet"] == b"theirsx"
+@pytest.mark.parametrize("path", ["data/train-00009.parquet", "README.md"])
+@pytest.mark.parametrize("request_held", MOMENTS)
+def test_what_others_commit_during_a_push_to_the_same_file_is_explained_and_stays(request_held, path, hub, ours):
+    with pytest.raises(UserError, match=f"someone else has just changed {path}"):
+        publish_while(hub, ours, request_held, lambda: hub.repo("ann/cars", "dataset").commit({path: b"theirs"}))
+    assert published(hub)[path] == b"theirs"
 
 
 @pytest.mark.parametrize(

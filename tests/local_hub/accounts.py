@@ -80,8 +80,3 @@ def whoami(hub, request: Request) -> Answer:
 def check_read_access(hub, request: Request, repo_type: str, repo_id: str) -> Answer:
     find_readable_repo(hub, request, repo_type, repo_id)
     return json_answer({})
-
-
-def check_write_access(hub, request: Request, repo_type: str, repo_id: str) -> Answer:
-    find_writable_repo(hub, request, repo_type, repo_id)
-    return json_answer({})

@@ -6,7 +6,7 @@ from urllib.parse import parse_qs, quote, urlencode
 
 from tests.local_hub.accounts import find_readable_repo, find_repo
 from tests.local_hub.messages import Answer, HubError, Request, file_answer, json_answer
-from tests.local_hub.storage import Commit, Repository, StoredFile, lfs_pointer
+from tests.local_hub.storage import Commit, StoredFile, lfs_pointer
 
 
 def lfs_fields(file: StoredFile, name_of_oid: str = "oid") -> dict:
@@ -29,9 +29,8 @@ def page(hub, request: Request, rows: list) -> Answer:
 def list_tree(hub, request: Request, repo_type: str, repo_id: str, revision: str, folder: str | None = None) -> Answer:
     repo = find_repo(hub, request, repo_type, repo_id)
     commit = repo.find_commit(revision)
-    expand = request.parameters.get("expand", "").lower() == "true"
     if folder in commit.files:
-        return json_answer([_file_row(repo, commit, folder, expand)])
+        return json_answer([_file_row(commit, folder)])
     prefix = f"{folder.rstrip('/')}/" if folder else ""
     inside = [path for path in commit.files if path.startswith(prefix)]
     if prefix and not inside:
@@ -44,7 +43,7 @@ def list_tree(hub, request: Request, repo_type: str, repo_id: str, revision: str
             parent = prefix + "/".join(parts[:depth])
             rows[parent] = _folder_row(parent)
         if recursive or len(parts) == 1:
-            rows[path] = _file_row(repo, commit, path, expand)
+            rows[path] = _file_row(commit, path)
     return page(hub, request, [rows[path] for path in sorted(rows)])
 
 
@@ -52,11 +51,10 @@ def list_paths(hub, request: Request, repo_type: str, repo_id: str, revision: st
     repo = find_repo(hub, request, repo_type, repo_id)
     commit = repo.find_commit(revision)
     form = parse_qs(request.content().decode())
-    expand = form.get("expand", [""])[0].lower() == "true"
     rows = []
     for path in form.get("paths", []):
         if path in commit.files:
-            rows.append(_file_row(repo, commit, path, expand))
+            rows.append(_file_row(commit, path))
         elif any(known.startswith(f"{path}/") for known in commit.files):
             rows.append(_folder_row(path))
     return json_answer(rows)
@@ -66,13 +64,9 @@ def _folder_row(path: str) -> dict:
     return {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0}
 
 
-def _file_row(repo: Repository, commit: Commit, path: str, expand: bool) -> dict:
+def _file_row(commit: Commit, path: str) -> dict:
     file = commit.files[path]
-    row = {"type": "file", "path": path, "size": file.size, "oid": file.git_oid} | lfs_fields(file)
-    if expand:
-        last = next(earlier for earlier in repo.commits(commit.id) if path in earlier.paths)
-        row["lastCommit"] = {"id": last.id, "title": last.title, "date": last.date}
-    return row
+    return {"type": "file", "path": path, "size": file.size, "oid": file.git_oid} | lfs_fields(file)
 
 
 def entry_not_found(commit: Commit, path: str) -> HubError:

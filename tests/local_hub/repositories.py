@@ -1,8 +1,8 @@
-"""Making, describing and naming repositories: create, delete, settings, info, commits, branches, tags."""
+"""Making and describing repositories: create, info, branches."""
 
 from tests.local_hub.accounts import find_repo, find_writable_repo, require_writer
 from tests.local_hub.messages import Answer, HubError, Request, json_answer
-from tests.local_hub.reading import lfs_fields, page
+from tests.local_hub.reading import lfs_fields
 from tests.local_hub.storage import Repository
 
 
@@ -28,24 +28,6 @@ def create(hub, request: Request) -> Answer:
     return json_answer({"url": repo_url(hub, repo), "name": repo.id, "id": repo.id})
 
 
-def delete(hub, request: Request) -> Answer:
-    account, asked = require_writer(hub, request), request.json()
-    repo_id = f"{asked.get('organization') or account.name}/{asked['name']}"
-    repo = find_writable_repo(hub, request, asked.get("type") or "model", repo_id)
-    with hub.lock:
-        del hub.repositories[repo.type, repo.id]
-    return json_answer({})
-
-
-def change_settings(hub, request: Request, repo_type: str, repo_id: str) -> Answer:
-    repo, asked = find_writable_repo(hub, request, repo_type, repo_id), request.json()
-    if "visibility" in asked:
-        repo.private = asked["visibility"] == "private"
-    if "gated" in asked:
-        repo.gated = bool(asked["gated"])
-    return json_answer({"private": repo.private, "gated": repo.gated})
-
-
 def info(hub, request: Request, repo_type: str, repo_id: str, revision: str | None = None) -> Answer:
     repo = find_repo(hub, request, repo_type, repo_id)
     commit = repo.find_commit(revision or "main")
@@ -64,69 +46,11 @@ def info(hub, request: Request, repo_type: str, repo_id: str, revision: str | No
     return json_answer(described)
 
 
-def list_refs(hub, request: Request, repo_type: str, repo_id: str) -> Answer:
-    repo = find_repo(hub, request, repo_type, repo_id)
-
-    def described(refs: dict, kind: str) -> list[dict]:
-        return [
-            {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit.id} for name, commit in refs.items()
-        ]
-
-    branches, tags = described(repo.branches, "heads"), described(repo.tags, "tags")
-    return json_answer({"branches": branches, "tags": tags, "converts": [], "pullRequests": []})
-
-
-def list_commits(hub, request: Request, repo_type: str, repo_id: str, revision: str) -> Answer:
-    repo = find_repo(hub, request, repo_type, repo_id)
-    commits = [
-        {
-            "id": commit.id,
-            "title": commit.title,
-            "message": commit.description,
-            "date": commit.date,
-            "authors": [{"user": commit.author}],
-        }
-        for commit in repo.commits(revision)
-    ]
-    return page(hub, request, commits)
-
-
 def create_branch(hub, request: Request, repo_type: str, repo_id: str, branch: str) -> Answer:
     repo = find_writable_repo(hub, request, repo_type, repo_id)
     start = repo.find_commit(request.json().get("startingPoint") or "main")
-    _add_ref(repo, repo.branches, branch, start)
-    return json_answer({})
-
-
-def delete_branch(hub, request: Request, repo_type: str, repo_id: str, branch: str) -> Answer:
-    repo = find_writable_repo(hub, request, repo_type, repo_id)
-    if branch == "main":
-        raise HubError(403, "The branch 'main' stays.")
-    _remove_ref(repo, repo.branches, branch)
-    return json_answer({})
-
-
-def create_tag(hub, request: Request, repo_type: str, repo_id: str, revision: str) -> Answer:
-    repo = find_writable_repo(hub, request, repo_type, repo_id)
-    _add_ref(repo, repo.tags, request.json()["tag"], repo.find_commit(revision))
-    return json_answer({})
-
-
-def delete_tag(hub, request: Request, repo_type: str, repo_id: str, tag: str) -> Answer:
-    repo = find_writable_repo(hub, request, repo_type, repo_id)
-    _remove_ref(repo, repo.tags, tag)
-    return json_answer({})
-
-
-def _add_ref(repo: Repository, refs: dict, name: str, commit) -> None:
     with repo.lock:
-        if name in refs:
-            raise HubError(409, f"The reference '{name}' is there already.")
-        refs[name] = commit
-
-
-def _remove_ref(repo: Repository, refs: dict, name: str) -> None:
-    with repo.lock:
-        if name not in refs:
-            raise HubError(404, f"Invalid rev id: {name}", "RevisionNotFound")
-        del refs[name]
+        if branch in repo.branches:
+            raise HubError(409, f"The reference '{branch}' is there already.")
+        repo.branches[branch] = start
+    return json_answer({})

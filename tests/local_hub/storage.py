@@ -95,8 +95,6 @@ class BlobStore:
 class Commit:
     id: str
     title: str
-    description: str
-    author: str
     date: str
     parent: "Commit | None" = field(repr=False)
     files: dict[str, StoredFile] = field(repr=False)
@@ -147,16 +145,10 @@ class Repository:
         return self.add_commit(additions, [], message, branch=branch).id
 
     def add_commit(
-        self,
-        additions: dict[str, StoredFile],
-        deletions: list[str],
-        title: str,
-        description: str = "",
-        branch: str = "main",
+        self, additions: dict[str, StoredFile], deletions: list[str], title: str, branch: str = "main",
         parent: str | None = None,
-        author: str | None = None,
-    ) -> Commit:
-        """Put a commit on a branch. A deletion that ends in '/' is a folder's.
+    ) -> Commit:  # fmt: skip
+        """Put a commit on a branch.
 
         Raises:
             HubError: 412, `parent` is given and no longer the head; 404, no such branch, or no such file to delete.
@@ -168,15 +160,13 @@ class Repository:
             if parent is not None and parent != head.id:
                 raise HubError(412, "A commit has happened since. Please refresh and try again.")
             before = {} if head is None else head.files
-            removed = {path for deletion in deletions for path in _paths_at(deletion, before)}
-            kept = {path: file for path, file in before.items() if path not in removed}
+            if missing := set(deletions) - set(before):
+                raise HubError(404, f"A file with this name doesn't exist: {missing}", "EntryNotFound")
+            kept = {path: file for path, file in before.items() if path not in deletions}
             # Clients keep file lists by commit: the time makes a commit's id unlike that of any other run.
             commit_id = hashlib.sha1(f"{self.id} {head and head.id} {time.time_ns()}".encode()).hexdigest()
             date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
-            paths = sorted({*additions, *removed})
-            commit = Commit(
-                commit_id, title, description, author or self.owner, date, head, {**kept, **additions}, paths
-            )
+            commit = Commit(commit_id, title, date, head, kept | additions, sorted({*additions, *deletions}))
             self._commits[commit.id] = self.branches[branch] = commit
             return commit
 
@@ -193,10 +183,3 @@ class Repository:
     def files(self, revision: str = "main") -> dict[str, bytes]:
         files = self.find_commit(revision).files
         return {path: self.blobs.path(files[path].sha256).read_bytes() for path in sorted(files)}
-
-
-def _paths_at(deletion: str, files: dict[str, StoredFile]) -> list[str]:
-    found = [path for path in files if path == deletion or (deletion.endswith("/") and path.startswith(deletion))]
-    if not found:
-        raise HubError(404, f"A file with this name doesn't exist: {deletion}", "EntryNotFound")
-    return found

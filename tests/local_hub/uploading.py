@@ -4,7 +4,7 @@ import base64
 import json
 from urllib.parse import urlencode
 
-from tests.local_hub.accounts import find_account, find_writable_repo
+from tests.local_hub.accounts import find_writable_repo
 from tests.local_hub.messages import Answer, HubError, Request, json_answer
 from tests.local_hub.reading import check_signature, sign
 from tests.local_hub.repositories import repo_url
@@ -75,19 +75,10 @@ def commit(hub, request: Request, repo_type: str, repo_id: str, revision: str) -
             additions[value["path"]] = repo.blobs.stored_file(value["oid"], is_lfs=True)
         elif key == "deletedFile":
             deletions.append(value["path"])
-        elif key == "deletedFolder":
-            deletions.append(value["path"].rstrip("/") + "/")
         else:
             raise HubError(400, f"the local Hub knows no operation '{key}'")
-    added = repo.add_commit(
-        additions,
-        deletions,
-        header.get("summary", ""),
-        header.get("description", ""),
-        branch=revision,
-        parent=header.get("parentCommit"),
-        author=find_account(hub, request).name,
-    )
+    title, parent = header.get("summary", ""), header.get("parentCommit")
+    added = repo.add_commit(additions, deletions, title, branch=revision, parent=parent)
     url = f"{repo_url(hub, repo)}/commit/{added.id}"
     return json_answer({"success": True, "commitOid": added.id, "commitUrl": url, "hookOutput": ""})
 

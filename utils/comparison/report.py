@@ -13,8 +13,7 @@ from rich.text import Text
 from utils.cli.records import write_text
 from utils.comparison.grid import shots_key, shots_title, volume_title
 from utils.comparison.statistics import COSTS
-from utils.hub.licenses import hub_ids
-from utils.hub.markdown import FUNCTIONS, code, text
+from utils.hub.cards import FUNCTIONS, code, hub_ids, text
 from utils.transfer.methods import METHODS
 
 TEMPLATE = Path(__file__).with_name("report.md.jinja")

@@ -10,7 +10,7 @@ from utils.cli.errors import UserError
 from utils.cli.processes import warn_once
 from utils.data.class_names import match_class_names, sort_class_names
 from utils.data.image_files import NOT_IMAGE, ImageFiles, escape_name, find_image_files, name_some
-from utils.hub.saved_sets import is_saved_to_disk
+from utils.hub.repositories import is_saved_to_disk
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

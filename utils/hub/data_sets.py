@@ -1,30 +1,19 @@
 """Labelled image sets out of a folder or a Hub repository, at the commit of their source."""
 
 import logging
+import os
 import re
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, config, load_dataset_builder
-from datasets.exceptions import (
-    ChecksumVerificationError,
-    DatasetsError,
-    ExpectedMoreSplitsError,
-    NonMatchingSplitsSizesError,
-    SplitsVerificationError,
-)
-from datasets.naming import camelcase_to_snakecase
-from datasets.packaged_modules.arrow.arrow import Arrow
-from datasets.packaged_modules.cache.cache import Cache
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from datasets.packaged_modules.parquet.parquet import Parquet
+import datasets
+from datasets import Dataset, DatasetDict, exceptions
 from huggingface_hub import HfFileSystem, constants, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
 
 from utils.cli.errors import UserError
 from utils.cli.processes import is_main_process
 from utils.hub.file_classes import reordered_names, unify_class_names
-from utils.hub.repositories import CLIENT_ERRORS, Source
-from utils.hub.saved_sets import is_saved_to_disk, load_saved
+from utils.hub.repositories import CLIENT_ERRORS, Source, is_saved_to_disk
 
 logger = logging.getLogger(__name__)
 
@@ -38,46 +27,34 @@ def load_data_set(source: Source, config_name: str | None = None, split: str | N
     Raises:
         UserError: it may not be read, cannot be reached and is not in the cache, or is no data set.
     """
+    where = f"{source.flag} {source.name}:"
     if not source.is_local and not source.is_reachable():
         return _load_from_cache(source, config_name, split)
     if source.is_local:
         check_path(source)
         if is_saved_to_disk(source.name):
-            return _load_saved(source, config_name, split)
+            return _load_saved(source.name, where, config_name, split)
     try:
-        builder = load_dataset_builder(source.name, config_name, revision=source.revision, token=source.token)
+        builder = datasets.load_dataset_builder(source.name, config_name, revision=source.revision, token=source.token)
         builder.download_and_prepare()
         loaded = builder.as_dataset()
         if split is not None and split not in loaded:
             raise ValueError(f"it has no split '{split}', but {', '.join(loaded)}")
-        if isinstance(builder, Parquet | Arrow):
+        if builder.name in ("parquet", "arrow"):
             files = _data_files(builder.config.data_files, source)
-            loaded = unify_class_names(loaded, files, f"{source.flag} {source.name}")
-    except (SplitsVerificationError, ChecksumVerificationError) as error:
-        raise UserError(f"{source.flag} {source.name}: {_describe_mismatch(error)}.") from None
-    except (*CLIENT_ERRORS, DatasetsError, ValueError, RuntimeError) as error:
+            loaded = unify_class_names(loaded, files, where.removesuffix(":"))
+    except exceptions.SplitsVerificationError as error:
+        raise UserError(f"{where} {_describe_mismatch(error)}.") from None
+    except (*CLIENT_ERRORS, exceptions.DatasetsError, ValueError, RuntimeError) as error:
         # datasets says the same of a missing, a private and a gated set, and drops the cause
         if not source.is_local and not isinstance(error, ValueError):
             source.check_access()
-        raise UserError(f"{source.flag} {source.name}: cannot be loaded ({_innermost(error)}).") from None
+        raise UserError(f"{where} cannot be loaded ({_innermost(error)}).") from None
     if not source.is_local:
         _check_commit(loaded, source)
-    if split is None and config_name is None:
-        _warn_of_images_left_out(loaded, source)
+    if split is None and config_name is None and builder.name == "imagefolder" and is_main_process():
+        _warn_of_images_left_out(loaded, builder, source)
     return loaded if split is None else loaded[split]
-
-
-def _data_files(data_files: dict[str, list[str]], source: Source) -> dict[str, list]:
-    """Return the files of each split, to read what they say of themselves; of a repository those in the cache."""
-
-    def find(url: str) -> str | object:
-        if source.is_local:
-            return str(url)
-        filename = url.partition(f"@{source.revision}/")[2]
-        cached = try_to_load_from_cache(source.name, filename, repo_type="dataset", revision=source.revision)
-        return cached if isinstance(cached, str) else HfFileSystem(token=source.token).open(url)
-
-    return {str(split): [find(url) for url in urls] for split, urls in data_files.items()}
 
 
 def check_path(source: Source) -> None:
@@ -94,12 +71,14 @@ def check_path(source: Source) -> None:
         )
 
 
-def _load_saved(source: Source, config_name: str | None, split: str | None) -> DatasetDict | Dataset:
-    where = f"{source.flag} {source.name}: is a folder of save_to_disk"
+def _load_saved(folder: str, where: str, config_name: str | None, split: str | None) -> DatasetDict | Dataset:
+    """Load what `save_to_disk` wrote; a single `Dataset` is the split `train`."""
+    where += " is a folder of save_to_disk"
     if config_name is not None:
         raise UserError(f"{where}, which has no configurations ('{config_name}').")
     try:
-        loaded = load_saved(source.name)
+        loaded = datasets.load_from_disk(os.path.abspath(folder))
+        loaded = (DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded).with_format(None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where} that cannot be loaded ({error}).") from None
     if split is not None and split not in loaded:
@@ -107,54 +86,75 @@ def _load_saved(source: Source, config_name: str | None, split: str | None) -> D
     return loaded if split is None else loaded[split]
 
 
-def _describe_mismatch(error: SplitsVerificationError | ChecksumVerificationError) -> str:
+def _data_files(data_files: dict[str, list[str]], source: Source) -> dict[str, list]:
+    """Return the files of each split, to read what they say of themselves; of a repository those in the cache."""
+
+    def find(url: str) -> str | object:
+        if source.is_local:
+            return str(url)
+        filename = url.partition(f"@{source.revision}/")[2]
+        cached = try_to_load_from_cache(source.name, filename, repo_type="dataset", revision=source.revision)
+        return cached if isinstance(cached, str) else HfFileSystem(token=source.token).open(url)
+
+    return {str(split): [find(url) for url in urls] for split, urls in data_files.items()}
+
+
+def _describe_mismatch(error: exceptions.SplitsVerificationError) -> str:
     """Return what a set's card says and what its files hold, out of an error that holds them as text."""
     message = str(error)
     advice = "wait until the set is whole, or correct dataset_info in its README.md"
-    if isinstance(error, NonMatchingSplitsSizesError):
+    if isinstance(error, exceptions.NonMatchingSplitsSizesError):
         sizes: dict[str, dict[str, str]] = {}
         for which, split, number in SPLIT_SIZE.findall(message):
             sizes.setdefault(split, {})[which] = f"{int(number):,}"
         counts = [f"{size.get('recorded')} in its files and {size.get('expected')} in its card for split '{split}'"
                   for split, size in sizes.items()]  # fmt: skip
         return f"the images do not add up, {'; '.join(counts) or message}; {advice}"
-    if isinstance(error, SplitsVerificationError):
-        splits = message.strip("{}").replace("'", "")
-        if isinstance(error, ExpectedMoreSplitsError):
-            return f"its card names splits of which there are no files: {splits}; {advice}"
-        return f"its files have splits that its card does not name: {splits}; {advice}"
-    return f"its files are not those that its card describes ({message}); download it anew, or correct its README.md"
+    splits = message.strip("{}").replace("'", "")
+    if isinstance(error, exceptions.ExpectedMoreSplitsError):
+        return f"its card names splits of which there are no files: {splits}; {advice}"
+    return f"its files have splits that its card does not name: {splits}; {advice}"
 
 
 def _load_from_cache(source: Source, config_name: str | None, split: str | None) -> DatasetDict | Dataset:
     """Load what datasets has cached of this very commit; `load_dataset` would take the last that it cached."""
     out_of_reach = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
-    namespace, name = source.name.split("/")
-    sets = Path(config.HF_DATASETS_CACHE) / f"{namespace}___{camelcase_to_snakecase(name)}"
-    folders = [path.parent for path in sorted(sets.glob(f"{config_name or '*'}/*/{source.revision}/dataset_info.json"))]
+    where, cache = f"{source.flag} {source.name}:", Path(datasets.config.HF_DATASETS_CACHE)
+    namespace, _ = source.name.split("/")
+    sets = cache.glob(
+        f"{namespace}___*/{config_name or '*'}/*/{source.revision}/{datasets.config.DATASET_INFO_FILENAME}"
+    )
+    folders = [path.parent for path in sorted(sets)]
     if config_name is None and len(folders) > 1:
         folders = [folder for folder in folders if folder.parts[-3] == "default"]
     if not folders:
         which = f"'{config_name}'" if config_name else "the images"
         raise UserError(
-            f"{source.flag} {source.name}: {out_of_reach}, and the cache ({sets.parent}) does not have {which} of "
-            f"commit {source.revision}."
+            f"{where} {out_of_reach}, and the cache ({cache}) does not have {which} of commit {source.revision}."
         )
     if not constants.HF_HUB_OFFLINE:
-        logger.warning(f"{source.flag} {source.name}: {out_of_reach}, commit {source.revision} is read from the cache.")
-    *_, found_config, version, commit = folders[-1].parts
-    builder = Cache(repo_id=source.name, dataset_name=name, config_name=found_config, version=version, hash=commit)
-    builder.download_and_prepare()
-    loaded = builder.as_dataset(split=split)
+        logger.warning(f"{where} {out_of_reach}, commit {source.revision} is read from the cache.")
+    loaded = _read_prepared(folders[-1])
     repository = repo_folder_name(repo_id=source.name, repo_type="dataset")
     files = Path(constants.HF_HUB_CACHE, repository, "snapshots", source.revision).rglob("*.parquet")
-    features = loaded.features if split else next(iter(loaded.values())).features
-    if column := reordered_names(features, files):
+    if column := reordered_names(next(iter(loaded.values())).features, files):
         raise UserError(
-            f"{source.flag} {source.name}: its files have the classes of '{column}' in different orders, and "
-            f"{out_of_reach}: which class an image has cannot be told; load it with the Hub in reach."
+            f"{where} its files have the classes of '{column}' in different orders, and {out_of_reach}: which class an "
+            "image has cannot be told; load it with the Hub in reach."
         )
-    return loaded
+    return loaded if split is None else loaded[split]
+
+
+def _read_prepared(folder: Path) -> DatasetDict:
+    """Return the splits that a builder of datasets has prepared in a folder of its cache."""
+    info, splits = datasets.DatasetInfo.from_directory(str(folder)), DatasetDict()
+    for split in info.splits:
+        name = re.compile(rf".*-{split}(-\d+-of-\d+)?\.arrow")
+        paths = sorted(str(path) for path in folder.iterdir() if name.fullmatch(path.name))
+        splits[split] = datasets.concatenate_datasets(
+            [Dataset.from_file(path, info=info, split=split) for path in paths]
+        )
+    return splits
 
 
 def _check_commit(splits: dict[str, Dataset], source: Source) -> None:
@@ -168,12 +168,10 @@ def _check_commit(splits: dict[str, Dataset], source: Source) -> None:
         )
 
 
-def _warn_of_images_left_out(splits: DatasetDict, source: Source) -> None:
+def _warn_of_images_left_out(splits: DatasetDict, builder: datasets.DatasetBuilder, source: Source) -> None:
     """Warn where a set of image files has more than were read: datasets chooses splits by words in file names, so that
     cat/a test.png is the test split, and all images without such a word are left out, as those not in a metadata file.
     """
-    if not is_main_process() or any(images.info.builder_name != "imagefolder" for images in splits.values()):
-        return
     num_read = sum(map(len, splits.values()))
     if source.is_local:
         paths = [path.relative_to(source.name).as_posix() for path in Path(source.name).rglob("*")]
@@ -182,7 +180,7 @@ def _warn_of_images_left_out(splits: DatasetDict, source: Source) -> None:
         with source.reading("its files cannot be listed"):  # datasets has just listed them: the Hub is not asked
             paths = [path.removeprefix(root) for path in HfFileSystem(token=source.token).find(root)]
     num_files = sum(
-        Path(path).suffix.lower() in ImageFolder.EXTENSIONS and not re.search(r"(^|/)(\.|__)", path) for path in paths
+        Path(path).suffix.lower() in builder.EXTENSIONS and not re.search(r"(^|/)(\.|__)", path) for path in paths
     )
     if num_read < num_files:
         logger.warning(
@@ -194,6 +192,6 @@ def _warn_of_images_left_out(splits: DatasetDict, source: Source) -> None:
 
 def _innermost(error: BaseException) -> BaseException:
     """Return what stopped the building of a set: 'An error occurred while generating the dataset' helps nobody."""
-    while isinstance(error, DatasetsError) and error.__cause__ is not None:
+    while isinstance(error, exceptions.DatasetsError) and error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -3,7 +3,6 @@
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError
@@ -12,19 +11,10 @@ from huggingface_hub.utils import disable_progress_bars
 
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record
-from utils.hub.merged_card import BEGIN, read_card
-from utils.hub.publishing import (
-    ANOTHER_COMMIT_CAME_FIRST,
-    current_head,
-    download,
-    make_commit,
-    prepare_repository,
-    send_contents,
-    split_into_commits,
-)
-from utils.hub.retries import first_line, wait_between_tries, with_retries
-from utils.hub.targets import Target
-from utils.hub.uploads import CARD, Upload, clean_text, known_tokens
+from utils.hub import publishing
+from utils.hub.cards import BEGIN, read_card
+from utils.hub.publishing import CARD, Upload, known_tokens
+from utils.hub.targets import Target, first_line, wait_between_tries
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +36,9 @@ class GrowingUpload:
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        target: Target,
-        find_finished: Callable[[], Iterable[str]],
-        fingerprint: str,
+        self, folder: str | Path, target: Target, find_finished: Callable[[], Iterable[str]], fingerprint: str,
         pause: float = 60.0,
-    ):
+    ):  # fmt: skip
         self._folder = Path(folder)
         self._target = target
         self._find_finished = find_finished
@@ -96,42 +82,35 @@ class GrowingUpload:
         """Upload the finished shards that are not on the Hub, in as many commits as they need."""
         finished = [path for path in sorted(self._find_finished()) if path not in self._done]
         if finished and not self._is_prepared:
-            prepare_repository(self._target)
+            publishing.prepare_repository(self._target)
             self._is_prepared = True
-        while not self._done.issuperset(finished):
-            left = [Upload(path, self._folder / path) for path in finished if path not in self._done]
-            if not self._upload_some(left):
-                break
+        while left := [Upload(path, self._folder / path) for path in finished if path not in self._done]:
+            try:
+                self._upload_some(left)
+            except HfHubHTTPError as error:
+                if error.response.status_code not in publishing.ANOTHER_COMMIT_CAME_FIRST:
+                    raise
+                return  # the next look finds out whose commit that was: our own, too, whose answer was lost
 
-    def _upload_some(self, shards: list[Upload]) -> bool:
-        """Upload as many shards as a commit takes. Return false when another commit came first."""
-        head = current_head(self._target)
-        there = self._list_files(head)
+    def _upload_some(self, shards: list[Upload]) -> None:
+        """Upload as many shards as a commit takes."""
+        head = publishing.current_head(self._target)
+        there = publishing.list_files(self._target, head)
         self._check_same_set(there, head, shards)
         missing = [shard for shard in shards if not self._is_there(shard, there)]
         self._done.update({shard.path for shard in shards} - {shard.path for shard in missing})
         if not missing:
-            return True
+            return
         if GENERATION_CONFIG not in there:
-            config = clean_text(self._folder / GENERATION_CONFIG, known_tokens(self._target.token))
-            missing.insert(0, Upload(GENERATION_CONFIG, config))
-        batch = next(split_into_commits(missing))
-        additions = []
+            record = publishing.clean_text(self._folder / GENERATION_CONFIG, known_tokens(self._target.token))
+            missing.insert(0, Upload(GENERATION_CONFIG, record))
+        batch, operations = next(publishing.split_into_commits(missing)), []
         for upload in batch:  # one at a time, so that the end of the block has little to wait for
             self._check_not_stopped()
-            additions += send_contents(self._target, [upload])
-        try:
-            if not self._is_whole(there, head):
-                with_retries(
-                    partial(make_commit, self._target, batch, additions, head), f"publishing {self._target.repo_id}"
-                )
-        except HfHubHTTPError as error:
-            if error.response.status_code not in ANOTHER_COMMIT_CAME_FIRST:
-                raise
-            # the next look finds out whose commit that was: our own, too, whose answer was lost
-            return False
+            operations += publishing.send_contents(self._target, [upload])
+        if not self._is_whole(there, head):
+            publishing.make_commit(self._target, batch, operations, head)
         self._done.update(upload.path for upload in batch)
-        return True
 
     def _check_same_set(self, there: dict[str, RepoFile], head: str, shards: list[Upload]) -> None:
         """Check that the repository holds no shards but this set's.
@@ -140,7 +119,7 @@ class GrowingUpload:
             _AnotherSet: its record has another fingerprint, or it has none and data files that are not among `shards`.
         """
         if GENERATION_CONFIG in there:
-            path = download(self._target, GENERATION_CONFIG, head)
+            path = publishing.download(self._target, GENERATION_CONFIG, head)
             try:
                 fingerprint = read_record(path).get("fingerprint")
             except UserError:
@@ -155,17 +134,12 @@ class GrowingUpload:
                 raise _AnotherSet(f"it has no {GENERATION_CONFIG}, and a {path} that is not of this set")
 
     def _is_whole(self, there: dict[str, RepoFile], head: str) -> bool:
-        """Say whether the repository has a card of ours, whose count of images `load_dataset` insists on."""
-        return CARD in there and BEGIN in read_card(download(self._target, CARD, head))
+        """Return whether the repository has a card of ours, whose count of images `load_dataset` insists on."""
+        return CARD in there and BEGIN in read_card(publishing.download(self._target, CARD, head))
 
     def _is_there(self, shard: Upload, there: dict[str, RepoFile]) -> bool:
         self._check_not_stopped()  # it may read a whole shard
         return shard.path in there and shard.is_stored_as(there[shard.path])
-
-    def _list_files(self, head: str) -> dict[str, RepoFile]:
-        place = self._target.place | {"revision": head}
-        entries = self._target.api.list_repo_tree(recursive=True, **place)
-        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def _wait(self, problem: str, pause: float) -> None:
         """Wait between two tries of a call, in silence: only what fails to the end is worth a line."""

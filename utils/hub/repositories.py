@@ -8,21 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from textwrap import shorten
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    FileMetadataError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # the base of the http client's errors: of httpx or httpx2, whichever huggingface_hub uses
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-    XetDownloadError,
-)
+from huggingface_hub import HfApi, constants, errors, get_token, hf_hub_download, snapshot_download
+from huggingface_hub import try_to_load_from_cache as find_in_cache
 
 from utils.cli.errors import UserError
 
@@ -31,15 +18,13 @@ REPO_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 HUB_TOKEN, HF_TOKEN, LOGIN = "--hub_token", "HF_TOKEN", "of `hf auth login`"
 TYPE_NAMES = {"model": "model", "dataset": "data set", "space": "space"}
-# OSError has the clients' own connection errors, and those of the cache on disk
+SAVED_SPLITS, SAVED_SPLIT = ["dataset_dict.json"], ["state.json", "dataset_info.json"]
+# HTTPError is the base of the http client's errors, of httpx or httpx2, whichever huggingface_hub uses; OSError has the
+# clients' own connection errors, and those of the cache on disk
 CLIENT_ERRORS = (
-    HTTPError,
-    OSError,
-    EntryNotFoundError,
-    HFValidationError,
-    RevisionResolutionError,
-    XetDownloadError,
-)
+    errors.HTTPError, OSError, errors.EntryNotFoundError, errors.HFValidationError, errors.RevisionResolutionError,
+    errors.XetDownloadError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,12 +67,12 @@ class Source:
         if self.is_local:
             return any((Path(self.name) / filename).is_file() for filename in filenames)
         place = {"repo_type": self.repo_type, "revision": self.revision}
-        if any(isinstance(try_to_load_from_cache(self.name, filename, **place), str) for filename in filenames):
+        if any(isinstance(find_in_cache(self.name, filename, **place), str) for filename in filenames):
             return True
-        if constants.HF_HUB_OFFLINE:
-            return False
         with self.reading("its files cannot be listed"):
-            return any(HfApi().file_exists(self.name, filename, **self._where) for filename in filenames)
+            return not constants.HF_HUB_OFFLINE and any(
+                HfApi().file_exists(self.name, filename, **self._where) for filename in filenames
+            )
 
     def list_files(self) -> list[str]:
         """Return the names of the files at the top and in the folders there; without a network, those of the cache.
@@ -131,7 +116,7 @@ class Source:
         try:
             HfApi().repo_info(self.name, **self._where, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except CLIENT_ERRORS as error:
-            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
                 raise UserError(self._describe(error, "cannot be read")) from None
             return False
         return True
@@ -152,12 +137,9 @@ class Source:
 
     @contextmanager
     def reading(
-        self,
-        problem: str,
-        filename: str | None = None,
-        expected: str | None = None,
+        self, problem: str, filename: str | None = None, expected: str | None = None,
         also: tuple[type[Exception], ...] = (),
-    ) -> Iterator[None]:
+    ) -> Iterator[None]:  # fmt: skip
         """Turn a client's failure within the block into one line; `problem` for those that have none of their own.
 
         `also` are other errors that mean that what was read cannot be used.
@@ -188,24 +170,25 @@ class Source:
         def caused_by(*kinds: type) -> bool:
             return any(isinstance(cause, kinds) for cause in causes)
 
-        if caused_by(GatedRepoError):
+        if caused_by(errors.GatedRepoError):
             origin = _token_origin(self.token)
             how = f"with the account of the token ({origin})" if origin else f"then {_how_to_log_in(None)}"
-            return f"{self._prefix} is gated; accept its conditions at {self._page()}, {how}."
-        if caused_by(RepositoryNotFoundError):
+            page = f"{constants.ENDPOINT}/{'' if self.repo_type == 'model' else f'{self.repo_type}s/'}{self.name}"
+            return f"{self._prefix} is gated; accept its conditions at {page}, {how}."
+        if caused_by(errors.RepositoryNotFoundError):
             return f"{self._prefix} {self._not_found()}."
-        if caused_by(RevisionNotFoundError):
+        if caused_by(errors.RevisionNotFoundError):
             return f"{self._prefix} the repository has no branch, tag or commit '{self.revision}'."
-        if caused_by(RemoteEntryNotFoundError) and filename:
+        if caused_by(errors.RemoteEntryNotFoundError) and filename:
             return self._no_file("repository", filename, expected)
-        if caused_by(HFValidationError):
+        if caused_by(errors.HFValidationError):
             return f"{self._prefix} neither an existing folder nor a repository id like 'user/name'."
-        answers = [cause for cause in causes if isinstance(cause, HfHubHTTPError) and cause.response is not None]
+        answers = [cause for cause in causes if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None]
         if answers:
             return f"{self._prefix} {self._refusal(answers[0].response.status_code, answers[0].server_message)}."
-        if caused_by(FileMetadataError):
+        if caused_by(errors.FileMetadataError):
             return f"{self._prefix} {constants.ENDPOINT} does not answer like a Hub; check HF_ENDPOINT and the proxy."
-        if caused_by(HTTPError, ConnectionError, LocalEntryNotFoundError, RevisionResolutionError):
+        if caused_by(errors.HTTPError, ConnectionError, errors.LocalEntryNotFoundError, errors.RevisionResolutionError):
             missing = f"{filename} of it" if filename else "it"
             at_revision = f" at revision '{self.revision}'" if self.revision else ""
             cache = f"the cache ({constants.HF_HUB_CACHE}) does not have {missing}{at_revision}"
@@ -239,10 +222,6 @@ class Source:
         later = "; try again later" if status == 429 or status >= 500 else ""
         return f"the Hub ({constants.ENDPOINT}) answers with error {status}{detail}{later}"
 
-    def _page(self) -> str:
-        folder = "" if self.repo_type == "model" else f"{self.repo_type}s/"
-        return f"{constants.ENDPOINT}/{folder}{self.name}"
-
 
 def open_source(
     name: str, flag: str, repo_type: str = "model", revision: str | None = None, token: str | None = None
@@ -259,6 +238,11 @@ def open_source(
     elif not REPO_ID.match(name):
         raise UserError(f"{flag} {name}: neither an existing folder nor a repository id like 'user/name'.")
     return replace(source, revision=source.commit())
+
+
+def is_saved_to_disk(folder: str) -> bool:
+    """Return whether a folder is what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` of datasets writes."""
+    return any(all((Path(folder) / name).is_file() for name in names) for names in (SAVED_SPLITS, SAVED_SPLIT))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,13 +1,48 @@
-"""Where a folder is published: a repository that the user may write to, looked up before any work."""
+"""Where a folder is published: the flags, a repository that the user may write to, and calls that are made again.
 
-from dataclasses import dataclass
+The client repeats by itself reads and uploads, but neither commits nor the calls that create or describe a repository.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, errors
 
 from utils.cli.errors import UserError
-from utils.hub.retries import with_retries
+from utils.cli.options import without_effect
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+MAX_TRIES = 6
+FIRST_PAUSE = 1.0  # seconds, doubled from try to try
+LONGEST_PAUSE = 60.0
+PASSING_STATUSES = {408, 429, 500, 502, 503, 504}
+
+
+@dataclass
+class HubArguments:
+    """Publishing and access."""
+
+    _argument_group_name = "Hub"
+
+    push_to_hub: bool = field(default=False, metadata=without_effect("Publish the output folder on the Hub."))
+    hub_private_repo: bool = field(
+        default=False, metadata=without_effect("Make the repository private when creating it.")
+    )
+    hub_revision: str | None = field(
+        default=None, metadata=without_effect("Branch to publish to, made when it is not there; main when not given.")
+    )
+    hub_token: str | None = field(
+        default=None, metadata=without_effect("Access token; HF_TOKEN or `hf auth login` when not given.")
+    )
 
 
 @dataclass(frozen=True)
@@ -20,24 +55,20 @@ class Target:
     revision: str | None = None
     token: str | None = None
 
-    @property
-    def api(self) -> HfApi:
-        return HfApi(token=self.token or None)
+    def call(self, method: Callable[..., Result], **options) -> Result:
+        """Return what a method of `HfApi` returns for this repository, called with retries.
 
-    @property
-    def place(self) -> dict:
-        """What every call about the repository's files takes."""
-        return {"repo_id": self.repo_id, "repo_type": self.repo_type, "revision": self.revision}
+        Raises:
+            HubUnavailable: the limit of tries is reached.
+        """
+        bound = partial(method, HfApi(token=self.token or None), repo_id=self.repo_id, repo_type=self.repo_type)
+        return with_retries(partial(bound, **options), f"publishing {self.repo_id}")
 
 
 def open_target(
-    output_dir: str | Path,
-    hub_id: str | None,
-    repo_type: str,
-    private: bool = False,
-    revision: str | None = None,
+    output_dir: str | Path, hub_id: str | None, repo_type: str, private: bool = False, revision: str | None = None,
     token: str | None = None,
-) -> Target:
+) -> Target:  # fmt: skip
     """Return where a folder is to be published, by default under its name in the user's account.
 
     Called before any work, so that a missing token costs no training.
@@ -47,12 +78,12 @@ def open_target(
     """
     what = "--push_to_hub"
     try:
-        account = with_retries(lambda: HfApi(token=token or None).whoami(), f"{what}: who am I")
-    except LocalTokenNotFoundError:
+        account = with_retries(HfApi(token=token or None).whoami, f"{what}: who am I")
+    except errors.LocalTokenNotFoundError:
         raise UserError(f"{what}: no access token; log in with `hf auth login` or set HF_TOKEN.") from None
-    except OfflineModeIsEnabled:
+    except errors.OfflineModeIsEnabled:
         raise UserError(f"{what}: HF_HUB_OFFLINE=1 is set; unset it or leave {what} out.") from None
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         if error.response.status_code == 401:
             raise UserError(f"{what}: the Hub does not know this access token; log in with `hf auth login`.") from None
         raise UserError(f"{what}: the Hub refuses this access token ({error.response.status_code}).") from None
@@ -65,3 +96,61 @@ def open_target(
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(f"{what}: this access token only reads; make one with the role 'write'.")
     return Target(repo_id, repo_type, private, revision, token)
+
+
+class HubUnavailable(UserError):
+    """The Hub did not do what was asked within the limit of tries; asking again later is right."""
+
+
+def log_and_sleep(problem: str, pause: float) -> None:
+    logger.warning(problem)
+    time.sleep(pause)
+
+
+# called with the problem in a line and the seconds to wait; a thread beside other work sets its own way for itself
+wait_between_tries: ContextVar[Callable[[str, float], None]] = ContextVar("wait_between_tries", default=log_and_sleep)
+
+
+def with_retries(call: Callable[[], Result], what: str) -> Result:
+    """Return `call()`, repeated while it fails for reasons that pass: server errors, rate limits, lost connections.
+
+    Raises:
+        HubUnavailable: it failed so `MAX_TRIES` times. Other errors are raised as they are.
+    """
+    attempt = 1
+    while True:
+        try:
+            return call()
+        except (errors.HTTPError, OSError, RuntimeError) as error:
+            pause = pause_after(error, attempt)
+            if pause is None:
+                raise
+            if attempt == MAX_TRIES:
+                raise HubUnavailable(f"{what}: gave up after {MAX_TRIES} tries ({first_line(error)}).") from error
+            problem = f"{what}: {first_line(error)}; again in {pause:.0f} s ({attempt} of {MAX_TRIES} tries)"
+        wait_between_tries.get()(problem, pause)
+        attempt += 1
+
+
+def pause_after(error: BaseException, attempt: int) -> float | None:
+    """Return the seconds to wait before the next try, None when another try would not help."""
+    cause = error
+    # how the client wraps a failed upload, and a failed download
+    while isinstance(cause, (RuntimeError, errors.LocalEntryNotFoundError)) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, errors.HfHubHTTPError):
+        if cause.response.status_code not in PASSING_STATUSES:
+            return None
+        asked = cause.response.headers.get("Retry-After", "")
+        if asked.isdigit():
+            return min(float(asked) + 1, LONGEST_PAUSE)
+    elif isinstance(cause, errors.OfflineModeIsEnabled) or not isinstance(
+        cause, (errors.HTTPError, ConnectionError, TimeoutError)
+    ):
+        return None
+    return min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's type and first line, without the advice that follows in the client's messages."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -8,9 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from utils.cli.options import absolute_if_local
 from utils.cli.records import DSI_CONFIG, RUN_CONFIG, image_set_name, write_run_config
 from utils.cli.run_folder import RunFolder
-from utils.hub.licenses import License, common_license, hub_ids, read_licenses
-from utils.hub.markdown import FUNCTIONS
-from utils.hub.merged_card import save_card
+from utils.hub.cards import FUNCTIONS, License, common_license, hub_ids, read_licenses, save_card
 from utils.hub.targets import Target
 from utils.style.base_models import BaseModel
 

@@ -9,9 +9,7 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from utils.cli.records import image_set_name
-from utils.hub.licenses import License, common_license, hub_ids
-from utils.hub.markdown import FUNCTIONS
-from utils.hub.merged_card import save_card
+from utils.hub.cards import FUNCTIONS, License, common_license, hub_ids, save_card
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 

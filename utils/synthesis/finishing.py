@@ -2,7 +2,7 @@
 
 from utils.cli.records import GENERATION_CONFIG, image_set_name, read_record, write_record
 from utils.data.name_doctor import Finding, write_class_names
-from utils.hub.licenses import read_licenses
+from utils.hub.cards import read_licenses
 from utils.synthesis.card import write_dataset_card
 from utils.synthesis.output_folder import CLASS_NAMES, PREVIEW, QUALITY_RECORD
 from utils.synthesis.preview import draw_contact_sheet

@@ -1,6 +1,6 @@
 """The section of a synthetic set's card that holds its quality report."""
 
-from utils.hub.markdown import code, text
+from utils.hub.cards import code, text
 
 MAX_CLASSES = 10
 MARKS = {"good": "good", "look": "**look**", "bad": "**bad**", "unknown": "not known"}

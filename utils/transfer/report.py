@@ -14,9 +14,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from utils.cli.records import image_set_name
-from utils.hub.licenses import License, common_license, hub_ids
-from utils.hub.markdown import FUNCTIONS, code
-from utils.hub.merged_card import save_card
+from utils.hub.cards import FUNCTIONS, License, code, common_license, hub_ids, save_card
 from utils.transfer.evaluation import NUM_CALIBRATION_BINS, confidences
 from utils.transfer.methods import stage_names
 

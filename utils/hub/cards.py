@@ -1,12 +1,24 @@
-"""A generated card and the card that is already there: what a person wrote stays, what a run measured is replaced."""
+"""What all cards have: names shown as they are, the licences of the sources, and what a person wrote beside our text.
 
+A generated card and the card that is already there are merged: a person's text stays, what a run measured is replaced.
+"""
+
+import json
 import os
 import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import yaml
 
 from utils.cli.errors import UserError
+from utils.hub.repositories import REPO_ID, Source, open_source
+
+MAX_LENGTH = 200  # characters of a name in a card: the records have it in full
+SPECIAL = re.compile(r"[\\`*~\[\]|$]|(?<![^\W_])_|_(?![^\W_])|&(?=[#\w]+;)|^[-+=#]|^\d+(?=[.)])")
 
 BEGIN = "<!-- bridged-transfer: generated, is replaced on the next run -->"
 END = "<!-- bridged-transfer: end -->"
@@ -19,7 +31,110 @@ OUR_KEYS = (
     "library_name",
 )  # fmt: skip
 LICENSE_KEYS = ("license", "license_name", "license_link")
-NO_LICENSE = (None, "", "unknown", [], ["unknown"])
+UNKNOWN = "unknown"
+NO_LICENSE = (None, "", UNKNOWN, [], [UNKNOWN])
+
+
+def text(value: object) -> str:
+    """Return a value as a line of Markdown, in a sentence, a heading, a list or a cell of a table."""
+    return SPECIAL.sub(_escape, _line(value)).replace("<", "&lt;").replace(">", "&gt;")
+
+
+def code(value: object) -> str:
+    """Return a value as a code span, also in a cell of a table: there a code span cannot hold every character."""
+    line = _line(value)
+    if line and not re.search(r"[`|]|<!--", line):
+        return f"`{line}`"
+    entities = re.sub(r"[^\w\s]|_", lambda match: f"&#{ord(match.group())};", line)
+    return f"<code>{entities}</code>"
+
+
+def fence(value: str, language: str) -> str:
+    """Return a value as a block of code, whose fence is longer than any in it."""
+    longest = max(map(len, re.findall("`+", value)), default=0)
+    return "{0}{1}\n{2}\n{0}".format("`" * max(3, longest + 1), language, value)
+
+
+def python_string(value: str) -> str:
+    """Return a value as a literal of Python, in double quotes."""
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+# what templates call
+FUNCTIONS = {"text": text, "code": code, "fence": fence, "python_string": python_string, "shell_word": shlex.quote}
+
+
+def _line(value: object) -> str:
+    line = " ".join(str(value).split())
+    return line if len(line) <= MAX_LENGTH else f"{line[: MAX_LENGTH - 1]}…"
+
+
+def _escape(match: re.Match) -> str:
+    found = match.group()
+    # of "1." the point is escaped: digits cannot be
+    return f"{found}\\" if found.isdigit() else f"\\{found}"
+
+
+@dataclass(frozen=True)
+class License:
+    """A licence as a card names it: the Hub's id, and for 'other' its name and link."""
+
+    id: str = UNKNOWN
+    name: str | None = None
+    link: str | None = None
+
+    def __str__(self) -> str:
+        words = text(f"{self.id} ({self.name})" if self.name else self.id)
+        return f"[{words}]({quote(self.link, ':/?#&=%,;+@')})" if self.link else words
+
+    def to_metadata(self) -> dict:
+        """Return the card metadata `license`, and `license_name` and `license_link` where it has them."""
+        return {key: value for key, value in zip(LICENSE_KEYS, (self.id, self.name, self.link)) if value}
+
+
+def read_license(name: str, repo_type: str, revision: str | None = None, token: str | None = None) -> License:
+    """Return the licence that the card of a folder or repository names.
+
+    'unknown' where it names none, where there is no readable card, and where the Hub is out of reach: a licence is no
+    reason to end a run.
+    """
+    try:
+        return license_in_card(open_source(name, "licence of", repo_type, revision, token))
+    except (UserError, OSError):  # an OSError is any other answer of the Hub
+        return License()
+
+
+def license_in_card(source: Source) -> License:
+    """Return the licence that a source's card names, 'unknown' where it names none.
+
+    Raises:
+        UserError: there is no card, or it cannot be read.
+    """
+    metadata, _, _ = parse_card(read_card(source.file("README.md")))
+    ids, link = metadata.get("license") or UNKNOWN, str(metadata.get("license_link") or "")
+    return License(
+        id=", ".join(map(str, ids)) if isinstance(ids, list) else str(ids),
+        name=str(metadata["license_name"]) if metadata.get("license_name") else None,
+        # a file beside the source's card is not beside ours
+        link=link if re.match("https?://", link) else None,
+    )
+
+
+def read_licenses(sources: Iterable[tuple[str, str, str | None]], token: str | None = None) -> dict[str, License]:
+    """Return the licence of each source, given as name, repository type and revision."""
+    return {name: read_license(name, repo_type, revision, token) for name, repo_type, revision in sources}
+
+
+def common_license(licenses: Iterable[License]) -> License:
+    """Return the licence that all sources name, an unknown one where they differ or one names several."""
+    different = set(licenses)
+    common = different.pop() if len(different) == 1 else License()
+    return License() if "," in common.id else common
+
+
+def hub_ids(*names: str | None) -> list[str]:
+    """Return those names that are repository ids, each once; not folders, which are nothing on the Hub."""
+    return list(dict.fromkeys(name for name in names if name and REPO_ID.match(name) and not Path(name).is_dir()))
 
 
 def read_card(path: str | Path) -> str:
@@ -44,18 +159,18 @@ def check_card(path: str | Path) -> None:
         parse_card(read_card(path), str(path))
 
 
-def parse_card(text: str, name: str = "README.md") -> tuple[dict, str, str]:
+def parse_card(card: str, name: str = "README.md") -> tuple[dict, str, str]:
     """Return a card's metadata, their YAML as it was written, and the text below them. `name` is for messages.
 
     Raises:
         UserError: there is a metadata block that is no YAML mapping, or does not end.
     """
-    text = text.replace("\r\n", "\n").removeprefix("\ufeff")
-    match = METADATA.match(text)
+    card = card.replace("\r\n", "\n").removeprefix("\ufeff")
+    match = METADATA.match(card)
     if not match:
-        if re.match(r"\s*---[ \t]*\n", text):
+        if re.match(r"\s*---[ \t]*\n", card):
             raise UserError(f"{name}: its metadata start with a line '---' and do not end with one; add it.")
-        return {}, "", text
+        return {}, "", card
     block = match.group(1)
     try:
         metadata = yaml.safe_load(block)
@@ -64,7 +179,7 @@ def parse_card(text: str, name: str = "README.md") -> tuple[dict, str, str]:
         raise UserError(f"{name}: its metadata are no YAML ({reason}); repair what is between the '---'.") from None
     if not isinstance(metadata, dict | None):
         raise UserError(f"{name}: its metadata are no 'key: value' lines; repair what is between the '---'.")
-    return metadata or {}, block, text[match.end() :]
+    return metadata or {}, block, card[match.end() :]
 
 
 def merge_cards(ours: str, theirs: str, name: str = "README.md") -> str:
@@ -89,11 +204,12 @@ def save_card(card: object, path: str | Path) -> None:
     Raises:
         UserError: what `read_card` and `merge_cards` raise; the file then stays as it is.
     """
-    path, text = Path(path), str(card)
-    text = merge_cards(text, read_card(path), str(path)) if path.exists() else text
+    path, merged = Path(path), str(card)
+    if path.exists():
+        merged = merge_cards(merged, read_card(path), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(text.encode("utf-8"))
+    temporary.write_bytes(merged.encode("utf-8"))
     os.replace(temporary, path)
 
 
@@ -138,6 +254,7 @@ def _write_metadata(metadata: dict, theirs: dict, their_block: str) -> str:
 
 
 def _written_entries(block: str) -> dict[str, str]:
+    """Return the lines of each entry of a YAML mapping, with the comments above it."""
     node = yaml.compose(block, Loader=yaml.SafeLoader)
     if node is None:
         return {}
@@ -167,6 +284,6 @@ def _merge_text(ours: str, theirs: str) -> str:
     return before + generated.group() + after
 
 
-def _with_text(text: str, other: str, card: str) -> str:
-    """Return `text` with `other` below it, unless `card` has that already."""
-    return text if other.strip() in card else f"{text.rstrip()}\n\n{other.strip()}\n\n"
+def _with_text(beginning: str, other: str, card: str) -> str:
+    """Return `beginning` with `other` below it, unless `card` has that already."""
+    return beginning if other.strip() in card else f"{beginning.rstrip()}\n\n{other.strip()}\n\n"
