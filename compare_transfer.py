@@ -7,25 +7,13 @@
     accelerate launch compare_transfer.py --synthetic_dataset 'dsi=syn-{seed}' 'plain=user/cars-plain@v1' \\
         --methods vanilla_matched bridged bridged@plain --num_shots 4 --search_learning_rate
 
-Methods, each also as method@NAME with another synthetic set than the first:
-
-    vanilla              real images only            vanilla_matched      for as many steps as both stages
-    vanilla_mixup        that with Mixup
-    mix                  both kinds together         mix_mixup            that with Mixup
-    mix_balanced         as many real as synthetic   synthetic_only       stage 1 alone
-    bridged              the paper's: Mixup in stage 1, fresh head in stage 2
-    bridged_keep         head of stage 1             bridged_imprint      head of class means
-    bridged_head_warmup  head first, then all        bridged_recalibrate  BatchNorm measured on real images
-    bridged_no_mixup     fresh head                  bridged_plain        head of stage 1, no Mixup
-
-Finished cells are kept: run the same command again to go on.
+method@NAME takes another synthetic set than the first. Finished cells are kept: run the same command again to go on.
 """
 
 import dataclasses
 import os
 import time
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 
 import transformers
@@ -42,31 +30,27 @@ from utils.comparison.arguments import (
     SearchArguments,
     SharedStageArguments,
 )
-from utils.comparison.cells import CellRunner
-from utils.comparison.grid import (
-    Arm,
-    Cell,
-    Recipe,
-    look_up_recipe,
-    make_cell,
-    parse_arms,
-    parse_synthetic_sets,
-    rates_around,
-    recipe_grid,
-    shots_title,
-)
+from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
+from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title
 from utils.comparison.report import plot_comparison, print_comparison, write_markdown
-from utils.comparison.search import choose_bridge, choose_recipes, describe_choice, read_settings
-from utils.comparison.statistics import Row, describe_findings, stack_correct, summarise
-from utils.comparison.workers import run_cells, use_one_gpu, visible_gpus
+from utils.comparison.search import (
+    choose_bridge,
+    choose_recipes,
+    describe_choice,
+    list_bridges,
+    list_recipes,
+    read_settings,
+)
+from utils.comparison.statistics import describe_findings, stack_correct, summarise
 from utils.data.arguments import check_output_outside, check_real_images_given
 from utils.data.image_set import RealImagesRecord
 from utils.data.opened_images import open_all
 from utils.data.real_images import check_held_out, limit_held_out, load_real_images, same_image_set
 from utils.transfer.arguments import ModelArguments
-from utils.transfer.classifiers import check_classifier, load_image_processor
-from utils.transfer.methods import StageSettings, steps_per_epoch
+from utils.transfer.classifiers import check_classifier, default_learning_rates, load_image_processor
+from utils.transfer.methods import StageSettings, describe_methods
 from utils.transfer.rehearsal import rehearse
+from utils.transfer.stage import Pretrained
 from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, open_synthetic
 
 GROUPS = (ModelArguments, ComparedImagesArguments, ComparisonArguments, SearchArguments, SharedStageArguments)
@@ -77,12 +61,12 @@ LISTS = ("seeds", "search_seeds", "num_shots", "search_shots", "volumes", "learn
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, int], SyntheticSource]]:
     """Return the argument groups, with what the first synthetic set's record says for flags not given, and the sets."""
-    parser = ScriptArgumentParser(GROUPS, description=__doc__)
+    parser = ScriptArgumentParser(GROUPS, description=f"{__doc__}\n{describe_methods()}")
     groups = parser.parse(argv)
     check_values(resolve_options(groups))
     _, real_args, comparison_args, search_args, _ = groups
     sets = parse_synthetic_sets(comparison_args.synthetic_dataset)
-    parse_arms(comparison_args.methods, list(sets))
+    parse_rows(comparison_args.methods, list(sets))
     seeds = list(dict.fromkeys(comparison_args.seeds + (search_args.search_seeds or [])))
     sources = open_sources(sets, seeds, comparison_args.hub_token or None)
     given = real_args.dataset_name, real_args.train_dir
@@ -91,10 +75,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, i
         check_records(list(sources.values()))
     if given == (None, None) or (recorded and same_image_set(recorded, *given)):
         not_ours = ("num_shots", "few_shot_seed", "max_train_samples")  # the comparison draws subsets of its own
-        parser.set_defaults(**{name: value for name, value in recorded.items() if name not in not_ours})
-    groups = parser.parse(argv)
-    check_real_images_given(groups[1])
-    check_output_outside(groups[2].output_dir, groups[1])
+        parser.fill_in([real_args], {name: value for name, value in recorded.items() if name not in not_ours})
+    check_real_images_given(real_args)
+    check_output_outside(comparison_args.output_dir, real_args)
     return list(groups), sources
 
 
@@ -111,7 +94,7 @@ def check_values(values: dict) -> None:
         if len(set(entries)) < len(entries):
             raise UserError(f"--{name} {' '.join(map(str, entries))}: a value is there twice.")
     for name in ("learning_rates", "bridge_learning_rates"):
-        if values["search_learning_rate"] and len(values[name]) > 1:
+        if values["search_learning_rate"] and len(values[name] or []) > 1:
             raise UserError(f"--search_learning_rate: searches around one value, --{name} has {len(values[name])}.")
     other_shots = set(values["search_shots"] or []) - set(values["num_shots"] or [])
     if other_shots:
@@ -174,7 +157,7 @@ def warn_of_leaks(runner: CellRunner, num_shots: int | None) -> None:
             )
 
 
-def build_runner(model_args, real_args, comparison_args, shared_args, sources: dict, arms: list[Arm]) -> CellRunner:
+def build_runner(model_args, real_args, comparison_args, shared_args, sources: dict, rows: list[Row]) -> CellRunner:
     """Return what runs the cells, once two images have been tried on the classifier, and the real images been opened.
 
     Raises:
@@ -183,29 +166,17 @@ def build_runner(model_args, real_args, comparison_args, shared_args, sources: d
     token = comparison_args.hub_token or None
     commit = check_classifier(model_args.model_name_or_path, model_args.model_revision, token)
     hub_options = {"revision": commit or "main", "trust_remote_code": model_args.trust_remote_code, "token": token}
-    settings = StageSettings(
-        max_steps=0,
-        learning_rate=0.0,
-        mixup_alpha=shared_args.mixup_alpha,
-        batch_norm=shared_args.batch_norm,
-        label_smoothing_factor=shared_args.label_smoothing_factor,
-        augmentation=shared_args.augmentation,
-        random_flip=real_args.random_flip,
-        per_device_train_batch_size=shared_args.per_device_train_batch_size,
-        weight_decay=shared_args.weight_decay,
-    )
-    training_args = TrainingArguments(
-        output_dir=str(Path(comparison_args.output_dir) / "work"),
-        lr_scheduler_type="cosine",
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_num_workers=shared_args.dataloader_num_workers,
-    )
     image_processor = load_image_processor(model_args.model_name_or_path, **hub_options)
-    imprint = any(arm.variant.head_init == "imprint" for arm in arms)
-    rehearse(model_args.model_name_or_path, image_processor, settings, training_args, imprint=imprint, **hub_options)
+    pretrained = Pretrained(model_args.model_name_or_path, image_processor, hub_options)
+    settings = StageSettings(
+        max_steps=0, learning_rate=0.0, mixup_alpha=shared_args.mixup_alpha, batch_norm=shared_args.batch_norm,
+        label_smoothing_factor=shared_args.label_smoothing_factor, augmentation=shared_args.augmentation,
+        random_flip=real_args.random_flip, per_device_train_batch_size=shared_args.per_device_train_batch_size,
+        weight_decay=shared_args.weight_decay,
+    )  # fmt: skip
+    training_args = build_training_arguments(shared_args, comparison_args)
+    imprint = any(stage.head_init == "imprint" for row in rows for stage in row.method.stages)
+    rehearse(pretrained, settings, training_args, imprint)
     real = load_real_images(RealImagesRecord.from_arguments(real_args), token)
     real = limit_held_out(real, comparison_args.max_eval_samples)
     check_held_out(real)
@@ -213,75 +184,38 @@ def build_runner(model_args, real_args, comparison_args, shared_args, sources: d
     print("\n".join((*real.remarks, *opened.remarks)))
     check_held_out(opened.images)  # of what was left out, all may have been in one part
     return CellRunner(
-        model_args.model_name_or_path,
-        hub_options,
-        image_processor,
-        opened.images,
-        sources,
-        settings,
-        training_args,
-        Path(comparison_args.output_dir),
-        comparison_args.max_eval_samples,
-        comparison_args.allow_missing_classes,
+        pretrained, opened.images, sources, settings, training_args, Path(comparison_args.output_dir),
+        comparison_args.max_eval_samples, comparison_args.allow_missing_classes,
+    )  # fmt: skip
+
+
+def fill_in_learning_rates(search_args, pretrained: Pretrained) -> None:
+    """Set the learning rates that are not given by the kind of classifier, and say so."""
+    if search_args.settings or (search_args.learning_rates and search_args.bridge_learning_rates):
+        return
+    rates = default_learning_rates(pretrained.name, **pretrained.hub_options)
+    search_args.learning_rates = search_args.learning_rates or [rates.real]
+    search_args.bridge_learning_rates = search_args.bridge_learning_rates or [rates.synthetic]
+    print(
+        f"Learning rates {search_args.learning_rates[0]:g} on real, {search_args.bridge_learning_rates[0]:g} on "
+        f"synthetic images where none is given: {rates.reason}."
     )
 
 
-def list_bridges(search_args, shared_args, settings: StageSettings, num_images: int) -> list[StageSettings]:
-    """Return the settings of stage 1 to choose from; `num_images` are those of the largest volume."""
-    rates = search_args.bridge_learning_rates
-    epochs, batch_size = search_args.bridge_num_train_epochs, settings.per_device_train_batch_size
-    return [
-        dataclasses.replace(
-            settings,
-            max_steps=max_steps,
-            learning_rate=rate,
-            head_learning_rate_factor=shared_args.bridge_head_learning_rate_factor,
-            mixup_alpha=alpha,
-        )
-        for max_steps, rate, alpha in product(
-            search_args.bridge_step_counts or [epoch_steps(epochs, num_images, batch_size)],
-            rates_around(*rates) if search_args.search_learning_rate else rates,
-            search_args.bridge_mixup_alphas,
-        )
-    ]
+def build_training_arguments(shared_args, comparison_args) -> TrainingArguments:
+    """Return what the Trainer of every stage is told.
 
-
-def list_recipes(search_args, runner: CellRunner, shots: list[int | None]) -> dict[int | None, list[Recipe]]:
-    """Return the recipes to choose from by shots, which have their own number of steps an epoch."""
-    rates = search_args.learning_rates
-    rates = rates_around(*rates) if search_args.search_learning_rate else rates
-    batch_size = runner.settings.per_device_train_batch_size
-    recipes = {}
-    for num_shots in shots:
-        num_images = len(runner.few_shot_rows(num_shots, seed=0))
-        steps = search_args.step_counts or [epoch_steps(search_args.num_train_epochs, num_images, batch_size)]
-        recipes[num_shots] = recipe_grid(rates, steps, search_args.head_learning_rate_factors)
-    return recipes
-
-
-def epoch_steps(num_epochs: float, num_images: int, batch_size: int) -> int:
-    return max(1, round(num_epochs * steps_per_epoch(num_images, batch_size)))
-
-
-def plan_table(
-    arms: list[Arm], shots: list[int | None], seeds: list[int], volumes: list[int | None], chosen: dict
-) -> dict[Row, dict[int | None, list[Cell]]]:
-    """Return the cells of the test table by row and shots, one a seed."""
-    bridge = StageSettings(**chosen["stage1"])
-    table = {}
-    for arm in arms:
-        for volume in volumes if arm.uses_synthetic else [None]:
-            table[Row(arm.label, volume)] = {
-                num_shots: [
-                    make_cell(
-                        arm, num_shots, seed, look_up_recipe(chosen, arm, num_shots) if arm.uses_real else None, bridge,
-                        volume,
-                    )
-                    for seed in seeds
-                ]
-                for num_shots in shots
-            }  # fmt: skip
-    return table
+    Raises:
+        UserError: this machine does not have that precision.
+    """
+    try:
+        return TrainingArguments(
+            output_dir=str(Path(comparison_args.output_dir) / "work"), per_device_eval_batch_size=128,
+            bf16=shared_args.bf16, fp16=shared_args.fp16, dataloader_num_workers=shared_args.dataloader_num_workers,
+            lr_scheduler_type="cosine", logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def run_table(runner: CellRunner, table: dict, num_workers: int) -> dict[Row, dict[int | None, list[dict]]]:
@@ -304,34 +238,35 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if num_workers == 1:
         use_one_gpu(0, visible_gpus())
     sets = parse_synthetic_sets(comparison_args.synthetic_dataset)
-    arms = parse_arms(comparison_args.methods, list(sets))
+    rows = parse_rows(comparison_args.methods, list(sets))
     shots = sorted(comparison_args.num_shots) if comparison_args.num_shots else [None]
     volumes = sorted(comparison_args.volumes) if comparison_args.volumes else [None]
 
     # model and data
-    runner = build_runner(model_args, real_args, comparison_args, shared_args, sources, arms)
-    runner.check(arms, shots, volumes)
+    runner = build_runner(model_args, real_args, comparison_args, shared_args, sources, rows)
+    fill_in_learning_rates(search_args, runner.pretrained)
+    runner.check(rows, shots, volumes)
     warn_of_leaks(runner, shots[0])
 
     # recipes
     search_seeds = search_args.search_seeds or seeds[:1]
     if search_args.settings:
-        chosen = read_settings(search_args.settings, arms, shots, runner.settings)
+        chosen = read_settings(search_args.settings, rows, shots, runner.settings)
     else:
         num_synthetic = len(runner.load_synthetic(next(iter(sources.values())), volumes[-1]))
         bridges = list_bridges(search_args, shared_args, runner.settings, num_synthetic)
         bridge = choose_bridge(runner, bridges, search_seeds, volumes[-1], num_workers)
         recipes = list_recipes(search_args, runner, search_args.search_shots or shots)
         chosen = {"stage1": dataclasses.asdict(bridge)}
-        chosen |= choose_recipes(runner, arms, recipes, bridge, search_seeds, volumes[-1], num_workers)
+        chosen |= choose_recipes(runner, rows, recipes, bridge, search_seeds, volumes[-1], num_workers)
         write_record(runner.output_dir / "chosen_settings.json", chosen)
 
     # cells
-    results = run_table(runner, plan_table(arms, shots, seeds, volumes, chosen), num_workers)
+    results = run_table(runner, plan_table(rows, shots, seeds, volumes, chosen), num_workers)
 
     # results
-    baseline = next((Row(name) for name in ("vanilla_matched", "vanilla") if Row(name) in results), None)
-    baseline_name = baseline and baseline.method
+    baseline = next((row for name in ("vanilla_matched", "vanilla") for row in results if row.label == name), None)
+    baseline_name = baseline and baseline.label
     summary = summarise(results, baseline)
     findings = describe_findings(stack_correct(results), baseline)
     comparison = {

@@ -31,6 +31,7 @@ from utils.cli.records import (
     BRIDGED_CONFIG,
     EVAL_RESULTS,
     RUN_CONFIG,
+    image_set_name,
     read_record,
     write_record,
     write_run_config,
@@ -40,7 +41,7 @@ from utils.data.arguments import RealDataArguments, check_output_outside, check_
 from utils.data.class_names import match_labels
 from utils.hub.merged_card import check_card
 from utils.hub.publishing import publish_finished, publish_folder
-from utils.hub.targets import open_target
+from utils.hub.targets import Target, open_target
 from utils.transfer.arguments import (
     BridgedTrainingArguments,
     BridgeStageArguments,
@@ -51,8 +52,17 @@ from utils.transfer.arguments import (
     SyntheticDataArguments,
     check_training_arguments,
 )
-from utils.transfer.methods import STAGE_NAMES, StagePlan, plan_stages
-from utils.transfer.stage_settings import check_stages, stage_settings
+from utils.transfer.methods import (
+    METHODS,
+    STAGE_1,
+    Method,
+    StagePlan,
+    check_stages,
+    describe_methods,
+    plan_stages,
+    stage_names,
+    stage_settings,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +70,7 @@ logger = logging.getLogger(__name__)
 MAX_IMAGES_FOR_KEPT_HEAD = 4
 # the classifier itself, no stage and no training state
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter/*")
+LEEP_RESULTS = ("leep_pretrained", "leep_bridged", "leep_num_images", "leep_num_source_classes")
 PUBLISHED_FILES = (
     *WEIGHTS, "config.json", "preprocessor_config.json", "report.png", ALL_RESULTS, BRIDGED_CONFIG, RUN_CONFIG,
     "README.md",
@@ -78,6 +89,7 @@ class Arguments:
     bridge: BridgeStageArguments
     lora: LoraArguments
     training: BridgedTrainingArguments
+    chosen_method: Method | None = None  # a row of the table, with the flags that are given
     real_images_from: str | None = None  # whose record names the real images, where no flag does
 
     @property
@@ -85,7 +97,7 @@ class Arguments:
         return [getattr(self, group.name) for group in GROUPS]
 
 
-GROUPS = [group for group in dataclasses.fields(Arguments) if group.name != "real_images_from"]
+GROUPS = [group for group in dataclasses.fields(Arguments) if group.default is dataclasses.MISSING]
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple:
@@ -93,29 +105,35 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
     from utils.data.real_images import same_image_set
     from utils.transfer.synthetic_images import open_synthetic
 
-    parser = ScriptArgumentParser([group.type for group in GROUPS], description=__doc__)
+    parser = ScriptArgumentParser([group.type for group in GROUPS], description=f"{__doc__}\n{describe_methods()}")
     args = Arguments(*parser.parse(argv))
+    training_args, synthetic_args = args.training, args.synthetic
+    given_flags = {name: value for name, value in resolve_options(args.groups).items() if name in parser.given}
+    method = METHODS[args.method.method].with_flags(given_flags)
+    parser.fill_in([args.method], method.flags)
+
+    # the real images, as the record of the synthetic set names them
     source, recorded = None, None
     given = args.real.dataset_name, args.real.train_dir
-    if not args.training.do_train:
+    if not training_args.do_train:
         recorded = read_finished(args)["real_images"]
-    elif args.synthetic.synthetic_dataset is not None:
+    elif synthetic_args.synthetic_dataset is not None:
         source = open_synthetic(
-            args.synthetic.synthetic_dataset, args.synthetic.synthetic_dataset_revision, args.training.hub_token
+            synthetic_args.synthetic_dataset, synthetic_args.synthetic_dataset_revision, training_args.hub_token
         )
         recorded = source.record["real_images"]  # None: made for a list of class names
-    elif not args.training.dry_run:
-        check_real_alone(args)
+    elif not training_args.dry_run:
+        check_real_alone(args, method)
     if recorded and (given == (None, None) or same_image_set(recorded, *given)):
-        parser.set_defaults(**recorded)
-    name = args.synthetic.synthetic_dataset or args.real.dataset_name or args.real.train_dir or ""
-    parser.set_defaults(output_dir=f"{Path(name).resolve().name}-{args.method.method}")
+        parser.fill_in([args.real], recorded)
+    name = synthetic_args.synthetic_dataset or args.real.dataset_name or args.real.train_dir or ""
+    parser.fill_in([training_args], {"output_dir": f"{Path(name).resolve().name}-{args.method.method}"})
     is_recorded = bool(recorded) and given == (None, None)
-    recorded_in = args.synthetic.synthetic_dataset or args.training.output_dir
-    args = Arguments(*parser.parse(argv), real_images_from=recorded_in if is_recorded else None)
+    recorded_in = synthetic_args.synthetic_dataset or training_args.output_dir
+    args = dataclasses.replace(args, chosen_method=method, real_images_from=recorded_in if is_recorded else None)
     check_arguments(args)
-    if not args.training.dry_run:
-        check_output_outside(args.training.output_dir, args.real)
+    if not training_args.dry_run:
+        check_output_outside(training_args.output_dir, args.real)
     return args, source
 
 
@@ -135,7 +153,7 @@ def read_finished(args: Arguments) -> dict:
     return read_record(path)
 
 
-def check_real_alone(args: Arguments) -> None:
+def check_real_alone(args: Arguments, method: Method) -> None:
     """Check that a run without a synthetic set needs none.
 
     Raises:
@@ -145,8 +163,11 @@ def check_real_alone(args: Arguments) -> None:
         raise UserError(
             f"--synthetic_dataset_revision {args.synthetic.synthetic_dataset_revision}: needs --synthetic_dataset."
         )
-    if args.method.method != "vanilla":
-        raise UserError(f"--synthetic_dataset: --method {args.method.method} needs one; only vanilla does without.")
+    if method.uses_synthetic:
+        do_without = [name for name, row in METHODS.items() if not row.uses_synthetic]
+        raise UserError(
+            f"--synthetic_dataset: --method {args.method.method} needs one; only {' and '.join(do_without)} do without."
+        )
     if args.method.match_steps and args.bridge.bridge_max_steps is None:
         raise UserError("--match_steps: give --synthetic_dataset or --bridge_max_steps, the steps to match.")
     if args.real.dataset_name is None and args.real.train_dir is None:
@@ -162,13 +183,17 @@ def check_arguments(args: Arguments) -> None:
         UserError: a value asks for what this script does not do.
     """
     check_real_images_given(args.real)
-    for name, value in (("batch_norm", args.stage.batch_norm), ("bridge_batch_norm", args.bridge.bridge_batch_norm)):
-        if args.lora.use_peft and value != "frozen":
+    for stage in args.chosen_method.stages if args.lora.use_peft else ():
+        name = "bridge_batch_norm" if stage.images == "synthetic" else "batch_norm"
+        value = stage.settings.get("batch_norm", {**vars(args.stage), **vars(args.bridge)}[name])
+        if value != "frozen":
             raise UserError(f"--{name} {value}: not with --use_peft; an adapter has no place for statistics.")
     if args.synthetic.streaming and args.real.skip_bad_images:
         logger.warning("Warning: --skip_bad_images: no image of a stream is opened first; damaged ones end the run.")
-    if args.synthetic.streaming and args.method.method == "mix":
-        raise UserError("--streaming: not with --method mix, which draws from both kinds of images at random.")
+    if args.synthetic.streaming and "both" in args.chosen_method.kinds:
+        raise UserError(
+            f"--streaming: not with --method {args.method.method}, which draws from both kinds of images at random."
+        )
     check_training_arguments(args.training)
 
 
@@ -202,33 +227,50 @@ def load_and_open(args: Arguments, parts: tuple[str, ...] = ("train", "validatio
 
 
 def load_images(args: Arguments, source) -> tuple:
-    """Return the real images, the training images by kind, and how many these are.
+    """Return the real images, the images of the method's stages by kind, and how many of each kind there are.
 
     Raises:
         UserError: the images do not go together, are damaged, or a stream's epochs cannot be counted.
     """
-    from utils.transfer.training_images import load_training_images
+    from utils.data.opened_images import open_synthetic
+    from utils.transfer.run_method import select_images
+    from utils.transfer.synthetic_images import count_leaked_images, load_synthetic, num_images
 
-    token = args.training.hub_token or None
-    real = load_and_open(args)
-    images, num_images = load_training_images(
-        real, source, args.method.method, token, max_samples_per_class=args.synthetic.max_synthetic_samples_per_class,
-        allow_missing_classes=args.synthetic.allow_missing_classes, streaming=args.synthetic.streaming,
-        mix_ratio=args.method.mix_ratio,
-    )  # fmt: skip
-    if "synthetic" in images and num_images["synthetic"] is None:
-        if args.bridge.bridge_max_steps is None:
-            raise UserError(
-                f"--streaming: the record of {source.name} does not count its images; give --bridge_max_steps."
+    real, synthetic, method = load_and_open(args), None, args.chosen_method
+    counts = {"real": len(real.train)}
+    if source is not None:
+        limit, streaming = args.synthetic.max_synthetic_samples_per_class, args.synthetic.streaming
+        synthetic = load_synthetic(
+            source, real.class_names, limit, args.training.hub_token or None, streaming=streaming,
+            allow_missing_classes=args.synthetic.allow_missing_classes,
+        )  # fmt: skip
+        if streaming:
+            counts["synthetic"] = num_images(source, limit)
+            if counts["synthetic"] is None and args.bridge.bridge_max_steps is None:
+                raise UserError(
+                    f"--streaming: the record of {source.name} does not count its images; give --bridge_max_steps."
+                )
+        else:
+            synthetic, remarks = open_synthetic(synthetic, source.name, real.record.skip_bad_images)
+            counts["synthetic"] = len(synthetic)
+            for remark in remarks:
+                logger.warning(remark)
+        num_leaked = count_leaked_images(source.record, real.train_indices)
+        if num_leaked and method.uses_synthetic:
+            logger.warning(
+                f"Warning: the style token has seen {num_leaked} real images outside the {len(real.train)} that this "
+                "run trains on, so a method without synthetic images has seen fewer real images."
             )
-        num_images["synthetic"] = 0  # not asked for where steps are given
-    is_reset = args.method.method == "bridged" and args.method.head_init == "reset"
+    images = select_images(method, real.train, synthetic)
+    if "both" in images:
+        counts["both"] = len(images["both"])
+    is_reset = any(stage.start is not None and stage.head_init == "reset" for stage in method.stages)
     if is_reset and len(real.train) <= MAX_IMAGES_FOR_KEPT_HEAD * len(real.class_names):
         logger.info(
             f"With {len(real.train)} real images of {len(real.class_names)} classes --head_init keep is likely to be "
             "better than the fresh head of the paper."
         )
-    return real, images, num_images
+    return real, images, counts
 
 
 def describe_run(args: Arguments, real, source, stages: list[StagePlan]) -> dict:
@@ -305,9 +347,8 @@ def evaluate_finished(args: Arguments) -> dict:
         UserError: the real images have other classes than the classifier.
     """
     from utils.transfer.classifiers import load_classifier, load_image_processor
-    from utils.transfer.image_datasets import EvalImages
-    from utils.transfer.metrics import test_metrics
-    from utils.transfer.prediction import predict
+    from utils.transfer.evaluation import predict, test_metrics
+    from utils.transfer.image_format import EvalImages
     from utils.transfer.report import print_results
 
     is_main_process = set_up_logging(args.training)
@@ -327,126 +368,174 @@ def evaluate_finished(args: Arguments) -> dict:
     return results
 
 
+def open_hub_target(training_args: BridgedTrainingArguments) -> Target | None:
+    """Return where the classifier is to be published, None where it is not."""
+    if not training_args.push_to_hub:
+        return None
+    return open_target(
+        training_args.output_dir, training_args.hub_model_id, "model", bool(training_args.hub_private_repo),
+        training_args.hub_revision, training_args.hub_token,
+    )  # fmt: skip
+
+
+def choose_learning_rate(args: Arguments) -> str | None:
+    """Set the learning rate that is not given, by what kind of model is trained; return why, None where it is given."""
+    from utils.transfer.classifiers import check_classifier, default_learning_rates
+
+    if args.training.learning_rate is not None:
+        return None
+    model_args, token = args.model, args.training.hub_token or None
+    commit = check_classifier(model_args.model_name_or_path, model_args.model_revision, token)
+    rates = default_learning_rates(
+        model_args.model_name_or_path, use_peft=args.lora.use_peft, freeze_backbone=args.stage.freeze_backbone,
+        revision=commit or "main", trust_remote_code=model_args.trust_remote_code, token=token,
+    )  # fmt: skip
+    args.training.learning_rate = rates.real
+    return rates.reason
+
+
+def open_pretrained(args: Arguments):
+    """Return the checkpoint that is to be adapted, its commit pinned; its weights are not loaded.
+
+    Raises:
+        UserError: there is no such classifier, or it has no image processor that can be used.
+    """
+    from utils.transfer.adapters import LoraSettings
+    from utils.transfer.classifiers import check_classifier, load_image_processor
+    from utils.transfer.stage import Pretrained
+
+    model_args, token = args.model, args.training.hub_token or None
+    name = model_args.model_name_or_path
+    model_args.model_revision = check_classifier(name, model_args.model_revision, token)
+    hub_options = {"revision": model_args.model_revision or "main", "token": token}
+    hub_options["trust_remote_code"] = model_args.trust_remote_code
+    lora = LoraSettings(**args.lora.settings) if args.lora.use_peft else None
+    return Pretrained(name, load_image_processor(name, **hub_options), hub_options, lora)
+
+
+class Leep:
+    """LEEP of the pretrained classifier and of that of stage 1 on the real training images, measured after stage 1."""
+
+    def __init__(self, args: Arguments, pretrained, real):
+        self.args, self.pretrained, self.train_images = args, pretrained, real.train
+        names = [stage.name for stage in args.chosen_method.stages]
+        has_stage_1 = STAGE_1.name in names
+        is_measured = has_stage_1 if args.training.leep is None else args.training.leep
+        self.measured_after = (STAGE_1.name if has_stage_1 else names[0]) if is_measured else None
+        self.results = dict.fromkeys(LEEP_RESULTS)
+
+    def after_stage(self, stage: StagePlan, model) -> None:
+        from utils.transfer.evaluation import leep_results
+        from utils.transfer.image_format import EvalImages
+
+        if stage.name == self.measured_after:
+            self.results = leep_results(
+                self.pretrained.name, model if stage.name == STAGE_1.name else None,
+                EvalImages(self.train_images, self.pretrained.image_processor), *loader_options(self.args.training),
+                **self.pretrained.hub_options,
+            )  # fmt: skip
+
+
+def write_results(folder: Path, title: str, pretrained, class_names: list[str], results: dict, done) -> None:
+    """Write the classifier, its results and their pictures, and print them."""
+    from utils.transfer.adapters import save_merged
+    from utils.transfer.classifiers import save_classifier
+    from utils.transfer.report import plot_report, print_results
+
+    save = save_merged if pretrained.lora else save_classifier
+    save(done.model, pretrained.image_processor, folder)
+    write_record(folder / ALL_RESULTS, results)
+    plot_report(folder / "report.png", done.log_histories, done.logits, done.labels, class_names)
+    print_results(title, results)
+
+
+def write_card(args: Arguments, folder: Path, model_id: str, config: dict, results: dict, command: str) -> None:
+    """Write the model card, with the licenses of what the classifier was made from."""
+    from utils.hub.licenses import read_licenses
+    from utils.transfer.report import write_model_card
+
+    name, real, synthetic = args.model.model_name_or_path, config["real_images"], config["synthetic_dataset"]
+    sources = [(name, "model", args.model.model_revision)]
+    sources.append((image_set_name(real), "dataset", real["dataset_revision"]))
+    if synthetic is not None:
+        sources.append((synthetic["name"], "dataset", synthetic["revision"]))
+    licenses = read_licenses(sources, args.training.hub_token or None)
+    write_model_card(folder, model_id, name, config, results, licenses, command)
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
     args, source = parse_arguments(argv)
-    training_args, token = args.training, args.training.hub_token or None
+    training_args, method = args.training, args.chosen_method
     if training_args.dry_run:
         return check_data(args, source)
     if not training_args.do_train:
         return evaluate_finished(args)
 
     # output folder
-    output_dir = Path(training_args.output_dir)
+    rate_reason = choose_learning_rate(args)
     options = resolve_options(args.groups)
     folder = RunFolder(
-        output_dir, "a classifier", options, BRIDGED_CONFIG, traces=STAGE_NAMES, free=free_options(args.groups),
-        overwrite=training_args.overwrite_output_dir,
+        Path(training_args.output_dir), "a classifier", options, BRIDGED_CONFIG, traces=stage_names(),
+        free=free_options(args.groups), overwrite=training_args.overwrite_output_dir,
     )  # fmt: skip
-    is_finished = folder.is_finished
-    hub_target = None
-    if training_args.push_to_hub:
-        hub_target = open_target(
-            output_dir, training_args.hub_model_id, "model", bool(training_args.hub_private_repo),
-            training_args.hub_revision, training_args.hub_token,
-        )  # fmt: skip
+    is_finished, hub_target = folder.is_finished, open_hub_target(training_args)
     if is_finished:
-        publish_finished(output_dir, hub_target, PUBLISHED_FILES)
-        return read_record(output_dir / ALL_RESULTS)
-    check_card(output_dir / "README.md")
+        publish_finished(folder.path, hub_target, PUBLISHED_FILES)
+        return read_record(folder.path / ALL_RESULTS)
+    check_card(folder.path / "README.md")
     resume = folder.is_resumable(training_args.resume_from_checkpoint == "latest")
 
     # these take seconds to import: only once the arguments are known to be good
     import transformers
     from accelerate import PartialState
 
-    from utils.hub.licenses import read_licenses
-    from utils.transfer.adapters import LoraSettings, save_merged
-    from utils.transfer.card import write_model_card
-    from utils.transfer.classifiers import check_classifier, load_image_processor, save_classifier
-    from utils.transfer.fine_tuning import run_stage
-    from utils.transfer.image_datasets import EvalImages
-    from utils.transfer.metrics import test_metrics
-    from utils.transfer.prediction import leep_of_checkpoint, leep_of_model, num_source_classes, predict
+    from utils.transfer.evaluation import test_metrics
+    from utils.transfer.image_format import EvalImages
     from utils.transfer.rehearsal import rehearse
-    from utils.transfer.report import add_totals, plot_report, print_results
+    from utils.transfer.report import add_totals
+    from utils.transfer.run_method import run_method
 
     is_main_process = set_up_logging(training_args)
     transformers.set_seed(training_args.seed)
+    if rate_reason is not None:
+        logger.info(f"--learning_rate {training_args.learning_rate:g}: {rate_reason}.")
 
     # model: what it cannot do is found before the images are read
-    pretrained, method = args.model.model_name_or_path, args.method
-    args.model.model_revision = check_classifier(pretrained, args.model.model_revision, token)
-    hub_options = {
-        "revision": args.model.model_revision or "main",
-        "trust_remote_code": args.model.trust_remote_code,
-        "token": token,
-    }
-    image_processor = load_image_processor(pretrained, **hub_options)
-    lora = LoraSettings(**args.lora.settings) if args.lora.use_peft else None
-    rehearse(
-        pretrained, image_processor, stage_settings(options, {"real": 1, "both": 1}, 1)[1], training_args, lora=lora,
-        imprint=method.method == "bridged" and method.head_init == "imprint", **hub_options,
-    )  # fmt: skip
+    pretrained = open_pretrained(args)
+    trial_settings = stage_settings(method, options, {"real": 1, "both": 1}, 1)[1]
+    imprint = any(stage.head_init == "imprint" for stage in method.stages)
+    rehearse(pretrained, trial_settings, training_args, imprint)
 
-    # data
+    # images and stages
     real, images, num_images = load_images(args, source)
-
-    # stages
-    bridge_settings, settings = stage_settings(options, num_images, training_args.world_size)
-    stages = plan_stages(method.method, bridge_settings, settings, method.head_init, method.match_steps)
+    bridge_settings, settings = stage_settings(method, options, num_images, training_args.world_size)
+    stages = plan_stages(method, bridge_settings, settings)
     check_stages(stages, options, num_images, len(real.class_names), training_args.world_size)
+
+    # training
     if is_main_process and not resume:
         folder.begin()
     PartialState().wait_for_everyone()
-    train_images = EvalImages(real.train, image_processor)
-    results = {
-        "leep_pretrained": leep_of_checkpoint(pretrained, train_images, **hub_options),
-        "leep_bridged": None,
-        "leep_num_images": len(real.train),
-        "leep_num_source_classes": num_source_classes(pretrained, **hub_options),
-    }
+    leep = Leep(args, pretrained, real)
     transformers.utils.logging.disable_progress_bar()  # what is to be downloaded is; the rest are moments
-    log_histories = {}
-    for stage in stages:
-        logger.info(
-            f"{stage.name}: {stage.settings.max_steps} steps on {num_images[stage.images]} images ({stage.images})"
-        )
-        model, done = run_stage(
-            stage, output_dir / stage.start if stage.start else pretrained, real.class_names, images[stage.images],
-            image_processor, training_args, output_dir / stage.name, real.validation, lora=lora, pretrained=pretrained,
-            resume=resume, **hub_options,
-        )  # fmt: skip
-        results |= {f"{stage.name}_{key}": value for key, value in done.summary().items()}
-        log_histories[stage.name] = done.log_history
-        if stage.name == "stage1":
-            results["leep_bridged"] = leep_of_model(model, train_images, *loader_options(training_args))
-    results = add_totals(results, list(log_histories))
+    done = run_method(
+        stages, images, EvalImages(real.test, pretrained.image_processor), pretrained, real.class_names, training_args,
+        lambda stage: folder.path, validation=real.validation, resume=resume, after_stage=leep.after_stage,
+    )  # fmt: skip
 
     # results: the one time that the test images are read
-    logits, labels = predict(model, EvalImages(real.test, image_processor), *loader_options(training_args))
-    results |= test_metrics(logits, labels)
+    results = add_totals(leep.results | done.results, list(done.log_histories))
+    results |= test_metrics(done.logits, done.labels)
     if is_main_process:
-        config = describe_run(args, real, source, stages)
-        save = save_merged if lora else save_classifier
-        save(model, image_processor, output_dir)
-        write_record(output_dir / ALL_RESULTS, results)
-        plot_report(output_dir / "report.png", log_histories, logits, labels, real.class_names)
-        write_run_config(output_dir, options, started)
-        print_results(f"{method.method}: {output_dir}", results)
-
-        # card
-        model_id = hub_target.repo_id if hub_target else output_dir.resolve().name
-        sources = [(pretrained, "model", args.model.model_revision)]
-        sources.append((real.record.name, "dataset", real.record.dataset_revision))
-        if source is not None:
-            sources.append((source.name, "dataset", source.revision))
-        licenses = read_licenses(sources, token)
-        command = public_command("train_bridged.py", argv)
-        write_model_card(output_dir, model_id, pretrained, config, results, licenses, command)
-        folder.finish(config)
+        config = describe_run(args, real, source, stages) | {"learning_rate_reason": rate_reason}
+        write_results(folder.path, f"{args.method.method}: {folder.path}", pretrained, real.class_names, results, done)
+        write_run_config(folder.path, options, started)
+        model_id = hub_target.repo_id if hub_target else folder.path.resolve().name
+        write_card(args, folder.path, model_id, config, results, public_command("train_bridged.py", argv))
+        folder.finish(config)  # last: its presence says that the classifier is finished
         if hub_target is not None:
-            publish_folder(output_dir, hub_target, PUBLISHED_FILES, stale_patterns=WEIGHTS)
+            publish_folder(folder.path, hub_target, PUBLISHED_FILES, stale_patterns=WEIGHTS)
     return results
 
 

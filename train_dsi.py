@@ -11,6 +11,7 @@ The diffusion model stays frozen; only the token's rows are trained, over the im
 in every prompt (bridged transfer, arXiv 2403.19866).
 """
 
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
@@ -18,14 +19,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import free_options, resolve_options, without_effect
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import DSI_CONFIG, read_record
-from utils.cli.run_folder import RunFolder
+from utils.cli.run_folder import CHECKPOINTS, RunFolder
 from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given
 from utils.data.class_names import prompt_nouns, read_class_names_file
 from utils.data.prompts import (
@@ -42,17 +41,8 @@ from utils.hub.merged_card import check_card
 from utils.hub.publishing import publish_finished, publish_folder
 from utils.hub.targets import open_target
 from utils.style.base_models import open_base_model
-from utils.style.token_folder import (
-    PUBLISHED_FILES,
-    STYLE_PICTURE,
-    TRAINING_PICTURE,
-    describe_token,
-    print_summary,
-    start_token_folder,
-    write_records,
-)
+from utils.style.card import PUBLISHED_FILES, describe_token, write_records
 
-LOGGING_STEPS = 10
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -203,11 +193,30 @@ def read_templates(token_args: TokenArguments) -> list[str]:
     return [*given, *more]
 
 
+def open_folder(groups: list) -> tuple:
+    """Return the output folder, whether its token is finished, and where on the Hub it is published, if it is."""
+    _, data_args, _, _, training_args, _, hub_args = groups
+    folder = RunFolder(
+        Path(training_args.output_dir), "a style token", resolve_options(groups), DSI_CONFIG, traces=CHECKPOINTS,
+        free=free_options(groups), overwrite=training_args.overwrite_output_dir,
+    )  # fmt: skip
+    check_output_outside(folder.path, data_args)
+    is_finished, hub_target = folder.is_finished, None
+    if hub_args.push_to_hub:
+        hub_target = open_target(
+            folder.path, hub_args.hub_model_id, "model", hub_args.hub_private_repo, hub_args.hub_revision,
+            hub_args.hub_token,
+        )  # fmt: skip
+    if not is_finished:
+        check_card(folder.path / "README.md")
+    return folder, is_finished, hub_target
+
+
 def start_accelerator(training_args: TrainingArguments, monitoring_args: MonitoringArguments):
-    """Return the `Accelerator`, with a tracker if one is asked for."""
+    """Return the `Accelerator`, with a tracker if one is asked for, and seed what is drawn beside the steps."""
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
-    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 
     tracker, folder = monitoring_args.report_to, training_args.output_dir
     available = [str(name) for name in get_available_trackers()]
@@ -217,7 +226,7 @@ def start_accelerator(training_args: TrainingArguments, monitoring_args: Monitor
             f"{', '.join(available) or 'none'}."
         )
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=training_args.mixed_precision,
             gradient_accumulation_steps=training_args.gradient_accumulation_steps,
             log_with=None if tracker == "none" else tracker,
@@ -227,12 +236,13 @@ def start_accelerator(training_args: TrainingArguments, monitoring_args: Monitor
         )
     except ValueError as error:  # fp16 without a GPU, bf16 on one that has none
         raise UserError(f"--mixed_precision {training_args.mixed_precision}: {error}") from None
+    set_seed(training_args.seed)
+    return accelerator
 
 
 def prepare_prompts(tokenizers: list, class_names: list[str], templates: list[str], token_args, device) -> tuple:
     """Return how classes are called in prompts, and the token ids of all prompts, none of which is cut."""
-    from utils.style.prompt_encoder import PromptIds
-    from utils.style.token import check_prompt_lengths
+    from utils.style.token import PromptIds, check_prompt_lengths
 
     corrections = read_class_names_file(token_args.class_names_file, class_names) if token_args.class_names_file else {}
     nouns = prompt_nouns(class_names, corrections)
@@ -249,13 +259,8 @@ def prepare_optimizer(rows: list, training_args: TrainingArguments) -> tuple:
     from diffusers.optimization import get_scheduler
 
     optimizer = torch.optim.AdamW(rows, lr=training_args.learning_rate, weight_decay=0.0)
-    lr_scheduler = get_scheduler(
-        training_args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=training_args.lr_warmup_steps,
-        num_training_steps=training_args.max_train_steps,
-    )
-    return optimizer, lr_scheduler
+    steps = {"num_warmup_steps": training_args.lr_warmup_steps, "num_training_steps": training_args.max_train_steps}
+    return optimizer, get_scheduler(training_args.lr_scheduler, optimizer, **steps)
 
 
 def prepare_unet(unet, training_args: TrainingArguments):
@@ -269,63 +274,65 @@ def prepare_unet(unet, training_args: TrainingArguments):
     return torch.compile(unet, backend=training_args.torch_compile_backend) if training_args.torch_compile else unet
 
 
-def denoising_loss(batch: dict, unet, dtype, noise_scheduler, prompt_encoder, prompt_ids, scale_latents, resolution):
-    """Return the loss of textual inversion (Gal et al. 2022) with prompts that name class and style token.
-
-    `dtype` is the U-Net's: to ask it, as for its device, takes milliseconds.
-    """
+def denoising_loss(batch: dict, denoiser):
+    """Return the loss of textual inversion (Gal et al. 2022) with prompts that name class and style token."""
     from torch.nn import functional as F
 
-    from utils.style.health import prediction_scale, prediction_target
-    from utils.style.prompt_encoder import encode_distinct, unet_arguments
-
-    device = prompt_ids.training.device
     latents, noise, timesteps = (
-        batch[name].to(device, non_blocking=True) for name in ("latents", "noise", "timesteps")
+        batch[name].to(denoiser.device, non_blocking=True) for name in ("latents", "noise", "timesteps")
     )
-    latents = scale_latents(latents)
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-    conditioning = encode_distinct(prompt_encoder, prompt_ids, batch["templates"], batch["labels"])
-    arguments = unet_arguments(conditioning, resolution, dtype)
-    model_pred = unet(noisy_latents.to(dtype), timesteps, **arguments).sample
-    target = prediction_target(noise_scheduler, latents, noise, timesteps)
-    scale = prediction_scale(noise_scheduler, timesteps)
-    return F.mse_loss(model_pred.float() * scale, target.float() * scale)
+    conditioning = denoiser.encode_distinct(batch["templates"], batch["labels"])
+    latents = denoiser.base_model.scale_latents(latents)
+    model_pred, target = denoiser.predict(latents, noise, timesteps, conditioning)
+    return F.mse_loss(model_pred, target)
 
 
-def log_picture(accelerator, path: Path, step: int) -> None:
-    """Show a picture in the trackers that take one."""
-    import numpy as np
-    from PIL import Image
+def prepare_steps(latents, images, num_templates: int, noise_scheduler, accelerator, training_args: TrainingArguments):
+    """Return this process's share of what each step trains on."""
+    import torch
 
-    options = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
-    for tracker in accelerator.trackers:
-        if tracker.name in options:
-            pixels = np.asarray(Image.open(path).convert("RGB"))[None]
-            tracker.log_images({"style": pixels}, step, **options[tracker.name])
+    from utils.style.style_images import TrainingSteps
+
+    images_per_process = training_args.train_batch_size * training_args.gradient_accumulation_steps
+    return TrainingSteps(
+        latents=latents, labels=torch.tensor(images.real.train["label"]), seed=training_args.seed,
+        images_per_step=images_per_process * accelerator.num_processes, num_templates=num_templates,
+        num_train_timesteps=noise_scheduler.config.num_train_timesteps, rank=accelerator.process_index,
+        num_parts=accelerator.num_processes,
+    )  # fmt: skip
+
+
+def train(steps, denoiser, state, monitor, accelerator, training_args: TrainingArguments) -> None:
+    """Move the token's rows from the step that `state` is at to the last; the monitor is told of all that happens."""
+    from torch.utils.data import DataLoader
+
+    from utils.style.style_images import micro_batches
+
+    loader = DataLoader(
+        steps, sampler=range(state.step, training_args.max_train_steps), batch_size=None,
+        num_workers=training_args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda",
+    )  # fmt: skip
+    for batch in monitor.watch(loader):
+        for part in micro_batches(batch, accelerator.gradient_accumulation_steps):
+            with accelerator.accumulate(denoiser.encoder):
+                loss = denoising_loss(part, denoiser)
+                accelerator.backward(loss)
+                state.optimizer.step()
+                if accelerator.sync_gradients:
+                    state.lr_scheduler.step()
+                state.optimizer.zero_grad()
+            monitor.add_loss(loss)
+        monitor.end_step()
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
     *groups, templates = parse_arguments(argv)
     model_args, data_args, token_args, image_args, training_args, monitoring_args, hub_args = groups
-    options, output_dir = resolve_options(groups), Path(training_args.output_dir)
-    check_output_outside(output_dir, data_args)
-    overwrite = training_args.overwrite_output_dir
-    free = free_options(groups)
-    is_finished = RunFolder(
-        output_dir, "a style token", options, DSI_CONFIG, free=free, overwrite=overwrite
-    ).is_finished
-    hub_target = None
-    if hub_args.push_to_hub:
-        hub_target = open_target(
-            output_dir, hub_args.hub_model_id, "model", hub_args.hub_private_repo, hub_args.hub_revision,
-            hub_args.hub_token,
-        )  # fmt: skip
+    folder, is_finished, hub_target = open_folder(groups)
     if is_finished:
-        publish_finished(output_dir, hub_target, PUBLISHED_FILES)
-        return read_record(output_dir / DSI_CONFIG)["health"]
-    check_card(output_dir / "README.md")
+        publish_finished(folder.path, hub_target, PUBLISHED_FILES)
+        return read_record(folder.path / DSI_CONFIG)["health"]
     base_model = open_base_model(
         model_args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", model_args.revision,
         hub_args.hub_token,
@@ -333,141 +340,71 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     # these take seconds to import: only once the arguments are known to be good
     import torch
-    from accelerate.utils import set_seed
 
     from utils.data.image_set import RealImagesRecord
-    from utils.style.checkpoints import TrainingProgress, find_checkpoint, load_checkpoint, save_checkpoint
-    from utils.style.health import HealthCheck, check_finite
-    from utils.style.pictures import BeforeAfter, plot_training
-    from utils.style.prompt_encoder import PromptEncoder
-    from utils.style.steps import TrainingSteps, micro_batches, step_loader
+    from utils.style.checkpoints import TrainingState, find_checkpoint
+    from utils.style.monitor import BeforeAfter, HealthCheck, Monitor
     from utils.style.style_images import load_latents, load_style_images
-    from utils.style.token import add_placeholder_tokens, save_learned_embeds
+    from utils.style.token import Denoiser, PromptEncoder, add_placeholder_tokens, save_learned_embeds
 
     # Tokenizers, images and prompts: everything that can be wrong, before a model loads
-    checkpoint = find_checkpoint(output_dir, monitoring_args.resume_from_checkpoint, options, overwrite, free)
+    checkpoint = find_checkpoint(folder, monitoring_args.resume_from_checkpoint)
     accelerator = start_accelerator(training_args, monitoring_args)
-    set_seed(training_args.seed)
-    noise_scheduler = base_model.load_noise_scheduler()
-    tokenizers = base_model.load_tokenizers()
-    initializer_ids = add_placeholder_tokens(
-        tokenizers, token_args.placeholder_token, token_args.num_vectors, token_args.initializer_token
-    )
-    record = RealImagesRecord.from_arguments(data_args)
-    images = load_style_images(record, hub_args.hub_token)
+    noise_scheduler, tokenizers = base_model.load_noise_scheduler(), base_model.load_tokenizers()
+    token, num_vectors = token_args.placeholder_token, token_args.num_vectors
+    initializer_ids = add_placeholder_tokens(tokenizers, token, num_vectors, token_args.initializer_token)
+    images = load_style_images(RealImagesRecord.from_arguments(data_args), hub_args.hub_token)
     accelerator.print("\n".join(images.real.remarks))
     nouns, prompt_ids = prepare_prompts(tokenizers, images.real.class_names, templates, token_args, accelerator.device)
 
     # Latents are encoded once, into files that are mapped into memory; the VAE is not needed after that
     resolution = image_args.resolution or base_model.native_resolution
-    place = {"cache_dir": image_args.latent_cache_dir, "device": accelerator.device}
-    num_copies = 2 if data_args.random_flip else 1
-    latents, key = load_latents(base_model, images.real.train, images.digests, resolution, num_copies, **place)
-    held_out_latents, _ = load_latents(base_model, images.held_out, images.held_out_digests, resolution, 1, **place)
+    latents, held_out_latents, latents_key = load_latents(
+        base_model, images, resolution, data_args.random_flip, image_args.latent_cache_dir, accelerator.device
+    )
 
     # The only parameters: the token's rows
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    unet = base_model.load_unet(weight_dtype).to(accelerator.device)
-    text_encoders = base_model.load_text_encoders(weight_dtype)
-    encoder = PromptEncoder(text_encoders, tokenizers, token_args.num_vectors, initializer_ids)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    unet = base_model.load_unet(dtype).to(accelerator.device)
+    encoder = PromptEncoder(base_model.load_text_encoders(dtype), tokenizers, num_vectors, initializer_ids)
     optimizer, lr_scheduler = prepare_optimizer(encoder.rows, training_args)
     prompt_encoder, optimizer = accelerator.prepare(encoder, optimizer)
-    trained_unet = prepare_unet(unet, training_args)
+    denoiser = Denoiser(base_model, unet, noise_scheduler, encoder, prompt_ids, resolution, dtype)
+    trained = dataclasses.replace(denoiser, unet=prepare_unet(unet, training_args), encoder=prompt_encoder)
 
-    # What is measured and shown on the way: always the same images, noise and classes
-    health_check = HealthCheck(
-        unet, noise_scheduler, encoder, prompt_ids,
-        base_model.scale_latents(held_out_latents.mean(torch.arange(len(images.held_out)))), images.held_out["label"],
-        images.held_out_name, resolution, training_args.train_batch_size,
+    # Step n is a function of the seed and n, so a checkpoint needs the rows and the optimiser only
+    steps = prepare_steps(latents, images, len(templates), noise_scheduler, accelerator, training_args)
+    state = TrainingState(
+        token, encoder.rows, optimizer, lr_scheduler, accelerator.scaler, options=folder.options,
+        inputs=prompt_ids.key(latents_key), images_per_step=steps.images_per_step,
     )  # fmt: skip
-    before_after = None
-    if monitoring_args.num_validation_images and accelerator.is_main_process:
-        before_after = BeforeAfter(
-            base_model, unet, encoder, prompt_ids, images.real.train, nouns, resolution,
-            monitoring_args.num_validation_images,
-        )  # fmt: skip
+    num_columns = monitoring_args.num_validation_images if accelerator.is_main_process else 0
+    # measured and drawn on the way, and now with the untrained token: always the same images, noise and classes
+    monitor = Monitor(
+        accelerator, folder, state, HealthCheck(denoiser, images, held_out_latents, training_args.train_batch_size),
+        BeforeAfter(denoiser, images.real.train, nouns, num_columns) if num_columns else None,
+        learning_rate=training_args.learning_rate, max_train_steps=training_args.max_train_steps,
+        validation_steps=monitoring_args.validation_steps, checkpointing_steps=monitoring_args.checkpointing_steps,
+        checkpoints_total_limit=monitoring_args.checkpoints_total_limit,
+    )  # fmt: skip
+    monitor.begin(checkpoint)
+    train(steps, trained, state, monitor, accelerator, training_args)
 
-    # Training: step n is a function of the seed and n, so a checkpoint needs the rows and the optimiser only
-    accumulation = training_args.gradient_accumulation_steps
-    steps = TrainingSteps(
-        latents, images.real.train["label"], training_args.seed,
-        training_args.train_batch_size * accumulation * accelerator.num_processes, len(templates),
-        noise_scheduler.config.num_train_timesteps, accelerator.process_index, accelerator.num_processes,
-    )  # fmt: skip
-    progress = TrainingProgress(options, prompt_ids.key(key), steps.images_per_step)
-    if checkpoint is not None:
-        progress = load_checkpoint(checkpoint, progress, encoder.rows, optimizer, lr_scheduler, accelerator.scaler)
-    if accelerator.is_main_process:
-        start_token_folder(output_dir, keep_checkpoints=checkpoint is not None)
-    accelerator.init_trackers("train_dsi", {name: str(value) for name, value in options.items()})
-    loader = step_loader(
-        steps, progress.step, training_args.max_train_steps, training_args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )  # fmt: skip
-    bar = tqdm(
-        loader, total=training_args.max_train_steps, initial=progress.step, desc="style token", unit="step",
-        disable=not accelerator.is_local_main_process,
-    )  # fmt: skip
-    losses = []
-    for batch in bar:
-        for part in micro_batches(batch, accumulation):
-            with accelerator.accumulate(prompt_encoder):
-                loss = denoising_loss(
-                    part, trained_unet, weight_dtype, noise_scheduler, prompt_encoder, prompt_ids,
-                    base_model.scale_latents, resolution,
-                )  # fmt: skip
-                accelerator.backward(loss)
-                optimizer.step()
-                if accelerator.sync_gradients:
-                    lr_scheduler.step()
-                optimizer.zero_grad()
-            losses.append(loss.detach())
-        progress.step += 1
-        is_last = progress.step == training_args.max_train_steps
-        validates = is_last or progress.step % monitoring_args.validation_steps == 0
-        saves = not is_last and progress.step % monitoring_args.checkpointing_steps == 0
-        if validates or saves or progress.step % LOGGING_STEPS == 0:  # each time the CPU waits for a GPU
-            per_step = torch.stack(losses).view(-1, accumulation).mean(1)
-            progress.loss_history += accelerator.reduce(per_step, "mean").tolist()
-            new_losses = progress.loss_history[-len(per_step) :]
-            check_finite(progress.step, new_losses, encoder.rows, training_args.learning_rate)
-            losses.clear()
-            recent = progress.loss_history[-50:]
-            bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
-            accelerator.log({"loss": progress.loss_history[-1], "lr": lr_scheduler.get_last_lr()[0]}, progress.step)
-        if validates:
-            health = health_check.measure()
-            progress.held_out_losses[str(progress.step)] = health["loss_trained_token"]
-            held_out_loss = [health["loss_trained_token"]]
-            check_finite(progress.step, held_out_loss, encoder.rows, training_args.learning_rate)
-            accelerator.log({"held_out_loss": health["loss_trained_token"]}, progress.step)
-            if before_after is not None:
-                before_after.write(output_dir / STYLE_PICTURE)
-                log_picture(accelerator, output_dir / STYLE_PICTURE, progress.step)
-        if saves and accelerator.is_main_process:
-            save_checkpoint(
-                output_dir, progress, token_args.placeholder_token, encoder.rows, optimizer, lr_scheduler,
-                accelerator.scaler, monitoring_args.checkpoints_total_limit,
-            )  # fmt: skip
-
-    health |= {"num_skipped_images": images.num_skipped}
+    health = monitor.health | {"num_skipped_images": images.num_skipped}
     if accelerator.is_main_process:
         record = describe_token(
-            base_model, images.real, nouns, templates, placeholder_token=token_args.placeholder_token,
-            num_vectors=token_args.num_vectors, initializer_token=token_args.initializer_token, resolution=resolution,
-            max_train_steps=training_args.max_train_steps, health=health, held_out_losses=progress.held_out_losses,
+            base_model, images.real, nouns, templates, placeholder_token=token, num_vectors=num_vectors,
+            initializer_token=token_args.initializer_token, resolution=resolution,
+            max_train_steps=training_args.max_train_steps, health=health, held_out_losses=state.held_out_losses,
         )  # fmt: skip
-        hub_id = hub_target.repo_id if hub_target else None
-        save_learned_embeds(output_dir, token_args.placeholder_token, encoder.rows)
-        plot_training(output_dir / TRAINING_PICTURE, progress.loss_history, progress.held_out_losses, health)
-        command = public_command("train_dsi.py", argv)
-        write_records(output_dir, record, options, started, command, hub_id, hub_args.hub_token)
-        print_summary(output_dir, health, time.time() - started)
+        save_learned_embeds(folder.path, token, encoder.rows)
+        monitor.plot_training()
+        write_records(folder, record, started, public_command("train_dsi.py", argv), hub_target, hub_args.hub_token)
         if hub_target is not None:
-            publish_folder(output_dir, hub_target, PUBLISHED_FILES)
+            publish_folder(folder.path, hub_target, PUBLISHED_FILES)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return {**health, "loss_history": progress.loss_history}
+    return {**health, "loss_history": state.loss_history}
 
 
 if __name__ == "__main__":

@@ -24,9 +24,8 @@ from benchmarks.children import Child, run_child
 from benchmarks.commands import environment_of
 from benchmarks.fine_tuning_cases import IMAGE_SIZE, NUM_TEST_IMAGES, Case, make_cases
 from benchmarks.report import format_table, show, write_section
-from utils.transfer.image_datasets import EvalImages
-from utils.transfer.metrics import classification_metrics
-from utils.transfer.prediction import predict
+from utils.transfer.evaluation import classification_metrics, predict
+from utils.transfer.image_format import EvalImages
 
 OUR_SCRIPT = Path(__file__).parents[1] / "train_bridged.py"
 THEIR_SCRIPT = "examples/pytorch/image-classification/run_image_classification.py"

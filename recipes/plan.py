@@ -10,7 +10,7 @@ from rich.table import Table
 
 from utils.cli.errors import UserError
 from utils.cli.parsing import read_mapping
-from utils.comparison.grid import parse_arms, rates_around
+from utils.comparison.grid import parse_rows, rates_around
 from utils.data.arguments import RealDataArguments
 from utils.transfer.methods import StageSettings, steps_per_epoch
 
@@ -114,18 +114,18 @@ def count_compared_images(compare: dict, bridge_images: int, real_images: int) -
     """
     num_rates = len(rates_around(1.0)) if compare["search_learning_rate"] else 1
     num_searched = num_rates if num_rates > 1 else 0
-    arms = parse_arms(compare["methods"], ["dsi", "plain"])
-    variants = [arm.variant for arm in arms]
+    rows = parse_rows(compare["methods"], ["dsi", "plain"])
     bridges = {
-        (arm.synthetic, json.dumps(arm.variant.bridge, sort_keys=True))
-        for arm in arms
-        if arm.variant.method in ("bridged", "synthetic_only")
+        (row.synthetic, json.dumps(stage.settings, sort_keys=True))
+        for row in rows
+        for stage in row.method.stages
+        if stage.images == "synthetic"
     }
     num_seeds = len(compare["seeds"])
     total = (num_seeds * len(bridges) + num_rates - 1) * bridge_images
-    for variant in variants:
-        if variant.method != "synthetic_only":
-            per_run = real_images + (bridge_images if variant.matched else 0)
+    for row in rows:
+        if row.method.uses_real:
+            per_run = real_images + (bridge_images if row.method.flags["match_steps"] else 0)
             total += (num_seeds + num_searched) * per_run
     return total
 

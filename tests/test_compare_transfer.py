@@ -9,18 +9,21 @@ import pytest
 import compare_transfer
 from utils.cli.errors import DivergedError, UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
+from utils.comparison import cells
 from utils.comparison.cells import CellRunner
-from utils.comparison.grid import Arm, Recipe, make_cell, plan_cell
+from utils.comparison.grid import Recipe, Row, make_cell, plan_cell
 from utils.data.image_set import RealImagesRecord
 from utils.data.real_images import load_real_images
 from utils.hub import markdown
-from utils.transfer import cell_workers, cells, fine_tuning
-from utils.transfer.methods import StageSettings
+from utils.transfer import stage
+from utils.transfer.methods import METHODS, StageSettings
+from utils.transfer.run_method import select_images
+from utils.transfer.stage import Pretrained
 from utils.transfer.synthetic_images import open_synthetic
 
 pytest_plugins = ["tests.transfer.fixtures"]
 
-METHODS = ["vanilla_matched", "bridged", "bridged_keep", "synthetic_only"]
+NAMES = ["vanilla_matched", "bridged", "bridged_keep", "synthetic_only"]
 RIGHT = {"correct": "gA==", "num_images": 2}  # the first of two images
 
 
@@ -28,20 +31,20 @@ def run(classifiers, synthetic_dir, output_dir, *flags):
     return compare_transfer.main(
         ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["vit"], "--num_shots", "1", "2",
          "--seeds", "0", "--bridge_step_counts", "2", "--step_counts", "1", "--max_eval_samples", "6",
-         "--methods", *METHODS, "--output_dir", str(output_dir), *flags]
+         "--methods", *NAMES, "--output_dir", str(output_dir), *flags]
     )  # fmt: skip
 
 
 def trainings(monkeypatch) -> list:
     """Return a list that gets (settings, images, folder) of every stage that is really trained."""
     trained = []
-    fine_tune = fine_tuning.fine_tune
+    fine_tune = stage.fine_tune
 
     def recorded(model, images, image_processor, settings, training_args, output_dir, *args, **kwargs):
         trained.append((settings, images, output_dir))
         return fine_tune(model, images, image_processor, settings, training_args, output_dir, *args, **kwargs)
 
-    monkeypatch.setattr(fine_tuning, "fine_tune", recorded)
+    monkeypatch.setattr(stage, "fine_tune", recorded)
     return trained
 
 
@@ -60,7 +63,7 @@ def finished(classifiers, synthetic_dir, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as monkeypatch:
         trained = trainings(monkeypatch)
-        fine_tune = fine_tuning.fine_tune
+        fine_tune = stage.fine_tune
 
         def killed(model, images, image_processor, settings, *args, **kwargs):
             if len(trained) == 4:
@@ -68,7 +71,7 @@ def finished(classifiers, synthetic_dir, tmp_path_factory):
             return fine_tune(model, images, image_processor, settings, *args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(fine_tuning, "fine_tune", killed)
+            patch.setattr(stage, "fine_tune", killed)
             with pytest.raises(KeyboardInterrupt):
                 run(classifiers, synthetic_dir, output_dir)
         comparison = run(classifiers, synthetic_dir, output_dir)
@@ -117,10 +120,14 @@ def test_workers_give_what_one_process_gives(finished, classifiers, synthetic_di
     }
 
 
+def pretrained_of(name):
+    return Pretrained(name, None, {"revision": "main"})
+
+
 def make_runner(real, sources, output_dir, **changes):
     settings = StageSettings(0, 0.0)
     training_args = cells.TrainingArguments(output_dir=str(output_dir), report_to="none")
-    runner = CellRunner("base", {"revision": "main"}, None, real, sources, settings, training_args, output_dir)
+    runner = CellRunner(pretrained_of("base"), real, sources, settings, training_args, output_dir)
     return dataclasses.replace(runner, **changes)
 
 
@@ -132,7 +139,7 @@ def runner(real_images_dir, synthetic_dir, tmp_path):
 
 def cell_of(name, num_shots=1, seed=0, volume=None, bridge=None):
     bridge = bridge or StageSettings(2, 5e-4, mixup_alpha=0.2)
-    return make_cell(Arm(name, name, "dsi"), num_shots, seed, Recipe(1e-4, 2), bridge, volume)
+    return make_cell(Row(name, name, "dsi", volume), num_shots, seed, Recipe(1e-4, 2), bridge)
 
 
 def test_stage_1_is_shared_by_shots_and_heads_and_by_nothing_else(runner):
@@ -146,13 +153,17 @@ def test_stage_1_is_shared_by_shots_and_heads_and_by_nothing_else(runner):
     assert len({shared, *map(runner.bridge_dir, others)}) == 6
     assert runner.bridge_dir(cell_of("bridged_plain")) == runner.bridge_dir(cell_of("bridged_no_mixup"))
     assert runner.bridge_dir(cell_of("vanilla_matched")) is None
-    other_model = dataclasses.replace(runner, pretrained="other")
+    other_model = dataclasses.replace(runner, pretrained=pretrained_of("other"))
     assert other_model.bridge_dir(cell_of("bridged")) != shared
 
 
 def test_a_cell_is_kept_for_the_very_same_settings_only(runner, real_images_dir):
     path = runner.path(cell_of("mix"))
-    changes = [{"max_eval_samples": 5}, {"pretrained": "other"}, {"settings": StageSettings(0, 0.0, weight_decay=0.5)}]
+    changes = [
+        {"max_eval_samples": 5},
+        {"pretrained": pretrained_of("other")},
+        {"settings": StageSettings(0, 0.0, weight_decay=0.5)},
+    ]
     paths = {dataclasses.replace(runner, **change).path(cell_of("mix")) for change in changes}
     paths |= {
         runner.path(cell_of("mix", None)),
@@ -170,10 +181,10 @@ def test_volumes_are_nested_and_mix_repeats_real_images_to_its_ratio(runner):
     assert (len(small), len(large), len(whole)) == (6, 12, 18)
     assert set(pixels(small)) < set(pixels(large)) < set(pixels(whole))
     assert [np.bincount(images["label"]).tolist() for images in (small, large)] == [[2] * 3, [4] * 3]
-    assert len(runner._images(cell_of("mix", 1, volume=4), "both")) == 3 + 12
-    balanced = runner._images(cell_of("mix_balanced", 1, volume=4), "both")
-    real = pixels(runner._images(cell_of("vanilla", 1), "real"))
-    assert pixels(balanced)[:12] == 4 * real and pixels(balanced)[12:] == pixels(large)
+    real = runner.real.train.select(runner.few_shot_rows(1, seed=0))
+    assert len(select_images(METHODS["mix"], real, large)["both"]) == 3 + 12
+    balanced = select_images(METHODS["mix_balanced"], real, large)["both"]
+    assert pixels(balanced)[:12] == 4 * pixels(real) and pixels(balanced)[12:] == pixels(large)
 
 
 def test_shots_are_the_images_of_load_real_images(runner, real_images_dir):
@@ -186,7 +197,8 @@ def test_the_error_of_a_cell_names_the_cell(runner, monkeypatch):
     def run_stage(*args, **kwargs):
         raise UserError("--batch_norm odd: no.")
 
-    monkeypatch.setattr(cells, "run_stage", run_stage)
+    monkeypatch.setattr("utils.transfer.run_method.run_stage", run_stage)
+    monkeypatch.setattr(CellRunner, "_eval_items", lambda *_: [])
     with pytest.raises(
         UserError, match=r"^--batch_norm odd: no\. \(in the cell 'bridged, 1 shot, 2 a class, seed 0'\)$"
     ):
@@ -197,18 +209,18 @@ def test_workers_begin_with_one_cell_for_each_stage_1(runner):
     first, second = cell_of("bridged", 1), cell_of("bridged", 1, seed=1)
     rest = [cell_of("bridged", 4), cell_of("bridged_keep", 4, seed=1)]
     vanilla = cell_of("vanilla", 1)
-    order = cell_workers.order_for_workers(runner, [first, *rest, vanilla, second])
+    order = cells.order_for_workers(runner, [first, *rest, vanilla, second])
     assert order[:2] in ([first, second], [first, rest[1]]) and set(order) == {first, second, vanilla, *rest}
     assert order[2] == vanilla
 
 
 def test_each_worker_sees_one_gpu_in_turn(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    gpus = cell_workers.visible_gpus()
+    gpus = cells.visible_gpus()
     seen = []
     for number in range(3):
-        cell_workers.use_one_gpu(number, gpus)
-        seen.append(cell_workers.os.environ["CUDA_VISIBLE_DEVICES"])
+        cells.use_one_gpu(number, gpus)
+        seen.append(cells.os.environ["CUDA_VISIBLE_DEVICES"])
     assert seen == ["4", "6", "4"]
 
 
@@ -229,7 +241,7 @@ def test_recipes_are_chosen_on_validation(classifiers, synthetic_dir, tmp_path, 
     run(classifiers, synthetic_dir, tmp_path, "--learning_rates", "1e-4", "1e-3")
     chosen = json.loads((tmp_path / "chosen_settings.json").read_text())
     assert chosen["bridged"]["2"]["learning_rate"] == 1e-3
-    assert {cell.recipe.learning_rate for cell in asked if cell.split == "test" and cell.arm.name == "bridged"} == {
+    assert {cell.recipe.learning_rate for cell in asked if cell.split == "test" and cell.row.name == "bridged"} == {
         1e-3
     }
 
@@ -249,7 +261,7 @@ def test_shots_that_are_not_searched_take_the_recipe_of_the_next_below(
 def test_stage_1_is_chosen_on_validation_and_kept_for_all_methods(classifiers, synthetic_dir, tmp_path, monkeypatch):
     asked = fake_results(monkeypatch, lambda cell: cell.bridge.learning_rate == 1e-3)
     run(classifiers, synthetic_dir, tmp_path, "--bridge_learning_rates", "1e-4", "1e-3", "5e-3")
-    assert [(cell.arm.name, cell.bridge.learning_rate) for cell in asked if cell.split == "validation"] == [
+    assert [(cell.row.name, cell.bridge.learning_rate) for cell in asked if cell.split == "validation"] == [
         ("synthetic_only", rate) for rate in (1e-4, 1e-3, 5e-3)
     ]
     assert {cell.bridge.learning_rate for cell in asked if cell.split == "test"} == {1e-3}
@@ -272,7 +284,7 @@ def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_any(
 
     monkeypatch.setattr(CellRunner, "result", result)
     run(classifiers, unmirrored_dir, tmp_path / "first")
-    assert len(mirrors) > len(METHODS) and not any(mirrors)
+    assert len(mirrors) > len(NAMES) and not any(mirrors)
     # recipes that were searched on images which may be mirrored say nothing of these
     chosen = read_record(tmp_path / "first" / "chosen_settings.json")
     chosen["stage1"]["random_flip"] = True
@@ -317,7 +329,7 @@ def test_a_search_in_which_all_diverge_is_one_line(classifiers, synthetic_dir, t
 def test_a_cell_of_the_table_that_diverges_ends_the_comparison_and_does_not_count(
     classifiers, synthetic_dir, tmp_path, monkeypatch
 ):
-    diverge(monkeypatch, lambda cell: cell.arm.name == "synthetic_only")
+    diverge(monkeypatch, lambda cell: cell.row.name == "synthetic_only")
     with pytest.raises(UserError, match="the loss is nan .in the cell 'synthetic_only, seed 0'"):
         run(classifiers, synthetic_dir, tmp_path)
     assert len(list((tmp_path / "cells").iterdir())) == 6 and not (tmp_path / "comparison.json").exists()
@@ -343,12 +355,12 @@ def test_the_small_search_is_the_same_for_every_method(classifiers, synthetic_di
     run(classifiers, synthetic_dir, tmp_path, *flags)
     assert len(asked) == len(set(asked)), "equal cells are one"
     searched = [cell for cell in asked if cell.split == "validation"]
-    bridges = [cell for cell in searched if cell.arm.name == "synthetic_only"]
+    bridges = [cell for cell in searched if cell.row.name == "synthetic_only"]
     assert [cell.bridge.learning_rate for cell in bridges] == pytest.approx([1.25e-4, 5e-4, 2e-3])
     for name in ("vanilla", "mix", "bridged"):
-        rates = [cell.recipe.learning_rate for cell in searched if cell.arm.name == name and cell.num_shots == 2]
+        rates = [cell.recipe.learning_rate for cell in searched if cell.row.name == name and cell.num_shots == 2]
         assert rates == pytest.approx([5e-5, 2e-4, 8e-4])
-    assert {cell.volume for cell in searched} == {4, None}
+    assert {cell.row.volume for cell in searched} == {4, None}
     assert {cell.recipe.learning_rate for cell in asked if cell.split == "test"} == {8e-4, 0.0}
 
 
@@ -358,11 +370,11 @@ def test_without_shots_all_images_are_taken_for_the_default_epochs(classifiers, 
         ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["vit"], "--volumes", "2", "4",
          "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path)]
     )  # fmt: skip
-    names = {cell.arm.name for cell in asked}
+    names = {cell.row.name for cell in asked}
     assert names == {"vanilla", "vanilla_matched", "mix", "bridged", "bridged_keep", "bridged_imprint",
                      "bridged_no_mixup", "synthetic_only"}  # fmt: skip
-    bridged = [cell for cell in asked if cell.arm.name == "bridged"]
-    assert sorted((cell.seed, cell.volume) for cell in bridged) == [
+    bridged = [cell for cell in asked if cell.row.name == "bridged"]
+    assert sorted((cell.seed, cell.row.volume) for cell in bridged) == [
         (seed, volume) for seed in range(3) for volume in (2, 4)
     ]
     # 30 epochs of the real images (the rest is validation), 5 of 12 synthetic ones at every volume, 4 a step

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_dsi
 from tests.conftest import read_rows
 from tests.processes import run_forked
 from utils.cli.errors import UserError
-from utils.cli.records import read_record
+from utils.cli.records import RUN_CONFIG, read_record, write_record
 from utils.style import checkpoints
 
 pytest_plugins = ["tests.style.fixtures"]
@@ -22,17 +23,17 @@ import os, signal, sys
 from accelerate import PartialState
 import train_dsi
 from tests.style.fixtures import NUM_TIMESTEPS
-from utils.style import checkpoints, health
+from utils.style import checkpoints, monitor
 
-health.NUM_TIMESTEPS = NUM_TIMESTEPS
-save_checkpoint = checkpoints.save_checkpoint
+monitor.NUM_TIMESTEPS = NUM_TIMESTEPS
+save = checkpoints.TrainingState.save
 
-def save_and_die(folder, progress, *args):
-    save_checkpoint(folder, progress, *args)
-    if str(progress.step) == os.environ.get("DIE_AT"):
+def save_and_die(state, *args):
+    save(state, *args)
+    if str(state.step) == os.environ.get("DIE_AT"):
         os.kill(os.getpid(), signal.SIGKILL)
 
-checkpoints.save_checkpoint = save_and_die
+checkpoints.TrainingState.save = save_and_die
 train_dsi.main(sys.argv[1:])
 state = PartialState()
 sys.stdout.write(f"{state.distributed_type.name} {state.num_processes} processes\\n")  # whole: others write too
@@ -65,48 +66,63 @@ def kill(monkeypatch):
 @pytest.mark.parametrize(
     ("module", "name", "call", "left"),
     [
-        ("train_dsi", "denoising_loss", 3, []),  # before the first checkpoint
-        ("train_dsi", "denoising_loss", 2 * 5 + 1, ["checkpoint-2", "checkpoint-4"]),  # in the middle of a step
-        ("utils.style.checkpoints", "write_record", 2, ["checkpoint-2"]),  # while a checkpoint is written
-        ("train_dsi", "write_records", 1, ["checkpoint-2", "checkpoint-4", "checkpoint-6"]),  # after the last step
+        (train_dsi, "denoising_loss", 3, []),  # before the first checkpoint
+        (train_dsi, "denoising_loss", 2 * 5 + 1, ["checkpoint-2", "checkpoint-4"]),  # in the middle of a step
+        (checkpoints, "write_record", 2, ["checkpoint-2"]),  # while a checkpoint is written
+        (train_dsi, "write_records", 1, ["checkpoint-2", "checkpoint-4", "checkpoint-6"]),  # after the last step
     ],
 )
-def test_a_killed_run_that_is_resumed_equals_one_that_was_left_alone(run_dsi, kill, module, name, call, left, tmp_path):
-    import importlib
-
-    whole = run_dsi(output_dir=tmp_path / "whole", **FLAGS)
-    kill(importlib.import_module(module), name, call)
+def test_a_killed_run_that_is_resumed_equals_one_that_was_left_alone(
+    run_dsi, kill, tiny_pipeline_dir, tiny_xl_pipeline_dir, module, name, call, left, tmp_path
+):
+    model = tiny_xl_pipeline_dir if left == ["checkpoint-2"] else tiny_pipeline_dir
+    flags = FLAGS | {"pretrained_model_name_or_path": model}
+    whole = run_dsi(output_dir=tmp_path / "whole", **flags)
+    kill(module, name, call)
     with pytest.raises(Killed):
-        run_dsi(**FLAGS)
-    assert [path.name for path in sorted((tmp_path / "style").glob("checkpoint-*"))] == left
-    assert not (tmp_path / "style" / "dsi_config.json").exists()
-    resumed = run_dsi(resume_from_checkpoint="latest", **FLAGS)
+        run_dsi(**flags)
+    style = tmp_path / "style"
+    assert [path.name for path in sorted(style.glob("checkpoint-*"))] == left
+    assert not (style / "dsi_config.json").exists()
+    assert read_record(style / RUN_CONFIG)["options"]["max_train_steps"] == 7
+    (style / RUN_CONFIG).unlink()  # as earlier versions left it, which wrote this record in the end
+    resumed = run_dsi(resume_from_checkpoint="latest", **flags)
     assert resumed == whole  # health and every loss
-    assert torch.equal(*(read_rows(tmp_path / folder)[0] for folder in ("whole", "style")))
+    for rows in zip(read_rows(tmp_path / "whole"), read_rows(style), strict=True):
+        assert torch.equal(*rows)
+    assert sorted(path.name for path in style.glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert {path.name for path in style.iterdir() if path.name.startswith(".")} == set()
 
 
 def test_a_checkpoint_by_its_path_is_gone_on_from_in_another_folder(run_dsi, tmp_path):
-    run_dsi(output_dir=tmp_path / "whole", **FLAGS)
-    run_dsi(resume_from_checkpoint=tmp_path / "whole" / "checkpoint-4", **FLAGS | {"checkpointing_steps": 100})
+    whole, flags = tmp_path / "whole", FLAGS | {"max_train_steps": 13}
+    (whole / "checkpoint-best").mkdir(parents=True)  # somebody's own
+    run_dsi(output_dir=whole, **flags | {"checkpointing_steps": 3, "checkpoints_total_limit": 2})
+    assert {path.name for path in whole.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-12", "checkpoint-best"}
+    assert {path.suffix for path in (whole / "checkpoint-9").iterdir()} == {".safetensors", ".json"}  # no pickles
+    run_dsi(resume_from_checkpoint=whole / "checkpoint-9", **flags | {"checkpointing_steps": 100})
     assert torch.equal(*(read_rows(tmp_path / folder)[0] for folder in ("whole", "style")))
-    record = read_record(tmp_path / "whole" / "checkpoint-4" / checkpoints.STATE_RECORD)
-    assert record["progress"]["step"] == 4
+    assert read_record(whole / "checkpoint-9" / checkpoints.STATE_RECORD)["progress"]["step"] == 9
 
 
 def test_an_unfinished_run_is_not_started_again_unasked(run_dsi, kill, monkeypatch, tmp_path):
-    import train_dsi
-
     kill(train_dsi, "denoising_loss", 2 * 3)
     with pytest.raises(Killed):
         run_dsi(**FLAGS)
     with pytest.raises(UserError, match="holds checkpoint-2 of an unfinished run; give --resume_from_checkpoint"):
         run_dsi(**FLAGS)
-    with pytest.raises(UserError, match="learning_rate was 0.1"):
+    with pytest.raises(UserError, match="nowhere: is no checkpoint of train_dsi.py; .* has checkpoint-2"):
+        run_dsi(**FLAGS, resume_from_checkpoint="nowhere")
+    with pytest.raises(UserError, match=r"was made with other options \(learning_rate was 0.1, now 0.2\)"):
         run_dsi(**FLAGS | {"learning_rate": 0.2}, resume_from_checkpoint="latest")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16` does
     with pytest.raises(UserError, match="mixed_precision was no"):
         run_dsi(**FLAGS, resume_from_checkpoint="latest")
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    record = tmp_path / "style" / "checkpoint-2" / checkpoints.STATE_RECORD
+    write_record(record, (state := read_record(record)) | {"progress": state["progress"] | {"inputs": "others"}})
+    with pytest.raises(UserError, match="images, the prompts or the base model have changed"):
+        run_dsi(**FLAGS, resume_from_checkpoint="latest")
     run_dsi(**FLAGS | {"checkpointing_steps": 100}, overwrite_output_dir=True)
     assert not list((tmp_path / "style").glob("checkpoint-*"))
 

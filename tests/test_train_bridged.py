@@ -16,7 +16,7 @@ import train_bridged
 from tests.conftest import CLASS_NAMES, blank_figures, save_image_set
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
-from utils.transfer.image_transforms import CropAndFlip
+from utils.transfer.augmentation import CropAndFlip
 
 pytest_plugins = ["tests.transfer.fixtures"]
 SMALL = ["--max_steps", "2", "--bridge_max_steps", "3", "--max_eval_samples", "6", "--use_cpu"]
@@ -146,9 +146,9 @@ class Killed(BaseException):
     ("module", "name", "call"),
     [
         ("utils.transfer.fine_tuning.StageTrainer", "training_step", 3),  # in stage 1, after a checkpoint
-        ("utils.transfer.fine_tuning", "fine_tune", 2),  # between the stages
+        ("utils.transfer.stage", "fine_tune", 2),  # between the stages
         ("utils.transfer.fine_tuning.StageTrainer", "training_step", 5),  # in stage 2
-        ("utils.transfer.card", "write_model_card", 1),  # after the last stage
+        ("utils.transfer.report", "write_model_card", 1),  # after the last stage
     ],
 )
 def test_a_killed_run_goes_on_in_its_stage_to_the_same_weights(run, module, name, call, tmp_path, monkeypatch):

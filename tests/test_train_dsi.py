@@ -6,7 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -15,14 +20,10 @@ import train_dsi
 from tests.conftest import CLASS_NAMES, read_rows, save_image_set
 from utils.cli.errors import UserError
 from utils.cli.records import read_record
+from utils.style import monitor, token
 from utils.style.base_models import BaseModel
 
 pytest_plugins = ["tests.style.fixtures"]
-
-
-@pytest.fixture
-def copied_pipeline(tiny_pipeline_dir, tmp_path):
-    return shutil.copytree(tiny_pipeline_dir, tmp_path / "copied-pipeline")
 
 
 @pytest.fixture
@@ -38,68 +39,56 @@ def class_folders(tmp_path):
     return tmp_path / "photos"
 
 
-def spy_on_loading(monkeypatch) -> list[str]:
-    """Return the names of the `BaseModel.load_*` that are called from now on."""
-    called = []
+def spy_on_loading(monkeypatch) -> list[tuple]:
+    """Return, of each model that `BaseModel` loads from now on, the method, the model and its weights as loaded."""
+    loaded = []
     for name in ("load_vae", "load_unet", "load_text_encoders"):
         original = getattr(BaseModel, name)
 
         def load(self, *args, name=name, original=original):
-            called.append(name)
-            return original(self, *args)
-
-        monkeypatch.setattr(BaseModel, name, load)
-    return called
-
-
-def test_the_saved_token_loads_in_a_fresh_pipeline_and_changes_the_image(run_dsi, tiny_pipeline_dir, tmp_path):
-    run_dsi(num_vectors=2, learning_rate=0.5)
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
-    pipe.set_progress_bar_config(disable=True)
-    embeds = load_file(tmp_path / "style" / "learned_embeds.safetensors")
-    assert {name: (rows.dtype, rows.shape) for name, rows in embeds.items()} == {
-        "<dsi-style>": (torch.float32, (2, 16))
-    }
-    pipe.load_textual_inversion(tmp_path / "style")
-
-    def draw(prompt):
-        return pipe(prompt, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
-
-    with_token, by_word = draw("a bag in the style of <dsi-style>"), draw("a bag in the style of style")
-    assert np.abs(with_token - by_word).max() > 1e-4
-
-
-def test_only_the_tokens_rows_change_all_other_weights_stay_bit_equal(run_dsi, tiny_xl_pipeline_dir, monkeypatch):
-    loaded = []
-    for name in ("load_unet", "load_text_encoders", "load_vae"):
-        original = getattr(BaseModel, name)
-
-        def load(self, *args, original=original):
             models = original(self, *args)
             for model in models if isinstance(models, list) else [models]:
-                loaded.append((model, {key: value.clone() for key, value in model.state_dict().items()}))
+                loaded.append((name, model, {key: value.clone() for key, value in model.state_dict().items()}))
             return models
 
         monkeypatch.setattr(BaseModel, name, load)
-    run_dsi(pretrained_model_name_or_path=tiny_xl_pipeline_dir)
-    assert len(loaded) >= 4  # both text encoders, U-Net, VAE
-    num_rows = 0
-    for model, before in loaded:
-        for name, value in model.state_dict().items():
-            if name.endswith("token_embedding.rows"):
-                num_rows += 1
-            else:
-                assert torch.equal(value, before[name.replace("token_embedding.table", "token_embedding")]), name
-    assert num_rows == 2
+    return loaded
 
 
-def test_xl_learns_a_row_for_each_encoder(run_dsi, tiny_xl_pipeline_dir, tmp_path):
+@pytest.fixture
+def change_pipeline(tmp_path):
+    """A function that copies a pipeline and changes its JSON files, `{name: settings}`; another class starts anew."""
+
+    def change(folder, changes):
+        changed = shutil.copytree(folder, tmp_path / "changed")
+        for name, settings in changes.items():
+            path = changed / name
+            kept = {} if "_class_name" in settings else json.loads(path.read_text())
+            path.write_text(json.dumps(kept | settings))
+        return changed
+
+    return change
+
+
+def test_xl_learns_a_row_for_each_encoder_and_all_other_weights_stay_bit_equal(
+    run_dsi, tiny_xl_pipeline_dir, monkeypatch, tmp_path
+):
+    loaded = spy_on_loading(monkeypatch)
     flags = {"pretrained_model_name_or_path": tiny_xl_pipeline_dir, "num_validation_images": 2, "num_vectors": 2}
     health = run_dsi(draws_figures=True, **flags)
-    assert [rows.shape for rows in read_rows(tmp_path / "style")] == [(2, 16), (2, 24)]
+    assert len(loaded) >= 4  # both text encoders, U-Net, VAE
+    changed = []
+    for _, model, before in loaded:
+        for name, value in model.state_dict().items():
+            if name.endswith("token_embedding.rows"):
+                changed.append(value)
+            else:
+                assert torch.equal(value, before[name.replace("token_embedding.table", "token_embedding")]), name
+    saved = read_rows(tmp_path / "style")
+    assert [rows.shape for rows in saved] == [(2, 16), (2, 24)]
+    assert all(torch.equal(*rows) and not torch.equal(*rows[0]) for rows in zip(saved, changed, strict=True))
     assert len(health["embeddings"]) == 2
-    record = read_record(tmp_path / "style" / "dsi_config.json")
-    assert record["pipeline_class"] == "StableDiffusionXLPipeline"
+    assert read_record(tmp_path / "style" / "dsi_config.json")["pipeline_class"] == "StableDiffusionXLPipeline"
     card = (tmp_path / "style" / "README.md").read_text()
     for number, key in (("", "clip_l"), ("_2", "clip_g")):
         line = f'pipe.load_textual_inversion(embeds["{key}"], token, text_encoder=pipe.text_encoder{number}, '
@@ -124,34 +113,64 @@ def test_the_record_holds_what_the_next_step_needs(run_dsi, tiny_pipeline_dir, r
     assert "style.png" not in (tmp_path / "style" / "README.md").read_text()
 
 
-def test_the_same_seed_gives_the_same_token_and_another_does_not(run_dsi, tmp_path):
-    rows = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run_dsi(output_dir=tmp_path / name, seed=seed)
-        rows.append(read_rows(tmp_path / name)[0])
-    assert torch.equal(rows[0], rows[1])
-    assert not torch.equal(rows[0], rows[2])
+MEAN, STD, SCALE = [-0.4, 0.3, 0.2, -0.1], [0.8, 1.2, 0.5, 2.0], 0.5
 
 
-def test_the_first_loss_is_what_the_pipelines_own_parts_give(run_dsi, tiny_pipeline_dir, monkeypatch):
-    """The untrained token is the word 'style'; the script only says what it drew."""
-    batches = []
-    original = train_dsi.denoising_loss
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
+def test_the_first_loss_is_what_the_pipelines_own_parts_give(
+    run_dsi, tiny_pipeline_dir, tiny_xl_pipeline_dir, change_pipeline, monkeypatch, prediction_type
+):
+    """The untrained token is the word 'style'; the script only says what it drew.
+
+    A model of the image is Stable Diffusion XL whose VAE has statistics: its loss is that of the noise.
+    """
+    original, batches, scheduler = train_dsi.denoising_loss, [], "scheduler/scheduler_config.json"
     monkeypatch.setattr(train_dsi, "denoising_loss", lambda *args: (batches.append(args[0]), original(*args))[1])
-    [loss] = run_dsi(draws_figures=True, max_train_steps=1, train_batch_size=6)["loss_history"]
+    if prediction_type == "sample":
+        noise = {"_class_name": "DDIMScheduler", "beta_start": 0.01, "beta_end": 0.1}
+        folder = change_pipeline(tiny_xl_pipeline_dir, {
+            "model_index.json": {"scheduler": ["diffusers", "DDIMScheduler"]},
+            "vae/config.json": {"latents_mean": MEAN, "latents_std": STD, "scaling_factor": SCALE},
+            scheduler: {"prediction_type": "sample", **noise},
+        })  # fmt: skip
+        mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in (MEAN, STD))
+    else:
+        folder = change_pipeline(tiny_pipeline_dir, {scheduler: {"prediction_type": prediction_type}})
+        mean, std = 0, 1
+    flags = {"pretrained_model_name_or_path": folder, "max_train_steps": 1, "train_batch_size": 6}
+    [loss] = run_dsi(**flags)["loss_history"]
     [batch] = batches
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+    pipe = DiffusionPipeline.from_pretrained(folder)
     nouns = ["red square", "green circle", "blue-stripe"]
     prompts = [f"A {nouns[label]} photo in the style of style" for label in batch["labels"]]
+    encoded = pipe.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    conditions = {}
+    if prediction_type == "sample":
+        conditions = {"text_embeds": encoded[2], "time_ids": torch.tensor([[32, 32, 0, 0, 32, 32]] * 6)}
     alphas = pipe.scheduler.alphas_cumprod[batch["timesteps"]].view(-1, 1, 1, 1)
-    latents, noise = batch["latents"] * pipe.vae.config.scaling_factor, batch["noise"]
+    latents, noise = (batch["latents"] - mean) / std * pipe.vae.config.scaling_factor, batch["noise"]
+    noisy_latents = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
     with torch.no_grad():
-        noisy_latents = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
-        prediction = pipe.unet(
-            noisy_latents, batch["timesteps"], pipe.encode_prompt(prompts, "cpu", 1, False)[0]
-        ).sample
-    velocity = alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
-    assert loss == pytest.approx((prediction - velocity).square().mean().item(), rel=1e-4)
+        prediction = pipe.unet(noisy_latents, batch["timesteps"], encoded[0], added_cond_kwargs=conditions).sample
+    target = noise
+    if prediction_type == "v_prediction":
+        target = alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
+    elif prediction_type == "sample":
+        prediction = (noisy_latents - alphas.sqrt() * prediction) / (1 - alphas).sqrt()
+    assert loss == pytest.approx((prediction - target).square().mean().item(), rel=1e-3)
+
+
+def test_a_model_of_other_noise_ends_in_a_line_before_images_are_read(
+    run_dsi, tiny_xl_pipeline_dir, change_pipeline, tmp_path
+):
+    scheduler = "EDMDPMSolverMultistepScheduler"
+    folder = change_pipeline(tiny_xl_pipeline_dir, {
+        "model_index.json": {"scheduler": ["diffusers", scheduler]},
+        "scheduler/scheduler_config.json": {"_class_name": scheduler, "sigma_data": 0.5, "prediction_type": "epsilon"},
+    })  # fmt: skip
+    with pytest.raises(UserError, match="^--pretrained_model_name_or_path .*changed: its scheduler .*EDM's noise"):
+        run_dsi(pretrained_model_name_or_path=folder, dataset_name="nowhere/at-all")
+    assert not (tmp_path / "style").exists()
 
 
 @pytest.mark.parametrize(("random_flip", "copies"), [(True, {1, 2}), (False, {1})])
@@ -161,68 +180,59 @@ def test_mirrored_images_are_used_only_where_they_are_wanted(run_dsi, random_fli
     assert {json.loads(path.read_text())["num_copies"] for path in folders} == copies
 
 
-def test_workers_and_gradient_checkpointing_change_nothing(run_dsi, monkeypatch, tmp_path):
-    run_dsi(output_dir=tmp_path / "plain")
+def test_the_token_depends_on_the_seed_and_not_on_how_its_steps_are_computed(run_dsi, monkeypatch, tmp_path):
+    def run(**flags):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        losses = run_dsi(output_dir=folder, **{"train_batch_size": 4} | flags)["loss_history"]
+        return read_rows(folder)[0], losses
+
+    rows, losses = run()
+    loaded = spy_on_loading(monkeypatch)
     checkpointed = []
     original = UNet2DConditionModel.enable_gradient_checkpointing
     monkeypatch.setattr(
         UNet2DConditionModel, "enable_gradient_checkpointing", lambda self: (checkpointed.append(self), original(self))
     )
-    run_dsi(output_dir=tmp_path / "others", dataloader_num_workers=1, gradient_checkpointing=True)
-    assert torch.equal(*(read_rows(tmp_path / name)[0] for name in ("plain", "others")))
+    assert torch.equal(run(dataloader_num_workers=1, gradient_checkpointing=True)[0], rows)
     assert len(checkpointed) == 1
+    assert [name for name, *_ in loaded] == ["load_unet", "load_text_encoders"]  # the latents are there
+    accumulated, accumulated_losses = run(train_batch_size=2, gradient_accumulation_steps=2)
+    assert accumulated_losses == pytest.approx(losses, rel=1e-5)
+    assert torch.allclose(accumulated, rows, atol=1e-4)  # steps of about 0.1
+    assert not torch.equal(run(seed=1)[0], rows)
+    assert "load_vae" not in [name for name, *_ in loaded]
+    run(resolution=24)
+    assert "load_vae" in [name for name, *_ in loaded]
 
 
-def test_accumulated_batches_give_the_same_token_as_one_large(run_dsi, tmp_path):
-    whole = run_dsi(output_dir=tmp_path / "whole", train_batch_size=4)["loss_history"]
-    parts = run_dsi(output_dir=tmp_path / "parts", train_batch_size=2, gradient_accumulation_steps=2)["loss_history"]
-    assert whole == pytest.approx(parts, rel=1e-5)
-    rows = [read_rows(tmp_path / name)[0] for name in ("whole", "parts")]
-    assert torch.allclose(*rows, atol=1e-4)  # steps of about 0.1
-
-
-def test_a_compiled_unet_gives_the_same_token(run_dsi, copied_pipeline, monkeypatch, tmp_path):
-    small_unet = UNet2DConditionModel(
+def test_a_compiled_unet_gives_the_same_token(run_dsi, tiny_pipeline_dir, monkeypatch, tmp_path):
+    model = shutil.copytree(tiny_pipeline_dir, tmp_path / "small-unet")
+    UNet2DConditionModel(
         sample_size=16, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
         cross_attention_dim=16, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-    )  # fmt: skip
-    small_unet.save_pretrained(copied_pipeline / "unet")
-    model = {"pretrained_model_name_or_path": copied_pipeline}
-    run_dsi(output_dir=tmp_path / "plain", **model)
+    ).save_pretrained(model / "unet")  # fmt: skip
+    run_dsi(output_dir=tmp_path / "plain", pretrained_model_name_or_path=model)
     backends = []
     original = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda *args, backend: (backends.append(backend), original(*args, backend=backend))[1]
     )
-    run_dsi(output_dir=tmp_path / "compiled", torch_compile=True, torch_compile_backend="aot_eager", **model)
+    flags = {"torch_compile": True, "torch_compile_backend": "aot_eager", "pretrained_model_name_or_path": model}
+    run_dsi(output_dir=tmp_path / "compiled", **flags)
     assert torch.allclose(*(read_rows(tmp_path / name)[0] for name in ("plain", "compiled")), atol=1e-4)
     assert backends == ["aot_eager"]
 
 
-def test_rows_stay_float32_beside_a_model_in_half_precision(run_dsi, monkeypatch, tmp_path):
-    dtypes = []
-    original = UNet2DConditionModel.forward
-
-    def forward(self, *args, **kwargs):
-        dtypes.append(self.dtype)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
-    history = run_dsi(mixed_precision="bf16", num_validation_images=1)["loss_history"]
-    assert set(dtypes) == {torch.bfloat16}
+def test_rows_stay_float32_beside_a_model_in_half_precision(run_dsi, tiny_xl_pipeline_dir, monkeypatch, tmp_path):
+    loaded = spy_on_loading(monkeypatch)
+    flags = {"pretrained_model_name_or_path": tiny_xl_pipeline_dir, "num_validation_images": 1}
+    history = run_dsi(mixed_precision="bf16", **flags)["loss_history"]
+    weights = [weight for name, model, _ in loaded if name != "load_vae" for weight in model.named_parameters()]
+    assert {weight.dtype for name, weight in weights if not name.endswith(".rows")} == {torch.bfloat16}
     assert np.isfinite(history).all()
-    rows = read_rows(tmp_path / "style")[0]
-    assert rows.dtype == torch.float32
-    assert not torch.equal(rows, rows.bfloat16().float())
-
-
-def test_epsilon_models_train_too(run_dsi, copied_pipeline, tiny_pipeline_dir, tmp_path):
-    path = copied_pipeline / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "epsilon"}))
-    losses = [run_dsi(pretrained_model_name_or_path=model, output_dir=tmp_path / name)["loss_history"]
-              for name, model in (("e", copied_pipeline), ("v", tiny_pipeline_dir))]  # fmt: skip
-    assert np.isfinite(losses).all()
-    assert not np.allclose(*losses)
+    for rows in read_rows(tmp_path / "style"):
+        assert rows.dtype == torch.float32
+        assert not torch.equal(rows, rows.bfloat16().float())
 
 
 def test_a_token_that_cannot_learn_is_said_plainly_also_in_the_card(run_dsi, capsys, tmp_path):
@@ -231,29 +241,19 @@ def test_a_token_that_cannot_learn_is_said_plainly_also_in_the_card(run_dsi, cap
     assert "This token learned nothing" in (tmp_path / "style" / "README.md").read_text()
 
 
-def test_a_second_run_never_loads_the_vae_and_gives_the_same_token(run_dsi, monkeypatch, tmp_path):
-    run_dsi(output_dir=tmp_path / "first")
-    called = spy_on_loading(monkeypatch)
-    run_dsi(output_dir=tmp_path / "second")
-    assert called == ["load_unet", "load_text_encoders"]
-    assert torch.equal(*(read_rows(tmp_path / name)[0] for name in ("first", "second")))
-    run_dsi(output_dir=tmp_path / "third", resolution=24)
-    assert "load_vae" in called
-
-
-def test_class_folders_train_and_the_record_names_them(run_dsi, class_folders, tmp_path):
-    health = run_dsi(dataset_name=None, train_dir=class_folders)
-    record = read_record(tmp_path / "style" / "dsi_config.json")
+def test_class_folders_train_and_a_damaged_image_is_an_error_or_left_out_and_counted(
+    run_dsi, class_folders, tmp_path, capsys
+):
+    flags = {"dataset_name": None, "train_dir": class_folders, "output_dir": tmp_path / "whole"}
+    assert run_dsi(**flags)["images"] == "validation images"
+    record = read_record(tmp_path / "whole" / "dsi_config.json")
     assert record["class_names"] == ["cat", "dog"]
     assert record["real_images"]["train_dir"] == str(class_folders)
-    assert health["images"] == "validation images"
-    assert f"`{class_folders}`" in (tmp_path / "style" / "README.md").read_text()
+    assert f"`{class_folders}`" in (tmp_path / "whole" / "README.md").read_text()
 
-
-def test_a_damaged_image_is_an_error_or_left_out_and_counted(run_dsi, class_folders, tmp_path, capsys):
     for path in list(class_folders.glob("*/*.jpg"))[:2]:
         path.write_bytes(path.read_bytes()[:200])
-    flags = {"dataset_name": None, "train_dir": class_folders}
+    flags["output_dir"] = tmp_path / "style"
     with pytest.raises(UserError, match="row .*, column 'image': damaged .*--skip_bad_images"):
         run_dsi(**flags)
     assert not (tmp_path / "style").exists()
@@ -266,22 +266,12 @@ def test_a_damaged_image_is_an_error_or_left_out_and_counted(run_dsi, class_fold
 
 
 def test_prompts_come_from_files_and_class_names_are_corrected(run_dsi, monkeypatch, tmp_path):
-    prompts = []
-    original = train_dsi.prepare_prompts
-
-    def prepare(tokenizers, *args):
-        nouns, prompt_ids = original(tokenizers, *args)
-        prompts.extend(tokenizers[0].decode(ids[0], skip_special_tokens=True) for ids in prompt_ids.training)
-        return nouns, prompt_ids
-
-    monkeypatch.setattr(train_dsi, "prepare_prompts", prepare)
+    prompts, check = [], token.check_prompt_lengths
+    monkeypatch.setattr(token, "check_prompt_lengths", lambda *args: (prompts.extend(args[1]), check(*args)))
     (tmp_path / "names.yaml").write_text("blue-stripe: band of blue\n")
     (tmp_path / "templates.txt").write_text("# more\n{class} by {token}\n")
     run_dsi(class_names_file=tmp_path / "names.yaml", prompt_templates_file=tmp_path / "templates.txt")
-    assert [prompt.replace(" ", "") for prompt in prompts[2::3]] == [
-        "abandofbluephotointhestyleof<dsi-style>",
-        "bandofblueby<dsi-style>",
-    ]
+    assert prompts[2::3] == ["A band of blue photo in the style of <dsi-style>", "band of blue by <dsi-style>"]
     record = read_record(tmp_path / "style" / "dsi_config.json")
     assert record["prompt_nouns"] == ["red square", "green circle", "band of blue"]
     assert record["prompt_templates"] == ["A {class} photo in the style of {token}", "{class} by {token}"]
@@ -298,38 +288,30 @@ def test_plain_textual_inversion_has_no_class_names_and_can_be_generated_with(ru
     assert template == "A {class} photo in the style of {token}"
 
 
-def test_the_before_after_picture_has_a_row_each_and_is_drawn_on_the_way(run_dsi, monkeypatch, tmp_path):
-    from utils.style import pictures
-
+def test_the_picture_is_drawn_on_the_way_and_is_what_a_pipeline_draws_from_the_saved_token(
+    run_dsi, tiny_pipeline_dir, monkeypatch, tmp_path
+):
     drawn = []
-    monkeypatch.setattr(pictures, "draw_rows", lambda path, rows, titles: drawn.append((path, rows, titles)))
-    run_dsi(max_train_steps=4, validation_steps=2, num_validation_images=2, learning_rate=0.5)
-    assert len(drawn) == 2
-    path, rows, titles = drawn[1]
-    assert path.name == "style.png"
-    assert titles == ["red square", "blue-stripe"]
-    assert {name: len(images) for name, images in rows.items()} == {"real": 2, "without token": 2, "with token": 2}
-    as_arrays = {name: np.stack([np.asarray(image, dtype=int) for image in images]) for name, images in rows.items()}
-    assert np.array_equal(as_arrays["without token"], np.stack([np.asarray(i) for i in drawn[0][1]["without token"]]))
-    assert np.abs(as_arrays["with token"] - as_arrays["without token"]).max() > 0
-    before = np.stack([np.asarray(image, dtype=int) for image in drawn[0][1]["with token"]])
-    assert np.abs(as_arrays["with token"] - before).max() > 0  # the token has moved
+    monkeypatch.setattr(monitor, "draw_rows", lambda path, rows, titles: drawn.append((path, rows, titles)))
+    flags = {"max_train_steps": 4, "validation_steps": 2, "num_validation_images": 2}
+    run_dsi(**flags, num_vectors=2, learning_rate=0.5)
+    assert [(path.name, titles) for path, _, titles in drawn] == [("style.png", ["red square", "blue-stripe"])] * 2
+    first, last = ({name: np.stack(images).astype(int) for name, images in rows.items()} for _, rows, _ in drawn)
+    assert {name: len(images) for name, images in last.items()} == {"real": 2, "without token": 2, "with token": 2}
+    assert np.array_equal(first["without token"], last["without token"])
+    assert np.abs(last["with token"] - last["without token"]).max() > 0
+    assert np.abs(last["with token"] - first["with token"]).max() > 0  # the token has moved
 
-
-def test_the_picture_is_what_a_pipeline_draws_from_the_saved_token(run_dsi, tiny_pipeline_dir, monkeypatch, tmp_path):
-    from diffusers import DPMSolverMultistepScheduler
-
-    from utils.style import pictures
-
-    drawn = []
-    monkeypatch.setattr(pictures, "draw_rows", lambda path, rows, titles: drawn.append(rows))
-    run_dsi(num_validation_images=1, learning_rate=0.5)
+    embeds = load_file(tmp_path / "style" / "learned_embeds.safetensors")
+    assert {name: (rows.dtype, rows.shape) for name, rows in embeds.items()} == {
+        "<dsi-style>": (torch.float32, (2, 16))
+    }
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.load_textual_inversion(tmp_path / "style")
     image = pipe("A red square photo in the style of <dsi-style>", generator=torch.Generator().manual_seed(0),
                  num_inference_steps=25, guidance_scale=3.0, height=32, width=32).images[0]  # fmt: skip
-    assert np.abs(np.asarray(image, dtype=int) - np.asarray(drawn[0]["with token"][0])).max() <= 1
+    assert np.abs(np.asarray(image, dtype=int) - last["with token"][0]).max() <= 1
 
 
 def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
@@ -355,7 +337,10 @@ def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
         ({"pretrained_model_name_or_path": "./nowhere"}, "--pretrained_model_name_or_path ./nowhere: neither"),
         ({"label_column_name": "colour"}, "--label_column_name colour: not in"),
         ({"placeholder_token": "style</w>"}, "--placeholder_token style</w>: the tokenizer has"),
-        ({"initializer_token": "two words"}, "--initializer_token two words: is .* tokens"),
+        ({"placeholder_token": "my style token"}, "the tokenizer does not find it in a prompt"),
+        ({"placeholder_token": ""}, "the tokenizer does not find it in a prompt"),
+        ({"initializer_token": "two words"}, "--initializer_token two words: is .* tokens, must be one"),
+        ({"initializer_token": ""}, "is 0 tokens"),
         ({"prompt_templates": "a {class}"}, "--prompt_templates 'a {class}': has no {token}"),
         ({"prompt_templates": "a {token}"}, "--prompt_templates 'a {token}': has no {class}"),
         (
@@ -378,10 +363,10 @@ def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_before_anything_loads_or_is_written(run_dsi, flags, message, tmp_path, monkeypatch):
-    called = spy_on_loading(monkeypatch)
+    loaded = spy_on_loading(monkeypatch)
     with pytest.raises(UserError, match=message):
         run_dsi(**flags)
-    assert called == []
+    assert loaded == []
     assert not (tmp_path / "style").exists()
 
 
@@ -423,7 +408,9 @@ def test_a_finished_token_is_not_overwritten_unasked(run_dsi, tmp_path, capsys):
     with pytest.raises(UserError, match="initializer_token was style"):
         run_dsi(initializer_token="s")
     assert (tmp_path / "style" / "learned_embeds.safetensors").read_bytes() == before
+    (tmp_path / "style" / "style.png").touch()
     run_dsi(seed=5, overwrite_output_dir=True)
+    assert not (tmp_path / "style" / "style.png").exists()  # of the token that was replaced
     assert (tmp_path / "style" / "learned_embeds.safetensors").read_bytes() != before
 
 

@@ -5,11 +5,17 @@ import PIL.Image
 import pytest
 from huggingface_hub import ModelCard
 
+from utils.comparison.grid import Row
 from utils.comparison.report import plot_comparison, print_comparison, write_markdown
-from utils.comparison.statistics import Row, describe_findings, pack_correct, stack_correct, summarise
+from utils.comparison.statistics import describe_findings, pack_correct, stack_correct, summarise
 from utils.transfer.methods import StageSettings
 
-VANILLA = Row("vanilla_matched")
+
+def row(label, volume=None) -> Row:
+    return Row(label, label, "dsi", volume)
+
+
+VANILLA = row("vanilla_matched")
 COSTS = {"stage1_steps": 90, "stage1_images_seen": 2880, "stage1_seconds": 2.5, "stage1_gpu_hours": 0.25}
 
 
@@ -19,10 +25,10 @@ def compare(methods=("vanilla_matched", "mix", "bridged"), shots=(1, 4), volumes
     results, accuracy = {}, 0.3
     for method in methods:
         for volume in volumes if not method.startswith("vanilla") else [None]:
-            results[Row(method, volume)] = {}
+            results[row(method, volume)] = {}
             for num_shots in shots:
                 accuracy += 0.01
-                results[Row(method, volume)][num_shots] = [
+                results[row(method, volume)][num_shots] = [
                     pack_correct(rng.random(200) < accuracy) | COSTS for _ in range(num_seeds)
                 ]
     return results

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from utils.comparison.grid import Row
 from utils.comparison.statistics import (
-    Row,
     describe_findings,
     mean_costs,
     pack_correct,
@@ -13,7 +13,12 @@ from utils.comparison.statistics import (
     unpack_correct,
 )
 
-VANILLA, BRIDGED, MIX = Row("vanilla_matched"), Row("bridged"), Row("mix")
+
+def row(label, volume=None) -> Row:
+    return Row(label, label, "dsi", volume)
+
+
+VANILLA, BRIDGED, MIX = row("vanilla_matched"), row("bridged"), row("mix")
 
 
 def runs(accuracy, num_seeds=3, num_images=400, seed=0):
@@ -116,7 +121,7 @@ def test_costs_are_those_of_all_stages_averaged_over_seeds():
     [(0.9, "gains at 1 shot (+40.0"), (0.1, "loses at 1 shot (-40.0"), (0.51, "makes no clear difference at")],
 )
 def test_the_first_sentence_says_what_bridging_did_also_when_it_loses(accuracy, verdict):
-    correct = {VANILLA: {1: runs(0.5)}, BRIDGED: {1: runs(accuracy)}, Row("bridged_keep"): {1: runs(0.95)}}
+    correct = {VANILLA: {1: runs(0.5)}, BRIDGED: {1: runs(accuracy)}, row("bridged_keep"): {1: runs(0.95)}}
     first, second = describe_findings(correct, VANILLA)
     assert first.startswith("Over 3 seeds, in points of accuracy [95 % interval] over vanilla_matched: bridged ")
     assert verdict in first
@@ -132,7 +137,7 @@ def test_findings_group_the_shot_counts_by_what_happened():
 
 
 def test_findings_say_when_another_method_beats_the_best_bridged_one():
-    keep, alone = Row("bridged_keep"), Row("synthetic_only")
+    keep, alone = row("bridged_keep"), row("synthetic_only")
     correct = {VANILLA: {1: runs(0.2)}, BRIDGED: {1: runs(0.3)}, keep: {1: runs(0.6)}, MIX: {1: runs(0.95)},
                alone: {1: runs(0.5)}}  # fmt: skip
     *_, last = describe_findings(correct, VANILLA)
@@ -142,7 +147,7 @@ def test_findings_say_when_another_method_beats_the_best_bridged_one():
 
 
 def test_findings_with_volumes_speak_of_the_largest_and_of_what_it_adds():
-    correct = {VANILLA: {1: runs(0.2)}, Row("bridged", 500): {1: runs(0.3)}, Row("bridged", 3000): {1: runs(0.8)}}
+    correct = {VANILLA: {1: runs(0.2)}, row("bridged", 500): {1: runs(0.3)}, row("bridged", 3000): {1: runs(0.8)}}
     first, last = describe_findings(correct, VANILLA)
     assert "bridged gains at 1 shot (+60.0 [" in first
     assert last.startswith("bridged, 3000 synthetic images a class in place of 500: gains at 1 shot (+50.0 [")
@@ -158,7 +163,7 @@ def test_one_seed_is_called_a_single_run():
 def test_findings_name_what_is_missing():
     assert "nothing to compare" in describe_findings({BRIDGED: {1: runs(0.5)}}, None)[0]
     assert "No bridged method" in describe_findings({VANILLA: {1: runs(0.5)}, MIX: {1: runs(0.6)}}, VANILLA)[0]
-    plain = Row("vanilla")
+    plain = row("vanilla")
     correct = {plain: {1: runs(0.5)}, BRIDGED: {1: runs(0.6)}}
     assert "over vanilla, which took fewer steps:" in describe_findings(correct, plain)[0]
 

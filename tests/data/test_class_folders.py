@@ -15,8 +15,8 @@ from utils.data.image_set import RealImagesRecord
 from utils.data.opened_images import inspect_images
 from utils.data.real_images import load_real_images
 from utils.style.latents import _load_batches
-from utils.transfer.image_datasets import EvalImages
-from utils.transfer.image_transforms import open_image
+from utils.transfer.augmentation import open_image
+from utils.transfer.image_format import EvalImages
 
 
 @pytest.fixture

@@ -24,10 +24,9 @@ from utils.style.base_models import BaseModel
 from utils.style.card import write_token_card
 from utils.synthesis.card import write_dataset_card
 from utils.transfer.adapters import LoraSettings, add_adapter, save_merged
-from utils.transfer.card import write_model_card
 from utils.transfer.classifiers import load_classifier, load_image_processor
 from utils.transfer.methods import HEAD_INITS, METHODS, StageSettings, plan_stages
-from utils.transfer.report import add_totals
+from utils.transfer.report import add_totals, write_model_card
 
 pytest_plugins = ["tests.transfer.fixtures"]
 

@@ -6,7 +6,7 @@ import pytest
 
 import train_dsi
 from tests.conftest import blank_figures
-from utils.style import health
+from utils.style import monitor
 
 NUM_TIMESTEPS = 2  # at which the loss is measured
 
@@ -18,7 +18,7 @@ def run_dsi(tiny_pipeline_dir, real_images_dir, tmp_path, monkeypatch):
     What takes longer than a tiny model's training is cut short: the loss is measured at two timesteps, and figures are
     drawn only with `draws_figures`.
     """
-    monkeypatch.setattr(health, "NUM_TIMESTEPS", NUM_TIMESTEPS)
+    monkeypatch.setattr(monitor, "NUM_TIMESTEPS", NUM_TIMESTEPS)
 
     def run(draws_figures=False, **flags):
         options = {

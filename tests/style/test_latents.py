@@ -87,8 +87,8 @@ def start_child(tmp_path, tiny_pipeline_dir, images):
         child.kill()
 
 
-def make_cache(cache_dir, num_images=NUM_IMAGES) -> LatentCache:
-    return LatentCache(cache_dir, [str(row) for row in range(num_images)], 32, "tiny", 2)
+def make_cache(cache_dir, vae_identity="tiny") -> LatentCache:
+    return LatentCache(cache_dir, [str(row) for row in range(NUM_IMAGES)], 32, vae_identity, 2)
 
 
 def encode_missing(cache, vae, images, rank=0, num_parts=1, show_progress=False):
@@ -130,29 +130,24 @@ def test_latents_of_every_image_and_copy_are_what_the_vae_gives(whole_cache, vae
     assert not torch.equal(latents.sample(indices, torch.zeros(NUM_IMAGES).long(), noise), drawn)
 
 
-def test_a_second_run_finds_nothing_missing_and_needs_no_vae(whole_cache, images, caplog):
-    again = make_cache(whole_cache.folder.parent)
-    assert again.missing_shards() == []
-    again.encode(None, images, [0, 1, 2], show_progress=False)  # as when another run was faster
-    assert caplog.text == ""
-
-
 @pytest.mark.parametrize("num_parts", [2, 3, 5])
 def test_any_number_of_processes_writes_the_same_bytes_and_any_other_reads_them(
-    whole_cache, vae, images, tmp_path, num_parts
+    whole_cache, vae, images, tmp_path, caplog, num_parts
 ):
     cache = make_cache(tmp_path)
     for rank in reversed(range(num_parts)):
         encode_missing(cache, vae, images, rank, num_parts)
     assert list(read_shards(cache)) == SHARDS
     assert read_shards(cache) == read_shards(whole_cache)
-    assert [cache.missing_shards(rank, 4) for rank in range(4)] == [[]] * 4
-
-
-def test_each_process_has_its_own_part_of_the_missing_shards(tmp_path, caplog):
-    cache = make_cache(tmp_path, num_images=7 * IMAGES_PER_SHARD)
-    assert [cache.missing_shards(rank, 3) for rank in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
+    again = make_cache(tmp_path)
+    assert [again.missing_shards(rank, 4) for rank in range(4)] == [[]] * 4
+    again.encode(None, images, [0, 1, 2], show_progress=False)  # as when another run was faster
     assert caplog.text == ""  # absent is not damaged
+
+
+def test_each_process_has_its_own_part_of_the_missing_shards(tmp_path):
+    cache = LatentCache(tmp_path, [str(row) for row in range(7 * IMAGES_PER_SHARD)], 32, "tiny", 2)
+    assert [cache.missing_shards(rank, 3) for rank in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
 
 
 def flip_bit(contents: bytes, place: int) -> bytes:
@@ -202,24 +197,21 @@ def test_a_damaged_shard_is_named_and_encoded_again(whole_cache, vae, images, tm
 def test_a_whole_shard_in_another_ones_place_is_damage(whole_cache, tmp_path):
     cache = copy_cache(whole_cache, tmp_path / "copy")
     shutil.copy(cache.folder / SHARDS[0], cache.folder / SHARDS[1])
-    other_vae = LatentCache(tmp_path / "copy", [str(row) for row in range(NUM_IMAGES)], 32, "other", 2)
+    other_vae = make_cache(tmp_path / "copy", "other")
     shutil.copytree(whole_cache.folder, other_vae.folder)
     assert cache.missing_shards() == [1]
     assert other_vae.missing_shards() == [0, 1, 2]
 
 
-def test_opening_with_a_shard_missing_is_an_error_that_names_it(whole_cache, tmp_path):
-    cache = copy_cache(whole_cache, tmp_path / "copy")
-    (cache.folder / SHARDS[2]).unlink()
-    with pytest.raises(RuntimeError, match=f"a shard is missing.*{SHARDS[2]}"):
-        cache.open()
-
-
-def test_opened_latents_survive_pickling_without_taking_the_data_along(whole_cache):
+def test_opened_latents_survive_pickling_without_their_data_and_a_missing_shard_is_named(whole_cache, tmp_path):
     latents, indices = whole_cache.open(), torch.arange(NUM_IMAGES)
     pickled = pickle.dumps(latents)
     assert len(pickled) < 2_000
     assert torch.equal(pickle.loads(pickled).mean(indices), latents.mean(indices))
+    cache = copy_cache(whole_cache, tmp_path / "copy")
+    (cache.folder / SHARDS[2]).unlink()
+    with pytest.raises(RuntimeError, match=f"a shard is missing.*{SHARDS[2]}"):
+        cache.open()
 
 
 def test_the_key_differs_with_each_thing_that_decides_the_latents(monkeypatch):
@@ -246,8 +238,17 @@ def test_progress_counts_images_and_the_folder_says_what_it_is(vae, images, tmp_
     assert json.loads((cache.folder / "latents.json").read_text()) == facts
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(whole_cache, vae, images, tmp_path, monkeypatch):
+def test_what_cannot_be_written_is_one_line_and_leaves_nothing_half_written(
+    whole_cache, vae, images, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--latent_cache_dir .*/file: cannot be written"):
+        encode_missing(make_cache(tmp_path / "file"), vae, images)
+    broken = copy.deepcopy(vae)
+    broken.quant_conv.bias.data[0] = torch.nan
     cache = make_cache(tmp_path)
+    with pytest.raises(UserError, match="--pretrained_model_name_or_path: .* not finite"):
+        encode_missing(cache, broken, images)
 
     def fill(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -260,21 +261,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(whole_cache, va
     assert temporaries(cache) == []
     encode_missing(cache, vae, images)
     assert read_shards(cache) == read_shards(whole_cache)
-
-
-def test_a_cache_dir_that_is_a_file_is_an_error(vae, images, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--latent_cache_dir .*/file: cannot be written"):
-        encode_missing(make_cache(tmp_path / "file"), vae, images)
-
-
-def test_latents_that_are_not_finite_are_an_error_and_not_kept(vae, images, tmp_path):
-    broken = copy.deepcopy(vae)
-    broken.quant_conv.bias.data[0] = torch.nan
-    cache = make_cache(tmp_path)
-    with pytest.raises(UserError, match="--pretrained_model_name_or_path: .* not finite"):
-        encode_missing(cache, broken, images)
-    assert read_shards(cache) == {}
 
 
 @pytest.mark.parametrize("other_run_dies", [False, True])

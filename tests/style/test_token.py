@@ -1,67 +1,95 @@
 import pytest
 import torch
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file
 
 from utils.cli.errors import UserError
+from utils.style.base_models import open_base_model
 from utils.style.token import (
+    Denoiser,
+    PromptEncoder,
+    PromptIds,
     add_placeholder_tokens,
     check_prompt_lengths,
-    load_learned_embeds,
     norm_in_vocabulary,
     save_learned_embeds,
-    splice_style_token,
 )
 
-
-@pytest.fixture
-def encoder_and_tokenizer(tiny_pipeline_dir):
-    tokenizer = CLIPTokenizer.from_pretrained(tiny_pipeline_dir, subfolder="tokenizer")
-    return CLIPTextModel.from_pretrained(tiny_pipeline_dir, subfolder="text_encoder"), tokenizer
+PROMPT = "a bag in <s> of red"
+WORDS = ("<s>", "<s>_1", "<s>_2")
 
 
-def encode(text_encoder, tokenizer, text):
-    return text_encoder(tokenizer(text, return_tensors="pt").input_ids)[0]
+def spliced(folder, num_vectors=1):
+    """Return a prompt encoder with untrained rows, and the tokenizers."""
+    base_model = open_base_model(str(folder), "--model")
+    tokenizers = base_model.load_tokenizers()
+    initializer_ids = add_placeholder_tokens(tokenizers, "<s>", num_vectors, "style")
+    return PromptEncoder(
+        base_model.load_text_encoders(torch.float32), tokenizers, num_vectors, initializer_ids
+    ), tokenizers
 
 
-def test_a_spliced_token_starts_as_its_initializer_and_changes_no_other_prompt(encoder_and_tokenizer):
-    text_encoder, tokenizer = encoder_and_tokenizer
-    plain, by_word = encode(text_encoder, tokenizer, "a bag"), encode(text_encoder, tokenizer, "a style")
-    [initializer_id] = add_placeholder_tokens([tokenizer], "<s>", 1, "style")
-    splice_style_token(text_encoder, tokenizer, 1, initializer_id)
-    assert torch.equal(encode(text_encoder, tokenizer, "a bag"), plain)
-    # the last position is the end token: the placeholder's own id does not leak into it
-    assert torch.equal(encode(text_encoder, tokenizer, "a <s>"), by_word)
+def with_random_rows(encoder):
+    torch.manual_seed(1)
+    for rows in encoder.rows:
+        rows.data.normal_()
+    return encoder
 
 
-def test_training_moves_the_tokens_rows_and_nothing_else(encoder_and_tokenizer):
-    text_encoder, tokenizer = encoder_and_tokenizer
-    [initializer_id] = add_placeholder_tokens([tokenizer], "<s>", 2, "style")
-    embedding = splice_style_token(text_encoder, tokenizer, 2, initializer_id)
-    before = {name: value.clone() for name, value in text_encoder.state_dict().items()}
-    trainable = [parameter for parameter in text_encoder.parameters() if parameter.requires_grad]
-    assert [tuple(parameter.shape) for parameter in trainable] == [(2, 16)]
-    optimizer = torch.optim.AdamW(trainable, lr=0.1)
-    encode(text_encoder, tokenizer, "a bag in <s> <s>_1").square().sum().backward()
-    optimizer.step()
-    changed = [name for name, value in text_encoder.state_dict().items() if not torch.equal(value, before[name])]
-    assert len(changed) == 1
-    assert changed[0].endswith("token_embedding.rows")
-    assert not torch.equal(embedding.rows[0], embedding.rows[1])
+def prompt_ids(tokenizers, *prompts):
+    return PromptIds.tokenize(tokenizers, list(prompts), ["a", "b"], "cpu")
 
 
-def test_the_trained_rows_stay_float32_in_a_half_precision_encoder(encoder_and_tokenizer):
-    text_encoder, tokenizer = encoder_and_tokenizer
-    text_encoder.to(torch.bfloat16)
-    [initializer_id] = add_placeholder_tokens([tokenizer], "<s>", 1, "style")
-    embedding = splice_style_token(text_encoder, tokenizer, 1, initializer_id)
-    assert embedding.rows.dtype == torch.float32
-    assert embedding(torch.tensor([[0, len(tokenizer) - 1]])).dtype == torch.bfloat16
+def test_a_spliced_token_starts_as_its_initializer_and_changes_no_other_prompt(tiny_pipeline_dir):
+    encoder, tokenizers = spliced(tiny_pipeline_dir)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+    for prompt, same in (("a bag", "a bag"), ("a <s>", "a style")):
+        ours = encoder(prompt_ids(tokenizers, prompt).training)["encoder_hidden_states"]
+        assert torch.equal(ours, pipe.encode_prompt(same, "cpu", 1, False)[0])
 
 
-def test_the_norm_is_compared_with_the_vocabularys(encoder_and_tokenizer):
-    text_encoder, tokenizer = encoder_and_tokenizer
-    [initializer_id] = add_placeholder_tokens([tokenizer], "<s>", 1, "style")
-    embedding = splice_style_token(text_encoder, tokenizer, 1, initializer_id)
+@pytest.mark.parametrize("num_vectors", [1, 3])
+def test_prompts_are_encoded_as_by_the_pipeline_that_loads_the_token(tiny_pipeline_dir, tmp_path, num_vectors):
+    encoder, tokenizers = spliced(tiny_pipeline_dir, num_vectors)
+    save_learned_embeds(tmp_path, "<s>", with_random_rows(encoder).rows)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+    pipe.load_textual_inversion(tmp_path)
+    ours = encoder(prompt_ids(tokenizers, PROMPT.replace("<s>", " ".join(WORDS[:num_vectors]))).training)
+    theirs, _ = pipe.encode_prompt(PROMPT, "cpu", 1, False)
+    assert torch.equal(ours["encoder_hidden_states"], theirs)
+
+
+@pytest.mark.parametrize("num_vectors", [1, 2])
+def test_xl_prompts_are_encoded_as_by_the_pipeline_that_loads_both_tokens(tiny_xl_pipeline_dir, tmp_path, num_vectors):
+    encoder, tokenizers = spliced(tiny_xl_pipeline_dir, num_vectors)
+    embeds = load_file(save_learned_embeds(tmp_path, "<s>", with_random_rows(encoder).rows))
+    shapes = {name: tuple(rows.shape) for name, rows in embeds.items()}
+    assert shapes == {"clip_l": (num_vectors, 16), "clip_g": (num_vectors, 24)}
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_xl_pipeline_dir)
+    # the two lines of the card
+    pipe.load_textual_inversion(embeds["clip_l"], "<s>", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
+    pipe.load_textual_inversion(embeds["clip_g"], "<s>", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
+    ours = encoder(prompt_ids(tokenizers, PROMPT.replace("<s>", " ".join(WORDS[:num_vectors]))).training)
+    theirs, _, pooled, _ = pipe.encode_prompt(PROMPT, device="cpu", do_classifier_free_guidance=False)
+    assert torch.equal(ours["encoder_hidden_states"], theirs)
+    assert torch.equal(ours["text_embeds"], pooled)
+
+
+def test_distinct_prompts_are_encoded_once_and_come_back_in_order(tiny_xl_pipeline_dir):
+    encoder, tokenizers = spliced(tiny_xl_pipeline_dir)
+    ids = prompt_ids(tokenizers, "a <s>", "b <s>", "<s> a", "<s> b")  # two templates of two classes
+    sizes = []
+    encoder.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    denoiser = Denoiser(None, None, None, encoder, ids, 32, torch.float32)
+    conditioning = denoiser.encode_distinct(torch.tensor([1, 0, 1, 0]), torch.tensor([1, 0, 1, 0]))
+    assert sizes == [2]
+    expected = encoder(ids.training[[3, 0, 3, 0]])
+    for name, value in conditioning.items():
+        assert torch.allclose(value, expected[name], atol=1e-6)
+
+
+def test_the_norm_is_compared_with_the_vocabularys(tiny_pipeline_dir):
+    [embedding] = spliced(tiny_pipeline_dir)[0].style_tokens
     embedding.table.weight.data = torch.arange(1.0, 102.0)[:, None] * torch.eye(16)[0]  # norms 1 to 101
     embedding.rows.data.fill_(2.0)
     figures = norm_in_vocabulary(embedding)
@@ -70,32 +98,8 @@ def test_the_norm_is_compared_with_the_vocabularys(encoder_and_tokenizer):
     assert figures["vocabulary_5_50_95"] == pytest.approx([6.0, 51.0, 96.0])
 
 
-def test_learned_embeds_are_read_in_the_order_of_the_encoders(tmp_path):
-    one, two = torch.ones(2, 4), torch.zeros(2, 6)
-    assert torch.equal(load_learned_embeds(save_learned_embeds(tmp_path, "<s>", [one]))[0], one)
-    both = load_learned_embeds(save_learned_embeds(tmp_path, "<s>", [one, two]))
-    assert [rows.shape for rows in both] == [(2, 4), (2, 6)]
-
-
-def test_a_prompt_that_would_be_cut_is_an_error_that_shows_what_is_left(encoder_and_tokenizer):
-    tokenizer = encoder_and_tokenizer[1]
-    check_prompt_lengths([tokenizer], ["x " * 75])
+def test_a_prompt_that_would_be_cut_is_an_error_that_shows_what_is_left(tiny_pipeline_dir):
+    tokenizers = open_base_model(str(tiny_pipeline_dir), "--model").load_tokenizers()
+    check_prompt_lengths(tokenizers, ["x " * 75])
     with pytest.raises(UserError, match="is 78 tokens, the text encoder takes 77 and would see 'x x"):
-        check_prompt_lengths([tokenizer], ["x " * 76])
-
-
-@pytest.mark.parametrize(
-    ("placeholder", "initializer", "message"),
-    [
-        ("style</w>", "style", "has style</w> already"),
-        ("<s>", "zebra crossing", "must be one"),
-        ("<s>", "", "is 0 tokens"),
-        ("my style token", "style", "does not find it in a prompt"),
-        ("", "style", "does not find it in a prompt"),
-    ],
-)
-def test_a_taken_placeholder_or_a_long_initializer_is_an_error(
-    encoder_and_tokenizer, placeholder, initializer, message
-):
-    with pytest.raises(UserError, match=message):
-        add_placeholder_tokens([encoder_and_tokenizer[1]], placeholder, 1, initializer)
+        check_prompt_lengths(tokenizers, ["x " * 76])

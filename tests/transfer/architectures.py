@@ -1,5 +1,7 @@
 """Real architectures of transformers and timm at tiny size, with random weights."""
 
+import transformers
+
 SQUARE, SHORTEST_EDGE = {"height": 32, "width": 32}, {"shortest_edge": 32}
 TRANSFORMER = {"hidden_size": 16, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 CONVOLUTIONAL = {"hidden_sizes": [8, 16], "depths": [1, 1]}
@@ -43,33 +45,27 @@ HEADS = {
 }  # fmt: skip
 
 
-def save_native(folder, family: str, sizes: dict, processor: str, size: dict) -> None:
-    import transformers
-
-    config = getattr(transformers, f"{family}Config")(**sizes, num_labels=7)
-    getattr(transformers, f"{family}ForImageClassification")(config).save_pretrained(folder)
-    getattr(transformers, f"{processor}ImageProcessor")(size=size, crop_size=SQUARE).save_pretrained(folder)
-
-
 def save_timm(folder, architecture: str, model_args: dict | None) -> None:
-    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
-
     pretrained_cfg = {
         "input_size": [3, 32, 32], "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0,
     }  # fmt: skip
-    config = TimmWrapperConfig(
-        architecture=architecture,
-        pretrained_cfg=pretrained_cfg,
-        model_args=model_args,
-        num_labels=7,
+    config = transformers.TimmWrapperConfig(
+        architecture=architecture, pretrained_cfg=pretrained_cfg, model_args=model_args, num_labels=7,
         initializer_range=0.15,
-    )
-    TimmWrapperForImageClassification(config).save_pretrained(folder)
+    )  # fmt: skip
+    transformers.TimmWrapperForImageClassification(config).save_pretrained(folder)
+
+
+def save_native(folder, family: str, sizes: dict, processor: str, settings: dict) -> None:
+    config = getattr(transformers, f"{family}Config")(**sizes, num_labels=7)
+    getattr(transformers, f"{family}ForImageClassification")(config).save_pretrained(folder)
+    getattr(transformers, f"{processor}ImageProcessor")(**settings).save_pretrained(folder)
 
 
 def save_architecture(folder, name: str) -> None:
     """Write a checkpoint with seven classes and its image processor."""
-    if name in NATIVE:
-        save_native(folder, *NATIVE[name])
-    else:
+    if name in TIMM:
         save_timm(folder, *TIMM[name])
+    else:
+        *model, size = NATIVE[name]
+        save_native(folder, *model, {"size": size, "crop_size": SQUARE})

@@ -1,14 +1,43 @@
-import io
+"""What training sees: crops and colours as torchvision makes them, drawn from (seed, epoch, index), streams divided."""
 
+import io
+import itertools
+
+import datasets
 import numpy as np
 import pytest
 import torch
+from datasets import load_dataset
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
+from transformers import TrainingArguments
 
-from utils.transfer.augmentation import NOISE_SIGMA, BatchAugmentation, adjust_colours, draw_colours, mix_up, sharpen
-from utils.transfer.image_transforms import CropAndFlip, ImageFormat, decode_for_crop
+from tests.conftest import CLASS_NAMES
+from utils.cli.errors import UserError
+from utils.transfer.augmentation import (
+    NOISE_SIGMA,
+    BatchAugmentation,
+    CropAndFlip,
+    StreamedTrainImages,
+    TrainImages,
+    TrainItems,
+    adjust_colours,
+    decode_for_crop,
+    draw_colours,
+    mix_up,
+    sharpen,
+)
+from utils.transfer.classifiers import load_classifier, load_image_processor
+from utils.transfer.fine_tuning import fine_tune
+from utils.transfer.image_format import ImageFormat
+from utils.transfer.methods import StagePlan, StageSettings
+from utils.transfer.stage import Pretrained, run_stage
+from utils.transfer.synthetic_images import load_synthetic, open_synthetic
 
+pytest_plugins = ["tests.transfer.fixtures"]
+
+NUM_ROWS = 24
 FORMAT = ImageFormat((24, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear")
 ADJUST = (v2.functional.adjust_brightness, v2.functional.adjust_contrast, v2.functional.adjust_saturation)
 
@@ -104,18 +133,16 @@ def test_mixup_mixes_images_and_labels_with_the_same_weight():
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest", "lanczos"])
 def test_a_crop_is_torchvisions_of_the_decoded_image(interpolation):
-    image_format = ImageFormat((24, 32), FORMAT.mean, FORMAT.std, interpolation)
-    crop = CropAndFlip(image_format, "robust")
-    pixels = crop(random_photo(60, 40, "png"), np.random.default_rng(3))
+    crop = CropAndFlip(ImageFormat((24, 32), FORMAT.mean, FORMAT.std, interpolation), "robust")
+    photo = random_photo(60, 40, "png")
+    pixels = crop(photo, np.random.default_rng(3))
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, 24, 32)
     rng = np.random.default_rng(3)
     torch.manual_seed(int(rng.integers(2**63)))
     expected = v2.RandomResizedCrop((24, 32), scale=(0.6, 1.0), interpolation=crop.interpolation)(
-        v2.functional.pil_to_tensor(random_photo(60, 40, "png"))
-        if interpolation != "lanczos"
-        else random_photo(60, 40, "png").convert("RGB")
+        photo.convert("RGB") if interpolation == "lanczos" else v2.functional.pil_to_tensor(photo)
     )
-    expected = expected if isinstance(expected, torch.Tensor) else v2.functional.pil_to_tensor(expected)
+    expected = v2.functional.pil_to_tensor(expected) if interpolation == "lanczos" else expected
     assert torch.equal(pixels, expected.flip(-1) if rng.random() < 0.5 else expected)
 
 
@@ -126,51 +153,47 @@ def test_single_pixels_are_taken_from_the_whole_jpeg():
     assert torch.equal(*same)
 
 
-def test_half_of_the_crops_are_mirrored_and_all_differ():
-    image = Image.fromarray(np.repeat(np.linspace(0, 255, 60, dtype=np.uint8)[None, :, None], 40, 0).repeat(3, 2))
-    crop = CropAndFlip(FORMAT, "basic")
-    crops = [crop(image, np.random.default_rng([1, index])) for index in range(200)]
-    mirrored = np.mean([int(pixels[0, 0, 0]) > int(pixels[0, 0, -1]) for pixels in crops])
-    assert mirrored == pytest.approx(0.5, abs=0.1)
-    assert len({pixels.numpy().tobytes() for pixels in crops}) > 150
-
-
 @pytest.mark.parametrize("augmentation", ["robust", "basic"])
-def test_without_random_flip_no_crop_is_mirrored_and_nothing_else_changes(augmentation):
+def test_half_of_the_crops_are_mirrored_or_none_and_nothing_else_changes(augmentation):
     image = Image.fromarray(np.repeat(np.linspace(0, 255, 60, dtype=np.uint8)[None, :, None], 40, 0).repeat(3, 2))
     with_flip, without = (CropAndFlip(FORMAT, augmentation, random_flip) for random_flip in (True, False))
-    for index in range(60):
+    num_mirrored, different = 0, set()
+    for index in range(200):
         rngs = [np.random.default_rng([1, index]) for _ in range(2)]
-        mirrored, upright = with_flip(image, rngs[0]), without(image, rngs[1])
+        crop, upright = with_flip(image, rngs[0]), without(image, rngs[1])
         assert upright[0, 0, 0] < upright[0, 0, -1]
-        assert torch.equal(upright, mirrored) or torch.equal(upright, mirrored.flip(-1))
+        is_mirrored = bool(crop[0, 0, 0] > crop[0, 0, -1])
+        assert torch.equal(crop, upright.flip(-1) if is_mirrored else upright)
         assert rngs[0].random() == rngs[1].random()
-
-
-@pytest.mark.parametrize("policy", [v2.TrivialAugmentWide, v2.RandAugment])
-def test_no_policy_mirrors(policy):
-    assert not [name for name in policy()._AUGMENTATION_SPACE if "Flip" in name]
+        num_mirrored += is_mirrored
+        different.add(crop.numpy().tobytes())
+    assert num_mirrored == pytest.approx(100, abs=20) and len(different) > 150
 
 
 @pytest.mark.parametrize("augmentation", ["trivialaugment", "randaugment"])
-def test_a_policy_changes_crops_the_same_way_for_the_same_seeds(augmentation):
+def test_a_policy_changes_crops_the_same_way_for_the_same_seeds_and_never_mirrors(augmentation):
     state = torch.get_rng_state()
     image = random_photo(60, 40, "png").convert("RGB")
     with_policy, plain = CropAndFlip(FORMAT, augmentation), CropAndFlip(FORMAT, "basic")
-    crops = [[crop(image, np.random.default_rng([2, index])) for index in range(12)] for crop in (with_policy, plain)]
-    again = [with_policy(image, np.random.default_rng([2, index])) for index in range(12)]
-    assert all(torch.equal(first, second) for first, second in zip(crops[0], again))
-    assert sum(torch.equal(first, second) for first, second in zip(*crops)) < 6
+    first, again, unchanged = (
+        [crop(image, np.random.default_rng([2, index])) for index in range(12)]
+        for crop in (with_policy, with_policy, plain)
+    )
+    assert all(map(torch.equal, first, again))
+    assert sum(map(torch.equal, first, unchanged)) < 6
     assert torch.equal(torch.get_rng_state(), state)
+    assert not [name for name in with_policy.policy._AUGMENTATION_SPACE if "Flip" in name]
 
 
 @pytest.mark.parametrize(("orientation", "size"), [(1, (640, 400)), (6, (400, 640))])
-def test_a_large_jpeg_is_decoded_small_and_its_crop_shows_the_same(orientation, size):
+def test_a_large_jpeg_is_decoded_small_where_its_crop_shows_the_same(orientation, size):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    whole, box = decode_for_crop(random_photo(640, 400, exif=exif), 100, 200, 240, 320, size=(240, 320))
-    small, small_box = decode_for_crop(random_photo(640, 400, exif=exif), 100, 200, 240, 320, size=(50, 70))
-    assert whole.size == size and small.size == (size[0] // 4, size[1] // 4)
+    (whole, box), (small, small_box), (blown_up, _) = (
+        decode_for_crop(random_photo(640, 400, exif=exif), 100, 200, 240, 320, size=wanted)
+        for wanted in ((240, 320), (50, 70), (130, 170))
+    )
+    assert whole.size == blown_up.size == size and small.size == (size[0] // 4, size[1] // 4)
     assert box == ((100, 200, 240, 320) if orientation == 1 else (200, 100, 320, 240))
     crops = [
         v2.functional.resized_crop(v2.functional.pil_to_tensor(image), *place, [50, 50]).float()
@@ -179,6 +202,128 @@ def test_a_large_jpeg_is_decoded_small_and_its_crop_shows_the_same(orientation, 
     assert (crops[0] - crops[1]).abs().mean() < 2
 
 
-def test_a_jpeg_is_decoded_whole_where_a_smaller_one_would_be_blown_up():
-    image, box = decode_for_crop(random_photo(640, 400), 0, 0, 90, 120, size=(50, 70))
-    assert image.size == (640, 400) and box == (0, 0, 90, 120)
+@pytest.fixture(scope="module")
+def processor(classifiers):
+    return load_image_processor(classifiers["vit"])
+
+
+@pytest.fixture(scope="module")
+def images(real_images_dir):
+    return load_dataset(str(real_images_dir), split="train").take(12)
+
+
+@pytest.fixture(scope="module")
+def stream(real_images_dir, tmp_path_factory):
+    """A stream of four files; each row's label is its own number."""
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 s at the end of every epoch, against hanging remote files
+    images = load_dataset(str(real_images_dir), split="train").take(NUM_ROWS).remove_columns("label")
+    images = images.add_column("label", np.arange(NUM_ROWS))
+    folder = tmp_path_factory.mktemp("stream")
+    for shard in range(4):
+        images.shard(4, shard).to_parquet(folder / f"train-{shard:05d}.parquet")
+    return load_dataset(str(folder), split="train", streaming=True)
+
+
+def test_train_images_depend_on_seed_epoch_and_index_only(processor, images):
+    items = TrainItems(processor, mixup_alpha=0.4)
+    first, second = (TrainImages(images, items, seed=3) for _ in range(2))
+    torch.manual_seed(99)
+    second[5]
+    for key, value in first[2].items():
+        assert np.array_equal(value, second[2][key]), key
+    second.set_epoch(1)
+    assert not torch.equal(first[2]["pixel_values"], second[2]["pixel_values"])
+    assert not np.array_equal(first[2]["colours"], second[2]["colours"])
+    assert not np.array_equal(first[2]["colours"], TrainImages(images, items, seed=4)[2]["colours"])
+    assert 0.5 <= first[2]["mixup_weight"] <= 1
+
+
+def test_workers_that_live_on_see_the_next_epoch(processor, images):
+    dataset = TrainImages(images, TrainItems(processor), seed=3)
+    loader = DataLoader(dataset, batch_size=4, num_workers=2, persistent_workers=True)
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        batches = list(loader)
+        expected = torch.stack([dataset[index]["pixel_values"] for index in range(12)])
+        assert torch.equal(torch.cat([batch["pixel_values"] for batch in batches]), expected)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_processes_divide_a_stream_and_see_every_image_once_an_epoch(processor, stream, num_processes):
+    epochs = [[], []]
+    for rank in range(num_processes):
+        dataset = StreamedTrainImages(stream, TrainItems(processor), 0, num_processes, rank)
+        labels = [item["labels"] for item in itertools.islice(dataset, 2 * NUM_ROWS // num_processes)]
+        for epoch, part in zip(epochs, np.array_split(labels, 2)):
+            epoch.extend(part.tolist())
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(NUM_ROWS))
+    assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
+
+
+def test_workers_divide_a_stream_and_make_the_same_batches_again(processor, stream):
+    dataset = StreamedTrainImages(stream, TrainItems(processor), 0, 1, 0)
+    assert dataset.max_workers == 4
+    runs = []
+    for _ in range(2):
+        loader = iter(DataLoader(dataset, batch_size=4, num_workers=2))
+        runs.append([next(loader) for _ in range(2 * NUM_ROWS // 4)])
+        del loader
+    first_epoch = torch.cat([batch["labels"] for batch in runs[0][: NUM_ROWS // 4]])
+    assert sorted(first_epoch.tolist()) == list(range(NUM_ROWS))
+    for first, second in zip(*runs):
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_streamed_image_is_another_in_every_epoch_and_for_every_seed(processor, stream):
+    pixels = [
+        item["pixel_values"].numpy().tobytes()
+        for seed in range(2)
+        for item in itertools.islice(StreamedTrainImages(stream.take(1), TrainItems(processor), seed, 1, 0), 3)
+    ]
+    assert len(set(pixels)) == 6
+
+
+def test_a_stage_trains_on_a_stream_and_goes_on_from_a_checkpoint_exactly(
+    classifiers, processor, synthetic_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    stream = load_synthetic(open_synthetic(str(synthetic_dir)), CLASS_NAMES, streaming=True)
+    options = {"report_to": "none", "disable_tqdm": True, "save_strategy": "steps", "save_steps": 4, "seed": 5}
+    settings = StageSettings(9, 1e-2, mixup_alpha=0.3, per_device_train_batch_size=4)
+    runs = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-4")):
+        model = load_classifier(classifiers["vit"], CLASS_NAMES, True, seed=0)
+        start = {key: value.clone() for key, value in model.state_dict().items()}
+        args = TrainingArguments(output_dir=str(tmp_path), **options)
+        result = fine_tune(model, stream, processor, settings, args, tmp_path, checkpoint=checkpoint)
+        assert (result.num_steps, result.num_images_seen) == (9, 36)
+        runs.append(model.state_dict())
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in start)
+    assert not torch.equal(runs[0]["classifier.weight"], start["classifier.weight"])
+
+
+@pytest.mark.parametrize(("head_init", "batch_norm"), [("imprint", "frozen"), ("reset", "recalibrate")])
+def test_what_needs_all_images_at_once_is_refused_for_a_stream(
+    classifiers, processor, stream, tmp_path, head_init, batch_norm
+):
+    plan = StagePlan("stage1", "synthetic", head_init, StageSettings(1, 1e-2, batch_norm=batch_norm))
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    with pytest.raises(UserError, match="which a stream does not give"):
+        run_stage(plan, None, stream, Pretrained(classifiers["vit"], processor, {}), CLASS_NAMES, args, tmp_path)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_image_in_a_stream_ends_a_stage_in_one_line(classifiers, processor, tmp_path, num_workers):
+    rows = [{"bytes": b"no image", "path": "cat.png"}] * 8
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASS_NAMES)})
+    stream = datasets.Dataset.from_dict({"image": rows, "label": [0] * 8}, features=features).to_iterable_dataset()
+    args = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no",
+        dataloader_num_workers=num_workers,
+    )  # fmt: skip
+    stage = StagePlan("stage1", "synthetic", "reset", StageSettings(2, 1e-3, per_device_train_batch_size=2))
+    with pytest.raises(UserError) as error:
+        pretrained = Pretrained(classifiers["vit"], processor, {})
+        run_stage(stage, None, stream, pretrained, CLASS_NAMES, args, tmp_path / "stage1")
+    assert str(error.value).startswith("--streaming: a synthetic image is damaged (no known image format), number 0 of")
+    assert "file cat.png" in str(error.value) and "Traceback" not in str(error.value)

@@ -1,20 +1,27 @@
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import pipeline
+from transformers import TimmWrapperConfig, pipeline
 
 from tests.conftest import CLASS_NAMES
-from tests.transfer.architectures import HEADS, save_timm
+from tests.transfer.architectures import HEADS, TIMM, save_timm
 from utils.cli.errors import UserError
-from utils.transfer.classifiers import load_classifier, load_image_processor, load_pretrained, save_classifier
-from utils.transfer.heads import head_parameter_names
-from utils.transfer.prediction import predict
+from utils.transfer.classifiers import (
+    default_learning_rates,
+    load_classifier,
+    load_image_processor,
+    load_pretrained,
+    save_classifier,
+)
+from utils.transfer.model_parts import head_parameter_names
 
 pytest_plugins = ["tests.transfer.fixtures"]
 
@@ -22,6 +29,20 @@ pytest_plugins = ["tests.transfer.fixtures"]
 def tensors_of(model) -> dict[str, torch.Tensor]:
     """Return parameters and buffers, also those that no checkpoint holds."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@pytest.fixture
+def change_weights(save_classifier_of, tmp_path):
+    """Return a copy of the tiny ViT whose weights are those for which `change` returns a name and a value."""
+
+    def change_weights(change) -> str:
+        folder = shutil.copytree(save_classifier_of("vit"), tmp_path / "changed")
+        path = Path(folder) / "model.safetensors"
+        items = [change(*item) for item in load_file(path).items()]
+        save_file(dict(filter(None, items)), path, metadata={"format": "pt"})
+        return str(folder)
+
+    return change_weights
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -35,43 +56,30 @@ def test_reset_changes_the_head_only_and_keep_nothing(save_classifier_of, name, 
     saved = tensors_of(load_classifier(str(tmp_path), CLASS_NAMES, False, seed=1))
     fresh = load_classifier(str(tmp_path), CLASS_NAMES, True, seed=1)
     changed = {key for key, value in tensors_of(fresh).items() if not torch.equal(value, saved[key])}
-    assert all(torch.equal(saved[key], value) for key, value in tensors_of(first).items())
     again = load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0)  # the same draw once more is no error
-    assert all(torch.equal(saved[key], value) for key, value in tensors_of(again).items())
+    for model in (first, again):
+        assert all(torch.equal(saved[key], value) for key, value in tensors_of(model).items())
     assert head == set(head_parameter_names(fresh))
-    assert changed and changed <= head
-    assert {key for key in head if key.endswith("weight")} <= changed
+    assert {key for key in head if key.endswith("weight")} <= changed <= head
 
 
-@pytest.mark.parametrize("name", ["vit", "resnet", "timm"])
-def test_saved_channels_last_model_loads_in_a_pipeline(save_classifier_of, name, tmp_path):
-    path = save_classifier_of(name)
-    model = load_classifier(path, CLASS_NAMES, True, seed=0).to(memory_format=torch.channels_last)
-    save_classifier(model, load_image_processor(path), tmp_path)
-    classify = pipeline("image-classification", model=str(tmp_path))
-    assert list(classify.model.config.id2label.values()) == CLASS_NAMES
-    for key, value in model.state_dict().items():
-        assert torch.equal(classify.model.state_dict()[key].cpu(), value)
-
-
-@pytest.mark.parametrize("name", ["vit", "timm"])
 @pytest.mark.parametrize(
-    "inherited",
+    ("name", "inherited"),
     [
-        {"problem_type": "multi_label_classification"},
-        {"problem_type": "regression"},
-        {"problem_type": "regression", "function_to_apply": "none"},
-        {"return_dict": False, "output_hidden_states": True, "output_attentions": True},
+        ("vit", {"problem_type": "multi_label_classification"}),
+        ("timm", {"problem_type": "regression"}),
+        ("timm", {"problem_type": "regression", "function_to_apply": "none"}),
+        ("resnet", {"return_dict": False, "output_hidden_states": True, "output_attentions": True}),
     ],
 )
-def test_a_saved_pipeline_gives_softmax_probabilities_whatever_the_base_was_for(
+def test_a_saved_channels_last_model_is_a_pipeline_of_softmax_probabilities_whatever_the_base_was_for(
     save_classifier_of, name, inherited, tmp_path
 ):
     base, saved = tmp_path / "base", tmp_path / "saved"
     shutil.copytree(save_classifier_of(name), base)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | inherited))
-    model = load_classifier(str(base), CLASS_NAMES, True, seed=0).eval()
+    model = load_classifier(str(base), CLASS_NAMES, True, seed=0).eval().to(memory_format=torch.channels_last)
     image_processor = load_image_processor(str(base))
     save_classifier(model, image_processor, saved)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
@@ -79,8 +87,12 @@ def test_a_saved_pipeline_gives_softmax_probabilities_whatever_the_base_was_for(
         outputs = model(**image_processor(image, return_tensors="pt"))
     assert list(outputs) == ["logits"]
     expected = dict(zip(CLASS_NAMES, outputs.logits[0].softmax(0).tolist()))
-    scores = {entry["label"]: entry["score"] for entry in pipeline("image-classification", model=str(saved))(image)}
+    classify = pipeline("image-classification", model=str(saved))
+    scores = {entry["label"]: entry["score"] for entry in classify(image)}
     assert scores == pytest.approx(expected, abs=1e-5) and sum(scores.values()) == pytest.approx(1)
+    assert list(classify.model.config.id2label.values()) == CLASS_NAMES
+    for key, value in model.state_dict().items():
+        assert torch.equal(classify.model.state_dict()[key].cpu(), value)
 
 
 def test_half_precision_checkpoint_is_trained_in_float32(save_classifier_of, tmp_path):
@@ -95,27 +107,36 @@ def test_checkpoint_without_a_head_is_an_error(tmp_path):
         load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0)
 
 
-def test_what_a_checkpoint_lacks_is_drawn_from_the_seed(save_classifier_of, tmp_path):
-    model = load_classifier(save_classifier_of("vit"), CLASS_NAMES, True, seed=0)
+def test_a_weight_that_a_checkpoint_lacks_is_told_and_drawn_from_the_seed(change_weights, caplog):
     lacking = "vit.embeddings.patch_embeddings.projection.weight"
-    model.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    del weights[lacking]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    folder = change_weights(lambda name, value: None if name == lacking else (name, value))
     first, again, other = (
-        load_classifier(str(tmp_path), CLASS_NAMES, False, seed).get_parameter(lacking) for seed in (0, 0, 1)
+        load_classifier(folder, CLASS_NAMES, True, seed).get_parameter(lacking) for seed in (0, 0, 1)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
+    assert "changed: 1 of " in caplog.text and "they begin as random numbers" in caplog.text
+
+
+def test_a_checkpoint_whose_weights_have_other_names_is_an_error(change_weights):
+    folder = change_weights(lambda name, value: (f"_orig_mod.{name}", value))  # as torch.compile saves them
+    with pytest.raises(UserError, match=r"--model_name_or_path .*changed: \d+ of \d+ weights are not in the"):
+        load_classifier(folder, CLASS_NAMES, True, seed=0)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", b"torn" * 100])
+def test_torn_weights_are_one_line(save_classifier_of, tmp_path, content):
+    folder = shutil.copytree(save_classifier_of("vit"), tmp_path / "torn")
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="--model_name_or_path .*torn: does not load as an image classifier"):
+        load_classifier(str(folder), CLASS_NAMES, True, seed=0)
 
 
 def is_random_in_training(model) -> bool:
     """Return whether two passes over the same batch differ in train mode, asserting that in eval mode they don't."""
     pixel_values = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        model.eval()
-        assert torch.equal(model(pixel_values=pixel_values).logits, model(pixel_values=pixel_values).logits)
-        model.train()
-        return not torch.equal(model(pixel_values=pixel_values).logits, model(pixel_values=pixel_values).logits)
+        assert torch.equal(*(model.eval()(pixel_values=pixel_values).logits for _ in range(2)))
+        return not torch.equal(*(model.train()(pixel_values=pixel_values).logits for _ in range(2)))
 
 
 DROPOUT, DROP_PATH = {"dropout": 0.5}, {"drop_path_rate": 0.5}
@@ -150,57 +171,80 @@ def test_dropout_leaves_attention_alone(save_classifier_of):
 @pytest.mark.parametrize(
     ("name", "flag", "kind"),
     [
-        ("resnet", "dropout", "dropout"),
-        ("resnet", "drop_path_rate", "drop path"),
-        ("vit", "drop_path_rate", "drop path"),
-        ("convnext", "dropout", "dropout"),
+        ("resnet", "dropout", "dropout"), ("resnet", "drop_path_rate", "drop path"),
+        ("vit", "drop_path_rate", "drop path"), ("convnext", "dropout", "dropout"),
+        ("densenet", "drop_path_rate", "drop path"),
     ],
-)
-def test_dropout_of_a_model_without_it_is_an_error(save_classifier_of, name, flag, kind):
-    path = save_classifier_of(name)
+)  # fmt: skip
+def test_dropout_of_a_model_without_it_is_an_error(save_classifier_of, tmp_path, name, flag, kind):
+    if name == "densenet":  # of timm; it has the other kind
+        path = str(tmp_path)
+        save_timm(tmp_path, "densenet121", {"growth_rate": 4, "block_config": [1, 1, 1, 1]})
+        assert is_random_in_training(load_classifier(path, CLASS_NAMES, True, seed=0, dropout=0.5))
+    else:
+        path = save_classifier_of(name)
     with pytest.raises(UserError, match=f"--{flag} 0.1: {path} has no {kind}; leave the flag out."):
         load_classifier(path, CLASS_NAMES, True, seed=0, **{flag: 0.1})
 
 
-def test_drop_path_of_a_timm_model_without_it_is_an_error(tmp_path):
-    save_timm(tmp_path, "densenet121", {"growth_rate": 4, "block_config": [1, 1, 1, 1]})
-    assert is_random_in_training(load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0, dropout=0.5))
-    with pytest.raises(UserError, match=f"--drop_path_rate 0.1: {tmp_path} has no drop path"):
-        load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0, drop_path_rate=0.1)
+FAST, SLOW = (2e-4, 5e-4), (2e-5, 5e-5)
+OWN_CODE = """
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own"
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm = nn.BatchNorm2d(3)
+        self.post_init()
+"""
 
 
-def change_weights(folder, change) -> str:
-    path = Path(folder) / "model.safetensors"
-    save_file(dict(change(*item) for item in load_file(path).items() if change(*item)), path, metadata={"format": "pt"})
-    return str(folder)
+def rates_of(path, **options) -> tuple[tuple[float, float], str]:
+    rates = default_learning_rates(str(path), **options)
+    return (rates.real, rates.synthetic), rates.reason
 
 
-def test_a_checkpoint_whose_weights_have_other_names_is_an_error(save_classifier_of, tmp_path):
-    folder = shutil.copytree(save_classifier_of("vit"), tmp_path / "compiled")
-    change_weights(folder, lambda name, value: (f"_orig_mod.{name}", value))  # as torch.compile saves them
-    with pytest.raises(UserError, match=r"--model_name_or_path .*compiled: \d+ of \d+ weights are not in the"):
-        load_classifier(str(folder), CLASS_NAMES, True, seed=0)
+@pytest.mark.parametrize("name", HEADS)
+def test_networks_that_normalise_by_batch_norm_get_higher_learning_rates(save_classifier_of, name):
+    found, reason = rates_of(save_classifier_of(name))
+    architecture = TIMM[name][0] if name in TIMM else name
+    if name in ("resnet", "efficientnet", "timm", "timm_resnet"):
+        assert (found, reason) == (FAST, f"{architecture} normalises by BatchNorm, all its weights are trained")
+    else:
+        assert (found, reason) == (SLOW, f"{architecture} has no BatchNorm, all its weights are trained")
 
 
-def test_a_checkpoint_that_lacks_a_few_weights_is_told(save_classifier_of, tmp_path, caplog):
-    folder = shutil.copytree(save_classifier_of("vit"), tmp_path / "lacking")
-    change_weights(folder, lambda name, value: None if name.endswith("layernorm.bias") else (name, value))
-    load_classifier(str(folder), CLASS_NAMES, True, seed=0)
-    assert "lacking: 1 of " in caplog.text and "they begin as random numbers" in caplog.text
+@pytest.mark.parametrize(
+    ("config", "expected", "reason"),
+    [
+        (transformers.ViTConfig(), SLOW, "vit has no BatchNorm, all its"),
+        (transformers.CvtConfig(), SLOW, "cvt has LayerNorm beside BatchNorm, all its"),
+        (TimmWrapperConfig(architecture="resnet50"), FAST, "resnet50 normalises by BatchNorm"),
+        (TimmWrapperConfig(architecture="vgg11"), SLOW, "vgg11 has no BatchNorm"),
+        (TimmWrapperConfig(architecture="resnetv2_50x1_bit", num_labels=0), SLOW, "_bit has no BatchNorm"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_learning_rates_need_no_weights_little_time_and_no_random_numbers(tmp_path, config, expected, reason):
+    config.save_pretrained(tmp_path)
+    state, started = torch.get_rng_state(), time.process_time()
+    found, words = rates_of(tmp_path)
+    assert found == expected and reason in words
+    assert torch.equal(torch.get_rng_state(), state) and time.process_time() - started < 2
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", b"torn" * 100])
-def test_torn_weights_are_one_line(save_classifier_of, tmp_path, content):
-    folder = shutil.copytree(save_classifier_of("vit"), tmp_path / "torn")
-    (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="--model_name_or_path .*torn: does not load as an image classifier"):
-        load_classifier(str(folder), CLASS_NAMES, True, seed=0)
-
-
-def test_outputs_that_are_not_finite_are_no_prediction(save_classifier_of):
-    model = load_classifier(save_classifier_of("vit"), CLASS_NAMES, True, seed=0)
-    with torch.no_grad():
-        next(model.parameters()).fill_(float("nan"))
-    items = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0}]
-    with pytest.raises(UserError, match="the classifier's outputs are not finite; its weights are damaged"):
-        predict(model, items)
+def test_learning_rates_of_a_part_of_a_model_of_its_own_code_and_of_what_is_no_classifier(tmp_path):
+    assert rates_of("nowhere", use_peft=True) == (FAST, "an adapter and the head are trained")
+    assert rates_of("nowhere", freeze_backbone=True) == (FAST, "the head alone is trained")
+    (tmp_path / "own.py").write_text(OWN_CODE)
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForImageClassification": "own.OwnModel"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto_map}))
+    assert rates_of(tmp_path, trust_remote_code=True, revision="main", token=None)[0] == FAST
+    transformers.BertConfig().save_pretrained(tmp_path / "bert")
+    with pytest.raises(UserError, match="--model_name_or_path .*bert: does not load as an image classifier"):
+        rates_of(tmp_path / "bert")

@@ -11,9 +11,9 @@ from transformers import TrainingArguments
 from tests.conftest import CLASS_NAMES
 from utils.cli.errors import DivergedError, UserError
 from utils.transfer.classifiers import load_image_processor
-from utils.transfer.fine_tuning import run_stage
+from utils.transfer.fine_tuning import StageTrainer
 from utils.transfer.methods import StagePlan, StageSettings
-from utils.transfer.stage_trainer import StageTrainer
+from utils.transfer.stage import Pretrained, run_stage
 
 pytest_plugins = ["tests.transfer.fixtures"]
 INFINITE_FIRST, INFINITE_ALL = {0, 1}, set(range(6))
@@ -31,8 +31,9 @@ def run(classifiers, images, tmp_path):
         options = {"logging_strategy": "no", "save_strategy": "no"} | options
         args = TrainingArguments(output_dir=str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, **options)
         model, result = run_stage(
-            StagePlan("stage1", "real", "reset", settings), classifiers[name], CLASS_NAMES, images,
-            load_image_processor(classifiers[name]), args, tmp_path / folder, resume=resume,
+            StagePlan("stage1", "real", "reset", settings), None, images,
+            Pretrained(classifiers[name], load_image_processor(classifiers[name]), {}), CLASS_NAMES, args,
+            tmp_path / folder, resume=resume,
         )  # fmt: skip
         return model.state_dict(), result
 

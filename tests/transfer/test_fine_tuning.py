@@ -14,14 +14,13 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from tests.conftest import CLASS_NAMES
 from utils.cli.errors import UserError
 from utils.transfer.adapters import LoraSettings
-from utils.transfer.augmentation import BatchAugmentation
+from utils.transfer.augmentation import BatchAugmentation, TrainImages, TrainItems
 from utils.transfer.classifiers import load_classifier, load_image_processor
-from utils.transfer.fine_tuning import StageResult, fine_tune, run_stage
-from utils.transfer.heads import head_parameter_names
-from utils.transfer.image_datasets import EvalImages, TrainImages, TrainItems
-from utils.transfer.image_format import read_image_format
+from utils.transfer.fine_tuning import StageResult, fine_tune, soft_cross_entropy
+from utils.transfer.image_format import EvalImages, read_image_format
 from utils.transfer.methods import StagePlan, StageSettings
-from utils.transfer.stage_trainer import soft_cross_entropy
+from utils.transfer.model_parts import head_parameter_names
+from utils.transfer.stage import Pretrained, run_stage
 
 pytest_plugins = ["tests.transfer.fixtures"]
 OPTIONS = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no"}
@@ -162,15 +161,10 @@ def make_plan(settings, name="stage1", **options) -> StagePlan:
     return StagePlan(name, "real", options.pop("head_init", "reset"), settings, **options)
 
 
-TRAINER_OPTIONS = ("hub_token", "push_to_hub", "save_strategy", "save_steps")
-
-
-def run(plan, start, images, folder, processor_of, class_names=CLASS_NAMES, **options):
-    arguments = {name: options.pop(name) for name in TRAINER_OPTIONS if name in options}
-    training_args = TrainingArguments(output_dir=str(folder), **(OPTIONS | arguments))
-    return run_stage(
-        plan, start, class_names, images, load_image_processor(processor_of), training_args, folder, **options
-    )
+def run(plan, path, images, folder, start=None, lora=None, **options):
+    training_args = TrainingArguments(output_dir=str(folder), **(OPTIONS | options))
+    pretrained = Pretrained(path, load_image_processor(path), {}, lora)
+    return run_stage(plan, start, images, pretrained, CLASS_NAMES, training_args, folder)
 
 
 @pytest.mark.parametrize(("name", "head_inits"), [("vit", ("reset", "keep", "imprint")), ("timm", ("reset",))])
@@ -178,12 +172,12 @@ def test_the_second_stage_starts_from_the_firsts_features_and_a_fresh_head(
     classifiers, images, tmp_path, name, head_inits
 ):
     settings = StageSettings(2, 1e-2, per_device_train_batch_size=4)
-    first, _ = run(make_plan(settings), classifiers[name], images, tmp_path / "stage1", classifiers[name])
+    first, _ = run(make_plan(settings), classifiers[name], images, tmp_path / "stage1")
     still = replace(settings, max_steps=1, learning_rate=0.0)  # the model of step 0
     heads = []
     for head_init in head_inits:
         plan = make_plan(still, "stage2", start="stage1", head_init=head_init)
-        second, _ = run(plan, tmp_path / "stage1", images, tmp_path / head_init, classifiers[name])
+        second, _ = run(plan, classifiers[name], images, tmp_path / head_init, tmp_path / "stage1")
         changed = {key for key, value in second.state_dict().items() if not torch.equal(value, first.state_dict()[key])}
         assert changed <= set(head_parameter_names(first))
         assert bool(changed) == (head_init != "keep")
@@ -196,10 +190,10 @@ def test_the_second_stage_starts_from_the_firsts_features_and_a_fresh_head(
 
 def test_the_second_stage_of_an_adapter_starts_from_the_first_and_a_fresh_head(classifiers, images, tmp_path):
     path, settings = classifiers["vit"], StageSettings(2, 1e-2, per_device_train_batch_size=4)
-    options = {"lora": LoraSettings(r=2), "pretrained": path}
-    first, _ = run(make_plan(settings), path, images, tmp_path / "stage1", path, **options)
+    lora = LoraSettings(r=2)
+    first, _ = run(make_plan(settings), path, images, tmp_path / "stage1", lora=lora)
     plan = make_plan(replace(settings, max_steps=1, learning_rate=0.0), "stage2", start="stage1")
-    second, _ = run(plan, tmp_path / "stage1", images, tmp_path / "stage2", path, **options)
+    second, _ = run(plan, path, images, tmp_path / "stage2", tmp_path / "stage1", lora)
     changed = {key for key, value in second.state_dict().items() if not torch.equal(value, first.state_dict()[key])}
     # beside it there is the base model's own head, which takes no part
     assert {key for key in changed if "original_module" not in key} == set(head_parameter_names(first))
@@ -209,7 +203,7 @@ def test_the_second_stage_of_an_adapter_starts_from_the_first_and_a_fresh_head(c
 def test_recalibrated_statistics_are_those_of_the_images_and_then_frozen(classifiers, images, tmp_path):
     settings = StageSettings(1, 0.0, batch_norm="recalibrate", per_device_train_batch_size=4)
     path = classifiers["resnet"]
-    model, _ = run(make_plan(settings), path, images, tmp_path, path)
+    model, _ = run(make_plan(settings), path, images, tmp_path)
     expected = load_classifier(path, CLASS_NAMES, True, seed=42)
     loader = DataLoader(EvalImages(images, load_image_processor(path)), batch_size=12)
     update_bn((batch["pixel_values"] for batch in loader), expected)
@@ -221,7 +215,7 @@ def test_recalibrated_statistics_are_those_of_the_images_and_then_frozen(classif
 def test_a_stage_is_saved_with_its_record_and_without_the_token(classifiers, images, tmp_path):
     settings = StageSettings(2, 1e-2, per_device_train_batch_size=4)
     options = {"hub_token": "hf_secret", "push_to_hub": True, "save_strategy": "steps", "save_steps": 1}
-    model, result = run(make_plan(settings), classifiers["vit"], images, tmp_path, classifiers["vit"], **options)
+    model, result = run(make_plan(settings), classifiers["vit"], images, tmp_path, **options)
     saved = load_classifier(str(tmp_path), CLASS_NAMES, False, seed=0).state_dict()
     assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
     record = json.loads((tmp_path / "stage.json").read_text())
@@ -236,7 +230,6 @@ def test_a_stage_is_saved_with_its_record_and_without_the_token(classifiers, ima
 )
 def test_statistics_that_an_adapter_cannot_hold_are_refused(classifiers, images, tmp_path, option, name):
     plan = make_plan(StageSettings(1, 1e-2, **option))
-    options = {"lora": LoraSettings(r=2), "pretrained": classifiers[name]}
     with pytest.raises(UserError, match="--batch_norm .* with --use_peft choose frozen"):
-        run(plan, classifiers[name], images, tmp_path, classifiers[name], **options)
+        run(plan, classifiers[name], images, tmp_path, lora=LoraSettings(r=2))
     assert not list(tmp_path.iterdir())

@@ -1,24 +1,20 @@
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from torch.utils.data import default_collate
-from transformers import TimmWrapperImageProcessor, TrainingArguments
+from transformers import TimmWrapperImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from utils.cli.errors import UserError
-from utils.transfer.augmentation import BatchAugmentation
-from utils.transfer.classifiers import load_classifier, load_image_processor
-from utils.transfer.fine_tuning import fine_tune
-from utils.transfer.image_datasets import EvalImages, TrainItems
-from utils.transfer.image_format import check_image_processor, read_image_format
-from utils.transfer.methods import StageSettings
-from utils.transfer.prediction import predict
+from utils.transfer import image_format
+from utils.transfer.augmentation import BatchAugmentation, TrainItems
+from utils.transfer.image_format import EvalImages, check_image_processor, read_image_format
 
 pytest_plugins = ["tests.transfer.fixtures"]
 
@@ -68,7 +64,7 @@ def trained_on(image_processor, image: PILImage.Image, box: tuple, monkeypatch) 
     items = TrainItems(image_processor, "basic", random_flip=False)
     drawn = dict(zip(("top", "left", "height", "width"), box))
     monkeypatch.setattr(items.crop_and_flip.crop, "make_params", lambda _: drawn)
-    monkeypatch.setattr("utils.transfer.image_datasets.open_image", lambda image: image)
+    monkeypatch.setattr("utils.transfer.augmentation.open_image", lambda image: image)
     batch = default_collate([items.make({"image": image, "label": 0}, 1)])
     return BatchAugmentation(items.image_format, 2, seed=0)(batch)["pixel_values"][0]
 
@@ -173,6 +169,7 @@ class Brightening(transformers.ViTImageProcessor):
     [
         make("Donut"),  # pads
         make("CLIP", size={"shortest_edge": 24}),  # pads, crop_size is larger
+        make("MobileViT", size={"shortest_edge": 24}),  # as well, and swaps red and blue
         TimmWrapperImageProcessor(pretrained_cfg={"input_size": (3, 32, 32), "crop_mode": "border"}),
         Standardising(size=square(32)),
         Sharpening(size=square(32)),
@@ -194,7 +191,7 @@ def test_where_training_cannot_make_its_pixels_the_image_processor_does_and_one_
 
 def test_colours_change_before_the_image_processor_and_crops_keep_their_pixels(monkeypatch):
     items = TrainItems(make("Donut"), "robust", mixup_alpha=0.2)
-    monkeypatch.setattr("utils.transfer.image_datasets.open_image", lambda image: image)
+    monkeypatch.setattr("utils.transfer.augmentation.open_image", lambda image: image)
     row = {"image": PILImage.new("RGB", (900, 600), (200, 100, 0)), "label": 1}
     made = [items.make(row, 0, 0, index) for index in range(30)]
     tiny = {"image": PILImage.new("RGB", (1, 2)), "label": 1}
@@ -210,8 +207,6 @@ def test_colours_change_before_the_image_processor_and_crops_keep_their_pixels(m
 
 
 def test_a_wrong_mean_scale_order_or_interpolation_would_be_seen(monkeypatch):
-    from utils.transfer import image_format as module
-
     right = read_image_format(make("EfficientNetPil", image_std=[0.5, 0.6, 0.7]))
     assert right.channels == (0, 1, 2) and right.interpolation == "bicubic"
     assert right.mean == pytest.approx((0.5,) * 3, abs=1e-6)  # of two normalisations: 0.5 + 0.5 std
@@ -220,38 +215,8 @@ def test_a_wrong_mean_scale_order_or_interpolation_would_be_seen(monkeypatch):
         {"mean": (0.51,) * 3}, {"std": (0.255,) * 3}, {"channels": (0, 1, 2)}, {"interpolation": "bilinear"},
     ):  # fmt: skip
         with monkeypatch.context() as patch:
-            plain = module.dataclasses.replace(right, **wrong)
-            patch.setattr(module, "_measure_values", lambda *_, plain=plain: plain)
-            patch.setattr(module, "INTERPOLATIONS", (plain.interpolation,))
+            plain = replace(right, **wrong)
+            patch.setattr(image_format, "_measure_values", lambda *_, plain=plain: plain)
+            patch.setattr(image_format, "INTERPOLATIONS", (plain.interpolation,))
             image_processor = make("MobileViT", do_normalize=True, image_mean=[0.5] * 3, image_std=[0.25] * 3)
             assert read_image_format(image_processor).processor is image_processor, wrong
-
-
-def test_an_image_processor_that_a_classifier_cannot_use_is_refused_when_it_is_read(save_classifier_of, tmp_path):
-    load_classifier(save_classifier_of("vit"), ["a", "b"], True, seed=0).save_pretrained(tmp_path)
-    transformers.Siglip2ImageProcessor().save_pretrained(tmp_path)
-    with pytest.raises(
-        UserError, match=f"^--model_name_or_path {tmp_path}: its image processor makes pixel_values 1 x"
-    ):
-        load_image_processor(str(tmp_path))
-
-
-@pytest.mark.parametrize("settings", [{}, {"size": {"shortest_edge": 24}}], ids=["cropping", "padding"])
-def test_red_and_blue_are_learned_as_they_are_tested_where_the_processor_swaps_them(
-    save_classifier_of, tmp_path, settings
-):
-    image_processor = make("MobileViT", **settings)
-    rng = np.random.default_rng(0)
-    colours = {"blue": (20, 60, 200), "red": (200, 60, 20)}
-    rows = [
-        {"image": PILImage.fromarray((rng.integers(-20, 20, (40, 40, 3)) + colour).astype(np.uint8)), "label": label}
-        for _ in range(8)
-        for label, colour in enumerate(colours.values())
-    ]
-    images = Dataset.from_list(rows, features=Features({"image": Image(), "label": ClassLabel(names=list(colours))}))
-    model = load_classifier(save_classifier_of("resnet"), list(colours), True, seed=0)
-    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", save_strategy="no", disable_tqdm=True)
-    settings = StageSettings(20, 1e-2, mixup_alpha=0.1, per_device_train_batch_size=8)
-    fine_tune(model, images, image_processor, settings, args, tmp_path)
-    logits, labels = predict(model, EvalImages(images, image_processor))
-    assert (logits.argmax(1) == labels).all()

@@ -1,43 +1,110 @@
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
-from utils.transfer.methods import STAGE_NAMES, StageSettings, mix_indices, plan_stages, steps_per_epoch
+from utils.cli.errors import UserError
+from utils.transfer.methods import (
+    METHODS,
+    StageSettings,
+    check_stages,
+    mix_indices,
+    plan_stages,
+    stage_names,
+    stage_settings,
+    steps_per_epoch,
+)
 
 BRIDGE, REAL = StageSettings(90, 5e-4, mixup_alpha=0.2), StageSettings(30, 1e-4)
+STAGE = {
+    "num_train_epochs": 30.0, "max_steps": -1, "head_learning_rate": None, "head_warmup_steps": 0,
+    "freeze_backbone": False, "mixup_alpha": 0.0, "label_smoothing_factor": 0.0, "augmentation": "robust",
+    "batch_norm": "frozen",
+}  # fmt: skip
+FLAGS = {
+    "gradient_accumulation_steps": 1, "dataloader_drop_last": False,
+    "streaming": False, "eval_strategy": "no", "eval_delay": 0, "metric_for_best_model": None, "learning_rate": 2e-4,
+    "weight_decay": 0.01, "warmup_steps": 0.1, "per_device_train_batch_size": 32, "dropout": None,
+    "drop_path_rate": None, "random_flip": True, **STAGE, "bridge_learning_rate": None, "bridge_weight_decay": None,
+    "bridge_warmup_steps": None, "bridge_per_device_train_batch_size": None,
+    **{f"bridge_{name}": value for name, value in STAGE.items()}, "bridge_num_train_epochs": 5.0,
+    "bridge_max_steps": None, "bridge_mixup_alpha": 0.2,
+}  # fmt: skip
+NUM_IMAGES = {"real": 40, "synthetic": 1000, "both": 1040}
+
+
+def plan(name, bridge=BRIDGE, real=REAL, **flags):
+    return plan_stages(METHODS[name].with_flags(flags), bridge, real)
 
 
 def outline(stages):
     return [(stage.name, stage.images, stage.head_init, stage.start, stage.settings.max_steps) for stage in stages]
 
 
-def test_bridged_is_synthetic_then_real_from_there_with_a_fresh_head():
-    stages = plan_stages("bridged", BRIDGE, REAL)
-    assert outline(stages) == [
-        ("stage1", "synthetic", "reset", None, 90),
-        ("stage2", "real", "reset", "stage1", 30),
-    ]
-    assert [stage.settings for stage in stages] == [BRIDGE, REAL]
-    assert [stage.head_init for stage in plan_stages("bridged", BRIDGE, REAL, "imprint")] == ["reset", "imprint"]
+STAGE_1 = ("stage1", "synthetic", "reset", None, 90)
 
 
 @pytest.mark.parametrize(
-    ("method", "match_steps", "expected"),
+    ("name", "flags", "expected"),
     [
-        ("vanilla", False, ("vanilla", "real", "reset", None, 30)),
-        ("vanilla", True, ("vanilla", "real", "reset", None, 120)),
-        ("mix", False, ("mix", "both", "reset", None, 30)),
-        ("mix", True, ("mix", "both", "reset", None, 120)),
-        ("synthetic_only", False, ("stage1", "synthetic", "reset", None, 90)),
+        ("bridged", {}, [STAGE_1, ("stage2", "real", "reset", "stage1", 30)]),
+        ("bridged_keep", {}, [STAGE_1, ("stage2", "real", "keep", "stage1", 30)]),
+        ("bridged_imprint", {}, [STAGE_1, ("stage2", "real", "imprint", "stage1", 30)]),
+        ("bridged_head_warmup", {}, [STAGE_1, ("stage2_head", "real", "reset", "stage1", 15),
+                                     ("stage2", "real", "keep", "stage2_head", 15)]),
+        ("vanilla", {"head_init": "keep"}, [("vanilla", "real", "reset", None, 30)]),
+        ("vanilla", {"match_steps": True}, [("vanilla", "real", "reset", None, 120)]),
+        ("vanilla_matched", {}, [("vanilla", "real", "reset", None, 120)]),
+        ("mix", {}, [("mix", "both", "reset", None, 120)]),
+        ("mix", {"match_steps": False}, [("mix", "both", "reset", None, 30)]),
+        ("synthetic_only", {"match_steps": True}, [STAGE_1]),
     ],
-)
-def test_the_other_methods_are_one_stage(method, match_steps, expected):
-    assert outline(plan_stages(method, BRIDGE, REAL, "keep", match_steps)) == [expected]
+)  # fmt: skip
+def test_a_method_is_its_stages_with_the_flags_in_place_of_its_row(name, flags, expected):
+    stages = plan(name, **flags)
+    assert outline(stages) == expected
+    assert {stage.name for stage in stages} <= set(stage_names())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_methods_but_vanilla_and_synthetic_only_take_the_same_steps(name):
+    assert sum(stage.settings.max_steps for stage in plan(name)) == {"vanilla": 30, "synthetic_only": 90}.get(name, 120)
+
+
+def test_methods_differ_from_their_rivals_in_what_their_name_says():
+    def differences(name, rival):
+        settings = [field.name for field in fields(StageSettings)]
+        pairs = list(zip(plan(name), plan(rival)))
+        return {
+            (stage.name, setting): getattr(stage.settings, setting)
+            for stage, other in pairs
+            for setting in settings
+            if getattr(stage.settings, setting) != getattr(other.settings, setting)
+        } | {(stage.name, "head"): stage.head_init for stage, other in pairs if stage.head_init != other.head_init}
+
+    no_mixup = {("stage1", "mixup_alpha"): 0.0}
+    assert differences("vanilla_mixup", "vanilla_matched") == {("vanilla", "mixup_alpha"): 0.2}
+    assert differences("mix_mixup", "mix") == {("mix", "mixup_alpha"): 0.2}
+    assert differences("bridged_no_mixup", "bridged") == no_mixup
+    assert differences("bridged_plain", "bridged") == no_mixup | differences("bridged_keep", "bridged")
+    assert differences("bridged_recalibrate", "bridged") == {("stage2", "batch_norm"): "recalibrate"}
+    assert (METHODS["mix"].mix_ratio, METHODS["mix_balanced"].mix_ratio) == (None, 1.0)
+    assert plan("bridged_head_warmup")[0] == plan("bridged")[0]
+
+
+def test_a_flag_wins_over_what_the_row_says_of_that_stage():
+    assert plan("vanilla_mixup", mixup_alpha=0.0)[0].settings.mixup_alpha == 0.0
+    assert plan("bridged_no_mixup", mixup_alpha=0.3)[0].settings.mixup_alpha == 0.0
+    assert plan("bridged_no_mixup", bridge_mixup_alpha=0.2)[0].settings.mixup_alpha == 0.2
+    assert plan("bridged_recalibrate", batch_norm="frozen")[1].settings.batch_norm == "frozen"
+    assert METHODS["mix_balanced"].with_flags({"mix_ratio": 3.0}).mix_ratio == 3.0
+    assert METHODS["bridged"].with_flags({"head_init": "keep", "mix_ratio": 3.0}).flags == {
+        "head_init": "keep", "match_steps": False, "mix_ratio": None,
+    }  # fmt: skip
 
 
 def test_a_head_warmup_is_a_stage_of_its_own_with_the_rest_frozen_and_counts_as_steps():
     bridge, real = replace(BRIDGE, head_warmup_steps=5), replace(REAL, head_warmup_steps=7)
-    stages = plan_stages("bridged", bridge, real)
+    stages = plan("bridged", bridge, real)
     assert outline(stages) == [
         ("stage1_head", "synthetic", "reset", None, 5),
         ("stage1", "synthetic", "keep", "stage1_head", 90),
@@ -45,23 +112,22 @@ def test_a_head_warmup_is_a_stage_of_its_own_with_the_rest_frozen_and_counts_as_
         ("stage2", "real", "keep", "stage2_head", 30),
     ]
     assert [stage.settings.freeze_backbone for stage in stages] == [True, False, True, False]
-    matched = plan_stages("vanilla", bridge, real, match_steps=True)
+    matched = plan("vanilla_matched", bridge, real)
     assert sum(stage.settings.max_steps for stage in matched) == sum(stage.settings.max_steps for stage in stages)
-    assert {stage.name for stage in stages + matched} <= set(STAGE_NAMES)
+    assert {stage.name for stage in stages + matched} <= set(stage_names())
 
 
 def test_a_head_learns_faster_where_it_is_fresh_unless_a_rate_is_given():
     unset = replace(BRIDGE, head_learning_rate_factor=None), replace(REAL, head_learning_rate_factor=None)
 
-    def factors(head_init):
-        return [stage.settings.head_learning_rate_factor for stage in plan_stages("bridged", *unset, head_init)]
+    def factors(name, *settings):
+        return [stage.settings.head_learning_rate_factor for stage in plan(name, *settings)]
 
-    assert (factors("reset"), factors("keep"), factors("imprint")) == ([10, 10], [10, 1], [10, 1])
-    warm = plan_stages("vanilla", BRIDGE, replace(unset[1], head_warmup_steps=7))
-    assert [stage.settings.head_learning_rate_factor for stage in warm] == [10, 1]
-    assert plan_stages("vanilla", BRIDGE, replace(REAL, head_learning_rate_factor=3.0))[0].settings == replace(
-        REAL, head_learning_rate_factor=3.0
-    )
+    assert [factors(name, *unset) for name in ("bridged", "bridged_keep", "bridged_imprint")] == [
+        [10, 10], [10, 1], [10, 1],
+    ]  # fmt: skip
+    assert factors("vanilla", BRIDGE, replace(unset[1], head_warmup_steps=7)) == [10, 1]
+    assert factors("vanilla", BRIDGE, replace(REAL, head_learning_rate_factor=3.0)) == [3.0]
 
 
 @pytest.mark.parametrize(
@@ -80,3 +146,75 @@ def test_steps_of_an_epoch_count_the_last_part_of_a_batch_and_of_a_step():
     assert [steps_per_epoch(*case) for case in ((64, 32), (65, 32), (65, 32, 2), (1, 32, 4), (160, 32, 2))] == [
         2, 3, 2, 1, 3,
     ]  # fmt: skip
+
+
+def settings_of(num_processes=1, method="bridged", **flags):
+    return stage_settings(METHODS[method].with_flags(flags), FLAGS | flags, NUM_IMAGES, num_processes)
+
+
+def test_epochs_become_steps_over_all_processes_and_accumulated_batches():
+    bridge, real = settings_of()
+    assert (bridge.max_steps, real.max_steps) == (5 * 32, 30 * 2)
+    bridge, real = settings_of(num_processes=2, gradient_accumulation_steps=2)
+    assert (bridge.max_steps, real.max_steps) == (5 * 8, 30 * 1)
+    assert [settings.max_steps for settings in settings_of(bridge_max_steps=7, max_steps=3)] == [7, 3]
+
+
+def test_stage_1_takes_over_what_has_no_flag_of_its_own_and_nothing_else():
+    bridge, real = settings_of(
+        learning_rate=1e-3, weight_decay=0.1, warmup_steps=5, dropout=0.3, mixup_alpha=0.4, augmentation="basic",
+        label_smoothing_factor=0.1, batch_norm="train", head_warmup_steps=2, freeze_backbone=True,
+        per_device_train_batch_size=8, max_steps=3, random_flip=False,
+    )  # fmt: skip
+    shared = {"weight_decay": 0.1, "warmup_steps": 5, "dropout": 0.3, "per_device_train_batch_size": 8}
+    shared["random_flip"] = False
+    factor = {"head_learning_rate_factor": None}
+    assert bridge == StageSettings(5 * 125, 1e-3, mixup_alpha=0.2, **shared, **factor)
+    assert real == StageSettings(
+        3, 1e-3, mixup_alpha=0.4, augmentation="basic", label_smoothing_factor=0.1, batch_norm="train",
+        head_warmup_steps=2, freeze_backbone=True, **shared, **factor,
+    )  # fmt: skip
+    bridge, _ = settings_of(bridge_learning_rate=5e-4, bridge_weight_decay=0.0, bridge_per_device_train_batch_size=64)
+    assert (bridge.learning_rate, bridge.weight_decay, bridge.max_steps) == (5e-4, 0.0, 5 * 16)
+
+
+def test_a_heads_learning_rate_is_told_as_a_factor():
+    bridge, real = settings_of(bridge_head_learning_rate=1e-3, head_learning_rate=4e-4)
+    assert (bridge.head_learning_rate_factor, real.head_learning_rate_factor) == (pytest.approx(5), pytest.approx(2))
+
+
+def test_mix_takes_the_epochs_of_stage_1_over_both_kinds_and_where_steps_are_matched_those_of_the_real_images():
+    assert settings_of(method="mix", match_steps=False)[1].max_steps == 5 * 33
+    assert settings_of(method="mix")[1].max_steps == 30 * 2
+
+
+def test_epochs_of_whole_batches_have_fewer_steps():
+    bridge, real = settings_of(dataloader_drop_last=True)
+    assert (bridge.max_steps, real.max_steps) == (5 * 31, 30 * 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_processes", "message"),
+    [
+        ({"dataloader_drop_last": True}, 2, "--dataloader_drop_last: stage2 would take no step, its 40 images"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 41, "streaming": True},
+            1,
+            "stage2 .* 40 images",
+        ),
+        ({"eval_strategy": "steps", "eval_delay": 161}, 1, "--eval_delay 161: .*; the longest stage has 160 steps"),
+        ({"metric_for_best_model": "top5_accuracy"}, 1, "top5_accuracy: needs more than 5 classes, there are 5"),
+    ],
+)
+def test_what_numbers_of_images_steps_and_classes_do_not_allow_is_found_before_a_stage(flags, num_processes, message):
+    stages = plan("bridged", *settings_of(num_processes, **flags))
+    with pytest.raises(UserError, match=message):
+        check_stages(stages, FLAGS | flags, NUM_IMAGES, 5, num_processes)
+    check_stages(stages, FLAGS, NUM_IMAGES, 5, num_processes)
+
+
+def test_a_stage_that_is_all_warm_up_is_an_error():
+    message = "--warmup_steps 160: stage1 has 160 steps, so the learning rate never reaches its peak"
+    with pytest.raises(UserError, match=message):
+        check_stages(plan("bridged", *settings_of(warmup_steps=160)), FLAGS, NUM_IMAGES, 5, 1)
+    check_stages(plan("vanilla", *settings_of(warmup_steps=59)), FLAGS, NUM_IMAGES, 5, 1)

@@ -17,13 +17,12 @@ from transformers import TrainerState, TrainingArguments
 from tests.conftest import CLASS_NAMES
 from tests.transfer.two_processes import ACCUMULATED, SETTINGS, contiguous, pair_with_itself, train_big_batch
 from utils.cli.errors import UserError
-from utils.transfer import stage_models
+from utils.transfer import stage
 from utils.transfer.adapters import LoraSettings
 from utils.transfer.classifiers import load_image_processor
-from utils.transfer.fine_tuning import run_stage
+from utils.transfer.fine_tuning import StageProgress, StageTrainer
 from utils.transfer.methods import StagePlan
-from utils.transfer.stage_folder import find_earlier_run, stage_folder
-from utils.transfer.stage_trainer import StageProgress, StageTrainer
+from utils.transfer.stage import Pretrained, find_earlier_run, run_stage, stage_folder
 
 pytest_plugins = ["tests.transfer.fixtures"]
 PLAN = StagePlan("stage1", "real", "reset", SETTINGS)
@@ -45,10 +44,8 @@ def run(classifiers, images, tmp_path):
             output_dir=str(tmp_path), report_to="none", disable_tqdm=True, logging_strategy="steps", logging_steps=1,
             save_strategy="steps", dataloader_num_workers=num_workers, **({"save_steps": 2} | options),
         )  # fmt: skip
-        model, result = run_stage(
-            plan, classifiers[name], CLASS_NAMES, images, load_image_processor(classifiers[name]), args,
-            tmp_path / folder, lora=lora, pretrained=classifiers[name], resume=resume,
-        )  # fmt: skip
+        pretrained = Pretrained(classifiers[name], load_image_processor(classifiers[name]), {}, lora)
+        model, result = run_stage(plan, None, images, pretrained, CLASS_NAMES, args, tmp_path / folder, resume=resume)
         return contiguous(model.state_dict()), result
 
     return run
@@ -110,7 +107,7 @@ def test_killed_while_it_is_saved_a_stage_is_loaded_from_its_last_checkpoint(run
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(stage_models, "save_classifier", save)
+        patch.setattr(stage, "save_classifier", save)
         run("killed")
     monkeypatch.setattr(StageTrainer, "training_step", save)
     resumed, resumed_result = run("killed", resume=True)

@@ -12,11 +12,11 @@ from datasets import Dataset, load_dataset
 from safetensors.torch import save_file
 from transformers import TrainingArguments
 
+from utils.transfer.augmentation import TrainItems
 from utils.transfer.classifiers import load_classifier, load_image_processor
-from utils.transfer.fine_tuning import fine_tune, run_stage
-from utils.transfer.image_datasets import TrainItems
+from utils.transfer.fine_tuning import StageTrainer, fine_tune
 from utils.transfer.methods import StagePlan, StageSettings
-from utils.transfer.stage_trainer import StageTrainer
+from utils.transfer.stage import Pretrained, run_stage
 from utils.transfer.synthetic_images import load_synthetic, open_synthetic
 
 ACCUMULATED = "accumulated"
@@ -66,8 +66,8 @@ def kill_and_resume(path: str, images_dir: str, folder: Path) -> None:
         return train(self, *arguments, **options)
 
     def run(name: str, resume: bool = False):
-        processor = load_image_processor(path)
-        return run_stage(plan, path, names_of(images), images, processor, args, folder / name, resume=resume)
+        pretrained = Pretrained(path, load_image_processor(path), {})
+        return run_stage(plan, None, images, pretrained, names_of(images), args, folder / name, resume=resume)
 
     answers = {"alone": run("alone")}
     StageTrainer.training_step = training_step

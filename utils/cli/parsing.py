@@ -88,10 +88,18 @@ class ScriptArgumentParser(HfArgumentParser):
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-        """Add a field's flag; of its metadata, argparse does not know whether it affects a result."""
+        """Add a field's flag; of its metadata, argparse does not know whether it affects a result.
+
+        A `bool | None` is on by `--name` and off by `--no_name`, as is a `bool`.
+        """
+        is_open = field.type == (bool | None) and field.default is None
         field = copy.copy(field)
         field.metadata = {key: value for key, value in field.metadata.items() if key != "affects_result"}
+        field.metadata |= {"nargs": "?", "const": True} if is_open else {}
         HfArgumentParser._parse_dataclass_field(parser, field)
+        if is_open:
+            names = f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"
+            parser.add_argument(*names, action="store_false", default=None, dest=field.name)
 
     def parse_known_args(self, args=None, namespace=None) -> tuple:
         """Parse as `ArgumentParser` does, and check ranges before the dataclasses are made, which act on values."""

@@ -8,6 +8,9 @@ from utils.cli.errors import UserError
 from utils.cli.options import differing_options
 from utils.cli.records import RUN_CONFIG, read_record, write_record
 
+# checkpoint-<step>, the earliest first, and nothing of somebody's own such as checkpoint-best
+CHECKPOINTS = tuple("checkpoint-" + "[0-9]" * num_digits for num_digits in range(1, 10))
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -87,10 +90,10 @@ class RunFolder:
                 "give the same, or start from scratch with --overwrite_output_dir."
             )
 
-    def begin(self) -> None:
-        """Remove what an earlier run has left on its way, and note the options of this one."""
+    def begin(self, keep_traces: bool = False) -> None:
+        """Remove what an earlier run has left on its way, if this one does not need it, and note the options."""
         (self.path / self.record).unlink(missing_ok=True)  # from here on, what is there is being replaced
-        for trace in self.find_traces():
+        for trace in [] if keep_traces else self.find_traces():
             shutil.rmtree(trace)
         name, key = self.noted_in
         write_record(self.path / name, {key: self.options})

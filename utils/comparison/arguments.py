@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from utils.comparison.grid import VARIANTS
+from utils.cli.options import without_effect
 from utils.data.arguments import RealDataArguments
-from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES
+from utils.transfer.arguments import default_num_workers
+from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, METHODS
 
 
 @dataclass
@@ -38,7 +39,7 @@ class ComparisonArguments:
             "synthetic_only",
         ],
         metadata={
-            "help": f"Rows of the table: {', '.join(VARIANTS)}; method@NAME takes another synthetic set than the first."
+            "help": f"Rows of the table: {', '.join(METHODS)}; method@NAME takes another synthetic set than the first."
         },
     )  # fmt: skip
     num_shots: list[int] | None = field(
@@ -73,8 +74,12 @@ class SearchArguments:
         default=False,
         metadata={"help": "Search a quarter and four times of both learning rates too, the same for every method."},
     )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [2e-4], metadata={"help": "Peak learning rates of AdamW."}
+    learning_rates: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rates of AdamW; when not given, 2e-4 for networks with BatchNorm, 2e-5 for others "
+            "(ViT, Swin, ConvNeXt)."
+        },
     )
     step_counts: list[int] | None = field(
         default=None, metadata={"help": "Steps on real images, in place of epochs; matched methods add stage 1's."}
@@ -83,8 +88,9 @@ class SearchArguments:
     head_learning_rate_factors: list[float] | None = field(
         default=None, metadata={"help": "Head's learning rate over the rest's; 10 for a fresh head, 1 for another."}
     )
-    bridge_learning_rates: list[float] = field(
-        default_factory=lambda: [5e-4], metadata={"help": "Peak learning rates on synthetic images."}
+    bridge_learning_rates: list[float] | None = field(
+        default=None,
+        metadata={"help": "Peak learning rates on synthetic images; when not given, 5e-4 and 5e-5 for these."},
     )
     bridge_step_counts: list[int] | None = field(
         default=None, metadata={"help": "Steps on synthetic images, in place of epochs; the same for every volume."}
@@ -126,4 +132,9 @@ class SharedStageArguments:
     label_smoothing_factor: float = field(default=0.0, metadata={"help": "Label smoothing, in [0, 1)."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images, for each cell."})
+    bf16: bool = field(default=False, metadata={"help": "Train in bfloat16 mixed precision."})
+    fp16: bool = field(default=False, metadata={"help": "Train in float16 mixed precision."})
+    dataloader_num_workers: int = field(
+        default_factory=default_num_workers,
+        metadata=without_effect("Processes that read images ahead for each cell, as in train_bridged.py."),
+    )

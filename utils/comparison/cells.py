@@ -1,29 +1,41 @@
-"""Runs the cells of a comparison: data opened once, stage 1 trained once and shared, results kept."""
+"""The cells of a comparison: data opened once, stage 1 trained once and shared, results kept; some side by side."""
 
 import dataclasses
 import gc
+import multiprocessing
+import os
 import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+import torch
+from datasets import Dataset
 from filelock import FileLock
+from tqdm.auto import tqdm
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from utils.cli.errors import DivergedError, UserError
 from utils.cli.records import read_record, write_record
-from utils.comparison.grid import Arm, Cell, fingerprint, plan_cell, shots_key
+from utils.comparison.grid import Cell, Row, fingerprint, plan_cell, shots_key
 from utils.comparison.statistics import pack_correct
 from utils.data.image_set import RealImages
 from utils.data.opened_images import open_synthetic
 from utils.data.splits import few_shot_indices
-from utils.transfer.fine_tuning import run_stage
-from utils.transfer.image_datasets import EvalImages, cache_items
-from utils.transfer.methods import StagePlan, StageSettings, mix_indices
-from utils.transfer.metrics import classification_metrics
-from utils.transfer.prediction import predict
+from utils.transfer.evaluation import classification_metrics
+from utils.transfer.image_format import EvalImages, cache_items
+from utils.transfer.methods import StageSettings
+from utils.transfer.run_method import run_method, select_images
+from utils.transfer.stage import Pretrained
 from utils.transfer.synthetic_images import SyntheticSource, load_synthetic
+
+_runner: "CellRunner | None" = None  # of a worker process
 
 
 @dataclass
@@ -34,9 +46,7 @@ class CellRunner:
     each cell and each stage 1 has a lock, and is run once.
     """
 
-    pretrained: str
-    hub_options: dict
-    image_processor: object
+    pretrained: Pretrained
     real: RealImages
     sources: dict[tuple[str, int], SyntheticSource]
     settings: StageSettings
@@ -72,11 +82,11 @@ class CellRunner:
 
     def path(self, cell: Cell) -> Path:
         """Return the file with a cell's result, which is there once the cell is finished."""
-        parts = [cell.arm.label]
-        if cell.arm.uses_real:
+        parts = [cell.row.label]
+        if cell.row.method.uses_real:
             parts.append(f"{shots_key(cell.num_shots)}shots")
-        if cell.volume is not None:
-            parts.append(f"{cell.volume}volume")
+        if cell.row.volume is not None:
+            parts.append(f"{cell.row.volume}volume")
         parts += [f"seed{cell.seed}", cell.split, fingerprint(self._cell_settings(cell))]
         return self.output_dir / "cells" / f"{'-'.join(parts)}.json"
 
@@ -87,9 +97,9 @@ class CellRunner:
             return None
         settings = self._shared_settings(cell) | self._synthetic_settings(cell)
         settings["stages"] = [dataclasses.asdict(stage) for stage in stages]
-        return self.output_dir / "stage1" / f"{cell.arm.synthetic}-seed{cell.seed}-{fingerprint(settings)}"
+        return self.output_dir / "stage1" / f"{cell.row.synthetic}-seed{cell.seed}-{fingerprint(settings)}"
 
-    def check(self, arms: list[Arm], shots: list[int | None], volumes: list[int | None]) -> None:
+    def check(self, rows: list[Row], shots: list[int | None], volumes: list[int | None]) -> None:
         """Check before any training that there are enough images, and that every synthetic set has the classes.
 
         Raises:
@@ -101,7 +111,7 @@ class CellRunner:
         if most > smallest:
             raise UserError(f"--num_shots {most}: a class of the real set has only {smallest} training images.")
         most = max(volume or 0 for volume in volumes)
-        used = {arm.synthetic for arm in arms if arm.uses_synthetic}
+        used = {row.synthetic for row in rows if row.method.uses_synthetic}
         sources = {(source.name, source.revision): source for (name, _), source in self.sources.items() if name in used}
         for source in sources.values():  # several seeds may share one
             images = self.load_synthetic(source)
@@ -119,7 +129,7 @@ class CellRunner:
                 source,
                 self.real.class_names,
                 volume,
-                self.hub_options.get("token"),
+                self.pretrained.hub_options.get("token"),
                 allow_missing_classes=self.allow_missing_classes,
             )
         return self._synthetic[key]
@@ -133,70 +143,143 @@ class CellRunner:
         """Return all that decides a cell's result."""
         settings = self._shared_settings(cell) | {
             "stages": [dataclasses.asdict(stage) for stage in plan_cell(cell, self.settings)],
-            "num_shots": shots_key(cell.num_shots) if cell.arm.uses_real else None,
+            "num_shots": shots_key(cell.num_shots) if cell.row.method.uses_real else None,
             "split": cell.split,
             "max_eval_samples": self.max_eval_samples,
             "real_images": self.real.record.to_dict(),
         }
-        if cell.arm.uses_synthetic:
-            settings |= self._synthetic_settings(cell) | {"mix_ratio": cell.arm.variant.mix_ratio}
+        if "recalibrate" in (stage["settings"]["batch_norm"] for stage in settings["stages"]):
+            settings["statistics_batch_size"] = self.training_args.per_device_eval_batch_size
+        if cell.row.method.uses_synthetic:
+            settings |= self._synthetic_settings(cell) | {"mix_ratio": cell.row.method.mix_ratio}
         return settings
 
     def _shared_settings(self, cell: Cell) -> dict:
+        precision = self.training_args.mixed_precision
         return {
-            "model": self.pretrained,
-            "revision": self.hub_options["revision"],
+            "model": self.pretrained.name,
+            "revision": self.pretrained.hub_options["revision"],
             "class_names": self.real.class_names,
             "lr_scheduler_type": str(self.training_args.lr_scheduler_type),
             "seed": cell.seed,
-        }
+        } | ({} if precision == "no" else {"mixed_precision": precision})  # cells of before it could be chosen stay
 
     def _synthetic_settings(self, cell: Cell) -> dict:
-        source = self.sources[cell.arm.synthetic, cell.seed]
-        return {"synthetic_dataset": dataclasses.asdict(source), "volume": cell.volume}
+        source = self.sources[cell.row.synthetic, cell.seed]
+        return {"synthetic_dataset": dataclasses.asdict(source), "volume": cell.row.volume}
 
     def _run(self, cell: Cell) -> dict:
         """Train a cell's stages and return metrics, steps, images seen and seconds."""
         work_dir = self.output_dir / "work" / self.path(cell).stem
         shutil.rmtree(work_dir, ignore_errors=True)  # of a run that was killed
-        results, folders = {}, {}
-        for stage in plan_cell(cell, self.settings):
-            parent = self.bridge_dir(cell) if stage.images == "synthetic" else work_dir
-            folders[stage.name] = parent / stage.name
-            model, done = self._run_stage(cell, stage, folders)
-            results |= {f"{stage.name}_{key}": value for key, value in done.summary().items()}
-        logits, labels = predict(model, self._eval_items(cell.split))
+        method, shared_dir = cell.row.method, self.bridge_dir(cell)
+        real = self.real.train.select(self.few_shot_rows(cell.num_shots, cell.seed)) if method.uses_real else None
+        synthetic = None
+        if method.uses_synthetic:
+            synthetic = self.load_synthetic(self.sources[cell.row.synthetic, cell.seed], cell.row.volume)
+        done = run_method(
+            plan_cell(cell, self.settings), select_images(method, real, synthetic), self._eval_items(cell.split),
+            self.pretrained, self.real.class_names, dataclasses.replace(self.training_args, seed=cell.seed),
+            lambda stage: shared_dir if stage.images == "synthetic" else work_dir,
+            resume=True, exclusive=lambda folder: self._lock(f"{folder.parent.name}-{folder.name}"),
+        )  # fmt: skip
         shutil.rmtree(work_dir, ignore_errors=True)
-        return results | classification_metrics(logits, labels) | pack_correct(logits.argmax(1) == labels)
-
-    def _run_stage(self, cell: Cell, stage: StagePlan, folders: dict[str, Path]):
-        start, options = self.pretrained, self.hub_options
-        if stage.start is not None:
-            start, options = folders[stage.start], {"trust_remote_code": self.hub_options["trust_remote_code"]}
-        args = dataclasses.replace(self.training_args, seed=cell.seed)
-        folder = folders[stage.name]
-        with self._lock(f"{folder.parent.name}-{stage.name}"):
-            return run_stage(
-                stage, start, self.real.class_names, self._images(cell, stage.images), self.image_processor, args,
-                folder, resume=True, **options,
-            )  # fmt: skip
+        metrics = classification_metrics(done.logits, done.labels)
+        return done.results | metrics | pack_correct(done.logits.argmax(1) == done.labels)
 
     def _lock(self, name: str) -> FileLock:
         folder = self.output_dir / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / f"{name}.lock")
 
-    def _images(self, cell: Cell, kind: str) -> Dataset:
-        if kind == "real":
-            return self.real.train.select(self.few_shot_rows(cell.num_shots, cell.seed))
-        synthetic = self.load_synthetic(self.sources[cell.arm.synthetic, cell.seed], cell.volume)
-        if kind == "synthetic":
-            return synthetic
-        real = self._images(cell, "real")
-        rows = mix_indices(len(real), len(synthetic), cell.arm.variant.mix_ratio)
-        return concatenate_datasets([real, synthetic]).select(rows)
-
     def _eval_items(self, split: str):
         if split not in self._items:
-            self._items[split] = cache_items(EvalImages(getattr(self.real, split), self.image_processor))
+            self._items[split] = cache_items(EvalImages(getattr(self.real, split), self.pretrained.image_processor))
         return self._items[split]
+
+
+def run_cells(runner: CellRunner, cells: list[Cell], num_workers: int, description: str) -> dict[Cell, dict]:
+    """Return the result of every cell; equal cells are run once, finished ones not again.
+
+    Raises:
+        UserError: a cell cannot be run; no other is begun then.
+    """
+    cells = list(dict.fromkeys(cells))
+    results = {cell: runner.result(cell) for cell in cells if runner.path(cell).exists()}
+    waiting = [cell for cell in cells if cell not in results]
+    with tqdm(total=len(cells), initial=len(results), unit="cell", desc=description) as progress:
+        if num_workers == 1:
+            for cell in waiting:
+                progress.set_postfix_str(cell.title)
+                results[cell] = runner.result(cell)
+                progress.update()
+        elif waiting:
+            for cell, result in _run_side_by_side(runner, waiting, min(num_workers, len(waiting))):
+                progress.set_postfix_str(cell.title)
+                results[cell] = result
+                progress.update()
+    return results
+
+
+def _run_side_by_side(runner: CellRunner, cells: list[Cell], num_workers: int) -> Iterator[tuple[Cell, dict]]:
+    """Yield (cell, result) as they come."""
+    context = multiprocessing.get_context("spawn")  # a fork of a process that has used CUDA cannot use it
+    numbers = context.SimpleQueue()
+    for number in range(num_workers):
+        numbers.put(number)
+    fresh = dataclasses.replace(runner, _items={}, _synthetic={})
+    arguments = fresh, numbers, num_workers, visible_gpus(), logging.get_verbosity()
+    with ProcessPoolExecutor(num_workers, context, _start_worker, arguments) as pool:
+        futures = {pool.submit(_run_in_worker, cell): cell for cell in order_for_workers(runner, cells)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"--num_workers {num_workers}: a worker process was killed, perhaps for want of memory; give fewer, "
+                "finished cells are kept."
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def order_for_workers(runner: CellRunner, cells: list[Cell]) -> list[Cell]:
+    """Return the cells so that few wait for each other: one for each stage 1, those without one, the others."""
+    seen, keys = Counter(), {}
+    for cell in cells:
+        bridge_dir = runner.bridge_dir(cell)
+        keys[cell] = 0.5 if bridge_dir is None else seen[bridge_dir]
+        seen[bridge_dir] += 1
+    return sorted(cells, key=keys.get)
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs of this process as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def use_one_gpu(number: int, gpus: list[str]) -> None:
+    """Let this process see one of `gpus` only, before it uses any: with several, the Trainer would split batches."""
+    if len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+
+
+def _start_worker(runner: CellRunner, numbers, num_workers: int, gpus: list[str], verbosity: int) -> None:
+    global _runner
+    _runner = runner
+    logging.set_verbosity(verbosity)
+    logging.disable_progress_bar()  # theirs would run across that of the cells
+    use_one_gpu(numbers.get(), gpus)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_workers))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent says nothing to its workers, which would wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _run_in_worker(cell: Cell) -> dict:
+    return _runner.result(cell)

@@ -3,78 +3,34 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 
 import numpy as np
 
 from utils.cli.errors import UserError
-from utils.transfer.methods import StagePlan, StageSettings, plan_stages
+from utils.transfer.methods import METHODS, Method, StagePlan, StageSettings, plan_stages
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A method as a comparison runs it.
+class Row:
+    """A line of the table: a method of `METHODS`, its synthetic set and, where volumes are compared, how much of it.
 
-    `matched` methods take the steps of both stages. `bridge` and `real` replace settings of the stages on synthetic and
-    on real images (on both kinds, for mix). `warms_head_up` gives half of stage 2's steps to the head alone, so the
-    steps stay the same. `mix_ratio` is synthetic images per real one; None takes each image once.
+    `label` is `name` or `name@synthetic set`; `volume` is synthetic images per class, None for all of them, or none.
     """
-
-    description: str
-    method: str
-    head_init: str = "reset"
-    matched: bool = False
-    bridge: dict = field(default_factory=dict)
-    real: dict = field(default_factory=dict)
-    warms_head_up: bool = False
-    mix_ratio: float | None = None
-
-
-NO_MIXUP = {"mixup_alpha": 0.0}
-MIXUP = {"mixup_alpha": 0.2}
-VARIANTS = {
-    "vanilla": Variant("real images only, for the steps of stage 2", "vanilla"),
-    "vanilla_matched": Variant("real images only, for the steps of both stages", "vanilla", matched=True),
-    "vanilla_mixup": Variant("vanilla_matched with Mixup 0.2", "vanilla", matched=True, real=MIXUP),
-    "mix": Variant("both kinds of images in one stage, each once an epoch, matched", "mix", matched=True),
-    "mix_mixup": Variant("mix with Mixup 0.2", "mix", matched=True, real=MIXUP),
-    "mix_balanced": Variant("mix with as many real images as synthetic", "mix", matched=True, mix_ratio=1.0),
-    "bridged": Variant("synthetic images with Mixup, then real ones with a fresh head (the paper's ++)", "bridged"),
-    "bridged_keep": Variant("bridged with the head of stage 1", "bridged", "keep"),
-    "bridged_imprint": Variant("bridged with a head of class means of features", "bridged", "imprint"),
-    "bridged_head_warmup": Variant(
-        "bridged with a fresh head that is trained alone in the first half of stage 2", "bridged", warms_head_up=True
-    ),
-    "bridged_no_mixup": Variant("bridged without Mixup", "bridged", bridge=NO_MIXUP),
-    "bridged_plain": Variant("the paper's plain: head of stage 1, no Mixup", "bridged", "keep", bridge=NO_MIXUP),
-    "bridged_recalibrate": Variant(
-        "bridged with BatchNorm statistics measured on the real images before stage 2", "bridged",
-        real={"batch_norm": "recalibrate"},
-    ),
-    "synthetic_only": Variant("stage 1 alone", "synthetic_only"),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A method with its synthetic set: `label` is `name` or `name@synthetic set`."""
 
     label: str
     name: str
     synthetic: str
+    volume: int | None = None
 
     @property
-    def variant(self) -> Variant:
-        return VARIANTS[self.name]
+    def method(self) -> Method:
+        return METHODS[self.name]
 
     @property
-    def uses_real(self) -> bool:
-        return self.variant.method != "synthetic_only"
-
-    @property
-    def uses_synthetic(self) -> bool:
-        return self.variant.method != "vanilla"
+    def is_bridged(self) -> bool:
+        return len(self.method.stages) > 1
 
 
 @dataclass(frozen=True)
@@ -90,84 +46,72 @@ class Recipe:
 class Cell:
     """One training run, complete in itself; `split` is what it is judged on.
 
-    `num_shots` None is all real images, or none for an arm that uses none; `volume`, synthetic images per class, None
-    is all of them, or none.
+    `num_shots` None is all real images, or none for a method that uses none; `bridge` are the settings of stage 1.
     """
 
-    arm: Arm
+    row: Row
     num_shots: int | None
     seed: int
     recipe: Recipe
     bridge: StageSettings
-    volume: int | None = None
     split: str = "test"
 
     @property
     def title(self) -> str:
-        parts = [self.arm.label]
-        if self.arm.uses_real:
-            parts.append(shots_title(self.num_shots))
-        if self.volume is not None:
-            parts.append(volume_title(self.volume))
-        return ", ".join([*parts, f"seed {self.seed}"])
+        shots = [shots_title(self.num_shots)] if self.row.method.uses_real else []
+        volume = [] if self.row.volume is None else [volume_title(self.row.volume)]
+        return ", ".join([self.row.label, *shots, *volume, f"seed {self.seed}"])
 
 
 def make_cell(
-    arm: Arm,
-    num_shots: int | None,
-    seed: int,
-    recipe: Recipe,
-    bridge: StageSettings,
-    volume: int | None = None,
-    split: str = "test",
+    row: Row, num_shots: int | None, seed: int, recipe: Recipe | None, bridge: StageSettings, split: str = "test"
 ) -> Cell:
-    """Return a cell without what its arm does not use, so that equal runs are equal cells."""
-    return Cell(
-        arm,
-        num_shots if arm.uses_real else None,
-        seed,
-        recipe if arm.uses_real else Recipe(0.0, 0),
-        bridge,
-        volume if arm.uses_synthetic else None,
-        split,
-    )
+    """Return a cell without what its method does not use, so that equal runs are equal cells."""
+    if not row.method.uses_synthetic:
+        row = replace(row, volume=None)
+    if not row.method.uses_real:
+        num_shots, recipe = None, Recipe(0.0, 0)
+    return Cell(row, num_shots, seed, recipe, bridge, split)
 
 
 def plan_cell(cell: Cell, settings: StageSettings) -> list[StagePlan]:
-    """Return the stages of a cell; `settings` has what its recipe and its variant leave open."""
-    variant = cell.arm.variant
-    settings = replace(
-        settings,
-        max_steps=cell.recipe.max_steps,
-        learning_rate=cell.recipe.learning_rate,
-        head_learning_rate_factor=cell.recipe.head_learning_rate_factor,
-        **variant.real,
-    )
-    if variant.warms_head_up:
-        num_steps = settings.max_steps // 2
-        settings = replace(settings, max_steps=settings.max_steps - num_steps, head_warmup_steps=num_steps)
-    return plan_stages(
-        variant.method, replace(cell.bridge, **variant.bridge), settings, variant.head_init, variant.matched
-    )
+    """Return the stages of a cell; `settings` has what its recipe and its method leave open."""
+    return plan_stages(cell.row.method, cell.bridge, replace(settings, **asdict(cell.recipe)))
 
 
-def parse_arms(methods: list[str], set_names: list[str]) -> list[Arm]:
-    """Return the arms for `method` or `method@NAME`; the first synthetic set is the default.
+def plan_table(
+    rows: list[Row], shots: list[int | None], seeds: list[int], volumes: list[int | None], chosen: dict
+) -> dict[Row, dict[int | None, list[Cell]]]:
+    """Return the cells of the test table by row and shots, one a seed; `chosen` is what chosen_settings.json holds."""
+    bridge = StageSettings(**chosen["stage1"])
+    table = {}
+    for row in rows:
+        for volume in volumes if row.method.uses_synthetic else [None]:
+            recipes = {count: look_up_recipe(chosen, row, count) if row.method.uses_real else None for count in shots}
+            table[replace(row, volume=volume)] = {
+                count: [make_cell(replace(row, volume=volume), count, seed, recipe, bridge) for seed in seeds]
+                for count, recipe in recipes.items()
+            }
+    return table
+
+
+def parse_rows(methods: list[str], set_names: list[str]) -> list[Row]:
+    """Return the rows for `method` or `method@NAME`; the first synthetic set is the default.
 
     Raises:
         UserError: an unknown method or synthetic set, or the same method twice.
     """
-    arms = []
+    rows = []
     for label in methods:
         name, _, synthetic = label.partition("@")
-        if name not in VARIANTS:
-            raise UserError(f"--methods {label}: unknown; there are {', '.join(VARIANTS)}, each also as method@NAME.")
+        if name not in METHODS:
+            raise UserError(f"--methods {label}: unknown; there are {', '.join(METHODS)}, each also as method@NAME.")
         if synthetic and synthetic not in set_names:
             raise UserError(f"--methods {label}: no synthetic set '{synthetic}'; there are {', '.join(set_names)}.")
-        arms.append(Arm(label, name, synthetic or set_names[0]))
+        rows.append(Row(label, name, synthetic or set_names[0]))
     if len(set(methods)) < len(methods):
         raise UserError(f"--methods {' '.join(methods)}: a method is there twice.")
-    return arms
+    return rows
 
 
 def parse_synthetic_sets(values: list[str]) -> dict[str, str]:
@@ -210,7 +154,7 @@ def shots_key(num_shots: int | None) -> str:
     return "all" if num_shots is None else str(num_shots)
 
 
-def look_up_recipe(chosen: dict, arm: Arm, num_shots: int | None) -> Recipe:
+def look_up_recipe(chosen: dict, row: Row, num_shots: int | None) -> Recipe:
     """Return the recipe of a method (of the same method with another synthetic set, if need be).
 
     A shot count that was not searched takes the nearest smaller one, else the nearest; all images count as most.
@@ -218,9 +162,9 @@ def look_up_recipe(chosen: dict, arm: Arm, num_shots: int | None) -> Recipe:
     Raises:
         UserError: the method was not searched.
     """
-    by_shots = chosen.get(arm.label) or chosen.get(arm.name)
+    by_shots = chosen.get(row.label) or chosen.get(row.name)
     if not by_shots:
-        raise UserError(f"--settings: has no recipe for '{arm.label}'; it has {', '.join(chosen)}.")
+        raise UserError(f"--settings: has no recipe for '{row.label}'; it has {', '.join(chosen)}.")
     entries = {math.inf if key == "all" else int(key): entry for key, entry in by_shots.items()}
     wanted = math.inf if num_shots is None else num_shots
     entry = entries[max((count for count in entries if count <= wanted), default=min(entries))]

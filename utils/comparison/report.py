@@ -11,10 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from utils.cli.records import write_text
-from utils.comparison.grid import VARIANTS, shots_key, shots_title, volume_title
+from utils.comparison.grid import shots_key, shots_title, volume_title
 from utils.comparison.statistics import COSTS
 from utils.hub.licenses import hub_ids
 from utils.hub.markdown import FUNCTIONS, code, text
+from utils.transfer.methods import METHODS
 
 TEMPLATE = Path(__file__).with_name("report.md.jinja")
 MARKERS = "osD^vPX*<>hp"
@@ -113,7 +114,7 @@ def _row_title(entry: dict) -> str:
 
 def _describe(method: str) -> str:
     name, _, synthetic = method.partition("@")
-    return VARIANTS[name].description + (f"; synthetic set {code(synthetic)}" if synthetic else "")
+    return METHODS[name].description + (f"; synthetic set {code(synthetic)}" if synthetic else "")
 
 
 def _shots_text(key: str) -> str:

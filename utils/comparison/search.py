@@ -5,21 +5,59 @@ from itertools import product
 
 from utils.cli.errors import UserError
 from utils.cli.records import read_record
-from utils.comparison.cells import CellRunner
+from utils.comparison.cells import CellRunner, run_cells
 from utils.comparison.grid import (
-    Arm,
     Cell,
     Recipe,
+    Row,
     choose_best,
     look_up_recipe,
     make_cell,
+    rates_around,
+    recipe_grid,
     shots_key,
     shots_title,
 )
-from utils.comparison.workers import run_cells
-from utils.transfer.methods import StageSettings
+from utils.transfer.methods import StageSettings, steps_per_epoch
 
 LOST = [-1.0]  # the accuracies of a candidate that diverged
+
+
+def list_bridges(search_args, shared_args, settings: StageSettings, num_images: int) -> list[StageSettings]:
+    """Return the settings of stage 1 to choose from; `num_images` are those of the largest volume."""
+    rates = search_args.bridge_learning_rates
+    epochs, batch_size = search_args.bridge_num_train_epochs, settings.per_device_train_batch_size
+    return [
+        dataclasses.replace(
+            settings,
+            max_steps=max_steps,
+            learning_rate=rate,
+            head_learning_rate_factor=shared_args.bridge_head_learning_rate_factor,
+            mixup_alpha=alpha,
+        )
+        for max_steps, rate, alpha in product(
+            search_args.bridge_step_counts or [epoch_steps(epochs, num_images, batch_size)],
+            rates_around(*rates) if search_args.search_learning_rate else rates,
+            search_args.bridge_mixup_alphas,
+        )
+    ]
+
+
+def list_recipes(search_args, runner: CellRunner, shots: list[int | None]) -> dict[int | None, list[Recipe]]:
+    """Return the recipes to choose from by shots, which have their own number of steps an epoch."""
+    rates = search_args.learning_rates
+    rates = rates_around(*rates) if search_args.search_learning_rate else rates
+    batch_size = runner.settings.per_device_train_batch_size
+    recipes = {}
+    for num_shots in shots:
+        num_images = len(runner.few_shot_rows(num_shots, seed=0))
+        steps = search_args.step_counts or [epoch_steps(search_args.num_train_epochs, num_images, batch_size)]
+        recipes[num_shots] = recipe_grid(rates, steps, search_args.head_learning_rate_factors)
+    return recipes
+
+
+def epoch_steps(num_epochs: float, num_images: int, batch_size: int) -> int:
+    return max(1, round(num_epochs * steps_per_epoch(num_images, batch_size)))
 
 
 def choose_bridge(
@@ -32,46 +70,41 @@ def choose_bridge(
     if len(candidates) == 1:
         return candidates[0]
     set_name, _ = next(iter(runner.sources))
-    arm = Arm("synthetic_only", "synthetic_only", set_name)
+    row = Row("synthetic_only", "synthetic_only", set_name, volume)
     cells = {
-        bridge: [make_cell(arm, None, seed, Recipe(0.0, 0), bridge, volume, "validation") for seed in seeds]
-        for bridge in candidates
+        bridge: [make_cell(row, None, seed, None, bridge, "validation") for seed in seeds] for bridge in candidates
     }
     return _choose(_score(runner, cells, num_workers, "search of stage 1"), "stage 1 (--bridge_learning_rates)")[0]
 
 
 def choose_recipes(
-    runner: CellRunner, arms: list[Arm], recipes: dict[int | None, list[Recipe]], bridge: StageSettings,
+    runner: CellRunner, rows: list[Row], recipes: dict[int | None, list[Recipe]], bridge: StageSettings,
     seeds: list[int], volume: int | None, num_workers: int,
 ) -> dict[str, dict]:  # fmt: skip
     """Return, by method that uses real images and by shots, the recipe with the best mean validation accuracy.
 
     `recipes` maps shots to the candidates; the only one is chosen as it is.
     """
+    rows = [dataclasses.replace(row, volume=volume) for row in rows if row.method.uses_real]
     cells = {
-        (arm, num_shots, recipe): [
-            make_cell(arm, num_shots, seed, recipe, bridge, volume, "validation") for seed in seeds
-        ]
-        for arm in arms
-        if arm.uses_real
+        (row, num_shots, recipe): [make_cell(row, num_shots, seed, recipe, bridge, "validation") for seed in seeds]
+        for row in rows
         for num_shots, candidates in recipes.items()
         for recipe in candidates
         if len(candidates) > 1
     }
     scores = _score(runner, cells, num_workers, "search")
-    chosen = {arm.label: {} for arm in arms if arm.uses_real}
-    for arm, (num_shots, candidates) in product(arms, recipes.items()):
-        if not arm.uses_real:
-            continue
+    chosen = {row.label: {} for row in rows}
+    for row, (num_shots, candidates) in product(rows, recipes.items()):
         recipe, accuracy = candidates[0], None
         if len(candidates) > 1:
-            scores_here = {recipe: scores[arm, num_shots, recipe] for recipe in candidates}
-            recipe, accuracy = _choose(scores_here, f"{arm.label} with {shots_title(num_shots)}")
-        chosen[arm.label][shots_key(num_shots)] = dataclasses.asdict(recipe) | {"validation_accuracy": accuracy}
+            scores_here = {recipe: scores[row, num_shots, recipe] for recipe in candidates}
+            recipe, accuracy = _choose(scores_here, f"{row.label} with {shots_title(num_shots)}")
+        chosen[row.label][shots_key(num_shots)] = dataclasses.asdict(recipe) | {"validation_accuracy": accuracy}
     return chosen
 
 
-def read_settings(path: str, arms: list[Arm], shots: list[int | None], settings: StageSettings) -> dict:
+def read_settings(path: str, rows: list[Row], shots: list[int | None], settings: StageSettings) -> dict:
     """Return what a chosen_settings.json holds, checked; `settings` fill in what its stage 1 leaves open.
 
     Raises:
@@ -83,9 +116,9 @@ def read_settings(path: str, arms: list[Arm], shots: list[int | None], settings:
         chosen["stage1"] = dataclasses.asdict(dataclasses.replace(settings, **chosen["stage1"] | of_images))
     except (KeyError, TypeError) as error:
         raise UserError(f"--settings {path}: is no chosen_settings.json of this script ({error}).") from None
-    for arm, num_shots in product(arms, shots):
-        if arm.uses_real:
-            look_up_recipe(chosen, arm, num_shots)
+    for row, num_shots in product(rows, shots):
+        if row.method.uses_real:
+            look_up_recipe(chosen, row, num_shots)
     return chosen
 
 

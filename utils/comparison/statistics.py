@@ -2,26 +2,14 @@
 
 import base64
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from utils.comparison.grid import shots_title
+from utils.comparison.grid import Row, shots_title
 
 CONFIDENCE = 0.95
 COSTS = ("steps", "images_seen", "seconds", "gpu_hours")
-
-
-class Row(NamedTuple):
-    """A line of the table: a method (`method@NAME`) and, where volumes are compared, its synthetic images per class."""
-
-    method: str
-    volume: int | None = None
-
-    @property
-    def is_bridged(self) -> bool:
-        return self.method.startswith("bridged")
 
 
 @dataclass(frozen=True)
@@ -105,7 +93,7 @@ def summarise(results: dict[Row, dict], baseline: Row | None) -> list[dict]:
         for num_shots, right in by_shots.items():
             values = 100 * right.mean(1)
             entry = {
-                "method": row.method,
+                "method": row.label,
                 "volume": row.volume,
                 "num_shots": num_shots,
                 "mean": float(values.mean()),
@@ -142,25 +130,25 @@ def describe_findings(correct: dict[Row, dict], baseline: Row | None) -> list[st
     top = _largest_volume(correct)
     bridged = [row for row in top if row.is_bridged]
     if not bridged:
-        return [f"No bridged method was run; gains are over {baseline.method}."]
+        return [f"No bridged method was run; gains are over {baseline.label}."]
     num_seeds = len(next(iter(correct[baseline].values())))
     scope = f"Over {num_seeds} seeds" if num_seeds > 1 else "In a single run (one seed)"
-    against = baseline.method if baseline.method == "vanilla_matched" else f"{baseline.method}, which took fewer steps"
-    described = [f"{row.method} {_describe_gains(correct[row], correct[baseline])}." for row in bridged]
+    against = baseline.label if baseline.label == "vanilla_matched" else f"{baseline.label}, which took fewer steps"
+    described = [f"{row.label} {_describe_gains(correct[row], correct[baseline])}." for row in bridged]
     sentences = [f"{scope}, in points of accuracy [95 % interval] over {against}: {described[0]}", *described[1:]]
     sentences += _describe_rivals(correct, [row for row in top if not row.is_bridged and row != baseline], bridged)
-    smallest = min((row for row in correct if row.method == bridged[0].method), key=lambda row: row.volume or 0)
+    smallest = min((row for row in correct if row.label == bridged[0].label), key=lambda row: row.volume or 0)
     if smallest != bridged[0]:
         change = f"{bridged[0].volume} synthetic images a class in place of {smallest.volume}"
-        sentences.append(f"{bridged[0].method}, {change}: {_describe_gains(correct[bridged[0]], correct[smallest])}.")
+        sentences.append(f"{bridged[0].label}, {change}: {_describe_gains(correct[bridged[0]], correct[smallest])}.")
     if num_seeds == 1:
         sentences.append("The intervals cover the draw of the test images, not the luck of this one seed.")
     return sentences
 
 
 def _largest_volume(correct: dict[Row, dict]) -> list[Row]:
-    largest = {row.method: row for row in sorted(correct, key=lambda row: row.volume or 0)}
-    return [row for row in correct if largest[row.method] == row]
+    largest = {row.label: row for row in sorted(correct, key=lambda row: row.volume or 0)}
+    return [row for row in correct if largest[row.label] == row]
 
 
 def _describe_gains(by_shots: dict, others: dict) -> str:
@@ -180,9 +168,9 @@ def _describe_rivals(correct: dict[Row, dict], rivals: list[Row], bridged: list[
             best = max(bridged, key=lambda row, shots=num_shots: correct[row][shots].mean())
             lead = paired_gain(right, correct[best][num_shots])
             if lead.low > 0:
-                parts.append(f"{best.method} {_at(num_shots)} ({lead})")
+                parts.append(f"{best.label} {_at(num_shots)} ({lead})")
         if parts:
-            sentences.append(f"{rival.method} beats the best bridged method: {', '.join(parts)}.")
+            sentences.append(f"{rival.label} beats the best bridged method: {', '.join(parts)}.")
     return sentences
 
 

@@ -1,26 +1,64 @@
-"""The card of a style token."""
+"""What a finished token's folder says of the token: its records, its card, and the last lines of the run. No torch."""
 
+import time
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from utils.cli.records import image_set_name
-from utils.hub.licenses import License, common_license, hub_ids
+from utils.cli.options import absolute_if_local
+from utils.cli.records import DSI_CONFIG, RUN_CONFIG, image_set_name, write_run_config
+from utils.cli.run_folder import RunFolder
+from utils.hub.licenses import License, common_license, hub_ids, read_licenses
 from utils.hub.markdown import FUNCTIONS
 from utils.hub.merged_card import save_card
+from utils.hub.targets import Target
+from utils.style.base_models import BaseModel
 
 STYLE_PICTURE = "style.png"
+TRAINING_PICTURE = "training.png"
+PUBLISHED_FILES = (
+    "learned_embeds.safetensors", TRAINING_PICTURE, STYLE_PICTURE, DSI_CONFIG, RUN_CONFIG, "README.md",
+)  # fmt: skip
+ARMS = ("no_token", "untrained_token", "trained_token")  # whose losses `health` has
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
-def write_token_card(
-    output_dir: str | Path,
-    record: dict,
-    run: dict,
-    licenses: dict[str, License],
-    command: str,
-    hub_id: str | None = None,
+def describe_token(base_model: BaseModel, real_images, nouns: list[str], templates: list[str], **settings) -> dict:
+    """Return what `dsi_config.json` holds."""
+    return {
+        "base_model": {"id": absolute_if_local(base_model.source.name), "revision": base_model.source.revision},
+        "pipeline_class": base_model.pipeline_class,
+        "real_images": real_images.record.to_dict(),
+        "train_indices": real_images.train_indices.tolist(),
+        "class_names": real_images.class_names,
+        "prompt_nouns": nouns,
+        "prompt_templates": templates,
+        **settings,
+    }
+
+
+def write_records(
+    folder: RunFolder, record: dict, started: float, command: str, target: Target | None, token: str | None
 ) -> None:
+    """Write `run_config.json`, the card, and last `dsi_config.json`; print what the token learned.
+
+    `started` is the `time.time()` at which the run began, `target` where the token is going to be published.
+    """
+    base_model, real = record["base_model"], record["real_images"]
+    sources = [
+        (base_model["id"], "model", base_model["revision"]),
+        (image_set_name(real), "dataset", real["dataset_revision"]),
+    ]
+    run = write_run_config(folder.path, folder.options, started)
+    write_token_card(folder.path, record, run, read_licenses(sources, token), command, target and target.repo_id)
+    folder.finish(record)
+    print_summary(folder.path, record["health"], time.time() - started)
+
+
+def write_token_card(
+    output_dir: str | Path, record: dict, run: dict, licenses: dict[str, License], command: str,
+    hub_id: str | None = None,
+) -> None:  # fmt: skip
     """Write `README.md` for a token from its `dsi_config.json` and `run_config.json` records.
 
     `licenses` maps each source's name to its licence; the token gets that of the base model. The code in the card
@@ -41,15 +79,30 @@ def write_token_card(
         tags=["textual_inversion", "dataset-style-inversion", "bridged-transfer"],
     )
     card = ModelCard.from_template(
-        metadata,
-        template_path=str(TEMPLATE),
-        name=hub_id or Path(output_dir).resolve().name,
-        real=real,
-        record=record,
-        run=run,
-        licenses=licenses,
-        command=command,
-        **FUNCTIONS,
+        metadata, template_path=str(TEMPLATE), name=hub_id or Path(output_dir).resolve().name, real=real,
+        record=record, run=run, licenses=licenses, command=command, **FUNCTIONS,
         has_style_picture=(Path(output_dir) / STYLE_PICTURE).is_file(),
-    )
+    )  # fmt: skip
     save_card(card, Path(output_dir) / "README.md")
+
+
+def print_summary(output_dir: Path, health: dict, seconds: float) -> None:
+    """Print what the token learned, where it lies, and the next command."""
+    print(f"Denoising loss on {health['num_images']} {health['images']}, with fixed noise:")
+    for arm in ARMS:
+        print(f"  {arm.replace('_', ' '):16s} {health[f'loss_{arm}']:.4f}")
+    for embedding in health["embeddings"]:
+        low, middle, high = embedding["vocabulary_5_50_95"]
+        print(
+            f"Embedding norm {embedding['norm']:.3f}; of the vocabulary's 5 % are below {low:.3f}, half below "
+            f"{middle:.3f}, 95 % below {high:.3f}."
+        )
+    if health["num_skipped_images"]:
+        print(f"{health['num_skipped_images']} damaged images were left out.")
+    if not health["token_learned"]:
+        print(
+            "WARNING: the token learned nothing: the loss with it is not clearly below that with the untrained token. "
+            "Try more steps, a higher --learning_rate, or another --initializer_token."
+        )
+    print(f"Style token in {output_dir}, {seconds:.0f} s. Next:")
+    print(f"  accelerate launch generate_synthetic.py --learned_embeds {output_dir}")

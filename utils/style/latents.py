@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
@@ -216,11 +217,8 @@ def _load_batches(images: Dataset, rows: range, resolution: int) -> Iterator[tor
         starts = range(0, len(rows), BATCH_SIZE)
         # map starts its calls at once, the generator makes it only when asked: one batch is ahead
         batches = (pool.map(load, images[rows[start : start + BATCH_SIZE]]["image"]) for start in starts)
-        current = next(batches)
-        for following in batches:
-            yield torch.cat(list(current))
-            current = following
-        yield torch.cat(list(current))
+        for batch, _ in pairwise(chain(batches, [None])):
+            yield torch.cat(list(batch))
 
 
 def _encode_batches(vae, batches: Iterator[torch.Tensor], num_copies: int, progress: tqdm) -> dict[str, torch.Tensor]:

@@ -1,7 +1,10 @@
-"""The images a style token is learned from and measured on, and their latents."""
+"""The images a style token is learned from and measured on, their latents, and what each training step has of them.
+
+What step n trains on is a function of (seed, n), whatever ran before it.
+"""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from huggingface_hub import constants
+from torch.utils import data
 
 from utils.data.image_set import RealImages, RealImagesRecord
 from utils.data.opened_images import open_all
@@ -17,6 +21,7 @@ from utils.style.base_models import BaseModel
 from utils.style.latents import LatentCache, Latents
 
 NUM_HELD_OUT_IMAGES = 64
+STEP, EPOCH, NOISE = 1, 2, 3  # what a generator is for, part of its seed
 
 
 @dataclass(frozen=True)
@@ -56,26 +61,100 @@ def load_style_images(record: RealImagesRecord, token: str | None = None) -> Sty
     return StyleImages(real, opened.digests["train"], images, held_out_digests, name, opened.num_skipped)
 
 
-def load_latents(
-    base_model: BaseModel, images: Dataset, digests: list[str], resolution: int, num_copies: int,
-    cache_dir: str | Path | None, device: torch.device,
-) -> tuple[Latents, str]:  # fmt: skip
-    """Return the images' latents, mapped into memory, and the key that tells them from others.
+def _some_rows(images: Dataset) -> np.ndarray:
+    return np.random.default_rng(0).permutation(len(images))[:NUM_HELD_OUT_IMAGES]
 
-    The VAE is loaded only for those that the cache does not have. Each machine's processes share them out: machines
-    need no common folder, and where they have one, they help each other.
+
+def load_latents(
+    base_model: BaseModel, images: StyleImages, resolution: int, random_flip: bool, cache_dir: str | Path | None,
+    device: torch.device,
+) -> tuple[Latents, Latents, str]:  # fmt: skip
+    """Return the latents of training and held-out images, mapped into memory, and the key that tells the former.
+
+    Of training images those of the mirrored ones are among them with `random_flip`.
+    """
+    cache_dir = cache_dir or Path(constants.HF_HOME) / "bridged-transfer" / "latents"
+    settings = {"cache_dir": cache_dir, "resolution": resolution, "vae_identity": base_model.vae_identity}
+    cache = LatentCache(image_digests=images.digests, num_copies=2 if random_flip else 1, **settings)
+    held_out_cache = LatentCache(image_digests=images.held_out_digests, num_copies=1, **settings)
+    latents = _fill(cache, base_model, images.real.train, device)
+    return latents, _fill(held_out_cache, base_model, images.held_out, device), cache.folder.name
+
+
+def _fill(cache: LatentCache, base_model: BaseModel, images: Dataset, device: torch.device) -> Latents:
+    """Encode what a cache does not have, and open it. The VAE is loaded only where something is missing.
+
+    Each machine's processes share it out: machines need no common folder, and where they have one, they help each
+    other.
     """
     state = PartialState()
-    cache_dir = cache_dir or Path(constants.HF_HOME) / "bridged-transfer" / "latents"
-    cache = LatentCache(cache_dir, digests, resolution, base_model.vae_identity, num_copies)
     num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
     missing = cache.missing_shards(state.local_process_index, num_local_processes)
     if missing:
         vae = base_model.load_vae().to(device)
         cache.encode(vae, images, missing, show_progress=state.is_local_main_process)
     state.wait_for_everyone()
-    return cache.open(), cache.folder.name
+    return cache.open()
 
 
-def _some_rows(images: Dataset) -> np.ndarray:
-    return np.random.default_rng(0).permutation(len(images))[:NUM_HELD_OUT_IMAGES]
+@dataclass(eq=False, kw_only=True)
+class TrainingSteps(data.Dataset):
+    """One process's share of each optimiser step; the shares of all processes are the same whole at any number.
+
+    An item is a dictionary with the images first: `latents` (unscaled) and `noise` `(images, channels, height, width)`
+    float32, `timesteps`, `labels` and `templates` (which prompt template) int64. This process has the images `mine` of
+    the `images_per_step` of all; `labels` are those of all images of the set.
+    """
+
+    latents: Latents
+    labels: torch.Tensor
+    seed: int
+    images_per_step: int
+    num_templates: int
+    num_train_timesteps: int
+    rank: int = 0
+    num_parts: int = 1
+    _epochs: dict[int, np.ndarray] = field(default_factory=dict, init=False)  # the order of images in the last ones
+
+    @property
+    def mine(self) -> np.ndarray:
+        return np.arange(self.rank, self.images_per_step, self.num_parts)
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        draws = np.random.default_rng([self.seed, STEP, step])
+        count, mine = self.images_per_step, self.mine
+        # one timestep from each of `count` equal parts of the range: much less noise in the gradient
+        timesteps = (np.arange(count) + draws.random(count)) * self.num_train_timesteps / count
+        copies = draws.integers(self.latents.num_copies, size=count)
+        templates = draws.integers(self.num_templates, size=count)
+        indices = torch.tensor([self._image_at(step * count + position) for position in mine])
+        noise, posterior_noise = self._draw_noise(step)
+        return {
+            "latents": self.latents.sample(indices, torch.from_numpy(copies[mine]), posterior_noise),
+            "noise": noise,
+            "timesteps": torch.from_numpy(timesteps[mine]).long().clamp(max=self.num_train_timesteps - 1),
+            "labels": self.labels[indices],
+            "templates": torch.from_numpy(templates[mine]),
+        }
+
+    def _image_at(self, position: int) -> int:
+        """Return the image at a position of the endless row of epochs, each of which shows every image once."""
+        epoch, place = divmod(position, len(self.labels))
+        if epoch not in self._epochs:
+            self._epochs = {e: order for e, order in self._epochs.items() if e >= epoch - 1}
+            self._epochs[epoch] = np.random.default_rng([self.seed, EPOCH, epoch]).permutation(len(self.labels))
+        return int(self._epochs[epoch][place])
+
+    def _draw_noise(self, step: int) -> torch.Tensor:
+        """Return noise and posterior noise `(2, images, channels, height, width)`, a generator for each image."""
+        shape = (2, *self.latents.latent_shape)
+        images = [
+            np.random.default_rng([self.seed, NOISE, step, position]).standard_normal(shape, dtype=np.float32)
+            for position in self.mine
+        ]
+        return torch.from_numpy(np.stack(images, axis=1))
+
+
+def micro_batches(batch: dict[str, torch.Tensor], number: int) -> list[dict[str, torch.Tensor]]:
+    """Cut a step's share into `number` parts of equal size, each with timesteps from the whole range."""
+    return [{name: value[part::number] for name, value in batch.items()} for part in range(number)]

@@ -1,5 +1,7 @@
-"""The style token: rows of its own, spliced into the embedding output of a frozen text encoder."""
+"""The style token: rows of its own in frozen text encoders, prompts that name it, and the U-Net under them."""
 
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,9 +10,12 @@ from torch import nn
 
 from utils.cli.errors import UserError
 from utils.data.prompts import token_text
+from utils.style.base_models import BaseModel
 
 LEARNED_EMBEDS = "learned_embeds.safetensors"
 XL_KEYS = ("clip_l", "clip_g")
+# name -> tensor, batch first: `encoder_hidden_states` (batch, length, dim); Stable Diffusion XL: `text_embeds` as well
+Conditioning = dict[str, torch.Tensor]
 
 
 def add_placeholder_tokens(
@@ -101,6 +106,131 @@ def splice_style_token(
     embedding = StyleTokenEmbedding(table, table.weight[initializer_id].expand(num_vectors, -1))
     text_encoder.set_input_embeddings(embedding)
     return embedding
+
+
+class PromptEncoder(nn.Module):
+    """The frozen text encoders of a base model, with the style token's rows as the only parameters that learn.
+
+    One module for both encoders of Stable Diffusion XL, so that one wrapper synchronises all rows between processes.
+    The placeholder keeps its real token id: an encoder that pools at the largest id of a prompt pools at the style
+    token, here as in the pipeline that loads it.
+    """
+
+    def __init__(self, text_encoders: list[nn.Module], tokenizers: list, num_vectors: int, initializer_ids: list[int]):
+        super().__init__()
+        parts = zip(text_encoders, tokenizers, initializer_ids, strict=True)
+        self.style_tokens = [
+            splice_style_token(text_encoder, tokenizer, num_vectors, initializer_id)
+            for text_encoder, tokenizer, initializer_id in parts
+        ]
+        self.text_encoders = nn.ModuleList(text_encoders)
+
+    @property
+    def rows(self) -> list[nn.Parameter]:
+        """The trained parameters, `(num_vectors, dim)` float32 for each text encoder."""
+        return [style_token.rows for style_token in self.style_tokens]
+
+    def forward(self, input_ids: torch.Tensor) -> Conditioning:
+        """Encode token ids `(batch, encoders, length)` as the base model's own pipeline does."""
+        if len(self.text_encoders) == 1:
+            return {"encoder_hidden_states": self.text_encoders[0](input_ids[:, 0])[0]}
+        outputs = [
+            text_encoder(input_ids[:, position], output_hidden_states=True)
+            for position, text_encoder in enumerate(self.text_encoders)
+        ]
+        hidden_states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return {"encoder_hidden_states": hidden_states, "text_embeds": outputs[-1].text_embeds}
+
+
+@dataclass(frozen=True)
+class PromptIds:
+    """Token ids `(prompts, encoders, length)` of all prompts, each padded to the encoders' length.
+
+    `training` has the prompts of the first template, a class each, then those of the next; `plain` has a prompt
+    without the token for each class; `empty` is the empty prompt.
+    """
+
+    training: torch.Tensor
+    plain: torch.Tensor
+    empty: torch.Tensor
+
+    @classmethod
+    def tokenize(cls, tokenizers: list, training: list[str], plain: list[str], device: torch.device) -> "PromptIds":
+        def ids(prompts: list[str]) -> torch.Tensor:
+            options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+            per_encoder = [tokenizer(prompts, **options).input_ids for tokenizer in tokenizers]
+            return torch.stack(per_encoder, dim=1).to(device)
+
+        return cls(ids(training), ids(plain), ids([""]))
+
+    def key(self, latents_key: str) -> str:
+        """Return a hash of the latents' key and the training prompts."""
+        return hashlib.sha256(latents_key.encode() + self.training.cpu().numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A frozen U-Net under the prompts of a style token: all that the token's loss depends on besides the images.
+
+    `dtype` is the U-Net's: to ask it takes milliseconds.
+    """
+
+    base_model: BaseModel
+    unet: nn.Module
+    noise_scheduler: object
+    encoder: nn.Module
+    prompt_ids: PromptIds
+    resolution: int
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.prompt_ids.training.device
+
+    def encode_distinct(self, templates: torch.Tensor, labels: torch.Tensor) -> Conditioning:
+        """Return the conditioning of a batch's training prompts, each distinct one encoded once.
+
+        `templates` and `labels` `(batch,)` are on the CPU: finding the distinct ones would make it wait for a GPU.
+        """
+        distinct, places = (templates * len(self.prompt_ids.plain) + labels).unique(return_inverse=True)
+        conditioning = self.encoder(self.prompt_ids.training[distinct.to(self.device)])
+        return {name: value[places.to(value.device)] for name, value in conditioning.items()}
+
+    def predict(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add noise, and return what the U-Net predicts and what it is trained to predict: velocity, image or noise.
+
+        Both are `(batch, channels, height, width)` float32; their mean squared difference is the denoising loss.
+        `latents` and `noise` have that shape and are at the U-Net's scale; `timesteps` is `(batch,)`.
+        """
+        noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        arguments = unet_arguments(conditioning, self.resolution, self.dtype)
+        model_pred = self.unet(noisy_latents.to(self.dtype), timesteps, **arguments).sample.float()
+        prediction_type = self.noise_scheduler.config.prediction_type
+        if prediction_type == "v_prediction":
+            return model_pred, self.noise_scheduler.get_velocity(latents, noise, timesteps).float()
+        if prediction_type == "sample":
+            # weighted by the signal-to-noise ratio the loss of the image is that of the noise; as in diffusers,
+            # examples/unconditional_image_generation/train_unconditional.py
+            alphas = self.noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+            scale = (alphas / (1 - alphas)).sqrt()
+            return model_pred * scale, latents.float() * scale
+        return model_pred, noise.float()
+
+
+def unet_arguments(conditioning: Conditioning, resolution: int, dtype: torch.dtype) -> dict:
+    """Return the U-Net's keyword arguments for a conditioning.
+
+    Stable Diffusion XL is told that images have `resolution` pixels a side and are not cropped, as in its pipeline.
+    """
+    arguments = {"encoder_hidden_states": conditioning["encoder_hidden_states"].to(dtype)}
+    if "text_embeds" in conditioning:
+        text_embeds = conditioning["text_embeds"].to(dtype)
+        time_ids = text_embeds.new_tensor([resolution, resolution, 0, 0, resolution, resolution])
+        time_ids = time_ids.expand(len(text_embeds), -1)
+        arguments["added_cond_kwargs"] = {"text_embeds": text_embeds, "time_ids": time_ids}
+    return arguments
 
 
 @torch.no_grad()

@@ -4,17 +4,15 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from utils.cli.errors import UserError
 from utils.transfer.classifiers import save_classifier
-from utils.transfer.heads import head_module_names
-from utils.transfer.image_datasets import EvalImages
+from utils.transfer.image_format import read_image_format
+from utils.transfer.model_parts import head_module_names
 
 ADAPTER_DIR = "adapter"
 NUM_CHECKED_IMAGES = 4
@@ -46,20 +44,22 @@ def add_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int, *, revisi
     Source: LoRA, Hu et al. 2022.
     """
     config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=_target_modules(model, lora.target_modules),
-        modules_to_save=head_module_names(model),
-        revision=revision,
-    )
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, revision=revision,
+        target_modules=_target_modules(model, lora.target_modules), modules_to_save=head_module_names(model),
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 
 
 def _target_modules(model: PreTrainedModel, ends: tuple[str, ...] | None) -> list[str]:
-    adaptable = adaptable_module_names(model)
+    """Return the layers whose names end so, of those outside the head that peft can both train and merge.
+
+    Grouped convolutions cannot be merged; of dilation and padding mode peft knows nothing, and nothing of layers that
+    are torch's but for a forward pass of their own (timm's padding as in TensorFlow, standardised weights).
+    """
+    head = head_module_names(model)
+    adaptable = [name for name, module in model.named_modules() if name not in head and _is_adaptable(module)]
     if ends is None:
         return adaptable
     names = {end: [name for name, _ in model.named_modules() if f".{name}".endswith(f".{end}")] for end in ends}
@@ -70,16 +70,6 @@ def _target_modules(model: PreTrainedModel, ends: tuple[str, ...] | None) -> lis
             examples = ", ".join(adaptable[:5])
             raise UserError(f"--lora_target_modules {end}: {problem}; of those that can, the first are {examples}.")
     return [name for found in names.values() for name in found]
-
-
-def adaptable_module_names(model: PreTrainedModel) -> list[str]:
-    """Return the layers outside the head that peft can both train and merge.
-
-    Grouped convolutions cannot be merged; of dilation and padding mode peft knows nothing, and nothing of layers that
-    are torch's but for a forward pass of their own (timm's padding as in TensorFlow, standardised weights).
-    """
-    head = set(head_module_names(model))
-    return [name for name, module in model.named_modules() if name not in head and _is_adaptable(module)]
 
 
 def _is_adaptable(module: nn.Module) -> bool:
@@ -126,24 +116,20 @@ def save_merged(model: PeftModel, image_processor, output_dir: str | Path) -> No
 
 
 def _load_base(model: PeftModel) -> PreTrainedModel:
+    # of other sizes is the head, and the adapter brings its own; the rest was loaded before
     base = model.get_base_model()
     return AutoModelForImageClassification.from_pretrained(
-        base.name_or_path,
-        config=copy.deepcopy(base.config),
-        ignore_mismatched_sizes=True,  # the head's; the adapter brings its own
-        dtype=torch.float32,
-        revision=model.peft_config["default"].revision,
-        local_files_only=True,  # it was loaded before
-    )
+        base.name_or_path, config=copy.deepcopy(base.config), ignore_mismatched_sizes=True, dtype=torch.float32,
+        revision=model.peft_config["default"].revision, local_files_only=True,
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, image_processor) -> torch.Tensor:
     """Return logits of a fixed random batch, on the CPU, where float32 is not rounded to less."""
-    pixels = np.random.default_rng(0).integers(0, 256, (NUM_CHECKED_IMAGES, 64, 64, 3), dtype=np.uint8)
-    images = EvalImages([{"image": Image.fromarray(image), "label": 0} for image in pixels], image_processor)
+    size = (NUM_CHECKED_IMAGES, 3, *read_image_format(image_processor).size)
     device = model.device
-    logits = model.eval().to("cpu")(pixel_values=torch.stack([item["pixel_values"] for item in images])).logits
+    logits = model.eval().to("cpu")(pixel_values=torch.randn(size, generator=torch.Generator().manual_seed(0))).logits
     model.to(device)
     return logits
 

@@ -71,27 +71,29 @@ class MethodArguments:
     method: str = field(
         default="bridged",
         metadata={
-            "help": "bridged: synthetic, then real images; vanilla: real only; mix: both together in one stage; "
-            "synthetic_only: the first stage alone.",
+            "help": "Which stages are trained on which images; the table above says it. Other flags win over its rows.",
             "choices": METHODS,
         },
     )
-    head_init: str = field(
-        default="reset",
+    head_init: str | None = field(
+        default=None,
         metadata={
             "help": "Head at the start of the second stage: fresh (the paper's), that of the first stage, or the class "
-            "means of the real images' features.",
+            "means of the real images' features; the method's own when not given.",
             "choices": HEAD_INITS,
         },
     )
-    match_steps: bool = field(
-        default=False, metadata={"help": "Give vanilla and mix as many steps as both stages together."}
+    match_steps: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Give methods of one stage the steps of both stages together; as the method says when not given."
+        },
     )
     mix_ratio: float | None = field(
         default=None,
         metadata={
             "help": "Synthetic images per real image in mix, above 0; those of the kind that is too few are repeated. "
-            "Each image once when not given."
+            "As the method says when not given: each image once, but in mix_balanced."
         },
     )
 
@@ -106,8 +108,9 @@ class StageArguments:
         default=None,
         metadata={"help": "Learning rate of the head; 10 x --learning_rate for a fresh head, 1 x for another."},
     )
-    head_warmup_steps: int = field(
-        default=0, metadata={"help": "Steps that train the head alone first (LP-FT), 0 or more."}
+    head_warmup_steps: float = field(
+        default=0,
+        metadata={"help": "Steps that train the head alone first (LP-FT), 0 or more; below 1 a share of the steps."},
     )
     freeze_backbone: bool = field(default=False, metadata={"help": "Train the head only."})
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup's Beta parameter; 0 turns it off."})
@@ -160,8 +163,8 @@ class BridgeStageArguments:
     bridge_per_device_train_batch_size: int | None = field(
         default=None, metadata={"help": "Images per device and step; --per_device_train_batch_size when not given."}
     )
-    bridge_head_warmup_steps: int = field(
-        default=0, metadata={"help": "Steps that train the head alone first, 0 or more."}
+    bridge_head_warmup_steps: float = field(
+        default=0, metadata={"help": "Steps that train the head alone first, 0 or more; below 1 a share of the steps."}
     )
     bridge_freeze_backbone: bool = field(default=False, metadata={"help": "Train the head only."})
     bridge_mixup_alpha: float = field(
@@ -249,7 +252,13 @@ class BridgedTrainingArguments(TrainingArguments):
     )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per device and step."})
     per_device_eval_batch_size: int = field(default=128, metadata=without_effect("Images per device in evaluation."))
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of AdamW; when not given, 2e-4 for networks with BatchNorm, adapters and heads "
+            "alone, 2e-5 for all weights of others (ViT, Swin, ConvNeXt)."
+        },
+    )
     num_train_epochs: float = field(default=30.0, metadata={"help": "Epochs over the real images."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})
@@ -269,6 +278,13 @@ class BridgedTrainingArguments(TrainingArguments):
         metadata=without_effect(
             "Processes that read images ahead, 0 or more; with a GPU one less than a process has cores."
         ),
+    )
+    leep: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Measure LEEP before and after stage 1, on the real training images; when not given, where there "
+            "is such a stage."
+        },
     )
     report_to: str = field(default="none", metadata=without_effect("Experiment tracker, as in transformers."))
     max_eval_samples: int | None = field(

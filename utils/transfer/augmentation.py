@@ -1,15 +1,30 @@
-"""Augmentation of batches on the model's device: colour, detail and noise by numbers drawn per image, then Mixup.
+"""What training sees of an image: a crop, colours and Mixup by numbers drawn from (seed, epoch, index).
 
-Beside crop and flip (`image_transforms`), colour and fine detail vary: in these, synthetic images differ most from real
-ones, and a classifier must not learn classes by them.
+The loader's workers decode and crop; colours, detail, noise and Mixup change whole batches on the model's device, by
+numbers that the worker drew. In colour and fine detail, synthetic images differ most from real ones, and a classifier
+must not learn classes by them.
 """
 
+import io
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
 import numpy as np
 import torch
+from datasets.distributed import split_dataset_by_node
+from PIL import Image
 from torch import nn
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_pil_image
 
-from utils.transfer.image_transforms import ImageFormat, normalise
+from utils.cli.errors import UserError
+from utils.data.images import describe_error, to_rgb
+from utils.transfer.image_format import ImageFormat, cut, normalise, process, read_image_format
 
+ROBUST_SCALE = (0.6, 1.0)  # smaller crops of few images miss what they show
+DEFAULT_SCALE = (0.08, 1.0)  # torchvision's, with which the other recipes were made
 JITTER = 0.4
 GRAY_PROBABILITY = 0.2
 SHARPNESS = 4.0
@@ -18,6 +33,183 @@ NOISE_OFFSETS = 2**20
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision's
 TOWARDS_BLACK, TOWARDS_MEAN, TOWARDS_GRAY = range(3)
 NUM_PASSES = 4
+SHUFFLE_BUFFER = 1_000  # rows of a stream, undecoded: some 50 MB
+
+
+class TrainItems:
+    """Rows with an undecoded image into items: `pixel_values` `(3, height, width)` uint8, `labels` int.
+
+    For `robust` augmentation with the `colours` that `BatchAugmentation` takes, for Mixup with each image's own weight
+    in [0.5, 1]. Where only the image processor can make its pixels, `pixel_values` are those, float32, colours changed.
+    """
+
+    def __init__(
+        self, image_processor, augmentation: str = "robust", mixup_alpha: float = 0.0, random_flip: bool = True
+    ):
+        self.image_format = read_image_format(image_processor)
+        self.crop_and_flip = CropAndFlip(self.image_format, augmentation, random_flip)
+        self.draws_colours = augmentation == "robust"
+        self.change_colours = ColourChange(seed=0)
+        self.mixup_alpha = mixup_alpha
+
+    def make(self, row: dict, *seeds: int) -> dict:
+        rng = np.random.default_rng(seeds)
+        item = {"pixel_values": self.crop_and_flip(open_image(row["image"]), rng), "labels": row["label"]}
+        if self.draws_colours:
+            item["colours"] = draw_colours(rng)
+        if self.mixup_alpha > 0:
+            weight = rng.beta(self.mixup_alpha, self.mixup_alpha)
+            # the larger part is the image's own: with independent weights, some images would vanish from the batch
+            item["mixup_weight"] = np.float32(max(weight, 1 - weight))
+        return item if self.image_format.processor is None else self._process(item)
+
+    def _process(self, item: dict) -> dict:
+        """Return the item with what the image processor makes of its crop, which takes colours before it."""
+        pixels = item["pixel_values"]
+        if "colours" in item:
+            colours = torch.from_numpy(item.pop("colours"))
+            changed = self.change_colours(pixels[None] / 255, colours[None])[0]
+            pixels = changed.mul_(255).round_().to(torch.uint8)
+        return item | {"pixel_values": process(self.image_format.processor, to_pil_image(pixels))}
+
+
+class TrainImages(torch.utils.data.Dataset):
+    """Training items, each drawn from (seed, epoch, index): the same at any batch size, worker and process count."""
+
+    def __init__(self, images: datasets.Dataset, items: TrainItems, seed: int):
+        self.images = _undecoded(images)
+        self.items = items
+        self.seed = seed
+        # shared memory: workers that live on see the new epoch too
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(int(epoch))
+
+    def __getitem__(self, index: int) -> dict:
+        return self.items.make(self.images[index], self.seed, int(self._epoch), index)
+
+
+class StreamedTrainImages(torch.utils.data.IterableDataset):
+    """Training items of a stream, without end: epoch after epoch, in each through a shuffle buffer of its own.
+
+    Processes and their workers divide the stream. Items are drawn from (seed, epoch, process, worker, position): the
+    same again at the same number of processes and workers.
+    """
+
+    def __init__(
+        self, images: datasets.IterableDataset, items: TrainItems, seed: int, num_processes: int, process_index: int
+    ):
+        self.images = _undecoded(images)
+        self.items = items
+        self.seed = seed
+        self.num_processes = num_processes
+        self.process_index = process_index
+
+    @property
+    def max_workers(self) -> int:
+        """Return how many workers of a process can have a part of the stream."""
+        return self._epoch_images(0).num_shards
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = torch.utils.data.get_worker_info()
+        reader = (self.process_index, worker.id if worker else 0)
+        for epoch in itertools.count():
+            position = -1
+            # datasets itself gives each worker its part
+            for position, row in enumerate(self._epoch_images(epoch)):
+                try:
+                    item = self.items.make(row, self.seed, epoch, *reader, position)
+                except Exception as error:  # on damaged files Pillow raises nearly anything
+                    raise UserError(
+                        f"--streaming: a synthetic image is damaged ({describe_error(error)}), number {position} of "
+                        f"epoch {epoch}, file {(row['image'] or {}).get('path')}; without --streaming it is named "
+                        "by its row, or left out by --skip_bad_images."
+                    ) from error
+                yield item
+            if position < 0:
+                return
+
+    def _epoch_images(self, epoch: int) -> datasets.IterableDataset:
+        generator = np.random.default_rng([self.seed, epoch])
+        shuffled = self.images.shuffle(generator=generator, buffer_size=SHUFFLE_BUFFER)
+        return split_dataset_by_node(shuffled, rank=self.process_index, world_size=self.num_processes)
+
+
+def _undecoded(images: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset | datasets.IterableDataset:
+    return images.select_columns(["image", "label"]).cast_column("image", datasets.Image(decode=False))
+
+
+def open_image(value: dict) -> Image.Image:
+    """Open an image of an undecoded column (`bytes`, `path`), without decoding where it is bytes or a local file."""
+    if value["bytes"] is not None:
+        return Image.open(io.BytesIO(value["bytes"]))
+    if Path(value["path"]).is_file():
+        return Image.open(value["path"])
+    return datasets.Image().decode_example(value)
+
+
+class CropAndFlip:
+    """Turn an opened image into a random, perhaps mirrored crop `(3, height, width)` uint8, with a policy on top.
+
+    `augmentation` is one of `AUGMENTATIONS`; `trivialaugment` and `randaugment` are torchvision's policies, which never
+    mirror. Without `random_flip` nothing else changes. A crop for the checkpoint's own processor keeps its shape.
+
+    Source: torchvision, v2.RandomResizedCrop, TrivialAugmentWide, RandAugment.
+    """
+
+    def __init__(self, image_format: ImageFormat, augmentation: str = "robust", random_flip: bool = True):
+        scale = ROBUST_SCALE if augmentation == "robust" else DEFAULT_SCALE
+        self.crop = v2.RandomResizedCrop(image_format.size, scale=scale)
+        self.size = image_format.size
+        self.keeps_shape = image_format.processor is not None
+        self.interpolation = image_format.interpolation
+        self.random_flip = random_flip
+        policies = {"trivialaugment": v2.TrivialAugmentWide, "randaugment": v2.RandAugment}
+        self.policy = policies[augmentation]() if augmentation in policies else None
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
+        state = torch.get_rng_state()  # a hundredth of the time of torch.random.fork_rng and manual_seed
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
+        try:
+            # a tensor without memory has the image's size, which is all that is asked for
+            box = self.crop.make_params([torch.empty((1, image.height, image.width), device="meta")])
+            # the processor may cut pixels out, and a smaller image is smoother than single pixels of the whole
+            is_whole = self.keeps_shape or self.interpolation == "nearest-exact"
+            image, box = decode_for_crop(image, **box, size=(image.height, image.width) if is_whole else self.size)
+            size = tuple(max(3, edge) for edge in box[2:]) if self.keeps_shape else self.size  # 3 are needed to sharpen
+            pixels = cut(image, box, size, self.interpolation)
+            is_mirrored = rng.random() < 0.5  # drawn in any case: what is drawn after it stays the same
+            if is_mirrored and self.random_flip:
+                pixels = pixels.flip(-1)
+            return self.policy(pixels) if self.policy else pixels
+        finally:
+            torch.set_rng_state(state)
+
+
+def decode_for_crop(
+    image: Image.Image, top: int, left: int, height: int, width: int, size: tuple[int, int]
+) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """Decode an opened image, upright and in RGB; return it with the crop's box (top, left, height, width) in it.
+
+    A JPEG is decoded at a half, a quarter or an eighth of its size where the crop is still no smaller than `size`.
+    """
+    full_width, full_height = image.size
+    shrink = min(height / size[0], width / size[1])
+    if image.format == "JPEG" and shrink >= 2:
+        image.draft(None, (int(full_width / shrink), int(full_height / shrink)))
+    image = to_rgb(image)
+    if (full_width - full_height) * (image.width - image.height) < 0:  # turned upright: so is the crop
+        full_width, full_height = full_height, full_width
+        top, left, height, width = left, top, width, height
+    down, across = image.height / full_height, image.width / full_width
+    top, left = int(top * down), int(left * across)
+    height = min(max(1, round(height * down)), image.height - top)
+    width = min(max(1, round(width * across)), image.width - left)
+    return image, (top, left, height, width)
 
 
 def draw_colours(rng: np.random.Generator) -> np.ndarray:
@@ -49,7 +241,7 @@ class ColourChange:
 
     def __call__(self, images: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
         """Return images `(batch, 3, height, width)` in [0, 1] changed by `colours` `(batch, 11)`, in place."""
-        kinds, factors, (sharpness, sigmas, offsets) = _split_colours(colours)
+        kinds, factors, (sharpness, sigmas, offsets) = colours.T.split((NUM_PASSES, NUM_PASSES, 3))
         images = sharpen(adjust_colours(images, kinds, factors), sharpness)
         return self._add_noise(images, sigmas, offsets)
 
@@ -90,11 +282,6 @@ class BatchAugmentation:
         if "mixup_weight" in batch:
             images, labels = mix_up(images, labels, batch["mixup_weight"], self.num_classes)
         return {"pixel_values": images.contiguous(memory_format=torch.channels_last), "labels": labels}
-
-
-def _split_colours(colours: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return kinds `(passes, batch)`, factors `(passes, batch)`, and sharpness, sigmas and offsets `(3, batch)`."""
-    return colours.T[:NUM_PASSES], colours.T[NUM_PASSES : 2 * NUM_PASSES], colours.T[2 * NUM_PASSES :]
 
 
 def adjust_colours(images: torch.Tensor, kinds: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,11 @@
-"""Image classifiers of transformers and timm: load with a fresh or a kept head, save so that a pipeline loads them."""
+"""Image classifiers of transformers and timm: checked, loaded with a fresh or a kept head, saved for a pipeline."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -16,13 +18,19 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from utils.cli.errors import UserError
 from utils.cli.processes import warn_once
 from utils.hub.repositories import Source, open_source
-from utils.transfer.heads import head_parameter_names
-from utils.transfer.heads import reset_head as draw_head
 from utils.transfer.image_format import check_image_processor
+from utils.transfer.model_parts import batch_norm_modules, head_parameter_names
+from utils.transfer.model_parts import reset_head as draw_head
 
 NO_CLASSIFIER = "does not load as an image classifier"
 # what the base checkpoint was asked for beside logits: it would be given, and gathered, for every image
 OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+# peak learning rates of AdamW on real and on synthetic images, where flags give none
+LEARNING_RATES = {
+    "part": (2e-4, 5e-4),  # an adapter with the head, or the head alone
+    "batch_norm": (2e-4, 5e-4),  # all weights of a network that normalises by BatchNorm: ResNet, EfficientNet
+    "other": (2e-5, 5e-5),  # all weights of any other: ViT, Swin, ConvNeXt, hybrids, networks without normalisation
+}
 WEIGHTS = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
 
 
@@ -38,6 +46,47 @@ def check_classifier(name: str, revision: str | None = None, token: str | None =
     if not source.has_one_of(WEIGHTS):
         raise UserError(f"--model_name_or_path {name}: has no weights; one of {', '.join(WEIGHTS)} is wanted.")
     return source.revision
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Peak rates on real and on synthetic images, and in words why these."""
+
+    real: float
+    synthetic: float
+    reason: str
+
+
+def default_learning_rates(
+    name: str, *, use_peft: bool = False, freeze_backbone: bool = False, **hub_options
+) -> LearningRates:
+    """Return the rates of `LEARNING_RATES` that suit a checkpoint and what is trained of it, without its weights.
+
+    The head's own rate is a multiple of them. They are ours, and what a search starts from.
+
+    Raises:
+        UserError: the checkpoint does not fit an image classifier.
+
+    Source: 2e-5 is that of transformers' image-classification example (ViT) and of Swin's fine-tuning
+        (configs/swin/*_22kto1k_finetune.yaml, of 512 images a batch); ConvNeXt's is 5e-5, less in lower layers
+        (TRAINING.md, of as many).
+    """
+    if use_peft or freeze_backbone:
+        trained = "an adapter and the head are" if use_peft else "the head alone is"
+        return LearningRates(*LEARNING_RATES["part"], f"{trained} trained")
+    config = _load_config(name, **hub_options)
+    config.num_labels = 2  # timm's backbones have none
+    with _reading(name, NO_CLASSIFIER, **hub_options):
+        model = _build_without_weights(config, **hub_options)
+    has_layer_norm = any(isinstance(module, nn.LayerNorm) for module in model.modules())
+    if not batch_norm_modules(model):
+        kind, why = "other", "has no BatchNorm"
+    elif has_layer_norm:
+        kind, why = "other", "has LayerNorm beside BatchNorm"
+    else:
+        kind, why = "batch_norm", "normalises by BatchNorm"
+    architecture = config.architecture if config.model_type == "timm_wrapper" else config.model_type
+    return LearningRates(*LEARNING_RATES[kind], f"{architecture} {why}, all its weights are trained")
 
 
 def load_image_processor(name: str, **hub_options):
@@ -66,15 +115,9 @@ def load_pretrained(name: str, **hub_options) -> PreTrainedModel | None:
 
 
 def load_classifier(
-    name: str,
-    class_names: list[str],
-    reset_head: bool,
-    seed: int,
-    *,
-    dropout: float | None = None,
-    drop_path_rate: float | None = None,
-    **hub_options,
-) -> PreTrainedModel:
+    name: str, class_names: list[str], reset_head: bool, seed: int, *, dropout: float | None = None,
+    drop_path_rate: float | None = None, **hub_options,
+) -> PreTrainedModel:  # fmt: skip
     """Return a checkpoint as a classifier of `class_names`, with a fresh head drawn from `seed` or with its own.
 
     Weights are float32, in which they are trained, whatever they were saved in. `dropout` and `drop_path_rate`, in
@@ -127,13 +170,23 @@ def _check_loaded(name: str, model: PreTrainedModel, missing: set[str]) -> None:
 
 
 def _set_rate(config: PreTrainedConfig, flag: str, rate: float) -> None:
-    """Set one kind of dropout in the config, so that what is saved says how it was trained."""
+    """Set one kind of dropout in the config, so that what is saved says how it was trained.
+
+    Raises:
+        UserError: the architecture has no such dropout.
+    """
+    kind = {"dropout": "dropout", "drop_path_rate": "drop path"}[flag]
+    no_such_rate = UserError(f"--{flag} {rate}: {config.name_or_path} has no {kind}; leave the flag out.")
     if config.model_type == "timm_wrapper":
-        _set_timm_rate(config, flag, rate)
+        config.model_args = (config.model_args or {}) | {{"dropout": "drop_rate"}.get(flag, flag): rate}
+        try:
+            _build_without_weights(config)
+        except TypeError:  # not an argument of this architecture
+            raise no_such_rate from None
         return
     keys = [key for key in config.to_dict() if _kind_of_rate(key) == flag]
     if not keys:
-        raise _no_such_rate(config, flag, rate)
+        raise no_such_rate
     for key in keys:
         old = getattr(config, key)  # some have a rate for each of their stages
         setattr(config, key, [rate] * len(old) if isinstance(old, list) else rate)
@@ -143,20 +196,6 @@ def _kind_of_rate(key: str) -> str | None:
     if "drop_path" in key or "drop_connect" in key:
         return "drop_path_rate"
     return "dropout" if "drop" in key and "att" not in key else None  # attention's is a third kind
-
-
-def _set_timm_rate(config: PreTrainedConfig, flag: str, rate: float) -> None:
-    config.model_args = (config.model_args or {}) | {{"dropout": "drop_rate"}.get(flag, flag): rate}
-    try:
-        with torch.device("meta"):
-            AutoModelForImageClassification.from_config(config)
-    except TypeError:  # not an argument of this architecture
-        raise _no_such_rate(config, flag, rate) from None
-
-
-def _no_such_rate(config: PreTrainedConfig, flag: str, rate: float) -> UserError:
-    kind = {"dropout": "dropout", "drop_path_rate": "drop path"}[flag]
-    return UserError(f"--{flag} {rate}: {config.name_or_path} has no {kind}; leave the flag out.")
 
 
 def _reading(name: str | Path, problem: str, revision: str | None = None, token: str | None = None, **_):
@@ -169,6 +208,16 @@ def _reading(name: str | Path, problem: str, revision: str | None = None, token:
 def _load_config(name: str, **hub_options) -> PreTrainedConfig:
     with _reading(name, NO_CLASSIFIER, **hub_options):
         return AutoConfig.from_pretrained(name, **OUTPUTS, **hub_options)
+
+
+def _build_without_weights(
+    config: PreTrainedConfig, revision: str | None = None, trust_remote_code: bool = False, **_
+) -> PreTrainedModel:
+    code = {}
+    if trust_remote_code and AutoModelForImageClassification.__name__ in getattr(config, "auto_map", {}):
+        code = {"trust_remote_code": True, "code_revision": revision}
+    with torch.device("meta"):  # shapes without memory
+        return AutoModelForImageClassification.from_config(config, **code)
 
 
 def _load_weights(name: str, config: PreTrainedConfig, **hub_options) -> tuple[PreTrainedModel, dict]:

@@ -1,31 +1,31 @@
-"""One fine-tuning stage, called for synthetic and for real images: the only place that builds a Trainer."""
+"""Fine-tuning: the Trainer of a stage, with augmentation, soft labels, a head's own learning rate, exact resume."""
 
 import dataclasses
-import zlib
+import math
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
-from torch.utils.data import default_collate
-from transformers import PrinterCallback, TrainingArguments
+from torch.nn.utils import get_total_norm
+from torch.utils.data import DataLoader, default_collate
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalPrediction
 
-from utils.cli.errors import UserError
-from utils.transfer.adapters import LoraSettings
-from utils.transfer.augmentation import BatchAugmentation
-from utils.transfer.batch_norm import recalibrate_batch_norm
-from utils.transfer.classifiers import load_classifier
-from utils.transfer.heads import head_parameter_names, imprint_head
-from utils.transfer.image_datasets import EvalImages, StreamedTrainImages, TrainImages, TrainItems
-from utils.transfer.methods import StagePlan, StageSettings
-from utils.transfer.metrics import classification_metrics
-from utils.transfer.stage_folder import describe_stage, find_earlier_run, stage_folder
-from utils.transfer.stage_models import load_start, load_trained, save_trained
-from utils.transfer.stage_trainer import StageTrainer, soft_cross_entropy
+from utils.cli.errors import DivergedError, UserError
+from utils.transfer.augmentation import BatchAugmentation, StreamedTrainImages, TrainImages, TrainItems
+from utils.transfer.evaluation import classification_metrics
+from utils.transfer.image_format import EvalImages
+from utils.transfer.methods import StageSettings
+from utils.transfer.model_parts import batch_norm_modules, head_parameter_names
+
+INITIAL_SCALE = 2.0**16  # of torch's GradScaler
 
 
 @dataclass(frozen=True)
@@ -46,85 +46,6 @@ class StageResult:
             "seconds": self.seconds,
             "gpu_hours": round(self.num_gpus * self.seconds / 3600, 4) if self.num_gpus else None,
         }
-
-
-def run_stage(
-    stage: StagePlan,
-    start: str | Path,
-    class_names: list[str],
-    images: Dataset | IterableDataset,
-    image_processor,
-    training_args: TrainingArguments,
-    output_dir: str | Path,
-    validation: Dataset | None = None,
-    *,
-    lora: LoraSettings | None = None,
-    pretrained: str | None = None,
-    resume: bool = False,
-    **hub_options,
-) -> tuple[nn.Module, StageResult]:
-    """Fine-tune `start` on `images` as the plan says, and save the trained stage in `output_dir`, `stage.json` last.
-
-    `start` is the pretrained checkpoint, or the folder of an earlier stage: a checkpoint or, with `lora`, the adapter
-    that goes onto `pretrained`. With `resume` it goes on from what `output_dir` holds: a finished stage is loaded, from
-    a checkpoint it is trained on with the same outcome as without a break; else the folder is cleared.
-
-    Raises:
-        UserError: the checkpoint is no image classifier; what is to be resumed was begun with other settings; the
-            settings do not go together; training diverged.
-    """
-    _check_stream(stage, images)
-    num_images = None if isinstance(images, IterableDataset) else len(images)
-    settings = describe_stage(stage, start, class_names, num_images, training_args, lora, hub_options.get("revision"))
-    folder = stage_folder(output_dir, settings)
-    earlier, checkpoint = find_earlier_run(folder) if resume else (None, None)
-    # the head of a later stage is not that of the first drawn once more, to which the features have come closer
-    head_seed = training_args.seed if stage.start is None else zlib.crc32(f"{training_args.seed} {stage.name}".encode())
-    load = partial(
-        load_classifier,
-        class_names=class_names,
-        seed=head_seed,
-        dropout=stage.settings.dropout,
-        drop_path_rate=stage.settings.drop_path_rate,
-        **hub_options,
-    )
-    if earlier is not None:
-        return load_trained(output_dir, pretrained if lora else None, load), StageResult(**earlier)
-    model = load_start(stage, start, lora, pretrained, head_seed, load, hub_options.get("revision"))
-    if checkpoint is None:
-        if PartialState().is_main_process:
-            folder.begin()
-        PartialState().wait_for_everyone()
-        _prepare(model, stage, images, image_processor, training_args)
-    result = fine_tune(
-        model, images, image_processor, stage.settings, training_args, output_dir, validation, checkpoint=checkpoint
-    )
-    if PartialState().is_main_process:
-        save_trained(model, image_processor, folder.path)
-        folder.finish({"settings": settings, "result": dataclasses.asdict(result)})
-    PartialState().wait_for_everyone()
-    return model, result
-
-
-def _check_stream(stage: StagePlan, images: Dataset | IterableDataset) -> None:
-    if not isinstance(images, IterableDataset):
-        return
-    for flag, value, rest in (
-        ("head_init", "imprint", "choose reset or keep"),
-        ("batch_norm", "recalibrate", "choose frozen or train"),
-    ):
-        if value in (stage.head_init, stage.settings.batch_norm):
-            raise UserError(f"--{flag} {value}: needs all images at once, which a stream does not give; {rest}.")
-
-
-def _prepare(model: nn.Module, stage: StagePlan, images: Dataset, image_processor, training_args) -> None:
-    """Set BatchNorm's statistics and the head from the stage's own images, where it asks for that, in place."""
-    eval_images = EvalImages(images, image_processor)
-    batch_size = training_args.per_device_eval_batch_size
-    if stage.settings.batch_norm == "recalibrate":
-        recalibrate_batch_norm(model, eval_images, training_args.device, training_args.seed, batch_size)
-    if stage.head_init == "imprint":
-        imprint_head(model, eval_images, batch_size)
 
 
 def fine_tune(
@@ -167,7 +88,7 @@ def build_trainer(
     training_args: TrainingArguments,
     output_dir: str | Path,
     validation: Dataset | None = None,
-) -> StageTrainer:
+) -> "StageTrainer":
     """Return the Trainer of `fine_tune`, and prepare the model for it in place."""
     if settings.freeze_backbone:
         head = set(head_parameter_names(model))
@@ -228,3 +149,226 @@ def _train_dataset(
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:
     return classification_metrics(prediction.predictions, prediction.label_ids)
+
+
+class StageTrainer(Trainer):
+    """A Trainer that augments batches, counts the images that it trained on in `progress`, and ends where it diverges.
+
+    Losses are looked at when they are logged, the model before a checkpoint is written and at the end. The arguments
+    have to turn `logging_nan_inf_filter` off, which would put other losses in the place of those that are not finite.
+    """
+
+    def __init__(
+        self, *args, augmentation: BatchAugmentation, freeze_batch_norm: bool, head_learning_rate: float, **kwargs
+    ):
+        super().__init__(*args, **kwargs)
+        self.augmentation = augmentation
+        self.frozen_modules = batch_norm_modules(self.model) if freeze_batch_norm else []
+        self.head_learning_rate = head_learning_rate
+        self.last_inputs = None
+        self.progress = StageProgress()
+        self.add_callback(self.progress)
+        if isinstance(self.train_dataset, TrainImages):  # a stream counts its own epochs
+            self.add_callback(EpochCallback(self.train_dataset))
+
+    def train_to_the_end(self, checkpoint: str | None) -> None:
+        """Train all steps, or those that a checkpoint leaves; after the last one, the Trainer would do one more.
+
+        Raises:
+            DivergedError: the loss or the weights are not finite.
+            UserError: fewer steps were taken than planned.
+        """
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME)
+            if state.global_step >= self.args.max_steps:
+                self._load_from_checkpoint(checkpoint)
+                self.state = state
+                self.progress.go_on_from(state)
+                return
+        started_at = self._copy_head()
+        try:
+            training_loss = self.train(resume_from_checkpoint=checkpoint).training_loss
+        except DivergedError:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes progress bar and tracker
+            raise
+        except UserError as error:  # a worker of the loader puts its traceback before the message
+            raise UserError(str(error).rpartition("UserError: ")[2]) from None
+        self.check_finite(training_loss)
+        if self.state.global_step < self.args.max_steps:
+            raise UserError(
+                f"--per_device_train_batch_size {self.args.per_device_train_batch_size}: only {self.state.global_step} "
+                f"of {self.args.max_steps} steps were taken, there are too few images; give fewer images per step."
+            )
+        # fp16 passes over steps with infinite gradients, each of which halves the scale of the loss
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() <= INITIAL_SCALE * 0.5**self.state.global_step:
+            raise self._diverged("the gradients of every step are infinite")
+        is_still = all(torch.allclose(*pair, rtol=1e-6, atol=1e-10) for pair in zip(started_at, self._copy_head()))
+        if is_still and checkpoint is None and self.args.max_steps > 1:  # the first step of a warm-up has a rate of 0
+            raise self._diverged("no weight of the head has moved", "higher")
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        super().log(logs, *args, **kwargs)
+        if not math.isfinite(logs.get("loss", 0.0)):  # the mean over all processes
+            raise self._diverged(f"the loss is {logs['loss']}")
+
+    def check_finite(self, training_loss: float = 0.0) -> None:
+        """Check weights and losses; every process checks those of all.
+
+        Among the losses is that of the last batch with the weights as they are: weights of 1e30 are finite.
+
+        Raises:
+            DivergedError: one of them is not finite.
+        """
+        tensors = [*self.model.parameters(), *(buffer for buffer in self.model.buffers() if buffer.is_floating_point())]
+        values = {"a weight": get_total_norm(tensors, math.inf), "the loss": torch.tensor(training_loss)}
+        if self.last_inputs is not None:  # a stage whose last step was taken before has none
+            self.model.eval()  # training_step sets it back
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = self.model(pixel_values=self.last_inputs["pixel_values"])
+                values["the loss after the last step"] = soft_cross_entropy(outputs, self.last_inputs["labels"])
+        own = torch.stack([value.to(self.args.device, torch.float32) for value in values.values()])
+        for what, value in zip(values, self.accelerator.gather(own[None]).sum(0).tolist()):
+            if not math.isfinite(value):
+                raise self._diverged(f"{what} is {value}")
+
+    def _copy_head(self) -> list[torch.Tensor]:
+        """Return the head's weights as they are: small, and trained in every stage."""
+        head = set(head_parameter_names(self.model))
+        return [value.detach().cpu().clone() for name, value in self.model.named_parameters() if name in head]
+
+    def _diverged(self, what: str, right: str = "lower") -> DivergedError:
+        advice = f"try a {right} one (on synthetic images that is --bridge_learning_rate)"
+        if right == "lower":
+            advice += " or more --warmup_steps"
+            if self.accelerator.scaler is not None:
+                advice += ", or --bf16 instead of fp16"
+        return DivergedError(
+            f"--learning_rate {self.args.learning_rate:g}: {what} at step {self.state.global_step} of "
+            f"{self.args.max_steps} in {Path(self.args.output_dir).name}; {advice}. Earlier checkpoints are kept."
+        )
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        self.check_finite()  # else it might take the place of a good one
+        super()._save_checkpoint(*args, **kwargs)
+
+    def get_train_dataloader(self):
+        # Workers get their seeds from it. They are started anew when a stage is resumed: drawn from torch's own
+        # generator, the seeds would move dropout on
+        generator = torch.Generator().manual_seed(self.args.seed)
+        if isinstance(self.train_dataset, StreamedTrainImages):
+            return self._stream_loader(generator)
+        loader = super().get_train_dataloader()
+        loader.base_dataloader.generator = generator
+        return loader
+
+    def _stream_loader(self, generator: torch.Generator) -> DataLoader:
+        # not prepared by accelerate: there, the first process would read for all of them
+        num_workers = min(self.args.dataloader_num_workers, self.train_dataset.max_workers)
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=num_workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
+            generator=generator,
+        )
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, num_images = super().get_batch_samples(*args, **kwargs)
+        if num_images is not None:  # one label an image, in all batches of the step on all processes
+            self.progress.num_images = self.progress.num_images + num_images
+        return batches, num_images
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training:
+            inputs = self.augmentation(inputs)
+            self.last_inputs = dict(inputs)  # the labels of the other one are taken out
+            # here, because training_step calls model.train() after every callback
+            for module in self.frozen_modules:
+                module.eval()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def create_optimizer(self, model=None):
+        model = model or self.model
+        head = set(head_parameter_names(self.model))
+        decayed = set(self.get_decay_parameter_names(model))
+        groups = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((name in head, name in decayed), []).append(parameter)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = optimizer_class(
+            [
+                {
+                    "params": parameters,
+                    "lr": self.head_learning_rate if is_head else self.args.learning_rate,
+                    "weight_decay": self.args.weight_decay if is_decayed else 0.0,
+                }
+                for (is_head, is_decayed), parameters in groups.items()
+            ],
+            **options,
+        )
+        return self.optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Restore every tensor: the Trainer's own way leaves those whose names `from_pretrained` converts."""
+        if isinstance(self.model, PeftModel):
+            adapter = load_peft_weights(resume_from_checkpoint, device="cpu")
+            assert not set_peft_model_state_dict(self.model, adapter).unexpected_keys
+            return
+        restored, info = type(self.model).from_pretrained(
+            resume_from_checkpoint, dtype=self.model.dtype, output_loading_info=True
+        )
+        assert not info["missing_keys"] and not info["mismatched_keys"], f"{resume_from_checkpoint}: {info}"
+        self.model.load_state_dict(restored.state_dict())
+
+
+class StageProgress(TrainerCallback, ExportableState):
+    """Seconds and images of a stage over all its runs: checkpoints keep them."""
+
+    def __init__(self):
+        self.num_images = 0
+        self.seconds_before = 0.0
+        self.started = None
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + (time.perf_counter() - self.started if self.started is not None else 0.0)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.go_on_from(state)
+        self.started = time.perf_counter()
+
+    def go_on_from(self, state: TrainerState) -> None:
+        """Take over what a checkpoint's state kept; a fresh state keeps nothing."""
+        earlier = state.stateful_callbacks[type(self).__name__]["attributes"]
+        self.num_images, self.seconds_before = earlier["num_images"], earlier["seconds_before"]
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"num_images": int(self.num_images), "seconds_before": self.seconds}}
+
+
+class EpochCallback(TrainerCallback):
+    """Tell the data set its epoch; accelerate does so in a single process only."""
+
+    def __init__(self, dataset: TrainImages):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.dataset.set_epoch(int(state.epoch))  # 1.5 where a run is resumed in the middle of epoch 1
+
+
+def soft_cross_entropy(
+    outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Return the cross-entropy summed over the batch, divided by the number of images of the whole optimiser step.
+
+    `labels` are `(batch,)` int or `(batch, classes)` probabilities. `num_items_in_batch` are the images of the step's
+    batches on all processes; the Trainer multiplies by the number of processes itself.
+    """
+    logits = outputs["logits"].float()
+    total = nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)

@@ -1,4 +1,4 @@
-"""What pixels a checkpoint takes, measured on its image processor: training reads no setting that it could misread.
+"""What a checkpoint's image processor shows of an image: its pixels in evaluation, their format in training.
 
 The processor is shown pictures of one colour, ramps and noise. Training repeats what it does to them by a crop, a
 resize and a normalisation; where these do not give the same pixels, training calls the processor itself.
@@ -7,17 +7,21 @@ resize and a normalisation; where these do not give the same pixels, training ca
 import dataclasses
 import functools
 import logging
+from dataclasses import dataclass
 
+import datasets
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
 
 from utils.cli.errors import UserError
-from utils.transfer.image_transforms import ImageFormat, cut, normalise, process
+from utils.data.images import to_rgb
 
 logger = logging.getLogger(__name__)
 
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "nearest-exact", "box", "hamming")
+OF_PILLOW = ("lanczos", "box", "hamming")  # interpolations of pictures, not of tensors
 # in levels of 255: Pillow and torch round the same value differently by 1, another interpolation differs by 15 and more
 TOLERANCE = 2.0
 # pixels of the result: so near to the edge of a crop, the processor's interpolation takes in what lies beyond it
@@ -26,6 +30,66 @@ SCALE = 3  # pixels of a picture to one of the result; odd, so that the nearest 
 RAMP_NOISE = 8
 COLOURS = 255 * np.array([(0, 0, 0), (1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)], dtype=np.uint8)
 LANDSCAPE, PORTRAIT = (48, 144), (144, 48)  # long: a processor that pads shows it
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What a checkpoint takes (`read_image_format` measures it): the `size` (height, width), how values are normalised.
+
+    `mean` and `std` belong to the output's channels, of pixels in [0, 1]; `channels` are the RGB channels that these
+    show. Where a crop cannot be resized and normalised as the image processor does it, there is the `processor` itself.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...] = (0.0,) * 3
+    std: tuple[float, ...] = (1.0,) * 3
+    interpolation: str = "bilinear"
+    channels: tuple[int, ...] = (0, 1, 2)
+    processor: object | None = None
+
+
+def process(image_processor, image: Image.Image) -> torch.Tensor:
+    """Return the pixels that an image processor makes of an RGB image, `(3, height, width)` float32."""
+    # one that neither rescales nor normalises gives bytes, which no convolution takes
+    return image_processor(image, return_tensors="pt")["pixel_values"][0].float()
+
+
+def normalise(images: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
+    """Return images `(batch, 3, height, width)` in [0, 1] as the checkpoint takes them, changed in place."""
+    if image_format.channels != (0, 1, 2):
+        images = images[:, list(image_format.channels)]
+    return v2.functional.normalize(images, image_format.mean, image_format.std, inplace=True)
+
+
+def cut(image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int], interpolation: str) -> torch.Tensor:
+    """Return a box (top, left, height, width) of an RGB image, resized to `size`, `(3, height, width)` uint8."""
+    if interpolation in OF_PILLOW:
+        return v2.functional.pil_to_tensor(
+            v2.functional.resized_crop(image, *box, list(size), InterpolationMode(interpolation))
+        )
+    pixels = v2.functional.pil_to_tensor(image)  # resized there in a third of Pillow's time
+    return v2.functional.resized_crop(pixels, *box, list(size), InterpolationMode(interpolation))
+
+
+class EvalImages(torch.utils.data.Dataset):
+    """Images as the checkpoint's own image processor makes them, so that a pipeline repeats the measured accuracy."""
+
+    def __init__(self, images: datasets.Dataset, image_processor):
+        self.images = images
+        self.image_processor = image_processor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.images[index]  # raises IndexError at the end, so that iteration stops
+        return {"pixel_values": process(self.image_processor, to_rgb(row["image"])), "labels": row["label"]}
+
+
+def cache_items(images: EvalImages, max_bytes: int = 2**30) -> EvalImages | list[dict]:
+    """Return the items in memory where they take at most `max_bytes`, for sets that are evaluated again and again."""
+    item_bytes = images[0]["pixel_values"].nbytes
+    return list(images) if len(images) * item_bytes <= max_bytes else images
 
 
 def check_image_processor(image_processor, name: str) -> None:

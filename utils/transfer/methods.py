@@ -1,14 +1,149 @@
-"""The methods as plans: which stages, from which weights, on which images, for how many steps. No torch."""
+"""The methods: which stages, on which images, from which weights, for how many steps. No torch.
+
+A method is a row of `METHODS`; train_bridged.py and compare_transfer.py know it by its name. From a row and the
+settings of its stages `plan_stages` makes the stages to be trained.
+"""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-METHODS = ("bridged", "vanilla", "mix", "synthetic_only")
+from utils.cli.errors import UserError
+
 HEAD_INITS = ("reset", "keep", "imprint")
 BATCH_NORM_MODES = ("frozen", "train", "recalibrate")
 AUGMENTATIONS = ("robust", "basic", "trivialaugment", "randaugment")
-STAGE_NAMES = tuple(f"{name}{part}" for name in ("stage1", "stage2", "vanilla", "mix") for part in ("_head", ""))
 HEAD_FACTOR = 10.0  # a fresh head's learning rate over the rest's
+SETTINGS_OF_BOTH_STAGES = (
+    "learning_rate", "weight_decay", "warmup_steps", "per_device_train_batch_size", "dropout", "drop_path_rate",
+    "random_flip",
+)  # fmt: skip
+SETTINGS_OF_EACH_STAGE = (
+    "num_train_epochs", "max_steps", "head_learning_rate", "head_warmup_steps", "freeze_backbone", "mixup_alpha",
+    "label_smoothing_factor", "augmentation", "batch_norm",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a method.
+
+    `images` is `real`, `synthetic` or `both`, `start` the stage whose weights it takes (None: the pretrained
+    checkpoint), `head_init` one of `HEAD_INITS`. `settings` replace those that a stage on such images has otherwise. A
+    stage that `is_matched` takes the steps of one on synthetic images besides its own. `mix_ratio` is synthetic images
+    per real one, where it sees both; None takes each image once.
+    """
+
+    name: str
+    images: str
+    start: str | None = None
+    head_init: str = "reset"
+    settings: dict = field(default_factory=dict)
+    is_matched: bool = False
+    mix_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: a sentence, and the stages in their order; the last one's model is the result."""
+
+    description: str
+    stages: tuple[Stage, ...]
+
+    @property
+    def kinds(self) -> set[str]:
+        """The images that its stages see: of `real`, `synthetic` and `both`."""
+        return {stage.images for stage in self.stages}
+
+    @property
+    def uses_real(self) -> bool:
+        return bool(self.kinds & {"real", "both"})
+
+    @property
+    def uses_synthetic(self) -> bool:
+        return bool(self.kinds & {"synthetic", "both"})
+
+    @property
+    def mix_ratio(self) -> float | None:
+        return next((stage.mix_ratio for stage in self.stages if stage.images == "both"), None)
+
+    @property
+    def flags(self) -> dict:
+        """What the row says for the flags of train_bridged.py that are about a method as a whole."""
+        return {
+            "head_init": self.stages[-1].head_init,
+            "match_steps": any(stage.is_matched for stage in self.stages),
+            "mix_ratio": self.mix_ratio,
+        }
+
+    def with_flags(self, given: dict) -> "Method":
+        """Return the method with the flags that are given, as name -> value, in place of what its row says.
+
+        `--head_init` is for stages that start from another one, `--match_steps` for methods without a stage on
+        synthetic images alone, `--mix_ratio` for stages on both kinds.
+        """
+        stages = []
+        for stage in self.stages:
+            prefix = "bridge_" if stage.images == "synthetic" else ""
+            kept = {name: value for name, value in stage.settings.items() if f"{prefix}{name}" not in given}
+            stage = replace(stage, settings=kept)
+            if stage.start is not None and "head_init" in given:
+                stage = replace(stage, head_init=given["head_init"])
+            if "synthetic" not in self.kinds and "match_steps" in given:
+                stage = replace(stage, is_matched=given["match_steps"])
+            if stage.images == "both" and "mix_ratio" in given:
+                stage = replace(stage, mix_ratio=given["mix_ratio"])
+            stages.append(stage)
+        return replace(self, stages=tuple(stages))
+
+
+STAGE_1 = Stage("stage1", "synthetic")
+STAGE_2 = Stage("stage2", "real", start="stage1")
+VANILLA = Stage("vanilla", "real")
+MATCHED = replace(VANILLA, is_matched=True)
+MIX = Stage("mix", "both", is_matched=True)
+NO_MIXUP, MIXUP = {"mixup_alpha": 0.0}, {"mixup_alpha": 0.2}
+
+METHODS = {
+    "bridged": Method(
+        "synthetic images with Mixup, then real ones with a fresh head (the paper's ++)", (STAGE_1, STAGE_2)
+    ),
+    "bridged_keep": Method("bridged with the head of stage 1", (STAGE_1, replace(STAGE_2, head_init="keep"))),
+    "bridged_imprint": Method(
+        "bridged with a head of class means of features", (STAGE_1, replace(STAGE_2, head_init="imprint"))
+    ),
+    "bridged_head_warmup": Method(
+        "bridged with a fresh head that is trained alone in the first half of stage 2",
+        (STAGE_1, replace(STAGE_2, settings={"head_warmup_steps": 0.5})),
+    ),
+    "bridged_no_mixup": Method("bridged without Mixup", (replace(STAGE_1, settings=NO_MIXUP), STAGE_2)),
+    "bridged_plain": Method(
+        "the paper's plain: head of stage 1, no Mixup",
+        (replace(STAGE_1, settings=NO_MIXUP), replace(STAGE_2, head_init="keep")),
+    ),
+    "bridged_recalibrate": Method(
+        "bridged with BatchNorm statistics measured on the real images before stage 2",
+        (STAGE_1, replace(STAGE_2, settings={"batch_norm": "recalibrate"})),
+    ),
+    "vanilla": Method("real images only, for the steps of stage 2", (VANILLA,)),
+    "vanilla_matched": Method("real images only, for the steps of both stages", (MATCHED,)),
+    "vanilla_mixup": Method("vanilla_matched with Mixup 0.2", (replace(MATCHED, settings=MIXUP),)),
+    "mix": Method("both kinds of images in one stage, each once an epoch, matched", (MIX,)),
+    "mix_mixup": Method("mix with Mixup 0.2", (replace(MIX, settings=MIXUP),)),
+    "mix_balanced": Method("mix with as many real images as synthetic", (replace(MIX, mix_ratio=1.0),)),
+    "synthetic_only": Method("stage 1 alone", (STAGE_1,)),
+}
+
+
+def describe_methods() -> str:
+    """Return the table as `--help` prints it, a row a line."""
+    width = max(map(len, METHODS))
+    return "\n".join(["Methods:", "", *(f"    {name:{width}}  {row.description}" for name, row in METHODS.items())])
+
+
+def stage_names() -> tuple[str, ...]:
+    """Return the names of all stages that there are, each after that of its head's warm-up."""
+    names = dict.fromkeys(stage.name for method in METHODS.values() for stage in method.stages)
+    return tuple(f"{name}{part}" for name in names for part in ("_head", ""))
 
 
 @dataclass(frozen=True)
@@ -17,8 +152,8 @@ class StageSettings:
 
     `head_learning_rate_factor` multiplies the learning rate for the head; to `plan_stages`, None is `HEAD_FACTOR` for a
     fresh head and 1 for another. `head_warmup_steps` train the head alone before all the rest (LP-FT, Kumar et al.
-    2022); `warmup_steps` below 1 are a share of all steps. `dropout` and `drop_path_rate` are the checkpoint's own when
-    None.
+    2022): so many more steps or, below 1, this share of `max_steps`. `warmup_steps` below 1 are a share of all steps.
+    `dropout` and `drop_path_rate` are the checkpoint's own when None.
     """
 
     max_steps: int
@@ -29,7 +164,7 @@ class StageSettings:
     label_smoothing_factor: float = 0.0
     augmentation: str = "robust"
     random_flip: bool = True
-    head_warmup_steps: int = 0
+    head_warmup_steps: float = 0
     freeze_backbone: bool = False
     dropout: float | None = None
     drop_path_rate: float | None = None
@@ -40,10 +175,7 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: `images` is `real`, `synthetic` or `both`, `start` the stage whose weights it takes.
-
-    A `start` of None is the pretrained checkpoint.
-    """
+    """A stage with its settings, as it is trained; `images`, `head_init` and `start` as of a `Stage`."""
 
     name: str
     images: str
@@ -52,32 +184,37 @@ class StagePlan:
     start: str | None = None
 
 
-def plan_stages(
-    method: str,
-    bridge_settings: StageSettings,
-    settings: StageSettings,
-    head_init: str = "reset",
-    match_steps: bool = False,
-) -> list[StagePlan]:
+def plan_stages(method: Method, bridge_settings: StageSettings, settings: StageSettings) -> list[StagePlan]:
     """Return the stages of a method, in order; the last is the result.
 
-    `bridge_settings` go with synthetic images, `settings` with real ones; with both kinds together the steps are
-    `settings`'. `match_steps` gives vanilla and mix the steps of both stages together. A head warm-up is a stage of
-    its own, `<name>_head`.
+    `bridge_settings` go with synthetic images, `settings` with real ones and with both kinds together; what a row says
+    wins. A head warm-up is a stage of its own, `<name>_head`.
     """
-    if match_steps and method in ("vanilla", "mix"):
-        num_bridge_steps = bridge_settings.max_steps + bridge_settings.head_warmup_steps
-        settings = replace(settings, max_steps=settings.max_steps + num_bridge_steps)
-    plans = {
-        "bridged": [
-            StagePlan("stage1", "synthetic", "reset", bridge_settings),
-            StagePlan("stage2", "real", head_init, settings, start="stage1"),
-        ],
-        "synthetic_only": [StagePlan("stage1", "synthetic", "reset", bridge_settings)],
-        "vanilla": [StagePlan("vanilla", "real", "reset", settings)],
-        "mix": [StagePlan("mix", "both", "reset", settings)],
-    }
-    return [_with_head_factor(stage) for plan in plans[method] for stage in _split_head_warmup(plan)]
+    stages = []
+    for stage in method.stages:
+        own = replace(bridge_settings if stage.images == "synthetic" else settings, **stage.settings)
+        if stage.is_matched:
+            own = replace(own, max_steps=own.max_steps + sum(_split_steps(bridge_settings)))
+        stages += _split_head_warmup(StagePlan(stage.name, stage.images, stage.head_init, own, stage.start))
+    return [_with_head_factor(stage) for stage in stages]
+
+
+def _split_steps(settings: StageSettings) -> tuple[int, int]:
+    """Return the steps of the head's warm-up, and of all weights after it."""
+    if settings.head_warmup_steps < 1:
+        num_steps = int(settings.head_warmup_steps * settings.max_steps)
+        return num_steps, settings.max_steps - num_steps
+    return int(settings.head_warmup_steps), settings.max_steps
+
+
+def _split_head_warmup(stage: StagePlan) -> list[StagePlan]:
+    num_steps, num_left = _split_steps(stage.settings)
+    if num_steps == 0:
+        return [replace(stage, settings=replace(stage.settings, head_warmup_steps=0))]
+    name = f"{stage.name}_head"
+    settings = replace(stage.settings, max_steps=num_steps, head_warmup_steps=0, freeze_backbone=True)
+    rest = replace(stage.settings, max_steps=num_left, head_warmup_steps=0)
+    return [replace(stage, name=name, settings=settings), replace(stage, head_init="keep", start=name, settings=rest)]
 
 
 def _with_head_factor(stage: StagePlan) -> StagePlan:
@@ -85,16 +222,6 @@ def _with_head_factor(stage: StagePlan) -> StagePlan:
         return stage
     factor = HEAD_FACTOR if stage.head_init == "reset" else 1.0
     return replace(stage, settings=replace(stage.settings, head_learning_rate_factor=factor))
-
-
-def _split_head_warmup(stage: StagePlan) -> list[StagePlan]:
-    num_steps = stage.settings.head_warmup_steps
-    if num_steps == 0:
-        return [stage]
-    name = f"{stage.name}_head"
-    settings = replace(stage.settings, max_steps=num_steps, head_warmup_steps=0, freeze_backbone=True)
-    rest = replace(stage.settings, head_warmup_steps=0)
-    return [replace(stage, name=name, settings=settings), replace(stage, head_init="keep", start=name, settings=rest)]
 
 
 def steps_per_epoch(num_images: int, images_per_batch: int, accumulation: int = 1, drop_last: bool = False) -> int:
@@ -117,3 +244,67 @@ def mix_indices(num_real: int, num_synthetic: int, ratio: float | None) -> list[
         num_synthetic_rows = max(num_synthetic, round(num_real * ratio))
     real_rows = [row % num_real for row in range(num_real_rows)]
     return real_rows + [num_real + row % num_synthetic for row in range(num_synthetic_rows)]
+
+
+def stage_settings(
+    method: Method, flags: dict, num_images: dict[str, int], num_processes: int
+) -> tuple[StageSettings, StageSettings]:
+    """Return the settings on synthetic and on real images (on both kinds, for mix), epochs turned into steps.
+
+    `flags` maps those of train_bridged.py to values; a `bridge_` flag of None that is for both stages has the value of
+    the flag without that prefix. `num_images` counts the images by kind: `real`, `synthetic`, `both`.
+    """
+    real = {name: flags[name] for name in (*SETTINGS_OF_BOTH_STAGES, *SETTINGS_OF_EACH_STAGE)}
+    bridge = {name: flags[f"bridge_{name}"] for name in SETTINGS_OF_EACH_STAGE}
+    for name in SETTINGS_OF_BOTH_STAGES:
+        value = flags.get(f"bridge_{name}")
+        bridge[name] = real[name] if value is None else value
+    kind = "real"
+    if "both" in method.kinds and not method.flags["match_steps"]:
+        kind = "both"
+        real |= {name: bridge[name] for name in ("num_train_epochs", "max_steps")}
+
+    def build(num_train_epochs, max_steps, head_learning_rate, num_images: int, **values) -> StageSettings:
+        if max_steps is None or max_steps <= 0:
+            images_per_batch = values["per_device_train_batch_size"] * num_processes
+            per_epoch = steps_per_epoch(
+                num_images, images_per_batch, flags["gradient_accumulation_steps"], flags["dataloader_drop_last"]
+            )
+            max_steps = max(1, round(num_train_epochs * per_epoch))
+        factor = None if head_learning_rate is None else head_learning_rate / values["learning_rate"]
+        return StageSettings(max_steps, head_learning_rate_factor=factor, **values)
+
+    return build(num_images=num_images.get("synthetic", 0), **bridge), build(num_images=num_images[kind], **real)
+
+
+def check_stages(
+    stages: list[StagePlan], flags: dict, num_images: dict[str, int], num_classes: int, num_processes: int
+) -> None:
+    """Check, before the first stage trains, what depends on the numbers of images, steps and classes.
+
+    Raises:
+        UserError: a stage has no whole batch or is all warm-up, nothing would be evaluated, or a metric is not there
+            for so few classes.
+    """
+    for stage in stages:
+        batch_size, number = stage.settings.per_device_train_batch_size, num_images[stage.images]
+        is_stream = flags["streaming"] and stage.images == "synthetic"  # every batch of which is full
+        if flags["dataloader_drop_last"] and not is_stream and number < batch_size * num_processes:
+            raise UserError(
+                f"--dataloader_drop_last: {stage.name} would take no step, its {number} images are less than a batch "
+                f"({batch_size} on each of {num_processes} processes); give a smaller --per_device_train_batch_size."
+            )
+        warmup_steps, max_steps = stage.settings.warmup_steps, stage.settings.max_steps
+        if 1 < max_steps <= warmup_steps:
+            raise UserError(
+                f"--warmup_steps {warmup_steps:g}: {stage.name} has {max_steps} steps, so the learning rate never "
+                "reaches its peak; give fewer, or a share below 1."
+            )
+    most_steps = max(stage.settings.max_steps for stage in stages)
+    if flags["eval_strategy"] == "steps" and flags["eval_delay"] > most_steps:
+        raise UserError(
+            f"--eval_delay {flags['eval_delay']}: nothing would be evaluated; the longest stage has {most_steps} steps."
+        )
+    metric = flags["metric_for_best_model"]
+    if metric is not None and metric.endswith("top5_accuracy") and num_classes <= 5:
+        raise UserError(f"--metric_for_best_model {metric}: needs more than 5 classes, there are {num_classes}.")

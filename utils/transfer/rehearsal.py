@@ -5,7 +5,6 @@ import gc
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -15,14 +14,12 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from utils.cli.errors import UserError
-from utils.transfer.adapters import LoraSettings
-from utils.transfer.classifiers import load_classifier
+from utils.transfer.evaluation import predict
 from utils.transfer.fine_tuning import build_trainer
-from utils.transfer.heads import imprint_head
-from utils.transfer.image_datasets import EvalImages
+from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StagePlan, StageSettings
-from utils.transfer.prediction import predict
-from utils.transfer.stage_models import load_start
+from utils.transfer.model_parts import imprint_head
+from utils.transfer.stage import Pretrained, load_start
 
 CLASS_NAMES = ["first", "second"]
 NUM_STEPS = 100  # that a schedule is made for
@@ -34,14 +31,7 @@ PROBLEMS = (
 
 
 def rehearse(
-    pretrained: str,
-    image_processor,
-    settings: StageSettings,
-    training_args: TrainingArguments,
-    *,
-    lora: LoraSettings | None = None,
-    imprint: bool = False,
-    **hub_options,
+    pretrained: Pretrained, settings: StageSettings, training_args: TrainingArguments, imprint: bool = False
 ) -> None:
     """Train a checkpoint for one step on two generated pictures, evaluate it, and throw it away.
 
@@ -52,22 +42,18 @@ def rehearse(
         UserError: one of these fails; the message names the flag.
     """
     stage = StagePlan("rehearsal", "real", "reset", dataclasses.replace(settings, max_steps=1))
-    load = partial(
-        load_classifier, class_names=CLASS_NAMES, seed=0, dropout=settings.dropout,
-        drop_path_rate=settings.drop_path_rate, **hub_options,
-    )  # fmt: skip
     with _nothing_left(training_args.device), TemporaryDirectory() as folder:
         pictures = _generate_pictures(2 * training_args.world_size)
         with _naming(f"--report_to {' '.join(training_args.report_to)}"):
             for callback in get_reporting_integration_callbacks(training_args.report_to):
                 callback()
-        with _naming(f"--model_name_or_path {pretrained}", "a trial run of two RGB images fails"):
-            model = load_start(stage, pretrained, lora, pretrained, 0, load, hub_options.get("revision"))
-            images = list(EvalImages(pictures, image_processor))
+        with _naming(f"--model_name_or_path {pretrained.name}", "a trial run of two RGB images fails"):
+            model = load_start(stage, None, pretrained, CLASS_NAMES, seed=0)
+            images = list(EvalImages(pictures, pretrained.image_processor))
             predict(model, images)
             if imprint:
                 imprint_head(model, images)
-            _train_one_step(model, pictures, image_processor, stage.settings, training_args, folder)
+            _train_one_step(model, pictures, pretrained.image_processor, stage.settings, training_args, folder)
             del model
 
 

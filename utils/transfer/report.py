@@ -1,9 +1,10 @@
-"""What people look at after a run: learning curves, confusion matrix, calibration, and a table of results and costs."""
+"""What people read of a run: curves, confusion matrix and calibration, a table of results and costs, the model card."""
 
 import math
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
@@ -12,10 +13,19 @@ from rich.table import Table
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from utils.transfer.card import MEANS_OVER_CLASSES, METRIC_NAMES
-from utils.transfer.methods import STAGE_NAMES
-from utils.transfer.metrics import NUM_CALIBRATION_BINS, confidences
+from utils.cli.records import image_set_name
+from utils.hub.licenses import License, common_license, hub_ids
+from utils.hub.markdown import FUNCTIONS, code
+from utils.hub.merged_card import save_card
+from utils.transfer.evaluation import NUM_CALIBRATION_BINS, confidences
+from utils.transfer.methods import stage_names
 
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+METRIC_NAMES = {
+    "accuracy": "Accuracy", "top5_accuracy": "Top-5 accuracy", "mean_per_class_accuracy": "Mean per-class accuracy",
+    "macro_f1": "Macro F1", "expected_calibration_error": "Expected calibration error",
+}  # fmt: skip
+MEANS_OVER_CLASSES = ("mean_per_class_accuracy", "macro_f1")
 MAX_CLASSES_WITH_NAMES = 30
 NAME_LENGTH = 22
 CURVES = {
@@ -66,19 +76,12 @@ def _plot_curves(figure, log_histories: dict[str, list[dict]], num_columns: int)
 
 def _plot_confusions(axis, predictions: np.ndarray, labels: np.ndarray, class_names: list[str]) -> None:
     named = len(class_names) <= MAX_CLASSES_WITH_NAMES
+    names = [_shorten(name) for name in class_names] if named else None
     ConfusionMatrixDisplay.from_predictions(
-        labels,
-        predictions,
-        labels=np.arange(len(class_names)),
-        display_labels=[_shorten(name) for name in class_names] if named else None,
-        normalize="true",
-        include_values=len(class_names) <= 12,
-        values_format=".2f",
-        xticks_rotation="vertical",
-        cmap="Blues",
-        ax=axis,
+        labels, predictions, labels=np.arange(len(class_names)), display_labels=names, normalize="true",
+        include_values=len(class_names) <= 12, values_format=".2f", xticks_rotation="vertical", cmap="Blues", ax=axis,
         colorbar=False,
-    )
+    )  # fmt: skip
     axis.set_title(f"{len(labels)} test images, rows sum to 1")
     if not named:
         axis.set(xticks=[], yticks=[])
@@ -126,7 +129,7 @@ def print_results(title: str, results: dict) -> None:
             table.add_row(name, _describe_leep(key, results))
     console = Console()
     console.print(table)
-    stages = [name for name in (*STAGE_NAMES, "total") if f"{name}_steps" in results]
+    stages = [name for name in (*stage_names(), "total") if f"{name}_steps" in results]
     if stages:
         console.print(_cost_table(stages, results))
 
@@ -141,9 +144,8 @@ def _describe_metric(metric: str, results: dict) -> str:
 
 
 def _describe_leep(key: str, results: dict) -> str:
-    num_images = results["leep_num_images"]
+    num_images, num_classes = results["leep_num_images"], results.get("leep_num_source_classes", 0)
     description = f"{results[f'leep_{key}']:.4f} on {num_images} images"
-    num_classes = results.get("leep_num_source_classes", 0)
     if key == "bridged" or num_images >= num_classes:
         return description
     # each may be the only image of its source class, which then seems to tell the label
@@ -160,3 +162,56 @@ def _cost_table(stages: list[str], results: dict) -> Table:
         values = (results[f"{stage}_{cost}"] for cost in COSTS)
         table.add_row(stage, *("not measured" if value is None else f"{round(value, 4):,}" for value in values))
     return table
+
+
+def write_model_card(
+    output_dir: str | Path, model_name: str, base_model: str, config: dict, results: dict,
+    licenses: dict[str, License], command: str,
+) -> None:  # fmt: skip
+    """Write `README.md` with a `model-index`, the data sets and the base model linked.
+
+    `config` is what `bridged_config.json` holds, `results` what `all_results.json` holds, `licenses` maps each source's
+    name to its licence, of which the classifier gets that of `base_model`. Local paths are named in the text only: the
+    Hub takes ids in the metadata. A card that is there already is merged.
+
+    Raises:
+        UserError: that card's metadata are malformed.
+    """
+    real = image_set_name(config["real_images"])
+    synthetic = config["synthetic_dataset"]["name"] if config["synthetic_dataset"] else None
+    base_models = hub_ids(base_model)
+    data = ModelCardData(
+        **common_license([licenses[base_model]]).to_metadata(), model_name=model_name, library_name="transformers",
+        pipeline_tag="image-classification", datasets=hub_ids(real, synthetic) or None,
+        tags=["bridged-transfer", "image-classification", "synthetic-data", *(["lora"] if config["lora"] else [])],
+        base_model=base_models[0] if base_models else None, base_model_relation="finetune" if base_models else None,
+        eval_results=_eval_results(real, config.get("test_split"), results) or None,
+    )  # fmt: skip
+    card = ModelCard.from_template(
+        data, template_path=str(TEMPLATE), model_name=model_name, model_path=base_model, base_link=_link(base_model),
+        real_link=_link(real, "datasets/"), synthetic_link=synthetic and _link(synthetic, "datasets/"), config=config,
+        results=results, metric_names=METRIC_NAMES, licenses=licenses, command=command, **FUNCTIONS,
+    )  # fmt: skip
+    save_card(card, Path(output_dir) / "README.md")
+
+
+def _link(name: str, folder: str = "") -> str:
+    return f"[{code(name)}]({constants.ENDPOINT}/{folder}{name})" if hub_ids(name) else code(name)
+
+
+def _eval_results(dataset_name: str, split: str | None, results: dict) -> list[EvalResult]:
+    """Return the test metrics of `results` that are numbers, for a `model-index`; a `split` of None has no name."""
+    folder_or_repository = Path(dataset_name).resolve().name if Path(dataset_name).is_dir() else dataset_name
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=folder_or_repository,
+            dataset_split=split,
+            dataset_name=Path(folder_or_repository).name,
+            metric_type=metric,
+            metric_name=metric_name,
+            metric_value=round(float(results[f"test_{metric}"]), 4),
+        )  # fmt: skip
+        for metric, metric_name in METRIC_NAMES.items()
+        if math.isfinite(results.get(f"test_{metric}", math.nan))
+    ]

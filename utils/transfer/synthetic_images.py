@@ -57,14 +57,9 @@ def num_images(source: SyntheticSource, max_samples_per_class: int | None = None
 
 
 def load_synthetic(
-    source: SyntheticSource,
-    class_names: list[str],
-    max_samples_per_class: int | None = None,
-    token: str | None = None,
-    *,
-    allow_missing_classes: bool = False,
-    streaming: bool = False,
-) -> Dataset | IterableDataset:
+    source: SyntheticSource, class_names: list[str], max_samples_per_class: int | None = None,
+    token: str | None = None, *, allow_missing_classes: bool = False, streaming: bool = False,
+) -> Dataset | IterableDataset:  # fmt: skip
     """Return the images with the columns `image` and `label`, in the set's order, labels as in `class_names`.
 
     `max_samples_per_class` keeps those with the lowest `class_index`: they are among those of any higher limit. A set
@@ -130,20 +125,12 @@ def _load_whole(
     labels = real_labels[table.column("label").to_numpy()]
     images = images.select_columns("image").add_column("label", labels, feature=ClassLabel(names=class_names))
     if limit is not None:
-        has_index = "class_index" in table.column_names
-        class_index = table.column("class_index").to_numpy() if has_index else _count_up(labels)
-        kept = np.flatnonzero(class_index < limit)
+        if "class_index" in table.column_names:
+            kept = np.flatnonzero(table.column("class_index").to_numpy() < limit)
+        else:
+            kept = np.sort(np.concatenate([np.flatnonzero(labels == label)[:limit] for label in np.unique(labels)]))
         images, labels = images.select(kept), labels[kept]
     return images, {class_names[label] for label in np.unique(labels)}
-
-
-def _count_up(labels: np.ndarray) -> np.ndarray:
-    """Return of each image how many of its class come before it."""
-    class_index = np.empty_like(labels)
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        class_index[rows] = np.arange(len(rows))
-    return class_index
 
 
 def _load_stream(

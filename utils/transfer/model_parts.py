@@ -1,18 +1,21 @@
-"""The classification head of any image classifier, plain or with an adapter: found, drawn again, imprinted."""
+"""Parts of any image classifier, plain or with an adapter: its head, found, drawn again or imprinted; its BatchNorm."""
 
 import copy
+import math
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from peft import PeftModel
 from scipy.optimize import minimize_scalar
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
 from utils.cli.errors import UserError
-from utils.transfer.image_datasets import EvalImages
+from utils.transfer.image_format import EvalImages
 
 NO_IMPRINT = "--head_init imprint: the head of {name} is not linear on one feature vector; choose reset or keep."
 # at 0.1 the demo's test loss before training is within 0.02 of what the best scale gives, at 1, 4 and 16 shots
@@ -35,15 +38,12 @@ def head_parameter_names(model: PreTrainedModel | PeftModel) -> list[str]:
     other_config.num_labels = base.config.num_labels + 1
     with torch.device("meta"):  # shapes without memory
         other_shapes = {name: parameter.shape for name, parameter in type(base)(other_config).named_parameters()}
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.shape != other_shapes.get(_name_without_adapter(name), parameter.shape)
-    ]
-
-
-def _name_without_adapter(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".modules_to_save.default.", ".")
+    names = []
+    for name, parameter in model.named_parameters():
+        name_in_base = name.removeprefix("base_model.model.").replace(".modules_to_save.default.", ".")
+        if parameter.shape != other_shapes.get(name_in_base, parameter.shape):
+            names.append(name)
+    return names
 
 
 def head_module_names(model: PreTrainedModel | PeftModel) -> list[str]:
@@ -132,3 +132,28 @@ def _logit_scale(class_logits: torch.Tensor) -> float:
         method="bounded",
     )
     return best.x / own.item()
+
+
+def batch_norm_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that normalise with statistics of the batch in training and with running ones otherwise."""
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def recalibrate_batch_norm(
+    model: nn.Module, images: EvalImages, device: torch.device, seed: int, batch_size: int = 128
+) -> None:
+    """Replace BatchNorm's running statistics by those of `images`, in place; without BatchNorm nothing is done.
+
+    The batches are as equal as can be, for each counts the same. `seed` is dropout's, which is on.
+
+    Source: torch, torch.optim.swa_utils.update_bn.
+    """
+    if not batch_norm_modules(model):
+        return
+    indices = np.random.default_rng(seed).permutation(len(images))  # a set may be sorted by class
+    batches = [batch.tolist() for batch in np.array_split(indices, math.ceil(len(images) / batch_size))]
+    loader = DataLoader(images, batch_sampler=batches)
+    model.to(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        update_bn((batch["pixel_values"] for batch in loader), model, device)

@@ -1,0 +1,80 @@
+"""A method is one row: both scripts know it by its name, and train it to the same classifier."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import compare_transfer
+import train_bridged
+from utils.cli.records import read_record
+from utils.transfer import run_method as run_method_module
+from utils.transfer.methods import METHODS, STAGE_1, STAGE_2, Method
+
+pytest_plugins = ["tests.transfer.fixtures"]
+NEW = Method(
+    "a first stage, the head alone, then all of it",
+    (
+        STAGE_1,
+        replace(STAGE_2, name="head", settings={"freeze_backbone": True}),
+        replace(STAGE_2, start="head", head_init="keep", settings={"mixup_alpha": 0.3}),
+    ),
+)
+
+
+@pytest.fixture
+def outputs(monkeypatch):
+    """A list that gets the logits on which each method is judged."""
+    seen = []
+    predict = run_method_module.predict
+
+    def recorded(*args):
+        logits, labels = predict(*args)
+        seen.append(logits)
+        return logits, labels
+
+    monkeypatch.setattr(run_method_module, "predict", recorded)
+    return seen
+
+
+@pytest.fixture
+def run(classifiers, synthetic_dir, tmp_path):
+    shared = ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["resnet"],
+              "--max_eval_samples", "6", "--num_shots", "2"]  # fmt: skip
+
+    def run_both(name: str) -> tuple[dict, dict]:
+        """Return `bridged_config.json` and `comparison.json` of one method at three and two steps."""
+        bridged, compared = tmp_path / "bridged", tmp_path / "compared"
+        train_bridged.main([*shared, "--method", name, "--bridge_max_steps", "3", "--max_steps", "2", "--use_cpu",
+                            "--learning_rate", "1e-3", "--seed", "1", "--few_shot_seed", "1",
+                            "--output_dir", str(bridged)])  # fmt: skip
+        compare_transfer.main([*shared, "--methods", name, "--bridge_step_counts", "3", "--step_counts", "2",
+                               "--learning_rates", "1e-3", "--bridge_learning_rates", "1e-3", "--seeds", "1",
+                               "--output_dir", str(compared)])  # fmt: skip
+        return read_record(bridged / "bridged_config.json"), read_record(compared / "comparison.json")
+
+    return run_both
+
+
+def test_a_new_row_is_trained_by_its_name_in_both_scripts(run, outputs, monkeypatch, capsys):
+    monkeypatch.setitem(METHODS, "in_three", NEW)
+    config, comparison = run("in_three")
+    assert [(stage["name"], stage["start"]) for stage in config["stages"]] == [
+        ("stage1", None), ("head", "stage1"), ("stage2", "head"),
+    ]  # fmt: skip
+    assert (config["method"], config["head_init"], config["match_steps"]) == ("in_three", "keep", False)
+    assert [entry["method"] for entry in comparison["summary"]] == ["in_three"]
+    assert comparison["summary"][0]["steps"] == 3 + 2 + 2
+    ours, theirs = outputs
+    assert np.array_equal(ours, theirs)
+    for script in (train_bridged, compare_transfer):
+        with pytest.raises(SystemExit):
+            script.main(["--help"])
+        assert f"in_three             {NEW.description}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["bridged_head_warmup", "bridged_recalibrate", "mix_balanced", "vanilla_mixup"])
+def test_a_row_of_the_comparison_is_the_method_of_that_name(run, outputs, name):
+    run(name)
+    ours, theirs = outputs
+    assert np.array_equal(ours, theirs)

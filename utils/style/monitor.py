@@ -1,0 +1,290 @@
+"""What is watched while a token is trained: losses, its health on fixed noise, pictures, trackers, checkpoints."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from diffusers import DPMSolverMultistepScheduler
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from utils.cli.errors import DivergedError
+from utils.cli.run_folder import RunFolder
+from utils.data.images import centre_square
+from utils.style.card import ARMS, STYLE_PICTURE, TRAINING_PICTURE
+from utils.style.checkpoints import TrainingState
+from utils.style.latents import Latents
+from utils.style.style_images import StyleImages
+from utils.style.token import Conditioning, Denoiser, norm_in_vocabulary
+
+LOGGING_STEPS = 10  # each time the CPU waits for a GPU
+NUM_TIMESTEPS = 8
+# those of generate_synthetic.py
+NUM_INFERENCE_STEPS = 25
+GUIDANCE_SCALE = 3.0
+PIPELINE_NAMES = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
+# how the trackers that take pictures are given one
+PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
+
+
+@dataclass
+class Monitor:
+    """What the training loop reports to; everything that is checked, shown, logged or saved on the way happens here.
+
+    `before_after` is drawn in the main process only. Steps are the optimiser's.
+    """
+
+    accelerator: Accelerator
+    folder: RunFolder
+    state: TrainingState
+    health_check: "HealthCheck"
+    before_after: "BeforeAfter | None"
+    learning_rate: float
+    max_train_steps: int
+    validation_steps: int
+    checkpointing_steps: int
+    checkpoints_total_limit: int | None
+    health: dict = field(default_factory=dict, init=False)
+    _losses: list[torch.Tensor] = field(default_factory=list, init=False)  # since they were last collected
+    _bar: tqdm | None = field(default=None, init=False)
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Go on from a checkpoint, if there is one; make the folder that of this run, and tell the trackers.
+
+        Raises:
+            UserError: what `TrainingState.load` raises; nothing is written then.
+        """
+        if checkpoint is not None:
+            self.state.load(checkpoint)
+        if self.accelerator.is_main_process:
+            self.folder.begin(keep_traces=checkpoint is not None)
+            (self.folder.path / STYLE_PICTURE).unlink(missing_ok=True)  # of a token that is being replaced
+        options = {name: str(value) for name, value in self.folder.options.items()}
+        self.accelerator.init_trackers("train_dsi", options)
+
+    def watch(self, loader: DataLoader) -> tqdm:
+        """Return the steps of `loader` behind a progress bar."""
+        self._bar = tqdm(
+            loader, total=self.max_train_steps, initial=self.state.step, desc="style token", unit="step",
+            disable=not self.accelerator.is_local_main_process,
+        )  # fmt: skip
+        return self._bar
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Take the loss of a forward pass; nothing waits for it yet."""
+        self._losses.append(loss.detach())
+
+    def end_step(self) -> None:
+        """Count a step, and do what is due after it.
+
+        Raises:
+            DivergedError: a loss, or the token, is no longer finite.
+        """
+        self.state.step += 1
+        step = self.state.step
+        is_last = step == self.max_train_steps
+        validates = is_last or step % self.validation_steps == 0
+        saves = not is_last and step % self.checkpointing_steps == 0
+        if validates or saves or step % LOGGING_STEPS == 0:
+            self._collect_losses()
+        if validates:
+            self._validate()
+        if saves and self.accelerator.is_main_process:
+            self.state.save(self.folder, self.checkpoints_total_limit)
+
+    def _collect_losses(self) -> None:
+        """Reduce the losses since the last call over the processes; check, show and log them."""
+        history = self.state.loss_history
+        per_step = torch.stack(self._losses).view(-1, self.accelerator.gradient_accumulation_steps).mean(1)
+        self._losses.clear()
+        losses = self.accelerator.reduce(per_step, "mean").tolist()
+        history += losses
+        self._check_finite(losses)
+        recent = history[-50:]
+        self._bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
+        lr = self.state.lr_scheduler.get_last_lr()[0]
+        self.accelerator.log({"loss": history[-1], "lr": lr}, self.state.step)
+
+    def _validate(self) -> None:
+        """Measure the token as it is now, and draw its picture."""
+        self.health = self.health_check.measure()
+        loss, step = self.health["loss_trained_token"], self.state.step
+        self.state.held_out_losses[str(step)] = loss
+        self._check_finite([loss])
+        self.accelerator.log({"held_out_loss": loss}, step)
+        if self.before_after is not None:
+            path = self.folder.path / STYLE_PICTURE
+            self.before_after.write(path)
+            for tracker in self.accelerator.trackers:
+                if tracker.name in PICTURE_OPTIONS:
+                    pixels = np.asarray(Image.open(path).convert("RGB"))[None]
+                    tracker.log_images({"style": pixels}, step, **PICTURE_OPTIONS[tracker.name])
+
+    def _check_finite(self, losses: list[float]) -> None:
+        step, rows = self.state.step, self.state.rows
+        what = next((f"the loss is {loss}" for loss in losses if not math.isfinite(loss)), None)
+        if what is None and not all(torch.isfinite(row).all() for row in rows):
+            what = "the token's embedding is not finite"
+        if what is not None:
+            raise DivergedError(
+                f"--learning_rate {self.learning_rate:g}: {what} at step {step} or shortly before; try a lower one or, "
+                "in half precision, --mixed_precision no. Earlier checkpoints are kept."
+            )
+
+    def plot_training(self) -> None:
+        """Write a picture with the training loss, the fixed-noise loss over the steps, and that of the three arms."""
+        losses, health = self.state.loss_history, self.health
+        figure = Figure(figsize=(9, 3.2), layout="constrained")
+        curve, bars = figure.subplots(1, 2, width_ratios=[2, 1])
+        window = min(len(losses), max(5, len(losses) // 40))
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        curve.plot(np.arange(1, len(losses) + 1), losses, color="0.8", linewidth=0.8)
+        curve.plot(np.arange(window, len(losses) + 1), smooth, color="tab:blue", label=f"mean of {window} steps")
+        measured = {0: health["loss_untrained_token"]}
+        measured |= {int(step): loss for step, loss in self.state.held_out_losses.items()}
+        label = f"{health['images']}, fixed noise"
+        curve.plot(list(measured), list(measured.values()), "o-", color="tab:red", label=label)
+        curve.set(xlabel="step", ylabel="denoising loss", title="training")
+        curve.legend()
+        values = [health[f"loss_{arm}"] for arm in ARMS]
+        bars.bar([arm.replace("_", "\n") for arm in ARMS], values, color=["0.8", "0.6", "tab:blue"])
+        bars.bar_label(bars.containers[0], fmt="%.3f")
+        bars.margins(y=0.12)  # room for the figures above the bars
+        bars.set(title=f"{health['num_images']} {health['images']},\nfixed noise", ylabel="denoising loss")
+        figure.savefig(self.folder.path / TRAINING_PICTURE, dpi=120)
+
+
+class HealthCheck:
+    """Did the token learn? Its denoising loss on fixed images, timesteps and noise: only prompts differ between arms.
+
+    The loss without a token and that with the untrained token are measured at once. `latents` are the held-out images'.
+    """
+
+    def __init__(self, denoiser: Denoiser, images: StyleImages, latents: Latents, batch_size: int):
+        labels = images.held_out["label"]
+        self.denoiser = denoiser
+        self.latents = denoiser.base_model.scale_latents(latents.mean(torch.arange(len(labels))))
+        self.name = images.held_out_name
+        self.batch_size = batch_size
+        self.ids_with_token = denoiser.prompt_ids.training[labels]  # the first template's
+        self.losses = {
+            "no_token": self._losses(denoiser.prompt_ids.plain[labels]),
+            "untrained_token": self._losses(self.ids_with_token),
+        }
+
+    def measure(self) -> dict:
+        """Return the figures of the token as it is now, as `dsi_config.json` holds them."""
+        return {
+            **judge(self.losses | {"trained_token": self._losses(self.ids_with_token)}),
+            "images": self.name,
+            "num_images": len(self.latents),
+            "embeddings": [norm_in_vocabulary(style_token) for style_token in self.denoiser.encoder.style_tokens],
+        }
+
+    @torch.no_grad()
+    def _losses(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return each image's loss `(images,)` with its prompt, the mean over evenly spread timesteps.
+
+        `input_ids` is `(images, encoders, length)`. An image's noise is the same at any batch size.
+        """
+        num_train_timesteps = self.denoiser.noise_scheduler.config.num_train_timesteps
+        generator, device = torch.Generator().manual_seed(0), self.denoiser.device
+        noise = [torch.randn(self.latents.shape, generator=generator) for _ in range(NUM_TIMESTEPS)]
+        losses = torch.empty(NUM_TIMESTEPS, len(self.latents))
+        for start in range(0, len(self.latents), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            latents, conditioning = self.latents[part].to(device), self.denoiser.encoder(input_ids[part])
+            for i in range(NUM_TIMESTEPS):
+                timestep = int((i + 0.5) * num_train_timesteps / NUM_TIMESTEPS)
+                timesteps = torch.full((len(latents),), timestep, device=device)
+                model_pred, target = self.denoiser.predict(latents, noise[i][part].to(device), timesteps, conditioning)
+                losses[i, part] = F.mse_loss(model_pred, target, reduction="none").mean((1, 2, 3)).cpu()
+        return losses.mean(0)
+
+
+def judge(losses: dict[str, torch.Tensor]) -> dict:
+    """Return mean losses of the `ARMS`, and whether the token learned.
+
+    It learned when the images' losses fall, against the untrained token, by more than two standard errors.
+    """
+    gain = losses["untrained_token"] - losses["trained_token"]
+    standard_error = gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+    return {
+        **{f"loss_{arm}": round(losses[arm].mean().item(), 5) for arm in ARMS},
+        "gain_standard_error": round(standard_error, 5),
+        "token_learned": gain.mean().item() > 2 * standard_error,
+    }
+
+
+class BeforeAfter:
+    """The picture of a token: real images, and the same seeds and classes drawn without the token and with it.
+
+    At most `num_images` classes, evenly spread, are shown. What does not change is drawn at once.
+    """
+
+    def __init__(self, denoiser: Denoiser, images: Dataset, nouns: list[str], num_images: int):
+        self.denoiser = denoiser
+        present, first_rows = np.unique(images["label"], return_index=True)
+        chosen = np.unique(np.linspace(0, len(present) - 1, num_images).astype(int))
+        labels = present[chosen].tolist()
+        self.titles = [nouns[label] for label in labels]
+        self.ids_with_token = denoiser.prompt_ids.training[labels]  # the first template's
+        self.rows = {
+            "real": [centre_square(images[int(row)]["image"], denoiser.resolution) for row in first_rows[chosen]],
+            "without token": self._draw(denoiser.prompt_ids.plain[labels]),
+        }
+
+    def write(self, path: str | Path) -> None:
+        """Draw with the token as it is now, and write the picture."""
+        draw_rows(path, self.rows | {"with token": self._draw(self.ids_with_token)}, self.titles)
+
+    @torch.no_grad()
+    def _draw(self, input_ids: torch.Tensor) -> list[Image.Image]:
+        """Draw an image for each prompt; image number n has the same noise whatever its prompt."""
+        base_model, encoder, resolution = self.denoiser.base_model, self.denoiser.encoder, self.denoiser.resolution
+        pipe = base_model.load_pipeline(self.denoiser.unet)
+        pipe.vae.to(self.denoiser.device)
+        pipe.set_progress_bar_config(disable=True)
+        if base_model.is_replaceable:
+            pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+        unconditional = encoder(self.denoiser.prompt_ids.empty)
+        if pipe.config.get("force_zeros_for_empty_prompt"):
+            unconditional = {name: torch.zeros_like(value) for name, value in unconditional.items()}
+        images = []
+        for number, ids in enumerate(tqdm(input_ids, desc="pictures", unit="image", leave=False)):
+            latents = pipe(
+                **self._pipeline_arguments("", encoder(ids[None])),
+                **self._pipeline_arguments("negative_", unconditional),
+                height=resolution, width=resolution, num_inference_steps=NUM_INFERENCE_STEPS,
+                guidance_scale=GUIDANCE_SCALE, generator=torch.Generator().manual_seed(number), output_type="latent",
+            ).images  # fmt: skip
+            # the VAE is float32, whatever the U-Net is
+            pixels = pipe.vae.decode(base_model.unscale_latents(latents.float())).sample
+            images += pipe.image_processor.postprocess(pixels)
+        return images
+
+    def _pipeline_arguments(self, prefix: str, conditioning: Conditioning) -> dict[str, torch.Tensor]:
+        return {prefix + PIPELINE_NAMES[name]: value.to(self.denoiser.dtype) for name, value in conditioning.items()}
+
+
+@rc_context({"text.parse_math": False})  # dollars in a name are no formula
+def draw_rows(path: str | Path, rows: dict[str, list[Image.Image]], titles: list[str]) -> None:
+    """Write a picture with a named row of images each, `titles` above the columns."""
+    figure = Figure(figsize=(1.5 * len(titles) + 1.2, 1.5 * len(rows) + 0.4), layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for row_axes, (name, images) in zip(axes, rows.items()):
+        for axis, image in zip(row_axes, images, strict=True):
+            axis.imshow(image)
+            axis.set(xticks=[], yticks=[])
+        row_axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=8)
+    figure.savefig(path, dpi=120)

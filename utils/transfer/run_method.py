@@ -1,0 +1,87 @@
+"""One method, from images to a finished classifier: its stages one after another, then the evaluation."""
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from torch import nn
+from transformers import TrainingArguments
+
+from utils.transfer.evaluation import predict
+from utils.transfer.methods import Method, StagePlan, mix_indices
+from utils.transfer.stage import Pretrained, run_stage
+
+logger = logging.getLogger(__name__)
+
+Images = Mapping[str, Dataset | IterableDataset]
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """A trained classifier, what its stages did, and its outputs on the images that it was evaluated on.
+
+    `results` maps `<stage>_<cost>` to steps, images seen, seconds and GPU-hours, `log_histories` stages to the
+    Trainer's logs. `logits` is `(n, classes)`, `labels` `(n,)`.
+    """
+
+    model: nn.Module
+    results: dict
+    log_histories: dict[str, list[dict]]
+    logits: np.ndarray
+    labels: np.ndarray
+
+
+def select_images(method: Method, real: Dataset | None, synthetic: Dataset | IterableDataset | None) -> Images:
+    """Return the images that a method's stages see, by kind: `real`, `synthetic`, `both`."""
+    images = {"real": real, "synthetic": synthetic}
+    if "both" in method.kinds:
+        rows = mix_indices(len(real), len(synthetic), method.mix_ratio)
+        images["both"] = concatenate_datasets([real, synthetic]).select(rows)
+    return {kind: images[kind] for kind in method.kinds}
+
+
+def run_method(
+    stages: list[StagePlan],
+    images: Images,
+    evaluated,
+    pretrained: Pretrained,
+    class_names: list[str],
+    training_args: TrainingArguments,
+    stage_dir: Callable[[StagePlan], Path],
+    *,
+    validation: Dataset | None = None,
+    resume: bool = False,
+    exclusive: Callable[[Path], AbstractContextManager] = lambda folder: nullcontext(),
+    after_stage: Callable[[StagePlan, nn.Module], None] = lambda stage, model: None,
+) -> MethodResult:
+    """Train the stages of `plan_stages` on the images of `select_images`, and evaluate the last one's model.
+
+    `evaluated` are `EvalImages`, or a list of their items. `stage_dir` says where a stage is kept; methods that share a
+    first stage name the same folder, and `exclusive` gives a lock for it. With `resume` finished stages are loaded, and
+    unfinished ones gone on with. `after_stage` is called with each trained model. The other arguments are those of
+    `run_stage`.
+
+    Raises:
+        UserError: what `run_stage` and `predict` raise.
+    """
+    results, log_histories = {}, {}
+    for stage in stages:
+        start = next((stage_dir(earlier) / earlier.name for earlier in stages if earlier.name == stage.start), None)
+        folder, seen = stage_dir(stage) / stage.name, images[stage.images]
+        number = "streamed" if isinstance(seen, IterableDataset) else len(seen)
+        logger.info(f"{stage.name}: {stage.settings.max_steps} steps on {number} images ({stage.images})")
+        with exclusive(folder):
+            model, done = run_stage(
+                stage, start, seen, pretrained, class_names, training_args, folder,
+                validation=validation, resume=resume,
+            )  # fmt: skip
+        results |= {f"{stage.name}_{cost}": value for cost, value in done.summary().items()}
+        log_histories[stage.name] = done.log_history
+        after_stage(stage, model)
+    num_workers = 0 if isinstance(evaluated, list) else training_args.dataloader_num_workers
+    logits, labels = predict(model, evaluated, training_args.per_device_eval_batch_size, num_workers)
+    return MethodResult(model, results, log_histories, logits, labels)

@@ -1,0 +1,247 @@
+"""One stage of a method, from the weights it starts with to its folder: settings, checkpoints, the trained model."""
+
+import dataclasses
+import json
+import zlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from zipfile import is_zipfile
+
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from utils.cli.errors import UserError
+from utils.cli.processes import warn_once
+from utils.cli.records import read_record
+from utils.cli.run_folder import RunFolder
+from utils.transfer.adapters import LoraSettings, add_adapter, load_adapter, save_adapter
+from utils.transfer.arguments import OF_EACH_STAGE
+from utils.transfer.classifiers import load_classifier, save_classifier
+from utils.transfer.fine_tuning import StageResult, fine_tune
+from utils.transfer.image_format import EvalImages
+from utils.transfer.methods import StagePlan
+from utils.transfer.model_parts import batch_norm_modules, imprint_head, recalibrate_batch_norm, reset_head
+
+STAGE_RECORD = "stage.json"
+SETTINGS_RECORD = "stage_settings.json"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The checkpoint that a method adapts: its name, its image processor, and how it is loaded from the Hub.
+
+    With `lora`, an adapter and the head are trained in place of all weights.
+    """
+
+    name: str
+    image_processor: object
+    hub_options: dict
+    lora: LoraSettings | None = None
+
+
+def run_stage(
+    stage: StagePlan,
+    start: Path | None,
+    images: Dataset | IterableDataset,
+    pretrained: Pretrained,
+    class_names: list[str],
+    training_args: TrainingArguments,
+    output_dir: str | Path,
+    *,
+    validation: Dataset | None = None,
+    resume: bool = False,
+) -> tuple[nn.Module, StageResult]:
+    """Fine-tune on `images` as the plan says, and save the trained stage in `output_dir`, `stage.json` last.
+
+    `start` is the folder of the stage whose weights it takes, None for `pretrained` itself. With `resume` it goes on
+    from what `output_dir` holds: a finished stage is loaded, from a checkpoint it is trained on with the same outcome
+    as without a break; else the folder is cleared.
+
+    Raises:
+        UserError: the checkpoint is no image classifier; what is to be resumed was begun with other settings; the
+            settings do not go together; training diverged.
+    """
+    _check_stream(stage, images)
+    settings = describe_stage(stage, images, pretrained, class_names, training_args)
+    folder = stage_folder(output_dir, settings)
+    earlier, checkpoint = find_earlier_run(folder) if resume else (None, None)
+    # the head of a later stage is not that of the first drawn once more, to which the features have come closer
+    head_seed = training_args.seed if stage.start is None else zlib.crc32(f"{training_args.seed} {stage.name}".encode())
+    if earlier is not None:
+        return load_trained(output_dir, stage, pretrained, class_names, head_seed), StageResult(**earlier)
+    model = load_start(stage, start, pretrained, class_names, head_seed)
+    if checkpoint is None:
+        if PartialState().is_main_process:
+            folder.begin()
+        PartialState().wait_for_everyone()
+        _prepare(model, stage, images, pretrained.image_processor, training_args)
+    result = fine_tune(
+        model, images, pretrained.image_processor, stage.settings, training_args, output_dir, validation, checkpoint
+    )
+    if PartialState().is_main_process:
+        save_trained(model, pretrained.image_processor, folder.path)
+        folder.finish({"settings": settings, "result": dataclasses.asdict(result)})
+    PartialState().wait_for_everyone()
+    return model, result
+
+
+def _check_stream(stage: StagePlan, images: Dataset | IterableDataset) -> None:
+    if not isinstance(images, IterableDataset):
+        return
+    for flag, value, rest in (
+        ("head_init", "imprint", "choose reset or keep"),
+        ("batch_norm", "recalibrate", "choose frozen or train"),
+    ):
+        if value in (stage.head_init, stage.settings.batch_norm):
+            raise UserError(f"--{flag} {value}: needs all images at once, which a stream does not give; {rest}.")
+
+
+def _prepare(model: nn.Module, stage: StagePlan, images: Dataset, image_processor, training_args) -> None:
+    """Set BatchNorm's statistics and the head from the stage's own images, where it asks for that, in place."""
+    eval_images = EvalImages(images, image_processor)
+    batch_size = training_args.per_device_eval_batch_size
+    if stage.settings.batch_norm == "recalibrate":
+        recalibrate_batch_norm(model, eval_images, training_args.device, training_args.seed, batch_size)
+    if stage.head_init == "imprint":
+        imprint_head(model, eval_images, batch_size)
+
+
+# The model: as a stage begins with it, saved, and loaded again
+
+
+def _load(pretrained: Pretrained, stage: StagePlan, class_names: list[str], seed: int, name: str, fresh_head: bool):
+    return load_classifier(
+        name, class_names, fresh_head, seed, dropout=stage.settings.dropout,
+        drop_path_rate=stage.settings.drop_path_rate, **pretrained.hub_options,
+    )  # fmt: skip
+
+
+def load_start(
+    stage: StagePlan, start: Path | None, pretrained: Pretrained, class_names: list[str], seed: int
+) -> PreTrainedModel | PeftModel:
+    """Return the model that a stage begins with, on the CPU; for `imprint`, with a fresh head still.
+
+    `start` is the folder of an earlier stage, or None for the checkpoint itself; `seed` draws what is fresh.
+
+    Raises:
+        UserError: BatchNorm is to change together with an adapter.
+    """
+    load = partial(_load, pretrained, stage, class_names, seed)
+    fresh_head = stage.head_init != "keep"
+    if pretrained.lora is None:
+        return load(str(start or pretrained.name), fresh_head)
+    base = load(pretrained.name, True)
+    if stage.settings.batch_norm != "frozen" and batch_norm_modules(base):
+        raise UserError(
+            f"--batch_norm {stage.settings.batch_norm}: BatchNorm's statistics are no part of an adapter; with "
+            "--use_peft choose frozen."
+        )
+    if start is None:
+        return add_adapter(base, pretrained.lora, seed, revision=pretrained.hub_options.get("revision"))
+    model = load_adapter(base, start)
+    if fresh_head:
+        reset_head(model, seed)
+    return model
+
+
+def save_trained(model: PreTrainedModel | PeftModel, image_processor, folder: str | Path) -> None:
+    """Write a stage's model: a checkpoint with its image processor, or the adapter alone."""
+    if isinstance(model, PeftModel):
+        save_adapter(model, folder)
+    else:
+        save_classifier(model, image_processor, folder)
+
+
+def load_trained(
+    folder: str | Path, stage: StagePlan, pretrained: Pretrained, class_names: list[str], seed: int
+) -> PreTrainedModel | PeftModel:
+    """Return what `save_trained` wrote."""
+    load = partial(_load, pretrained, stage, class_names, seed)
+    if pretrained.lora is None:
+        return load(str(folder), False)
+    return load_adapter(load(pretrained.name, True), folder)
+
+
+# The folder: the settings it was begun with, checkpoints, `stage.json` once the stage is finished
+
+
+def describe_stage(
+    stage: StagePlan,
+    images: Dataset | IterableDataset,
+    pretrained: Pretrained,
+    class_names: list[str],
+    training_args: TrainingArguments,
+) -> dict:
+    """Return all that decides a stage's weights, as JSON holds it; a stream's images are not counted."""
+    trainer_settings = training_args.to_dict()
+    precision = training_args.mixed_precision
+    description = {
+        "start": stage.start or pretrained.name,
+        "revision": None if stage.start else pretrained.hub_options.get("revision"),
+        "images": stage.images,
+        "num_images": None if isinstance(images, IterableDataset) else len(images),
+        "head_init": stage.head_init,
+        **dataclasses.asdict(stage.settings),
+        "lora": dataclasses.asdict(pretrained.lora) if pretrained.lora else None,
+        **{name: trainer_settings[name] for name in OF_EACH_STAGE},
+        "mixed_precision": None if precision == "no" else precision,  # of a flag, or of accelerate launch
+        "num_processes": training_args.world_size,
+        "class_names": class_names,
+    }
+    return json.loads(json.dumps(description))
+
+
+def stage_folder(folder: str | Path, settings: dict) -> RunFolder:
+    """Return the folder of a stage with these settings, of `describe_stage`."""
+    return RunFolder(
+        Path(folder), "a stage", settings, STAGE_RECORD, noted_in=(SETTINGS_RECORD, "settings"),
+        traces=("checkpoint-*",),
+    )  # fmt: skip
+
+
+def find_earlier_run(folder: RunFolder) -> tuple[dict | None, str | None]:
+    """Return the result of the finished stage that a folder holds, and its last whole checkpoint, None where not.
+
+    Raises:
+        UserError: they were made with other settings.
+    """
+    result, checkpoint = None, None
+    if folder.is_begun:
+        folder.check_options()
+        if (folder.path / STAGE_RECORD).exists():
+            result = read_record(folder.path / STAGE_RECORD)["result"]
+        else:
+            checkpoint = _last_checkpoint(folder)
+    PartialState().wait_for_everyone()  # before one of them changes what is there
+    return result, checkpoint
+
+
+def _last_checkpoint(folder: RunFolder) -> str | None:
+    """Return the checkpoint of the most steps among those that were written to the end."""
+    whole = None
+    for path in folder.find_traces():
+        if _is_whole(path, folder.options["num_processes"]):
+            whole = str(path)
+        else:
+            warn_once(f"Warning: --resume_from_checkpoint: {path} is not whole, or torn; it is passed over.")
+    return whole
+
+
+def _is_whole(checkpoint: Path, num_processes: int) -> bool:
+    """Say whether a checkpoint has its last file, the Trainer's state, all random states, and no torn file."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        for path in checkpoint.glob("*.safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, json.JSONDecodeError, SafetensorError):
+        return False
+    saved = list(checkpoint.glob("rng_state*.pth"))
+    # torch saves archives, of which a torn one has no end
+    return len(saved) == num_processes and all(map(is_zipfile, [*saved, *checkpoint.glob("*.pt")]))
