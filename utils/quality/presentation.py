@@ -9,7 +9,6 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from utils.data.images import to_rgb
 from utils.quality.verdicts import format_distance
@@ -29,20 +28,16 @@ def print_quality(record: dict) -> None:
     shown = f"the {MAX_ROWS} farthest of {len(classes)}" if len(classes) > MAX_ROWS else "farthest first"
     counts = {name: f"{count['used']:,}" for name, count in record["num_images"].items()}
     table = Table(
-        # Text: brackets in names are no markup
-        title=Text(f"{record['synthetic']['id']}: classes, {shown}; real images in brackets", "table.title"),
-        caption=Text(
-            f"{counts['synthetic']} synthetic images; real: {counts['train']} training, {counts['held_out']} "
-            f"held-out, {counts['test']} test; features of {record['model']['id']}",
-            "table.caption",
-        ),
+        title=f"{record['synthetic']['id']}: classes, {shown}; real images in brackets",
+        caption=f"{counts['synthetic']} synthetic images; real: {counts['train']} training, {counts['held_out']} "
+        f"held-out, {counts['test']} test; features of {record['model']['id']}",
     )
     table.add_column("class")
     for name in ("images", "shift (0: as real)", "diversity", "nearest to own class"):
         table.add_column(name, justify="right")
     for entry in classes[:MAX_ROWS]:
         table.add_row(
-            Text(entry["class"]),
+            entry["class"],
             f"{entry['num_images']:,}",
             _beside(entry["shift"], entry["shift_floor"], ".2f"),
             _beside(entry["diversity"], entry["real_diversity"], ".2f"),
