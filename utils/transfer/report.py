@@ -16,7 +16,7 @@ from sklearn.metrics import ConfusionMatrixDisplay
 from utils.cli.records import image_set_name
 from utils.hub.cards import FUNCTIONS, License, code, common_license, hub_ids, save_card
 from utils.transfer.evaluation import NUM_CALIBRATION_BINS, confidences
-from utils.transfer.methods import stage_names
+from utils.transfer.methods import METHODS, stage_names
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 METRIC_NAMES = {
@@ -188,7 +188,7 @@ def write_model_card(
     card = ModelCard.from_template(
         data, template_path=str(TEMPLATE), model_name=model_name, model_path=base_model, base_link=_link(base_model),
         real_link=_link(real, "datasets/"), synthetic_link=synthetic and _link(synthetic, "datasets/"), config=config,
-        results=results, metric_names=METRIC_NAMES, licenses=licenses, command=command, **FUNCTIONS,
+        methods=METHODS, results=results, metric_names=METRIC_NAMES, licenses=licenses, command=command, **FUNCTIONS,
     )  # fmt: skip
     save_card(card, Path(output_dir) / "README.md")
 
