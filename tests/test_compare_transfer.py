@@ -350,18 +350,18 @@ def test_what_a_trial_of_two_images_shows_is_found_before_images_are_read(
 
 
 def test_the_small_search_is_the_same_for_every_method(classifiers, synthetic_dir, tmp_path, monkeypatch):
-    asked = fake_results(monkeypatch, lambda cell: cell.recipe.learning_rate == 8e-4)
+    asked = fake_results(monkeypatch, lambda cell: cell.recipe.learning_rate == pytest.approx(8e-5))
     flags = "--search_learning_rate", "--methods", "vanilla", "mix", "bridged", "synthetic_only", "--volumes", "2", "4"
     run(classifiers, synthetic_dir, tmp_path, *flags)
     assert len(asked) == len(set(asked)), "equal cells are one"
     searched = [cell for cell in asked if cell.split == "validation"]
     bridges = [cell for cell in searched if cell.row.name == "synthetic_only"]
-    assert [cell.bridge.learning_rate for cell in bridges] == pytest.approx([1.25e-4, 5e-4, 2e-3])
+    assert [cell.bridge.learning_rate for cell in bridges] == pytest.approx([1.25e-5, 5e-5, 2e-4])
     for name in ("vanilla", "mix", "bridged"):
         rates = [cell.recipe.learning_rate for cell in searched if cell.row.name == name and cell.num_shots == 2]
-        assert rates == pytest.approx([5e-5, 2e-4, 8e-4])
+        assert rates == pytest.approx([5e-6, 2e-5, 8e-5])
     assert {cell.row.volume for cell in searched} == {4, None}
-    assert {cell.recipe.learning_rate for cell in asked if cell.split == "test"} == {8e-4, 0.0}
+    assert {cell.recipe.learning_rate for cell in asked if cell.split == "test"} == {8e-5, 0.0}
 
 
 def test_without_shots_all_images_are_taken_for_the_default_epochs(classifiers, synthetic_dir, tmp_path, monkeypatch):

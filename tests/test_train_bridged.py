@@ -38,7 +38,8 @@ def test_bridged_from_the_record_alone_gives_a_pipeline(classifiers, synthetic_d
         assert (tmp_path / "out" / name).is_file()
     assert not list((tmp_path / "out").glob("*.bin"))
     with pytest.raises(UserError, match="holds a classifier made with other options"):
-        train_bridged.main(["--synthetic_dataset", str(synthetic_dir), "--output_dir", str(tmp_path / "out")])
+        train_bridged.main(["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["timm"],
+                            "--output_dir", str(tmp_path / "out")])  # fmt: skip
 
 
 def test_vanilla_needs_no_synthetic_set_and_matches_steps(classifiers, real_images_dir, tmp_path):
