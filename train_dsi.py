@@ -371,6 +371,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     unet = base_model.load_unet(weight_dtype).to(accelerator.device)
     text_encoders = base_model.load_text_encoders(weight_dtype)
     encoder = PromptEncoder(text_encoders, tokenizers, token_args.num_vectors, initializer_ids)
+    row_names = base_model.family.row_names(token_args.placeholder_token)
     optimizer, lr_scheduler = prepare_optimizer(encoder.rows, training_args)
     prompt_encoder, optimizer = accelerator.prepare(encoder, optimizer)
     trained_unet = prepare_unet(unet, training_args)
@@ -447,7 +448,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
                 log_picture(accelerator, output_dir / STYLE_PICTURE, progress.step)
         if saves and accelerator.is_main_process:
             save_checkpoint(
-                output_dir, progress, token_args.placeholder_token, encoder.rows, optimizer, lr_scheduler,
+                output_dir, progress, row_names, encoder.rows, optimizer, lr_scheduler,
                 accelerator.scaler, monitoring_args.checkpoints_total_limit,
             )  # fmt: skip
 
@@ -459,7 +460,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             max_train_steps=training_args.max_train_steps, health=health, held_out_losses=progress.held_out_losses,
         )  # fmt: skip
         hub_id = hub_target.repo_id if hub_target else None
-        save_learned_embeds(output_dir, token_args.placeholder_token, encoder.rows)
+        save_learned_embeds(output_dir, row_names, encoder.rows)
         plot_training(output_dir / TRAINING_PICTURE, progress.loss_history, progress.held_out_losses, health)
         command = public_command("train_dsi.py", argv)
         write_records(output_dir, record, options, started, command, hub_id, hub_args.hub_token)

@@ -16,7 +16,7 @@ from datasets import ClassLabel, Image, load_dataset
 from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
 
-from generate_synthetic import find_labels, main
+from generate_synthetic import main
 from tests.conftest import CLASS_NAMES
 from tests.local_hub.faults import Fault
 from tests.synthesis.tokens import PLACEHOLDER, save_token, shard_hashes
@@ -24,9 +24,9 @@ from utils.cli.commands import public_command
 from utils.cli.errors import UserError
 from utils.data.prompts import token_text
 from utils.hub import growing, retries
-from utils.synthesis.encoding import encode_image
-from utils.synthesis.runner import Runner
+from utils.synthesis.runner import Runner, encode_image
 from utils.synthesis.shards import Shards
+from utils.synthesis.sources import find_labels
 
 pytest_plugins = ["tests.synthesis.fixtures", "tests.local_hub.fixtures", "tests.transfer.fixtures"]
 

@@ -22,7 +22,7 @@ from utils.hub.licenses import License, common_license, hub_ids, read_license
 from utils.hub.merged_card import BEGIN, END
 from utils.style.base_models import BaseModel
 from utils.style.card import write_token_card
-from utils.synthesis.card import write_dataset_card
+from utils.synthesis.finishing import write_dataset_card
 from utils.transfer.adapters import LoraSettings, add_adapter, save_merged
 from utils.transfer.card import write_model_card
 from utils.transfer.classifiers import load_classifier, load_image_processor

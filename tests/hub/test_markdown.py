@@ -13,8 +13,7 @@ from utils.comparison.report import write_markdown
 from utils.hub.licenses import License
 from utils.hub.markdown import code, fence, text
 from utils.hub.merged_card import END, save_card
-from utils.synthesis.card import write_dataset_card
-from utils.synthesis.quality_section import quality_section
+from utils.synthesis.finishing import quality_section, write_dataset_card
 
 NAMES = [
     "car|van", "a||b", "back\\slash", "back\\|pipe", "ends in \\", "two\nlines", "tab\tand  blanks", "`tick`", "``",

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from utils.cli.errors import UserError
-from utils.style.base_models import MIRRORS, open_base_model
+from utils.style.base_models import open_base_model
+from utils.style.saved_pipelines import MIRRORS
 
 pytest_plugins = ["tests.local_hub.fixtures"]
 
@@ -194,7 +195,7 @@ def test_a_folders_vae_is_told_from_another_by_its_weights(copied, tiny_pipeline
 
 def test_both_parts_of_xl_are_loaded(tiny_xl_pipeline_dir):
     base_model = open_folder(tiny_xl_pipeline_dir)
-    assert base_model.is_xl
+    assert base_model.family.title == "Stable Diffusion XL"
     assert len(base_model.load_tokenizers()) == len(base_model.load_text_encoders(torch.float32)) == 2
     assert {encoder.dtype for encoder in base_model.load_text_encoders(torch.bfloat16)} == {torch.bfloat16}
     assert base_model.load_vae().dtype == torch.float32

@@ -32,7 +32,7 @@ class Run:
             self.progress.loss_history.append(self.progress.step / 3)
 
     def save(self, folder, total_limit=None):
-        return save_checkpoint(folder, self.progress, "<s>", *self.state, total_limit)
+        return save_checkpoint(folder, self.progress, ["clip_l", "clip_g"][: len(self.rows)], *self.state, total_limit)
 
 
 @pytest.mark.parametrize("num_encoders", [1, 2])

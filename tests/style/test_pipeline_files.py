@@ -89,7 +89,7 @@ def test_a_part_without_weights_is_left_to_what_loads_it(make_source):
 def test_a_config_that_is_no_mapping_is_an_error(text, problem, tmp_path):
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(UserError, match=problem):
-        read_config(Source(str(tmp_path), "--model"), "index.json", "a pipeline")
+        read_config(Source(str(tmp_path), "--model"), "index.json")
 
 
 def test_a_repositorys_files_are_known_on_line_and_from_the_cache(local_hub, monkeypatch):

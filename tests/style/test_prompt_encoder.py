@@ -29,7 +29,7 @@ def prompt_ids(tokenizers, *prompts):
 @pytest.mark.parametrize("num_vectors", [1, 3])
 def test_prompts_are_encoded_as_by_the_pipeline_that_loads_the_token(tiny_pipeline_dir, tmp_path, num_vectors):
     encoder, tokenizers = spliced(tiny_pipeline_dir, num_vectors)
-    save_learned_embeds(tmp_path, "<s>", encoder.rows)
+    save_learned_embeds(tmp_path, ["<s>"], encoder.rows)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
     pipe.load_textual_inversion(tmp_path)
     words = " ".join(["<s>", "<s>_1", "<s>_2"][:num_vectors])
@@ -41,7 +41,7 @@ def test_prompts_are_encoded_as_by_the_pipeline_that_loads_the_token(tiny_pipeli
 @pytest.mark.parametrize("num_vectors", [1, 2])
 def test_xl_prompts_are_encoded_as_by_the_pipeline_that_loads_both_tokens(tiny_xl_pipeline_dir, tmp_path, num_vectors):
     encoder, tokenizers = spliced(tiny_xl_pipeline_dir, num_vectors)
-    embeds = load_file(save_learned_embeds(tmp_path, "<s>", encoder.rows))
+    embeds = load_file(save_learned_embeds(tmp_path, ["clip_l", "clip_g"], encoder.rows))
     assert {name: tuple(rows.shape) for name, rows in embeds.items()} == {
         "clip_l": (num_vectors, 16),
         "clip_g": (num_vectors, 24),

@@ -72,8 +72,8 @@ def test_the_norm_is_compared_with_the_vocabularys(encoder_and_tokenizer):
 
 def test_learned_embeds_are_read_in_the_order_of_the_encoders(tmp_path):
     one, two = torch.ones(2, 4), torch.zeros(2, 6)
-    assert torch.equal(load_learned_embeds(save_learned_embeds(tmp_path, "<s>", [one]))[0], one)
-    both = load_learned_embeds(save_learned_embeds(tmp_path, "<s>", [one, two]))
+    assert torch.equal(load_learned_embeds(save_learned_embeds(tmp_path, ["<s>"], [one]))[0], one)
+    both = load_learned_embeds(save_learned_embeds(tmp_path, ["clip_l", "clip_g"], [one, two]))
     assert [rows.shape for rows in both] == [(2, 4), (2, 6)]
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.synthesis.checks import find_problems
+from utils.synthesis.sampling import find_problems
 
 
 def flat(value) -> torch.Tensor:

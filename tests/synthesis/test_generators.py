@@ -9,12 +9,12 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from generate_synthetic import SamplingArguments, warn_of_steps
+from generate_synthetic import main
 from tests.synthesis.tokens import PLACEHOLDER, open_folder
 from utils.cli.errors import UserError
 from utils.style.token import save_learned_embeds
-from utils.synthesis.generators import check_scheduler, few_steps_advice, load_pipeline, open_generator
-from utils.synthesis.sampling import Sampler
+from utils.synthesis.generators import open_generator
+from utils.synthesis.sampling import Sampler, load_pipeline
 from utils.synthesis.sources import StyleToken
 
 pytest_plugins = ["tests.synthesis.fixtures", "tests.local_hub.fixtures"]
@@ -36,10 +36,10 @@ def test_what_a_generator_takes_is_known_before_it_loads(
 ):
     generator = open_folder(request.getfixturevalue(kind))
     assert generator.default_scheduler == scheduler
-    assert generator.takes_style_tokens is takes_style_tokens
+    assert generator.family.takes_style_tokens is takes_style_tokens
     assert generator.takes_negative_prompt is takes_negative_prompt
     assert generator.native_resolution == resolution  # latents a side times two, the tiny VAE's scale
-    check_scheduler(generator, scheduler)
+    generator.check_scheduler(scheduler)
 
 
 @pytest.mark.parametrize(("kind", "step"), zip(KINDS, [8, 8, 16, 16]))
@@ -101,7 +101,7 @@ def test_a_generator_that_is_gone_is_an_error_that_names_its_mirror():
 def test_scheduler_that_does_not_fit_is_an_error_that_lists_the_others(kind, scheduler, listed, request):
     generator = open_folder(request.getfixturevalue(kind))
     with pytest.raises(UserError, match=f"^--scheduler {scheduler}: does not fit .* takes {listed}"):
-        check_scheduler(generator, scheduler)
+        generator.check_scheduler(scheduler)
 
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -131,8 +131,8 @@ def test_a_distilled_or_differently_trained_generator_keeps_its_scheduler(name, 
         unet_kind.from_config(unet_kind.load_config(folder / "unet") | unet).save_pretrained(folder / "unet")
     generator = open_folder(folder)
     assert generator.default_scheduler == "default"
-    check_scheduler(generator, generator.default_scheduler, 25)
-    advice = few_steps_advice(generator, ["num_inference_steps", "guidance_scale"])
+    generator.check_scheduler(generator.default_scheduler, 25)
+    advice = generator.few_steps_advice(set())
     assert advice is None if suited is None else f": {suited}" in advice and "looks distilled for few steps" in advice
     pipe = load_pipeline(generator, None, generator.default_scheduler, torch.float32, CPU)
     assert type(pipe.scheduler).__name__ == class_name
@@ -142,30 +142,24 @@ def test_a_distilled_or_differently_trained_generator_keeps_its_scheduler(name, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_ordinary_generator_gets_no_advice(kind, request):
-    assert few_steps_advice(open_folder(request.getfixturevalue(kind)), ["num_inference_steps"]) is None
-
-
-def test_advice_leaves_out_what_is_given(copy_pipeline):
-    folder = copy_pipeline("tiny_pipeline_dir")
-    change_scheduler(folder, "EulerDiscreteScheduler", TURBO)
-    generator = open_folder(folder)
-    assert ": --guidance_scale 1 is recommended." in few_steps_advice(generator, ["guidance_scale"])
-    assert few_steps_advice(generator, []) is None
+    assert open_folder(request.getfixturevalue(kind)).few_steps_advice(set()) is None
 
 
 @pytest.mark.parametrize(
-    ("flags", "suited"),
+    ("given", "suited"),
     [
-        ({}, "--num_inference_steps 4 --guidance_scale 1"),
-        ({"num_inference_steps": 2}, "--guidance_scale 1"),
-        ({"num_inference_steps": 2, "guidance_scale": [1.0]}, None),
+        ([], "--num_inference_steps 4 --guidance_scale 1"),
+        (["--num_inference_steps", "25"], "--guidance_scale 1"),  # the default, but asked for
+        (["--num_inference_steps", "2", "--guidance_scale", "1"], None),
     ],
 )
-def test_the_script_warns_once_where_steps_and_guidance_are_not_given(flags, suited, copy_pipeline, capsys):
+def test_the_script_advises_once_on_what_is_not_given(given, suited, copy_pipeline, tmp_path, capsys):
     folder = copy_pipeline("tiny_pipeline_dir")
     change_scheduler(folder, "EulerDiscreteScheduler", TURBO)
-    warn_of_steps(open_folder(folder), SamplingArguments(**flags))
-    lines = capsys.readouterr().out.splitlines()
+    (tmp_path / "names.txt").write_text("dog\n")
+    main(["--pretrained_model_name_or_path", str(folder), "--class_names_file", str(tmp_path / "names.txt"),
+          "--batch_size", "1", "--dry_run", *given])  # fmt: skip
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: ")]
     assert [f"'trailing'): {suited} is recommended." in line for line in lines] == [True] * bool(suited)
 
 
@@ -173,7 +167,7 @@ def test_more_steps_than_the_scheduler_has_are_an_error(copy_pipeline):
     folder = copy_pipeline("tiny_pipeline_dir")
     change_scheduler(folder, "LCMScheduler", SD)
     with pytest.raises(UserError, match="^--num_inference_steps 60: not with the LCMScheduler of .*copied .*than 50"):
-        check_scheduler(open_folder(folder), "default", 60)
+        open_folder(folder).check_scheduler("default", 60)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +185,7 @@ def test_a_scheduler_that_the_pipeline_cannot_use_is_an_error_that_names_the_gen
     change_scheduler(folder, class_name, config)
     generator = open_folder(folder)
     with pytest.raises(UserError, match=f"^--model .*copied: its {class_name} does not work in a .*XL.*{reason}"):
-        check_scheduler(generator, "default", 25)
+        generator.check_scheduler("default", 25)
 
 
 def test_a_scheduler_that_would_change_the_noise_is_an_error(copy_pipeline):
@@ -200,11 +194,11 @@ def test_a_scheduler_that_would_change_the_noise_is_an_error(copy_pipeline):
     generator = open_folder(folder)
     assert generator.default_scheduler == "default"
     with pytest.raises(UserError, match="^--scheduler DDIMScheduler: makes other noise levels .* default is right.$"):
-        check_scheduler(generator, "DDIMScheduler")
+        generator.check_scheduler("DDIMScheduler")
 
 
 def make_token(folder, rows: list[torch.Tensor], num_vectors: int) -> StyleToken:
-    path = save_learned_embeds(folder, PLACEHOLDER, rows)
+    path = save_learned_embeds(folder, [PLACEHOLDER] if len(rows) == 1 else ["clip_l", "clip_g"], rows)
     return StyleToken("my-style", None, "", PLACEHOLDER, num_vectors, path)
 
 

@@ -1,11 +1,11 @@
 import threading
 
-from utils.synthesis import progress as progress_module
-from utils.synthesis.progress import SharedProgress
+from utils.synthesis import runner
+from utils.synthesis.runner import SharedProgress
 
 
 def test_the_bar_adds_up_all_processes_and_waits_for_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(progress_module, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(runner, "SECONDS_BETWEEN_LOOKS", 0.01)
     (tmp_path / "drawn-1").write_text("99")  # of an earlier run
     main, other = (SharedProgress(tmp_path, index, 2, total=10) for index in (0, 1))
     main.update(3)

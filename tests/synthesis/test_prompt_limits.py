@@ -4,7 +4,7 @@ import pytest
 
 from tests.synthesis.tokens import PLACEHOLDER, open_folder
 from utils.cli.errors import UserError
-from utils.synthesis.prompt_limits import check_prompts_fit, count_prompt_tokens
+from utils.synthesis.prompts import check_prompts_fit, count_prompt_tokens
 
 pytest_plugins = ["tests.synthesis.fixtures"]
 

@@ -11,9 +11,8 @@ from PIL import Image as PILImage
 
 from tests.synthesis.test_plan import make_plan
 from utils.cli.errors import UserError
-from utils.synthesis import encoding
-from utils.synthesis.encoding import Encoders, encode_image
-from utils.synthesis.runner import Runner
+from utils.synthesis import runner as runner_module
+from utils.synthesis.runner import Encoders, Runner, encode_image
 from utils.synthesis.shards import Shards
 
 NAMES = ["a", "b", "c"]
@@ -128,8 +127,8 @@ def test_who_gives_the_encoders_too_much_waits(monkeypatch):
         running[int(pixels)] += 1
         go_on.wait(10)
 
-    monkeypatch.setattr(encoding, "encode_image", slow)
-    monkeypatch.setattr(encoding, "MAX_WAITING", 4)
+    monkeypatch.setattr(runner_module, "encode_image", slow)
+    monkeypatch.setattr(runner_module, "MAX_WAITING", 4)
     submitted = []
 
     def give(encoders):

@@ -13,10 +13,9 @@ from datasets import ClassLabel, load_dataset
 from tests.synthesis.test_plan import make_plan
 from utils.cli.errors import UserError
 from utils.synthesis import shards as shards_module
-from utils.synthesis.encoding import encode_image
 from utils.synthesis.output_folder import STATE_DIR
-from utils.synthesis.runner import make_row
-from utils.synthesis.shards import Shards, check_no_strangers
+from utils.synthesis.runner import encode_image, make_row
+from utils.synthesis.shards import Shards
 
 NAMES = ["a", "b", "c"]
 
@@ -181,12 +180,12 @@ def test_a_crash_between_note_and_rename_leaves_the_shard_to_be_made(tmp_path, m
 
 def test_files_that_would_be_loaded_with_the_set_are_refused(tmp_path):
     shards = write_all(tmp_path)
-    check_no_strangers(shards)
+    shards.check_no_foreign_files()
     for name in ("train-00003.parquet", "train-of-thought.parquet"):
         stranger = tmp_path / "data" / name
         stranger.write_bytes(shards.path(0).read_bytes())
         with pytest.raises(UserError, match=f"{name} is no shard of this set"):
-            check_no_strangers(shards)
+            shards.check_no_foreign_files()
         stranger.unlink()
 
 

@@ -87,13 +87,13 @@ class RunFolder:
                 "give the same, or start from scratch with --overwrite_output_dir."
             )
 
-    def begin(self) -> None:
-        """Remove what an earlier run has left on its way, and note the options of this one."""
+    def begin(self, **facts) -> None:
+        """Remove what an earlier run has left on its way, and note the options of this one, with `facts` beside."""
         (self.path / self.record).unlink(missing_ok=True)  # from here on, what is there is being replaced
         for trace in self.find_traces():
             shutil.rmtree(trace)
         name, key = self.noted_in
-        write_record(self.path / name, {key: self.options})
+        write_record(self.path / name, {key: self.options, **facts})
 
     def finish(self, record: dict) -> None:
         """Write the record whose presence says that all is there."""

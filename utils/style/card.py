@@ -8,6 +8,7 @@ from utils.cli.records import image_set_name
 from utils.hub.licenses import License, common_license, hub_ids
 from utils.hub.markdown import FUNCTIONS
 from utils.hub.merged_card import save_card
+from utils.style.families import FAMILIES, OTHER
 
 STYLE_PICTURE = "style.png"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -46,6 +47,7 @@ def write_token_card(
         name=hub_id or Path(output_dir).resolve().name,
         real=real,
         record=record,
+        text_encoders=FAMILIES.get(record.get("pipeline_class"), OTHER).text_encoders,
         run=run,
         licenses=licenses,
         command=command,

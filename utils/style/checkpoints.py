@@ -74,7 +74,7 @@ def find_checkpoint(
 
 
 def save_checkpoint(
-    output_dir: str | Path, progress: TrainingProgress, placeholder_token: str, rows: list[torch.Tensor], optimizer,
+    output_dir: str | Path, progress: TrainingProgress, row_names: list[str], rows: list[torch.Tensor], optimizer,
     lr_scheduler, scaler, total_limit: int | None,
 ) -> Path:  # fmt: skip
     """Write `checkpoint-<step>`, whole or not at all, then remove the oldest beyond `total_limit`.
@@ -91,7 +91,7 @@ def save_checkpoint(
         for parameter, values in optimizer_state["state"].items()
         for name, value in values.items()
     }
-    save_learned_embeds(temporary, placeholder_token, rows)
+    save_learned_embeds(temporary, row_names, rows)
     save_file(tensors, temporary / TRAINING_STATE)
     record = {
         "progress": asdict(progress),

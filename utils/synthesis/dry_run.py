@@ -4,14 +4,29 @@ import shutil
 import time
 from pathlib import Path
 
-from utils.synthesis.encoding import encode_image
+from accelerate import Accelerator
+
 from utils.synthesis.plan import GenerationPlan
-from utils.synthesis.prompt_limits import count_prompt_tokens
-from utils.synthesis.sampling import Sampler
+from utils.synthesis.prompts import count_prompt_tokens
+from utils.synthesis.runner import encode_image
+from utils.synthesis.sampling import Sampler, load_sampler
 from utils.synthesis.sources import Sources
 
 MAX_NAMES = 20
 MAX_CLASSES = 5
+
+
+def dry_run(
+    plan: GenerationPlan, sources: Sources, settings: dict, output_dir: str | Path, accelerator: Accelerator
+) -> dict:
+    """Print classes and prompts, and what the set will take; return that as `estimate_cost` does."""
+    if accelerator.is_main_process:
+        print_prompts(plan, sources)
+    sampler = load_sampler(sources, settings, accelerator)
+    estimate = estimate_cost(sampler, plan, settings, output_dir, accelerator.num_processes)
+    if accelerator.is_main_process:
+        print_estimate(plan, estimate)
+    return estimate
 
 
 def print_prompts(plan: GenerationPlan, sources: Sources) -> None:
