@@ -20,7 +20,7 @@ from utils.cli.errors import UserError, run_script
 from utils.cli.interruptions import ending_cleanly
 from utils.cli.options import resolve_options, without_effect
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, write_run_config
+from utils.cli.records import write_run_config
 from utils.data.arguments import RealDataArguments
 from utils.data.class_folders import check_output_outside, check_real_images_given
 from utils.data.class_names import list_names
@@ -30,13 +30,9 @@ from utils.hub.merged_card import check_card
 from utils.hub.publishing import publish_folder
 from utils.hub.targets import open_target
 from utils.synthesis.output_folder import (
-    CHECKSUMS,
-    CLASS_NAMES,
-    PREVIEW,
-    QUALITY_PLOTS,
-    QUALITY_RECORD,
+    PUBLISHED_FILES,
+    SHARD_FILES,
     begin_set,
-    check_folder_is_shared,
     open_output_folder,
     report_disk_full,
     settings_fingerprint,
@@ -49,10 +45,6 @@ from utils.synthesis.sources import Sources, find_labels, read_plain_sources, re
 SETTINGS = (
     "guidance_scale", "num_inference_steps", "negative_prompt", "seed", "batch_size", "torch_compile",
     "images_per_shard", "image_format", "image_quality",
-)  # fmt: skip
-SHARDS = ("data/train-*.parquet",)
-PUBLISHED_FILES = (
-    *SHARDS, CHECKSUMS, PREVIEW, CLASS_NAMES, QUALITY_RECORD, QUALITY_PLOTS, GENERATION_CONFIG, RUN_CONFIG, "README.md",
 )  # fmt: skip
 
 
@@ -300,8 +292,7 @@ def main(argv=None) -> dict:
         )
 
     # What image number n is drawn from
-    names_file = prompt_args.class_names_file
-    sources = read_sources(source_args, data_args, given, names_file, output_dir, hub_token)
+    sources = read_sources(source_args, data_args, given, prompt_args.class_names_file, output_dir, hub_token)
     labels = find_labels(prompt_args.classes, prompt_args.exclude_classes, sources.class_names)
     findings = diagnose(*sources.names_of(labels), sources.chosen_nouns)
     if prompt_args.strict_class_names:
@@ -316,8 +307,6 @@ def main(argv=None) -> dict:
     )  # fmt: skip
 
     # these take seconds to import: only once the arguments are known to be good
-    from accelerate.utils import broadcast_object_list
-
     from utils.hub.growing import GrowingUpload
     from utils.synthesis.dry_run import dry_run
     from utils.synthesis.finishing import finish_set, print_summary, write_card
@@ -329,10 +318,8 @@ def main(argv=None) -> dict:
     settings = collect_settings(sources, plan, prompt_settings, accelerator.mixed_precision, options)
     folder = open_output_folder(output_dir, settings, plan.num_images_per_class, output_args.overwrite_output_dir)
     check_card(folder.path / "README.md")
-    plan.check_size()
     sources.generator.check(settings)
-    flag = "--prompts_file" if prompt_args.prompts_file else "--prompt_templates"
-    check_prompts_fit(sources.generator, prompts.longest(), *sources.placeholder, flag)
+    check_prompts_fit(sources.generator, prompts.longest(), *sources.placeholder, prompts.flag)
     for_report = open_quality_report(output_args, sources.real_images, hub_token)
     if accelerator.is_main_process:
         print_notes(sources, labels, findings, given)
@@ -345,44 +332,29 @@ def main(argv=None) -> dict:
         shards.check_no_foreign_files()
 
     command = public_command("generate_synthetic.py", argv)
-
-    def advice() -> str:
-        return f"{len(shards.find_finished())} of {plan.num_shards} shards are finished and kept; go on with: {command}"
-
-    with ending_cleanly(advice), report_disk_full(output_dir):
-        accelerator.wait_for_everyone()  # every process has checked the folder before the main one changes it
-        if accelerator.is_main_process:
-            begin_set(folder, plan, sources)
-            shards.remove_leftovers()
-        accelerator.wait_for_everyone()
-        check_folder_is_shared(output_dir, shards.fingerprint)
-        # Shards are dealt to the processes by number; finished ones of an earlier run are kept
-        [missing] = broadcast_object_list([shards.find_missing() if accelerator.is_main_process else None])
+    with ending_cleanly(lambda: f"{shards.describe_progress()}; go on with: {command}"), report_disk_full(output_dir):
+        begin_set(folder, plan, sources)
         uploading = nullcontext()
         if hub_target is not None and accelerator.is_main_process:
             uploading = GrowingUpload(output_dir, hub_target, shards.find_finished, shards.fingerprint)
         with uploading:
-            seconds = draw_missing(missing, shards, sources, settings, sampling_args.max_redraws, accelerator)
-        accelerator.wait_for_everyone()
+            num_drawn, seconds = draw_missing(shards, sources, settings, sampling_args.max_redraws, accelerator)
 
         results = {}
         if accelerator.is_main_process:
             record = finish_set(shards, sources, findings)
-            for_card = shards, record, command, hub_target.repo_id if hub_target else None, hub_token
-            write_card(*for_card)
+            write_card(shards, record, command, hub_target, hub_token)
             if for_report is not None:  # it loads the set, which takes a card that counts its images
                 report_quality(output_dir, *for_report)
-                write_card(*for_card)
+                write_card(shards, record, command, hub_target, hub_token)
             run = write_run_config(output_dir, options, started)
-            num_drawn = sum(len(plan.shard(number)) for number in missing)
-            rate = num_drawn / seconds if missing else 0.0
             results = {
                 "num_images": plan.num_images, "num_drawn": num_drawn, "num_redraws": record["num_redraws"],
-                "images_per_second": rate, "seconds": run["seconds"],
+                "images_per_second": num_drawn / seconds if num_drawn else 0.0, "seconds": run["seconds"],
             }  # fmt: skip
             print_summary(output_dir, plan, results)
             if hub_target is not None:
-                publish_folder(output_dir, hub_target, PUBLISHED_FILES, stale_patterns=SHARDS)
+                publish_folder(output_dir, hub_target, PUBLISHED_FILES, stale_patterns=[SHARD_FILES])
     accelerator.end_training()
     return results
 

@@ -17,6 +17,7 @@ from utils.data.name_doctor import Finding, write_class_names
 from utils.hub.licenses import License, common_license, hub_ids, read_licenses
 from utils.hub.markdown import FUNCTIONS
 from utils.hub.merged_card import save_card
+from utils.hub.targets import Target
 from utils.synthesis.output_folder import CLASS_NAMES, PREVIEW, QUALITY_RECORD
 from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.shards import Shards, synthetic_features
@@ -72,7 +73,7 @@ def draw_contact_sheet(shards: Shards) -> Image.Image:
     return sheet
 
 
-def write_card(shards: Shards, record: dict, command: str, hub_id: str | None, hub_token: str | None) -> None:
+def write_card(shards: Shards, record: dict, command: str, hub_target: Target | None, hub_token: str | None) -> None:
     """Write the card of a set, with the licences that its sources' cards name, and the quality report if it has one.
 
     Raises:
@@ -90,7 +91,7 @@ def write_card(shards: Shards, record: dict, command: str, hub_id: str | None, h
     prompts = {shards.class_names[label]: shards.plan.prompts.prompt(label, 0) for label in shards.plan.labels}
     write_dataset_card(
         shards.output_dir, synthetic_features(shards.class_names), record, prompts, read_licenses(sources, hub_token),
-        command, hub_id, quality_section(quality),
+        command, hub_target.repo_id if hub_target else None, quality_section(quality),
     )  # fmt: skip
 
 

@@ -16,12 +16,15 @@ from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.sources import Sources
 
 DATA_DIR = "data"
+SHARD_FILES = f"{DATA_DIR}/train-*.parquet"
 STATE_DIR = ".shards"  # what is known of the shards in it; not published
 CHECKSUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 PREVIEW = "preview.png"
 CLASS_NAMES = "class_names.yaml"
 QUALITY_RECORD, QUALITY_PLOTS = "quality.json", "quality.png"
 DUPLICATE_PAIRS = "duplicates.png"  # not published: it shows real images
+RECORDS = (CHECKSUMS, PREVIEW, CLASS_NAMES, QUALITY_RECORD, QUALITY_PLOTS, GENERATION_CONFIG, RUN_CONFIG)
+PUBLISHED_FILES = (SHARD_FILES, *RECORDS, "README.md")
 
 
 def open_output_folder(
@@ -64,40 +67,42 @@ def settings_fingerprint(settings: dict) -> str:
 
 
 def begin_set(folder: RunFolder, plan: GenerationPlan, sources: Sources) -> None:
-    """Write `generation_config.json`; with `overwrite`, first delete what a former run has made, and nothing else.
+    """Write `generation_config.json` in the main process, and remove the temporary files of an interrupted run.
 
-    The card stays until the new one is merged with it: a person may have written in it.
-    """
-    if folder.overwrite and folder.is_begun:
-        for name in (DATA_DIR, STATE_DIR):
-            shutil.rmtree(folder.path / name, ignore_errors=True)
-        quality = QUALITY_RECORD, QUALITY_PLOTS, DUPLICATE_PAIRS
-        for name in (GENERATION_CONFIG, PREVIEW, CHECKSUMS, CLASS_NAMES, *quality):
-            (folder.path / name).unlink(missing_ok=True)
-    generator = sources.generator.source
-    folder.begin(
-        fingerprint=settings_fingerprint(folder.options),
-        num_images_per_class=plan.num_images_per_class,
-        num_images=plan.num_images,
-        generator={"id": absolute_if_local(generator.name), "revision": generator.revision},
-        token=sources.token and sources.token.to_dict(),
-        real_images=sources.real_images,
-        class_names=sources.class_names,
-        train_indices=sources.train_indices,
-        package_versions=package_versions(),
-    )
-
-
-def check_folder_is_shared(output_dir: str | Path, fingerprint: str) -> None:
-    """Check that this process sees the record that the main one has written.
+    With `overwrite`, first delete what a former run has made, and nothing else. The card stays until the new one is
+    merged with it: a person may have written in it. All processes call this, and each sees what was written.
 
     Raises:
         UserError: it does not: it is on another machine, whose folder is another one.
     """
-    path = Path(output_dir) / GENERATION_CONFIG
-    if not path.is_file() or read_record(path)["fingerprint"] != fingerprint:
+    from accelerate import PartialState
+
+    state, generator = PartialState(), sources.generator.source
+    fingerprint = settings_fingerprint(folder.options)
+    state.wait_for_everyone()  # every process has checked the folder before the main one changes it
+    if state.is_main_process:
+        if folder.overwrite and folder.is_begun:
+            for name in (DATA_DIR, STATE_DIR):
+                shutil.rmtree(folder.path / name, ignore_errors=True)
+            for name in (*RECORDS, DUPLICATE_PAIRS):
+                (folder.path / name).unlink(missing_ok=True)
+        for path in (folder.path / DATA_DIR).glob(".*.tmp"):
+            path.unlink()
+        folder.begin(
+            fingerprint=fingerprint,
+            num_images_per_class=plan.num_images_per_class,
+            num_images=plan.num_images,
+            generator={"id": absolute_if_local(generator.name), "revision": generator.revision},
+            token=sources.token and sources.token.to_dict(),
+            real_images=sources.real_images,
+            class_names=sources.class_names,
+            train_indices=sources.train_indices,
+            package_versions=package_versions(),
+        )
+    state.wait_for_everyone()
+    if not folder.is_begun or read_record(folder.path / GENERATION_CONFIG)["fingerprint"] != fingerprint:
         raise UserError(
-            f"--output_dir {output_dir}: not all processes see the same folder; on several machines it must be on a "
+            f"--output_dir {folder.path}: not all processes see the same folder; on several machines it must be on a "
             "disk that they share."
         )
 

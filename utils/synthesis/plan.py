@@ -35,6 +35,9 @@ class GenerationPlan:
     `labels` are those of `num_classes` classes of which images are drawn. The class is the inner order (`index =
     class_index * len(labels) + position of the label`), so that a larger `num_images_per_class` only adds images at
     the end.
+
+    Raises:
+        UserError: there are more images than numbers for them.
     """
 
     num_classes: int
@@ -54,12 +57,7 @@ class GenerationPlan:
     def num_shards(self) -> int:
         return math.ceil(self.num_images / self.images_per_shard)
 
-    def check_size(self) -> None:
-        """Check that each image can have a number of its own.
-
-        Raises:
-            UserError: there are too many.
-        """
+    def __post_init__(self):
         if self.num_images_per_class * self.num_classes > MAX_IMAGES:
             raise UserError(
                 f"--num_images_per_class {self.num_images_per_class}: at most {MAX_IMAGES // self.num_classes:,} for "

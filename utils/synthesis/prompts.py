@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, product
 from pathlib import Path
+from typing import ClassVar
 
 from utils.cli.errors import UserError
 from utils.cli.parsing import read_text, suggestion
@@ -57,6 +58,7 @@ class TemplatePrompts:
     `nouns` are those of all classes in the order of the label ids; `token_text` is the placeholder, empty without one.
     """
 
+    flag: ClassVar[str] = "--prompt_templates"
     templates: tuple[str, ...]
     nouns: tuple[str, ...]
     token_text: str = ""
@@ -101,6 +103,7 @@ class CaptionPrompts:
     `captions` maps a label id to its captions, which may have `{class}` and `{token}`.
     """
 
+    flag: ClassVar[str] = "--prompts_file"
     captions: dict[int, tuple[str, ...]]
     nouns: tuple[str, ...]
     token_text: str = ""
@@ -163,8 +166,8 @@ def read_prompts_file(
     """Return the captions of a JSON Lines file, whose lines are as `{"label": "suv", "prompt": "a suv in the rain"}`.
 
     `label` is a class name, or a spelling of one as `match_class_names` has it; captions of classes that are not among
-    `labels` are checked and left out. `nouns` fills
-    `{class}`; `{token}` must be in each caption where there is a style token, whose `placeholder` fills it.
+    `labels` are checked and left out. `nouns` fills `{class}`; `{token}` must be in each caption where there is a style
+    token, whose `placeholder` fills it.
 
     Raises:
         UserError: the file cannot be read; a line is no such object, or its caption has a place too many or too few; a
@@ -191,9 +194,8 @@ def read_prompts_file(
     missing = [class_names[label] for label in labels if not captions[label]]
     if missing:
         raise UserError(f"{flag} has no prompt for {list_names(missing)}; right is at least one for each class.")
-    return CaptionPrompts(
-        {label: tuple(captions[label]) for label in sorted(captions)}, tuple(nouns), placeholder or ""
-    )
+    in_order = {label: tuple(captions[label]) for label in sorted(captions)}
+    return CaptionPrompts(in_order, tuple(nouns), placeholder or "")
 
 
 def _read_caption(where: str, line: str) -> tuple[str, str]:
@@ -223,8 +225,8 @@ def check_prompts_fit(
         UserError: a prompt is cut before its position; the message begins with `flag` and shows what would be left.
     """
     tokenizer, limit, expand = _load_prompt_tokenizer(generator, placeholder, num_vectors)
-    num_cut, example = 0, ""
-    for batch in _batched(prompts):
+    prompts, num_cut, example = iter(prompts), 0, ""
+    while batch := list(islice(prompts, PROMPTS_AT_A_TIME)):
         texts = [expand(prompt) for prompt, _ in batch]
         for ids, text, (prompt, position) in zip(tokenizer(texts, verbose=False).input_ids, texts, batch):
             if len(ids) <= limit:
@@ -244,12 +246,11 @@ def check_prompts_fit(
 
 
 def count_prompt_tokens(
-    generator: Generator, prompts: Iterable[str], placeholder: str | None, num_vectors: int
+    generator: Generator, prompts: Sequence[str], placeholder: str | None, num_vectors: int
 ) -> list[int]:
     """Return the tokens of each prompt with start and end; every vector of the style token counts as one."""
     tokenizer, _, expand = _load_prompt_tokenizer(generator, placeholder, num_vectors)
-    batches = (tokenizer([expand(prompt) for prompt in batch], verbose=False).input_ids for batch in _batched(prompts))
-    return [len(ids) for batch in batches for ids in batch]
+    return [len(ids) for ids in tokenizer([expand(prompt) for prompt in prompts], verbose=False).input_ids]
 
 
 def _load_prompt_tokenizer(generator: Generator, placeholder: str | None, num_vectors: int) -> tuple:
@@ -266,10 +267,9 @@ def _load_prompt_tokenizer(generator: Generator, placeholder: str | None, num_ve
             continue
         if library != "transformers":
             raise UserError(f"{source.flag} {source.name}: its tokenizer, {kind}, is not one of transformers.")
+        options = source.load_options() | {"subfolder": name}
         with source.reading("has no usable tokenizer", also=(ValueError,)):
-            tokenizer = getattr(transformers, kind).from_pretrained(
-                source.name, subfolder=name, **source.load_options()
-            )
+            tokenizer = getattr(transformers, kind).from_pretrained(source.name, **options)
         is_cut_by_pipeline = not kind.startswith("CLIP") and "max_sequence_length" in parameters
         limit = parameters["max_sequence_length"].default if is_cut_by_pipeline else tokenizer.model_max_length
         tokenizers.append((tokenizer, limit))
@@ -291,11 +291,6 @@ def _cut_text(tokenizer, text: str, limit: int) -> str:
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
     first_lost, _ = offsets[limit - tokenizer.num_special_tokens_to_add()]
     return text[:first_lost].rstrip()
-
-
-def _batched(items: Iterable) -> Iterator[list]:
-    items = iter(items)
-    return iter(lambda: list(islice(items, PROMPTS_AT_A_TIME)), [])
 
 
 def _needed_part(template: str, noun: str) -> str:

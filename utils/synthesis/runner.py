@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
@@ -54,29 +54,30 @@ def start_accelerator(mixed_precision: str | None) -> Accelerator:
 
 
 def draw_missing(
-    missing: list[int], shards: Shards, sources: Sources, settings: dict, max_redraws: int, accelerator: Accelerator
-) -> float:
-    """Draw this process's part of the missing shards, and return the seconds that took.
+    shards: Shards, sources: Sources, settings: dict, max_redraws: int, accelerator: Accelerator
+) -> tuple[int, float]:
+    """Draw this process's part of the missing shards; return how many images all of them draw, and the seconds here.
 
-    A set that lacks none loads no generator.
+    Shards are dealt to the processes by number. A set that lacks none loads no generator.
 
     Raises:
         UserError: what `Runner.make_shards` and `load_pipeline` raise.
     """
+    [missing] = broadcast_object_list([shards.find_missing() if accelerator.is_main_process else None])
     if not missing:
-        return 0.0
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
+        return 0, 0.0
+    process, num_processes = accelerator.process_index, accelerator.num_processes
+    mine, num_images = missing[process::num_processes], sum(len(shards.plan.shard(number)) for number in missing)
     sampler = load_sampler(sources, settings, accelerator) if mine else None
-    progress = SharedProgress(
-        shards.output_dir / STATE_DIR, accelerator.process_index, accelerator.num_processes,
-        total=sum(len(shards.plan.shard(number)) for number in missing),
-    )  # fmt: skip
+    progress = SharedProgress(shards.output_dir / STATE_DIR, process, num_processes, num_images)
     accelerator.wait_for_everyone()  # counts of an earlier run are gone
     started = time.perf_counter()
     with Encoders(settings["image_format"], settings["image_quality"]) as encoders:
         Runner(sampler, shards, encoders, max_redraws, progress.update).make_shards(mine)
     progress.finish()
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    accelerator.wait_for_everyone()
+    return num_images, seconds
 
 
 class Encoders:

@@ -150,16 +150,9 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        *,
-        resolution: int,
-        num_inference_steps: int,
-        negative_prompt: str = "",
-        num_at_a_time: int,
-        compile_model: bool = False,
-        compile_backend: str = "inductor",
-    ):
+        self, pipe: DiffusionPipeline, *, resolution: int, num_inference_steps: int, num_at_a_time: int,
+        negative_prompt: str = "", compile_model: bool = False, compile_backend: str = "inductor",
+    ):  # fmt: skip
         self.pipe = pipe
         self.negative_prompt = negative_prompt
         self.num_at_a_time = num_at_a_time
@@ -246,14 +239,12 @@ class Sampler:
 def load_sampler(sources: Sources, settings: dict, accelerator: Accelerator) -> Sampler:
     """Load the generator with the style token onto this process's device; `settings` are those of the set."""
     dtype = DTYPES[accelerator.mixed_precision]
+    pipe = load_pipeline(sources.generator, sources.token, settings["scheduler"], dtype, accelerator.device)
+    names = ("resolution", "num_inference_steps", "negative_prompt")
     return Sampler(
-        load_pipeline(sources.generator, sources.token, settings["scheduler"], dtype, accelerator.device),
-        resolution=settings["resolution"],
-        num_inference_steps=settings["num_inference_steps"],
-        negative_prompt=settings["negative_prompt"],
-        num_at_a_time=settings["batch_size"],
+        pipe, **{name: settings[name] for name in names}, num_at_a_time=settings["batch_size"],
         compile_model=settings["torch_compile"],
-    )
+    )  # fmt: skip
 
 
 def find_problems(pixels: torch.Tensor, flags: list[bool]) -> tuple[torch.Tensor, list[str | None]]:

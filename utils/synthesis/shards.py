@@ -112,15 +112,16 @@ class Shards:
             footer = json.loads(metadata.metadata.get(FOOTER_KEY, b"{}"))
         except (OSError, pa.ArrowException):
             return False
-        return (footer.get("fingerprint"), footer.get("shard"), metadata.num_rows) == (
-            self.fingerprint,
-            number,
-            len(self.plan.shard(number)),
-        )
+        expected = self.fingerprint, number, len(self.plan.shard(number))
+        return (footer.get("fingerprint"), footer.get("shard"), metadata.num_rows) == expected
 
     def find_finished(self) -> list[str]:
         """Return the paths, in the folder, of the finished shards."""
         return [shard_name(number) for number in range(self.plan.num_shards) if self.is_finished(number)]
+
+    def describe_progress(self) -> str:
+        """Say how many shards are finished."""
+        return f"{len(self.find_finished())} of {self.plan.num_shards} shards are finished and kept"
 
     def check_no_foreign_files(self) -> None:
         """Check that the folder has no files that `load_dataset` would mix into the set.
@@ -155,11 +156,6 @@ class Shards:
             f"{self._read_note(number)['sha256']}  {shard_name(number)}\n" for number in range(self.plan.num_shards)
         ]
         write_text(self.output_dir / CHECKSUMS, "".join(lines))
-
-    def remove_leftovers(self) -> None:
-        """Remove the temporary files of an interrupted run."""
-        for path in (self.output_dir / DATA_DIR).glob(".*.tmp"):
-            path.unlink()
 
     def _note(self, number: int, path: Path, sha256: str) -> None:
         stat = path.stat()
