@@ -26,7 +26,6 @@ from utils.cli.errors import UserError
 from utils.data.prompts import token_text
 from utils.hub import growing, retries
 from utils.synthesis.runner import Runner, encode_image
-from utils.synthesis.shards import Shards
 from utils.synthesis.sources import find_labels
 
 TOKEN = "hf_user_secret"
@@ -117,13 +116,6 @@ def test_resume_after_lost_and_torn_shards_is_byte_identical(copied_set, options
     monkeypatch.setattr(AutoPipelineForText2Image, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))
     assert main([*options, "--output_dir", str(copied_set)])["num_drawn"] == 0
     assert "0 drawn now" in capsys.readouterr().out
-
-
-def test_shards_made_in_another_order_are_the_same(finished_set, options, tmp_path, monkeypatch):
-    find_missing = Shards.find_missing
-    monkeypatch.setattr(Shards, "find_missing", lambda shards: find_missing(shards)[::-1])
-    main([*options, "--output_dir", str(tmp_path / "set")])
-    assert shard_hashes(tmp_path / "set") == shard_hashes(finished_set)
 
 
 def test_more_images_later_keep_the_first_ones(copied_set, options):
@@ -322,6 +314,8 @@ def test_images_that_come_out_bad_for_some_seeds_are_drawn_again(finished_set, o
     assert results["num_redraws"] == {"red_square": 0, "green circle": 3, "blue-stripe": 0}
     for row, clean in zip(read_rows(tmp_path / "set"), read_rows(finished_set)):
         assert (row == clean) == (clean["seed"] not in bad)
+    with pytest.raises(UserError, match="--max_redraws 0: .*green circle .*: black; .*green circle .*: not a number"):
+        main([*options, "--output_dir", str(tmp_path / "capped"), "--max_redraws", "0", "--images_per_shard", "21"])
     row = "| green circle | A green circle photo in the style of &lt;dsi-style&gt; | 7 | 3 |"
     assert row in (tmp_path / "set/README.md").read_text()
 
@@ -419,20 +413,6 @@ def test_the_quality_report_is_part_of_the_card_until_the_set_grows(copied_set, 
     assert "## Quality" not in (copied_set / "README.md").read_text()
 
 
-def test_pipeline_that_draws_black_ends_in_one_error(tiny_pipeline_dir, real_images_dir, tmp_path):
-    from diffusers import StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
-    with torch.no_grad():
-        pipe.vae.decoder.conv_out.weight.zero_()
-        pipe.vae.decoder.conv_out.bias.fill_(-1)
-    pipe.save_pretrained(tmp_path / "black")
-    with pytest.raises(UserError, match="--max_redraws 1: .*green circle.*: black"):
-        main(["--pretrained_model_name_or_path", str(tmp_path / "black"), "--dataset_name", str(real_images_dir),
-              "--num_images_per_class", "2", "--num_inference_steps", "1", "--max_redraws", "1",
-              "--output_dir", str(tmp_path / "set")])  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -473,10 +453,9 @@ def test_bad_input_is_one_error_before_any_model(
     assert not (tmp_path / "set").exists()
 
 
-def test_command_in_the_card_hides_the_hub_token():
-    for flag in ("--hub_token", "--hub-token"):
-        for words in ([flag, "hf_secret"], [f"{flag}=hf_secret"]):
-            command = public_command("generate_synthetic.py", [*words, "--output_dir", "my set"])
-            assert "secret" not in command
-            assert command.startswith(f"accelerate launch generate_synthetic.py {flag}")
-            assert command.endswith("--output_dir 'my set'")
+@pytest.mark.parametrize("words", [["--hub_token", "hf_secret"], ["--hub-token=hf_secret"]])
+def test_command_in_the_card_hides_the_hub_token(words):
+    command = public_command("generate_synthetic.py", [*words, "--output_dir", "my set"])
+    assert "secret" not in command
+    assert command.startswith(f"accelerate launch generate_synthetic.py {words[0].partition('=')[0]}")
+    assert command.endswith("--output_dir 'my set'")

@@ -75,23 +75,12 @@ def test_prompt_sets_vary_viewpoint_background_and_light_and_leave_room_in_77_to
             assert len(prompt.replace(",", " ,").split()) + 2 <= 40
 
 
-def test_prompt_gives_each_template_an_equal_share_of_every_class():
-    prompts = make_prompts(5)
-    for label in range(3):
-        for rounds in range(4):
-            drawn = Counter(prompts.prompt(label, number) for number in range(5 * rounds, 5 * rounds + 5))
-            assert set(drawn.values()) == {1} and len(drawn) == 5
-
-
-def test_prompt_is_filled_with_noun_and_token():
-    assert make_prompts(1).prompt(1, 7) == "0: a house cat in the style of <style>"
-    assert TemplatePrompts(("a {class}",), NOUNS).prompt(2, 0) == "a suv"
-
-
-def test_prompt_is_pinned():
+def test_prompt_is_pinned_and_filled_with_noun_and_token():
     prompts = make_prompts(5)
     assert [prompts.prompt(0, number)[0] for number in range(12)] == list("412034120334")
     assert [prompts.prompt(1, number)[0] for number in range(5)] == list("03412")
+    assert make_prompts(1).prompt(1, 7) == "0: a house cat in the style of <style>"
+    assert TemplatePrompts(("a {class}",), NOUNS).prompt(2, 0) == "a suv"
 
 
 def test_prompt_is_the_same_beside_other_classes_and_in_any_order_of_templates():
@@ -101,21 +90,19 @@ def test_prompt_is_the_same_beside_other_classes_and_in_any_order_of_templates()
         assert alone.prompt(0, number) == among.prompt(2, number) == turned.prompt(2, number)
 
 
-def test_prompt_starts_at_another_template_in_other_classes():
-    prompts = make_prompts(50, tuple(f"thing {number}" for number in range(40)))
-    assert len({prompts.prompt(label, 0)[:2] for label in range(40)}) > 15
-
-
-def test_prompts_meet_every_value_of_what_alternates_with_the_number():
+def test_prompts_give_each_template_an_equal_share_and_meet_all_that_alternates_with_the_number():
+    prompts = make_prompts(5)
+    for label, rounds in product(range(3), range(4)):
+        drawn = Counter(prompts.prompt(label, number) for number in range(5 * rounds, 5 * rounds + 5))
+        assert set(drawn.values()) == {1} and len(drawn) == 5
     prompts = make_prompts(2)
     assert len({(prompts.prompt(0, number), number % 2) for number in range(40)}) == 4
-
-
-def test_first_prompts_of_diverse_differ_in_every_part():
+    # classes start at different templates, and the first ones of diverse differ in every part
+    prompts = make_prompts(50, tuple(f"thing {number}" for number in range(40)))
+    assert len({prompts.prompt(label, 0)[:2] for label in range(40)}) > 15
     prompts = TemplatePrompts(tuple(build_templates("diverse", DSI_TEMPLATE)), NOUNS, "<style>")
     parts = [prompts.prompt(0, number).split(", ")[1:4] for number in range(24)]
-    seen = [len({part[position] for part in parts}) for position in range(3)]
-    assert all(count >= minimum for count, minimum in zip(seen, (5, 5, 4)))
+    assert all(len({part[position] for part in parts}) >= minimum for position, minimum in enumerate((5, 5, 4)))
 
 
 def test_examples_are_the_first_different_prompts():
@@ -126,20 +113,14 @@ def test_examples_are_the_first_different_prompts():
 
 
 def test_longest_has_each_template_and_each_noun_at_its_longest():
-    templates = (
-        "a {class}, {token}" + ", and more" * 9,
-        "{token} of a very big {class} and more words behind it",
-        "{token}: {class}",
-    )
-    prompts = TemplatePrompts(templates, ("suv", "house cat", "dog"), "<s>")
+    more, words = ", and more" * 9, "and more words behind it"
+    templates = ("a {class}, {token}" + more, "{token} of a very big {class} " + words, "{token}: {class}")
+    prompts = TemplatePrompts(templates, nouns := ("suv", "house cat", "dog"), "<s>")
     assert list(prompts.longest()) == [
-        ("a house cat, <s>" + ", and more" * 9, len("a house cat, <s>")),
-        ("<s> of a very big house cat and more words behind it", len("<s> of a very big house cat")),
+        ("a house cat, <s>" + more, len("a house cat, <s>")),
+        (f"<s> of a very big house cat {words}", len("<s> of a very big house cat")),
         ("<s>: house cat", len("<s>: house cat")),
-        *[
-            (f"<s> of a very big {noun} and more words behind it", len(f"<s> of a very big {noun}"))
-            for noun in ("suv", "house cat", "dog")
-        ],
+        *((f"<s> of a very big {noun} {words}", len(f"<s> of a very big {noun}")) for noun in nouns),
     ]
 
 
@@ -162,15 +143,15 @@ def test_prompts_of_600_000_images_take_no_memory():
 
 
 def test_sha256_changes_with_all_that_decides_the_captions(tmp_path):
-    captions = [
-        read(tmp_path, entry("dog", "a dog {token}"), labels=[0]),
-        read(tmp_path, entry("dog", "one dog {token}"), labels=[0]),
-        read(tmp_path, entry("suv", "a dog {token}"), labels=[2]),
-        read(tmp_path, entry("dog", "a dog {token}"), labels=[0], placeholder="<other>"),
-        read(tmp_path, entry("dog", "a dog {token}"), labels=[0], nouns=("hound", "cat", "suv")),
-    ]
-    assert len({prompts.sha256 for prompts in captions}) == 5
-    assert captions[0].sha256 == read(tmp_path, entry("dog", "a dog {token}"), labels=[0]).sha256
+    def digest(label="dog", prompt="a dog {token}", **options):
+        return read(tmp_path, entry(label, prompt), **({"labels": [0]} | options)).sha256
+
+    others = [
+        digest(prompt="one dog {token}"), digest("suv", labels=[2]), digest(placeholder="<other>"),
+        digest(nouns=("hound", "cat", "suv")),
+    ]  # fmt: skip
+    assert len({digest(), *others}) == 5
+    assert digest() == digest()
 
 
 def test_read_prompts_file_gives_each_class_its_captions_in_turn(tmp_path):
@@ -205,21 +186,15 @@ def test_read_prompts_file_leaves_out_classes_that_are_not_drawn_and_takes_anoth
 
 
 def test_longest_of_captions_ends_behind_noun_and_token(tmp_path):
-    prompts = read(
-        tmp_path,
-        entry("dog", "{token}: a {class} at home"),
-        entry("dog", "a bulldog, dogma, {token}: a Dog at home"),
-        entry("dog", "a hound, {token}, at home"),
-        entry("dog", "many {class}s, {token}, at home"),
-        labels=[0],
-        placeholder="<dog-style>",
-    )
-    assert [prompt[:end] for prompt, end in prompts.longest()] == [
-        "<dog-style>: a dog",
-        "a bulldog, dogma, <dog-style>: a Dog",
-        "a hound, <dog-style>, at home",
-        "many dogs, <dog-style>",
-    ]
+    needed = {
+        "{token}: a {class}| at home": "<dog-style>: a dog",
+        "a bulldog, dogma, {token}: a Dog| at home": "a bulldog, dogma, <dog-style>: a Dog",
+        "a hound, {token}, at home": "a hound, <dog-style>, at home",  # the class may be any part of it
+        "many {class}s, {token}|, at home": "many dogs, <dog-style>",
+    }
+    captions = [entry("dog", caption.replace("|", "")) for caption in needed]
+    prompts = read(tmp_path, *captions, labels=[0], placeholder="<dog-style>")
+    assert [prompt[:end] for prompt, end in prompts.longest()] == list(needed.values())
     assert [prompt for prompt, _ in prompts.longest()][0] == "<dog-style>: a dog at home"
     # the place of the token is no class of its name
     prompts = read(tmp_path, entry("dog", "{token} of a coin"), labels=[0], nouns=("token", "cat", "suv"))
@@ -250,13 +225,10 @@ def test_read_prompts_file_names_file_and_line(tmp_path, line, message):
         read(tmp_path, entry("dog", "a dog, {token}"), "", line)
 
 
-def test_read_prompts_file_refuses_the_token_where_there_is_none(tmp_path):
+def test_read_prompts_file_refuses_a_token_that_is_not_there_and_a_class_without_captions(tmp_path):
     assert read(tmp_path, entry("dog", "a dog"), labels=[0], placeholder=None).prompt(0, 3) == "a dog"
     with pytest.raises(UserError, match="line 1: 'a dog, {token}': has {token}, but there is no style token"):
         read(tmp_path, entry("dog", "a dog, {token}"), labels=[0], placeholder=None)
-
-
-def test_read_prompts_file_without_a_class_names_it(tmp_path):
     with pytest.raises(UserError, match="p.jsonl: has no prompt for 'house_cat', 'suv'; right is at least"):
         read(tmp_path, entry("dog", "a dog, {token}"))
     with pytest.raises(UserError, match="has no prompt for 'dog'"):
@@ -278,14 +250,13 @@ def letters(count: int) -> str:
 def test_tokens_are_counted_with_start_end_and_every_vector(generator):
     prompts = [letters(3), f"{letters(3)} {PLACEHOLDER}", "a style"]
     assert count_prompt_tokens(generator, prompts, PLACEHOLDER, 4) == [5, 9, 4]
-    assert count_prompt_tokens(generator, prompts[:1] * 2500, None, 1) == [5] * 2500
 
 
 def test_prompt_fits_up_to_the_last_token(generator):
     fits, longer = letters(75), letters(76)
     check_prompts_fit(generator, [(fits, len(fits))], None, 1)
     with pytest.raises(UserError, match=f"^--x: '{longer}' has 78 tokens, .* takes 77 and would see '{fits}' only"):
-        check_prompts_fit(generator, [("a", 1), (longer, len(longer))], None, 1, "--x")
+        check_prompts_fit(generator, [("a", 1)] * 2500 + [(longer, len(longer))], None, 1, "--x")
 
 
 def test_vectors_of_the_style_token_take_their_place(generator, caplog):
