@@ -373,8 +373,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     # Step n is a function of the seed and n, so a checkpoint needs the rows and the optimiser only
     steps = prepare_steps(latents, images, len(templates), noise_scheduler, accelerator, training_args)
+    row_names = base_model.family.row_names(token)
     state = TrainingState(
-        token, encoder.rows, optimizer, lr_scheduler, accelerator.scaler, options=folder.options,
+        row_names, encoder.rows, optimizer, lr_scheduler, accelerator.scaler, options=folder.options,
         inputs=prompt_ids.key(latents_key), images_per_step=steps.images_per_step,
     )  # fmt: skip
     num_columns = monitoring_args.num_validation_images if accelerator.is_main_process else 0
@@ -396,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             initializer_token=token_args.initializer_token, resolution=resolution,
             max_train_steps=training_args.max_train_steps, health=health, held_out_losses=state.held_out_losses,
         )  # fmt: skip
-        save_learned_embeds(folder.path, token, encoder.rows)
+        save_learned_embeds(folder.path, row_names, encoder.rows)
         monitor.plot_training()
         write_records(folder, record, started, public_command("train_dsi.py", argv), hub_target, hub_args.hub_token)
         if hub_target is not None:

@@ -22,7 +22,7 @@ from utils.synthesis.output_folder import DATA_DIR, STATE_DIR
 from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.prompts import TemplatePrompts, build_templates
 from utils.synthesis.runner import make_row
-from utils.synthesis.shards import Shards, check_no_strangers
+from utils.synthesis.shards import Shards
 
 TITLE = "Plan and scan of a restart"
 CLASS_NAMES = [f"class {number}" for number in range(200)]
@@ -73,7 +73,7 @@ def measure(output_dir: Path, num_images: int, num_shards: int, image_bytes: int
 
     def restart() -> None:
         shards = Shards(output_dir, make_plan(num_images, images_per_shard), "f", CLASS_NAMES)
-        check_no_strangers(shards)
+        shards.check_no_foreign_files()
         missing = shards.find_missing()
         if missing:
             raise RuntimeError(f"{len(missing)} shards are missing")

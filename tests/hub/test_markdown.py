@@ -12,7 +12,7 @@ from tests.synthesis.test_card import UNKNOWN, write_set_card
 from tests.transfer.test_card import write_classifier_card
 from utils.comparison.report import write_markdown
 from utils.hub.cards import END, License, code, fence, save_card, text
-from utils.synthesis.quality_section import quality_section
+from utils.synthesis.finishing import quality_section
 
 NAMES = [
     "car|van", "a||b", "back\\slash", "back\\|pipe", "ends in \\", "two\nlines", "tab\tand  blanks", "`tick`", "``",

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from utils.quality.verdicts import judge, list_caveats
-from utils.synthesis.quality_section import quality_section
+from utils.synthesis.finishing import quality_section
 
 
 def entry(name, shift=0.1, diversity=0.5, real_diversity=0.5):

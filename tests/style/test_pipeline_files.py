@@ -28,20 +28,21 @@ def make_source(tmp_path):
     return make
 
 
+UNET, VAE = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"
+HALF = [with_variant(name, "fp16") for name in PLAIN]
+
+
 @pytest.mark.parametrize(
     ("names", "variants"),
     [
         (PLAIN, [None, None, None]),
-        ([*PLAIN, *(with_variant(name, "fp16") for name in PLAIN)], [None, None, None]),
-        ([with_variant(name, "fp16") for name in PLAIN], ["fp16", "fp16", "fp16"]),
-        ([*PLAIN[:2], with_variant(PLAIN[2], "fp16")], [None, None, "fp16"]),
-        ([*PLAIN[:2], with_variant(PLAIN[2], "fp16"), with_variant(PLAIN[2], "non_ema")], [None, None, "fp16"]),
-        ([*PLAIN, "unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.bin"], [None, None, None]),
-        (
-            [*PLAIN[:2], *(f"unet/diffusion_pytorch_model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2))],
-            [None, None, "fp16"],
-        ),
-        ([*PLAIN[:2], "unet/diffusion_pytorch_model-00001-of-00001.safetensors"], [None, None, None]),
+        ([*PLAIN, *HALF], [None, None, None]),
+        (HALF, ["fp16", "fp16", "fp16"]),
+        ([*PLAIN[:2], HALF[2]], [None, None, "fp16"]),
+        ([*PLAIN[:2], HALF[2], with_variant(PLAIN[2], "non_ema")], [None, None, "fp16"]),
+        ([*PLAIN, f"{UNET}.bin", f"{VAE}.fp16.bin"], [None, None, None]),
+        ([*PLAIN[:2], *(f"{UNET}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2))], [None, None, "fp16"]),
+        ([*PLAIN[:2], f"{UNET}-00001-of-00001.safetensors"], [None, None, None]),
     ],
 )
 def test_half_precision_is_loaded_only_where_there_is_nothing_else(names, variants, make_source, caplog):
@@ -56,13 +57,10 @@ def test_half_precision_is_loaded_only_where_there_is_nothing_else(names, varian
 @pytest.mark.parametrize(
     ("names", "parts"),
     [
-        (
-            ["text_encoder/pytorch_model.bin", "vae/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.bin"],
-            "text_encoder, vae, unet",
-        ),
-        ([*PLAIN[:2], "unet/diffusion_pytorch_model.fp16.bin"], "unet"),
+        (["text_encoder/pytorch_model.bin", f"{VAE}.bin", f"{UNET}.bin"], "text_encoder, vae, unet"),
+        ([*PLAIN[:2], f"{UNET}.fp16.bin"], "unet"),
         ([*PLAIN[1:], "text_encoder/pytorch_model-00001-of-00002.bin"], "text_encoder"),
-        ([*PLAIN[:2], "unet/diffusion_pytorch_model.bin", "unet/pytorch_lora_weights.safetensors"], "unet"),
+        ([*PLAIN[:2], f"{UNET}.bin", "unet/pytorch_lora_weights.safetensors"], "unet"),
     ],
 )
 def test_pickled_weights_are_an_error_that_names_the_parts_and_says_how_to_convert(names, parts, make_source):
@@ -89,17 +87,15 @@ def test_a_part_without_weights_is_left_to_what_loads_it(make_source):
 def test_a_config_that_is_no_mapping_is_an_error(text, problem, tmp_path):
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(UserError, match=problem):
-        read_config(Source(str(tmp_path), "--model"), "index.json", "a pipeline")
+        read_config(Source(str(tmp_path), "--model"), "index.json")
 
 
 def test_a_repositorys_files_are_known_on_line_and_from_the_cache(local_hub, monkeypatch):
     from huggingface_hub import constants, hf_hub_download
 
-    names = [with_variant(name, "fp16") for name in PLAIN]
-    commit = local_hub.create_repo("ann/half", "model").commit(dict.fromkeys([*names, "README.md"], b"x"))
-    revision = getattr(commit, "sha", None) or str(commit)
+    revision = str(local_hub.create_repo("ann/half", "model").commit(dict.fromkeys([*HALF, "README.md"], b"x")))
     source = Source("ann/half", "--model", revision=revision)
     assert find_variants(source, PARTS) == dict.fromkeys(PARTS, "fp16")
-    hf_hub_download("ann/half", names[0], revision=revision)
+    hf_hub_download("ann/half", HALF[0], revision=revision)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert find_variants(source, PARTS) == {"text_encoder": "fp16"}

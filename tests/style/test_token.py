@@ -51,7 +51,7 @@ def test_a_spliced_token_starts_as_its_initializer_and_changes_no_other_prompt(t
 @pytest.mark.parametrize("num_vectors", [1, 3])
 def test_prompts_are_encoded_as_by_the_pipeline_that_loads_the_token(tiny_pipeline_dir, tmp_path, num_vectors):
     encoder, tokenizers = spliced(tiny_pipeline_dir, num_vectors)
-    save_learned_embeds(tmp_path, "<s>", with_random_rows(encoder).rows)
+    save_learned_embeds(tmp_path, ["<s>"], with_random_rows(encoder).rows)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
     pipe.load_textual_inversion(tmp_path)
     ours = encoder(prompt_ids(tokenizers, PROMPT.replace("<s>", " ".join(WORDS[:num_vectors]))).training)
@@ -62,7 +62,7 @@ def test_prompts_are_encoded_as_by_the_pipeline_that_loads_the_token(tiny_pipeli
 @pytest.mark.parametrize("num_vectors", [1, 2])
 def test_xl_prompts_are_encoded_as_by_the_pipeline_that_loads_both_tokens(tiny_xl_pipeline_dir, tmp_path, num_vectors):
     encoder, tokenizers = spliced(tiny_xl_pipeline_dir, num_vectors)
-    embeds = load_file(save_learned_embeds(tmp_path, "<s>", with_random_rows(encoder).rows))
+    embeds = load_file(save_learned_embeds(tmp_path, ["clip_l", "clip_g"], with_random_rows(encoder).rows))
     shapes = {name: tuple(rows.shape) for name, rows in embeds.items()}
     assert shapes == {"clip_l": (num_vectors, 16), "clip_g": (num_vectors, 24)}
     pipe = StableDiffusionXLPipeline.from_pretrained(tiny_xl_pipeline_dir)

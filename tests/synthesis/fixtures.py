@@ -1,10 +1,11 @@
 """A plugin for the tests of synthesis: a style token, flags for a small set drawn with it, changed pipelines."""
 
-import json
 import shutil
+from pathlib import Path
 
 import pytest
 
+from tests.style.pipelines import change_config
 from tests.synthesis.tokens import open_folder, save_token
 
 
@@ -26,11 +27,10 @@ def options(token_dir):
 def copy_pipeline(tmp_path, request):
     """Return a function that copies a tiny pipeline, with other settings in the configs of its parts."""
 
-    def make(kind, **configs):
+    def make(kind="tiny_pipeline_dir", **configs) -> Path:
         folder = shutil.copytree(request.getfixturevalue(kind), tmp_path / "copied")
         for part, settings in configs.items():
-            path = folder / ("model_index.json" if part == "index" else f"{part}/config.json")
-            path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+            change_config(folder / ("model_index.json" if part == "index" else f"{part}/config.json"), **settings)
         return folder
 
     return make

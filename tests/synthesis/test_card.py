@@ -6,7 +6,7 @@ from huggingface_hub import DatasetCard
 
 from tests.conftest import CLASS_NAMES
 from utils.hub.cards import License, common_license
-from utils.synthesis.card import write_dataset_card
+from utils.synthesis.finishing import write_dataset_card
 
 MIT, UNKNOWN = License("mit"), License()
 

@@ -28,15 +28,11 @@ def all_images(plan: GenerationPlan) -> list:
     return [plan.image(index) for index in range(plan.num_images)]
 
 
-def test_image_class_is_the_inner_order():
+def test_image_class_is_the_inner_order_and_its_seed_is_pinned():
     images = all_images(make_plan())[:5]
     assert [image.label for image in images] == [0, 1, 2, 0, 1]
     assert [image.class_index for image in images] == [0, 0, 0, 1, 1]
-    assert images[4].prompt == "b 1"
-
-
-def test_image_seed_is_pinned():
-    assert make_plan().image(4).seed == 2395114194
+    assert (images[4].prompt, images[4].seed) == ("b 1", 2395114194)
 
 
 def test_image_seed_depends_on_seed_class_number_and_redraw_only():

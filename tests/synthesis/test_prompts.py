@@ -1,15 +1,27 @@
+"""Which prompts there are, and what text encoders read of them."""
+
 import json
 import subprocess
 import sys
 import tracemalloc
 from collections import Counter
+from itertools import product
 
 import pytest
 
+from tests.synthesis.tokens import PLACEHOLDER, open_folder
 from utils.cli.errors import UserError
 from utils.data.prompts import DSI_TEMPLATE, PLAIN_TEMPLATE, check_template
-from utils.synthesis.prompts import PROMPT_SETS, TemplatePrompts, build_templates, read_prompts_file
+from utils.synthesis.prompts import (
+    PROMPT_SETS,
+    TemplatePrompts,
+    build_templates,
+    check_prompts_fit,
+    count_prompt_tokens,
+    read_prompts_file,
+)
 
+pytest_plugins = ["tests.synthesis.fixtures"]
 NOUNS = ("dog", "house cat", "suv")
 
 
@@ -27,10 +39,6 @@ def read(folder, *lines, labels=(0, 1, 2), placeholder="<style>", nouns=NOUNS):
 
 def entry(label: str, prompt: str) -> dict:
     return {"label": label, "prompt": prompt}
-
-
-def test_single_is_the_template_alone():
-    assert build_templates("single", DSI_TEMPLATE) == [DSI_TEMPLATE]
 
 
 @pytest.mark.parametrize(
@@ -55,67 +63,46 @@ def test_diverse_varies_between_sentence_and_style(template, beginning, ending):
         assert ",," not in variant and "  " not in variant and variant == variant.strip()
 
 
-def test_diverse_varies_viewpoint_background_and_light_in_every_combination():
+def test_prompt_sets_vary_viewpoint_background_and_light_and_leave_room_in_77_tokens():
+    assert build_templates("single", DSI_TEMPLATE) == [DSI_TEMPLATE]
     parts = [template.split(", ")[1:4] for template in build_templates("diverse", DSI_TEMPLATE)]
     values = [{part[position] for part in parts} for position in range(3)]
     assert [len(value) for value in values] == [8, 6, 4]
+    for prompt_set, template in product(PROMPT_SETS, (DSI_TEMPLATE, PLAIN_TEMPLATE)):
+        for variant in build_templates(prompt_set, template):
+            prompt = variant.format(**{"class": "one two three four five six", "token": "<style>"})
+            # common words are one token each, a comma is one; begin and end are two
+            assert len(prompt.replace(",", " ,").split()) + 2 <= 40
 
 
-@pytest.mark.parametrize("prompt_set", PROMPT_SETS)
-@pytest.mark.parametrize("template", [DSI_TEMPLATE, PLAIN_TEMPLATE])
-def test_prompt_sets_leave_room_for_long_nouns_in_77_tokens(prompt_set, template):
-    noun = "one two three four five six"
-    for variant in build_templates(prompt_set, template):
-        prompt = variant.format(**{"class": noun, "token": "<style>"})
-        # common words are one token each, a comma is one; begin and end are two
-        assert len(prompt.replace(",", " ,").split()) + 2 <= 40
-
-
-def test_prompt_gives_each_template_an_equal_share_of_every_class():
+def test_prompt_is_pinned_and_filled_with_noun_and_token():
     prompts = make_prompts(5)
-    for label in range(3):
-        for rounds in range(4):
-            drawn = Counter(prompts.prompt(label, number) for number in range(5 * rounds, 5 * rounds + 5))
-            assert set(drawn.values()) == {1} and len(drawn) == 5
-
-
-def test_prompt_is_filled_with_noun_and_token():
+    assert [prompts.prompt(0, number)[0] for number in range(12)] == list("412034120334")
+    assert [prompts.prompt(1, number)[0] for number in range(5)] == list("03412")
     assert make_prompts(1).prompt(1, 7) == "0: a house cat in the style of <style>"
     assert TemplatePrompts(("a {class}",), NOUNS).prompt(2, 0) == "a suv"
 
 
-def test_prompt_is_pinned():
+def test_prompt_is_the_same_beside_other_classes_and_in_any_order_of_templates():
+    among = make_prompts()
+    alone, turned = make_prompts(nouns=("suv",)), TemplatePrompts(among.templates[::-1], NOUNS, "<style>")
+    for number in range(20):
+        assert alone.prompt(0, number) == among.prompt(2, number) == turned.prompt(2, number)
+
+
+def test_prompts_give_each_template_an_equal_share_and_meet_all_that_alternates_with_the_number():
     prompts = make_prompts(5)
-    assert [prompts.prompt(0, number)[0] for number in range(12)] == list("412034120334")
-    assert [prompts.prompt(1, number)[0] for number in range(5)] == list("03412")
-
-
-def test_prompt_of_a_class_is_the_same_beside_other_classes():
-    alone, among = make_prompts(nouns=("suv",)), make_prompts()
-    assert [alone.prompt(0, number) for number in range(20)] == [among.prompt(2, number) for number in range(20)]
-
-
-def test_prompt_is_independent_of_the_order_of_templates():
-    prompts = make_prompts(5)
-    turned = TemplatePrompts(prompts.templates[::-1], NOUNS, "<style>")
-    assert [prompts.prompt(0, number) for number in range(9)] == [turned.prompt(0, number) for number in range(9)]
-
-
-def test_prompt_starts_at_another_template_in_other_classes():
-    prompts = make_prompts(50, tuple(f"thing {number}" for number in range(40)))
-    assert len({prompts.prompt(label, 0)[:2] for label in range(40)}) > 15
-
-
-def test_prompts_meet_every_value_of_what_alternates_with_the_number():
+    for label, rounds in product(range(3), range(4)):
+        drawn = Counter(prompts.prompt(label, number) for number in range(5 * rounds, 5 * rounds + 5))
+        assert set(drawn.values()) == {1} and len(drawn) == 5
     prompts = make_prompts(2)
     assert len({(prompts.prompt(0, number), number % 2) for number in range(40)}) == 4
-
-
-def test_first_prompts_of_diverse_differ_in_every_part():
+    # classes start at different templates, and the first ones of diverse differ in every part
+    prompts = make_prompts(50, tuple(f"thing {number}" for number in range(40)))
+    assert len({prompts.prompt(label, 0)[:2] for label in range(40)}) > 15
     prompts = TemplatePrompts(tuple(build_templates("diverse", DSI_TEMPLATE)), NOUNS, "<style>")
     parts = [prompts.prompt(0, number).split(", ")[1:4] for number in range(24)]
-    seen = [len({part[position] for part in parts}) for position in range(3)]
-    assert all(count >= minimum for count, minimum in zip(seen, (5, 5, 4)))
+    assert all(len({part[position] for part in parts}) >= minimum for position, minimum in enumerate((5, 5, 4)))
 
 
 def test_examples_are_the_first_different_prompts():
@@ -126,29 +113,20 @@ def test_examples_are_the_first_different_prompts():
 
 
 def test_longest_has_each_template_and_each_noun_at_its_longest():
-    templates = (
-        "a {class}, {token}" + ", and more" * 9,
-        "{token} of a very big {class} and more words behind it",
-        "{token}: {class}",
-    )
-    prompts = TemplatePrompts(templates, ("suv", "house cat", "dog"), "<s>")
+    more, words = ", and more" * 9, "and more words behind it"
+    templates = ("a {class}, {token}" + more, "{token} of a very big {class} " + words, "{token}: {class}")
+    prompts = TemplatePrompts(templates, nouns := ("suv", "house cat", "dog"), "<s>")
     assert list(prompts.longest()) == [
-        ("a house cat, <s>" + ", and more" * 9, len("a house cat, <s>")),
-        ("<s> of a very big house cat and more words behind it", len("<s> of a very big house cat")),
+        ("a house cat, <s>" + more, len("a house cat, <s>")),
+        (f"<s> of a very big house cat {words}", len("<s> of a very big house cat")),
         ("<s>: house cat", len("<s>: house cat")),
-        *[
-            (f"<s> of a very big {noun} and more words behind it", len(f"<s> of a very big {noun}"))
-            for noun in ("suv", "house cat", "dog")
-        ],
+        *((f"<s> of a very big {noun} {words}", len(f"<s> of a very big {noun}")) for noun in nouns),
     ]
 
 
-def test_longest_of_hundreds_of_classes_is_no_product():
+def test_longest_is_no_product_and_goes_to_the_first_place_where_there_are_two():
     prompts = make_prompts(200, tuple(f"thing {number}" for number in range(1000)))
     assert sum(1 for _ in prompts.longest()) == 1200
-
-
-def test_longest_goes_to_the_first_place_where_there_are_two():
     prompts = TemplatePrompts(("a {class}, {token}, {class}, {token}",), ("dog",), "<s>")
     assert list(prompts.longest())[0] == ("a dog, <s>, dog, <s>", len("a dog, <s>"))
 
@@ -165,15 +143,15 @@ def test_prompts_of_600_000_images_take_no_memory():
 
 
 def test_sha256_changes_with_all_that_decides_the_captions(tmp_path):
-    captions = [
-        read(tmp_path, entry("dog", "a dog {token}"), labels=[0]),
-        read(tmp_path, entry("dog", "one dog {token}"), labels=[0]),
-        read(tmp_path, entry("suv", "a dog {token}"), labels=[2]),
-        read(tmp_path, entry("dog", "a dog {token}"), labels=[0], placeholder="<other>"),
-        read(tmp_path, entry("dog", "a dog {token}"), labels=[0], nouns=("hound", "cat", "suv")),
-    ]
-    assert len({prompts.sha256 for prompts in captions}) == 5
-    assert captions[0].sha256 == read(tmp_path, entry("dog", "a dog {token}"), labels=[0]).sha256
+    def digest(label="dog", prompt="a dog {token}", **options):
+        return read(tmp_path, entry(label, prompt), **({"labels": [0]} | options)).sha256
+
+    others = [
+        digest(prompt="one dog {token}"), digest("suv", labels=[2]), digest(placeholder="<other>"),
+        digest(nouns=("hound", "cat", "suv")),
+    ]  # fmt: skip
+    assert len({digest(), *others}) == 5
+    assert digest() == digest()
 
 
 def test_read_prompts_file_gives_each_class_its_captions_in_turn(tmp_path):
@@ -191,16 +169,14 @@ def test_read_prompts_file_gives_each_class_its_captions_in_turn(tmp_path):
     assert prompts.prompt(1, 5) == "a house cat <style>"
     assert prompts.prompt(2, 5) == "a suv in the rain, <style>"
     assert prompts.examples(0) == ["a dog asleep, <style>", "one dog, <style>"]
+    captions = [entry("dog", f"dog {word}, {{token}}") for word in ("a", "a", "b", "c", "d")]
+    assert read(tmp_path, *captions, labels=[0]).examples(0) == [f"dog {word}, <style>" for word in "abc"]
 
 
-def test_read_prompts_file_leaves_out_classes_that_are_not_drawn(tmp_path):
+def test_read_prompts_file_leaves_out_classes_that_are_not_drawn_and_takes_another_case(tmp_path, caplog):
     both = read(tmp_path, entry("dog", "a dog, {token}"), entry("suv", "a suv, {token}"), labels=[2])
-    one = read(tmp_path, entry("suv", "a suv, {token}"), labels=[2])
-    assert both == one
+    assert both == read(tmp_path, entry("suv", "a suv, {token}"), labels=[2])
     assert both.prompt(2, 0) == "a suv, <style>"
-
-
-def test_read_prompts_file_takes_class_names_in_another_case(tmp_path, caplog):
     other_case = read(tmp_path, entry("DOG", "a dog, {token}"), entry("dog", "a pup, {token}"), labels=[0])
     assert caplog.messages == [
         f"--prompts_file {tmp_path}/p.jsonl: 1 class name matched in spite of case, spaces or Unicode form: 'DOG' is "
@@ -209,31 +185,18 @@ def test_read_prompts_file_takes_class_names_in_another_case(tmp_path, caplog):
     assert other_case == read(tmp_path, entry("dog", "a dog, {token}"), entry("dog", "a pup, {token}"), labels=[0])
 
 
-def test_examples_of_captions_are_different(tmp_path):
-    captions = [entry("dog", f"dog {word}, {{token}}") for word in ("a", "a", "b", "c", "d")]
-    assert read(tmp_path, *captions, labels=[0]).examples(0) == [f"dog {word}, <style>" for word in "abc"]
-
-
 def test_longest_of_captions_ends_behind_noun_and_token(tmp_path):
-    prompts = read(
-        tmp_path,
-        entry("dog", "{token}: a {class} at home"),
-        entry("dog", "a bulldog, dogma, {token}: a Dog at home"),
-        entry("dog", "a hound, {token}, at home"),
-        entry("dog", "many {class}s, {token}, at home"),
-        labels=[0],
-        placeholder="<dog-style>",
-    )
-    assert [prompt[:end] for prompt, end in prompts.longest()] == [
-        "<dog-style>: a dog",
-        "a bulldog, dogma, <dog-style>: a Dog",
-        "a hound, <dog-style>, at home",
-        "many dogs, <dog-style>",
-    ]
+    needed = {
+        "{token}: a {class}| at home": "<dog-style>: a dog",
+        "a bulldog, dogma, {token}: a Dog| at home": "a bulldog, dogma, <dog-style>: a Dog",
+        "a hound, {token}, at home": "a hound, <dog-style>, at home",  # the class may be any part of it
+        "many {class}s, {token}|, at home": "many dogs, <dog-style>",
+    }
+    captions = [entry("dog", caption.replace("|", "")) for caption in needed]
+    prompts = read(tmp_path, *captions, labels=[0], placeholder="<dog-style>")
+    assert [prompt[:end] for prompt, end in prompts.longest()] == list(needed.values())
     assert [prompt for prompt, _ in prompts.longest()][0] == "<dog-style>: a dog at home"
-
-
-def test_longest_of_captions_takes_no_place_for_a_class_of_its_name(tmp_path):
+    # the place of the token is no class of its name
     prompts = read(tmp_path, entry("dog", "{token} of a coin"), labels=[0], nouns=("token", "cat", "suv"))
     assert list(prompts.longest()) == [("<style> of a coin", len("<style> of a coin"))]
 
@@ -247,10 +210,7 @@ def test_longest_of_captions_takes_no_place_for_a_class_of_its_name(tmp_path):
         ('"dog"', "must be an object"),
         ({"label": "dog"}, "must be an object with 'label' and 'prompt'"),
         ({"prompt": "a dog {token}"}, "must be an object with 'label' and 'prompt'"),
-        (
-            {"label": "dog", "prompt": "a {token}", "negative_prompt": "x"},
-            "must be an object with 'label' and 'prompt'",
-        ),
+        (entry("dog", "a {token}") | {"negative_prompt": "x"}, "must be an object with 'label' and 'prompt'"),
         (entry("hose_cat", "a {token}"), "label 'hose_cat': no such class, did you mean house_cat"),
         ({"label": 1, "prompt": "a {token}"}, "label 1: no such class"),
         ({"label": ["dog"], "prompt": "a {token}"}, r"label \['dog'\]: no such class"),
@@ -265,13 +225,10 @@ def test_read_prompts_file_names_file_and_line(tmp_path, line, message):
         read(tmp_path, entry("dog", "a dog, {token}"), "", line)
 
 
-def test_read_prompts_file_refuses_the_token_where_there_is_none(tmp_path):
+def test_read_prompts_file_refuses_a_token_that_is_not_there_and_a_class_without_captions(tmp_path):
     assert read(tmp_path, entry("dog", "a dog"), labels=[0], placeholder=None).prompt(0, 3) == "a dog"
     with pytest.raises(UserError, match="line 1: 'a dog, {token}': has {token}, but there is no style token"):
         read(tmp_path, entry("dog", "a dog, {token}"), labels=[0], placeholder=None)
-
-
-def test_read_prompts_file_without_a_class_names_it(tmp_path):
     with pytest.raises(UserError, match="p.jsonl: has no prompt for 'house_cat', 'suv'; right is at least"):
         read(tmp_path, entry("dog", "a dog, {token}"))
     with pytest.raises(UserError, match="has no prompt for 'dog'"):
@@ -283,3 +240,55 @@ def test_read_prompts_file_without_a_class_names_it(tmp_path):
 def test_names_and_prompts_import_no_torch():
     code = "import sys, utils.data.name_doctor, utils.synthesis.prompts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def letters(count: int) -> str:
+    """Return words of single letters: each is one token of CLIP, and two of the tiny T5."""
+    return " ".join("abcdefgh"[i % 8] for i in range(count))
+
+
+def test_tokens_are_counted_with_start_end_and_every_vector(generator):
+    prompts = [letters(3), f"{letters(3)} {PLACEHOLDER}", "a style"]
+    assert count_prompt_tokens(generator, prompts, PLACEHOLDER, 4) == [5, 9, 4]
+
+
+def test_prompt_fits_up_to_the_last_token(generator):
+    fits, longer = letters(75), letters(76)
+    check_prompts_fit(generator, [(fits, len(fits))], None, 1)
+    with pytest.raises(UserError, match=f"^--x: '{longer}' has 78 tokens, .* takes 77 and would see '{fits}' only"):
+        check_prompts_fit(generator, [("a", 1)] * 2500 + [(longer, len(longer))], None, 1, "--x")
+
+
+def test_vectors_of_the_style_token_take_their_place(generator, caplog):
+    prompt = f"{letters(70)} {PLACEHOLDER}"
+    check_prompts_fit(generator, [(prompt, len(prompt))], PLACEHOLDER, 5)
+    with pytest.raises(UserError, match="has 78 tokens.*<dsi-style>_4' only"):
+        check_prompts_fit(generator, [(prompt, len(prompt))], PLACEHOLDER, 6)
+    assert not caplog.messages
+
+
+def test_prompts_that_are_cut_behind_what_matters_are_counted_in_one_warning(generator, caplog):
+    prompts = [(f"{PLACEHOLDER} {letters(80)}", len(PLACEHOLDER)), (letters(10), 19), (letters(90), 75 * 2 - 1)]
+    check_prompts_fit(generator, iter(prompts), PLACEHOLDER, 3)
+    (message,) = caplog.messages
+    assert "longer than 77 tokens" in message and ": 2, for" in message and f"_2 {letters(72)}'" in message
+    with pytest.raises(UserError):
+        check_prompts_fit(generator, [(letters(90), 75 * 2 + 1)], None, 1)
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("tiny_sd3_pipeline_dir", 256), ("tiny_flux_pipeline_dir", 512)])
+def test_the_encoder_that_reads_furthest_decides(kind, limit, request):
+    generator = open_folder(request.getfixturevalue(kind))
+    assert count_prompt_tokens(generator, [letters(100)], None, 1) == [201]  # T5 has an end and no start
+    fitting, longer = letters(limit // 2 - 1), letters(limit // 2)
+    check_prompts_fit(generator, [(fitting, len(fitting))], None, 1)
+    with pytest.raises(UserError, match=f"has {limit + 1} tokens, the text encoder takes {limit}"):
+        check_prompts_fit(generator, [(longer, len(longer))], None, 1)
+
+
+@pytest.mark.parametrize("missing", [["text_encoder_3", "tokenizer_3"], ["text_encoder_3"]])
+def test_without_t5_clip_decides(missing, copy_pipeline):
+    generator = open_folder(copy_pipeline("tiny_sd3_pipeline_dir", index=dict.fromkeys(missing, [None, None])))
+    assert count_prompt_tokens(generator, [letters(100)], None, 1) == [102]
+    with pytest.raises(UserError, match="takes 77"):
+        check_prompts_fit(generator, [(letters(100), 199)], None, 1)

@@ -11,9 +11,8 @@ from PIL import Image as PILImage
 
 from tests.synthesis.test_plan import make_plan
 from utils.cli.errors import UserError
-from utils.synthesis import encoding
-from utils.synthesis.encoding import Encoders, encode_image
-from utils.synthesis.runner import Runner
+from utils.synthesis import runner as runner_module
+from utils.synthesis.runner import Encoders, Runner, SharedProgress, encode_image
 from utils.synthesis.shards import Shards
 
 NAMES = ["a", "b", "c"]
@@ -68,11 +67,14 @@ def test_every_planned_image_is_in_its_place(tmp_path):
 
 def test_bad_images_are_drawn_again_together_with_the_next_seeds(tmp_path):
     plan = make_plan()
-    shards, drawn = make_set(tmp_path, plan, sampler := ChosenSampler(plan, {0: 1, 4: 3, 7: 1}))
+    clean, _ = make_set(tmp_path / "clean", plan, ChosenSampler(plan))
+    shards, drawn = make_set(tmp_path / "redrawn", plan, sampler := ChosenSampler(plan, {0: 1, 4: 3, 7: 1}))
     rows = rows_of(shards)
-    assert rows[0]["seed"] == plan.image(0, 1).seed
-    assert rows[4]["seed"] == plan.image(4, 3).seed
-    assert rows[1]["seed"] == plan.image(1).seed
+    assert [rows[index]["seed"] for index in (0, 4, 7)] == [
+        plan.image(index, redraw).seed for index, redraw in ((0, 1), (4, 3), (7, 1))
+    ]
+    differing = [index for index, pair in enumerate(zip(rows, rows_of(clean), strict=True)) if pair[0] != pair[1]]
+    assert differing == [0, 4, 7]
     # three batches for the eight images of shard 0, one for its three bad ones, two for the last
     first_shard = [seeds for _, seeds, _ in sampler.calls][:6]
     assert set(first_shard[3]) == {plan.image(index, 1).seed for index in (0, 4, 7)}
@@ -82,42 +84,25 @@ def test_bad_images_are_drawn_again_together_with_the_next_seeds(tmp_path):
     assert shards.summarise()["num_redraws"] == {"a": 1, "b": 4, "c": 0}
 
 
-def test_redraws_do_not_change_the_other_images(tmp_path):
-    plan = make_plan()
-    clean, _ = make_set(tmp_path / "clean", plan, ChosenSampler(plan))
-    redrawn, _ = make_set(tmp_path / "redrawn", plan, ChosenSampler(plan, {1: 2}))
-    differing = [i for i, (one, two) in enumerate(zip(rows_of(clean), rows_of(redrawn))) if one != two]
-    assert differing == [1]
-
-
 def test_cap_of_redraws_is_an_error_with_classes_and_prompts_and_keeps_finished_shards(tmp_path):
     plan = make_plan()
     message = r"--max_redraws 1: .* 2 images are still bad: b \('b 3'\): black; c \('c 2'\): black\. The finished"
     with pytest.raises(UserError, match=message):
         make_set(tmp_path, plan, ChosenSampler(plan, {8: 2, 10: 2}), max_redraws=1)
     assert Shards(tmp_path, plan, "f", NAMES).find_missing() == [1, 2]
+    with pytest.raises(UserError, match="--max_redraws 0"):
+        make_set(tmp_path, plan, ChosenSampler(plan, {0: 1}), max_redraws=0)
 
 
 def test_padding_is_left_out_and_never_drawn_again(tmp_path):
     plan = make_plan()
     beyond = plan.num_images
     assert beyond in [image.index for image in list(plan.batches(plan.num_shards - 1))[-1]]
-    shards, _ = make_set(tmp_path, plan, sampler := ChosenSampler(plan, {beyond: 99}), max_redraws=0)
+    sampler = ChosenSampler(plan, {beyond: 99})
+    sampler.num_at_a_time = 1  # as after running out of memory, which is recorded
+    shards, _ = make_set(tmp_path, plan, sampler, max_redraws=0)
     assert len(rows_of(shards)) == 21
     assert len(sampler.calls) == 3 + 3 + 2
-
-
-def test_without_redraws_a_bad_image_is_an_error(tmp_path):
-    plan = make_plan()
-    with pytest.raises(UserError, match="--max_redraws 0"):
-        make_set(tmp_path, plan, ChosenSampler(plan, {0: 1}), max_redraws=0)
-
-
-def test_the_batches_really_drawn_are_recorded(tmp_path):
-    plan = make_plan()
-    sampler = ChosenSampler(plan)
-    sampler.num_at_a_time = 1  # as after running out of memory
-    shards, _ = make_set(tmp_path, plan, sampler)
     assert shards.summarise()["images_at_a_time"] == 1
 
 
@@ -128,8 +113,8 @@ def test_who_gives_the_encoders_too_much_waits(monkeypatch):
         running[int(pixels)] += 1
         go_on.wait(10)
 
-    monkeypatch.setattr(encoding, "encode_image", slow)
-    monkeypatch.setattr(encoding, "MAX_WAITING", 4)
+    monkeypatch.setattr(runner_module, "encode_image", slow)
+    monkeypatch.setattr(runner_module, "MAX_WAITING", 4)
     submitted = []
 
     def give(encoders):
@@ -157,3 +142,22 @@ def test_encoded_images_are_what_they_are_called_and_quality_matters(image_forma
     assert good.size == (48, 32)
     errors = [np.abs(np.asarray(image.convert("RGB"), dtype=int) - pixels).mean() for image in (good, bad)]
     assert errors == [0, 0] if image_format == "png" else 0 < errors[0] < 3 < errors[1]
+
+
+def test_the_bar_adds_up_all_processes_and_waits_for_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner_module, "SECONDS_BETWEEN_LOOKS", 0.01)
+    (tmp_path / "drawn-1").write_text("99")  # of an earlier run
+    main, other = (SharedProgress(tmp_path, index, 2, total=10) for index in (0, 1))
+    main.update(3)
+    assert main.bar.n == 3
+    waiting = threading.Thread(target=main.finish)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    for _ in range(7):
+        other.update(1)
+    other.finish()
+    waiting.join(5)
+    assert not waiting.is_alive()
+    assert main.bar.n == 10
+    assert other.bar.disable

@@ -9,8 +9,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPAGPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessor
 
+from tests.synthesis.tokens import open_folder
 from utils.cli.errors import UserError
-from utils.synthesis.sampling import PromptCache, Sampler
+from utils.synthesis.sampling import PromptCache, Sampler, find_problems, load_pipeline
 
 KINDS = ["tiny_pipeline_dir", "tiny_xl_pipeline_dir", "tiny_sd3_pipeline_dir", "tiny_flux_pipeline_dir"]
 PROMPTS = ["a red square", "a green circle", "a red square"]
@@ -177,21 +178,13 @@ def add_safety_checker(pipe, flags_all: bool) -> None:
 
 
 @pytest.mark.parametrize(("flags_all", "problem"), [(True, "flagged by the safety checker"), (False, None)])
-def test_flagged_images_are_told_from_others(pipe, flags_all, problem):
+def test_the_safety_checker_of_a_repository_stays_and_its_word_counts(pipe, flags_all, problem, tmp_path):
     add_safety_checker(pipe, flags_all)
-    assert make_sampler(pipe).draw(PROMPTS, SEEDS, 1.0)[1] == [problem] * 3
-
-
-def test_bad_images_are_named_and_the_others_kept(pipe):
-    def spoil(_, arguments, image):
-        image[1], image[2] = float("nan"), -1.0
-        return image
-
-    expected, _ = make_sampler(pipe).draw(PROMPTS, SEEDS, 1.0)
-    pipe.vae.decoder.register_forward_hook(spoil)
-    pixels, problems = make_sampler(pipe).draw(PROMPTS, SEEDS, 1.0)
-    assert problems == [None, "not a number", "black"]
-    np.testing.assert_array_equal(pixels[0], expected[0])
+    pipe.save_pretrained(tmp_path)
+    loaded = load_pipeline(open_folder(tmp_path), None, "default", torch.float32, torch.device("cpu"))
+    assert isinstance(loaded.safety_checker, StableDiffusionSafetyChecker)
+    for part in (pipe, loaded):
+        assert make_sampler(part).draw(PROMPTS, SEEDS, 1.0)[1] == [problem] * 3
 
 
 def test_nothing_is_printed_or_logged(pipe, capfd, caplog, monkeypatch):
@@ -223,3 +216,52 @@ def test_compiled_model_is_not_compiled_again_for_batches_and_guidance_scales(ti
     sampler.draw(PROMPTS, [6, 7, 8], 3.0)
     sampler.draw(PROMPTS[:2], SEEDS[:2], 2.5)
     assert counters["stats"]["unique_graphs"] == num_graphs
+
+
+def flat(value: float, place=None, other: float = 0.0) -> torch.Tensor:
+    """Return an image of one level, with another one at a place."""
+    pixels = torch.full((3, 8, 8), float(value))
+    if place is not None:
+        pixels[place] = other
+    return pixels
+
+
+def noise(value: float | None = None) -> torch.Tensor:
+    """Return an image, with a value at one place."""
+    pixels = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    pixels[1, 2, 3] = pixels[1, 2, 3] if value is None else value
+    return pixels
+
+
+TOP, CENTRE = (slice(None), 0), (slice(None), slice(3, 5), slice(3, 5))
+JUDGED = [
+    (noise(), None),
+    (flat(0), "black"),
+    (flat(1 / 255), "black"),
+    (flat(2 / 255), "constant"),
+    (flat(0.5), "constant"),
+    (flat(torch.nan), "not a number"),
+    *((noise(value), "not a number") for value in (torch.nan, torch.inf, -torch.inf)),  # one is enough
+    (flat(0, 0, 0.8), "constant"),  # one colour
+    (flat(0.5, (2, slice(4)), 0.6), None),  # a change in a single channel
+    (flat(100 / 255, TOP, 101 / 255), "constant"),  # a level of noise
+    (flat(100 / 255, TOP, 102 / 255), None),
+    (flat(0, CENTRE, 4 / 255), None),  # dark
+    (flat(1, CENTRE, 251 / 255), None),  # pale
+]
+
+
+def test_what_is_wrong_is_named_for_each_image_of_a_batch_by_itself():
+    batch, expected = torch.stack([pixels for pixels, _ in JUDGED]), [problem for _, problem in JUDGED]
+    assert find_problems(batch, [False] * len(batch))[1] == expected
+    flags = [number % 2 == 1 for number in range(len(batch))]  # also of black images, which a safety checker makes
+    told = [problem if not flag else "flagged by the safety checker" for problem, flag in zip(expected, flags)]
+    assert find_problems(batch, flags)[1] == told
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_levels_are_rounded_to_the_nearest_in_float32(dtype):
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    levels, _ = find_problems(pixels, [False, False])
+    assert levels.dtype == torch.uint8
+    np.testing.assert_array_equal(levels.numpy(), np.rint(pixels.float().numpy() * 255).astype(np.uint8))

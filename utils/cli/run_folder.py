@@ -90,13 +90,13 @@ class RunFolder:
                 "give the same, or start from scratch with --overwrite_output_dir."
             )
 
-    def begin(self, keep_traces: bool = False) -> None:
-        """Remove what an earlier run has left on its way, if this one does not need it, and note the options."""
+    def begin(self, keep_traces: bool = False, **facts) -> None:
+        """Remove what an earlier run has left, if this one does not need it; note the options, and `facts` beside."""
         (self.path / self.record).unlink(missing_ok=True)  # from here on, what is there is being replaced
         for trace in [] if keep_traces else self.find_traces():
             shutil.rmtree(trace)
         name, key = self.noted_in
-        write_record(self.path / name, {key: self.options})
+        write_record(self.path / name, {key: self.options, **facts})
 
     def finish(self, record: dict) -> None:
         """Write the record whose presence says that all is there."""

@@ -11,6 +11,7 @@ from utils.cli.run_folder import RunFolder
 from utils.hub.cards import FUNCTIONS, License, common_license, hub_ids, read_licenses, save_card
 from utils.hub.targets import Target
 from utils.style.base_models import BaseModel
+from utils.style.families import FAMILIES, OTHER
 
 STYLE_PICTURE = "style.png"
 TRAINING_PICTURE = "training.png"
@@ -78,7 +79,8 @@ def write_token_card(
     )
     card = ModelCard.from_template(
         metadata, template_path=str(TEMPLATE), name=hub_id or Path(output_dir).resolve().name, real=real,
-        record=record, run=run, licenses=licenses, command=command, **FUNCTIONS,
+        record=record, run=run, text_encoders=FAMILIES.get(record.get("pipeline_class"), OTHER).text_encoders,
+        licenses=licenses, command=command, **FUNCTIONS,
         has_style_picture=(Path(output_dir) / STYLE_PICTURE).is_file(),
     )  # fmt: skip
     save_card(card, Path(output_dir) / "README.md")

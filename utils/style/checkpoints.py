@@ -28,11 +28,11 @@ PROGRESS = ("options", "inputs", "images_per_step", "step", "loss_history", "hel
 class TrainingState:
     """A token in training: its rows `(num_vectors, dim)` of each text encoder, what moves them, and how far it is.
 
-    `inputs` tells images, prompts and VAE from others, `images_per_step` counts all processes, `held_out_losses`
-    has the fixed-noise losses that were measured on the way, by step.
+    `row_names` are those in the file, `inputs` tells images, prompts and VAE from others, `images_per_step` counts all
+    processes, `held_out_losses` has the fixed-noise losses that were measured on the way, by step.
     """
 
-    placeholder_token: str
+    row_names: list[str]
     rows: list[torch.Tensor]
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -59,7 +59,7 @@ class TrainingState:
             for parameter, values in optimizer_state["state"].items()
             for name, value in values.items()
         }
-        save_learned_embeds(temporary, self.placeholder_token, self.rows)
+        save_learned_embeds(temporary, self.row_names, self.rows)
         save_file(tensors, temporary / TRAINING_STATE)
         record = {
             "progress": {name: getattr(self, name) for name in PROGRESS},

@@ -12,6 +12,7 @@ from utils.hub.repositories import Source
 
 logger = logging.getLogger(__name__)
 
+EXPECTED = "a pipeline of diffusers"
 SHARD = r"(?:-\d{5}-of-\d{5})?"
 # of diffusers and of transformers, whole or in shards: model.safetensors, model.fp16-00001-of-00002.safetensors
 SAFETENSORS = re.compile(rf"(?:diffusion_pytorch_)?model(?:\.(\w+))?{SHARD}(?:\.(\w+))?\.safetensors")
@@ -21,19 +22,19 @@ VARIANT = "fp16"
 PROBLEMS = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RuntimeError, SafetensorError)
 
 
-def read_config(source: Source, filename: str, expected: str) -> dict:
-    """Return a JSON file of a pipeline; `expected` says what the source would be with that file.
+def read_config(source: Source, filename: str) -> dict:
+    """Return a JSON file of a pipeline.
 
     Raises:
         UserError: there is no such file, or it is no JSON mapping.
     """
-    path = source.file(filename, expected)
+    path = source.file(filename, EXPECTED)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{source.flag} {source.name}: its {filename} is not JSON ({error}).") from None
     if not isinstance(config, dict):
-        raise UserError(f"{source.flag} {source.name}: its {filename} holds no JSON mapping, so it is not {expected}.")
+        raise UserError(f"{source.flag} {source.name}: its {filename} holds no JSON mapping, so it is not {EXPECTED}.")
     return config
 
 

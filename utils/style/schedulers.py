@@ -6,10 +6,9 @@ from functools import cached_property
 
 from utils.cli.errors import UserError
 from utils.hub.repositories import Source
+from utils.style.families import FAST_SCHEDULER
 from utils.style.pipeline_files import read_config
 
-EXPECTED = "a pipeline of diffusers"
-FAST_SCHEDULER = "DPMSolverMultistepScheduler"
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # samplers of consistency models, which serve nothing else
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
@@ -146,7 +145,7 @@ def read_scheduler(source: Source) -> OwnScheduler:
     """
     import diffusers
 
-    entry = read_config(source, "model_index.json", EXPECTED).get("scheduler")
+    entry = read_config(source, "model_index.json").get("scheduler")
     library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, entry)
     kind = getattr(diffusers, class_name, None) if library == "diffusers" and isinstance(class_name, str) else None
     bases = (diffusers.SchedulerMixin, diffusers.ConfigMixin)
@@ -155,7 +154,7 @@ def read_scheduler(source: Source) -> OwnScheduler:
             f"{source.flag} {source.name}: its model_index.json names the scheduler {entry}, which diffusers does not "
             "have; a class like DDIMScheduler is wanted."
         )
-    return OwnScheduler(source, class_name, read_config(source, "scheduler/scheduler_config.json", EXPECTED))
+    return OwnScheduler(source, class_name, read_config(source, "scheduler/scheduler_config.json"))
 
 
 def _are_close(alphas, others) -> bool:

@@ -1,6 +1,7 @@
 """The style token: rows of its own in frozen text encoders, prompts that name it, and the U-Net under them."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from torch import nn
 from utils.cli.errors import UserError
 from utils.data.prompts import token_text
 from utils.style.base_models import BaseModel
+from utils.style.families import ROW_NAMES
 
 LEARNED_EMBEDS = "learned_embeds.safetensors"
-XL_KEYS = ("clip_l", "clip_g")
 # name -> tensor, batch first: `encoder_hidden_states` (batch, length, dim); Stable Diffusion XL: `text_embeds` as well
 Conditioning = dict[str, torch.Tensor]
 
@@ -249,13 +250,12 @@ def norm_in_vocabulary(embedding: StyleTokenEmbedding) -> dict:
     }
 
 
-def save_learned_embeds(output_dir: str | Path, placeholder_token: str, rows: list[torch.Tensor]) -> Path:
+def save_learned_embeds(output_dir: str | Path, names: Sequence[str], rows: list[torch.Tensor]) -> Path:
     """Write the rows `(num_vectors, dim)` of each text encoder as float32, for `pipe.load_textual_inversion`.
 
-    One encoder: `{placeholder_token: rows}`; both of Stable Diffusion XL: `{"clip_l": rows, "clip_g": rows}`.
+    `names` are those of `Family.row_names`, one for each text encoder.
     """
     path = Path(output_dir) / LEARNED_EMBEDS
-    names = [placeholder_token] if len(rows) == 1 else XL_KEYS
     save_file({name: value.detach().float().cpu().contiguous() for name, value in zip(names, rows, strict=True)}, path)
     return path
 
@@ -263,4 +263,4 @@ def save_learned_embeds(output_dir: str | Path, placeholder_token: str, rows: li
 def load_learned_embeds(path: str | Path) -> list[torch.Tensor]:
     """Return the rows that `save_learned_embeds` wrote, in the order of the text encoders."""
     tensors = load_file(path)
-    return [tensors[name] for name in XL_KEYS] if XL_KEYS[0] in tensors else list(tensors.values())
+    return [tensors[name] for name in ROW_NAMES if name in tensors] or list(tensors.values())

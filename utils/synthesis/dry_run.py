@@ -4,14 +4,48 @@ import shutil
 import time
 from pathlib import Path
 
-from utils.synthesis.encoding import encode_image
+from accelerate import Accelerator
+
 from utils.synthesis.plan import GenerationPlan
-from utils.synthesis.prompt_limits import count_prompt_tokens
-from utils.synthesis.sampling import Sampler
+from utils.synthesis.prompts import count_prompt_tokens
+from utils.synthesis.runner import encode_image
+from utils.synthesis.sampling import load_sampler
 from utils.synthesis.sources import Sources
 
 MAX_NAMES = 20
 MAX_CLASSES = 5
+
+
+def dry_run(
+    plan: GenerationPlan, sources: Sources, settings: dict, output_dir: str | Path, accelerator: Accelerator
+) -> dict:
+    """Print classes and prompts, then draw two batches in every process; print and return what the set will take.
+
+    That is speed, seconds and disk of the whole set.
+    """
+    if accelerator.is_main_process:
+        print_prompts(plan, sources)
+    sampler, seconds, sizes = load_sampler(sources, settings, accelerator), [], []
+    for start in (0, plan.batch_size):
+        began = time.perf_counter()
+        images = [plan.image(index) for index in range(start, start + plan.batch_size)]
+        prompts, seeds = [image.prompt for image in images], [image.seed for image in images]
+        pixels, _ = sampler.draw(prompts, seeds, plan.guidance_scales[0])
+        sizes += [len(encode_image(one, settings["image_format"], settings["image_quality"])) for one in pixels]
+        seconds.append(time.perf_counter() - began)
+    rate = accelerator.num_processes * plan.batch_size / seconds[1]  # the first batch also warms up
+    folder = Path(output_dir).resolve()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    estimate = {
+        "num_processes": accelerator.num_processes,
+        "images_per_second": rate,
+        "seconds": plan.num_images / rate,
+        "disk_gib": plan.num_images * sum(sizes) / len(sizes) / 2**30,
+        "free_gib": shutil.disk_usage(existing).free / 2**30,
+    }
+    if accelerator.is_main_process:
+        print_estimate(plan.num_images, **estimate)
+    return estimate
 
 
 def print_prompts(plan: GenerationPlan, sources: Sources) -> None:
@@ -23,37 +57,13 @@ def print_prompts(plan: GenerationPlan, sources: Sources) -> None:
         print(f"  {prompt!r} ({count} tokens)")
 
 
-def estimate_cost(
-    sampler: Sampler, plan: GenerationPlan, settings: dict, output_dir: str | Path, num_processes: int
-) -> dict:
-    """Return speed, seconds and disk of the whole set, estimated from two real batches of every process."""
-    seconds, sizes = [], []
-    for start in (0, plan.batch_size):
-        began = time.perf_counter()
-        images = [plan.image(index) for index in range(start, start + plan.batch_size)]
-        pixels, _ = sampler.draw(
-            [image.prompt for image in images], [image.seed for image in images], plan.guidance_scales[0]
-        )
-        sizes += [len(encode_image(one, settings["image_format"], settings["image_quality"])) for one in pixels]
-        seconds.append(time.perf_counter() - began)
-    rate = num_processes * plan.batch_size / seconds[1]  # the first batch also warms up
-    folder = Path(output_dir).resolve()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return {
-        "num_processes": num_processes,
-        "images_per_second": rate,
-        "seconds": plan.num_images / rate,
-        "disk_gib": plan.num_images * sum(sizes) / len(sizes) / 2**30,
-        "free_gib": shutil.disk_usage(existing).free / 2**30,
-    }
-
-
-def print_estimate(plan: GenerationPlan, estimate: dict) -> None:
+def print_estimate(
+    num_images: int, num_processes: int, images_per_second: float, seconds: float, disk_gib: float, free_gib: float
+) -> None:
     """Print the estimate as a line."""
-    seconds, gib = estimate["seconds"], estimate["disk_gib"]
     time_text = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds:.0f} s"
-    disk_text = f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.1f} MiB"
+    disk_text = f"{disk_gib:.1f} GiB" if disk_gib >= 1 else f"{disk_gib * 1024:.1f} MiB"
     print(
-        f"{plan.num_images:,} images: {estimate['images_per_second']:.2f} images/s on {estimate['num_processes']} "
-        f"process(es), {time_text}, {disk_text} of {estimate['free_gib']:.0f} GiB that are free. No set was written."
+        f"{num_images:,} images: {images_per_second:.2f} images/s on {num_processes} process(es), {time_text}, "
+        f"{disk_text} of {free_gib:.0f} GiB that are free. No set was written."
     )

@@ -1,14 +1,37 @@
 """What goes with the finished shards of a set: checksums, contact sheet, record and card."""
 
+import io
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from datasets import DatasetInfo, Features, SplitInfo
+from datasets.info import DatasetInfosDict
+from datasets.splits import SplitDict
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCard, DatasetCardData
+from jinja2 import Template
+from PIL import Image, ImageDraw, ImageFont
+
 from utils.cli.records import GENERATION_CONFIG, image_set_name, read_record, write_record
 from utils.data.name_doctor import Finding, write_class_names
-from utils.hub.cards import read_licenses
-from utils.synthesis.card import write_dataset_card
+from utils.hub.cards import FUNCTIONS, License, common_license, hub_ids, read_licenses, save_card
+from utils.hub.targets import Target
 from utils.synthesis.output_folder import CLASS_NAMES, PREVIEW, QUALITY_RECORD
-from utils.synthesis.preview import draw_contact_sheet
-from utils.synthesis.quality_section import quality_section
+from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.shards import Shards, synthetic_features
 from utils.synthesis.sources import Sources
+
+# the contact sheet: cells and gaps in pixels
+MAX_COLUMNS = 10
+MAX_ROWS = 50
+CELL = 96
+NAME_WIDTH = 160
+GAP = 4
+
+CARD = Path(__file__).with_name("card.md.jinja")
+QUALITY = Path(__file__).with_name("quality.md.jinja")
+MAX_CLASSES = 10  # in the card's section on quality
+MARKS = {"good": "good", "look": "**look**", "bad": "**bad**", "unknown": "not known"}
 
 
 def finish_set(shards: Shards, sources: Sources, findings: list[Finding]) -> dict:
@@ -22,8 +45,38 @@ def finish_set(shards: Shards, sources: Sources, findings: list[Finding]) -> dic
     return record
 
 
-def write_card(shards: Shards, record: dict, command: str, hub_id: str | None, hub_token: str | None) -> None:
-    """Write the card of a set, with the licences that its sources' cards name, and the quality report if it has one."""
+def draw_contact_sheet(shards: Shards) -> Image.Image:
+    """Return a sheet with the first images of each class, read from the finished shards (of the first 50 classes).
+
+    It has a row a class, with its name at the left.
+    """
+    plan = shards.plan
+    rows = {label: row for row, label in enumerate(plan.labels[:MAX_ROWS])}
+    num_columns = min(plan.num_images_per_class, MAX_COLUMNS)
+    sheet = Image.new("RGB", (NAME_WIDTH + num_columns * (CELL + GAP), len(rows) * (CELL + GAP)), "white")
+    drawing, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for label, row in rows.items():
+        name = shards.class_names[label]
+        drawing.text((GAP, row * (CELL + GAP) + CELL // 2), name, fill="black", font=font, anchor="lm")
+    last = num_columns * len(plan.labels) - 1
+    for number in range(last // plan.images_per_shard + 1):
+        # a row group at a time: a whole shard of large PNG files would be the largest thing in memory
+        for group in pq.ParquetFile(shards.path(number)).iter_batches(columns=["image", "label", "class_index"]):
+            for example in group.to_pylist():
+                row, column = rows.get(example["label"]), example["class_index"]
+                if row is not None and column < num_columns:
+                    # small images are enlarged by whole pixels, so that they stay as they are
+                    image = Image.open(io.BytesIO(example["image"]["bytes"])).resize((CELL, CELL), Image.Resampling.BOX)
+                    sheet.paste(image, (NAME_WIDTH + column * (CELL + GAP), row * (CELL + GAP)))
+    return sheet
+
+
+def write_card(shards: Shards, record: dict, command: str, hub_target: Target | None, hub_token: str | None) -> None:
+    """Write the card of a set, with the licences that its sources' cards name, and the quality report if it has one.
+
+    Raises:
+        UserError: a card is there whose metadata are malformed.
+    """
     generator, real = record["generator"], record["real_images"]
     sources = [(generator["id"], "model", generator["revision"])]
     if real is not None:
@@ -33,13 +86,68 @@ def write_card(shards: Shards, record: dict, command: str, hub_id: str | None, h
         quality = read_record(path)
         if quality["num_images"]["synthetic"]["all"] != record["num_images"]:
             quality = None  # of before the set grew
+    prompts = {shards.class_names[label]: shards.plan.prompts.prompt(label, 0) for label in shards.plan.labels}
     write_dataset_card(
-        shards.output_dir,
-        synthetic_features(shards.class_names),
-        record,
-        {shards.class_names[label]: shards.plan.prompts.prompt(label, 0) for label in shards.plan.labels},
-        read_licenses(sources, hub_token),
-        command,
-        hub_id,
-        quality_section(quality),
+        shards.output_dir, synthetic_features(shards.class_names), record, prompts, read_licenses(sources, hub_token),
+        command, hub_target.repo_id if hub_target else None, quality_section(quality),
+    )  # fmt: skip
+
+
+def write_dataset_card(
+    output_dir: str | Path, features: Features, record: dict, prompts: dict[str, str], licenses: dict[str, License],
+    command: str, hub_id: str | None = None, quality: str = "",
+) -> None:  # fmt: skip
+    """Write `README.md` for a synthetic set from its `generation_config.json` record.
+
+    `prompts` has an example for each class that was drawn; `licenses` maps each source's name to its licence: the set
+    gets theirs where they agree, 'unknown' where not. `quality` is the section on the quality report, in Markdown.
+    Local paths are named in the text only: the Hub takes ids in the metadata. The code in the card names `hub_id`
+    where the set is published, else the folder. A card that is there already is merged.
+
+    Raises:
+        UserError: that card's metadata are malformed.
+    """
+    output_dir = Path(output_dir)
+    num_bytes = sum(path.stat().st_size for path in output_dir.glob("data/train-*.parquet"))
+    metadata = DatasetCardData(
+        **common_license(licenses.values()).to_metadata(),
+        task_categories=["image-classification"],
+        tags=["synthetic", "bridged-transfer", "diffusers"],
+        base_model=next(iter(hub_ids(record["generator"]["id"])), None),
     )
+    split = SplitInfo("train", num_bytes=num_bytes, num_examples=record["num_images"])
+    info = DatasetInfo(
+        features=features, splits=SplitDict(train=split), dataset_size=num_bytes, download_size=num_bytes
+    )
+    DatasetInfosDict(default=info).to_dataset_card_data(metadata)
+    files = {"data_files": [{"split": "train", "path": "data/train-*"}]}
+    MetadataConfigs(default=files).to_dataset_card_data(metadata)
+    card = DatasetCard.from_template(
+        metadata, template_path=str(CARD), name=hub_id or output_dir.resolve().name, record=record,
+        real=record["real_images"] and image_set_name(record["real_images"]), settings=record["settings"],
+        prompts=prompts, quality=quality, licenses=licenses, command=command, **FUNCTIONS,
+    )  # fmt: skip
+    save_card(card, output_dir / "README.md")
+
+
+def quality_section(record: dict | None) -> str:
+    """Return the Markdown for the record in `quality.json`, '' when there is none.
+
+    It has the ten classes that are farthest from their real ones. `quality.png` is linked as a file beside the card,
+    `duplicates.png` is not: it shows real images.
+    """
+    if not record:
+        return ""
+    template = Template(QUALITY.read_text(encoding="utf-8"), keep_trailing_newline=True)
+    return template.render(**record, marks=MARKS, max_classes=MAX_CLASSES, **FUNCTIONS)
+
+
+def print_summary(output_dir: str, plan: GenerationPlan, results: dict) -> None:
+    """Print what was made, how fast, where it lies, and the next command."""
+    print(
+        f"{plan.num_images:,} images of {len(plan.labels)} classes in {output_dir}; {results['num_drawn']:,} "
+        f"drawn now at {results['images_per_second']:.1f} images/s, {sum(results['num_redraws'].values())} redrawn, "
+        f"{results['seconds']:.0f} s in all. Next:"
+    )
+    flag = " --allow_missing_classes" if len(plan.labels) < plan.num_classes else ""
+    print(f"  accelerate launch train_bridged.py --synthetic_dataset {output_dir}{flag}")

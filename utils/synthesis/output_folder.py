@@ -1,61 +1,64 @@
-"""The output folder: which settings it was made with, and whether a run may go on in it."""
+"""The output folder: which settings its set was made with, and whether a run may add to it."""
 
 import errno
 import hashlib
 import json
 import shutil
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from utils.cli.errors import UserError
 from utils.cli.options import absolute_if_local
-from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, package_versions, read_record, write_record
+from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, package_versions, read_record
+from utils.cli.run_folder import RunFolder
 from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.sources import Sources
 
 DATA_DIR = "data"
+SHARD_FILES = f"{DATA_DIR}/train-*.parquet"
 STATE_DIR = ".shards"  # what is known of the shards in it; not published
 CHECKSUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 PREVIEW = "preview.png"
 CLASS_NAMES = "class_names.yaml"
 QUALITY_RECORD, QUALITY_PLOTS = "quality.json", "quality.png"
 DUPLICATE_PAIRS = "duplicates.png"  # not published: it shows real images
+RECORDS = (CHECKSUMS, PREVIEW, CLASS_NAMES, QUALITY_RECORD, QUALITY_PLOTS, GENERATION_CONFIG, RUN_CONFIG)
+PUBLISHED_FILES = (SHARD_FILES, *RECORDS, "README.md")
 
 
-def check_output_folder(output_dir: str | Path, settings: dict, num_images_per_class: int, overwrite: bool) -> None:
-    """Check that images of these settings may be added to a folder: it is new, empty, or was made with them.
+def open_output_folder(
+    output_dir: str | Path, settings: dict, num_images_per_class: int, overwrite: bool
+) -> RunFolder:  # fmt: skip
+    """Return the folder, after a check that images of these settings may be added: it is new, or was made with them.
 
     Raises:
         UserError: it was made with other settings (unless `overwrite`), holds more images, or is no synthetic set.
     """
-    folder = Path(output_dir)
-    if folder.is_file():
-        raise UserError(f"--output_dir {folder}: is a file; name a folder.")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not (folder / GENERATION_CONFIG).is_file():
+    folder = RunFolder(
+        Path(output_dir), "a synthetic set", settings, RUN_CONFIG, (GENERATION_CONFIG, "settings"), overwrite=overwrite
+    )
+    if folder.path.is_file():
+        raise UserError(f"--output_dir {folder.path}: is a file; name a folder.")
+    if not folder.is_begun and folder.path.is_dir() and any(folder.path.iterdir()):
         raise UserError(
-            f"--output_dir {folder}: is not empty and has no {GENERATION_CONFIG}, so it is no synthetic set; "
+            f"--output_dir {folder.path}: is not empty and has no {GENERATION_CONFIG}, so it is no synthetic set; "
             "name another folder (--overwrite_output_dir does not delete this one)."
         )
-    if overwrite:
-        return
-    record = read_record(folder / GENERATION_CONFIG)
-    made_with = record["settings"]
-    differing = [key for key in settings if made_with.get(key) != settings[key]]
-    if differing:
-        listed = "; ".join(f"{key} was {_short(made_with.get(key))}, now {_short(settings[key])}" for key in differing)
+    if overwrite or not folder.is_begun:
+        return folder
+    if differing := folder.differing_options():
         raise UserError(
-            f"--output_dir {folder}: was made with other settings ({listed}); "
+            f"--output_dir {folder.path}: was made with other settings ({'; '.join(differing)}); "
             "name another folder, or replace it with --overwrite_output_dir."
         )
-    if num_images_per_class < record["num_images_per_class"]:
+    num_there = read_record(folder.path / GENERATION_CONFIG)["num_images_per_class"]
+    if num_images_per_class < num_there:
         raise UserError(
-            f"--num_images_per_class {num_images_per_class}: '{folder}' is a set of "
-            f"{record['num_images_per_class']} a class, which can only grow; name another folder."
+            f"--num_images_per_class {num_images_per_class}: '{folder.path}' is a set of {num_there} a class, which "
+            "can only grow; name another folder."
         )
+    return folder
 
 
 def settings_fingerprint(settings: dict) -> str:
@@ -63,53 +66,50 @@ def settings_fingerprint(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def start_output_folder(
-    output_dir: str | Path, settings: dict, plan: GenerationPlan, sources: Sources, overwrite: bool
-) -> None:
-    """Write `generation_config.json`; with `overwrite`, first delete what a former run has made, and nothing else.
+def begin_set(folder: RunFolder, plan: GenerationPlan, sources: Sources) -> None:
+    """Write `generation_config.json` in the main process, and remove the temporary files of an interrupted run.
 
-    The card stays until the new one is merged with it: a person may have written in it.
-    """
-    folder = Path(output_dir)
-    if overwrite and (folder / GENERATION_CONFIG).is_file():
-        for name in (DATA_DIR, STATE_DIR):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        quality = QUALITY_RECORD, QUALITY_PLOTS, DUPLICATE_PAIRS
-        for name in (GENERATION_CONFIG, RUN_CONFIG, PREVIEW, CHECKSUMS, CLASS_NAMES, *quality):
-            (folder / name).unlink(missing_ok=True)
-    generator = sources.generator.source
-    record = {
-        "settings": settings,
-        "fingerprint": settings_fingerprint(settings),
-        "num_images_per_class": plan.num_images_per_class,
-        "num_images": plan.num_images,
-        "generator": {"id": absolute_if_local(generator.name), "revision": generator.revision},
-        "token": sources.token and sources.token.to_dict(),
-        "real_images": sources.real_images,
-        "class_names": sources.class_names,
-        "train_indices": sources.train_indices,
-        "package_versions": package_versions(),
-    }
-    write_record(folder / GENERATION_CONFIG, record)
-
-
-def check_folder_is_shared(output_dir: str | Path, fingerprint: str) -> None:
-    """Check that this process sees the record that the main one has written.
+    With `overwrite`, first delete what a former run has made, and nothing else. The card stays until the new one is
+    merged with it: a person may have written in it. All processes call this, and each sees what was written.
 
     Raises:
         UserError: it does not: it is on another machine, whose folder is another one.
     """
-    path = Path(output_dir) / GENERATION_CONFIG
-    if not path.is_file() or read_record(path)["fingerprint"] != fingerprint:
+    from accelerate import PartialState
+
+    state, generator = PartialState(), sources.generator.source
+    fingerprint = settings_fingerprint(folder.options)
+    state.wait_for_everyone()  # every process has checked the folder before the main one changes it
+    if state.is_main_process:
+        if folder.overwrite and folder.is_begun:
+            for name in (DATA_DIR, STATE_DIR):
+                shutil.rmtree(folder.path / name, ignore_errors=True)
+            for name in (*RECORDS, DUPLICATE_PAIRS):
+                (folder.path / name).unlink(missing_ok=True)
+        for path in (folder.path / DATA_DIR).glob(".*.tmp"):
+            path.unlink()
+        folder.begin(
+            fingerprint=fingerprint,
+            num_images_per_class=plan.num_images_per_class,
+            num_images=plan.num_images,
+            generator={"id": absolute_if_local(generator.name), "revision": generator.revision},
+            token=sources.token and sources.token.to_dict(),
+            real_images=sources.real_images,
+            class_names=sources.class_names,
+            train_indices=sources.train_indices,
+            package_versions=package_versions(),
+        )
+    state.wait_for_everyone()
+    if not folder.is_begun or read_record(folder.path / GENERATION_CONFIG)["fingerprint"] != fingerprint:
         raise UserError(
-            f"--output_dir {output_dir}: not all processes see the same folder; on several machines it must be on a "
+            f"--output_dir {folder.path}: not all processes see the same folder; on several machines it must be on a "
             "disk that they share."
         )
 
 
 @contextmanager
-def disk_full_is_said(output_dir: str | Path) -> Iterator[None]:
-    """Turn a full disk into one line.
+def report_disk_full(output_dir: str | Path) -> Iterator[None]:
+    """Turn a full disk within the block into one line.
 
     Raises:
         UserError: there is no room left.
@@ -123,7 +123,3 @@ def disk_full_is_said(output_dir: str | Path) -> Iterator[None]:
             f"--output_dir {output_dir}: no room is left on its disk ({error.strerror}); all finished shards are kept: "
             "make room and run the same command again."
         ) from None
-
-
-def _short(value: object) -> str:
-    return textwrap.shorten(repr(value), 80, placeholder=" ...")

@@ -5,19 +5,14 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Protocol
+
+from utils.cli.errors import UserError
+from utils.synthesis.prompts import Prompts
 
 # torch's CPU generator uses the lower 32 bits of a seed only: 26 of them for an image's number, 6 for its redraws
 NUMBER_BITS = 26
 MAX_IMAGES = 2**NUMBER_BITS // 2  # numbers run on behind the set's end, in the padding of its last batch
 MAX_REDRAWS = 2 ** (32 - NUMBER_BITS) - 1
-
-
-class Prompts(Protocol):
-    """What `utils/synthesis/prompts.py` has two kinds of."""
-
-    def prompt(self, label: int, class_index: int) -> str:
-        """Return the prompt of the `class_index`-th image of a class."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +35,9 @@ class GenerationPlan:
     `labels` are those of `num_classes` classes of which images are drawn. The class is the inner order (`index =
     class_index * len(labels) + position of the label`), so that a larger `num_images_per_class` only adds images at
     the end.
+
+    Raises:
+        UserError: there are more images than numbers for them.
     """
 
     num_classes: int
@@ -59,21 +57,21 @@ class GenerationPlan:
     def num_shards(self) -> int:
         return math.ceil(self.num_images / self.images_per_shard)
 
+    def __post_init__(self):
+        if self.num_images_per_class * self.num_classes > MAX_IMAGES:
+            raise UserError(
+                f"--num_images_per_class {self.num_images_per_class}: at most {MAX_IMAGES // self.num_classes:,} for "
+                f"{self.num_classes} classes."
+            )
+
     def image(self, index: int, redraw: int = 0) -> PlannedImage:
         """Return image number `index`, which may lie behind the set's end (padding of the last batch)."""
         class_index, position = divmod(index, len(self.labels))
         label = self.labels[position]
         # numbered among all classes: an image's seed does not depend on which of them are drawn
         number = redraw << NUMBER_BITS | class_index * self.num_classes + label
-        return PlannedImage(
-            index,
-            label,
-            class_index,
-            redraw,
-            self.prompts.prompt(label, class_index),
-            scramble(self.seed, number),
-            self._guidance_scale(index),
-        )
+        prompt, seed = self.prompts.prompt(label, class_index), scramble(self.seed, number)
+        return PlannedImage(index, label, class_index, redraw, prompt, seed, self._guidance_scale(index))
 
     def shard(self, number: int) -> range:
         """Return the image numbers of a shard; only the last one may be short."""

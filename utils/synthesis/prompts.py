@@ -1,18 +1,24 @@
-"""Which prompt image n of a class is drawn from: a function of class and number, without a list of images. No torch."""
+"""Which prompt image n of a class is drawn from, and how much of it the generator's text encoders read. No torch."""
 
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
+from typing import ClassVar
 
 from utils.cli.errors import UserError
 from utils.cli.parsing import read_text, suggestion
 from utils.data.class_names import list_names, match_class_names
-from utils.data.prompts import check_template, render_prompt
+from utils.data.prompts import check_template, render_prompt, token_text
+from utils.synthesis.generators import Generator
+from utils.synthesis.sources import Sources
+
+logger = logging.getLogger(__name__)
 
 PROMPT_SETS = ("single", "diverse")
 
@@ -25,6 +31,7 @@ LIGHTS = ("in soft light", "in bright light", "in dim light", "with strong shado
 
 STYLE_ENDING = re.compile(r"(?P<base>.*?)(?P<style>,? in the style of \{token\})?(?P<stop>[.\s]*)", re.DOTALL)
 NUM_EXAMPLES = 3
+PROMPTS_AT_A_TIME = 1000
 PROMPT_LINE = '{"label": "suv", "prompt": "a suv in the rain"}'
 
 
@@ -51,6 +58,7 @@ class TemplatePrompts:
     `nouns` are those of all classes in the order of the label ids; `token_text` is the placeholder, empty without one.
     """
 
+    flag: ClassVar[str] = "--prompt_templates"
     templates: tuple[str, ...]
     nouns: tuple[str, ...]
     token_text: str = ""
@@ -95,6 +103,7 @@ class CaptionPrompts:
     `captions` maps a label id to its captions, which may have `{class}` and `{token}`.
     """
 
+    flag: ClassVar[str] = "--prompts_file"
     captions: dict[int, tuple[str, ...]]
     nouns: tuple[str, ...]
     token_text: str = ""
@@ -125,14 +134,40 @@ class CaptionPrompts:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+Prompts = TemplatePrompts | CaptionPrompts
+
+
+def make_prompts(
+    sources: Sources, labels: Sequence[int], templates: Sequence[str] | None, prompt_set: str, prompts_file: str | None
+) -> tuple[Prompts, dict]:
+    """Return the prompts of a file, or of templates (those of the sources where none are given) and a prompt set.
+
+    With them comes what decides them, for the record.
+
+    Raises:
+        UserError: a template or the file is wrong.
+    """
+    # the placeholder once: diffusers itself expands it to all vectors
+    placeholder, _ = sources.placeholder
+    if prompts_file is not None:
+        prompts = read_prompts_file(prompts_file, sources.class_names, sources.prompt_nouns, labels, placeholder)
+        return prompts, {"prompts_file_sha256": prompts.sha256}
+    varied = []
+    for template in templates or sources.prompt_templates:
+        check_template(template, needs_token=placeholder is not None, flag="--prompt_templates")
+        varied += build_templates(prompt_set, template)
+    prompts = TemplatePrompts(tuple(varied), tuple(sources.prompt_nouns), placeholder or "")
+    return prompts, {"prompt_templates": varied}
+
+
 def read_prompts_file(
     path: str, class_names: Sequence[str], nouns: Sequence[str], labels: Sequence[int], placeholder: str | None
 ) -> CaptionPrompts:
     """Return the captions of a JSON Lines file, whose lines are as `{"label": "suv", "prompt": "a suv in the rain"}`.
 
     `label` is a class name, or a spelling of one as `match_class_names` has it; captions of classes that are not among
-    `labels` are checked and left out. `nouns` fills
-    `{class}`; `{token}` must be in each caption where there is a style token, whose `placeholder` fills it.
+    `labels` are checked and left out. `nouns` fills `{class}`; `{token}` must be in each caption where there is a style
+    token, whose `placeholder` fills it.
 
     Raises:
         UserError: the file cannot be read; a line is no such object, or its caption has a place too many or too few; a
@@ -159,9 +194,8 @@ def read_prompts_file(
     missing = [class_names[label] for label in labels if not captions[label]]
     if missing:
         raise UserError(f"{flag} has no prompt for {list_names(missing)}; right is at least one for each class.")
-    return CaptionPrompts(
-        {label: tuple(captions[label]) for label in sorted(captions)}, tuple(nouns), placeholder or ""
-    )
+    in_order = {label: tuple(captions[label]) for label in sorted(captions)}
+    return CaptionPrompts(in_order, tuple(nouns), placeholder or "")
 
 
 def _read_caption(where: str, line: str) -> tuple[str, str]:
@@ -177,6 +211,86 @@ def _read_caption(where: str, line: str) -> tuple[str, str]:
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where} prompt {prompt!r}: must be text.")
     return label, " ".join(prompt.split())
+
+
+def check_prompts_fit(
+    generator: Generator, prompts: Iterable[tuple[str, int]], placeholder: str | None, num_vectors: int,
+    flag: str = "--prompt_templates",
+) -> None:  # fmt: skip
+    """Check that the text encoder reads what matters of each prompt: all before a position, counted in characters.
+
+    One warning tells how many prompts are cut behind that position. `placeholder` counts as `num_vectors` tokens.
+
+    Raises:
+        UserError: a prompt is cut before its position; the message begins with `flag` and shows what would be left.
+    """
+    tokenizer, limit, expand = _load_prompt_tokenizer(generator, placeholder, num_vectors)
+    prompts, num_cut, example = iter(prompts), 0, ""
+    while batch := list(islice(prompts, PROMPTS_AT_A_TIME)):
+        texts = [expand(prompt) for prompt, _ in batch]
+        for ids, text, (prompt, position) in zip(tokenizer(texts, verbose=False).input_ids, texts, batch):
+            if len(ids) <= limit:
+                continue
+            left = _cut_text(tokenizer, text, limit)
+            if len(left) < len(expand(prompt[:position]).rstrip()):
+                raise UserError(
+                    f"{flag}: '{prompt}' has {len(ids)} tokens, the text encoder takes {limit} and would see '{left}' "
+                    "only, without all of the class name and the style token; shorten it or put these first."
+                )
+            num_cut, example = num_cut + 1, example or left
+    if num_cut:
+        logger.warning(
+            "%s: prompts longer than %d tokens are cut behind what matters: %d, for example to '%s'.",
+            flag, limit, num_cut, example,
+        )  # fmt: skip
+
+
+def count_prompt_tokens(
+    generator: Generator, prompts: Sequence[str], placeholder: str | None, num_vectors: int
+) -> list[int]:
+    """Return the tokens of each prompt with start and end; every vector of the style token counts as one."""
+    tokenizer, _, expand = _load_prompt_tokenizer(generator, placeholder, num_vectors)
+    return [len(ids) for ids in tokenizer([expand(prompt) for prompt in prompts], verbose=False).input_ids]
+
+
+def _load_prompt_tokenizer(generator: Generator, placeholder: str | None, num_vectors: int) -> tuple:
+    """Return the tokenizer of the text encoder that reads furthest, the number of tokens up to where it reads, and what
+    writes all tokens of the placeholder out in a prompt, as the pipeline does.
+
+    CLIP reads as many as its tokenizer says (77), others (T5) up to the pipeline's `max_sequence_length`.
+    """
+    import transformers
+
+    source, parameters, tokenizers = generator.source, generator.call_parameters, []
+    for name, (library, kind) in generator.parts.items():
+        if not name.startswith("tokenizer") or name.replace("tokenizer", "text_encoder") not in generator.parts:
+            continue
+        if library != "transformers":
+            raise UserError(f"{source.flag} {source.name}: its tokenizer, {kind}, is not one of transformers.")
+        options = source.load_options() | {"subfolder": name}
+        with source.reading("has no usable tokenizer", also=(ValueError,)):
+            tokenizer = getattr(transformers, kind).from_pretrained(source.name, **options)
+        is_cut_by_pipeline = not kind.startswith("CLIP") and "max_sequence_length" in parameters
+        limit = parameters["max_sequence_length"].default if is_cut_by_pipeline else tokenizer.model_max_length
+        tokenizers.append((tokenizer, limit))
+    if not tokenizers:
+        raise UserError(f"{source.flag} {source.name}: has no tokenizer with a text encoder.")
+    tokenizer, limit = max(tokenizers, key=lambda pair: pair[1])
+    if placeholder is None:
+        return tokenizer, limit, str
+    vectors = token_text(placeholder, num_vectors)
+    tokenizer.add_tokens(vectors.split())
+    return tokenizer, limit, lambda prompt: prompt.replace(placeholder, vectors)
+
+
+def _cut_text(tokenizer, text: str, limit: int) -> str:
+    """Return what is left of a text whose tokens are cut to `limit`, up to the first letter that is not read.
+
+    Not up to the last that is: a token of T5 for the space in front has the place of the letter behind it.
+    """
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
+    first_lost, _ = offsets[limit - tokenizer.num_special_tokens_to_add()]
+    return text[:first_lost].rstrip()
 
 
 def _needed_part(template: str, noun: str) -> str:

@@ -1,17 +1,159 @@
 """Shards drawn one after another: bad images are drawn again, and encoding and writing run beside the sampling."""
 
+import io
+import os
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from PIL import Image as PILImage
+from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
-from utils.synthesis.encoding import Encoders
+from utils.synthesis.output_folder import STATE_DIR
 from utils.synthesis.plan import PlannedImage
-from utils.synthesis.sampling import Sampler
+from utils.synthesis.sampling import Sampler, load_sampler
 from utils.synthesis.shards import Shards
+from utils.synthesis.sources import Sources
 
+NUM_THREADS = 2
+MAX_WAITING = 256  # images before encoding; at 512 pixels a side 200 MB
 MAX_LISTED = 10
+SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_AT_THE_END = 0.1
+
+
+def start_accelerator(mixed_precision: str | None) -> Accelerator:
+    """Return the `Accelerator`: which process this is, on which device, in which precision.
+
+    That is the one asked for here or of `accelerate launch`, else bf16 where there is a GPU that has it.
+
+    Raises:
+        UserError: the device does not have it.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = mixed_precision or launched
+    if mixed_precision is None and launched == "no" and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        precision = "bf16"
+    try:
+        # one process may still draw its last shard, or send it, when the others are done
+        return Accelerator(
+            mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))]
+        )
+    except ValueError as error:  # fp16 without a GPU, bf16 on one that has none
+        raise UserError(f"--mixed_precision {precision}: {error}") from None
+
+
+def draw_missing(
+    shards: Shards, sources: Sources, settings: dict, max_redraws: int, accelerator: Accelerator
+) -> tuple[int, float]:
+    """Draw this process's part of the missing shards; return how many images all of them draw, and the seconds here.
+
+    Shards are dealt to the processes by number. A set that lacks none loads no generator.
+
+    Raises:
+        UserError: what `Runner.make_shards` and `load_pipeline` raise.
+    """
+    [missing] = broadcast_object_list([shards.find_missing() if accelerator.is_main_process else None])
+    if not missing:
+        return 0, 0.0
+    process, num_processes = accelerator.process_index, accelerator.num_processes
+    mine, num_images = missing[process::num_processes], sum(len(shards.plan.shard(number)) for number in missing)
+    sampler = load_sampler(sources, settings, accelerator) if mine else None
+    progress = SharedProgress(shards.output_dir / STATE_DIR, process, num_processes, num_images)
+    accelerator.wait_for_everyone()  # counts of an earlier run are gone
+    started = time.perf_counter()
+    with Encoders(settings["image_format"], settings["image_quality"]) as encoders:
+        Runner(sampler, shards, encoders, max_redraws, progress.update).make_shards(mine)
+    progress.finish()
+    seconds = time.perf_counter() - started
+    accelerator.wait_for_everyone()
+    return num_images, seconds
+
+
+class Encoders:
+    """Threads that encode images. Who gives them too many waits until some are done."""
+
+    def __init__(self, image_format: str, quality: int):
+        self.image_format = image_format
+        self.quality = quality
+        self._threads = ThreadPoolExecutor(NUM_THREADS)
+        self._places = threading.BoundedSemaphore(MAX_WAITING)
+
+    def __enter__(self) -> "Encoders":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def submit(self, pixels: np.ndarray) -> Future:
+        """Return the future of the encoded `(height, width, 3)` uint8 pixels."""
+        self._places.acquire()
+        future = self._threads.submit(encode_image, pixels, self.image_format, self.quality)
+        future.add_done_callback(lambda _: self._places.release())
+        return future
+
+
+def encode_image(pixels: np.ndarray, image_format: str, quality: int) -> bytes:
+    """Return `(height, width, 3)` uint8 pixels as the bytes of an image file.
+
+    `quality`, 1 to 100, is that of a JPEG or WebP file; PNG is lossless.
+    """
+    buffer = io.BytesIO()
+    options = {} if image_format == "png" else {"quality": quality}
+    PILImage.fromarray(pixels).save(buffer, format=image_format, **options)
+    return buffer.getvalue()
+
+
+class SharedProgress:
+    """A bar on the main process over what all processes have drawn."""
+
+    def __init__(self, folder: Path, process_index: int, num_processes: int, total: int):
+        self.folder = folder
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.num_done = 0
+        self._looked_at = 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path(process_index).unlink(missing_ok=True)  # of an earlier run
+        self.bar = tqdm(total=total, desc="synthetic images", unit="image", disable=process_index != 0)
+
+    def update(self, count: int) -> None:
+        """Add images that this process has drawn."""
+        self.num_done += count
+        if time.monotonic() - self._looked_at < SECONDS_BETWEEN_LOOKS:
+            return
+        self._looked_at = time.monotonic()
+        self._show()
+
+    def finish(self) -> None:
+        """Say that this process has done its share; the main one shows the others' until they have done theirs."""
+        self._show()
+        while self.process_index == 0 and self.bar.n < self.bar.total:
+            time.sleep(SECONDS_AT_THE_END)
+            self._show()
+        self.bar.close()
+
+    def _show(self) -> None:
+        if self.process_index != 0:
+            self._path(self.process_index).write_text(str(self.num_done))
+            return
+        others = [self._path(index) for index in range(1, self.num_processes)]
+        # a count is empty while it is written
+        counts = [int(path.read_text() or 0) for path in others if path.exists()]
+        self.bar.update(max(self.num_done + sum(counts) - self.bar.n, 0))
+
+    def _path(self, process_index: int) -> Path:
+        return self.folder / f"drawn-{process_index}"
 
 
 @dataclass

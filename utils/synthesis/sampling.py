@@ -1,35 +1,91 @@
-"""Sampling: prompts and seeds into checked pixels, one noise generator an image."""
+"""Sampling: the pipeline with its style token loaded, prompts and seeds into checked pixels."""
 
 import inspect
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, AutoPipelineForText2Image, DiffusionPipeline, UNet2DConditionModel
 
 from utils.cli.errors import UserError
-from utils.synthesis.checks import find_problems
+from utils.style.families import FAMILIES, OTHER, OWN_SCHEDULER, WITH_STYLE_TOKENS, Family
+from utils.style.pipeline_files import PROBLEMS
+from utils.style.token import load_learned_embeds
+from utils.synthesis.generators import Generator
+from utils.synthesis.sources import Sources, StyleToken
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# what `encode_prompt` returns, in its order, by the names with which the pipeline takes it; LIBRARIES: it differs from
-# pipeline to pipeline, so that others get their prompts as text
-SD_EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds")
-POOLED_EMBEDDINGS = (*SD_EMBEDDINGS, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-EMBEDDINGS = {
-    "StableDiffusionPipeline": SD_EMBEDDINGS,
-    "StableDiffusionXLPipeline": POOLED_EMBEDDINGS,
-    "StableDiffusion3Pipeline": POOLED_EMBEDDINGS,
-    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds"),
-}
 CACHE_BYTES = 2**30
 CONVOLUTIONAL = (UNet2DConditionModel, AutoencoderKL)
+MAX_LEVELS_APART = 1  # of 255, in a constant image
 
 # the arguments of a pipeline's call that stand for a prompt, each `(1, ...)`
 Embeddings = dict[str, torch.Tensor]
+
+
+def load_pipeline(
+    generator: Generator, token: StyleToken | None, scheduler: str, dtype: torch.dtype, device: torch.device
+) -> DiffusionPipeline:
+    """Return the pipeline with the style token in its vocabulary and the scheduler built from its own config.
+
+    Its VAE is in float32 where it overflows in float16. A safety checker stays. Only safetensors are loaded.
+
+    Raises:
+        UserError: a part of the pipeline cannot be loaded; the token does not fit it.
+    """
+    source = generator.source
+    if token is not None and not generator.family.takes_style_tokens:
+        titles = [family.title for family in WITH_STYLE_TOKENS.values()]
+        raise UserError(
+            f"--learned_embeds {token.id}: {source.name} is a {generator.pipeline_class}, which takes no style tokens; "
+            f"they are for {' and '.join(titles)}."
+        )
+    dtypes = {"default": dtype}
+    # the VAE's class says true where its config says nothing; bfloat16 has the range of float32
+    if dtype == torch.float16 and "vae" in generator.parts and generator.config("vae").get("force_upcast", True):
+        dtypes["vae"] = torch.float32
+    # of parts that have both, diffusers then loads this one, too
+    variant = next((variant for variant in generator.variants.values() if variant), None)
+    with source.reading("its pipeline cannot be loaded from safetensors", also=PROBLEMS):
+        pipe = AutoPipelineForText2Image.from_pretrained(
+            source.name, dtype=dtypes, use_safetensors=True, variant=variant, **source.load_options()
+        )
+        pipe.to(device)  # of weights that were missing there is nothing to move
+    if "vae" in dtypes:
+        for part in pipe.vae.children():
+            part.register_forward_pre_hook(_in_float32)
+    if token is not None:
+        _add_style_token(pipe, generator.family, token)
+    if scheduler != OWN_SCHEDULER:
+        pipe.scheduler = generator.scheduler.make(scheduler)
+    return pipe.to(device)
+
+
+def _in_float32(part, arguments: tuple) -> tuple:
+    """Cast what goes into a part of the VAE: most pipelines hand it latents of their own precision."""
+    return tuple(value.float() if value.is_floating_point() else value for value in arguments)
+
+
+def _add_style_token(pipe: DiffusionPipeline, family: Family, token: StyleToken) -> None:
+    parts = [(getattr(pipe, each.tokenizer), getattr(pipe, each.part)) for each in family.text_encoders]
+    rows = load_learned_embeds(token.path)
+    shapes = [tuple(value.shape) for value in rows]
+    wanted = [(token.num_vectors, text_encoder.config.hidden_size) for _, text_encoder in parts]
+    if shapes != wanted:
+        raise UserError(
+            f"--learned_embeds {token.id}: has embeddings of shape {shapes}, the text encoders take {wanted}; choose "
+            "a token that was learned for this generator."
+        )
+    for value, (tokenizer, text_encoder) in zip(rows, parts):
+        pipe.load_textual_inversion(
+            value, token=token.placeholder_token, tokenizer=tokenizer, text_encoder=text_encoder
+        )
 
 
 class PromptCache:
@@ -43,7 +99,7 @@ class PromptCache:
     def __init__(self, pipe: DiffusionPipeline, negative_prompt: str, max_bytes: int = CACHE_BYTES):
         self.pipe = pipe
         self.negative_prompt = negative_prompt
-        self.names = EMBEDDINGS[type(pipe).__name__]
+        self.names = FAMILIES[type(pipe).__name__].prompt_embeddings
         self.free_bytes = max_bytes
         self.kept: dict[str, Embeddings] = {}
         self.negative: Embeddings = {}
@@ -94,22 +150,16 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        *,
-        resolution: int,
-        num_inference_steps: int,
-        negative_prompt: str = "",
-        num_at_a_time: int,
-        compile_model: bool = False,
-        compile_backend: str = "inductor",
-    ):
+        self, pipe: DiffusionPipeline, *, resolution: int, num_inference_steps: int, num_at_a_time: int,
+        negative_prompt: str = "", compile_model: bool = False, compile_backend: str = "inductor",
+    ):  # fmt: skip
         self.pipe = pipe
         self.negative_prompt = negative_prompt
         self.num_at_a_time = num_at_a_time
         self.settings = {"height": resolution, "width": resolution, "num_inference_steps": num_inference_steps}
-        self.cache = PromptCache(pipe, negative_prompt) if type(pipe).__name__ in EMBEDDINGS else None
-        self.parameters = inspect.signature(pipe.__call__).parameters
+        self.family = FAMILIES.get(type(pipe).__name__, OTHER)
+        # what `encode_prompt` returns differs from pipeline to pipeline: others get their prompts as text
+        self.cache = PromptCache(pipe, negative_prompt) if self.family.prompt_embeddings else None
         pipe.set_progress_bar_config(disable=True)
         for part in pipe.components.values():
             # a gain for convolutions in half precision on a GPU; on a CPU it cost 0 to 5 % of a run
@@ -167,9 +217,7 @@ class Sampler:
 
     def _prompt_arguments(self, prompts: list[str], guidance_scale: float) -> dict:
         if self.cache is not None:
-            return self.cache.batch(
-                prompts, with_negative=guidance_scale > 1 and "true_cfg_scale" not in self.parameters
-            )
+            return self.cache.batch(prompts, with_negative=guidance_scale > 1 and self.family.negative_prompts)
         if self.negative_prompt:
             return {"prompt": prompts, "negative_prompt": [self.negative_prompt] * len(prompts)}
         return {"prompt": prompts}
@@ -186,6 +234,43 @@ class Sampler:
         self.num_at_a_time //= 2
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
+
+
+def load_sampler(sources: Sources, settings: dict, accelerator: Accelerator) -> Sampler:
+    """Load the generator with the style token onto this process's device; `settings` are those of the set."""
+    dtype = DTYPES[accelerator.mixed_precision]
+    pipe = load_pipeline(sources.generator, sources.token, settings["scheduler"], dtype, accelerator.device)
+    names = ("resolution", "num_inference_steps", "negative_prompt")
+    return Sampler(
+        pipe, **{name: settings[name] for name in names}, num_at_a_time=settings["batch_size"],
+        compile_model=settings["torch_compile"],
+    )  # fmt: skip
+
+
+def find_problems(pixels: torch.Tensor, flags: list[bool]) -> tuple[torch.Tensor, list[str | None]]:
+    """Return a batch's levels, and for each image what is wrong with it: None for a good one.
+
+    `pixels` are `(batch, 3, height, width)` in [0, 1], of any dtype on any device; the levels are uint8 there, rounded
+    to the nearest. `flags` is the safety checker's word. Only an image whose channels are each equal to within one of
+    255 levels counts as constant: dark or pale images are real. An image that is no number has undefined levels.
+    """
+    # not in half precision, which has fewer levels than a byte
+    levels = (pixels.float() * 255).round()
+    highest, lowest = levels.amax((2, 3)), levels.amin((2, 3))
+    # one copy to the host for all figures; NaN and infinity show in the sums of extremes
+    figures = torch.stack([highest.amax(1), (highest - lowest).amax(1)]).tolist()
+    problems = [_describe(*values, flagged) for *values, flagged in zip(*figures, flags, strict=True)]
+    return levels.nan_to_num(0).to(torch.uint8), problems
+
+
+def _describe(highest: float, spread: float, flagged: bool) -> str | None:
+    if flagged:
+        return "flagged by the safety checker"
+    if not math.isfinite(spread):
+        return "not a number"
+    if spread > MAX_LEVELS_APART:
+        return None
+    return "black" if highest <= MAX_LEVELS_APART else "constant"
 
 
 @contextmanager

@@ -112,21 +112,30 @@ class Shards:
             footer = json.loads(metadata.metadata.get(FOOTER_KEY, b"{}"))
         except (OSError, pa.ArrowException):
             return False
-        return (footer.get("fingerprint"), footer.get("shard"), metadata.num_rows) == (
-            self.fingerprint,
-            number,
-            len(self.plan.shard(number)),
-        )
+        expected = self.fingerprint, number, len(self.plan.shard(number))
+        return (footer.get("fingerprint"), footer.get("shard"), metadata.num_rows) == expected
 
     def find_finished(self) -> list[str]:
         """Return the paths, in the folder, of the finished shards."""
         return [shard_name(number) for number in range(self.plan.num_shards) if self.is_finished(number)]
 
-    def find_strangers(self) -> list[Path]:
-        """Return files that readers would take for shards of the set and that are none."""
-        ours = {shard_name(number) for number in range(self.plan.num_shards)}
-        there = sorted((self.output_dir / DATA_DIR).glob("train-*"))
-        return [path for path in there if path.relative_to(self.output_dir).as_posix() not in ours]
+    def describe_progress(self) -> str:
+        """Say how many shards are finished."""
+        return f"{len(self.find_finished())} of {self.plan.num_shards} shards are finished and kept"
+
+    def check_no_foreign_files(self) -> None:
+        """Check that the folder has no files that `load_dataset` would mix into the set.
+
+        Raises:
+            UserError: it has; the message names the first.
+        """
+        ours = {self.path(number) for number in range(self.plan.num_shards)}
+        for path in sorted((self.output_dir / DATA_DIR).glob("train-*")):
+            if path not in ours:
+                raise UserError(
+                    f"--output_dir {self.output_dir}: {path} is no shard of this set and would be loaded with it; "
+                    "move it away."
+                )
 
     def summarise(self) -> dict:
         """Return what the footers of the finished shards say: redraws of each class, and the batches really drawn.
@@ -147,11 +156,6 @@ class Shards:
             f"{self._read_note(number)['sha256']}  {shard_name(number)}\n" for number in range(self.plan.num_shards)
         ]
         write_text(self.output_dir / CHECKSUMS, "".join(lines))
-
-    def remove_leftovers(self) -> None:
-        """Remove the temporary files of an interrupted run."""
-        for path in (self.output_dir / DATA_DIR).glob(".*.tmp"):
-            path.unlink()
 
     def _note(self, number: int, path: Path, sha256: str) -> None:
         stat = path.stat()
@@ -174,20 +178,6 @@ class Shards:
         path = self.output_dir / CHECKSUMS
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
-
-
-def check_no_strangers(shards: Shards) -> None:
-    """Check that the folder has no files that `load_dataset` would mix into the set.
-
-    Raises:
-        UserError: it has; the message names the first.
-    """
-    strangers = shards.find_strangers()
-    if strangers:
-        raise UserError(
-            f"--output_dir {shards.output_dir}: {strangers[0]} is no shard of this set and would be loaded with it; "
-            "move it away."
-        )
 
 
 def _sha256(path: Path) -> str:

@@ -7,14 +7,13 @@ from pathlib import Path
 
 from utils.cli.errors import UserError
 from utils.cli.options import absolute_if_local
+from utils.cli.parsing import suggestion
 from utils.cli.records import DSI_CONFIG, read_record
 from utils.data.arguments import RealDataArguments
-from utils.data.class_names import prompt_nouns, read_class_names, read_class_names_file
+from utils.data.class_names import match_class_names, prompt_nouns, read_class_names, read_class_names_file
 from utils.data.prompts import DSI_TEMPLATE, PLAIN_TEMPLATE
 from utils.hub.repositories import open_source
-from utils.synthesis.generators import Generator, check_scheduler, open_generator
-from utils.synthesis.plan import MAX_IMAGES, GenerationPlan
-from utils.synthesis.prompt_limits import check_prompts_fit
+from utils.synthesis.generators import Generator, open_generator
 
 LEARNED_EMBEDS = "learned_embeds.safetensors"
 TOKEN = "a style token of train_dsi.py"
@@ -65,12 +64,9 @@ class Sources:
 
 
 def read_token_sources(
-    learned_embeds: str,
-    revision: str | None = None,
-    use_style_token: bool = True,
-    class_names_file: str | None = None,
+    learned_embeds: str, revision: str | None = None, use_style_token: bool = True, class_names_file: str | None = None,
     hub_token: str | None = None,
-) -> Sources:
+) -> Sources:  # fmt: skip
     """Return the sources that a style token's record names; without `use_style_token`, all of them but the token.
 
     Nouns of `class_names_file` take the place of those that the token was trained with.
@@ -87,13 +83,9 @@ def read_token_sources(
     try:
         base_model, trained_with = record["base_model"], dict(zip(class_names, record["prompt_nouns"]))
         chosen = read_class_names_file(class_names_file, class_names) if class_names_file else {}
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         token = StyleToken(
-            id=learned_embeds,
-            revision=source.revision,
-            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-            placeholder_token=record["placeholder_token"],
-            num_vectors=record["num_vectors"],
-            path=path,
+            learned_embeds, source.revision, sha256, record["placeholder_token"], record["num_vectors"], path
         )
         return Sources(
             generator=open_generator(
@@ -103,22 +95,19 @@ def read_token_sources(
             prompt_nouns=prompt_nouns(class_names, trained_with | chosen),
             chosen_nouns=set(chosen),
             real_images=record["real_images"],
+            resolution=record["resolution"],
             prompt_templates=_class_templates(record) if use_style_token else [PLAIN_TEMPLATE],
             token=token if use_style_token else None,
             train_indices=record.get("train_indices") if use_style_token else None,
-            resolution=record["resolution"],
         )
     except KeyError as error:
         raise UserError(f"--learned_embeds {learned_embeds}: its {DSI_CONFIG} has no {error}.") from None
 
 
 def read_plain_sources(
-    pretrained_model_name_or_path: str,
-    revision: str | None,
-    real_data: RealDataArguments | None,
-    class_names_file: str | None = None,
-    hub_token: str | None = None,
-) -> Sources:
+    pretrained_model_name_or_path: str, revision: str | None, real_data: RealDataArguments | None,
+    class_names_file: str | None = None, hub_token: str | None = None,
+) -> Sources:  # fmt: skip
     """Return the sources for images without a style token: a generator, and class names.
 
     They are those of a real set, or, without one, those of `class_names_file` in the order of their label ids.
@@ -140,40 +129,40 @@ def read_plain_sources(
         if not class_names:
             raise UserError(f"--dataset_name {images.record.name}: its label column has no class names.")
         chosen = read_class_names_file(class_names_file, class_names) if class_names_file else {}
+    nouns = prompt_nouns(class_names, chosen)
     return Sources(
-        generator,
-        class_names,
-        prompt_nouns(class_names, chosen),
-        set(chosen),
-        record,
-        generator.native_resolution,
-        [PLAIN_TEMPLATE],
-    )
+        generator, class_names, nouns, set(chosen), record, generator.native_resolution, [PLAIN_TEMPLATE]
+    )  # fmt: skip
+
+
+def find_labels(classes: list[str] | None, excluded: list[str] | None, class_names: list[str]) -> tuple[int, ...]:
+    """Return the labels of --classes, of all classes when it is not given, without --exclude_classes; in label order.
+
+    Raises:
+        UserError: there is no such class, or it is not clear which one is meant; a class is in both; none is left.
+    """
+    left_out = _find_classes(excluded or [], class_names, "--exclude_classes")
+    chosen = set(class_names) - left_out
+    if classes is not None:
+        chosen = _find_classes(classes, class_names, "--classes")
+        if chosen & left_out:
+            raise UserError(
+                f"--classes {' '.join(sorted(chosen & left_out))}: also in --exclude_classes (of the flags or the "
+                "recipe); name a class in one of the two."
+            )
+    if not chosen:
+        raise UserError(f"--exclude_classes {' '.join(excluded)}: no class is left to draw.")
+    return tuple(label for label, name in enumerate(class_names) if name in chosen)
+
+
+def _find_classes(names: list[str], class_names: list[str], flag: str) -> set[str]:
+    matched = match_class_names(names, class_names, flag, is_unique=False)
+    for name in names:
+        if name not in matched:
+            raise UserError(f"{flag} {name}: no such class{suggestion(name, class_names)}.")
+    return set(matched.values())
 
 
 def _class_templates(record: dict) -> list[str]:
     """Return those of a token's templates that have a place for the class name, which images are drawn for."""
     return [template for template in record.get("prompt_templates", []) if "{class}" in template] or [DSI_TEMPLATE]
-
-
-def check_generator_takes(settings: dict, sources: Sources, plan: GenerationPlan, prompts_flag: str) -> None:
-    """Check that the generator takes the settings and reads what matters of the prompts. Loads tokenizers only.
-
-    Raises:
-        UserError: it does not; the message names the flag.
-    """
-    generator, step = sources.generator, sources.generator.resolution_step
-    if settings["resolution"] % step:
-        raise UserError(f"--resolution {settings['resolution']}: must be a multiple of {step} for this generator.")
-    if settings["negative_prompt"] and not generator.takes_negative_prompt:
-        raise UserError(
-            f"--negative_prompt '{settings['negative_prompt']}': {generator.pipeline_class} takes none; leave it out."
-        )
-    if plan.num_images_per_class * plan.num_classes > MAX_IMAGES:
-        raise UserError(
-            f"--num_images_per_class {plan.num_images_per_class}: at most {MAX_IMAGES // plan.num_classes:,} for "
-            f"{plan.num_classes} classes."
-        )
-    check_scheduler(generator, settings["scheduler"], settings["num_inference_steps"])
-    _ = generator.variants  # weights that cannot be loaded are found here
-    check_prompts_fit(generator, plan.prompts.longest(), *sources.placeholder, prompts_flag)

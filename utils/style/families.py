@@ -1,0 +1,84 @@
+"""Families of text-to-image pipelines: what is true of a whole family and no config says, in one table. No torch.
+
+A new family is an entry here. For one that takes style tokens, `base_models.py` loads its parts for training and
+`prompt_encoder.py` encodes prompts as its pipeline does.
+"""
+
+from dataclasses import dataclass
+
+OWN_SCHEDULER = "default"  # the one that the pipeline comes with
+FAST_SCHEDULER = "DPMSolverMultistepScheduler"
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder that a style token is learned in: the names of its part and tokenizer, and its class.
+
+    `rows` is what the token's rows for it are called in a file with those of several encoders, as other trainers do.
+    """
+
+    part: str
+    tokenizer: str
+    class_name: str
+    rows: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """Pipelines of one class.
+
+    `text_encoders` are those that a style token is learned in, none where the family takes no tokens.
+    `prompt_embeddings` is what `encode_prompt` returns, in its order, by the names with which the pipeline's call takes
+    it; without them prompts are given as text. `negative_prompts` says whether `guidance_scale` leads away from a
+    negative prompt; None: the parameters of the call tell. `latents_a_side` is the native size where the denoiser's
+    config has none. `default_scheduler` is taken for models that were made for many steps and trained with its noise.
+    `scales_model_input` says whether the pipeline uses a scheduler as Stable Diffusion's do, and
+    `normalizes_latents` whether it uses the mean and deviation of latents that a VAE's config may have.
+    """
+
+    title: str = "other"
+    text_encoders: tuple[TextEncoder, ...] = ()
+    prompt_embeddings: tuple[str, ...] = ()
+    negative_prompts: bool | None = None
+    latents_a_side: int | None = None
+    default_scheduler: str = OWN_SCHEDULER
+    scales_model_input: bool = False
+    normalizes_latents: bool = False
+
+    @property
+    def takes_style_tokens(self) -> bool:
+        return bool(self.text_encoders)
+
+    def row_names(self, placeholder_token: str) -> list[str]:
+        """Return what the rows of each text encoder are called in a token's file."""
+        several = len(self.text_encoders) > 1
+        return [encoder.rows if several else placeholder_token for encoder in self.text_encoders]
+
+
+CLIP_L = TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", "clip_l")
+CLIP_G = TextEncoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", "clip_g")
+EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds")
+POOLED_EMBEDDINGS = (*EMBEDDINGS, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+# by class of the pipeline
+FAMILIES = {
+    "StableDiffusionPipeline": Family(
+        title="Stable Diffusion 1.x and 2.x", text_encoders=(CLIP_L,), prompt_embeddings=EMBEDDINGS,
+        negative_prompts=True, default_scheduler=FAST_SCHEDULER, scales_model_input=True,
+    ),
+    "StableDiffusionXLPipeline": Family(
+        title="Stable Diffusion XL", text_encoders=(CLIP_L, CLIP_G), prompt_embeddings=POOLED_EMBEDDINGS,
+        negative_prompts=True, default_scheduler=FAST_SCHEDULER, scales_model_input=True, normalizes_latents=True,
+    ),
+    "StableDiffusion3Pipeline": Family(
+        title="Stable Diffusion 3", prompt_embeddings=POOLED_EMBEDDINGS, negative_prompts=True
+    ),
+    # its denoiser takes the guidance scale as an input, and any size: 128 is written into the pipeline
+    "FluxPipeline": Family(
+        title="FLUX", prompt_embeddings=("prompt_embeds", "pooled_prompt_embeds"), negative_prompts=False,
+        latents_a_side=128,
+    ),
+}  # fmt: skip
+OTHER = Family()
+WITH_STYLE_TOKENS = {kind: family for kind, family in FAMILIES.items() if family.takes_style_tokens}
+ROW_NAMES = tuple(dict.fromkeys(encoder.rows for family in FAMILIES.values() for encoder in family.text_encoders))
