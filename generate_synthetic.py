@@ -18,11 +18,10 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from utils.cli.commands import public_command
-from utils.cli.errors import UserError, run_script
-from utils.cli.interruptions import ending_cleanly
+from utils.cli.errors import UserError, graceful_interrupt, run_script
 from utils.cli.options import resolve_options, without_effect
 from utils.cli.parsing import ScriptArgumentParser, suggestion
+from utils.cli.processes import public_command
 from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, write_run_config
 from utils.data.arguments import RealDataArguments
 from utils.data.class_folders import check_output_outside, check_real_images_given
@@ -503,7 +502,7 @@ def main(argv=None) -> dict:
     def advice() -> str:
         return f"{len(shards.find_finished())} of {plan.num_shards} shards are finished and kept; go on with: {command}"
 
-    with ending_cleanly(advice), disk_full_is_said(output_dir):
+    with graceful_interrupt(advice), disk_full_is_said(output_dir):
         accelerator.wait_for_everyone()  # every process has checked the folder before the main one changes it
         if is_main_process:
             start_output_folder(output_dir, settings, plan, sources, output_args.overwrite_output_dir)

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import free_options, resolve_options, without_effect
 from utils.cli.parsing import ScriptArgumentParser
+from utils.cli.processes import public_command
 from utils.cli.records import DSI_CONFIG, read_record
 from utils.cli.run_folder import RunFolder
 from utils.data.arguments import RealDataArguments

@@ -20,8 +20,8 @@ from generate_synthetic import find_labels, main
 from tests.conftest import CLASS_NAMES
 from tests.local_hub.faults import Fault
 from tests.synthesis.tokens import PLACEHOLDER, save_token, shard_hashes
-from utils.cli.commands import public_command
 from utils.cli.errors import UserError
+from utils.cli.processes import public_command
 from utils.data.prompts import token_text
 from utils.hub import growing, retries
 from utils.synthesis.encoding import encode_image

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.cli.errors import UserError
+from utils.cli.parsing import check_ranges
 from utils.cli.processes import warn_once
-from utils.cli.ranges import check_ranges
 from utils.data.arguments import RealDataArguments
 from utils.data.class_names import sort_class_names
 from utils.data.folder_layouts import FolderSet, read_local_set, read_train_dirs
