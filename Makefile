@@ -10,7 +10,7 @@ help:
 	@echo "make demo       the whole pipeline on real images, on two CPU cores, in minutes"
 	@echo "make demo-full  the table of the README: an hour and a half, resumes when run again"
 	@echo "make reproduce  RECIPE=cars MODEL=resnet18: the paper's experiment, resumable; DRY_RUN=1 prints what it takes"
-	@echo "                (RECIPE: folders of recipes/; MODEL: recipes/models.yaml; NUM_IMAGES=1000 CONTROL=1 CONFIG=...)"
+	@echo "                (RECIPE: recipes/sets.yaml; MODEL: recipes/models.yaml; NUM_IMAGES=1000 CONTROL=1 CONFIG=...)"
 	@echo "make check-recipes  whether the recipes' image sets on the Hub are as the recipes say; needs a network, no images"
 	@echo "make test       the test suite"
 	@echo "make soak       the checks that take too long for it"

@@ -19,10 +19,10 @@ from pathlib import Path
 import transformers
 from transformers import TrainingArguments
 
-from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import resolve_options
 from utils.cli.parsing import ScriptArgumentParser
+from utils.cli.processes import public_command
 from utils.cli.records import COMPARISON, image_set_name, write_record, write_run_config
 from utils.comparison.arguments import (
     ComparedImagesArguments,

@@ -15,11 +15,10 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 
-from utils.cli.commands import public_command
-from utils.cli.errors import UserError, run_script
-from utils.cli.interruptions import ending_cleanly
+from utils.cli.errors import UserError, graceful_interrupt, run_script
 from utils.cli.options import resolve_options, without_effect
 from utils.cli.parsing import ScriptArgumentParser
+from utils.cli.processes import public_command
 from utils.cli.records import write_run_config
 from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given
 from utils.data.class_names import list_names
@@ -329,7 +328,10 @@ def main(argv=None) -> dict:
         shards.check_no_foreign_files()
 
     command = public_command("generate_synthetic.py", argv)
-    with ending_cleanly(lambda: f"{shards.describe_progress()}; go on with: {command}"), report_disk_full(output_dir):
+    with (
+        graceful_interrupt(lambda: f"{shards.describe_progress()}; go on with: {command}"),
+        report_disk_full(output_dir),
+    ):
         begin_set(folder, plan, sources)
         uploading = nullcontext()
         if hub_target is not None and accelerator.is_main_process:

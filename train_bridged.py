@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import absolute_if_local, free_options, resolve_options
 from utils.cli.parsing import ScriptArgumentParser
+from utils.cli.processes import public_command
 from utils.cli.records import (
     ALL_RESULTS,
     BRIDGED_CONFIG,

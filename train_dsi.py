@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from utils.cli.commands import public_command
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import free_options, resolve_options, without_effect
 from utils.cli.parsing import ScriptArgumentParser
+from utils.cli.processes import public_command
 from utils.cli.records import DSI_CONFIG, read_record
 from utils.cli.run_folder import CHECKPOINTS, RunFolder
 from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given

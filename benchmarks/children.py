@@ -2,9 +2,11 @@
 
 import os
 import re
+import statistics
 import subprocess
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +44,17 @@ class Child:
         """Return the seconds from the first drawing of a bar to its last one, when it is closed."""
         ticks = self.bars[description, total]
         return ticks[-1].seconds - ticks[0].seconds
+
+
+def median_peaks(runs: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Return the medians of several runs' peaks, in MiB."""
+    runs = list(runs)
+    return {name: statistics.median(peaks[name] for peaks in runs) for name in runs[0]}
+
+
+def gpu_column(peaks: dict[str, float]) -> dict[str, str]:
+    """Return the column of a table's row that is there on a GPU only."""
+    return {"GPU memory, GiB": f"{peaks['device'] / 1024:.1f}"} if peaks["device"] else {}
 
 
 def run_child(command: list[str], log_path: Path, environment: dict[str, str]) -> Child:

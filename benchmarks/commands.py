@@ -1,11 +1,40 @@
-"""The command of train_dsi.py in a benchmark, and what any command runs with."""
+"""The command lines of the benchmarks, the commands that they measure, and what those run with."""
 
+import argparse
 import sys
 from pathlib import Path
+
+import torch
 
 SCRIPT = Path(__file__).parents[1] / "train_dsi.py"
 TRAINING_BAR = "style token"
 ENCODING_BAR = "encoding images"
+
+
+def make_parser(description: str, rounds: int | None = None) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark, with `--rounds` and `--device` where it runs programs in turn."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="try it, at small size where it has one; write nothing")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help="runs of each program")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    return parser
+
+
+def parse_with_checkout(parser: argparse.ArgumentParser, library: str, version: str, script: str):
+    """Return the arguments, with one for a checkout of a library's repository, and the path of its `script` there."""
+    parser.add_argument(f"--{library}", type=Path, default=Path(library), help="checkout of its repository")
+    args = parser.parse_args()
+    checkout = getattr(args, library)
+    if not (checkout / script).exists():
+        clone = f"git clone --depth 1 --branch {version} https://github.com/huggingface/{library}"
+        parser.error(f"--{library} {checkout}: has no {script}; get it with: {clone}")
+    return args, checkout / script
+
+
+def python_command(script: str | Path, flags: dict) -> list[str]:
+    return [sys.executable, str(script), *(f"--{name}={value}" for name, value in flags.items())]
 
 
 def our_command(pipeline_dir: Path, parquet_dir: Path, work_dir: Path, **flags) -> list[str]:
@@ -15,7 +44,7 @@ def our_command(pipeline_dir: Path, parquet_dir: Path, work_dir: Path, **flags) 
         "latent_cache_dir": work_dir / "latents", "output_dir": work_dir / "style", "overwrite_output_dir": True,
         "report_to": "none",
     }  # fmt: skip
-    return [sys.executable, str(SCRIPT), *(f"--{name}={value}" for name, value in flags.items())]
+    return python_command(SCRIPT, flags)
 
 
 def environment_of(work_dir: Path, device: str, num_threads: int = 1) -> dict[str, str]:

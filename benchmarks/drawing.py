@@ -1,12 +1,12 @@
 """What the benchmarks of generate_synthetic.py draw, as its command and as that of the loop that others write."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from benchmarks import peer_loop
+from benchmarks.commands import python_command
 from benchmarks.pipelines import DEMO_DIR, QUICK, SD15, save_pipeline
 
 SCRIPT = Path(__file__).parents[1] / "generate_synthetic.py"
@@ -41,16 +41,15 @@ class Case:
             "pretrained_model_name_or_path": self.pipeline_dir, "output_dir": work_dir / "set", "scheduler": "default",
             "image_format": "png", "images_per_shard": self.images_per_shard,
         }  # fmt: skip
-        start = [sys.executable]
-        if num_processes > 1:
-            accelerate = Path(sys.executable).with_name("accelerate")
-            start = [str(accelerate), *LAUNCH, "--num_processes", str(num_processes)]
-        return [*start, str(SCRIPT), *(f"--{name}={value}" for name, value in flags.items())]
+        python, *command = python_command(SCRIPT, flags)
+        if num_processes == 1:
+            return [python, *command]
+        return [str(Path(python).with_name("accelerate")), *LAUNCH, "--num_processes", str(num_processes), *command]
 
     def peer_command(self, work_dir: Path) -> list[str]:
         """Return a command that draws as many images of the same classes into `work_dir`/loop."""
         flags = self._shared_flags(work_dir) | {"pipeline_dir": self.pipeline_dir, "output_dir": work_dir / "loop"}
-        return [sys.executable, peer_loop.__file__, *(f"--{name}={value}" for name, value in flags.items())]
+        return python_command(peer_loop.__file__, flags)
 
     def _shared_flags(self, work_dir: Path) -> dict:
         names = work_dir / "names.txt"

@@ -5,7 +5,6 @@
 Every pipeline is started twice for one training step, the second time with the cache of the first.
 """
 
-import argparse
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.children import Child, run_child
-from benchmarks.commands import ENCODING_BAR, TRAINING_BAR, environment_of, folder_size, our_command
+from benchmarks.commands import ENCODING_BAR, TRAINING_BAR, environment_of, folder_size, make_parser, our_command
 from benchmarks.image_sets import write_demo_images, write_textures
 from benchmarks.pipelines import DEMO_DIR, SCALED, SD15, TINY, Shape, save_pipeline
-from benchmarks.report import format_table, show, write_section
+from benchmarks.report import format_table, publish_section
 
 NUM_STEPS = 1
 
@@ -62,9 +61,7 @@ def seconds_to_training(child: Child) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="try it at small size; nothing is written")
-    args = parser.parse_args()
+    args = make_parser(__doc__).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         work_dir = Path(folder)
@@ -79,9 +76,7 @@ def main():
             f"second start with the same cache.{' One CPU thread.' if device == 'cpu' else ''}\n\n"
             f"{format_table([measure(case, device) for case in cases])}"
         )
-    show("Latent cache", body)
-    if not args.small:
-        write_section("train_dsi", "Latent cache", body)
+    publish_section("train_dsi", "Latent cache", body, args.small)
 
 
 if __name__ == "__main__":

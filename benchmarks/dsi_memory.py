@@ -5,15 +5,14 @@
 The pipeline is tiny, so that what the images take is seen; its latents are 16 x 16 with 4 channels.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
 from benchmarks.children import run_child
-from benchmarks.commands import environment_of, folder_size, our_command
+from benchmarks.commands import environment_of, folder_size, make_parser, our_command
 from benchmarks.image_sets import write_textures
 from benchmarks.pipelines import TINY, save_pipeline
-from benchmarks.report import format_table, show, write_section
+from benchmarks.report import format_table, publish_section
 
 NUM_STEPS = 200
 BODY = (
@@ -42,15 +41,14 @@ def measure(pipeline_dir: Path, num_images: int) -> dict[str, str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--num_images", type=int, nargs="+", default=[500, 2_000, 20_000], help="sizes of the sets")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         pipeline_dir = save_pipeline(TINY, Path(folder) / "pipeline")
         rows = [measure(pipeline_dir, num_images) for num_images in args.num_images]
     body = f"{BODY}\n\n{format_table(rows)}"
-    show("Memory over the number of images", body)
-    write_section("train_dsi", "Memory over the number of images", body)
+    publish_section("train_dsi", "Memory over the number of images", body, args.small)
 
 
 if __name__ == "__main__":

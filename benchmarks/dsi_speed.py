@@ -8,10 +8,8 @@ pipeline has the size of Stable Diffusion 1.5; on a CPU there are the demo's, an
 the same share. textual_inversion_sdxl.py is left out.
 """
 
-import argparse
 import re
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -21,16 +19,23 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig
 
-from benchmarks.children import Child, run_child
-from benchmarks.commands import TRAINING_BAR, environment_of, our_command
+from benchmarks.children import Child, gpu_column, median_peaks, run_child
+from benchmarks.commands import (
+    TRAINING_BAR,
+    environment_of,
+    make_parser,
+    our_command,
+    parse_with_checkout,
+    python_command,
+)
 from benchmarks.image_sets import write_demo_images, write_flat_folder, write_textures
-from benchmarks.matrix_rate import MATRIX_SIZE, matrix_rate
+from benchmarks.matrix_rate import matrix_rate
 from benchmarks.pipelines import SCALED, SD15, TINY, Cost, demo_cost, save_demo_pipeline, save_pipeline
-from benchmarks.report import format_table, show, write_section
+from benchmarks.report import format_table, publish_section
 
 THEIR_SCRIPT = "examples/textual_inversion/textual_inversion.py"
 THEIR_BAR = "Steps"
-CLONE = "git clone --depth 1 --branch v0.42.1 https://github.com/huggingface/diffusers"
+VERSION = "v0.42.1"
 LEARNING_RATE = 5e-4
 WARMUP_STEPS = 10  # train_dsi.py waits for a GPU at every tenth step only: there its bar tells the truth
 
@@ -108,7 +113,7 @@ def theirs(script: Path, case: Case, work_dir: Path) -> list[str]:
         "save_steps": 10**9, "checkpointing_steps": 10**9, "output_dir": work_dir / "theirs",
         "report_to": "all",  # that are installed: it has no "none", and its default stops without tensorboard
     }  # fmt: skip
-    return [sys.executable, str(script), *(f"--{name}={value}" for name, value in flags.items())]
+    return python_command(script, flags)
 
 
 def unet_alone(case: Case, device: str) -> float:
@@ -164,14 +169,13 @@ def alternate(script: Path, case: Case, rounds: int, device: str) -> Measured:
 def median_row(name: str, runs: list[Child], speeds: list[float], operations: int, rate: float) -> dict[str, str]:
     """Return a table's row: medians over the runs of a script that computes `operations` for a sample."""
     speed = statistics.median(speeds)
-    peaks = {name: statistics.median(run.peaks[name] for run in runs) / 1024 for name in runs[0].peaks}
-    on_gpu = {"GPU memory, GiB": f"{peaks['device']:.1f}"} if peaks["device"] else {}
+    peaks = median_peaks(run.peaks for run in runs)
     return {
         "": name,
         "samples/s": f"{speed:.1f}",
         "whole command, s": f"{statistics.median(run.seconds for run in runs):.0f}",
-        "memory, GiB": f"{peaks['VmHWM']:.2f}",
-        **on_gpu,
+        "memory, GiB": f"{peaks['VmHWM'] / 1024:.2f}",
+        **gpu_column(peaks),
         "GFLOP a sample": f"{operations / 1e9:,.2f}",
         "TFLOP/s": f"{speed * operations / 1e12:.3g}",
         "of the matrix rate": f"{speed * operations / rate:.0%}",
@@ -212,15 +216,7 @@ def describe_method(script: Path, rounds: int, device: str) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--diffusers", type=Path, default=Path("diffusers"), help="checkout of diffusers' repository")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each script")
-    parser.add_argument("--device", choices=MATRIX_SIZE, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="try the GPU's cases at small size; nothing is written")
-    args = parser.parse_args()
-    script = args.diffusers / THEIR_SCRIPT
-    if not script.exists():
-        parser.error(f"--diffusers {args.diffusers}: has no {THEIR_SCRIPT}; get it with: {CLONE}")
+    args, script = parse_with_checkout(make_parser(__doc__, rounds=3), "diffusers", VERSION, THEIR_SCRIPT)
     if args.device == "cpu":
         torch.set_num_threads(1)  # as the scripts have
     with tempfile.TemporaryDirectory() as work_dir:
@@ -229,9 +225,7 @@ def main():
         parts = [compare(script, case, args.rounds, args.device) for case in cases]
     title = f"Speed beside diffusers, on a {'GPU' if args.device == 'cuda' else 'CPU'}"
     body = "\n\n".join([describe_method(script, args.rounds, args.device), *parts])
-    show(title, body)
-    if not args.small:
-        write_section("train_dsi", title, body)
+    publish_section("train_dsi", title, body, args.small)
 
 
 if __name__ == "__main__":

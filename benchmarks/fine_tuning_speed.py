@@ -7,11 +7,9 @@ Same weights, images, steps, batch, precision, loader workers and optimiser, the
 flip), in alternation, each run a process of its own. Both classifiers are then judged on the same test images.
 """
 
-import argparse
 import json
 import re
 import statistics
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +18,16 @@ import torch
 from datasets import load_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from benchmarks.children import Child, run_child
-from benchmarks.commands import environment_of
+from benchmarks.children import Child, gpu_column, median_peaks, run_child
+from benchmarks.commands import environment_of, make_parser, parse_with_checkout, python_command
 from benchmarks.fine_tuning_cases import IMAGE_SIZE, NUM_TEST_IMAGES, Case, make_cases
-from benchmarks.report import format_table, show, write_section
+from benchmarks.report import format_table, publish_section
 from utils.transfer.evaluation import classification_metrics, predict
 from utils.transfer.image_format import EvalImages
 
 OUR_SCRIPT = Path(__file__).parents[1] / "train_bridged.py"
 THEIR_SCRIPT = "examples/pytorch/image-classification/run_image_classification.py"
-CLONE = "git clone --depth 1 --branch v5.23.0 https://github.com/huggingface/transformers"
+VERSION = "v5.23.0"
 
 # what transformers 5 and datasets 4 took out of the script of transformers 4: no more than names is replaced
 REPLACED = (
@@ -80,7 +78,7 @@ def ours(case: Case, output_dir: Path) -> list[str]:
         "method": "vanilla", "augmentation": "basic", "batch_norm": "train", "mixup_alpha": 0.0,
         "head_learning_rate": case.learning_rate,
     }  # fmt: skip
-    return [sys.executable, str(OUR_SCRIPT), *(f"--{name}={value}" for name, value in flags.items())]
+    return python_command(OUR_SCRIPT, flags)
 
 
 def theirs(script: Path, case: Case, output_dir: Path) -> list[str]:
@@ -90,8 +88,7 @@ def theirs(script: Path, case: Case, output_dir: Path) -> list[str]:
     metric_dir = output_dir.parent / "accuracy"
     metric_dir.mkdir(exist_ok=True)
     (metric_dir / "accuracy.py").write_text(ACCURACY)
-    command = ["env", "-C", str(metric_dir.parent), sys.executable, str(script)]
-    return [*command, *(f"--{name}={value}" for name, value in flags.items())]
+    return ["env", "-C", str(metric_dir.parent), *python_command(script, flags)]
 
 
 def current_copy(script: Path, folder: Path) -> tuple[Path, bool]:
@@ -149,13 +146,13 @@ def alternate(script: Path, case: Case, rounds: int, device: str) -> tuple[list[
 def describe(name: str, runs: list[Run]) -> dict[str, str]:
     """Return a table's row: medians over the runs of a script."""
     accuracies = [run.accuracy for run in runs]
-    peaks = {key: statistics.median(run.child.peaks[key] for run in runs) / 1024 for key in runs[0].child.peaks}
+    peaks = median_peaks(run.child.peaks for run in runs)
     return {
         "": name,
         "images/s": f"{statistics.median(run.images_per_second for run in runs):.1f}",
         "whole command, s": f"{statistics.median(run.child.seconds for run in runs):.0f}",
-        "anonymous memory, GiB": f"{peaks['RssAnon']:.2f}",
-        **({"GPU memory, GiB": f"{peaks['device']:.1f}"} if peaks["device"] else {}),
+        "anonymous memory, GiB": f"{peaks['RssAnon'] / 1024:.2f}",
+        **gpu_column(peaks),
         "test accuracy": f"{statistics.mean(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f})",
     }
 
@@ -184,16 +181,9 @@ def describe_method(script: Path, is_copy: bool, rounds: int, device: str) -> st
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--transformers", type=Path, default=Path("transformers"), help="checkout of its repository")
-    parser.add_argument("--rounds", type=int, default=4, help="runs of each script")
+    parser = make_parser(__doc__, rounds=4)
     parser.add_argument("--num_workers", type=int, help="loader workers; 2 on a CPU, 12 on a GPU when not given")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="try it at small size; nothing is written")
-    args = parser.parse_args()
-    script = args.transformers / THEIR_SCRIPT
-    if not script.exists():
-        parser.error(f"--transformers {args.transformers}: has no {THEIR_SCRIPT}; get it with: {CLONE}")
+    args, script = parse_with_checkout(parser, "transformers", VERSION, THEIR_SCRIPT)
     num_workers = args.num_workers if args.num_workers is not None else (2 if args.device == "cpu" else 12)
     with tempfile.TemporaryDirectory() as folder:
         work_dir = Path(folder)
@@ -203,9 +193,7 @@ def main():
         method = describe_method(script, is_copy, args.rounds, args.device)
     title = f"Speed beside transformers, on a {'GPU' if args.device == 'cuda' else 'CPU'}"
     body = "\n\n".join([method, *parts])
-    show(title, body)
-    if not args.small:
-        write_section("train_bridged", title, body)
+    publish_section("train_bridged", title, body, args.small)
 
 
 if __name__ == "__main__":

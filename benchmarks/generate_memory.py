@@ -5,16 +5,15 @@
 The pipeline is hardly one, so that many images are drawn soon; at 64 pixels a side it would show if a run held them.
 """
 
-import argparse
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.children import Child, run_child
-from benchmarks.commands import environment_of, folder_size
+from benchmarks.commands import environment_of, folder_size, make_parser
 from benchmarks.drawing import NOUNS, Case, quick_case
 from benchmarks.pipelines import QUICK
-from benchmarks.report import format_table, show, write_section
+from benchmarks.report import format_table, publish_section
 
 TITLE = "Memory over the number of images"
 BODY = (
@@ -40,10 +39,9 @@ def draw(case: Case) -> tuple[Child, dict[str, str]]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--num_images", type=int, nargs="+", default=[1_000, 20_000], help="multiples of ten")
     parser.add_argument("--images_per_shard", type=int, default=1_000)
-    parser.add_argument("--small", action="store_true", help="write nothing")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         case = quick_case(1, Path(folder), batch_size=50, images_per_shard=args.images_per_shard)
@@ -53,9 +51,7 @@ def main():
     pixels = (cases[-1].num_images - cases[0].num_images) * 3 * QUICK.resolution**2 / 2**20
     text = BODY.format(images_per_shard=args.images_per_shard, growth=growth, pixels=pixels)
     body = f"{text}\n\n{format_table(rows)}"
-    show(TITLE, body)
-    if not args.small:
-        write_section("generate_synthetic", TITLE, body)
+    publish_section("generate_synthetic", TITLE, body, args.small)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 The script runs in this process, on one CPU thread or on a GPU, with watches around the modules' calls.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -20,8 +19,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 import generate_synthetic
+from benchmarks.commands import make_parser
 from benchmarks.drawing import Case, demo_case, quick_case, sd15_case
-from benchmarks.report import format_table, show, write_section
+from benchmarks.report import format_table, publish_section
 from utils.synthesis.runner import Runner
 
 TITLE = "Overhead of everything but denoiser and VAE"
@@ -135,11 +135,8 @@ def measure(case: Case, rounds: int, device: str) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="runs")
+    parser = make_parser(__doc__, rounds=3)
     parser.add_argument("--num_images_per_class", type=int, default=50, help="of ten classes")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="try it with hardly a pipeline; nothing is written")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -150,9 +147,7 @@ def main():
         else:
             case = demo_case(args.num_images_per_class)
         body = measure(case, args.rounds, args.device)
-    show(TITLE, body)
-    if not args.small:
-        write_section("generate_synthetic", TITLE, body)
+    publish_section("generate_synthetic", TITLE, body, args.small)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 The set has 200 classes; its images are random bytes, since a scan looks into none.
 """
 
-import argparse
 import random
 import shutil
 import statistics
@@ -15,8 +14,8 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.commands import folder_size
-from benchmarks.report import format_table, show, write_section
+from benchmarks.commands import folder_size, make_parser
+from benchmarks.report import format_table, publish_section
 from utils.data.prompts import PLAIN_TEMPLATE
 from utils.synthesis.output_folder import DATA_DIR, STATE_DIR
 from utils.synthesis.plan import GenerationPlan
@@ -121,11 +120,10 @@ def describe_plan(num_images: int, images_per_shard: int) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--num_images", type=int, default=600_000, help=f"a multiple of {len(CLASS_NAMES)}")
     parser.add_argument("--num_shards", type=int, default=300)
     parser.add_argument("--image_bytes", type=int, default=1_000)
-    parser.add_argument("--small", action="store_true", help="write nothing")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(Path(folder), args.num_images, args.num_shards, args.image_bytes)
@@ -135,9 +133,7 @@ def main():
         f"{format_table(make_rows(args.num_images, *measured))}\n\n"
         f"{describe_plan(args.num_images, args.num_images // args.num_shards)}"
     )
-    show(TITLE, body)
-    if not args.small:
-        write_section("generate_synthetic", TITLE, body)
+    publish_section("generate_synthetic", TITLE, body, args.small)
 
 
 if __name__ == "__main__":

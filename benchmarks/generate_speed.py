@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.children import Child, run_child
-from benchmarks.commands import environment_of
+from benchmarks.children import Child, gpu_column, median_peaks, run_child
+from benchmarks.commands import environment_of, make_parser
 from benchmarks.drawing import DRAWING_BAR, Case, demo_case, quick_case, sd15_case
 from benchmarks.matrix_rate import matrix_rate
 from benchmarks.peer_loop import BAR as LOOP_BAR
 from benchmarks.pipelines import drawing_cost
-from benchmarks.report import format_table, show, write_section
+from benchmarks.report import format_table, publish_section
 from utils.synthesis.output_folder import STATE_DIR
 
 OURS = "`generate_synthetic.py`"
@@ -122,8 +122,7 @@ def describe_program(program: Program, runs: list[Run], first_runs: list[Run], m
     """
     speeds = [run.images_per_second for run in runs]
     ratios = [speed / first.images_per_second for speed, first in zip(speeds, first_runs)]
-    peaks = {name: statistics.median(run.peaks[name] for run in runs) for name in runs[0].peaks}
-    on_gpu = {"GPU memory, GiB": f"{peaks['device'] / 1024:.1f}"} if peaks["device"] else {}
+    peaks = median_peaks(run.peaks for run in runs)
     return {
         "": program.name,
         "images/s": format_range(speeds, 1),
@@ -131,7 +130,7 @@ def describe_program(program: Program, runs: list[Run], first_runs: list[Run], m
         "of the matrix rate": f"{statistics.median(speeds) * matrix_share:.0%}",
         "start, s": f"{statistics.median(run.start for run in runs):.1f}",
         "memory, MiB": f"{peaks['RssAnon']:,.0f}",
-        **on_gpu,
+        **gpu_column(peaks),
     }
 
 
@@ -184,11 +183,8 @@ def compare_on_cpu(args: argparse.Namespace, work_dir: Path) -> list[str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each program")
+    parser = make_parser(__doc__, rounds=3)
     parser.add_argument("--num_images_per_class", type=int, default=50, help="of ten classes; a multiple of the batch")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="try it with hardly a pipeline; nothing is written")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.device == "cpu":
@@ -198,9 +194,7 @@ def main():
             parts = [compare(case, programs, args.rounds, "cuda", 1) for programs in (ONE_PROCESS, COMPILING)]
     title = f"Speed beside a plain loop, on a {'GPU' if args.device == 'cuda' else 'CPU'}"
     body = "\n\n".join([METHOD, *parts])
-    show(title, body)
-    if not args.small:
-        write_section("generate_synthetic", title, body)
+    publish_section("generate_synthetic", title, body, args.small)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,11 @@ def name_machine() -> str:
     return f"{torch.cuda.get_device_name()} and {machine}" if torch.cuda.is_available() else machine
 
 
-def show(title: str, body: str) -> None:
-    """Print a section."""
+def publish_section(script: str, title: str, body: str, is_trial: bool = False) -> None:
+    """Print a section, and put it into the report on `script` unless it is a trial's."""
     Console(width=120).print(Markdown(f"## {title}\n\n{body}"))
+    if not is_trial:
+        write_section(script, title, body)
 
 
 def write_section(script: str, title: str, body: str) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from utils.cli.records import ALL_RESULTS, DSI_CONFIG, RUN_CONFIG
 from utils.cli.step_runner import NUM_LANES, Step, StepRunner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,32 +27,31 @@ PICTURES = {
 
 def style_and_set(runs_dir: Path, seed: int, num_steps: int, images_per_class: int) -> list[Step]:
     """Return the steps that learn a few-shot seed's style from its 1-shot images, and draw a set in it."""
-    style, images = runs_dir / f"style-{seed}", runs_dir / f"synthetic-{seed}"
+    style = runs_dir / f"style-{seed}"
     return [
         Step(
             f"style token, seed {seed}", "ten real images, one of each class, become one token",
-            style / "dsi_config.json",
+            style / DSI_CONFIG,
             ("train_dsi.py", "demo/recipes/dsi.yaml", "--few_shot_seed", str(seed), "--seed", str(seed),
              "--max_train_steps", str(num_steps), "--output_dir", str(style), "--overwrite_output_dir"),
         ),
-        Step(
-            f"synthetic set, seed {seed}", f"the generator draws {images_per_class} images of each class in that style",
-            images / "run_config.json",
-            ("generate_synthetic.py", "demo/recipes/generate.yaml", "--learned_embeds", str(style), "--seed",
-             str(seed), "--num_images_per_class", str(images_per_class), "--output_dir", str(images)),
-        ),
+        draw_set(runs_dir, seed, images_per_class),
     ]  # fmt: skip
 
 
-def plain_set(runs_dir: Path, seed: int, images_per_class: int) -> Step:
-    """Return the control: the same generator and classes, without the style token."""
-    images = runs_dir / f"plain-{seed}"
+def draw_set(runs_dir: Path, seed: int, images_per_class: int, with_token: bool = True) -> Step:
+    """Return the step that draws a set of a seed; without the token it is the control, of the same generator."""
+    if with_token:
+        kind, folder, flags = "synthetic", "synthetic", ()
+        why = f"the generator draws {images_per_class} images of each class in that style"
+    else:
+        kind, folder, flags = "control", "plain", ("--use_style_token", "false")
+        why = f"{images_per_class} of each class without the token: what it draws unasked"
+    images = runs_dir / f"{folder}-{seed}"
     return Step(
-        f"control set, seed {seed}", f"{images_per_class} of each class without the token: what it draws unasked",
-        images / "run_config.json",
+        f"{kind} set, seed {seed}", why, images / RUN_CONFIG,
         ("generate_synthetic.py", "demo/recipes/generate.yaml", "--learned_embeds", str(runs_dir / f"style-{seed}"),
-         "--use_style_token", "false", "--seed", str(seed), "--num_images_per_class", str(images_per_class),
-         "--output_dir", str(images)),
+         *flags, "--seed", str(seed), "--num_images_per_class", str(images_per_class), "--output_dir", str(images)),
     )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def style_figures(runs_dir: Path) -> Step:
 def train_bridged(runs_dir: Path) -> Step:
     return Step(
         "bridged transfer", "an ImageNet classifier is fine-tuned on the synthetic, then on ten real images",
-        runs_dir / "bridged-0" / "all_results.json",
+        runs_dir / "bridged-0" / ALL_RESULTS,
         ("train_bridged.py", "demo/recipes/bridged.yaml", "--synthetic_dataset", str(runs_dir / "synthetic-0"),
          "--output_dir", str(runs_dir / "bridged-0"), "--overwrite_output_dir"),
     )  # fmt: skip
@@ -107,13 +107,13 @@ def main():
     others = [step for steps in styles_and_sets[1:] for step in steps]
     first = [
         *styles_and_sets[0],
-        plain_set(runs_dir, 0, images_per_class if args.full else 20),
+        draw_set(runs_dir, 0, images_per_class if args.full else 20, with_token=False),
         style_figures(runs_dir),
         train_bridged(runs_dir),
     ]
     sets, recipe = [f"dsi={runs_dir / 'synthetic-{seed}'}"], "demo/recipes/compare.yaml"
     if args.full:
-        others += [plain_set(runs_dir, seed, images_per_class) for seed in range(1, NUM_SEEDS)]
+        others += [draw_set(runs_dir, seed, images_per_class, with_token=False) for seed in range(1, NUM_SEEDS)]
         sets, recipe = [*sets, f"plain={runs_dir / 'plain-{seed}'}"], "demo/recipes/compare_full.yaml"
     runner.side_by_side(first, others)
     runner.run(compare(runs_dir, recipe, sets), show=True)

@@ -28,9 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from recipes.plan import RECIPES, read_sets
+from recipes.plan import read_class_names, read_recipe, read_sets
 from utils.cli.errors import UserError, run_script
-from utils.cli.parsing import read_mapping
 from utils.data.class_names import match_labels
 from utils.hub.cards import UNKNOWN, license_in_card
 from utils.hub.repositories import Source, open_source
@@ -81,11 +80,10 @@ class Report:
 
 def read_expected(name: str) -> Expected:
     """Return what the recipes of the image set `name` say."""
-    facts, recipe = read_sets()[name], read_mapping(RECIPES / name / "dsi.yaml", "recipe")
+    facts, recipe = read_sets()[name], read_recipe(f"{name}/dsi")
     return Expected(
         recipe["dataset_name"], recipe.get("dataset_config_name"), recipe.get("dataset_revision"),
-        recipe["image_column_name"], recipe["label_column_name"],
-        list(read_mapping(RECIPES / name / "class_names.yaml", "class names")), facts["num_images"],
+        recipe["image_column_name"], recipe["label_column_name"], list(read_class_names(name)), facts["num_images"],
         facts.get("card_license", UNKNOWN),
     )  # fmt: skip
 

@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -45,6 +44,16 @@ def read_sets() -> dict[str, dict]:
     return read_mapping(RECIPES / "sets.yaml", "image sets")
 
 
+def read_recipe(name: str) -> dict:
+    """Return the flags in a recipe: `cars/dsi` of an image set, `synthetic`, `bridged` or `compare` of all."""
+    return read_mapping(RECIPES / f"{name}.yaml", "recipe")
+
+
+def read_class_names(name: str) -> dict[str, str]:
+    """Return class name -> noun of an image set, in the order of the labels."""
+    return read_mapping(RECIPES / name / "class_names.yaml", "class names")
+
+
 def read_models() -> dict[str, dict]:
     """Return name -> flags of a classifier."""
     return read_mapping(RECIPES / "models.yaml", "classifiers")
@@ -72,13 +81,12 @@ def make_plan(name: str, model: str, rates: dict, num_images_per_class: int, con
     """
     facts = read_sets()[name]
     dsi, synthetic, bridged, compare = (
-        yaml.safe_load((RECIPES / name / f"{step}.yaml").read_text())
-        for step in ("dsi", "synthetic", "bridged", "compare")
+        read_recipe(step) for step in (f"{name}/dsi", "synthetic", "bridged", "compare")
     )
     num_real = facts["num_images"]["train"]
     if not {"validation", "test"} <= facts["num_images"].keys():
         num_real -= round(num_real * RealDataArguments.train_val_split)
-    num_drawn_classes = facts["num_classes"] - len(synthetic.get("exclude_classes", []))
+    num_drawn_classes = facts["num_classes"] - len(facts.get("exclude_classes", []))
     num_synthetic = num_drawn_classes * num_images_per_class
     bridge_images = bridged["bridge_num_train_epochs"] * num_synthetic
     real_images = bridged["num_train_epochs"] * num_real

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.plan import RATES, make_plan, print_plans, read_models, read_rates, read_sets
-from utils.cli.errors import run_script
+from recipes.plan import RATES, make_plan, print_plans, read_models, read_rates, read_recipe, read_sets
+from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import read_mapping
 from utils.cli.records import (
     BRIDGED_CONFIG,
@@ -27,14 +27,21 @@ ROOT = Path(__file__).resolve().parent.parent
 # a row of our table -> the paper's
 PAPER_ROWS = {"vanilla": "vanilla", "bridged@plain": "bridged", "bridged": "bridged_dsi"}
 RESUME = ("--resume_from_checkpoint", "latest")
+PRECISION_FLAGS = {"no": (), "bf16": ("--bf16",), "fp16": ("--fp16",)}  # of the comparison
 
 
-def list_steps(name: str, model: str, num_images_per_class: int, control: bool, folder: Path) -> list[Step]:
-    """Return the steps of an image set with a classifier, the comparison last; `folder` is the set's."""
-    recipes, flags = f"recipes/{name}", read_models()[model]
+def list_steps(
+    name: str, model: str, num_images_per_class: int, control: bool, folder: Path, of_config: Sequence[str] = ()
+) -> list[Step]:
+    """Return the steps of an image set with a classifier, the comparison last; `folder` is the set's.
+
+    `of_config` are flags of the comparison, as `flags_of_config` returns them.
+    """
+    flags, excluded = read_models()[model], read_sets()[name].get("exclude_classes", [])
+    exclude, allow = (("--exclude_classes", *excluded), ("--allow_missing_classes",)) if excluded else ((), ())
     style, images, plain = folder / "style", folder / "synthetic", folder / "plain"
     trained = folder / f"{model}-{num_images_per_class}"
-    generate = ("generate_synthetic.py", f"{recipes}/synthetic.yaml", "--learned_embeds", str(style))
+    generate = ("generate_synthetic.py", "recipes/synthetic.yaml", "--learned_embeds", str(style), *exclude)
 
     def draw(images: Path) -> tuple[str, ...]:
         """Return the flags of a set, which can only grow: training takes as many of it as are asked for."""
@@ -48,14 +55,14 @@ def list_steps(name: str, model: str, num_images_per_class: int, control: bool, 
     steps = [
         Step(
             "style token", "the style of the training images becomes one token", style / DSI_CONFIG,
-            ("train_dsi.py", f"{recipes}/dsi.yaml", "--output_dir", str(style), *RESUME),
+            ("train_dsi.py", f"recipes/{name}/dsi.yaml", "--output_dir", str(style), *RESUME),
         ),
         Step(
             f"synthetic set, {num_images_per_class} a class", "images of all classes in that style",
             images / RUN_CONFIG, (*generate, *draw(images)),
         ),
     ]  # fmt: skip
-    sets, methods = [f"dsi={images}"], read_mapping(ROOT / recipes / "compare.yaml", "recipe")["methods"]
+    sets, methods = [f"dsi={images}"], read_recipe("compare")["methods"]
     if control:
         steps.append(
             Step(
@@ -69,19 +76,35 @@ def list_steps(name: str, model: str, num_images_per_class: int, control: bool, 
         Step(
             f"bridged transfer, {trained.name}", "a classifier of the synthetic, then of the real images",
             trained / "bridged" / BRIDGED_CONFIG,
-            ("train_bridged.py", f"{recipes}/bridged.yaml", "--synthetic_dataset", str(images), *classifier,
+            ("train_bridged.py", "recipes/bridged.yaml", "--synthetic_dataset", str(images), *allow, *classifier,
              "--max_synthetic_samples_per_class", str(num_images_per_class), "--learning_rate", rate,
              "--bridge_learning_rate", bridge_rate, "--output_dir", str(trained / "bridged"), *RESUME),
         ),
         Step(
             f"comparison, {trained.name}", "the methods on the same images",
             trained / "comparison" / COMPARISON,
-            ("compare_transfer.py", f"{recipes}/compare.yaml", "--synthetic_dataset", *sets, "--methods", *methods,
+            ("compare_transfer.py", "recipes/compare.yaml", "--synthetic_dataset", *sets, *allow, "--methods", *methods,
              "--volumes", str(num_images_per_class), *classifier, "--learning_rates", rate, "--bridge_learning_rates",
-             bridge_rate, "--output_dir", str(trained / "comparison")),
+             bridge_rate, "--output_dir", str(trained / "comparison"), *of_config),
             is_launched=False,  # it starts processes of its own
         ),
     ]  # fmt: skip
+
+
+def flags_of_config(config: dict) -> tuple[str, ...]:
+    """Return what the comparison takes of accelerate's configuration: a worker for each process, and the precision.
+
+    The other steps get it from `accelerate launch`. Of several processes the comparison must be none, and one process
+    of a configuration for several GPUs would be a process group, which its workers would all join as the first.
+
+    Raises:
+        UserError: the configuration asks for another precision than the comparison has.
+    """
+    precision = str(config.get("mixed_precision") or "no")  # YAML reads a bare `no` as False
+    if precision not in PRECISION_FLAGS:
+        raise UserError(f"--config_file: mixed_precision {precision}: must be one of {', '.join(PRECISION_FLAGS)}.")
+    num_workers = config.get("num_processes", 1) // config.get("num_machines", 1)
+    return ("--num_workers", str(num_workers), *PRECISION_FLAGS[precision])
 
 
 def beside_the_paper(summary: list[dict], paper: dict[str, float], title: str) -> str:
@@ -122,8 +145,14 @@ def main(argv: Sequence[str] | None = None) -> str | None:
         print_plans(plans, args.model, rates, args.num_images_per_class)
         return None
     folder = args.output_dir / args.recipe
-    runner = StepRunner(ROOT, folder, ("--config_file", args.config_file) if args.config_file else ())
-    steps = list_steps(args.recipe, args.model, args.num_images_per_class, args.control, folder)
+    launch, of_config, gpus = (), (), {}
+    if args.config_file:
+        config = read_mapping(Path(args.config_file), "configuration of accelerate")
+        launch, of_config = ("--config_file", args.config_file), flags_of_config(config)
+        if config.get("gpu_ids", "all") != "all":
+            gpus = {"CUDA_VISIBLE_DEVICES": str(config["gpu_ids"])}  # as `accelerate launch` does
+    runner = StepRunner(ROOT, folder, launch, gpus)
+    steps = list_steps(args.recipe, args.model, args.num_images_per_class, args.control, folder, of_config)
     for step in steps:
         runner.run(step, show=True)
     facts, comparison = read_sets()[args.recipe], steps[-1].finished

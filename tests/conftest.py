@@ -19,8 +19,6 @@ _environment["OMP_NUM_THREADS"] = "1"
 os.environ.clear()
 os.environ.update(_environment)
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image as PILImage
@@ -69,6 +67,16 @@ def save_image_set(folder, splits: dict[str, int], class_names=tuple(CLASS_NAMES
         Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / f"{split}-00000.parquet")
 
 
+def save_class_folders(folder: Path, counts: dict[str, int]) -> Path:
+    """Write `counts[name]` images of each class; the classes are drawn in the order of `counts`."""
+    rng = np.random.default_rng(0)
+    for label, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            draw_image(label, rng).save(folder / name / f"{number}.png")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def real_images_dir(tmp_path_factory):
     """A labelled folder: three classes, 20 training and 10 test images of each, 32 pixels."""
@@ -77,174 +85,21 @@ def real_images_dir(tmp_path_factory):
     return folder
 
 
-def save_tiny_tokenizer(folder):
-    """Return a `CLIPTokenizer` with the alphabet and one word, 'style', made from files in `folder`."""
-    from transformers import CLIPTokenizer
+def pipeline_fixture(name: str, kind: str):
+    """Return a fixture: the folder of a pipeline of `tests/tiny_pipelines.py`, which is saved once a session."""
 
-    folder.mkdir()
-    letters = list("abcdefghijklmnopqrstuvwxyz0123456789-_<>.,/")
-    merges = [("s", "t"), ("st", "y"), ("sty", "l"), ("styl", "e</w>")]
-    vocabulary = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
-    return CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77)
+    def save(tmp_path_factory) -> Path:
+        from tests.tiny_pipelines import save_pipeline
+
+        return save_pipeline(kind, tmp_path_factory.mktemp("models") / name)
+
+    return pytest.fixture(scope="session")(save)
 
 
-def tiny_text_config(tokenizer, **settings):
-    from transformers import CLIPTextConfig
-
-    return CLIPTextConfig(
-        **{
-            "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "projection_dim": 16, "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, **settings,
-        }
-    )  # fmt: skip
-
-
-def tiny_vae(**settings):
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, layers_per_block=1, sample_size=32, **settings,
-    )  # fmt: skip
-
-
-def tiny_unet(**settings):
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        **settings,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def tiny_pipeline_dir(tmp_path_factory):
-    """A saved `StableDiffusionPipeline` of the real classes at tiny size: 32 pixels, random weights, v-prediction."""
-    import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextModel
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-pipeline"
-    tokenizer = save_tiny_tokenizer(folder)
-    torch.manual_seed(0)
-    text_encoder = CLIPTextModel(tiny_text_config(tokenizer))
-    vae, unet = tiny_vae(), tiny_unet(cross_attention_dim=16)
-    scheduler = DDIMScheduler(
-        prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1, clip_sample=False
-    )
-    pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_xl_pipeline_dir(tmp_path_factory):
-    """A saved `StableDiffusionXLPipeline` of the real classes at tiny size: 32 pixels, random weights, epsilon.
-
-    Its second text encoder pools at the largest token id (`eos_token_id` 2), as that of the published model does.
-    """
-    import torch
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-xl-pipeline"
-    tokenizer = save_tiny_tokenizer(folder)
-    torch.manual_seed(0)
-    layers = {"num_hidden_layers": 2}
-    pipe = StableDiffusionXLPipeline(
-        vae=tiny_vae(),
-        text_encoder=CLIPTextModel(tiny_text_config(tokenizer, **layers)),
-        text_encoder_2=CLIPTextModelWithProjection(
-            tiny_text_config(tokenizer, **layers, hidden_size=24, projection_dim=8, eos_token_id=2)
-        ),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=tiny_unet(
-            cross_attention_dim=40, addition_embed_type="text_time", addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=8 + 6 * 4,
-        ),
-        scheduler=EulerDiscreteScheduler(),
-    )  # fmt: skip
-    pipe.save_pretrained(folder)
-    return folder
-
-
-def tiny_t5():
-    """Return a `T5Tokenizer` of single letters and a T5 encoder, 32 numbers wide."""
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
-
-    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789-_<>.,/"]
-    tokenizer = T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_ff=32, d_kv=16, num_heads=2, num_layers=1,
-        feed_forward_proj="gated-gelu",
-    )  # fmt: skip
-    return tokenizer, T5EncoderModel(config)
-
-
-@pytest.fixture(scope="session")
-def tiny_sd3_pipeline_dir(tmp_path_factory):
-    """A saved `StableDiffusion3Pipeline` of the real classes at tiny size: 32 pixels, random weights, T5 as well."""
-    import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import CLIPTextModelWithProjection
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-sd3-pipeline"
-    tokenizer = save_tiny_tokenizer(folder)
-    torch.manual_seed(0)
-    t5_tokenizer, t5 = tiny_t5()
-    text_config = tiny_text_config(tokenizer, num_hidden_layers=2)
-    pipe = StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
-            sample_size=16, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-            joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, out_channels=4,
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=tiny_vae(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=CLIPTextModelWithProjection(text_config),
-        text_encoder_2=CLIPTextModelWithProjection(text_config),
-        text_encoder_3=t5,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        tokenizer_3=t5_tokenizer,
-    )  # fmt: skip
-    pipe.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_flux_pipeline_dir(tmp_path_factory):
-    """A saved `FluxPipeline` of the real classes at tiny size: random weights, guidance embedded as in FLUX.1-dev."""
-    import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    from transformers import CLIPTextModel
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-flux-pipeline"
-    tokenizer = save_tiny_tokenizer(folder)
-    torch.manual_seed(0)
-    t5_tokenizer, t5 = tiny_t5()
-    pipe = FluxPipeline(
-        transformer=FluxTransformer2DModel(
-            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=CLIPTextModel(tiny_text_config(tokenizer)),
-        text_encoder_2=t5,
-        tokenizer=tokenizer,
-        tokenizer_2=t5_tokenizer,
-    )  # fmt: skip
-    pipe.save_pretrained(folder)
-    return folder
+tiny_pipeline_dir = pipeline_fixture("tiny-pipeline", "stable_diffusion")
+tiny_xl_pipeline_dir = pipeline_fixture("tiny-xl-pipeline", "stable_diffusion_xl")
+tiny_sd3_pipeline_dir = pipeline_fixture("tiny-sd3-pipeline", "stable_diffusion_3")
+tiny_flux_pipeline_dir = pipeline_fixture("tiny-flux-pipeline", "flux")
 
 
 @contextmanager

@@ -7,13 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import generate_synthetic
 import train_bridged
 import train_dsi
-from tests.conftest import CLASS_NAMES, draw_image
+from tests.conftest import CLASS_NAMES, save_class_folders
 from tests.hub.fault_sweep import LEFT_OUT
 
 pytest_plugins = ["tests.transfer.fixtures", "tests.local_hub.fixtures"]
@@ -98,11 +97,7 @@ def check_repositories(hub) -> None:
 
 
 def test_class_folders_go_through_all_three_steps(tiny_pipeline_dir, classifiers, tmp_path):
-    rng = np.random.default_rng(0)
-    for label, name in enumerate(("tabby cat", "poodle")):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for number in range(10):
-            draw_image(label, rng).save(tmp_path / "photos" / name / f"{number}.png")
+    save_class_folders(tmp_path / "photos", {"tabby cat": 10, "poodle": 10})
     style, images, model = (str(tmp_path / name) for name in ("style", "images", "model"))
     train_dsi.main(
         ["--train_dir", str(tmp_path / "photos"), "--pretrained_model_name_or_path", str(tiny_pipeline_dir),

@@ -21,8 +21,8 @@ from generate_synthetic import main
 from tests.conftest import CLASS_NAMES
 from tests.local_hub.faults import Fault
 from tests.synthesis.tokens import PLACEHOLDER, save_token, shard_hashes
-from utils.cli.commands import public_command
 from utils.cli.errors import UserError
+from utils.cli.processes import public_command
 from utils.data.prompts import token_text
 from utils.hub import growing, targets
 from utils.synthesis.runner import Runner, encode_image

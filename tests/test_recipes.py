@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,21 +12,18 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from PIL import Image as PILImage
 
-import generate_synthetic
-import train_bridged
-import train_dsi
-from recipes import check
-from recipes.plan import count_compared_images, make_plan, read_models, read_sets
-from recipes.reproduce import beside_the_paper, list_steps, main
-from tests.command_lines import parse_flags, split_command
+from recipes import check, plan
+from recipes.plan import count_compared_images, make_plan, read_class_names, read_models, read_recipe, read_sets
+from recipes.reproduce import beside_the_paper, flags_of_config, list_steps, main
+from tests.command_lines import SCRIPTS, parse_flags, split_command
 from tests.conftest import blank_figures
 from tests.local_hub.faults import Fault
 from utils.cli.errors import UserError
 from utils.cli.parsing import read_mapping
 from utils.cli.records import write_record
-from utils.cli.step_runner import Step, StepRunner
 from utils.data.class_names import prompt_nouns
 from utils.data.name_doctor import diagnose
+from utils.style import monitor
 
 pytest_plugins = ["tests.transfer.fixtures", "tests.local_hub.fixtures"]
 ROOT = Path(__file__).parent.parent
@@ -47,39 +45,42 @@ def in_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def read_recipe(name: str, step: str) -> tuple[str, dict]:
-    """Return a recipe's comment as one line, and its values."""
-    text = (RECIPES / name / f"{step}.yaml").read_text()
-    header = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
-    return header, yaml.safe_load(text)
+def parse_steps(*arguments, **keywords) -> list[dict]:
+    """Return the options of each step of a reproduction, as its script parses them."""
+    return [parse_flags(*split_command(step.text)) for step in list_steps(*arguments, **keywords)]
 
 
-@pytest.mark.parametrize("step", ["dsi", "synthetic", "bridged", "compare"])
-@pytest.mark.parametrize("name", SETS)
-def test_a_recipe_parses_with_its_script_and_its_header_says_what_it_is(name, step):
-    header, values = read_recipe(name, step)
-    facts, (_, dsi) = SETS[name], read_recipe(name, "dsi")
-    command = next(line for line in (RECIPES / name / f"{step}.yaml").read_text().splitlines() if ".py " in line)
-    script, flags = split_command(command.removeprefix("#"))
-    assert flags[0] == f"recipes/{name}/{step}.yaml"
-    parsed = parse_flags(script, flags)
+@pytest.mark.parametrize("recipe", [*(f"{name}/dsi" for name in SETS), "synthetic", "bridged", "compare"])
+def test_the_command_in_a_recipe_parses_and_gives_the_values_of_the_recipe(recipe):
+    lines = (RECIPES / f"{recipe}.yaml").read_text().splitlines()
+    script, flags = split_command(next(line for line in lines if ".py " in line).removeprefix("#"))
+    assert flags[0] == f"recipes/{recipe}.yaml"
+    parsed, values = parse_flags(script, flags), read_recipe(recipe)
     assert {key: parsed[key] for key in values} == values
-    assert f"{facts['num_classes']} classes" in header
-    for split, number in facts["num_images"].items():
-        assert f"{number:,} {split}" in header
-    assert f"{dsi['dataset_name']}, commit {dsi.get('dataset_revision', 'not known')}," in header
-    assert f"columns {dsi['image_column_name']} and {dsi['label_column_name']}" in header
-    assert all(str(figure) in header for figure in facts["paper"].values())
-    plan = make_plan(name, "resnet18", RATES, 1000)
-    hours = {"dsi": plan.dsi_hours, "synthetic": plan.synthetic_hours, "compare": plan.comparison_hours}
-    expected = f"{hours[step]:.1f} h" if step in hours else f"{plan.bridged_hours:.2f} h"
-    assert f"Hardware and time: {expected}" in header
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_header_of_an_image_set_says_what_it_is(name):
+    lines = (RECIPES / name / "dsi.yaml").read_text().splitlines()
+    header = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+    facts, dsi = SETS[name], read_recipe(f"{name}/dsi")
+    said = [
+        f"{facts['num_classes']} classes",
+        *(f"{number:,} {split}" for split, number in facts["num_images"].items()),
+        f"{dsi['dataset_name']}, commit {dsi.get('dataset_revision', 'not known')},",
+        f"columns {dsi['image_column_name']} and {dsi['label_column_name']}",
+        *(str(figure) for figure in facts["paper"].values()),
+        f"Hardware and time: {make_plan(name, 'resnet18', RATES, 1000).dsi_hours:.1f} h",
+        *facts.get("exclude_classes", []),
+    ]
+    assert [text for text in said if text not in header] == []
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_the_class_names_pass_the_doctor(name):
-    corrections = read_mapping(RECIPES / name / "class_names.yaml", "class names")
+    corrections = read_class_names(name)
     assert len(corrections) == SETS[name]["num_classes"]
+    assert set(SETS[name].get("exclude_classes", [])) <= set(corrections)
     nouns = prompt_nouns(list(corrections), corrections)
     assert diagnose(nouns, nouns) == []  # as if the nouns were all that is known: nobody vouches for them
 
@@ -89,16 +90,18 @@ def save_miniature(name: str, folder: Path, change_name=str, num_test: int = 1, 
 
     `change_name` changes class names, `num_test` is how many other images a class has, `without` leaves a column out.
     """
-    _, dsi = read_recipe(name, "dsi")
-    class_names = list(map(change_name, read_mapping(RECIPES / name / "class_names.yaml", "class names")))
+    label_column, class_names = (
+        read_recipe(f"{name}/dsi")["label_column_name"],
+        map(change_name, read_class_names(name)),
+    )
     others = OTHER_COLUMNS.get(name, {})
-    columns = {"image": Image(), dsi["label_column_name"]: ClassLabel(names=class_names), **others}
+    columns = {"image": Image(), label_column: ClassLabel(names=list(class_names)), **others}
     features = Features({column: feature for column, feature in columns.items() if column != without})
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     images = [PILImage.fromarray(image) for image in pixels]
     for split in SETS[name]["num_images"]:
-        labels = list(range(len(class_names))) * (2 if split == "train" else num_test)
-        rows = {"image": [images[label % 4] for label in labels], dsi["label_column_name"]: labels}
+        labels = list(range(SETS[name]["num_classes"])) * (2 if split == "train" else num_test)
+        rows = {"image": [images[label % 4] for label in labels], label_column: labels}
         rows |= {column: [OTHER_VALUES.get(column, "x")] * len(labels) for column in others}
         rows.pop(without, None)
         Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / f"{split}-00000.parquet")
@@ -106,7 +109,7 @@ def save_miniature(name: str, folder: Path, change_name=str, num_test: int = 1, 
 
 def upload(name: str, folder: Path, local_hub) -> str:
     """Put a miniature where the recipe has its image set, and return its commit."""
-    dataset_name = read_recipe(name, "dsi")[1]["dataset_name"]
+    dataset_name = read_recipe(f"{name}/dsi")["dataset_name"]
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     if ("dataset", dataset_name) not in local_hub.repositories:
         local_hub.create_repo(dataset_name, "dataset")
@@ -115,62 +118,68 @@ def upload(name: str, folder: Path, local_hub) -> str:
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_miniature_of_each_set_goes_through_all_three_steps(
-    name, local_hub, tiny_pipeline_dir, classifiers, tmp_path, caplog
+    name, local_hub, tiny_pipeline_dir, classifiers, tmp_path, caplog, monkeypatch
 ):
+    """By the flags of `make reproduce`; what is given twice counts as it is given last."""
     # the copy of Stanford Cars on the Hub probably has its class names in lower case
     change_name = str.lower if name == "cars" else str
     save_miniature(name, tmp_path / "set", change_name)
     commit = upload(name, tmp_path / "set", local_hub)
-    style, images, model = (str(tmp_path / step) for step in ("style", "synthetic", "bridged"))
+    small = {
+        "train_dsi.py": f"--dataset_revision main --pretrained_model_name_or_path {tiny_pipeline_dir} "
+        "--max_train_steps 1 --num_validation_images 0",
+        "generate_synthetic.py": "--num_inference_steps 1 --batch_size 50 --strict_class_names",
+        "train_bridged.py": f"--model_name_or_path {classifiers['timm']} --bridge_max_steps 1 --max_steps 1",
+    }
+    monkeypatch.setattr(monitor, "NUM_TIMESTEPS", 1)  # measuring takes longer than a tiny model's training
+    results = []
     with blank_figures():
-        train_dsi.main(
-            [f"recipes/{name}/dsi.yaml", "--dataset_revision", "main", "--pretrained_model_name_or_path",
-             str(tiny_pipeline_dir), "--output_dir", style, "--max_train_steps", "1", "--num_validation_images", "0"]
-        )  # fmt: skip
-        generate_synthetic.main(
-            [f"recipes/{name}/synthetic.yaml", "--learned_embeds", style, "--output_dir", images,
-             "--num_images_per_class", "1", "--num_inference_steps", "1", "--batch_size", "50",
-             "--strict_class_names"]
-        )  # fmt: skip
-        results = train_bridged.main(
-            [f"recipes/{name}/bridged.yaml", "--synthetic_dataset", images, "--model_name_or_path", classifiers["timm"],
-             "--output_dir", model, "--bridge_max_steps", "1", "--max_steps", "1"]
-        )  # fmt: skip
-    num_classes = SETS[name]["num_classes"]
-    assert results["num_test_images"] == num_classes
-    record = json.loads((tmp_path / "bridged" / "bridged_config.json").read_text())
-    names = read_mapping(RECIPES / name / "class_names.yaml", "class names")
+        for step in list_steps(name, "resnet18", 1, False, tmp_path)[:3]:
+            script, flags = split_command(step.text)
+            results.append(SCRIPTS[script].main(flags + small[script].split()))
+    num_classes, names = SETS[name]["num_classes"], read_class_names(name)
+    assert results[-1]["num_test_images"] == num_classes
+    record = json.loads((tmp_path / "resnet18-1" / "bridged" / "bridged_config.json").read_text())
     assert record["class_names"] == list(map(change_name, names))
     assert record["real_images"]["dataset_revision"] == commit
     generated = json.loads((tmp_path / "synthetic" / "generation_config.json").read_text())
     assert generated["settings"]["prompt_nouns"] == list(names.values())
-    assert generated["num_images"] == num_classes - len(read_recipe(name, "synthetic")[1].get("exclude_classes", []))
+    assert generated["num_images"] == num_classes - len(SETS[name].get("exclude_classes", []))
     if name == "cars":
         assert "196 class names matched in spite of case" in caplog.text
         assert "'AM General Hummer SUV 2000' is 'am general hummer suv 2000'" in caplog.text
 
 
-def publish_for_check(name: str, folder: Path, local_hub, monkeypatch, license: str | None = None, **changes) -> str:
+@pytest.fixture
+def expect(monkeypatch):
+    """Let the recipe of a set expect something else."""
+
+    def expect(name: str, **changes) -> None:
+        others = check.read_expected
+        expected = replace(others(name), **changes)
+        monkeypatch.setattr(check, "read_expected", lambda asked: expected if asked == name else others(asked))
+
+    return expect
+
+
+@pytest.fixture
+def publish(local_hub, tmp_path, expect):
     """Publish a miniature with a card, let the recipe expect its commit and numbers of images, return the commit."""
-    save_miniature(name, folder, **changes)
-    license = license or SETS[name].get("card_license")
-    (folder / "README.md").write_text(f"---\npretty_name: x\n{f'license: {license}' if license else ''}\n---\n# x\n")
-    commit = upload(name, folder, local_hub)
-    num_classes, others = SETS[name]["num_classes"], check.read_expected
 
-    def read_expected(asked: str):
-        if asked != name:
-            return others(asked)
+    def publish(name: str = "pets", license: str | None = None, **changes) -> str:
+        folder, license = tmp_path / name, license or SETS[name].get("card_license")
+        save_miniature(name, folder, **changes)
+        (folder / "README.md").write_text(f"---\npretty_name: x\n{f'license: {license}' if license else ''}\n---\n")
+        commit, num_classes = upload(name, folder, local_hub), SETS[name]["num_classes"]
         num_images = {split: num_classes * (2 if split == "train" else 1) for split in SETS[name]["num_images"]}
-        expected = others(name)
-        return replace(expected, revision=expected.revision and commit, num_images=num_images)
+        expect(name, revision=check.read_expected(name).revision and commit, num_images=num_images)
+        return commit
 
-    monkeypatch.setattr(check, "read_expected", read_expected)
-    return commit
+    return publish
 
 
-def test_check_finds_that_all_miniatures_agree_and_reads_no_image(local_hub, tmp_path, monkeypatch, capsys):
-    commits = [publish_for_check(name, tmp_path / name, local_hub, monkeypatch) for name in SETS]
+def test_check_finds_that_all_miniatures_agree_and_reads_no_image(publish, monkeypatch, capsys):
+    commits = [publish(name) for name in SETS]
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(Image, "decode_example", lambda *_, **__: pytest.fail("decoded an image"))
     assert check.main([]) == 0
@@ -184,26 +193,23 @@ def test_check_finds_that_all_miniatures_agree_and_reads_no_image(local_hub, tmp
     ("changes", "message"),
     [
         ({"num_test": 2}, "split 'test': 74 images, not 37"),
-        (
-            {"change_name": lambda name: name.replace("pug", "pugs")},
-            "renamed: 'pugs' is 'pug' in the recipe.",
-        ),
+        ({"change_name": lambda name: name.replace("pug", "pugs")}, "renamed: 'pugs' is 'pug' in the recipe."),
         ({"change_name": lambda name: name.replace("pug", "mops")}, "missing: mops; extra: pug."),
         ({"without": "label"}, "no column 'label'; columns are image, image_id, label_cat_dog"),
         ({"license": "mit"}, "the card's license is 'mit', not 'cc-by-sa-4.0'"),
     ],
 )
-def test_check_finds_what_differs(changes, message, local_hub, tmp_path, monkeypatch, capsys):
-    publish_for_check("pets", tmp_path, local_hub, monkeypatch, **changes)
+def test_check_finds_what_differs(changes, message, publish, capsys):
+    publish(**changes)
     [difference] = check.check_set("pets").differences
     assert message in difference
     assert check.main(["--recipe", "pets"]) == 1
     assert "0 of 1 image sets agree with their recipes, 1 differ" in capsys.readouterr().out
 
 
-def test_check_notes_names_in_another_case_and_a_newer_commit(local_hub, tmp_path, monkeypatch):
-    publish_for_check("cars", tmp_path, local_hub, monkeypatch, change_name=str.lower)
-    newest = local_hub.repo("mteb/StanfordCars", "dataset").commit({"note.txt": tmp_path / "README.md"})
+def test_check_notes_names_in_another_case_and_a_newer_commit(local_hub, publish, tmp_path):
+    publish("cars", change_name=str.lower)
+    newest = local_hub.repo("mteb/StanfordCars", "dataset").commit({"note.txt": tmp_path / "cars" / "README.md"})
     report = check.check_set("cars")
     assert (report.differences, report.unseen) == ([], [])
     assert report.notes == [
@@ -213,24 +219,23 @@ def test_check_notes_names_in_another_case_and_a_newer_commit(local_hub, tmp_pat
     ]
 
 
-def test_check_finds_a_missing_repository_commit_or_split(local_hub, tmp_path, monkeypatch):
+def test_check_finds_a_missing_repository_commit_or_split(local_hub, publish, expect):
     [difference] = check.check_set("pets").differences
     assert "dataset_name timm/oxford-iiit-pet: neither a folder nor a data set repository" in difference
-    publish_for_check("pets", tmp_path, local_hub, monkeypatch)
-    expected = check.read_expected("pets")
+    agreeing = {"revision": publish(), "num_images": {"train": 74, "test": 37}}
     for change, messages in [
         ({"revision": "0" * 40}, ["has no branch, tag or commit '000"]),
         ({"num_images": {"train": 74, "val": 37}}, ["split 'val': not in the Hub", "split 'test': not in sets.yaml"]),
         ({"config_name": "large"}, ["cannot be loaded (BuilderConfig 'large' not found"]),
     ]:
-        monkeypatch.setattr(check, "read_expected", lambda name, change=change: replace(expected, **change))
-        report = check.check_set("pets")
-        assert len(report.differences) == len(messages)
-        assert all(message in found for message, found in zip(messages, report.differences))
+        expect("pets", **agreeing | change)
+        differences = check.check_set("pets").differences
+        assert len(differences) == len(messages)
+        assert all(message in found for message, found in zip(messages, differences))
 
 
-def test_check_that_cannot_see_is_no_success_and_no_difference(local_hub, tmp_path, monkeypatch, capsys):
-    publish_for_check("pets", tmp_path, local_hub, monkeypatch)
+def test_check_that_cannot_see_is_no_success_and_no_difference(local_hub, publish, monkeypatch, capsys):
+    publish()
     local_hub.inject(Fault("status", path="/api/datasets/timm", status=429))
     [busy] = check.check_set("pets").unseen
     assert "answers with error 429" in busy
@@ -244,23 +249,20 @@ def test_check_that_cannot_see_is_no_success_and_no_difference(local_hub, tmp_pa
     assert "0 of 10 image sets agree with their recipes, 0 differ, 10 could not be seen in full." in printed
 
 
-def test_check_finds_a_card_that_counts_other_images_than_there_are(local_hub, tmp_path, monkeypatch):
-    publish_for_check("pets", tmp_path, local_hub, monkeypatch)
+def test_check_finds_a_card_that_counts_other_images_than_there_are(local_hub, publish, expect, tmp_path):
+    publish()
     info = {"splits": [{"name": "train"}, {"name": "test", "num_examples": 30}]}
     card = f"---\nlicense: cc-by-sa-4.0\ndataset_info: {json.dumps(info)}\n---\n"
-    (tmp_path / "README.md").write_text(card)
-    expected = replace(check.read_expected("pets"), revision=upload("pets", tmp_path, local_hub))
-    monkeypatch.setattr(check, "read_expected", lambda name: expected)
+    (tmp_path / "pets" / "README.md").write_text(card)
+    expect("pets", revision=upload("pets", tmp_path / "pets", local_hub))
     assert check.check_set("pets").differences == ["split 'test': 30 images by the card, not 37"]
 
 
-def test_check_without_a_card_that_lists_features_compares_every_file(local_hub, tmp_path, monkeypatch):
-    publish_for_check("pets", tmp_path / "pets", local_hub, monkeypatch)
+def test_check_without_a_card_that_lists_features_compares_every_file(local_hub, publish, expect, tmp_path):
+    publish()
     save_miniature("pets", tmp_path / "other", lambda name: name.replace("pug", "mops"))
     other = {"data/test-00000.parquet": tmp_path / "other" / "data" / "test-00000.parquet"}
-    commit = local_hub.repo("timm/oxford-iiit-pet", "dataset").commit(other)
-    expected = replace(check.read_expected("pets"), revision=commit)
-    monkeypatch.setattr(check, "read_expected", lambda name: expected)
+    expect("pets", revision=local_hub.repo("timm/oxford-iiit-pet", "dataset").commit(other))
     [difference] = check.check_set("pets").differences
     assert "test-00000.parquet: recipes/pets/class_names.yaml: its classes" in difference
 
@@ -286,22 +288,9 @@ def test_a_plan_counts_images_and_hours():
     larger = make_plan("cars", "resnet18", RATES, 3000)
     assert larger.disk_gib == pytest.approx(3 * plan.disk_gib)
     assert make_plan("flowers", "resnet18", RATES, 1).num_real == 1020  # has a validation part of its own
-
-
-def test_a_plan_does_not_count_classes_that_are_not_drawn():
-    plan = make_plan("caltech101", "resnet18", RATES, 1000)
-    assert (plan.num_classes, plan.num_synthetic) == (102, 101_000)
-    assert plan.synthetic_hours == pytest.approx(101_000 * 25 / 27.2 / 3600)
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_classes_that_are_not_drawn_are_known_and_allowed_to_miss(name):
-    excluded = read_recipe(name, "synthetic")[1].get("exclude_classes", [])
-    assert set(excluded) <= set(read_mapping(RECIPES / name / "class_names.yaml", "class names"))
-    for step in ("bridged", "compare"):
-        assert read_recipe(name, step)[1].get("allow_missing_classes", False) is bool(excluded)
-    header, _ = read_recipe(name, "synthetic")
-    assert all(class_name in header for class_name in excluded)
+    fewer = make_plan("caltech101", "resnet18", RATES, 1000)  # of one class nothing is drawn
+    assert (fewer.num_classes, fewer.num_synthetic) == (102, 101_000)
+    assert fewer.synthetic_hours == pytest.approx(101_000 * 25 / 27.2 / 3600)
 
 
 def test_compared_images_count_each_shared_stage_once():
@@ -313,31 +302,86 @@ def test_compared_images_count_each_shared_stage_once():
     assert count_compared_images(compare | {"methods": ["bridged", "bridged@plain"]}, 1000, 10) == 4 * 1010
 
 
-@pytest.mark.parametrize("model", read_models())
-@pytest.mark.parametrize("control", [False, True])
-def test_the_steps_of_a_reproduction_are_commands_of_the_scripts(model, control):
-    steps = list_steps("cars", model, 7, control, Path("out/cars"))
-    assert len(steps) == 4 + control
-    parsed = [parse_flags(*split_command(step.text)) for step in steps]
-    assert parsed[0]["output_dir"] == parsed[1]["learned_embeds"] == "out/cars/style"
-    assert parsed[1]["num_images_per_class"] == 7
-    assert parsed[-2]["synthetic_dataset"] == parsed[1]["output_dir"]
-    assert f"dsi={parsed[1]['output_dir']}" in parsed[-1]["synthetic_dataset"]
-    assert ("bridged@plain" in parsed[-1]["methods"]) is control
-    assert parsed[-1]["learning_rates"] == [parsed[-2]["learning_rate"]]
-    assert parsed[-2]["max_synthetic_samples_per_class"] == 7
-    assert parsed[-1]["volumes"] == [7]
-    if control:
-        assert (parsed[1]["use_style_token"], parsed[2]["use_style_token"]) == (True, False)
-        assert f"plain={parsed[2]['output_dir']}" in parsed[-1]["synthetic_dataset"]
-        assert parsed[2]["output_dir"] != parsed[1]["output_dir"]
+@pytest.mark.parametrize(
+    ("name", "model", "control"),
+    [*(("cars", model, False) for model in read_models()), *((name, "resnet18", True) for name in SETS)],
+)
+def test_the_steps_of_a_reproduction_are_commands_of_the_scripts(name, model, control):
+    style, synthetic, *plain, bridged, compared = parse_steps(name, model, 7, control, Path("out"))
+    assert style["output_dir"] == synthetic["learned_embeds"] == "out/style"
+    assert synthetic["num_images_per_class"] == bridged["max_synthetic_samples_per_class"] == 7
+    assert bridged["synthetic_dataset"] == synthetic["output_dir"]
+    assert f"dsi={synthetic['output_dir']}" in compared["synthetic_dataset"]
+    assert compared["learning_rates"] == [bridged["learning_rate"]] and compared["volumes"] == [7]
+    assert ("bridged@plain" in compared["methods"]) is bool(plain) is control
+    for drawn in plain:
+        assert (synthetic["use_style_token"], drawn["use_style_token"]) == (True, False)
+        assert f"plain={drawn['output_dir']}" in compared["synthetic_dataset"]
+        assert drawn["output_dir"] != synthetic["output_dir"]
+    excluded = SETS[name].get("exclude_classes")
+    assert all(drawn["exclude_classes"] == excluded for drawn in (synthetic, *plain))
+    assert bridged["allow_missing_classes"] is compared["allow_missing_classes"] is bool(excluded)
 
 
 def test_a_set_that_has_more_images_stays_and_training_takes_fewer(tmp_path):
     write_record(tmp_path / "synthetic" / "generation_config.json", {"num_images_per_class": 9})
-    parsed = [parse_flags(*split_command(step.text)) for step in list_steps("cars", "resnet18", 7, False, tmp_path)]
-    assert parsed[1]["num_images_per_class"] == 9
-    assert parsed[2]["max_synthetic_samples_per_class"] == 7
+    _, synthetic, bridged, _ = parse_steps("cars", "resnet18", 7, False, tmp_path)
+    assert (synthetic["num_images_per_class"], bridged["max_synthetic_samples_per_class"]) == (9, 7)
+
+
+def test_two_files_and_a_row_are_a_new_image_set(tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "recipes"
+    shutil.copytree(RECIPES, copy)
+    (copy / "birds").mkdir()
+    changes = {"dataset_name": "user/birds", "class_names_file": "recipes/birds/class_names.yaml"}
+    (copy / "birds" / "dsi.yaml").write_text(yaml.safe_dump(read_recipe("pets/dsi") | changes))
+    (copy / "birds" / "class_names.yaml").write_text("a1: red robin\na2: tawny owl\n")
+    row = SETS["pets"] | {"title": "Our birds", "num_classes": 2, "exclude_classes": ["a2"]}
+    with (copy / "sets.yaml").open("a") as sets:
+        sets.write(yaml.safe_dump({"birds": row}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(plan, "RECIPES", copy)
+    main(["--recipe", "birds", "--dry_run"])
+    assert "Our birds" in capsys.readouterr().out
+    style, synthetic, bridged, compared = parse_steps("birds", "vit_b16", 7, False, Path("out"))
+    assert (style["dataset_name"], style["class_names_file"]) == ("user/birds", "recipes/birds/class_names.yaml")
+    assert synthetic["exclude_classes"] == ["a2"] and bridged["allow_missing_classes"]
+    assert compared["synthetic_dataset"] == ["dsi=out/synthetic"]
+    assert check.read_expected("birds").class_names == ["a1", "a2"]
+
+
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [
+        ("one_gpu", ("--num_workers", "1", "--bf16")),
+        ("eight_gpus", ("--num_workers", "8", "--bf16")),
+        ("two_machines", ("--num_workers", "8", "--bf16")),
+        ("two_cpu_processes", ("--num_workers", "2")),
+    ],
+)
+def test_the_comparison_takes_precision_and_workers_of_a_configuration(config, flags):
+    of_config = flags_of_config(read_mapping(RECIPES / "accelerate" / f"{config}.yaml", "configuration"))
+    assert of_config == flags
+    assert list_steps("cars", "resnet18", 7, False, Path("out"), of_config)[-1].command[-len(flags) :] == flags
+
+
+def test_a_configuration_hands_its_gpus_to_every_step_and_one_of_another_precision_is_refused(tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr("subprocess.run", lambda argv, env, **_: runs.append((argv, env)) or pytest.fail("ran"))
+    config = tmp_path / "config.yaml"
+    argv = ["--recipe", "cars", "--output_dir", str(tmp_path / "out"), "--config_file", str(config)]
+    with pytest.raises(UserError, match="config.yaml: configuration of accelerate cannot be read"):
+        main(argv)
+    config.write_text("mixed_precision: fp8\n")
+    with pytest.raises(UserError, match="mixed_precision fp8: must be one of no, bf16, fp16"):
+        main(argv)
+    config.write_text("mixed_precision: no\ngpu_ids: 2,3\n")
+    with pytest.raises(pytest.fail.Exception):
+        main(argv)
+    [(command, environment)] = runs
+    assert command[1:5] == ["launch", "--config_file", str(config), "train_dsi.py"]
+    assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
 def test_rates_that_lack_one_are_named(tmp_path):
@@ -376,29 +420,3 @@ def test_a_reproduction_without_a_recipe_names_them(capsys):
         main([])
     assert ended.value.code == 2
     assert "--recipe is missing: one of aircraft" in capsys.readouterr().err
-
-
-def test_steps_that_are_finished_are_not_run_again_and_a_failed_one_is(tmp_path):
-    script = tmp_path / "step.py"
-    script.write_text(
-        "import pathlib, sys; print(sys.argv[1:]); pathlib.Path(sys.argv[1]).touch(); sys.exit(len(sys.argv) > 2)"
-    )
-    step = Step("a step", "to see", tmp_path / "done", (str(script), str(tmp_path / "done")), is_launched=False)
-    runner = StepRunner(tmp_path, tmp_path / "runs")
-    runner.run(step)
-    log = tmp_path / "runs" / "logs" / "a-step.log"
-    assert "done" in log.read_text()
-    log.unlink()
-    StepRunner(tmp_path, tmp_path / "runs").run(step)
-    assert not log.exists()
-    (tmp_path / "done").unlink()
-    runner.run(step)  # what it made is gone
-    assert log.exists()
-    log.unlink()
-    runner.run(replace(step, command=(str(script), str(tmp_path / "other")), finished=tmp_path / "done"))
-    assert "other" in log.read_text()  # another command of that name
-    failing = Step("another", "to see", tmp_path / "done", (*step.command, "fail"), is_launched=False)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="another failed, see .*another.log"):
-            runner.run(failing)
-    assert "another" not in runner.costs

@@ -1,6 +1,8 @@
 """README and the other texts: every command parses, every flag exists, every link and picture is there."""
 
 import re
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,14 @@ TEXTS += sorted((ROOT / "docs").glob("*.md"))
 # of accelerate, pip and other programs
 FOREIGN_FLAGS = {"--multi_gpu", "--num_processes", "--machine_rank", "--config_file"}
 
+of_every_text = pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 
-def commands_in(text: str) -> list[str]:
-    """Return the commands of our scripts: lines of code blocks (joined where they go on) and spans of code."""
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
-    return [command for command in lines + spans if re.search(r"(launch|python) .*\w\.py( |$)", command)]
+
+def code_in(path: Path, language: str = "") -> tuple[list[str], list[str]]:
+    """Return a text's code blocks, those of a language where one is given, and its spans of code."""
+    text = path.read_text(encoding="utf-8")
+    blocks = re.findall(rf"```{language}(.*?)```", text, re.DOTALL)
+    return blocks, re.findall(r"(?<!`)`([^`]+)`(?!`)", text)
 
 
 @pytest.fixture
@@ -31,55 +34,47 @@ def in_a_copy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+@of_every_text
 def test_every_command_of_a_text_parses(path, in_a_copy):
-    commands = commands_in(path.read_text(encoding="utf-8"))
+    """Commands are lines of code blocks, joined where they go on, and spans of code."""
+    blocks, spans = code_in(path, "bash\n")
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += [" ".join(span.split()) for span in spans]
+    commands = [line for line in lines if re.search(r"(launch|python) .*\w\.py( |$)", line)]
     for command in commands:
-        if not any(script in command for script in SCRIPTS):
+        if any(script in command for script in SCRIPTS):
+            parse_flags(*split_command(command.removesuffix("...")))
+        else:
             assert (ROOT / re.search(r"[\w/]+\.py", command).group()).is_file()
-            continue
-        script, flags = split_command(command.removesuffix("..."))
-        parse_flags(script, flags)
     assert commands or path.name == "CONTRIBUTING.md"
-
-
-def flags_of(script: str) -> set[str]:
-    """Return the flags in a script's `--help`."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        printed = []
-        patch.setattr(
-            "argparse.ArgumentParser._print_message", lambda parser, message, file=None: printed.append(message)
-        )
-        SCRIPTS[script].main(["--help"])
-    assert ended.value.code == 0
-    return set(re.findall(r"--\w+", "".join(printed)))
 
 
 @pytest.fixture(scope="module")
 def known_flags() -> set[str]:
-    return set().union(*(flags_of(script) for script in SCRIPTS)) | FOREIGN_FLAGS
+    """The flags in the `--help` of all scripts, and those of other programs."""
+    with redirect_stdout(StringIO()) as printed:
+        for script in SCRIPTS.values():
+            with pytest.raises(SystemExit) as ended:
+                script.main(["--help"])
+            assert ended.value.code == 0
+    return set(re.findall(r"--\w+", printed.getvalue())) | FOREIGN_FLAGS
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+@of_every_text
 def test_every_flag_in_a_text_exists(path, known_flags):
-    spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", path.read_text(encoding="utf-8"))
+    _, spans = code_in(path)
     ours = [span for span in spans if ".py" not in span or any(script in span for script in SCRIPTS)]
-    flags = {flag for span in ours for flag in re.findall(r"(?<![\w-])--[a-z]\w+", span)}
-    assert flags <= known_flags
+    assert {flag for span in ours for flag in re.findall(r"(?<![\w-])--[a-z]\w+", span)} <= known_flags
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+@of_every_text
 def test_every_link_and_picture_is_there(path):
     targets = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
-    for target in targets:
-        if not target.startswith(("http:", "https:")):
-            assert (path.parent / target).exists(), target
+    ours = [target for target in targets if not target.startswith(("http:", "https:"))]
+    assert [target for target in ours if not (path.parent / target).exists()] == []
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+@of_every_text
 def test_every_make_target_in_a_text_exists(path):
-    text = path.read_text(encoding="utf-8")
-    code = re.findall(r"```(.*?)```", text, re.DOTALL) + re.findall(r"(?<!`)`([^`]+)`(?!`)", text)
-    targets = {target for piece in code for target in re.findall(r"\bmake\s+([a-z-]+)", piece)}
-    known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert targets <= known
+    targets = {target for piece in sum(code_in(path), []) for target in re.findall(r"\bmake\s+([a-z-]+)", piece)}
+    assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

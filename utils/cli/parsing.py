@@ -1,4 +1,4 @@
-"""Command lines: dataclasses into argument groups, recipes, and errors of one line."""
+"""Command lines: dataclasses into argument groups, recipes, ranges, and errors of one line."""
 
 import argparse
 import copy
@@ -15,10 +15,47 @@ import yaml
 from transformers import HfArgumentParser
 
 from utils.cli.errors import UserError
-from utils.cli.ranges import check_ranges
 
 MAX_FLOAT = 1e30  # with larger ones float32 overflows
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
+
+# what a value must be, the test, and the flags; what is not given passes
+RANGES = (
+    ("above 0", lambda value: value > 0, (
+        # real and synthetic images
+        "num_shots", "max_train_samples", "max_synthetic_samples_per_class", "mix_ratio", "max_eval_samples", "volumes",
+        "search_shots", "max_images_per_class", "num_pairs",
+        # training
+        "learning_rate", "bridge_learning_rate", "head_learning_rate", "bridge_head_learning_rate", "learning_rates",
+        "bridge_learning_rates", "head_learning_rate_factors", "bridge_head_learning_rate_factor", "num_train_epochs",
+        "bridge_num_train_epochs", "bridge_max_steps", "step_counts", "bridge_step_counts", "max_train_steps",
+        "per_device_train_batch_size", "bridge_per_device_train_batch_size", "per_device_eval_batch_size",
+        "train_batch_size", "batch_size", "gradient_accumulation_steps", "eval_accumulation_steps", "lora_r",
+        "lora_alpha", "num_vectors", "resolution",
+        # logging, checkpoints and processes
+        "logging_steps", "eval_steps", "save_steps", "save_total_limit", "checkpointing_steps",
+        "checkpoints_total_limit", "validation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor",
+        "ddp_bucket_cap_mb", "ddp_timeout", "num_workers",
+        # drawing
+        "num_images_per_class", "guidance_scale", "num_inference_steps", "images_per_shard",
+    )),
+    ("0 or above", lambda value: value >= 0, (
+        "mixup_alpha", "bridge_mixup_alpha", "bridge_mixup_alphas", "weight_decay", "bridge_weight_decay",
+        "warmup_steps", "bridge_warmup_steps", "head_warmup_steps", "bridge_head_warmup_steps", "lr_warmup_steps",
+        "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "eval_delay", "dataloader_num_workers",
+        "num_validation_images", "max_redraws",
+    )),
+    ("0 or above, and below 1", lambda value: 0 <= value < 1, (
+        "label_smoothing_factor", "bridge_label_smoothing_factor", "dropout", "drop_path_rate", "lora_dropout",
+        "adam_beta1", "adam_beta2",
+    )),
+    ("above 0 and below 1", lambda value: 0 < value < 1, ("train_val_split",)),
+    ("0 or above, and below 2**32", lambda value: 0 <= value < 2**32, (  # what NumPy takes as a seed
+        "seed", "data_seed", "few_shot_seed", "seeds", "search_seeds",
+    )),
+    ("above 0, or left out to train for epochs", lambda value: value > 0 or value == -1, ("max_steps",)),
+    ("from 1 to 100", lambda value: 1 <= value <= 100, ("image_quality",)),
+)  # fmt: skip
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -74,12 +111,7 @@ class ScriptArgumentParser(HfArgumentParser):
             )
         except UserError:
             raise
-        except (
-            ValueError,
-            TypeError,
-            ImportError,
-            OSError,
-        ) as error:  # of TrainingArguments
+        except (ValueError, TypeError, ImportError, OSError) as error:  # of TrainingArguments
             raise UserError(str(error)) from None
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
@@ -134,16 +166,15 @@ class ScriptArgumentParser(HfArgumentParser):
     def _convert(self, path: Path, key: str, value: object, action: argparse.Action) -> object:
         if value is None and action.default is not None:
             raise UserError(f"{path}: '{key}' is empty; give a value, or leave it out for {action.default}.")
-        if isinstance(value, dict) and key not in self._dict_fields:
-            raise UserError(f"{path}: '{key}' takes one value, the recipe gives a mapping.")
+        takes_many = action.nargs == "+"
+        if isinstance(value, dict) and key not in self._dict_fields or isinstance(value, list) and not takes_many:
+            kind = "a mapping" if isinstance(value, dict) else "a list"
+            raise UserError(f"{path}: '{key}' takes one value, the recipe gives {kind}.")
         if value is None or isinstance(value, dict):
             return value
-        if isinstance(value, list):
-            if action.nargs != "+":
-                raise UserError(f"{path}: '{key}' takes one value, the recipe gives a list.")
-            return [self._convert_one(path, key, item, action) for item in value]
-        converted = self._convert_one(path, key, value, action)
-        return [converted] if action.nargs == "+" else converted
+        items = value if isinstance(value, list) else [value]
+        converted = [self._convert_one(path, key, item, action) for item in items]
+        return converted if takes_many else converted[0]
 
     def _convert_one(self, path: Path, key: str, value: object, action: argparse.Action) -> object:
         try:
@@ -152,6 +183,20 @@ class ScriptArgumentParser(HfArgumentParser):
         except argparse.ArgumentError as error:
             raise UserError(f"{path}: '{key}: {value}': {error.message}.") from None
         return converted
+
+
+def check_ranges(values: Mapping[str, object]) -> None:
+    """Check the numbers, or lists of numbers, in a mapping of flags to values.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    for wanted, is_within, names in RANGES:
+        for name in names:
+            value = values.get(name)
+            for number in value if isinstance(value, list) else [value]:
+                if number is not None and not is_within(number):
+                    raise UserError(f"--{name} {number}: must be {wanted}.")
 
 
 def suggestion(name: object, known: Iterable[str]) -> str:

@@ -87,19 +87,16 @@ def write_run_config(output_dir: str | Path, options: dict, started: float) -> d
 
     `started` is the `time.time()` at which the script began.
     """
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     record = {
         "options": options,
         "versions": package_versions(),
         "code_commit": code_commit(),
-        "hardware": {"device": _device_name(), "num_cpus": os.cpu_count(), "platform": platform.platform()},
+        "hardware": {"device": device, "num_cpus": os.cpu_count(), "platform": platform.platform()},
         "seconds": round(time.time() - started, 1),
         "peak_memory_gib": peak_memory_gib(),
     }
     write_record(Path(output_dir) / RUN_CONFIG, record)
     return record
-
-
-def _device_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.cli.errors import UserError
-from utils.cli.ranges import check_ranges
+from utils.cli.parsing import check_ranges
 from utils.data.class_folders import read_local_set, read_train_dirs
 
 OF_DATA_SETS = ("dataset_config_name", "dataset_revision", "train_split", "validation_split", "test_split")
