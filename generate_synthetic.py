@@ -13,10 +13,10 @@ Run the same command again after an interruption, or with a larger --num_images_
 
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from utils.cli.errors import UserError, graceful_interrupt, run_script
-from utils.cli.options import resolve_options, without_effect
+from utils.cli.options import option, resolve_options
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import public_command
 from utils.cli.records import write_run_config
@@ -49,99 +49,74 @@ SETTINGS = (
 class SourceArguments:
     _argument_group_name = "style token, or generator without one"
 
-    learned_embeds: str | None = field(
-        default=None, metadata={"help": "Style token of train_dsi.py: a folder or a repository id."}
+    learned_embeds: str | None = option(None, "Style token of train_dsi.py: a folder or a repository id.")
+    learned_embeds_revision: str | None = option(None, "Branch, tag or commit of the style token.")
+    use_style_token: bool = option(True, "When false, take all from the token's record but leave the token itself out.")
+    pretrained_model_name_or_path: str | None = option(
+        None, "Without --learned_embeds: a text-to-image pipeline, a repository id or a folder."
     )
-    learned_embeds_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the style token."}
-    )
-    use_style_token: bool = field(
-        default=True,
-        metadata={"help": "When false, take all from the token's record but leave the token itself out."},
-    )
-    pretrained_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Without --learned_embeds: a text-to-image pipeline, a repository id or a folder."},
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of that pipeline."})
+    revision: str | None = option(None, "Branch, tag or commit of that pipeline.")
 
 
 @dataclass
 class PromptArguments:
     _argument_group_name = "classes and prompts"
 
-    class_names_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Nouns for classes: a YAML or JSON mapping of names to nouns, or one a line in label order. In "
-            "place of a data set it names the classes, in the order of their label ids."
-        },
+    class_names_file: str | None = option(
+        None,
+        "Nouns for classes: a YAML or JSON mapping of names to nouns, or one a line in label order. In "
+        "place of a data set it names the classes, in the order of their label ids.",
     )
-    write_class_names: str | None = field(
-        default=None, metadata={"help": "Write the nouns to this YAML file, to edit and give as --class_names_file."}
+    write_class_names: str | None = option(
+        None, "Write the nouns to this YAML file, to edit and give as --class_names_file."
     )
-    strict_class_names: bool = field(default=False, metadata={"help": "Stop where a class name may mislead."})
-    classes: list[str] | None = field(default=None, metadata={"help": "Draw these classes only; labels stay."})
-    exclude_classes: list[str] | None = field(
-        default=None,
-        metadata={"help": "Draw no images of these classes, e.g. of one that no prompt describes; labels stay."},
+    strict_class_names: bool = option(False, "Stop where a class name may mislead.")
+    classes: list[str] | None = option(None, "Draw these classes only; labels stay.")
+    exclude_classes: list[str] | None = option(
+        None, "Draw no images of these classes, e.g. of one that no prompt describes; labels stay."
     )
-    prompt_templates: list[str] | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--prompt_template"],
-            "help": "Prompts with {class}, and {token} for a style token; the token's own when not given.",
-        },
+    prompt_templates: list[str] | None = option(
+        None,
+        "Prompts with {class}, and {token} for a style token; the token's own when not given.",
+        aliases=["--prompt_template"],
     )
-    prompt_set: str = field(
-        default="single",
-        metadata={
-            "help": "single: the templates as they are; diverse: each varied by viewpoint, background and light.",
-            "choices": list(PROMPT_SETS),
-        },
+    prompt_set: str = option(
+        "single",
+        "single: the templates as they are; diverse: each varied by viewpoint, background and light.",
+        choices=list(PROMPT_SETS),
     )
-    prompts_file: str | None = field(
-        default=None,
-        metadata={"help": 'In place of templates: a JSONL file of captions, {"label": class name, "prompt": text}.'},
+    prompts_file: str | None = option(
+        None, 'In place of templates: a JSONL file of captions, {"label": class name, "prompt": text}.'
     )
-    negative_prompt: str = field(default="", metadata={"help": "What the images should not show."})
+    negative_prompt: str = option("", "What the images should not show.")
 
 
 @dataclass
 class SamplingArguments:
     _argument_group_name = "sampling"
 
-    num_images_per_class: int = field(default=1000, metadata={"help": "Images of each class; may be raised later."})
-    guidance_scale: list[float] = field(
-        default_factory=lambda: [3.0],
-        metadata={"help": "Guidance, above 0; lower is more varied, 1 is none. Of several, each has an equal share."},
+    num_images_per_class: int = option(1000, "Images of each class; may be raised later.")
+    guidance_scale: list[float] = option(
+        [3.0], "Guidance, above 0; lower is more varied, 1 is none. Of several, each has an equal share."
     )
-    num_inference_steps: int = field(default=25, metadata={"help": "Denoising steps per image."})
-    scheduler: str | None = field(
-        default=None,
-        metadata={
-            "help": "Scheduler class of diffusers; 'default' is the pipeline's own. When not given, "
-            "DPMSolverMultistepScheduler for Stable Diffusion 1.x, 2.x and XL, the pipeline's own for others, and for "
-            "those of them that are distilled for few steps or trained with other noise (EDM)."
-        },
+    num_inference_steps: int = option(25, "Denoising steps per image.")
+    scheduler: str | None = option(
+        None,
+        "Scheduler class of diffusers; 'default' is the pipeline's own. When not given, "
+        "DPMSolverMultistepScheduler for Stable Diffusion 1.x, 2.x and XL, the pipeline's own for others, and for "
+        "those of them that are distilled for few steps or trained with other noise (EDM).",
     )
-    resolution: int | None = field(
-        default=None, metadata={"help": "Pixels a side, a multiple of 8; the token's or generator's when not given."}
+    resolution: int | None = option(None, "Pixels a side, a multiple of 8; the token's or generator's when not given.")
+    seed: int = option(0, "Seed of all images.")
+    batch_size: int = option(16, "Images that a process draws at a time.")
+    mixed_precision: str | None = option(
+        None,
+        "Precision of the generator; when not given, what accelerate launch says, else bf16 on a GPU that has it.",
+        choices=["no", "fp16", "bf16"],
     )
-    seed: int = field(default=0, metadata={"help": "Seed of all images."})
-    batch_size: int = field(default=16, metadata={"help": "Images that a process draws at a time."})
-    mixed_precision: str | None = field(
-        default=None,
-        metadata={
-            "help": "Precision of the generator; when not given, what accelerate launch says, else bf16 on a GPU that "
-            "has it.",
-            "choices": ["no", "fp16", "bf16"],
-        },
-    )
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the denoiser: minutes first, then faster."})
-    max_redraws: int = field(
-        default=10,
-        metadata={"help": f"How often a bad image (black, constant, flagged) is drawn again, 0 to {MAX_REDRAWS}."},
+    torch_compile: bool = option(False, "Compile the denoiser: minutes first, then faster.")
+    max_redraws: int = option(
+        10, f"How often a bad image (black, constant, flagged) is drawn again, 0 to {MAX_REDRAWS}."
     )
 
 
@@ -149,29 +124,20 @@ class SamplingArguments:
 class OutputArguments:
     _argument_group_name = "output"
 
-    output_dir: str = field(default="synthetic-images", metadata=without_effect("Folder of the set."))
-    overwrite_output_dir: bool = field(default=False, metadata=without_effect("Replace a synthetic set that is there."))
-    images_per_shard: int = field(default=1000, metadata={"help": "Images per parquet file, the unit of resuming."})
-    image_format: str = field(default="jpeg", metadata={"help": "Image encoding.", "choices": ["jpeg", "png", "webp"]})
-    image_quality: int = field(
-        default=95, metadata={"aliases": ["--jpeg_quality"], "help": "Quality of JPEG and WebP, 1 to 100."}
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Show class names, prompts, speed and disk use of two batches; write no set."}
-    )
-    quality_report: bool = field(
-        default=False, metadata={"help": "Compare the set with the real images in the end; see quality_report.py."}
-    )
-    quality_model: str = field(
-        default="timm/resnet18.tv_in1k", metadata={"help": "Classifier or backbone whose features it compares."}
-    )
+    output_dir: str = option("synthetic-images", "Folder of the set.", affects_result=False)
+    overwrite_output_dir: bool = option(False, "Replace a synthetic set that is there.", affects_result=False)
+    images_per_shard: int = option(1000, "Images per parquet file, the unit of resuming.")
+    image_format: str = option("jpeg", "Image encoding.", choices=["jpeg", "png", "webp"])
+    image_quality: int = option(95, "Quality of JPEG and WebP, 1 to 100.", aliases=["--jpeg_quality"])
+    dry_run: bool = option(False, "Show class names, prompts, speed and disk use of two batches; write no set.")
+    quality_report: bool = option(False, "Compare the set with the real images in the end; see quality_report.py.")
+    quality_model: str = option("timm/resnet18.tv_in1k", "Classifier or backbone whose features it compares.")
 
 
 @dataclass
 class PublishingArguments(HubArguments):
-    hub_dataset_id: str | None = field(
-        default=None,
-        metadata=without_effect("Repository of the set; the output folder's name under you when not given."),
+    hub_dataset_id: str | None = option(
+        None, "Repository of the set; the output folder's name under you when not given.", affects_result=False
     )
 
 

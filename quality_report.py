@@ -10,10 +10,11 @@ images are those that the set's record names, unless others are given. Writes qu
 """
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from utils.cli.errors import UserError, run_script
+from utils.cli.options import option
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.data.arguments import RealDataArguments, check_real_images_given
@@ -24,40 +25,31 @@ from utils.hub.repositories import Source, open_source
 class SyntheticSetArguments:
     _argument_group_name = "synthetic images"
 
-    synthetic_dataset: str | None = field(
-        default=None, metadata={"help": "Synthetic set: a folder of generate_synthetic.py, or a data set id."}
-    )
-    synthetic_dataset_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the synthetic set."}
-    )
+    synthetic_dataset: str | None = option(None, "Synthetic set: a folder of generate_synthetic.py, or a data set id.")
+    synthetic_dataset_revision: str | None = option(None, "Branch, tag or commit of the synthetic set.")
 
 
 @dataclass
 class FeatureModelArguments:
     _argument_group_name = "model"
 
-    model_name_or_path: str = field(
-        default="timm/resnet18.tv_in1k",
-        metadata={"help": "Image model whose features are compared: an id of transformers or timm, or a folder."},
+    model_name_or_path: str = option(
+        "timm/resnet18.tv_in1k", "Image model whose features are compared: an id of transformers or timm, or a folder."
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
-    hub_token: str | None = field(
-        default=None, metadata={"help": "Access token; HF_TOKEN or `hf auth login` when not given."}
-    )
+    model_revision: str | None = option(None, "Branch, tag or commit of the model.")
+    hub_token: str | None = option(None, "Access token; HF_TOKEN or `hf auth login` when not given.")
 
 
 @dataclass
 class ReportArguments:
     _argument_group_name = "report"
 
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the report; '<synthetic set>-quality' when not given."}
+    output_dir: str | None = option(None, "Folder of the report; '<synthetic set>-quality' when not given.")
+    batch_size: int = option(64, "Images that the model sees at a time.")
+    max_images_per_class: int = option(
+        1000, "Look at the first so many images of each class; of the test images at all."
     )
-    batch_size: int = field(default=64, metadata={"help": "Images that the model sees at a time."})
-    max_images_per_class: int = field(
-        default=1000, metadata={"help": "Look at the first so many images of each class; of the test images at all."}
-    )
-    num_pairs: int = field(default=8, metadata={"help": "Pairs of images to show of each kind."})
+    num_pairs: int = option(8, "Pairs of images to show of each kind.")
 
 
 def choose_real_images(source: Source, real_args: RealDataArguments) -> dict:

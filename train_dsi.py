@@ -15,12 +15,12 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 from utils.cli.errors import UserError, run_script
-from utils.cli.options import free_options, resolve_options, without_effect
+from utils.cli.options import free_options, option, resolve_options
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import public_command
 from utils.cli.records import DSI_CONFIG, read_record
@@ -49,36 +49,27 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 class ModelArguments:
     _argument_group_name = "base model"
 
-    pretrained_model_name_or_path: str = field(
-        default="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        metadata={"help": "Stable Diffusion 1.x, 2.x or XL pipeline: a repository id or a folder."},
+    pretrained_model_name_or_path: str = option(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "Stable Diffusion 1.x, 2.x or XL pipeline: a repository id or a folder.",
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
+    revision: str | None = option(None, "Branch, tag or commit of the base model.")
 
 
 @dataclass
 class TokenArguments:
     _argument_group_name = "style token and prompts"
 
-    placeholder_token: str = field(default="<dsi-style>", metadata={"help": "The token's name, new to the tokenizer."})
-    num_vectors: int = field(default=1, metadata={"help": "Embedding rows of the token, 1 or more."})
-    initializer_token: str = field(default="style", metadata={"help": "Word (one token) whose embedding is the start."})
-    prompt_templates: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": f"Prompts with {{class}} and {{token}}; each image of a step draws one. '{DSI_TEMPLATE}' when not "
-            "given."
-        },
+    placeholder_token: str = option("<dsi-style>", "The token's name, new to the tokenizer.")
+    num_vectors: int = option(1, "Embedding rows of the token, 1 or more.")
+    initializer_token: str = option("style", "Word (one token) whose embedding is the start.")
+    prompt_templates: list[str] | None = option(
+        None, f"Prompts with {{class}} and {{token}}; each image of a step draws one. '{DSI_TEMPLATE}' when not given."
     )
-    prompt_templates_file: str | None = field(
-        default=None, metadata={"help": "More prompts, one a line (or a JSON or YAML list)."}
-    )
-    include_class_name: bool = field(
-        default=True, metadata={"help": "When false, prompts have no {class}: plain textual inversion, to compare."}
-    )
-    class_names_file: str | None = field(
-        default=None,
-        metadata={"help": "How class names are written in prompts: JSON or YAML mapping of name to noun, or a list."},
+    prompt_templates_file: str | None = option(None, "More prompts, one a line (or a JSON or YAML list).")
+    include_class_name: bool = option(True, "When false, prompts have no {class}: plain textual inversion, to compare.")
+    class_names_file: str | None = option(
+        None, "How class names are written in prompts: JSON or YAML mapping of name to noun, or a list."
     )
 
 
@@ -86,12 +77,9 @@ class TokenArguments:
 class ImageArguments:
     _argument_group_name = "images for the token"
 
-    resolution: int | None = field(
-        default=None, metadata={"help": "Pixels a side, a multiple of 8; the base model's own when not given."}
-    )
-    latent_cache_dir: str | None = field(
-        default=None,
-        metadata=without_effect("Where encoded images are kept; in the Hugging Face cache when not given."),
+    resolution: int | None = option(None, "Pixels a side, a multiple of 8; the base model's own when not given.")
+    latent_cache_dir: str | None = option(
+        None, "Where encoded images are kept; in the Hugging Face cache when not given.", affects_result=False
     )
 
 
@@ -101,62 +89,48 @@ class TrainingArguments:
 
     _argument_group_name = "training"
 
-    output_dir: str = field(
-        default="dsi-style", metadata=without_effect("Folder for the token, its record and its card.")
+    output_dir: str = option("dsi-style", "Folder for the token, its record and its card.", affects_result=False)
+    overwrite_output_dir: bool = option(False, "Start from scratch where there is a token.", affects_result=False)
+    train_batch_size: int = option(8, "Images per process and forward pass.")
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step, 1 or more.")
+    max_train_steps: int = option(20_000, "Optimiser steps; the default is the paper's.")
+    learning_rate: float = option(5e-4, "Peak learning rate of AdamW, above 0.")
+    lr_scheduler: str = option("constant", "Schedule.", choices=LR_SCHEDULERS)
+    lr_warmup_steps: int = option(0, "Steps of linear warm-up, 0 or more.")
+    mixed_precision: str | None = option(
+        None,
+        "Of the frozen model; the token is float32. What `accelerate launch` says when not given.",
+        choices=("no", "fp16", "bf16"),
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata=without_effect("Start from scratch where there is a token.")
-    )
-    train_batch_size: int = field(default=8, metadata={"help": "Images per process and forward pass."})
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Forward passes per optimiser step, 1 or more."}
-    )
-    max_train_steps: int = field(default=20_000, metadata={"help": "Optimiser steps; the default is the paper's."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW, above 0."})
-    lr_scheduler: str = field(default="constant", metadata={"help": "Schedule.", "choices": LR_SCHEDULERS})
-    lr_warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up, 0 or more."})
-    mixed_precision: str | None = field(
-        default=None,
-        metadata={
-            "help": "Of the frozen model; the token is float32. What `accelerate launch` says when not given.",
-            "choices": ("no", "fp16", "bf16"),
-        },
-    )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory, about a third slower."})
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the U-Net: minutes first, then faster."})
-    torch_compile_backend: str = field(default="inductor", metadata={"help": "Backend of torch.compile."})
-    dataloader_num_workers: int = field(
-        default=0, metadata=without_effect("Processes that prepare steps ahead, 0 or more.")
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn, 0 or more."})
+    gradient_checkpointing: bool = option(False, "Less memory, about a third slower.")
+    torch_compile: bool = option(False, "Compile the U-Net: minutes first, then faster.")
+    torch_compile_backend: str = option("inductor", "Backend of torch.compile.")
+    dataloader_num_workers: int = option(0, "Processes that prepare steps ahead, 0 or more.", affects_result=False)
+    seed: int = option(0, "Seed of everything that is drawn, 0 or more.")
 
 
 @dataclass
 class MonitoringArguments:
     _argument_group_name = "checkpoints and monitoring"
 
-    checkpointing_steps: int = field(default=1000, metadata=without_effect("Save a checkpoint every so many steps."))
-    checkpoints_total_limit: int | None = field(
-        default=None, metadata=without_effect("Keep so many checkpoints, the latest; all when not given.")
+    checkpointing_steps: int = option(1000, "Save a checkpoint every so many steps.", affects_result=False)
+    checkpoints_total_limit: int | None = option(
+        None, "Keep so many checkpoints, the latest; all when not given.", affects_result=False
     )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata=without_effect("Go on from a checkpoint's folder, or from the 'latest' in --output_dir.")
+    resume_from_checkpoint: str | None = option(
+        None, "Go on from a checkpoint's folder, or from the 'latest' in --output_dir.", affects_result=False
     )
-    validation_steps: int = field(
-        default=2000,
-        metadata=without_effect("Measure and draw the before/after picture every so many steps, and at the end."),
+    validation_steps: int = option(
+        2000, "Measure and draw the before/after picture every so many steps, and at the end.", affects_result=False
     )
-    num_validation_images: int = field(
-        default=8, metadata={"help": "Columns of the before/after picture, a class each; 0 for no picture."}
-    )
-    report_to: str = field(default="none", metadata=without_effect("Tracker: tensorboard, wandb, trackio or none."))
+    num_validation_images: int = option(8, "Columns of the before/after picture, a class each; 0 for no picture.")
+    report_to: str = option("none", "Tracker: tensorboard, wandb, trackio or none.", affects_result=False)
 
 
 @dataclass
 class PublishingArguments(HubArguments):
-    hub_model_id: str | None = field(
-        default=None,
-        metadata=without_effect("Repository of the token; the output folder's name under you when not given."),
+    hub_model_id: str | None = option(
+        None, "Repository of the token; the output folder's name under you when not given.", affects_result=False
     )
 
 

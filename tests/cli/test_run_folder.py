@@ -1,12 +1,12 @@
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 from transformers import TrainingArguments
 
 from utils.cli.errors import UserError
-from utils.cli.options import free_options, without_effect
+from utils.cli.options import free_options, option
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import RUN_CONFIG, read_record
 from utils.cli.run_folder import RunFolder
@@ -74,9 +74,9 @@ def test_a_finished_run_is_not_done_again_and_one_with_other_options_is_refused(
 
 @dataclass
 class Flags:
-    seed: int = field(default=0, metadata={"help": "Seed."})
-    colour: str = field(default="red", metadata={"help": "Colour."})
-    output_dir: str = field(default="out", metadata=without_effect("Folder."))
+    seed: int = option(0, "Seed.")
+    colour: str = option("red", "Colour.")
+    output_dir: str = option("out", "Folder.", affects_result=False)
 
 
 def test_flags_without_effect_are_told_from_the_rest(tmp_path):

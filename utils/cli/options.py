@@ -15,9 +15,18 @@ INPUTS = (
 STYLE_TOKEN_OPTIONS = ("placeholder_token", "initializer_token")  # no access tokens
 
 
-def without_effect(help_text: str) -> dict:
-    """Return the metadata of a flag on which no result depends: two runs may differ in it."""
-    return {"help": help_text, "affects_result": False}
+def option(default: object, help_text: str, affects_result: bool = True, **options) -> dataclasses.Field:
+    """Return the field of a flag; of a list or a function as default, each run gets a list, or a value, of its own.
+
+    Two runs with the same result may differ in a flag that does not `affects_result`. `options` are those of
+    `ArgumentParser.add_argument`, such as `choices`.
+    """
+    metadata = {"help": help_text, "affects_result": affects_result, **options}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def absolute_if_local(name: str | None) -> str | None:
@@ -40,7 +49,7 @@ def resolve_options(groups: Iterable) -> dict:
 def free_options(groups: Iterable) -> frozenset[str]:
     """Return the names of the options on which no result depends.
 
-    Those are the fields `without_effect`, and of the fields that a group inherits from a library all but the names in
+    Those are the flags that say so, and of the fields that a group inherits from a library all but the names in
     its `_inherited_result_options`.
     """
     free = set()

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +15,7 @@ from typing import TypeVar
 from huggingface_hub import HfApi, errors
 
 from utils.cli.errors import UserError
-from utils.cli.options import without_effect
+from utils.cli.options import option
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +33,13 @@ class HubArguments:
 
     _argument_group_name = "Hub"
 
-    push_to_hub: bool = field(default=False, metadata=without_effect("Publish the output folder on the Hub."))
-    hub_private_repo: bool = field(
-        default=False, metadata=without_effect("Make the repository private when creating it.")
+    push_to_hub: bool = option(False, "Publish the output folder on the Hub.", affects_result=False)
+    hub_private_repo: bool = option(False, "Make the repository private when creating it.", affects_result=False)
+    hub_revision: str | None = option(
+        None, "Branch to publish to, made when it is not there; main when not given.", affects_result=False
     )
-    hub_revision: str | None = field(
-        default=None, metadata=without_effect("Branch to publish to, made when it is not there; main when not given.")
-    )
-    hub_token: str | None = field(
-        default=None, metadata=without_effect("Access token; HF_TOKEN or `hf auth login` when not given.")
+    hub_token: str | None = option(
+        None, "Access token; HF_TOKEN or `hf auth login` when not given.", affects_result=False
     )
 
 

@@ -4,12 +4,12 @@ Stage 1's begin with bridge_.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
 from utils.cli.errors import UserError
-from utils.cli.options import without_effect
+from utils.cli.options import option
 from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, HEAD_INITS, METHODS
 
 MAX_WORKERS = 16
@@ -31,12 +31,12 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    model_name_or_path: str = field(
-        default="timm/resnet18.tv_in1k",
-        metadata={"help": "Pretrained image classifier of transformers or timm: a model id on the Hub, or a folder."},
+    model_name_or_path: str = option(
+        "timm/resnet18.tv_in1k",
+        "Pretrained image classifier of transformers or timm: a model id on the Hub, or a folder.",
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    model_revision: str | None = option(None, "Branch, tag or commit of the model.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
 
 
 @dataclass
@@ -45,21 +45,15 @@ class SyntheticDataArguments:
 
     _argument_group_name = "synthetic images"
 
-    synthetic_dataset: str | None = field(
-        default=None, metadata={"help": "Synthetic set, as generate_synthetic.py wrote it: a folder or a data set id."}
+    synthetic_dataset: str | None = option(
+        None, "Synthetic set, as generate_synthetic.py wrote it: a folder or a data set id."
     )
-    synthetic_dataset_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the synthetic set on the Hub."}
+    synthetic_dataset_revision: str | None = option(None, "Branch, tag or commit of the synthetic set on the Hub.")
+    max_synthetic_samples_per_class: int | None = option(
+        None, "Use the first so many synthetic images of each class; all when not given."
     )
-    max_synthetic_samples_per_class: int | None = field(
-        default=None, metadata={"help": "Use the first so many synthetic images of each class; all when not given."}
-    )
-    allow_missing_classes: bool = field(
-        default=False, metadata={"help": "Accept a synthetic set that lacks some of the real set's classes."}
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read the synthetic images from the Hub as they are needed, not to the disk."}
-    )
+    allow_missing_classes: bool = option(False, "Accept a synthetic set that lacks some of the real set's classes.")
+    streaming: bool = option(False, "Read the synthetic images from the Hub as they are needed, not to the disk.")
 
 
 @dataclass
@@ -68,33 +62,24 @@ class MethodArguments:
 
     _argument_group_name = "method"
 
-    method: str = field(
-        default="bridged",
-        metadata={
-            "help": "Which stages are trained on which images; the table above says it. Other flags win over its rows.",
-            "choices": METHODS,
-        },
+    method: str = option(
+        "bridged",
+        "Which stages are trained on which images; the table above says it. Other flags win over its rows.",
+        choices=METHODS,
     )
-    head_init: str | None = field(
-        default=None,
-        metadata={
-            "help": "Head at the start of the second stage: fresh (the paper's), that of the first stage, or the class "
-            "means of the real images' features; the method's own when not given.",
-            "choices": HEAD_INITS,
-        },
+    head_init: str | None = option(
+        None,
+        "Head at the start of the second stage: fresh (the paper's), that of the first stage, or the class "
+        "means of the real images' features; the method's own when not given.",
+        choices=HEAD_INITS,
     )
-    match_steps: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Give methods of one stage the steps of both stages together; as the method says when not given."
-        },
+    match_steps: bool | None = option(
+        None, "Give methods of one stage the steps of both stages together; as the method says when not given."
     )
-    mix_ratio: float | None = field(
-        default=None,
-        metadata={
-            "help": "Synthetic images per real image in mix, above 0; those of the kind that is too few are repeated. "
-            "As the method says when not given: each image once, but in mix_balanced."
-        },
+    mix_ratio: float | None = option(
+        None,
+        "Synthetic images per real image in mix, above 0; those of the kind that is too few are repeated. "
+        "As the method says when not given: each image once, but in mix_balanced.",
     )
 
 
@@ -104,37 +89,27 @@ class StageArguments:
 
     _argument_group_name = "training on real images"
 
-    head_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of the head; 10 x --learning_rate for a fresh head, 1 x for another."},
+    head_learning_rate: float | None = option(
+        None, "Learning rate of the head; 10 x --learning_rate for a fresh head, 1 x for another."
     )
-    head_warmup_steps: float = field(
-        default=0,
-        metadata={"help": "Steps that train the head alone first (LP-FT), 0 or more; below 1 a share of the steps."},
+    head_warmup_steps: float = option(
+        0, "Steps that train the head alone first (LP-FT), 0 or more; below 1 a share of the steps."
     )
-    freeze_backbone: bool = field(default=False, metadata={"help": "Train the head only."})
-    mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup's Beta parameter; 0 turns it off."})
-    augmentation: str = field(
-        default="robust",
-        metadata={
-            "help": "robust: crop, flip, colour and fine detail; basic: crop and flip, as run_image_classification.py; "
-            "trivialaugment and randaugment: these after crop and flip.",
-            "choices": AUGMENTATIONS,
-        },
+    freeze_backbone: bool = option(False, "Train the head only.")
+    mixup_alpha: float = option(0.0, "Mixup's Beta parameter; 0 turns it off.")
+    augmentation: str = option(
+        "robust",
+        "robust: crop, flip, colour and fine detail; basic: crop and flip, as run_image_classification.py; "
+        "trivialaugment and randaugment: these after crop and flip.",
+        choices=AUGMENTATIONS,
     )
-    batch_norm: str = field(
-        default="frozen",
-        metadata={
-            "help": "BatchNorm statistics: those of the start, of each batch, or measured anew on the stage's images.",
-            "choices": BATCH_NORM_MODES,
-        },
+    batch_norm: str = option(
+        "frozen",
+        "BatchNorm statistics: those of the start, of each batch, or measured anew on the stage's images.",
+        choices=BATCH_NORM_MODES,
     )
-    dropout: float | None = field(
-        default=None, metadata={"help": "Dropout in both stages, in [0, 1); the model's own when not given."}
-    )
-    drop_path_rate: float | None = field(
-        default=None, metadata={"help": "Drop path in both stages, in [0, 1); the model's own when not given."}
-    )
+    dropout: float | None = option(None, "Dropout in both stages, in [0, 1); the model's own when not given.")
+    drop_path_rate: float | None = option(None, "Drop path in both stages, in [0, 1); the model's own when not given.")
 
 
 @dataclass
@@ -143,44 +118,32 @@ class BridgeStageArguments:
 
     _argument_group_name = "training on synthetic images"
 
-    bridge_num_train_epochs: float = field(
-        default=5.0,
-        metadata={"help": "Epochs (over both kinds of images for mix); few, as there are many images."},
+    bridge_num_train_epochs: float = option(
+        5.0, "Epochs (over both kinds of images for mix); few, as there are many images."
     )
-    bridge_max_steps: int | None = field(default=None, metadata={"help": "Optimiser steps, in place of epochs."})
-    bridge_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate; --learning_rate when not given."}
+    bridge_max_steps: int | None = option(None, "Optimiser steps, in place of epochs.")
+    bridge_learning_rate: float | None = option(None, "Peak learning rate; --learning_rate when not given.")
+    bridge_head_learning_rate: float | None = option(
+        None, "Learning rate of the head, always a fresh one; 10 x when not given."
     )
-    bridge_head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the head, always a fresh one; 10 x when not given."}
+    bridge_weight_decay: float | None = option(None, "Weight decay; --weight_decay when not given.")
+    bridge_warmup_steps: float | None = option(None, "Warm-up, as --warmup_steps, which it is when not given.")
+    bridge_per_device_train_batch_size: int | None = option(
+        None, "Images per device and step; --per_device_train_batch_size when not given."
     )
-    bridge_weight_decay: float | None = field(
-        default=None, metadata={"help": "Weight decay; --weight_decay when not given."}
+    bridge_head_warmup_steps: float = option(
+        0, "Steps that train the head alone first, 0 or more; below 1 a share of the steps."
     )
-    bridge_warmup_steps: float | None = field(
-        default=None, metadata={"help": "Warm-up, as --warmup_steps, which it is when not given."}
+    bridge_freeze_backbone: bool = option(False, "Train the head only.")
+    bridge_mixup_alpha: float = option(0.2, "Mixup's Beta parameter; 0 turns it off. On by default, as in the paper.")
+    bridge_label_smoothing_factor: float = option(0.0, "Label smoothing, in [0, 1).")
+    bridge_augmentation: str = option(
+        "robust", "As --augmentation; robust, as synthetic images differ in these.", choices=AUGMENTATIONS
     )
-    bridge_per_device_train_batch_size: int | None = field(
-        default=None, metadata={"help": "Images per device and step; --per_device_train_batch_size when not given."}
-    )
-    bridge_head_warmup_steps: float = field(
-        default=0, metadata={"help": "Steps that train the head alone first, 0 or more; below 1 a share of the steps."}
-    )
-    bridge_freeze_backbone: bool = field(default=False, metadata={"help": "Train the head only."})
-    bridge_mixup_alpha: float = field(
-        default=0.2, metadata={"help": "Mixup's Beta parameter; 0 turns it off. On by default, as in the paper."}
-    )
-    bridge_label_smoothing_factor: float = field(default=0.0, metadata={"help": "Label smoothing, in [0, 1)."})
-    bridge_augmentation: str = field(
-        default="robust",
-        metadata={"help": "As --augmentation; robust, as synthetic images differ in these.", "choices": AUGMENTATIONS},
-    )
-    bridge_batch_norm: str = field(
-        default="frozen",
-        metadata={
-            "help": "As --batch_norm; frozen, as statistics of synthetic images harm on real ones.",
-            "choices": BATCH_NORM_MODES,
-        },
+    bridge_batch_norm: str = option(
+        "frozen",
+        "As --batch_norm; frozen, as statistics of synthetic images harm on real ones.",
+        choices=BATCH_NORM_MODES,
     )
 
 
@@ -190,15 +153,12 @@ class LoraArguments:
 
     _argument_group_name = "LoRA"
 
-    use_peft: bool = field(default=False, metadata={"help": "One LoRA adapter through both stages, and the head."})
-    lora_r: int = field(default=16, metadata={"help": "Rank, above 0."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale: the adapter counts alpha / rank."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter, in [0, 1)."})
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Ends of layers' names to adapt; every linear layer and convolution but the head when not given."
-        },
+    use_peft: bool = option(False, "One LoRA adapter through both stages, and the head.")
+    lora_r: int = option(16, "Rank, above 0.")
+    lora_alpha: int = option(32, "Scale: the adapter counts alpha / rank.")
+    lora_dropout: float = option(0.05, "Dropout before the adapter, in [0, 1).")
+    lora_target_modules: list[str] | None = option(
+        None, "Ends of layers' names to adapt; every linear layer and convolution but the head when not given."
     )
 
     @property
@@ -235,60 +195,45 @@ class BridgedTrainingArguments(TrainingArguments):
         "use_cpu",
     )
 
-    output_dir: str | None = field(
-        default=None,
-        metadata=without_effect("Output folder; '<synthetic set>-bridged' (the method's name) when not given."),
+    output_dir: str | None = option(
+        None, "Output folder; '<synthetic set>-bridged' (the method's name) when not given.", affects_result=False
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata=without_effect("Start from scratch where there is a result.")
+    overwrite_output_dir: bool = option(False, "Start from scratch where there is a result.", affects_result=False)
+    dry_run: bool = option(False, "Look for damaged images, copies and leaks between splits; train and write nothing.")
+    do_train: bool = option(True, "Train, then evaluate on the test images once.")
+    do_eval: bool = option(
+        False, "With --no_do_train: evaluate the finished classifier in --output_dir.", affects_result=False
     )
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Look for damaged images, copies and leaks between splits; train and write nothing."},
+    per_device_train_batch_size: int = option(32, "Images per device and step.")
+    per_device_eval_batch_size: int = option(128, "Images per device in evaluation.", affects_result=False)
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate of AdamW; when not given, 2e-4 for networks with BatchNorm, adapters and heads "
+        "alone, 2e-5 for all weights of others (ViT, Swin, ConvNeXt).",
     )
-    do_train: bool = field(default=True, metadata={"help": "Train, then evaluate on the test images once."})
-    do_eval: bool = field(
-        default=False, metadata=without_effect("With --no_do_train: evaluate the finished classifier in --output_dir.")
+    num_train_epochs: float = option(30.0, "Epochs over the real images.")
+    weight_decay: float = option(0.01, "Weight decay.")
+    warmup_steps: float = option(0.1, "Warm-up: steps, or below 1 a share of all steps.")
+    lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
+    logging_steps: float = option(0.05, "Log every so many steps, or below 1 this share.", affects_result=False)
+    save_strategy: str = option("steps", "When to save checkpoints in the stages' folders.", affects_result=False)
+    save_total_limit: int | None = option(1, "Checkpoints that are kept in each stage.", affects_result=False)
+    resume_from_checkpoint: str | None = option(
+        None, "'latest': go on with an unfinished run, in whichever stage it is.", affects_result=False
     )
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per device and step."})
-    per_device_eval_batch_size: int = field(default=128, metadata=without_effect("Images per device in evaluation."))
-    learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Peak learning rate of AdamW; when not given, 2e-4 for networks with BatchNorm, adapters and heads "
-            "alone, 2e-5 for all weights of others (ViT, Swin, ConvNeXt)."
-        },
+    dataloader_num_workers: int = option(
+        default_num_workers,
+        "Processes that read images ahead, 0 or more; with a GPU one less than a process has cores.",
+        affects_result=False,
     )
-    num_train_epochs: float = field(default=30.0, metadata={"help": "Epochs over the real images."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    logging_steps: float = field(
-        default=0.05, metadata=without_effect("Log every so many steps, or below 1 this share.")
+    leep: bool | None = option(
+        None,
+        "Measure LEEP before and after stage 1, on the real training images; when not given, where there "
+        "is such a stage.",
     )
-    save_strategy: str = field(
-        default="steps", metadata=without_effect("When to save checkpoints in the stages' folders.")
-    )
-    save_total_limit: int | None = field(default=1, metadata=without_effect("Checkpoints that are kept in each stage."))
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata=without_effect("'latest': go on with an unfinished run, in whichever stage it is.")
-    )
-    dataloader_num_workers: int = field(
-        default_factory=default_num_workers,
-        metadata=without_effect(
-            "Processes that read images ahead, 0 or more; with a GPU one less than a process has cores."
-        ),
-    )
-    leep: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Measure LEEP before and after stage 1, on the real training images; when not given, where there "
-            "is such a stage."
-        },
-    )
-    report_to: str = field(default="none", metadata=without_effect("Experiment tracker, as in transformers."))
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use so many validation and test images, evenly spread; all when not given."}
+    report_to: str = option("none", "Experiment tracker, as in transformers.", affects_result=False)
+    max_eval_samples: int | None = option(
+        None, "Use so many validation and test images, evenly spread; all when not given."
     )
 
 
