@@ -306,10 +306,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if is_finished:
         publish_finished(folder.path, hub_target, PUBLISHED_FILES)
         return read_record(folder.path / DSI_CONFIG)["health"]
-    base_model = open_base_model(
-        model_args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", model_args.revision,
-        hub_args.hub_token,
-    )  # fmt: skip
+    name = model_args.pretrained_model_name_or_path
+    base_model = open_base_model(name, "--pretrained_model_name_or_path", model_args.revision, hub_args.hub_token)
 
     # these take seconds to import: only once the arguments are known to be good
     import torch
