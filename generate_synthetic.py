@@ -12,6 +12,7 @@ Run the same command again after an interruption, or with a larger --num_images_
 """
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
@@ -222,25 +223,25 @@ def print_notes(sources: Sources, labels: tuple[int, ...], findings: list, given
         print(f"No images are drawn of {list_names(left_out)} (--exclude_classes); the labels keep their numbers.")
 
 
-def open_quality_report(output_args: OutputArguments, real_images: dict | None, hub_token: str | None) -> tuple | None:
-    """Return the model and the real images of the quality report, each opened once; None when there is to be none."""
+def open_quality_report(
+    output_args: OutputArguments, real_images: dict | None, hub_token: str | None
+) -> Callable[[], None] | None:
+    """Return what compares the finished set with the real images; model and images are opened now, and once.
+
+    None when there is to be no report.
+    """
     if not output_args.quality_report:
         return None
     if real_images is None:
         raise UserError("--quality_report true: needs the real images; give --dataset_name or --train_dir as well.")
-    from utils.quality.features import load_reference_images, open_feature_model
-
-    model = open_feature_model(output_args.quality_model, "--quality_model", token=hub_token)
-    return model, load_reference_images(real_images, hub_token)
-
-
-def report_quality(output_dir: str, model, real) -> None:
-    """Compare the finished set with the real images."""
     from utils.hub.repositories import Source
-    from utils.quality.presentation import print_quality
+    from utils.quality.features import load_reference_images, open_feature_model
     from utils.quality.report import make_quality_report
 
-    print_quality(make_quality_report(Source(output_dir, "--output_dir", "dataset"), real, model, output_dir))
+    model = open_feature_model(output_args.quality_model, "--quality_model", token=hub_token)
+    real, output_dir = load_reference_images(real_images, hub_token), output_args.output_dir
+    images = Source(output_dir, "--output_dir", "dataset")
+    return lambda: print_quality(make_quality_report(images, real, model, output_dir))
 
 
 def main(argv=None) -> dict:
@@ -282,7 +283,7 @@ def main(argv=None) -> dict:
     check_card(folder.path / "README.md")
     sources.generator.check(settings)
     check_prompts_fit(sources.generator, prompts.longest(), *sources.placeholder, prompts.flag)
-    for_report = open_quality_report(output_args, sources.real_images, hub_token)
+    report_quality = open_quality_report(output_args, sources.real_images, hub_token)
     if accelerator.is_main_process:
         print_notes(sources, labels, findings, given)
         if prompt_args.write_class_names is not None:
@@ -309,8 +310,8 @@ def main(argv=None) -> dict:
         if accelerator.is_main_process:
             record = finish_set(shards, sources, findings)
             write_card(shards, record, command, hub_target, hub_token)
-            if for_report is not None:  # it loads the set, which takes a card that counts its images
-                report_quality(output_dir, *for_report)
+            if report_quality is not None:  # it loads the set, which takes a card that counts its images
+                report_quality()
                 write_card(shards, record, command, hub_target, hub_token)
             run = write_run_config(output_dir, options, started)
             results = {

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -5,13 +7,22 @@ from safetensors.torch import load_file, save_file
 from tests.style.pipelines import change_scheduler, pickle_weights, publish, rename_to_fp16
 from utils.cli.errors import UserError
 from utils.style.base_models import open_base_model
+from utils.style.families import FAMILIES, ROW_NAMES
 from utils.style.saved_pipelines import MIRRORS
 
+ROOT = Path(__file__).parents[2]
 pytest_plugins = ["tests.local_hub.fixtures", "tests.synthesis.fixtures"]
 
 
 def open_folder(folder):
     return open_base_model(str(folder), "--model")
+
+
+def test_a_family_is_named_in_the_table_only():
+    names = [*FAMILIES, *ROW_NAMES]
+    paths = [path for path in ROOT.glob("utils/**/*") if path.suffix in (".py", ".jinja")] + list(ROOT.glob("*.py"))
+    naming = [path.name for path in paths if any(name in path.read_text(encoding="utf-8") for name in names)]
+    assert naming == ["families.py"]
 
 
 @pytest.mark.parametrize(("gone", "mirror"), MIRRORS.items())

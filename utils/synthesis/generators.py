@@ -23,10 +23,6 @@ class Generator(SavedPipeline):
         wanted = self.family.default_scheduler
         return wanted if wanted == OWN_SCHEDULER or self.is_replaceable else OWN_SCHEDULER
 
-    @property
-    def embeds_guidance(self) -> bool:
-        return bool(self.denoiser_config.get("time_cond_proj_dim"))
-
     @cached_property
     def variants(self) -> dict[str, str | None]:
         """Which weights of each part are loaded: 'fp16' where there are no others."""
@@ -91,9 +87,9 @@ class Generator(SavedPipeline):
 
     def few_steps_advice(self, given: set[str]) -> str | None:
         """Return what flags suit a distilled generator, of those that are not `given`; None for others."""
-        signs, suited = self.signs_of_distillation, {"num_inference_steps": 4}
-        if not self.embeds_guidance:  # there the scale is an input, and no value leaves it out
-            suited["guidance_scale"] = 1
+        signs, suited = self.signs_of_distillation, {"num_inference_steps": 4, "guidance_scale": 1}
+        if self.denoiser_config.get("time_cond_proj_dim"):  # there the scale is an input, and no value leaves it out
+            del suited["guidance_scale"]
         flags = [f"--{name} {value}" for name, value in suited.items() if name not in given]
         if signs is None or not flags:
             return None

@@ -118,22 +118,19 @@ class SharedProgress:
     """A bar on the main process over what all processes have drawn."""
 
     def __init__(self, folder: Path, process_index: int, num_processes: int, total: int):
-        self.folder = folder
         self.process_index = process_index
-        self.num_processes = num_processes
-        self.num_done = 0
-        self._looked_at = 0.0
+        self.num_done, self._looked_at = 0, 0.0
+        self._counts = [folder / f"drawn-{index}" for index in range(num_processes)]  # the main one's is never written
         folder.mkdir(parents=True, exist_ok=True)
-        self._path(process_index).unlink(missing_ok=True)  # of an earlier run
+        self._counts[process_index].unlink(missing_ok=True)  # of an earlier run
         self.bar = tqdm(total=total, desc="synthetic images", unit="image", disable=process_index != 0)
 
     def update(self, count: int) -> None:
         """Add images that this process has drawn."""
         self.num_done += count
-        if time.monotonic() - self._looked_at < SECONDS_BETWEEN_LOOKS:
-            return
-        self._looked_at = time.monotonic()
-        self._show()
+        if time.monotonic() - self._looked_at >= SECONDS_BETWEEN_LOOKS:
+            self._looked_at = time.monotonic()
+            self._show()
 
     def finish(self) -> None:
         """Say that this process has done its share; the main one shows the others' until they have done theirs."""
@@ -145,15 +142,11 @@ class SharedProgress:
 
     def _show(self) -> None:
         if self.process_index != 0:
-            self._path(self.process_index).write_text(str(self.num_done))
+            self._counts[self.process_index].write_text(str(self.num_done))
             return
-        others = [self._path(index) for index in range(1, self.num_processes)]
         # a count is empty while it is written
-        counts = [int(path.read_text() or 0) for path in others if path.exists()]
-        self.bar.update(max(self.num_done + sum(counts) - self.bar.n, 0))
-
-    def _path(self, process_index: int) -> Path:
-        return self.folder / f"drawn-{process_index}"
+        others = [int(path.read_text() or 0) for path in self._counts[1:] if path.exists()]
+        self.bar.update(max(self.num_done + sum(others) - self.bar.n, 0))
 
 
 @dataclass
@@ -219,13 +212,12 @@ class Runner:
 
     def _write(self, number: int, drawn: Drawn) -> None:
         in_order = [drawn.good[index] for index in sorted(drawn.good)]
-        names = self.shards.class_names
         redraws = Counter()
         for image, _ in in_order:
-            redraws[names[image.label]] += image.redraw
+            if image.redraw:
+                redraws[self.shards.class_names[image.label]] += image.redraw
         rows = (make_row(image, encoding.result()) for image, encoding in in_order)
-        num_redraws = {name: count for name, count in redraws.items() if count}
-        self.shards.write(number, rows, num_redraws, self.sampler.num_at_a_time)
+        self.shards.write(number, rows, dict(redraws), self.sampler.num_at_a_time)
 
     def _describe(self, bad: dict[int, tuple[PlannedImage, str]]) -> str:
         names = self.shards.class_names
