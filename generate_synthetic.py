@@ -236,6 +236,7 @@ def open_quality_report(
         raise UserError("--quality_report true: needs the real images; give --dataset_name or --train_dir as well.")
     from utils.hub.repositories import Source
     from utils.quality.features import load_reference_images, open_feature_model
+    from utils.quality.presentation import print_quality
     from utils.quality.report import make_quality_report
 
     model = open_feature_model(output_args.quality_model, "--quality_model", token=hub_token)
