@@ -99,17 +99,6 @@ def find_image_files(folder: str, flag: str) -> ImageFiles:
     return found
 
 
-def read_file(path: str) -> bytes:
-    """Return what is in the file of an image's row: a local file of any name, else a URL or a file in an archive."""
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            return file.read()
-    from datasets.utils.file_utils import xopen  # to which a name with :: is a file in an archive; takes a second
-
-    with xopen(path, "rb") as file:
-        return file.read()
-
-
 def escape_name(name: str) -> str:
     r"""Return a name as it can be printed, in one line: bytes that are not UTF-8 as \xe9, a new line as \n."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
