@@ -113,7 +113,7 @@ def test_folders_and_files_of_any_name_are_read_by_every_reader(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     real = load_real_images(RealImagesRecord(dataset_name=folder.name))
     assert real.class_names == sorted(ODD_NAMES)
-    assert inspect_images(real.train, "training images", show_progress=False)[1] == {}
+    assert inspect_images(real.train, "training images")[1] == {}
     monkeypatch.chdir("/")  # a row's path holds in every directory
     labels = real.train["label"]
     expected = [colours[real.class_names[label]] for label in labels]

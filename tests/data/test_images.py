@@ -191,7 +191,7 @@ def test_images_above_a_limit_of_pillow_are_said_to_be_large_and_not_damaged(mon
     rows = [Image.new("L", size) for size in ((30, 20), (60, 30), (50, 20))] + [grey([0, 4095], np.uint16)]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
     images = image_column(list(map(encode, rows)))
-    hashes, problems, notes = inspect_images(images, "photos", with_digests=True, show_progress=False)
+    hashes, problems, notes = inspect_images(images, "photos", with_digests=True)
     assert sorted(hashes) == [0, 2, 3]
     assert problems[1].startswith("too large: 1,800 pixels, more than the 1,200 that Pillow opens")
     assert notes[2].startswith("of more than 600 pixels")

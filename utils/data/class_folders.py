@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -195,23 +197,23 @@ def _classes_below(files: ImageFiles, prefix: tuple[str, ...]) -> Classes:
     return classes
 
 
-def _count(files: ImageFiles, splits, unlabelled: list[str] = ()) -> list[str]:
+def _count(files: ImageFiles, splits: Iterable[Classes], unlabelled: Sequence[str] = ()) -> list[str]:
     """Return the lines on what is used and what is left out, none where every file is used."""
-    splits, notes = list(splits), []
-    empty = sorted({name for classes in splits for name in classes} - {
-        name for classes in splits for name, paths in classes.items() if paths
-    })  # fmt: skip
+    numbers = Counter()
+    for classes in splits:
+        numbers.update({name: len(paths) for name, paths in classes.items()})
+    notes, empty = [], sorted(name for name, number in numbers.items() if not number)
     if empty:
         notes.append(f"{files.place}: skipping empty class folders: {', '.join(map(escape_name, empty))}.")
-    told = [files.describe_left_out()] if files.left_out else []
+    told = [files.describe_left_out()]
     if files.by_content:
         told.append(f"recognised as images by their content: {len(files.by_content):,} ({name_some(files.by_content)})")
     if unlabelled:
         told.append(f"not used: {', '.join(unlabelled)}")
+    told = "; ".join(filter(None, told))
     if told:
-        num_images = sum(len(paths) for classes in splits for paths in classes.values())
-        num_classes = len({name for classes in splits for name, paths in classes.items() if paths})
-        notes.append(f"{files.place}: {num_images:,} images of {num_classes:,} classes; {'; '.join(told)}.")
+        num_classes = len(numbers) - len(empty)
+        notes.append(f"{files.place}: {numbers.total():,} images of {num_classes:,} classes; {told}.")
     return notes
 
 

@@ -61,7 +61,7 @@ def open_all(real: RealImages, parts: tuple[str, ...] = PARTS, with_digests: boo
     Raises:
         UserError: an image is damaged and may not be left out, or a class has no other training images.
     """
-    found = {part: inspect_images(getattr(real, part), f"{part} images", with_digests, together=True) for part in parts}
+    found = {part: inspect_images(getattr(real, part), f"{part} images", with_digests) for part in parts}
     problems = {
         f"{part} images: row {real.parts[part].rows[row]}, column '{real.record.image_column_name}'": problem
         for part, inspected in found.items()
@@ -82,7 +82,7 @@ def open_synthetic(images: Dataset, name: str, skip_bad_images: bool) -> tuple[D
     Raises:
         UserError: an image is damaged and may not be left out.
     """
-    inspected = inspect_images(images, "synthetic images", together=True)
+    inspected = inspect_images(images, "synthetic images")
     problems = {f"--synthetic_dataset {name}: row {row}": text for row, text in sorted(inspected.problems.items())}
     remarks = _settle_damaged(problems, skip_bad_images)
     return images.select(_good_rows(images, inspected)) if problems else images, remarks
@@ -120,11 +120,11 @@ def _check_classes_left(real: RealImages, kept: np.ndarray | None) -> None:
         raise UserError(f"--skip_bad_images: all training images of {names} are damaged.")
 
 
-def inspect_images(images: Dataset, what: str, with_digests: bool = False, together: bool = False) -> Inspected:
-    """Decode each image once, in threads; `together` in all processes, of which each then has what all have found."""
+def inspect_images(images: Dataset, what: str, with_digests: bool = False) -> Inspected:
+    """Decode each image once, in one of the processes, in threads; return what all of them have found."""
     inspected = Inspected({}, {}, {})
-    inspect = partial(_inspect_image, with_digest=with_digests)
-    for row, results in _for_each(images, inspect, f"checking {what}", together):
+    inspect = partial(inspect_image, with_digest=with_digests)
+    for row, results in _for_each(images, inspect, f"checking {what}"):
         for by_row, result in zip(inspected, results):
             if result is not None:
                 by_row[row] = result
@@ -142,17 +142,16 @@ def content_places(images: Dataset) -> np.ndarray:
         return int.from_bytes(digest[:8], "big") / 2**64
 
     places = np.zeros(len(images))
-    for row, found in _for_each(images, place, "reading images", together=True):
+    for row, found in _for_each(images, place, "reading images"):
         places[row] = found
     return places
 
 
 def _for_each(
-    images: Dataset, function: Callable[[int, dict | None], Result], what: str, together: bool
+    images: Dataset, function: Callable[[int, dict | None], Result], what: str
 ) -> Iterator[tuple[int, Result]]:
-    """Yield each row with what a function of it and its encoded image gives; `together`, processes share the rows."""
-    if not together or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        # without a state of accelerate, which would take up a GPU
+    """Yield each row with what a function of it and its encoded image gives, computed in one of the processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # without a state of accelerate, which would take up a GPU
         yield from enumerate(map_encoded(images, function, range(len(images)), what))
         return
     from accelerate import PartialState
@@ -198,7 +197,9 @@ def _read_encoded(encoded: dict | None) -> bytes | None:
         return file.read()
 
 
-def _inspect_image(row: int, encoded: dict | None, with_digest: bool) -> tuple[str | None, str | None, str | None]:
+def inspect_image(
+    row: int, encoded: dict | None, with_digest: bool = False
+) -> tuple[str | None, str | None, str | None]:
     """Return the hash of an image's bytes, what is wrong with the image, and what is to be said of its reading."""
     content = b""
     try:

@@ -62,21 +62,15 @@ def assign_splits(
         UserError: there is no such split or slice, it is empty, or two parts share images.
     """
     chosen = {part: select(splits, part, spec, name) for part, spec in given.items() if spec is not None}
-
-    def guess(part: str) -> None:
+    # a single split by a name of validation's is the test
+    for part in ("test", "validation", "validation"):
+        if part in chosen:
+            continue
         taken = {split for selection in chosen.values() for split in selection.splits}
         left = [split for split in splits if split not in taken and len(splits[split])]
-        found = named_for(part, left)
-        usable = next((split for split in found if is_labelled(split)), None)
+        usable = next((split for split in named_for(part, left) if is_labelled(split)), None)
         if usable is not None:
-            chosen["test" if "test" not in chosen else "validation"] = select(splits, part, usable, name)
-
-    if "test" not in chosen:
-        guess("test")
-    if "test" not in chosen and "validation" not in chosen:
-        guess("validation")
-    if "validation" not in chosen and "test" in chosen:
-        guess("validation")
+            chosen["test" if "test" not in chosen else part] = select(splits, part, usable, name)
     for part, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
         if part in chosen and other in chosen and (shared := count_shared(chosen[part].slices, chosen[other].slices)):
             raise UserError(
