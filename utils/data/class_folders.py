@@ -66,7 +66,7 @@ def read_train_dirs(train_dir: str, validation_dir: str | None = None) -> Folder
     return found
 
 
-def read_local_set(folder: str, flag: str = "--dataset_name") -> FolderSet | None:
+def read_local_set(folder: str) -> FolderSet | None:
     """Return the class folders of a local data set; None for one of other files, which `datasets` reads.
 
     It is a folder of class folders, or of split folders (train, valid, test, ...) that hold class folders. A split
@@ -77,7 +77,7 @@ def read_local_set(folder: str, flag: str = "--dataset_name") -> FolderSet | Non
     """
     if is_saved_to_disk(folder) or _has_card_with_data(folder):
         return None
-    files = find_image_files(folder, flag)
+    files = find_image_files(folder, "--dataset_name")
     others = files.left_out.get(NOT_IMAGE, [])
     if any(Path(path).suffix.lower() in TABLES_OF_IMAGES or _is_metadata(path) for path in others):
         return None
