@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 from PIL import ImageCms
-from rich.console import Console
 
 from tests.data.builders import load
 from utils.data.audit import audit_images, list_findings, print_audit
@@ -145,11 +144,12 @@ def test_damaged_and_large_images_are_named_and_the_others_are_still_looked_at(p
     assert [20, 80] in whole.sizes.tolist()  # upright
 
 
-def test_brackets_in_names_are_printed_as_they_are(photos, capsys):
+def test_brackets_in_names_are_printed_as_they_are(photos, capsys, monkeypatch):
     (photos / "train" / "dog").rename(photos / "train" / "[red]dog")
     (photos / "test" / "dog").rename(photos / "test" / "[red]dog")
     (photos / "train" / "[red]dog" / "1.png").write_bytes(b"no image")
-    print_audit(audit(photos), "[bold]photos", Console(width=300))
+    monkeypatch.setenv("COLUMNS", "300")
+    print_audit(audit(photos), "[bold]photos")
     printed = capsys.readouterr().out
     assert "[bold]photos" in printed
     assert "[red]dog " in printed

@@ -95,10 +95,7 @@ def test_held_out_parts_are_limited_to_evenly_spaced_images(real_images_dir):
         ({"image_column_name": "label"}, "one column cannot be both of image, label"),
         ({"train_split": "training"}, "--train_split training: .* has train .60 images., test .30 images."),
         ({"num_shots": 20}, "--num_shots 20: class 'red_square' of .* has 1. training images"),
-        (
-            {"dataset_name": "./no-such-folder"},
-            "--dataset_name ./no-such-folder: neither an existing folder nor",
-        ),
+        ({"dataset_name": "./no-such-folder"}, "--dataset_name ./no-such-folder: neither an existing folder nor"),
     ],
 )
 def test_bad_settings_are_one_line_that_names_them(real_images_dir, settings, message):

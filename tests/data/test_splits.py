@@ -69,10 +69,7 @@ def test_a_split_without_labels_is_passed_over_unless_it_is_named():
         ({"test": "test[99:]"}, r"--test_split test\[99:\]: no images are in it"),
         ({"test": "test[9:3]"}, r"--test_split test\[9:3\]: no images are in it"),
         ({"test": ""}, "--test_split : 'cars' has"),
-        (
-            {"test": "train[80%:]"},
-            r"test_split train\[80%:\]: 20 of its images are in --train_split train too; .*:80%",
-        ),
+        ({"test": "train[80%:]"}, r"test_split train\[80%:\]: 20 of its images are in --train_split train too; .*:80%"),
         ({"test": "train"}, "--test_split train: 100 of its images are in --train_split train too"),
         ({"train": "train+train"}, "--train_split train.train: takes some images twice; its slices must not overlap"),
         ({"train": "train[:9]+train[5:12]"}, "takes some images twice"),

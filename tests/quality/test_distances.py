@@ -59,12 +59,8 @@ def test_frechet_distance_is_that_of_the_formula_and_zero_to_itself_after_anothe
 
 
 def test_kernel_distance_is_the_same_every_time_and_does_not_depend_on_the_number_of_images():
-    train = rows_of(gaussian(3000))
-    others = {
-        "same": rows_of(gaussian(100, 0, 1)),
-        "again": rows_of(gaussian(100, 0, 1)),
-        "far": rows_of(gaussian(100, 1, 1)),
-    }
+    train, same = rows_of(gaussian(3000)), rows_of(gaussian(100, 0, 1))
+    others = {"same": same, "again": same, "far": rows_of(gaussian(100, 1, 1))}
     found, size = kernel_distances(train, others)
     torch.manual_seed(1)
     assert (found, size) == kernel_distances(train, others)

@@ -165,9 +165,9 @@ def _are_alike(one: np.ndarray, other: np.ndarray) -> bool:
     return bool(np.corrcoef(one.ravel(), other.ravel())[0, 1] > LOWEST_CORRELATION)
 
 
-def print_audit(audit: ImageAudit, name: str, console: Console | None = None) -> None:
+def print_audit(audit: ImageAudit, name: str) -> None:
     """Print images and classes by split, and what was found with examples and what to do about it."""
-    console = console or Console()
+    console = Console()
     title = Text(f"images of {name}", "table.title")  # Text: brackets in names are no markup
     table = Table("split", "images", "classes", "images of a class", "fewest", title=title)
     for split, counts in audit.counts.items():

@@ -153,7 +153,7 @@ def _read_layout(files: ImageFiles, prefix: tuple[str, ...]) -> FolderSet:
     if stray:
         raise UserError(
             f"{files.place}: {name_some(splits)} hold class folders, but {name_some(stray)} images; "
-            f"give --train_dir {files.path(prefix, splits[0])} for those class folders only, or move the others away."
+            f"give --train_dir {files.path(*prefix, splits[0])} for those class folders only, or move the others away."
         )
     found = FolderSet({name: _classes_below(files, (*prefix, name)) for name in splits})
     unlabelled = [f"{len(files.images[(*prefix, name)]):,} of {name}, which has no class folders" for name in flat]
@@ -175,7 +175,7 @@ def _check_classes(files: ImageFiles, prefix: tuple[str, ...], names: list[str])
     raise UserError(
         f"{files.place}: only {name_some(names)} {'hold' if many else 'holds'} images, so no labels "
         f"are seen; right is a folder for each class, with or without train and test around them. If "
-        f"{'they are classes' if many else 'it is a class'}, give --train_dir {files.path(prefix)}."
+        f"{'they are classes' if many else 'it is a class'}, give --train_dir {files.path(*prefix)}."
     )
 
 
@@ -249,6 +249,6 @@ def _not_in_class_folder(files: ImageFiles, prefix: tuple[str, ...], folder: tup
             f"{place} is not directly in a class folder; right is --train_dir {files.path(splits[0])}{others}, or "
             f"--dataset_name {escape_name(files.root)}, which takes {name_some(splits)} as splits."
         )
-    right = files.path(prefix, "class name", name)
-    others = f", or {files.flag} {files.path(folder[:-1])}" if len(folder) > len(prefix) + 1 else ""
+    right = files.path(*prefix, "class name", name)
+    others = f", or {files.flag} {files.path(*folder[:-1])}" if len(folder) > len(prefix) + 1 else ""
     return UserError(f"{place} is not directly in a class folder; right is {right}{others}.")

@@ -60,9 +60,8 @@ class ImageFiles:
         """The flag and its value, which begin a message."""
         return f"{self.flag} {escape_name(self.root)}"
 
-    def path(self, *parts: str | tuple[str, ...]) -> str:
-        """Return the path of names, or tuples of names, below `root` as it can be printed."""
-        names = [name for part in parts for name in ((part,) if isinstance(part, str) else part)]
+    def path(self, *names: str) -> str:
+        """Return the path of a folder or file below `root` as it can be printed."""
         return escape_name(os.path.join(self.root, *names))
 
     def describe_left_out(self) -> str:
