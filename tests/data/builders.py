@@ -13,24 +13,14 @@ from utils.data.real_images import load_real_images
 CLASSES = ClassLabel(names=CLASS_NAMES)
 
 
-def load(folder, **settings) -> RealImages:
-    return load_real_images(RealImagesRecord(str(folder), **settings))
+def load(folder=None, **settings) -> RealImages:
+    return load_real_images(RealImagesRecord(folder and str(folder), **settings))
 
 
 def encode(image: PILImage.Image, image_format: str = "PNG", **options) -> bytes:
     content = io.BytesIO()
     image.save(content, image_format, **options)
     return content.getvalue()
-
-
-def save_class_folders(folder, counts: dict[str, int]):
-    """Write `counts[name]` images of each class; the classes are drawn in the order of `counts`."""
-    rng = np.random.default_rng(0)
-    for label, (name, count) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            draw_image(label, rng).save(folder / name / f"{number}.png")
-    return folder
 
 
 def image_column(encoded: list[bytes | str | None]) -> Dataset:

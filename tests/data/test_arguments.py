@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 import train_bridged
-from tests.data.builders import save_class_folders
+from tests.conftest import save_class_folders
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, write_record
 from utils.data.arguments import RealDataArguments, check_real_images_given

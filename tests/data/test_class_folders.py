@@ -7,13 +7,12 @@ import torch
 from datasets import Image, load_dataset
 from PIL import Image as PILImage
 
-from tests.data.builders import save_class_folders
+from tests.conftest import save_class_folders
+from tests.data.builders import load
 from utils.cli.errors import UserError
 from utils.data.arguments import RealDataArguments, check_real_images_given
 from utils.data.class_folders import is_split_name, load_folder_set, read_local_set, read_train_dirs
-from utils.data.image_set import RealImagesRecord
 from utils.data.opened_images import inspect_images
-from utils.data.real_images import load_real_images
 from utils.style.latents import _load_batches
 from utils.transfer.augmentation import open_image
 from utils.transfer.image_format import EvalImages
@@ -22,10 +21,6 @@ from utils.transfer.image_format import EvalImages
 @pytest.fixture
 def train_dir(tmp_path):
     return save_class_folders(tmp_path / "set [a]*" / "train", {"owl": 12, "cat": 11, "10": 10})
-
-
-def load(train_dir, **settings):
-    return load_real_images(RealImagesRecord(train_dir=str(train_dir), **settings))
 
 
 def classes_of(folder) -> list[str]:
@@ -44,7 +39,7 @@ def test_class_folders_are_what_imagefolder_makes_of_them(tmp_path):
     expected = load_dataset(
         "imagefolder", data_files={"train": str(train_dir / "**")}, drop_labels=False, split="train"
     )
-    real = load(train_dir)
+    real = load(train_dir=str(train_dir))
     parts = [real.train, real.validation, real.test]
     assert real.class_names == expected.features["label"].names == ["10", "cat", "owl"]
     found = [(image.tobytes(), label) for part in parts for image, label in zip(part["image"], part["label"])]
@@ -56,7 +51,7 @@ def test_class_folders_are_what_imagefolder_makes_of_them(tmp_path):
 
 
 def test_a_single_class_folder_is_a_class_and_numbers_are_in_their_order(tmp_path):
-    real = load(save_class_folders(tmp_path / "train", {"owl": 10}))
+    real = load(train_dir=str(save_class_folders(tmp_path / "train", {"owl": 10})))
     assert (real.class_names, set(real.train["label"])) == (["owl"], {0})
     assert classes_of(save_class_folders(tmp_path / "numbers", {"10": 1, "9": 1, "0": 1})) == ["0", "9", "10"]
 
@@ -64,13 +59,13 @@ def test_a_single_class_folder_is_a_class_and_numbers_are_in_their_order(tmp_pat
 def test_what_is_left_out_is_told_once_by_the_main_process(train_dir, caplog, monkeypatch):
     (train_dir / "notes.txt").write_text("no image")
     check_real_images_given(RealDataArguments(train_dir=str(train_dir)))
-    load(train_dir)
+    load(train_dir=str(train_dir))
     line = f"--train_dir {train_dir}: 33 images of 3 classes; left out: 1 that is not an image (notes.txt)."
-    load(train_dir)
+    load(train_dir=str(train_dir))
     assert caplog.messages == [line]
     (train_dir / "more.txt").write_text("no image")
     monkeypatch.setenv("RANK", "1")
-    load(train_dir)
+    load(train_dir=str(train_dir))
     assert caplog.messages == [line]
 
 
@@ -79,7 +74,7 @@ def test_a_local_folder_of_class_folders_loses_no_image_by_its_name(tmp_path, ca
     folder = save_class_folders(tmp_path / "set", {"owl": 20, "cat": 20})
     for number in range(7):
         (folder / "owl" / f"{number}.png").rename(folder / "owl" / f"bird test {number}.png")
-    real = load_real_images(RealImagesRecord(dataset_name=str(folder)))
+    real = load(folder)
     assert len(real.train) + len(real.validation) + len(real.test) == 40
     assert real.class_names == ["cat", "owl"]
     assert len(load_dataset(str(folder), split="test")) == 7
@@ -92,7 +87,7 @@ def test_the_classes_of_split_folders_are_matched_by_name(tmp_path, caplog):
         save_class_folders(tmp_path / "set" / split, classes)
     splits = load_folder_set(read_local_set(str(tmp_path / "set")))
     assert {name: len(images) for name, images in splits.items()} == {"train": 20, "test": 6, "extra": 1}
-    real = load_real_images(RealImagesRecord(str(tmp_path / "set")))
+    real = load(tmp_path / "set")
     assert real.class_names == ["cat", "owl", "ant"]  # a class of a split that is not used is none
     assert np.bincount(real.test["label"]).tolist() == [3, 2, 1]
     assert "1 class name matched in spite of case, spaces or Unicode form: 'Owl' is 'owl'" in caplog.text
@@ -111,9 +106,9 @@ def test_folders_and_files_of_any_name_are_read_by_every_reader(tmp_path, monkey
             colours[name] = (number * 10, 100, 200)
             PILImage.new("RGB", (32, 32), colours[name]).save(folder / name / f"{name} {image}.png")
     monkeypatch.chdir(tmp_path)
-    real = load_real_images(RealImagesRecord(dataset_name=folder.name))
+    real = load(folder.name)
     assert real.class_names == sorted(ODD_NAMES)
-    assert inspect_images(real.train, "training images", show_progress=False)[1] == {}
+    assert inspect_images(real.train, "training images")[1] == {}
     monkeypatch.chdir("/")  # a row's path holds in every directory
     labels = real.train["label"]
     expected = [colours[real.class_names[label]] for label in labels]
@@ -132,7 +127,7 @@ def test_folders_and_files_of_any_name_are_read_by_every_reader(tmp_path, monkey
 
 def test_validation_folders_have_the_labels_of_the_training_folders_by_name_whatever_its_case(train_dir, tmp_path):
     validation_dir = save_class_folders(tmp_path / "validation", {"OWL": 2, "cat": 0, "10": 1})
-    real = load(train_dir, validation_dir=str(validation_dir), num_shots=2)
+    real = load(train_dir=str(train_dir), validation_dir=str(validation_dir), num_shots=2)
     assert real.class_names == ["10", "cat", "owl"]
     assert np.bincount(real.test["label"]).tolist() == [1, 0, 2]  # without a split 'test' they are the test
     assert names_of(real.test, real.class_names) == ["10", "owl"]

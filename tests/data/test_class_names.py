@@ -109,62 +109,39 @@ def test_a_file_alone_gives_the_classes_in_order_and_nouns_are_proposed_where_it
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("readers", "name", "text", "message"),
     [
-        ("nouns.txt", "tench\n", "has 1 nouns for 3 classes; .* the first class is 'n01440764'"),
-        ("nouns.json", '["a", "b", "c", "d"]', "has 4 nouns for 3 classes"),
-        ("nouns.yaml", "ankle_bot: boot", "entry 'ankle_bot': no such class, did you mean ankle_boot?"),
-        ("nouns.yaml", "xyz: boot", r"entry 'xyz': no such class\."),
-        ("nouns.json", '["a", null, "c"]', "entry 'no: None': put quotes"),
+        ([read], "nouns.txt", "tench\n", "has 1 nouns for 3 classes; .* the first class is 'n01440764'"),
+        ([read], "nouns.json", '["a", "b", "c", "d"]', "has 4 nouns for 3 classes"),
+        ([read], "nouns.yaml", "ankle_bot: boot", "entry 'ankle_bot': no such class, did you mean ankle_boot?"),
+        ([read], "nouns.yaml", "xyz: boot", r"entry 'xyz': no such class\."),
+        ([read], "nouns.json", '["a", null, "c"]', "entry 'no: None': put quotes"),
+        ([read_alone], "names.txt", "# nothing\n\n", "has no classes"),
+        ([read_alone], "names.json", "{}", "has no classes"),
+        ([read_alone], "names.txt", "cat\ndog\ncat\n", "class 'cat': is there twice"),
+        ([read_alone], "names.yaml", "- cat\n- no\n", r"class 2 \(False\): must be text, in YAML within quotes"),
+        ([read_alone], "names.json", '["cat", " "]', r"class 2 \(' '\): must be text"),
+        ([read, read_alone], "nouns.yaml", "no: Noh mask", "entry 'False: Noh mask': put quotes"),
+        ([read, read_alone], "nouns.yaml", "ankle_boot: 1", "entry 'ankle_boot: 1': put quotes"),
+        ([read, read_alone], "nouns.json", '{"no": " "}', "entry 'no': its noun is empty"),
+        ([read, read_alone], "nouns.json", '{" ": "cat"}', "entry ' : cat': its class name is empty"),
+        ([read, read_alone], "nouns.yaml", "'no': a\nankle_boot: b\n\"no\": c", "class 'no': is there twice"),
+        ([read, read_alone], "nouns.json", '{"no": "a", "no": "b"}', "class 'no': is there twice"),
+        ([read, read_alone], "nouns.yaml", "", "must be a mapping of class names to nouns, or a list"),
+        ([read, read_alone], "nouns.yaml", "boot", "must be a mapping of class names to nouns, or a list"),
+        ([read, read_alone], "nouns.json", "{", "is malformed: Expecting"),
+        ([read, read_alone], "nouns.yaml", "no: 2020-13-01", "is malformed: month must be"),
     ],
 )
-def test_nouns_that_do_not_fit_the_real_classes_are_one_line_that_names_file_and_entry(tmp_path, name, text, message):
-    with pytest.raises(UserError, match=f"--class_names_file {tmp_path}/{name}: {message}"):
-        read(tmp_path / name, text)
+def test_a_bad_file_is_one_line_that_names_file_and_entry(tmp_path, readers, name, text, message):
+    for reader in readers:
+        with pytest.raises(UserError, match=f"--class_names_file {tmp_path}/{name}: {message}"):
+            reader(tmp_path / name, text)
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("nouns.yaml", "no: Noh mask", "entry 'False: Noh mask': put quotes"),
-        ("nouns.yaml", "ankle_boot: 1", "entry 'ankle_boot: 1': put quotes"),
-        ("nouns.json", '{"no": " "}', "entry 'no': its noun is empty"),
-        ("nouns.json", '{" ": "cat"}', "entry ' : cat': its class name is empty"),
-        ("nouns.yaml", "'no': a\nankle_boot: b\n\"no\": c", "class 'no': is there twice"),
-        ("nouns.json", '{"no": "a", "no": "b"}', "class 'no': is there twice"),
-        ("nouns.yaml", "", "must be a mapping of class names to nouns, or a list"),
-        ("nouns.yaml", "boot", "must be a mapping of class names to nouns, or a list"),
-        ("nouns.json", "{", "is malformed: Expecting"),
-        ("nouns.yaml", "no: 2020-13-01", "is malformed: month must be"),
-    ],
-)
-@pytest.mark.parametrize("reader", [read, read_alone])
-def test_a_bad_file_is_one_line_that_names_file_and_entry(tmp_path, reader, name, text, message):
-    with pytest.raises(UserError, match=f"--class_names_file {tmp_path}/{name}: {message}"):
-        reader(tmp_path / name, text)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("names.txt", "# nothing\n\n", "has no classes"),
-        ("names.json", "{}", "has no classes"),
-        ("names.txt", "cat\ndog\ncat\n", "class 'cat': is there twice"),
-        ("names.yaml", "- cat\n- no\n", r"class 2 \(False\): must be text, in YAML within quotes"),
-        ("names.json", '["cat", " "]', r"class 2 \(' '\): must be text"),
-    ],
-)
-def test_bad_class_names_in_a_file_alone_are_one_line(tmp_path, name, text, message):
-    with pytest.raises(UserError, match=f"--class_names_file {tmp_path}/{name}: {message}"):
-        read_alone(tmp_path / name, text)
-
-
-def test_equal_nouns_in_a_file_alone_are_an_error(tmp_path):
+def test_a_file_with_equal_nouns_or_that_cannot_be_read_is_an_error(tmp_path):
     with pytest.raises(UserError, match="classes 'crane', 'crane2': all are 'crane' in a prompt"):
         read_alone(tmp_path / "names.yaml", "crane: crane\ncrane2: Crane\n")
-
-
-def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
     with pytest.raises(UserError, match="--class_names_file no.txt: cannot be read .No such file"):
         read_class_names_file("no.txt", CLASS_NAMES)
     (tmp_path / "latin.txt").write_bytes("Äpfel".encode("latin-1"))
@@ -224,9 +201,8 @@ def test_names_that_are_not_clear_are_one_line_that_lists_them(names, class_name
 
 
 def test_several_names_of_one_class_are_taken_where_they_need_not_be_unique():
-    assert match_class_names(["Jay", "JAY", "jay"], ["jay"], "--flag x", is_unique=False) == {
-        "jay": "jay", "Jay": "jay", "JAY": "jay",
-    }  # fmt: skip
+    names = ["Jay", "JAY", "jay"]
+    assert match_class_names(names, ["jay"], "--flag x", is_unique=False) == dict.fromkeys(names, "jay")
     with pytest.raises(UserError, match="--flag x 'JAY': not clear"):
         match_class_names(["JAY"], ["Jay", "jay"], "--flag x", is_unique=False)
 

@@ -59,17 +59,13 @@ def test_to_rgb_of_a_mode_gives_its_colour(mode, colour, expected):
     assert pixel(Image.new(mode, (1, 1), colour)) == pytest.approx(expected, abs=1)
 
 
-def test_to_rgb_of_hsv_and_ycbcr_agrees_with_their_formulas():
+def test_to_rgb_of_hsv_ycbcr_and_lab_agrees_with_their_formulas():
     hue, saturation, value = (v / 255 for v in (30, 200, 180))
     expected = [255 * v for v in colorsys.hsv_to_rgb(hue, saturation, value)]
     assert pixel(Image.new("HSV", (1, 1), (30, 200, 180))) == pytest.approx(expected, abs=2)
-
     y, cb, cr = 120, 90, 160
     expected = [y + 1.402 * (cr - 128), y - 0.344136 * (cb - 128) - 0.714136 * (cr - 128), y + 1.772 * (cb - 128)]
     assert pixel(Image.new("YCbCr", (1, 1), (y, cb, cr))) == pytest.approx(expected, abs=2)
-
-
-def test_to_rgb_of_lab_agrees_with_the_formulas_of_cie():
     # L* 56.47, a* 35, b* 45 with white D50, into sRGB by Bradford's matrix
     assert pixel(Image.new("LAB", (1, 1), (144, 163, 173))) == pytest.approx((202.4, 108.9, 57.4), abs=1)
 
@@ -87,9 +83,9 @@ def test_to_rgb_of_a_palette_gives_its_colours_and_lays_transparent_ones_on_whit
         assert pixel(image) == (255, 255, 255)
 
 
-@pytest.mark.parametrize(("mode", "colour", "key"), [("L", 77, 77), ("RGB", ORANGE, ORANGE)])
-def test_to_rgb_of_a_transparent_colour_is_white(mode, colour, key):
-    assert pixel(reopen(Image.new(mode, (1, 1), colour), "PNG", transparency=key)) == (255, 255, 255)
+@pytest.mark.parametrize(("mode", "colour"), [("L", 77), ("RGB", ORANGE)])
+def test_to_rgb_of_a_transparent_colour_is_white(mode, colour):
+    assert pixel(reopen(Image.new(mode, (1, 1), colour), "PNG", transparency=colour)) == (255, 255, 255)
 
 
 SIXTEEN_BITS, EIGHT_BITS = [0, 257, 32_768, 65_535], [0, 1, 128, 255]
@@ -191,17 +187,15 @@ def test_images_above_a_limit_of_pillow_are_said_to_be_large_and_not_damaged(mon
     rows = [Image.new("L", size) for size in ((30, 20), (60, 30), (50, 20))] + [grey([0, 4095], np.uint16)]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
     images = image_column(list(map(encode, rows)))
-    hashes, problems, notes = inspect_images(images, "photos", with_digests=True, show_progress=False)
+    hashes, problems, notes = inspect_images(images, "photos", with_digests=True)
     assert sorted(hashes) == [0, 2, 3]
     assert problems[1].startswith("too large: 1,800 pixels, more than the 1,200 that Pillow opens")
     assert notes[2].startswith("of more than 600 pixels")
     assert "4,095 as white" in notes[3]
     assert len(notes) == 2
-    with pytest.raises(
-        UserError, match=r"not read \(too large: 1,800 .*; not read in all: 1; shrink or remove"
-    ) as error:
+    message = r"row 1: not read \(too large: 1,800 .*; not read in all: 1; shrink or remove what is too large, or give"
+    with pytest.raises(UserError, match=message):
         open_synthetic(images, "photos", skip_bad_images=False)
-    assert "damaged" not in str(error.value)
 
 
 def test_sizes_are_those_of_the_upright_image():

@@ -1,6 +1,7 @@
 import hashlib
 import re
 from io import BytesIO
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -11,32 +12,31 @@ from datasets import Dataset, Features, Image
 from tests.conftest import save_image_set
 from tests.data.builders import CLASSES, encode, image_column, load
 from utils.cli.errors import UserError
-from utils.data.opened_images import NUM_THREADS, inspect_images, open_all, open_synthetic
+from utils.data.opened_images import NUM_THREADS, content_places, inspect_images, open_all, open_synthetic
 
 PHOTO = PIL.Image.effect_noise((160, 120), 60).convert("RGB")
 PNG, JPEG, PROGRESSIVE = encode(PHOTO), encode(PHOTO, "JPEG"), encode(PHOTO, "JPEG", progressive=True)
 
 
-def test_inspect_images_hashes_the_bytes_as_stored(tmp_path):
+def test_inspect_images_hashes_the_bytes_as_stored_and_processes_share_the_rows(tmp_path, monkeypatch):
     (tmp_path / "photo.jpg").write_bytes(JPEG)
-    hashes, problems, _ = inspect_images(
-        image_column([PNG, str(tmp_path / "photo.jpg"), PROGRESSIVE]), "photos", with_digests=True
-    )
-    assert problems == {}
-    assert hashes == {row: hashlib.sha256(data).hexdigest() for row, data in enumerate([PNG, JPEG, PROGRESSIVE])}
-
-
-def test_inspect_images_of_parts_are_those_of_the_whole():
-    count = 8 * NUM_THREADS + 3  # more than one piece
-    images = image_column([PNG[:-40] if row % 5 == 0 else PNG for row in range(3 * count)])
-    parts = [inspect_images(images, "photos", True, rank, 3, show_progress=False) for rank in range(3)]
-    assert [sorted({**hashes, **problems}) for hashes, problems, _ in parts] == [
-        list(range(rank, 3 * count, 3)) for rank in range(3)
-    ]
-    hashes, problems, _ = inspect_images(images, "photos", with_digests=True, show_progress=False)
-    assert hashes == {row: text for part in parts for row, text in part[0].items()}
-    assert problems == {row: text for part in parts for row, text in part[1].items()}
-    assert sorted(problems) == list(range(0, 3 * count, 5))
+    contents = [PNG, JPEG, PROGRESSIVE, PNG[:-40]] * (2 * NUM_THREADS + 1)  # more than one piece for each of three
+    images = image_column([str(tmp_path / "photo.jpg") if content is JPEG else content for content in contents])
+    whole = inspect_images(images, "photos", with_digests=True)
+    expected = [hashlib.sha256(content).hexdigest() for content in contents]
+    assert whole.digests == {row: digest for row, digest in enumerate(expected) if row % 4 < 3}
+    assert list(whole.problems) == list(range(3, len(contents), 4))
+    places = content_places(images)
+    assert (np.unique(places).size, places.min() >= 0, places.max() < 1) == (4, True, True)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: own)
+    for rank in range(3):
+        state = SimpleNamespace(process_index=rank, num_processes=3, is_local_main_process=rank == 0)
+        monkeypatch.setattr("accelerate.PartialState", lambda state=state: state)
+        own = inspect_images(images, "photos", with_digests=True)
+        of_whole = [{row: text for row, text in by_row.items() if row % 3 == rank} for by_row in whole]
+        assert list(own) == of_whole
+        assert content_places(images)[rank::3].tolist() == places[rank::3].tolist()
 
 
 def decodes(data: bytes) -> bool:
@@ -55,7 +55,7 @@ def test_inspect_images_finds_what_decoding_a_jpeg_at_full_size_finds(photo):
         middle = len(photo) // 2
         broken.append(photo[:middle] + rng.bytes(length) + photo[middle + length :])
         broken.append(photo[:middle] + bytes(length) + photo[middle + length :])
-    _, problems, _ = inspect_images(image_column(broken), "photos", with_digests=True, show_progress=False)
+    _, problems, _ = inspect_images(image_column(broken), "photos", with_digests=True)
     assert set(range(4)) < set(problems)
     assert {row for row, data in enumerate(broken) if not decodes(data)} == set(problems)
 
@@ -73,7 +73,7 @@ def test_inspect_images_says_what_is_wrong(tmp_path, monkeypatch):
     unreadable_exif = encode(PHOTO, "JPEG", exif=exif_that_datasets_cannot_read())
     broken = [None, bomb, str(text), str(tmp_path / "gone.jpg"), PNG[:-60], b"", unreadable_exif]
     images = image_column([*broken, PNG])
-    hashes, problems, _ = inspect_images(images, "photos", with_digests=True, show_progress=False)
+    hashes, problems, _ = inspect_images(images, "photos", with_digests=True)
     assert list(hashes) == [len(broken)]
     for row, message in enumerate(
         ["no image", "too large: 192,000 pixels", "no known image format, file .*notes.jpg", "No such file .*gone.jpg"]
@@ -88,7 +88,7 @@ def test_inspect_images_says_what_is_wrong(tmp_path, monkeypatch):
 def test_inspect_images_names_the_kind_of_what_pillow_does_not_read_and_errors_without_words(monkeypatch):
     heic, jxl = b"\0\0\0\x18ftypheic" + bytes(40), b"\xff\x0a" + bytes(40)
     monkeypatch.setattr("utils.data.opened_images.to_rgb", lambda image: next(iter(())))
-    _, problems, _ = inspect_images(image_column([heic, jxl, PNG]), "photos", show_progress=False)
+    _, problems, _ = inspect_images(image_column([heic, jxl, PNG]), "photos")
     assert problems[0] == "HEIC, which is not read: pip install pillow-heif"
     assert problems[1].startswith("JPEG XL, which is not read")
     assert problems[2] == "StopIteration"
@@ -99,7 +99,7 @@ def test_inspect_images_reads_a_bounded_number_of_images_at_a_time(monkeypatch):
     read = []
     getitem = Dataset.__getitem__
     monkeypatch.setattr(Dataset, "__getitem__", lambda self, rows: read.append(len(rows)) or getitem(self, rows))
-    hashes, _, _ = inspect_images(images, "photos", with_digests=True, show_progress=False)
+    hashes, _, _ = inspect_images(images, "photos", with_digests=True)
     assert len(hashes) == sum(read) == 20 * NUM_THREADS
     assert max(read) <= 8 * NUM_THREADS
 

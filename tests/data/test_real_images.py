@@ -9,7 +9,6 @@ from utils.cli.records import image_set_name
 from utils.data.image_set import PARTS, RealImagesRecord
 from utils.data.opened_images import open_all
 from utils.data.real_images import check_held_out, limit_held_out, load_labelled_splits, same_image_set
-from utils.data.splits import few_shot_indices
 
 
 def test_validation_is_carved_from_train_where_the_set_has_none(real_images_dir):
@@ -96,10 +95,7 @@ def test_held_out_parts_are_limited_to_evenly_spaced_images(real_images_dir):
         ({"image_column_name": "label"}, "one column cannot be both of image, label"),
         ({"train_split": "training"}, "--train_split training: .* has train .60 images., test .30 images."),
         ({"num_shots": 20}, "--num_shots 20: class 'red_square' of .* has 1. training images"),
-        (
-            {"dataset_name": "./no-such-folder"},
-            "--dataset_name ./no-such-folder: neither an existing folder nor",
-        ),
+        ({"dataset_name": "./no-such-folder"}, "--dataset_name ./no-such-folder: neither an existing folder nor"),
     ],
 )
 def test_bad_settings_are_one_line_that_names_them(real_images_dir, settings, message):
@@ -122,7 +118,9 @@ def test_shots_are_training_images_and_max_train_samples_begin_with_fewer_shots(
     whole = load(real_images_dir)
     two_shots = load(real_images_dir, num_shots=2, few_shot_seed=5)
     assert np.bincount(two_shots.train["label"]).tolist() == [2, 2, 2]
-    expected = whole.train_indices[few_shot_indices(np.asarray(whole.train["label"]), 2, 5)].tolist()
+    labels = np.asarray(whole.train["label"])
+    classes = [np.random.default_rng([5, label]).permutation(np.flatnonzero(labels == label)) for label in range(3)]
+    expected = sorted(whole.train_indices[np.concatenate([rows[:2] for rows in classes])].tolist())
     three = {"num_shots": 3, "few_shot_seed": 5}
     some, three_shots = (load(real_images_dir, max_train_samples=number, **three) for number in (6, 100))
     assert two_shots.train_indices.tolist() == some.train_indices.tolist() == expected

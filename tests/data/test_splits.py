@@ -5,7 +5,7 @@ from datasets import Dataset, DatasetDict
 from tests.conftest import save_image_set
 from tests.data.builders import CLASSES, labelled_images, load, sizes
 from utils.cli.errors import UserError
-from utils.data.splits import assign_splits, balanced_indices, carve, evenly_spaced, few_shot_indices, select
+from utils.data.splits import assign_splits, balanced_indices, carve, evenly_spaced, select
 
 SIZES = {"train": 100, "valid": 20, "test": 30, "extra": 5}
 
@@ -69,10 +69,7 @@ def test_a_split_without_labels_is_passed_over_unless_it_is_named():
         ({"test": "test[99:]"}, r"--test_split test\[99:\]: no images are in it"),
         ({"test": "test[9:3]"}, r"--test_split test\[9:3\]: no images are in it"),
         ({"test": ""}, "--test_split : 'cars' has"),
-        (
-            {"test": "train[80%:]"},
-            r"--test_split train\[80%:\]: 20 of its images are in --train_split train too; .*:80%",
-        ),
+        ({"test": "train[80%:]"}, r"test_split train\[80%:\]: 20 of its images are in --train_split train too; .*:80%"),
         ({"test": "train"}, "--test_split train: 100 of its images are in --train_split train too"),
         ({"train": "train+train"}, "--train_split train.train: takes some images twice; its slices must not overlap"),
         ({"train": "train[:9]+train[5:12]"}, "takes some images twice"),
@@ -80,10 +77,7 @@ def test_a_split_without_labels_is_passed_over_unless_it_is_named():
         ({"validation": "test"}, None),
         ({"validation": "test[:9]", "test": "test"}, "--test_split test: 9 of its images are in --validation_split"),
         ({"train": "train+test"}, None),
-        (
-            {"train": "train+test", "test": "test"},
-            "--test_split test: 30 of its images are in --train_split train.test",
-        ),
+        ({"train": "train+test", "test": "test"}, "test_split test: 30 of its images are in --train_split train.test"),
     ],
 )
 def test_splits_that_cannot_be_meant_are_one_line(given, message):
@@ -145,19 +139,15 @@ def test_a_part_of_other_columns_is_an_error(tmp_path):
 LABELS = np.repeat([0, 1, 2], [30, 50, 20])
 
 
-def test_carve_takes_about_the_share_of_every_class_and_no_image_twice():
+def test_carve_takes_about_the_share_of_every_class_and_leaves_one_and_takes_one_of_two():
     labels = np.repeat([0, 1], [3000, 1000])
     rest, part = carve(labels, np.random.default_rng(0).random(4000), np.arange(4000), 0.1)
     assert np.abs(np.bincount(labels[part]) - [300, 100]).max() < 50
     assert sorted([*rest, *part]) == list(range(4000))
-
-
-def test_carve_leaves_one_of_each_class_and_takes_one_of_two():
     labels = np.array([0, 1, 1, 2, 2])
     for places in (np.full(5, 0.9), np.zeros(5)):
         rest, part = carve(labels, places, np.arange(5), 0.5)
-        assert labels[rest].tolist() == [0, 1, 2]
-        assert labels[part].tolist() == [1, 2]
+        assert (labels[rest].tolist(), labels[part].tolist()) == ([0, 1, 2], [1, 2])
 
 
 def test_a_second_part_is_carved_from_what_is_left():
@@ -173,12 +163,6 @@ def test_evenly_spaced_rows_begin_and_end_with_the_set():
     assert evenly_spaced(0, 4).tolist() == []
 
 
-def test_few_shot_indices_differ_by_seed_and_raise_with_the_class_that_has_too_few():
-    assert few_shot_indices(LABELS, 4, 0).tolist() != few_shot_indices(LABELS, 4, 1).tolist()
-    with pytest.raises(ValueError, match="label 2 has 20 images, 21"):
-        few_shot_indices(LABELS, 21, 0)
-
-
 def test_balanced_indices_are_nested_and_balanced():
     chosen = [set(balanced_indices(LABELS, number, 1)) for number in range(1, 101)]
     for smaller, larger in zip(chosen, chosen[1:]):
@@ -188,11 +172,6 @@ def test_balanced_indices_are_nested_and_balanced():
         assert counts.sum() == number
         assert counts.max() - counts.min() <= 1
     assert np.bincount(LABELS[sorted(chosen[74])]).tolist() == [28, 27, 20]  # the last class has no more
-    assert balanced_indices(LABELS, 1000, 0).tolist() == list(range(100))  # no more than there are, in order
-
-
-def test_balanced_indices_of_k_for_each_class_are_those_of_k_shots():
-    for num_shots in (1, 4, 20):
-        shots = few_shot_indices(LABELS, num_shots, 7)
-        assert np.bincount(LABELS[shots]).tolist() == [num_shots] * 3
-        assert balanced_indices(LABELS, 3 * num_shots, 7).tolist() == shots.tolist()
+    for everything in (1000, None):  # no more than there are, in order
+        assert balanced_indices(LABELS, everything, 0).tolist() == list(range(100))
+    assert balanced_indices(LABELS, 12, 0).tolist() != balanced_indices(LABELS, 12, 1).tolist()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 
 from utils.quality import distances
 from utils.quality.distances import (
@@ -46,37 +47,27 @@ def sums(features, labels, num_classes=3):
     return ClassSums.of(features, labels, num_classes)
 
 
-def test_frechet_distance_is_that_of_the_formula():
+def test_frechet_distance_is_that_of_the_formula_and_zero_to_itself_after_another_one():
     train, other = gaussian(300), gaussian(200, 0.5, 1)
     first, second = train.astype(float), other[:150].astype(float)
     covariances = np.cov(first.T), np.cov(second.T)
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
     expected = ((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(sum(covariances) - 2 * root)
-    found = frechet_distances(rows_of(train), {"other": (other, np.arange(150))})["other"]
-    assert found == pytest.approx(expected, rel=1e-5)
+    found = frechet_distances(rows_of(train), {"other": (other, np.arange(150)), "same": rows_of(train)})
+    assert found["other"] == pytest.approx(expected, rel=1e-5)
+    assert found["same"] == pytest.approx(0, abs=1e-6)
 
 
-def test_frechet_distance_to_itself_is_zero_after_another_one():
-    train = gaussian(300)
-    found = frechet_distances(rows_of(train), {"other": rows_of(gaussian(300, 3)), "same": rows_of(train)})
-    assert found["same"] == pytest.approx(0, abs=1e-6) and found["other"] > 10
-
-
-def test_kernel_distance_does_not_depend_on_the_number_of_images():
-    train = gaussian(3000)
-    few, size = kernel_distances(rows_of(train), {"same": rows_of(gaussian(100, 0, 1))})
-    far, _ = kernel_distances(rows_of(train), {"far": rows_of(gaussian(100, 1, 1))})
+def test_kernel_distance_is_the_same_every_time_and_does_not_depend_on_the_number_of_images():
+    train, same = rows_of(gaussian(3000)), rows_of(gaussian(100, 0, 1))
+    others = {"same": same, "again": same, "far": rows_of(gaussian(100, 1, 1))}
+    found, size = kernel_distances(train, others)
+    torch.manual_seed(1)
+    assert (found, size) == kernel_distances(train, others)
     assert size == 50
-    assert abs(few["same"][0]) < few["same"][1] < far["far"][0]
-    assert far["far"][0] > 10 * abs(few["same"][0])
-
-
-def test_kernel_distance_is_the_same_every_time():
-    arguments = rows_of(gaussian(100)), {"other": rows_of(gaussian(50, 0, 1)), "again": rows_of(gaussian(50, 0, 1))}
-    np.random.seed(1)
-    first, _ = kernel_distances(*arguments)
-    assert first == kernel_distances(*arguments)[0]
-    assert first["other"] == first["again"]
+    assert found["same"] == found["again"]
+    assert abs(found["same"][0]) < found["same"][1] < found["far"][0]
+    assert found["far"][0] > 10 * abs(found["same"][0])
 
 
 def test_matched_rows_have_as_many_of_each_class():
@@ -106,18 +97,14 @@ def test_shift_is_zero_for_other_images_of_the_classes_however_few():
     assert class_shifts(train, train) == pytest.approx([0, 0, 0])
 
 
-def test_shift_is_one_for_a_class_that_looks_like_the_nearest_other():
+def test_shift_is_one_for_a_class_that_looks_like_the_nearest_other_and_unknown_for_a_single_class_or_image():
     train = sums(*classes(num_images=500))
     shifts = class_shifts(sums(*classes(1.0, num_images=500, seed=1)), train)
     assert shifts[2] == pytest.approx(1, abs=0.05) and shifts[:2].max() < 0.1
-    half = class_shifts(sums(*classes(0.4, num_images=500, seed=1)), train)
-    assert 0.2 < half[2] < 0.7
-
-
-def test_shift_is_unknown_for_a_single_class_or_image():
+    assert 0.2 < class_shifts(sums(*classes(0.4, num_images=500, seed=1)), train)[2] < 0.7
     features, labels = classes(num_images=3)
     assert np.isnan(class_shifts(sums(features, labels * 0, 1), sums(features, labels * 0, 1))).all()
-    one = ClassSums.of(UnitFeatures(features.raw[:3], features.centre), np.arange(3), 3)
+    one = sums(UnitFeatures(features.raw[:3], features.centre), np.arange(3))
     assert np.isnan(class_shifts(one, sums(features, labels))).all()
 
 
@@ -128,7 +115,7 @@ def test_shares_say_which_real_class_images_are_nearest_to():
     assert shares[2, 0] > 0.9 and shares[0, 0] > 0.9 and shares[1, 1] > 0.9
     without = nearest_class_shares(UnitFeatures(train.raw[:1], train.centre), np.array([0]), sums(train, train_labels))
     assert np.isnan(without[1]).all()
-    only_first = ClassSums.of(UnitFeatures(train.raw[:1], train.centre), np.array([0]), 3)
+    only_first = sums(UnitFeatures(train.raw[:1], train.centre), np.array([0]))
     assert nearest_class_shares(train, train_labels, only_first)[:, 0].tolist() == [1, 1, 1]
 
 

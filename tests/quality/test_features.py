@@ -1,13 +1,15 @@
 """Features of tiny models of the real classes."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image
+from datasets import Dataset
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification
 
-from tests.conftest import draw_image
+from tests.data.builders import encode, image_column, labelled_images
 from utils.cli.errors import UserError
 from utils.quality.features import FeatureModel, UnitFeatures, extract_features, open_feature_model
 
@@ -19,9 +21,7 @@ def load(folder) -> FeatureModel:
 
 
 def image_set(num_images: int) -> Dataset:
-    rng = np.random.default_rng(0)
-    images = [draw_image(number % 3, rng) for number in range(num_images)]
-    return Dataset.from_dict({"image": images}, features=Features({"image": Image()}))
+    return labelled_images([number % 3 for number in range(num_images)])
 
 
 def save_backbone(name: str, folder) -> None:
@@ -77,9 +77,7 @@ def test_features_of_dinov2_are_the_class_token(tmp_path):
     save_backbone("dinov2", tmp_path)
     model = load(tmp_path)
     pixel_values = model.preprocess(image_set(1)[0]["image"])[None]
-    with torch.no_grad():
-        expected = model.model(pixel_values).last_hidden_state[:, 0]
-    torch.testing.assert_close(model(pixel_values), expected)
+    torch.testing.assert_close(model(pixel_values), model.model(pixel_values).last_hidden_state[:, 0])
 
 
 def test_the_same_features_at_each_load_and_batch_size_and_of_a_selection(classifiers, tmp_path):
@@ -94,15 +92,10 @@ def test_the_same_features_at_each_load_and_batch_size_and_of_a_selection(classi
     np.testing.assert_allclose(part, first[[5, 2]], atol=2e-3)
 
 
-def test_a_damaged_image_is_named(classifiers, tmp_path):
-    rows = [{"bytes": b"no image", "path": None}]
-    images = Dataset.from_dict({"image": rows}, features=Features({"image": Image()}))
-    with pytest.raises(UserError, match="real images: the image in row 0 is damaged"):
-        extract_features(load(classifiers["vit"]), images, "real images", tmp_path / "features", 4)
-
-
-def test_features_too_large_for_half_precision_are_refused(classifiers, tmp_path):
+def test_damaged_images_and_features_too_large_for_half_precision_are_refused(classifiers, tmp_path):
     model = load(classifiers["resnet"])
+    with pytest.raises(UserError, match="real images: the image in row 0 is damaged"):
+        extract_features(model, image_column([b"no image"]), "real images", tmp_path / "features", 4)
     with torch.no_grad():
         for parameter in model.model.parameters():
             parameter.mul_(1e4)
@@ -111,8 +104,7 @@ def test_features_too_large_for_half_precision_are_refused(classifiers, tmp_path
 
 
 def test_grey_and_transparent_images_have_features(classifiers, tmp_path):
-    images = [PILImage.new(mode, (40, 20)) for mode in ("L", "RGBA", "I;16")]
-    images = Dataset.from_dict({"image": images}, features=Features({"image": Image()}))
+    images = image_column([encode(PILImage.new(mode, (40, 20))) for mode in ("L", "RGBA", "I;16")])
     assert extract_features(load(classifiers["timm"]), images, "images", tmp_path / "features", 2).shape[0] == 3
 
 
@@ -123,9 +115,8 @@ def test_a_model_without_image_processor_is_an_error(classifiers, tmp_path):
 
 
 def test_weights_without_safetensors_are_refused(classifiers, tmp_path):
-    model = AutoModelForImageClassification.from_pretrained(classifiers["vit"])
-    model.config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    shutil.copy(f"{classifiers['vit']}/config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(UserError, match="safetensors"):
         open_feature_model(str(tmp_path), "--model_name_or_path")
 
@@ -133,14 +124,12 @@ def test_weights_without_safetensors_are_refused(classifiers, tmp_path):
 def test_a_backbone_with_missing_weights_is_refused(classifiers, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    model = AutoModelForImageClassification.from_pretrained(classifiers["vit"])
-    model.save_pretrained(tmp_path)
-    load(classifiers["vit"]).image_processor.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    lost = next(name for name in weights if "layernorm" in name)
-    save_file({name: value for name, value in weights.items() if name != lost}, tmp_path / "model.safetensors")
+    folder = shutil.copytree(classifiers["vit"], tmp_path / "lacking")
+    weights = load_file(folder / "model.safetensors")
+    del weights[next(name for name in weights if "layernorm" in name)]
+    save_file(weights, folder / "model.safetensors")
     with pytest.raises(UserError, match="its weights lack 1 of the backbone's"):
-        load(tmp_path)
+        load(folder)
 
 
 def test_a_model_of_text_is_refused(tmp_path):

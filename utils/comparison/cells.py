@@ -27,7 +27,7 @@ from utils.comparison.grid import Cell, Row, fingerprint, plan_cell, shots_key
 from utils.comparison.statistics import pack_correct
 from utils.data.image_set import RealImages
 from utils.data.opened_images import open_synthetic
-from utils.data.splits import few_shot_indices
+from utils.data.splits import balanced_indices
 from utils.transfer.evaluation import classification_metrics
 from utils.transfer.image_format import EvalImages, cache_items
 from utils.transfer.methods import StageSettings
@@ -137,7 +137,7 @@ class CellRunner:
     def few_shot_rows(self, num_shots: int | None, seed: int) -> np.ndarray:
         """Return the rows of `real.train` that `load_real_images` gives for these shots; None is all."""
         labels = np.asarray(self.real.train["label"])
-        return np.arange(len(labels)) if num_shots is None else few_shot_indices(labels, num_shots, seed)
+        return balanced_indices(labels, num_shots and num_shots * len(np.unique(labels)), seed)
 
     def _cell_settings(self, cell: Cell) -> dict:
         """Return all that decides a cell's result."""

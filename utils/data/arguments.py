@@ -9,8 +9,6 @@ from utils.cli.options import option
 from utils.cli.parsing import check_ranges
 from utils.data.class_folders import read_local_set, read_train_dirs
 
-OF_DATA_SETS = ("dataset_config_name", "dataset_revision", "train_split", "validation_split", "test_split")
-
 
 @dataclass
 class RealDataArguments:
@@ -71,16 +69,23 @@ def check_real_images_given(real_data: RealDataArguments) -> None:
             "give one of them."
         )
     check_ranges(vars(real_data))
-    if real_data.train_dir is None:
-        if real_data.validation_dir is not None:
-            raise UserError(f"--validation_dir {real_data.validation_dir}: needs --train_dir.")
-        _check_local_set(real_data.dataset_name, real_data.dataset_config_name)
+    if real_data.train_dir is not None:
+        for name in ("dataset_config_name", "dataset_revision", "train_split", "validation_split", "test_split"):
+            value = getattr(real_data, name)
+            if value != getattr(RealDataArguments, name):
+                raise UserError(f"--{name} {value}: goes with --dataset_name, not with --train_dir.")
+        read_train_dirs(real_data.train_dir, real_data.validation_dir)
         return
-    for name in OF_DATA_SETS:
-        value = getattr(real_data, name)
-        if value != getattr(RealDataArguments, name):
-            raise UserError(f"--{name} {value}: goes with --dataset_name, not with --train_dir.")
-    read_train_dirs(real_data.train_dir, real_data.validation_dir)
+    if real_data.validation_dir is not None:
+        raise UserError(f"--validation_dir {real_data.validation_dir}: needs --train_dir.")
+    name, config_name = real_data.dataset_name, real_data.dataset_config_name
+    if os.path.isfile(name):
+        raise UserError(f"--dataset_name {name}: is a file; give the folder that holds it.")
+    if os.path.isdir(name) and read_local_set(name) is not None and config_name is not None:
+        raise UserError(
+            f"--dataset_config_name {config_name}: --dataset_name {name} is a folder of class folders, which has no "
+            "configurations."
+        )
 
 
 def check_output_outside(output_dir: str | Path, real_data: RealDataArguments) -> None:
@@ -97,13 +102,3 @@ def check_output_outside(output_dir: str | Path, real_data: RealDataArguments) -
                 f"--output_dir {output_dir}: is inside --{flag} {folder}, whose files are the images; name a folder "
                 "outside of it."
             )
-
-
-def _check_local_set(name: str, config_name: str | None) -> None:
-    if os.path.isfile(name):
-        raise UserError(f"--dataset_name {name}: is a file; give the folder that holds it.")
-    if os.path.isdir(name) and read_local_set(name) is not None and config_name is not None:
-        raise UserError(
-            f"--dataset_config_name {config_name}: --dataset_name {name} is a folder of class folders, which has no "
-            "configurations."
-        )

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from utils.data.image_set import PARTS, RealImages
 from utils.data.images import TOO_LARGE, to_rgb, upright_size
-from utils.data.opened_images import inspect_images
+from utils.data.opened_images import inspect_image, map_encoded
 
 MAX_EXAMPLES = 3
 FEW_IMAGES = 500  # starting processes takes longer than looking at so many
@@ -64,16 +64,6 @@ class ImageAudit:
     oddities: dict[str, list[Place]]
     readings: dict[str, list[Place]]
 
-    @property
-    def mislabelled(self) -> list[list[Place]]:
-        """The copies with more than one label."""
-        return [group for group in self.copies if len({place.class_name for place in group}) > 1]
-
-
-def across_splits(groups: list[list[Place]]) -> list[list[Place]]:
-    """Return the groups with images of more than one split."""
-    return [group for group in groups if len({place.split for place in group}) > 1]
-
 
 def audit_images(real: RealImages) -> ImageAudit:
     """Look at every image of every split, on all cores, with the pixels that training takes.
@@ -82,38 +72,36 @@ def audit_images(real: RealImages) -> ImageAudit:
     """
     counts, damaged, places, sizes, good, readings = {}, {}, [], [], [], {}
     for split in PARTS:
-        images = getattr(real, split)
+        images, rows = getattr(real, split), []
         labels = np.asarray(images["label"], dtype=int)
         counts[split] = np.bincount(labels, minlength=len(real.class_names))
-        files = images.select_columns("image").cast_column("image", Image(decode=False))
-        _, problems, notes = inspect_images(images, f"{split} images")
-        for row, (label, encoded) in enumerate(zip(labels, (file["image"] for file in files))):
-            place = Place(split, row, real.class_names[label], _file_name(encoded))
-            if row in problems:
-                damaged[place] = problems[row]
-            else:
-                places.append(place)
-                sizes.append(_size(encoded))
-            if row in notes:
-                readings.setdefault(notes[row], []).append(place)
-        good.append(images.select([row for row in range(len(images)) if row not in problems]))
+        looked_at = map_encoded(images, _look_at, range(len(images)), f"checking {split} images")
+        for row, (label, (file, size, problem, note)) in enumerate(zip(labels, looked_at)):
+            place = Place(split, row, real.class_names[label], file)
+            if problem is not None:
+                damaged[place] = problem
+                continue
+            rows.append(row)
+            places.append(place)
+            sizes.append(size)
+            if note is not None:
+                readings.setdefault(note, []).append(place)
+        good.append(images.select(rows))
     images = concatenate_datasets(good).cast_column("image", Image())  # a set may be stored as encoded bytes
     copies, look_alikes, oddities = _find_issues(images, places)
     sizes = np.array(sizes).reshape(-1, 2)
     return ImageAudit(real.class_names, counts, sizes, damaged, copies, look_alikes, oddities, readings)
 
 
-def _file_name(encoded: dict) -> str | None:
-    """Return a file's name with its folder's, which is the class in class folders."""
+def _look_at(row: int, encoded: dict | None) -> tuple[str | None, tuple[int, int] | None, str | None, str | None]:
+    """Return an image's file with its folder, which is the class in class folders, its size, and `inspect_image`'s."""
     path = (encoded or {}).get("path")
-    return os.sep.join(str(path).split(os.sep)[-2:]) if path else None
-
-
-def _size(encoded: dict) -> tuple[int, int]:
-    """Return width and height of the upright image; of the file only its header is read."""
-    content = encoded["bytes"]
-    with PIL.Image.open(encoded["path"] if content is None else BytesIO(content)) as image:
-        return upright_size(image)
+    file = os.sep.join(str(path).split(os.sep)[-2:]) if path else None
+    _, problem, note = inspect_image(row, encoded)
+    if problem is not None:
+        return file, None, problem, None
+    with PIL.Image.open(path if encoded["bytes"] is None else BytesIO(encoded["bytes"])) as image:
+        return file, upright_size(image), None, note
 
 
 def _find_issues(images: Dataset, places: list[Place]) -> tuple[list, list, dict[str, list[Place]]]:
@@ -170,17 +158,16 @@ def _are_alike(one: np.ndarray, other: np.ndarray) -> bool:
     """Say whether two thumbnails show the same at any brightness.
 
     Of the 324 pairs of different clothes in 6,000 images of Fashion-MNIST that have the same hash, 2 have a correlation
-    above 0.99; of resized, compressed and brightened copies of
-    photos that have the same hash, 885 of 897 have; of cropped ones fewer.
+    above 0.99; of resized, compressed and brightened copies of photos, 885 of 897 have; of cropped ones fewer.
     """
     if min(one.std(), other.std()) < LOWEST_CONTRAST:
         return bool(np.abs(one - other).mean() < LOWEST_CONTRAST)
     return bool(np.corrcoef(one.ravel(), other.ravel())[0, 1] > LOWEST_CORRELATION)
 
 
-def print_audit(audit: ImageAudit, name: str, console: Console | None = None) -> None:
+def print_audit(audit: ImageAudit, name: str) -> None:
     """Print images and classes by split, and what was found with examples and what to do about it."""
-    console = console or Console()
+    console = Console()
     title = Text(f"images of {name}", "table.title")  # Text: brackets in names are no markup
     table = Table("split", "images", "classes", "images of a class", "fewest", title=title)
     for split, counts in audit.counts.items():
@@ -221,8 +208,9 @@ class Finding:
 
 def list_findings(audit: ImageAudit) -> list[Finding]:
     """Return what is wrong, the gravest first; what is not there is left out."""
-    leaks, alike = across_splits(audit.copies), across_splits(audit.look_alikes)
-    repeated = [group for group in audit.copies if group not in leaks and group not in audit.mislabelled]
+    leaks, alike = _differing(audit.copies, "split"), _differing(audit.look_alikes, "split")
+    mislabelled = _differing(audit.copies, "class_name")
+    repeated = [group for group in audit.copies if group not in leaks and group not in mislabelled]
     empty = [
         f"{audit.class_names[label]} in {split}"
         for split, counts in audit.counts.items()
@@ -230,23 +218,27 @@ def list_findings(audit: ImageAudit) -> list[Finding]:
     ]
     large = [f"{place}: {problem}" for place, problem in audit.damaged.items() if problem.startswith(TOO_LARGE)]
     damaged = [f"{place}: {problem}" for place, problem in audit.damaged.items() if not problem.startswith(TOO_LARGE)]
-    read = [
-        (f"images {what}", list(map(str, places)), "if that is wrong, convert them")
-        for what, places in audit.readings.items()
-    ]
-    odd = [(f"{what} images", list(map(str, places)), "look at them") for what, places in audit.oddities.items()]
     findings = [
         ("images that do not open", damaged, "repair or remove them: training stops at the first"),
         ("images too large to open", large, "shrink or remove them: training stops at the first"),
-        *read,
+        *((f"images {what}", places, "if that is wrong, convert them") for what, places in audit.readings.items()),
         ("classes without images", empty, "add images, or remove the class"),
         ("copies in more than one split", _describe(leaks), "keep one: they make validation or test too easy"),
-        ("copies with different labels", _describe(audit.mislabelled, with_class=True), "keep the right one"),
+        ("copies with different labels", _describe(mislabelled, with_class=True), "keep the right one"),
         ("copies within a split", _describe(repeated), "harmless where they are few"),
         ("look-alikes in more than one split", _describe(alike), "look at them: the same scene, or chance?"),
-        *odd,
+        *((f"{what} images", places, "look at them") for what, places in audit.oddities.items()),
     ]
-    return [Finding(what, len(found), found[:MAX_EXAMPLES], advice) for what, found, advice in findings if found]
+    return [
+        Finding(what, len(found), [str(example) for example in found[:MAX_EXAMPLES]], advice)
+        for what, found, advice in findings
+        if found
+    ]
+
+
+def _differing(groups: list[list[Place]], what: str) -> list[list[Place]]:
+    """Return the groups of which the images differ in their `split`, or `class_name`."""
+    return [group for group in groups if len({getattr(place, what) for place in group}) > 1]
 
 
 def _describe(groups: list[list[Place]], with_class: bool = False) -> list[str]:

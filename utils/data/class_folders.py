@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +66,7 @@ def read_train_dirs(train_dir: str, validation_dir: str | None = None) -> Folder
     return found
 
 
-def read_local_set(folder: str, flag: str = "--dataset_name") -> FolderSet | None:
+def read_local_set(folder: str) -> FolderSet | None:
     """Return the class folders of a local data set; None for one of other files, which `datasets` reads.
 
     It is a folder of class folders, or of split folders (train, valid, test, ...) that hold class folders. A split
@@ -75,7 +77,7 @@ def read_local_set(folder: str, flag: str = "--dataset_name") -> FolderSet | Non
     """
     if is_saved_to_disk(folder) or _has_card_with_data(folder):
         return None
-    files = find_image_files(folder, flag)
+    files = find_image_files(folder, "--dataset_name")
     others = files.left_out.get(NOT_IMAGE, [])
     if any(Path(path).suffix.lower() in TABLES_OF_IMAGES or _is_metadata(path) for path in others):
         return None
@@ -151,7 +153,7 @@ def _read_layout(files: ImageFiles, prefix: tuple[str, ...]) -> FolderSet:
     if stray:
         raise UserError(
             f"{files.place}: {name_some(splits)} hold class folders, but {name_some(stray)} images; "
-            f"give --train_dir {files.path(prefix, splits[0])} for those class folders only, or move the others away."
+            f"give --train_dir {files.path(*prefix, splits[0])} for those class folders only, or move the others away."
         )
     found = FolderSet({name: _classes_below(files, (*prefix, name)) for name in splits})
     unlabelled = [f"{len(files.images[(*prefix, name)]):,} of {name}, which has no class folders" for name in flat]
@@ -173,7 +175,7 @@ def _check_classes(files: ImageFiles, prefix: tuple[str, ...], names: list[str])
     raise UserError(
         f"{files.place}: only {name_some(names)} {'hold' if many else 'holds'} images, so no labels "
         f"are seen; right is a folder for each class, with or without train and test around them. If "
-        f"{'they are classes' if many else 'it is a class'}, give --train_dir {files.path(prefix)}."
+        f"{'they are classes' if many else 'it is a class'}, give --train_dir {files.path(*prefix)}."
     )
 
 
@@ -195,23 +197,23 @@ def _classes_below(files: ImageFiles, prefix: tuple[str, ...]) -> Classes:
     return classes
 
 
-def _count(files: ImageFiles, splits, unlabelled: list[str] = ()) -> list[str]:
+def _count(files: ImageFiles, splits: Iterable[Classes], unlabelled: Sequence[str] = ()) -> list[str]:
     """Return the lines on what is used and what is left out, none where every file is used."""
-    splits, notes = list(splits), []
-    empty = sorted({name for classes in splits for name in classes} - {
-        name for classes in splits for name, paths in classes.items() if paths
-    })  # fmt: skip
+    numbers = Counter()
+    for classes in splits:
+        numbers.update({name: len(paths) for name, paths in classes.items()})
+    notes, empty = [], sorted(name for name, number in numbers.items() if not number)
     if empty:
         notes.append(f"{files.place}: skipping empty class folders: {', '.join(map(escape_name, empty))}.")
-    told = [files.describe_left_out()] if files.left_out else []
+    told = [files.describe_left_out()]
     if files.by_content:
         told.append(f"recognised as images by their content: {len(files.by_content):,} ({name_some(files.by_content)})")
     if unlabelled:
         told.append(f"not used: {', '.join(unlabelled)}")
+    told = "; ".join(filter(None, told))
     if told:
-        num_images = sum(len(paths) for classes in splits for paths in classes.values())
-        num_classes = len({name for classes in splits for name, paths in classes.items() if paths})
-        notes.append(f"{files.place}: {num_images:,} images of {num_classes:,} classes; {'; '.join(told)}.")
+        num_classes = len(numbers) - len(empty)
+        notes.append(f"{files.place}: {numbers.total():,} images of {num_classes:,} classes; {told}.")
     return notes
 
 
@@ -247,6 +249,6 @@ def _not_in_class_folder(files: ImageFiles, prefix: tuple[str, ...], folder: tup
             f"{place} is not directly in a class folder; right is --train_dir {files.path(splits[0])}{others}, or "
             f"--dataset_name {escape_name(files.root)}, which takes {name_some(splits)} as splits."
         )
-    right = files.path(prefix, "class name", name)
-    others = f", or {files.flag} {files.path(folder[:-1])}" if len(folder) > len(prefix) + 1 else ""
+    right = files.path(*prefix, "class name", name)
+    others = f", or {files.flag} {files.path(*folder[:-1])}" if len(folder) > len(prefix) + 1 else ""
     return UserError(f"{place} is not directly in a class folder; right is {right}{others}.")

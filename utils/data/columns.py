@@ -62,11 +62,7 @@ def standardise(images: Dataset, split: str, record: RealImagesRecord) -> Datase
     for flag, name in zip(("image", "label"), columns):
         if name not in images.features:
             raise UserError(f"--{flag}_column_name {name}: not in split '{split}' of '{record.name}'.")
-    images = (
-        images.with_format(None)
-        .select_columns(columns)
-        .rename_columns({old: new for old, new in zip(columns, ("image", "label")) if old != new})
-    )
+    images = images.with_format(None).select_columns(columns).rename_columns(dict(zip(columns, ("image", "label"))))
     kind = images.features["image"]
     # an Image with a mode would be converted by datasets, where that decodes it, and not by `to_rgb`
     if _holds_files(kind) or (isinstance(kind, Image) and (kind.mode or not kind.decode)):
@@ -78,7 +74,7 @@ def standardise(images: Dataset, split: str, record: RealImagesRecord) -> Datase
     return images
 
 
-def _label_column(images: Dataset, column: str = "label") -> pa.ChunkedArray:
+def _label_column(images: Dataset, column: str) -> pa.ChunkedArray:
     """Return the labels as they are stored."""
     return images.select_columns(column).with_format("arrow")[:][column]
 
@@ -114,9 +110,9 @@ def unify_labels(splits: dict[str, Dataset], column_name: str) -> tuple[dict[str
             number stands for no class.
     """
     flag = f"--label_column_name {column_name}:"
-    names_of, kinds = {}, {}
+    kinds, names_of, codes_of = {}, {}, {}
     for split, images in splits.items():
-        feature, column = images.features["label"], _label_column(images)
+        feature, column = images.features["label"], _label_column(images, "label")
         kinds[split] = _check_kind(flag, feature, column)
         missing = _without_label(column)
         if missing.size:
@@ -125,18 +121,25 @@ def unify_labels(splits: dict[str, Dataset], column_name: str) -> tuple[dict[str
                 f"{flag} {len(missing)} of {len(images)} images of split '{split}' have no label, the first in row "
                 f"{missing[0]}{hint}."
             )
-        names_of[split] = _names(flag, split, feature, column)
+        names_of[split], codes_of[split] = _encode(flag, split, feature, column)
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{kind} in split '{split}'" for split, kind in kinds.items())
         raise UserError(f"{flag} is not of one kind ({listed}); make all of them integers, or all texts.")
     class_names = list(next(iter(names_of.values())))
     for split, names in names_of.items():
         matched = match_class_names(names, class_names, f"{flag} split '{split}':")
-        names_of[split] = {name: matched.get(name, name) for name in names}
+        names_of[split] = [matched.get(name, name) for name in names]
         class_names += [name for name in names if name not in matched]
     if not any(isinstance(images.features["label"], ClassLabel) for images in splits.values()):
         class_names = sort_class_names(class_names)
-    unified = {split: _with_classes(images, names_of[split], class_names) for split, images in splits.items()}
+    unified, classes = {}, ClassLabel(names=class_names)
+    places = {name: place for place, name in enumerate(class_names)}
+    for split, images in splits.items():
+        if images.features["label"] != classes:
+            labels = np.array([places[name] for name in names_of[split]])[codes_of[split]]
+            images = images.rename_column("label", "before").add_column("label", labels, feature=classes)
+            images = images.remove_columns("before")
+        unified[split] = images
     return unified, class_names
 
 
@@ -169,10 +172,11 @@ def _describe_lists(column: pa.ChunkedArray) -> str:
     return "lists, several labels per image (multi-label)"
 
 
-def _names(flag: str, split: str, feature: object, column: pa.ChunkedArray) -> list[str]:
-    """Return the class names of a split; of a ClassLabel by its numbers, which are checked to stand for some."""
+def _encode(flag: str, split: str, feature: object, column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
+    """Return the class names of a split, and of each image the place of its own; those of a ClassLabel are checked."""
     if not isinstance(feature, ClassLabel):
-        return [str(value) for value in pc.unique(column).to_pylist()]
+        values = pc.unique(column)
+        return [str(value) for value in values.to_pylist()], pc.index_in(column, value_set=values).to_numpy()
     labels = column.to_numpy()
     strange = np.flatnonzero((labels < 0) | (labels >= feature.num_classes))
     if strange.size:
@@ -180,21 +184,4 @@ def _names(flag: str, split: str, feature: object, column: pa.ChunkedArray) -> l
             f"{flag} {labels[strange[0]]} in row {strange[0]} of split '{split}' is not a class id; "
             f"{feature.num_classes} classes are numbered 0 to {feature.num_classes - 1}."
         )
-    return feature.names
-
-
-def _with_classes(images: Dataset, names: dict[str, str], class_names: list[str]) -> Dataset:
-    """Return the images with labels that are places in `class_names`; `names` maps what their column says to those."""
-    feature, wanted = images.features["label"], ClassLabel(names=class_names)
-    if feature == wanted:
-        return images
-    places = {name: place for place, name in enumerate(class_names)}
-    column = _label_column(images)
-    if isinstance(feature, ClassLabel):
-        labels = np.array([places[names[name]] for name in feature.names])[column.to_numpy()]
-    else:
-        values = pc.unique(column)
-        position = pc.index_in(column, value_set=values).to_numpy()
-        labels = np.array([places[names[str(value)]] for value in values.to_pylist()])[position]
-    images = images.rename_column("label", "before").add_column("label", labels, feature=wanted)
-    return images.remove_columns("before")
+    return feature.names, labels

@@ -60,15 +60,14 @@ class ImageFiles:
         """The flag and its value, which begin a message."""
         return f"{self.flag} {escape_name(self.root)}"
 
-    def path(self, *parts: str | tuple[str, ...]) -> str:
-        """Return the path of names, or tuples of names, below `root` as it can be printed."""
-        names = [name for part in parts for name in ((part,) if isinstance(part, str) else part)]
+    def path(self, *names: str) -> str:
+        """Return the path of a folder or file below `root` as it can be printed."""
         return escape_name(os.path.join(self.root, *names))
 
     def describe_left_out(self) -> str:
         """Return 'left out: 3 that are not images (notes.txt, ...), 2 HEIC (...)', nothing where all are images."""
         reasons = (NOT_IMAGE, *UNREADABLE_KINDS, BAD_NAME, NO_ACCESS, DEAD_LINK, LOOP, HIDDEN)  # the most telling first
-        parts = [_describe(reason, self.left_out[reason]) for reason in reasons if reason in self.left_out]
+        parts = [_describe(reason, self.left_out[reason]) for reason in reasons if self.left_out[reason]]
         return f"left out: {', '.join(parts)}" if parts else ""
 
 
@@ -99,17 +98,6 @@ def find_image_files(folder: str, flag: str) -> ImageFiles:
     return found
 
 
-def read_file(path: str) -> bytes:
-    """Return what is in the file of an image's row: a local file of any name, else a URL or a file in an archive."""
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            return file.read()
-    from datasets.utils.file_utils import xopen  # to which a name with :: is a file in an archive; takes a second
-
-    with xopen(path, "rb") as file:
-        return file.read()
-
-
 def escape_name(name: str) -> str:
     r"""Return a name as it can be printed, in one line: bytes that are not UTF-8 as \xe9, a new line as \n."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
@@ -137,41 +125,31 @@ def _walk(found: ImageFiles) -> Iterator[tuple[tuple[str, ...], list[str]]]:
         parts, above, num_links = pending.pop()
         path = os.path.join(found.root, *parts)
         try:
-            identity, entries = _list_folder(path)
+            status = os.stat(path)
+            with os.scandir(path) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name)
         except OSError as error:
             raise UserError(f"{found.place}: {escape_name(path)} cannot be read ({error.strerror}).") from None
+        identity = status.st_dev, status.st_ino
         if identity in above or num_links > MAX_LINKS:
             found.left_out[LOOP].append(os.path.join(*parts))
             continue
         files, folders = [], []
-        for name, is_folder, is_link, is_special in sorted(entries):
-            relative = os.path.join(*parts, name)
+        for entry in entries:
+            name, is_link, relative = entry.name, entry.is_symlink(), os.path.join(*parts, entry.name)
+            is_folder = os.path.isdir(entry) if is_link else entry.is_dir()
             if name.startswith(".") or is_folder and name in HIDDEN_FOLDERS:
-                hidden = _files_below(found.root, relative) if is_folder else [relative]
-                if hidden:
-                    found.left_out[HIDDEN] += hidden
-            elif is_special:  # a named pipe, for one: to read it would wait for ever
-                found.left_out[NOT_IMAGE].append(relative)
-            elif not is_folder:
-                files.append(name)
-            elif _is_utf8(name):
+                found.left_out[HIDDEN] += _files_below(found.root, relative) if is_folder else [relative]
+            elif is_folder and _is_utf8(name):
                 folders.append(((*parts, name), above | {identity}, num_links + is_link))
-            else:
+            elif is_folder:
                 raise _not_utf8(path, found.flag, name)
+            elif is_link or entry.is_file():
+                files.append(name)
+            else:  # a named pipe, for one: to read it would wait for ever
+                found.left_out[NOT_IMAGE].append(relative)
         pending += reversed(folders)
         yield parts, files
-
-
-def _list_folder(path: str) -> tuple[tuple[int, int], list[tuple[str, bool, bool, bool]]]:
-    """Return what identifies a folder, and its entries: name, whether it is a folder, a link, or no file either."""
-    status = os.stat(path)
-    with os.scandir(path) as entries:
-        listed = []
-        for entry in entries:
-            is_link = entry.is_symlink()
-            is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
-            listed.append((entry.name, is_folder, is_link, not is_folder and not is_link and not entry.is_file()))
-    return (status.st_dev, status.st_ino), listed
 
 
 def _files_below(folder: str, relative: str) -> list[str]:
@@ -185,21 +163,20 @@ def _files_below(folder: str, relative: str) -> list[str]:
 def _kind_of(path: str, name: str, suffixes: set[str]) -> int | str | None:
     """Return why a file is left out, None for an image."""
     suffix = Path(name).suffix.lower()
-    if suffix in suffixes:
-        return None if _is_utf8(name) else BAD_NAME  # Arrow's strings are UTF-8
-    if suffix in KIND_OF_SUFFIX:
-        return KIND_OF_SUFFIX[suffix]
-    if not os.path.isfile(path):  # nor is it opened: a named pipe would wait for ever
-        return DEAD_LINK if os.path.islink(path) else NOT_IMAGE
-    try:
-        with open(path, "rb") as file:
-            head = file.read(32)
-            file.seek(0)
-            if _is_read_by_pillow(file):
-                return None if _is_utf8(name) else BAD_NAME
-    except OSError:
-        return NO_ACCESS
-    return unreadable_kind(head) or NOT_IMAGE
+    if suffix not in suffixes:
+        if suffix in KIND_OF_SUFFIX:
+            return KIND_OF_SUFFIX[suffix]
+        if not os.path.isfile(path):  # nor is it opened: a named pipe would wait for ever
+            return DEAD_LINK if os.path.islink(path) else NOT_IMAGE
+        try:
+            with open(path, "rb") as file:
+                head = file.read(32)
+                file.seek(0)
+                if not _is_read_by_pillow(file):
+                    return unreadable_kind(head) or NOT_IMAGE
+        except OSError:
+            return NO_ACCESS
+    return None if _is_utf8(name) else BAD_NAME  # Arrow's strings are UTF-8
 
 
 def _is_read_by_pillow(file) -> bool:

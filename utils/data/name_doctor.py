@@ -176,9 +176,9 @@ def _find_containers(nouns: list[str]) -> dict[tuple[str, ...], list[str]]:
     return containers
 
 
-def print_findings(findings: list[Finding], console: Console | None = None) -> None:
+def print_findings(findings: list[Finding]) -> None:
     """Print the warnings as a table, a few of each kind, and the notes as one line a kind."""
-    console = console or Console()
+    console = Console()
     table = Table("class", "noun in the prompt", "what is noticed", "proposal", title="class names")
     counts = Counter()
     for finding in findings:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from datasets import Dataset, Image
 from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
-from utils.data.image_files import UNREADABLE_KINDS, read_file, unreadable_kind
+from utils.data.image_files import UNREADABLE_KINDS, unreadable_kind
 from utils.data.image_set import PARTS, RealImages
 from utils.data.images import TOO_LARGE, describe_error, describe_reading, to_rgb
 
@@ -60,7 +61,7 @@ def open_all(real: RealImages, parts: tuple[str, ...] = PARTS, with_digests: boo
     Raises:
         UserError: an image is damaged and may not be left out, or a class has no other training images.
     """
-    found = {part: _inspect_together(getattr(real, part), f"{part} images", with_digests) for part in parts}
+    found = {part: inspect_images(getattr(real, part), f"{part} images", with_digests) for part in parts}
     problems = {
         f"{part} images: row {real.parts[part].rows[row]}, column '{real.record.image_column_name}'": problem
         for part, inspected in found.items()
@@ -81,7 +82,7 @@ def open_synthetic(images: Dataset, name: str, skip_bad_images: bool) -> tuple[D
     Raises:
         UserError: an image is damaged and may not be left out.
     """
-    inspected = _inspect_together(images, "synthetic images", with_digests=False)
+    inspected = inspect_images(images, "synthetic images")
     problems = {f"--synthetic_dataset {name}: row {row}": text for row, text in sorted(inspected.problems.items())}
     remarks = _settle_damaged(problems, skip_bad_images)
     return images.select(_good_rows(images, inspected)) if problems else images, remarks
@@ -119,20 +120,11 @@ def _check_classes_left(real: RealImages, kept: np.ndarray | None) -> None:
         raise UserError(f"--skip_bad_images: all training images of {names} are damaged.")
 
 
-def _inspect_together(images: Dataset, what: str, with_digests: bool) -> Inspected:
-    """Return what `inspect_images` finds, from all processes."""
-    return Inspected(*_from_all_processes(*inspect_images(images, what, with_digests, *_own_share())))
-
-
-def inspect_images(
-    images: Dataset, what: str, with_digests: bool = False, rank: int = 0, num_parts: int = 1,
-    show_progress: bool = True,
-) -> Inspected:  # fmt: skip
-    """Decode the images of the rows `rank`, `rank + num_parts`, ... once, in threads."""
+def inspect_images(images: Dataset, what: str, with_digests: bool = False) -> Inspected:
+    """Decode each image once, in one of the processes, in threads; return what all of them have found."""
     inspected = Inspected({}, {}, {})
-    rows = range(rank, len(images), num_parts)
-    inspect = partial(_inspect_image, with_digest=with_digests)
-    for row, results in zip(rows, map_encoded(images, inspect, rows, f"checking {what}", show_progress)):
+    inspect = partial(inspect_image, with_digest=with_digests)
+    for row, results in _for_each(images, inspect, f"checking {what}"):
         for by_row, result in zip(inspected, results):
             if result is not None:
                 by_row[row] = result
@@ -149,11 +141,26 @@ def content_places(images: Dataset) -> np.ndarray:
             digest = hashlib.sha256(repr(encoded).encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
-    rank, num_parts, show_progress = _own_share()
-    rows = range(rank, len(images), num_parts)
-    own = dict(zip(rows, map_encoded(images, place, rows, "reading images", show_progress)))
-    (places,) = _from_all_processes(own)
-    return np.array([places[row] for row in range(len(images))])
+    places = np.zeros(len(images))
+    for row, found in _for_each(images, place, "reading images"):
+        places[row] = found
+    return places
+
+
+def _for_each(
+    images: Dataset, function: Callable[[int, dict | None], Result], what: str
+) -> Iterator[tuple[int, Result]]:
+    """Yield each row with what a function of it and its encoded image gives, computed in one of the processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # without a state of accelerate, which would take up a GPU
+        yield from enumerate(map_encoded(images, function, range(len(images)), what))
+        return
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState()
+    rows = range(state.process_index, len(images), state.num_processes)
+    own = map_encoded(images, function, rows, what, show_progress=state.is_local_main_process)
+    yield from gather_object(list(zip(rows, own)))
 
 
 def map_encoded(
@@ -178,36 +185,21 @@ def map_encoded(
                 yield result
 
 
-def _own_share() -> tuple[int, int, bool]:
-    """Return which of how many processes this is, and whether it shows a progress bar."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # without a state of accelerate, which would take up a GPU
-        return 0, 1, True
-    from accelerate import PartialState
-
-    state = PartialState()
-    return state.process_index, state.num_processes, state.is_local_main_process
-
-
-def _from_all_processes(*found: dict[int, object]) -> tuple[dict[int, object], ...]:
-    """Return dictionaries by row, each with the rows of every process."""
-    if _own_share()[1] == 1:
-        return found
-    from accelerate.utils import gather_object
-
-    parts = gather_object([found])
-    return tuple({row: value for part in parts for row, value in part[which].items()} for which in range(len(found)))
-
-
 def _read_encoded(encoded: dict | None) -> bytes | None:
-    """Return an image's encoded bytes, None where there are none."""
-    if encoded is None:
-        return None
-    if encoded["bytes"] is not None or encoded["path"] is None:
-        return encoded["bytes"]
-    return read_file(encoded["path"])
+    """Return an image's encoded bytes, None where there are none: a local file of any name, a URL, or in an archive."""
+    if encoded is None or encoded["bytes"] is not None or encoded["path"] is None:
+        return encoded and encoded["bytes"]
+    if os.path.isfile(encoded["path"]):
+        return Path(encoded["path"]).read_bytes()
+    from datasets.utils.file_utils import xopen  # to which a name with :: is a file in an archive; takes a second
+
+    with xopen(encoded["path"], "rb") as file:
+        return file.read()
 
 
-def _inspect_image(row: int, encoded: dict | None, with_digest: bool) -> tuple[str | None, str | None, str | None]:
+def inspect_image(
+    row: int, encoded: dict | None, with_digest: bool = False
+) -> tuple[str | None, str | None, str | None]:
     """Return the hash of an image's bytes, what is wrong with the image, and what is to be said of its reading."""
     content = b""
     try:

@@ -37,7 +37,7 @@ def load_labelled_splits(record: RealImagesRecord, token: str | None = None) -> 
         UserError: the set, a split or a column is not there; labels are missing or of no use.
     """
     splits, record = _load_splits(record, token)
-    train_split = select(splits, "train", record.train_split, record.name).slices[0].split
+    train_split = select(splits, "train", record.train_split, record.name).splits[0]
     image_column, label_column = find_columns(splits[train_split].features, record)
     record = replace(record, image_column_name=image_column, label_column_name=label_column)
     given = {part: getattr(record, f"{part}_split") for part in PARTS}

@@ -1,7 +1,8 @@
 """Which split serves as training, validation and test part, and which of its images are in a part or a subset."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import combinations, product
 
 import numpy as np
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets
@@ -16,46 +17,36 @@ TEST_SHARE = 0.1  # of a set without a test part
 
 
 @dataclass(frozen=True)
-class Slice:
-    """The rows `start` to `stop` of a split."""
-
-    split: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class Selection:
-    """What a flag such as `--test_split` selects: the text, and the rows that it stands for, in order."""
+    """What a flag such as `--test_split` selects: the text, and the slices of splits that it stands for, in order."""
 
     spec: str
-    slices: tuple[Slice, ...]
+    slices: tuple[tuple[str, range], ...]
 
     @property
     def rows(self) -> np.ndarray:
         """The rows in the split; where several splits are put together, the places in the whole."""
-        parts = [np.arange(part.start, part.stop) for part in self.slices]
-        rows = np.concatenate(parts) if parts else np.zeros(0, int)
-        return rows if len({part.split for part in self.slices}) == 1 else np.arange(len(rows))
+        rows = np.concatenate([np.arange(rows.start, rows.stop) for _, rows in self.slices])
+        return rows if len(self.splits) == 1 else np.arange(len(rows))
 
     @property
     def splits(self) -> list[str]:
         """The splits that it takes rows of, each once."""
-        return list(dict.fromkeys(piece.split for piece in self.slices))
+        return list(dict.fromkeys(split for split, _ in self.slices))
 
     def read(self, splits: dict[str, Dataset]) -> Dataset:
         """Return the images; the splits have the same features."""
-        parts = [splits[part.split].select(range(part.start, part.stop)) for part in self.slices]
+        parts = [splits[split].select(rows) for split, rows in self.slices]
         return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
-    def shared_rows(self, other: "Selection") -> int:
-        """Return how many rows both have."""
-        return sum(
-            max(0, min(mine.stop, theirs.stop) - max(mine.start, theirs.start))
-            for mine in self.slices
-            for theirs in other.slices
-            if mine.split == theirs.split
-        )
+
+def count_shared(slices: Iterable[tuple[str, range]], others: Iterable[tuple[str, range]]) -> int:
+    """Return how many rows are in both."""
+    return sum(
+        len(range(max(rows.start, theirs.start), min(rows.stop, theirs.stop)))
+        for (split, rows), (their_split, theirs) in product(slices, others)
+        if split == their_split
+    )
 
 
 def assign_splits(
@@ -71,23 +62,17 @@ def assign_splits(
         UserError: there is no such split or slice, it is empty, or two parts share images.
     """
     chosen = {part: select(splits, part, spec, name) for part, spec in given.items() if spec is not None}
-
-    def guess(part: str) -> None:
+    # a single split by a name of validation's is the test
+    for part in ("test", "validation", "validation"):
+        if part in chosen:
+            continue
         taken = {split for selection in chosen.values() for split in selection.splits}
         left = [split for split in splits if split not in taken and len(splits[split])]
-        found = named_for(part, left)
-        usable = next((split for split in found if is_labelled(split)), None)
+        usable = next((split for split in named_for(part, left) if is_labelled(split)), None)
         if usable is not None:
-            chosen["test" if "test" not in chosen else "validation"] = select(splits, part, usable, name)
-
-    if "test" not in chosen:
-        guess("test")
-    if "test" not in chosen and "validation" not in chosen:
-        guess("validation")
-    if "validation" not in chosen and "test" in chosen:
-        guess("validation")
+            chosen["test" if "test" not in chosen else part] = select(splits, part, usable, name)
     for part, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
-        if part in chosen and other in chosen and (shared := chosen[part].shared_rows(chosen[other])):
+        if part in chosen and other in chosen and (shared := count_shared(chosen[part].slices, chosen[other].slices)):
             raise UserError(
                 f"--{part}_split {chosen[part].spec}: {shared} of its images are in --{other}_split "
                 f"{chosen[other].spec} too; parts must not share images, for example --train_split 'train[:80%]' "
@@ -115,7 +100,7 @@ def select(splits: DatasetDict, part: str, spec: str, name: str) -> Selection:
     if part == "train" and spec == "train" and spec not in sizes:
         spec = next(iter(named_for("train", list(sizes))), spec)
     if spec in sizes:
-        slices = [Slice(spec, 0, sizes[spec])]
+        slices = [(spec, range(sizes[spec]))]
     else:
         try:
             pieces = ReadInstruction.from_spec(spec).to_absolute(sizes)
@@ -124,12 +109,11 @@ def select(splits: DatasetDict, part: str, spec: str, name: str) -> Selection:
             raise UserError(
                 f"--{part}_split {spec}: '{name}' has {listed}; give one of these, or a slice such as 'train[80%:]'."
             ) from None
-        slices = [Slice(piece.splitname, piece.from_, piece.to) for piece in pieces]
-    slices = [piece for piece in slices if piece.stop > piece.start]
+        slices = [(piece.splitname, range(piece.from_, piece.to)) for piece in pieces]
+    slices = [(split, rows) for split, rows in slices if rows]
     if not slices:
         raise UserError(f"--{part}_split {spec}: no images are in it.")
-    ordered = sorted(slices, key=lambda piece: (piece.split, piece.start))
-    if any(one.split == other.split and other.start < one.stop for one, other in zip(ordered, ordered[1:])):
+    if any(count_shared([one], [other]) for one, other in combinations(slices, 2)):
         raise UserError(f"--{part}_split {spec}: takes some images twice; its slices must not overlap.")
     return Selection(spec, tuple(slices))
 
@@ -156,33 +140,16 @@ def evenly_spaced(number: int, limit: int | None) -> np.ndarray:
     return np.linspace(0, number - 1, number if limit is None else min(limit, number)).astype(int)
 
 
-def few_shot_indices(labels: np.ndarray, num_shots: int, seed: int) -> np.ndarray:
-    """Return the sorted indices of `num_shots` images of each class; the K-shot set is part of the K+1-shot set.
-
-    Raises:
-        ValueError: a class has fewer images.
-    """
-    chosen = []
-    for label in np.unique(labels):
-        indices = _shuffled_class(labels, label, seed)
-        if len(indices) < num_shots:
-            raise ValueError(f"label {label} has {len(indices)} images, {num_shots} shots are wanted")
-        chosen.append(indices[:num_shots])
-    return np.sort(np.concatenate(chosen))
-
-
-def balanced_indices(labels: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
+def balanced_indices(labels: np.ndarray, num_samples: int | None, seed: int) -> np.ndarray:
     """Return the sorted indices of `num_samples` images, taken from the classes in turn; all where there are fewer.
 
-    They are among those of any larger number, and K for each class are those of K shots. With fewer samples than
+    They are among those of any larger number. K shots are K times as many as there are classes. With fewer samples than
     classes the last classes have none.
     """
-    classes = [_shuffled_class(labels, label, seed) for label in np.unique(labels)]
+    classes = [
+        np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))
+        for label in np.unique(labels)
+    ]
     turns = np.concatenate([np.arange(len(indices)) for indices in classes])
     # a stable sort: the first image of every class, then the second of every class
     return np.sort(np.concatenate(classes)[np.argsort(turns, kind="stable")][:num_samples])
-
-
-def _shuffled_class(labels: np.ndarray, label: int, seed: int) -> np.ndarray:
-    indices = np.flatnonzero(labels == label)
-    return np.random.default_rng([seed, int(label)]).permutation(indices)

@@ -27,19 +27,18 @@ TARGET_CHUNK = 8192
 Rows = tuple[np.ndarray, np.ndarray]  # features `(n, num_features)`, and which of them
 
 
-def matched_rows(first: np.ndarray, second: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def matched_rows(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the sorted rows of two sets with as many images of each class, drawn at random; labels are `(n,)` int.
 
     Distances depend on the number of images and on how often each class occurs: only such parts are comparable.
     """
-    chosen = [], []
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
+    chosen = [np.zeros((2, 0), int)]
     for label in np.intersect1d(first, second):
         classes = [np.flatnonzero(labels == label) for labels in (first, second)]
         size = min(map(len, classes))
-        for part, rows in zip(chosen, classes):
-            part.append(rng.permutation(rows)[:size])
-    return tuple(np.sort(np.concatenate(part)) if part else np.zeros(0, int) for part in chosen)
+        chosen.append(np.array([rng.permutation(rows)[:size] for rows in classes]))
+    return tuple(np.sort(np.hstack(chosen)))
 
 
 def frechet_distances(train: Rows, others: dict[str, Rows]) -> dict[str, float]:
@@ -240,17 +239,14 @@ def similarity_threshold(real_similarities: np.ndarray) -> float:
 
 def closest_pairs(nearest: Nearest, num_pairs: int, within: bool) -> list[tuple[int, int, float]]:
     """Return the most similar (query, target, similarity), each query once; `within` one set, each pair once."""
-    pairs = []
-    seen = set()
-    for query in np.argsort(-nearest.similarities, kind="stable"):
+    pairs = {}
+    for query in map(int, np.argsort(-nearest.similarities, kind="stable")):
         target = int(nearest.rows[query])
-        if within and (target, int(query)) in seen:
-            continue
-        seen.add((int(query), target))
-        pairs.append((int(query), target, float(nearest.similarities[query])))
+        if not (within and (target, query) in pairs):
+            pairs[query, target] = float(nearest.similarities[query])
         if len(pairs) == num_pairs:
             break
-    return pairs
+    return [(*pair, similarity) for pair, similarity in pairs.items()]
 
 
 def count_similar(nearest: Nearest, threshold: float) -> dict:
