@@ -4,7 +4,6 @@ A generated card and the card that is already there are merged: a person's text 
 """
 
 import json
-import os
 import re
 import shlex
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from urllib.parse import quote
 import yaml
 
 from utils.cli.errors import UserError
+from utils.cli.records import write_text
 from utils.hub.repositories import REPO_ID, Source, open_source
 
 MAX_LENGTH = 200  # characters of a name in a card: the records have it in full
@@ -205,12 +205,7 @@ def save_card(card: object, path: str | Path) -> None:
         UserError: what `read_card` and `merge_cards` raise; the file then stays as it is.
     """
     path, merged = Path(path), str(card)
-    if path.exists():
-        merged = merge_cards(merged, read_card(path), str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(merged.encode("utf-8"))
-    os.replace(temporary, path)
+    write_text(path, merge_cards(merged, read_card(path), str(path)) if path.exists() else merged)
 
 
 def _merge_metadata(ours: dict, theirs: dict) -> dict:

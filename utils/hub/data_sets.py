@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import datasets
-from datasets import Dataset, DatasetDict, exceptions
+from datasets import Dataset, DatasetDict, DatasetInfo, exceptions
+from datasets.arrow_reader import ArrowReader
 from huggingface_hub import HfFileSystem, constants, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
 
@@ -121,10 +122,7 @@ def _load_from_cache(source: Source, config_name: str | None, split: str | None)
     out_of_reach = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
     where, cache = f"{source.flag} {source.name}:", Path(datasets.config.HF_DATASETS_CACHE)
     namespace, _ = source.name.split("/")
-    sets = cache.glob(
-        f"{namespace}___*/{config_name or '*'}/*/{source.revision}/{datasets.config.DATASET_INFO_FILENAME}"
-    )
-    folders = [path.parent for path in sorted(sets)]
+    folders = sorted(cache.glob(f"{namespace}___*/{config_name or '*'}/*/{source.revision}"))
     if config_name is None and len(folders) > 1:
         folders = [folder for folder in folders if folder.parts[-3] == "default"]
     if not folders:
@@ -134,7 +132,9 @@ def _load_from_cache(source: Source, config_name: str | None, split: str | None)
         )
     if not constants.HF_HUB_OFFLINE:
         logger.warning(f"{where} {out_of_reach}, commit {source.revision} is read from the cache.")
-    loaded = _read_prepared(folders[-1])
+    info = DatasetInfo.from_directory(str(folders[-1]))
+    reader, splits = ArrowReader(str(folders[-1]), info), list(info.splits.values())
+    loaded = DatasetDict({name: Dataset(**reader.read(info.dataset_name, name, splits)) for name in info.splits})
     repository = repo_folder_name(repo_id=source.name, repo_type="dataset")
     files = Path(constants.HF_HUB_CACHE, repository, "snapshots", source.revision).rglob("*.parquet")
     if column := reordered_names(next(iter(loaded.values())).features, files):
@@ -143,18 +143,6 @@ def _load_from_cache(source: Source, config_name: str | None, split: str | None)
             "image has cannot be told; load it with the Hub in reach."
         )
     return loaded if split is None else loaded[split]
-
-
-def _read_prepared(folder: Path) -> DatasetDict:
-    """Return the splits that a builder of datasets has prepared in a folder of its cache."""
-    info, splits = datasets.DatasetInfo.from_directory(str(folder)), DatasetDict()
-    for split in info.splits:
-        name = re.compile(rf".*-{split}(-\d+-of-\d+)?\.arrow")
-        paths = sorted(str(path) for path in folder.iterdir() if name.fullmatch(path.name))
-        splits[split] = datasets.concatenate_datasets(
-            [Dataset.from_file(path, info=info, split=split) for path in paths]
-        )
-    return splits
 
 
 def _check_commit(splits: dict[str, Dataset], source: Source) -> None:
