@@ -35,15 +35,11 @@ def info(hub, request: Request, repo_type: str, repo_id: str, revision: str | No
         {"rfilename": path, "size": file.size, "blobId": file.git_oid} | lfs_fields(file, "sha256")
         for path, file in sorted(commit.files.items())
     ]
-    described = {"_id": repo.id, "id": repo.id, "author": repo.owner, "sha": commit.id, "siblings": siblings}
-    described |= {"private": repo.private, "gated": "manual" if repo.gated else False, "disabled": False, "tags": []}
-    described |= {
-        "lastModified": commit.date,
-        "createdAt": repo.commits(commit.id)[-1].date,
-        "downloads": 0,
-        "likes": 0,
-    }
-    return json_answer(described)
+    return json_answer({
+        "_id": repo.id, "id": repo.id, "author": repo.owner, "sha": commit.id, "siblings": siblings, "tags": [],
+        "private": repo.private, "gated": "manual" if repo.gated else False, "disabled": False, "downloads": 0,
+        "likes": 0, "lastModified": commit.date, "createdAt": repo.commits(commit.id)[-1].date,
+    })  # fmt: skip
 
 
 def create_branch(hub, request: Request, repo_type: str, repo_id: str, branch: str) -> Answer:

@@ -19,7 +19,8 @@ from utils.hub.repositories import CLIENT_ERRORS, Source, is_saved_to_disk
 logger = logging.getLogger(__name__)
 
 PATTERN = r"::|[*?]|\[.+\]"  # in a path, to datasets: a file in an archive, or a pattern
-SPLIT_SIZE = re.compile(r"'(expected|recorded)': SplitInfo\(name='(.*?)', num_bytes=\d+, num_examples=(\d+)")
+SPLIT_SIZE = r"SplitInfo\(name='(.*?)', num_bytes=\d+, num_examples=(\d+)"
+SPLIT_SIZES = re.compile(f"'expected': {SPLIT_SIZE}.*?'recorded': {SPLIT_SIZE}", re.DOTALL)
 
 
 def load_data_set(source: Source, config_name: str | None = None, split: str | None = None) -> DatasetDict | Dataset:
@@ -105,11 +106,10 @@ def _describe_mismatch(error: exceptions.SplitsVerificationError) -> str:
     message = str(error)
     advice = "wait until the set is whole, or correct dataset_info in its README.md"
     if isinstance(error, exceptions.NonMatchingSplitsSizesError):
-        sizes: dict[str, dict[str, str]] = {}
-        for which, split, number in SPLIT_SIZE.findall(message):
-            sizes.setdefault(split, {})[which] = f"{int(number):,}"
-        counts = [f"{size.get('recorded')} in its files and {size.get('expected')} in its card for split '{split}'"
-                  for split, size in sizes.items()]  # fmt: skip
+        counts = [
+            f"{int(there):,} in its files and {int(expected):,} in its card for split '{split}'"
+            for split, expected, _, there in SPLIT_SIZES.findall(message)
+        ]
         return f"the images do not add up, {'; '.join(counts) or message}; {advice}"
     splits = message.strip("{}").replace("'", "")
     if isinstance(error, exceptions.ExpectedMoreSplitsError):
