@@ -172,17 +172,14 @@ class ScriptArgumentParser(HfArgumentParser):
             raise UserError(f"{path}: '{key}' takes one value, the recipe gives {kind}.")
         if value is None or isinstance(value, dict):
             return value
-        items = value if isinstance(value, list) else [value]
-        converted = [self._convert_one(path, key, item, action) for item in items]
+        converted = []
+        for item in value if isinstance(value, list) else [value]:
+            try:
+                converted.append(self._get_value(action, str(item)))
+                self._check_value(action, converted[-1])
+            except argparse.ArgumentError as error:
+                raise UserError(f"{path}: '{key}: {item}': {error.message}.") from None
         return converted if takes_many else converted[0]
-
-    def _convert_one(self, path: Path, key: str, value: object, action: argparse.Action) -> object:
-        try:
-            converted = self._get_value(action, str(value))
-            self._check_value(action, converted)
-        except argparse.ArgumentError as error:
-            raise UserError(f"{path}: '{key}: {value}': {error.message}.") from None
-        return converted
 
 
 def check_ranges(values: Mapping[str, object]) -> None:
