@@ -10,22 +10,19 @@ import huggingface_hub
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_download
 
+from tests.hub.conftest import TOKEN
 from tests.local_hub import Fault
-from tests.local_hub.storage import git_blob_sha1
 
 pytest_plugins = ["tests.local_hub.fixtures"]
 
 BIG = bytes(range(256)) * 8192  # 2 MiB, above the fixture's LFS threshold
-TOKEN = "hf_ann"
 
 
 @pytest.fixture
-def hub(local_hub, tmp_path, monkeypatch):
+def hub(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))  # a warm cache hides refusals
-    local_hub.add_user("ann", token=TOKEN)
-    local_hub.add_user("ann", token="hf_ann_reads", role="read")
-    local_hub.add_user("bob", token="hf_bob")
-    return local_hub
+    hub.add_user("bob", token="hf_bob")
+    return hub
 
 
 @pytest.fixture
@@ -186,10 +183,10 @@ def test_ranges_are_answered_on_both_origins(hub, connection):
     assert second.port != urlsplit(hub.url).port
     cdn = http.client.HTTPConnection(second.hostname, second.port, timeout=20)
     assert ask(cdn, "GET", f"{second.path}?{second.query}", Range="bytes=2-5")[2] == b"2345"
-    assert ask(cdn, "GET", f"{second.path}?{second.query}", Authorization="Bearer hf_ann")[0] == 400
+    assert ask(cdn, "GET", f"{second.path}?{second.query}", Authorization=f"Bearer {TOKEN}")[0] == 400
     assert ask(cdn, "GET", second.path)[0] == 403  # no signature
     cdn.close()
-    assert [(entry.status, entry.token) for entry in hub.cdn_log] == [(206, None), (400, "hf_ann"), (403, None)]
+    assert [(entry.status, entry.token) for entry in hub.cdn_log] == [(206, None), (400, TOKEN), (403, None)]
 
 
 def test_a_refused_body_leaves_the_connection_usable(hub, connection):
@@ -214,21 +211,6 @@ def test_an_upload_is_taken_only_whole_and_where_it_was_announced(hub, connectio
     assert ask(connection, "PUT", f"{upload.path}?{upload.query}", b"abc")[0] == 400  # not what hashes to zeros
     assert ask(connection, "POST", verify.path, json.dumps(described), **login)[0] == 404
     assert not any(path.name.endswith(".incomplete") for path in hub.blobs.folder.iterdir())
-
-
-def test_the_answers_to_preupload_follow_the_hub_s_rules(hub, connection):
-    content = b"---\nlicense: mit\n---\n"
-    hub.create_repo("ann/cars", "dataset").commit({"README.md": content, "a.parquet": b"abc"})
-    modes = {
-        ("README.md", 21): "regular", ("a.parquet", 3): "lfs", ("b.PNG", 1): "lfs", ("c.safetensors", 0): "regular",
-        ("d.txt", 2**20): "lfs", ("e.txt", 2**20 - 1): "regular",
-    }  # fmt: skip
-    body = json.dumps({"files": [{"path": path, "size": size, "sample": ""} for path, size in modes]})
-    answer = ask(connection, "POST", "/api/datasets/ann/cars/preupload/main", body, Authorization=f"Bearer {TOKEN}")
-    rows = json.loads(answer[2])["files"]
-    assert [row["uploadMode"] for row in rows] == list(modes.values())
-    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of b"abc"
-    assert [row.get("oid") for row in rows] == [git_blob_sha1(content), sha256, None, None, None, None]
 
 
 def test_the_environment_is_complete_and_keeps_nothing_of_another_hub(hub, tmp_path, monkeypatch):

@@ -16,8 +16,6 @@ def create(hub, request: Request) -> Answer:
     owner, repo_type = asked.get("organization") or account.name, asked.get("type") or "model"
     if owner != account.name:
         raise HubError(403, f"You don't have the rights to create a {repo_type} under the namespace '{owner}'.")
-    if repo_type not in ("model", "dataset"):
-        raise HubError(400, f"the local Hub has no {repo_type}s")
     repo_id = f"{owner}/{asked['name']}"
     with hub.lock:
         if (repo_type, repo_id) in hub.repositories:
