@@ -110,7 +110,7 @@ def license_in_card(source: Source) -> License:
     Raises:
         UserError: there is no card, or it cannot be read.
     """
-    metadata, _, _ = parse_card(read_card(source.file("README.md")))
+    metadata, _, _ = _parse_card(read_card(source.file("README.md")))
     ids, link = metadata.get("license") or UNKNOWN, str(metadata.get("license_link") or "")
     return License(
         id=", ".join(map(str, ids)) if isinstance(ids, list) else str(ids),
@@ -156,15 +156,11 @@ def check_card(path: str | Path) -> None:
         UserError: it cannot be read, or its metadata are malformed.
     """
     if Path(path).exists():
-        parse_card(read_card(path), str(path))
+        _parse_card(read_card(path), str(path))
 
 
-def parse_card(card: str, name: str = "README.md") -> tuple[dict, str, str]:
-    """Return a card's metadata, their YAML as it was written, and the text below them. `name` is for messages.
-
-    Raises:
-        UserError: there is a metadata block that is no YAML mapping, or does not end.
-    """
+def _parse_card(card: str, name: str = "README.md") -> tuple[dict, str, str]:
+    """Return a card's metadata, their YAML as it was written, and the text below them. `name` is for messages."""
     card = card.replace("\r\n", "\n").removeprefix("\ufeff")
     match = METADATA.match(card)
     if not match:
@@ -191,8 +187,8 @@ def merge_cards(ours: str, theirs: str, name: str = "README.md") -> str:
     Raises:
         UserError: the metadata of `theirs` are malformed.
     """
-    our_metadata, _, our_text = parse_card(ours)
-    their_metadata, their_block, their_text = parse_card(theirs, name)
+    our_metadata, _, our_text = _parse_card(ours)
+    their_metadata, their_block, their_text = _parse_card(theirs, name)
     metadata = _write_metadata(_merge_metadata(our_metadata, their_metadata), their_metadata, their_block)
     merged = f"---\n{metadata}---\n{_merge_text(our_text, their_text)}"
     return merged.replace("\n", "\r\n") if "\r\n" in theirs else merged

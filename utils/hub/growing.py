@@ -114,11 +114,7 @@ class GrowingUpload:
         self._done.update(upload.path for upload in batch)
 
     def _check_same_set(self, there: dict[str, RepoFile], head: str, shards: list[Upload]) -> None:
-        """Check that the repository holds no shards but this set's.
-
-        Raises:
-            _AnotherSet: its record has another fingerprint, or it has none and data files that are not among `shards`.
-        """
+        """Check that the repository holds no shards but this set's, by its record's fingerprint or by their content."""
         if GENERATION_CONFIG in there:
             path = publishing.download(self._target, GENERATION_CONFIG, head)
             try:

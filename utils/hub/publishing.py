@@ -65,7 +65,7 @@ def publish_folder(
         UserError: a file holds the access token; the repository is public and `target.private` asked for a private
             one; someone else has changed the same files; the Hub did not answer within the limit of tries.
     """
-    uploads = collect_uploads(folder, patterns, known_tokens(target.token))
+    uploads = _collect_uploads(folder, patterns, known_tokens(target.token))
     what = f"publishing {target.repo_id}"
     try:
         prepare_repository(target)
@@ -79,7 +79,7 @@ def publish_folder(
         with tqdm(total=sum(upload.num_bytes for upload in uploads), desc=what, unit="B", unit_scale=True) as progress:
             for batch in split(uploads, MAX_BYTES_PER_COMMIT):
                 is_last = batch[-1] is uploads[-1]
-                commit = commit_batch(target, batch, stale if is_last else [], before, progress)
+                commit = _commit_batch(target, batch, stale if is_last else [], before, progress)
     except HubUnavailable as error:
         raise UserError(
             f"{error} All of it is in {folder}; run the same command again to go on, what is on the Hub is not sent "
@@ -106,12 +106,8 @@ def known_tokens(token: str | None) -> list[str]:
     return [value for value in {token, get_token(), os.environ.get("HF_TOKEN")} if value]
 
 
-def collect_uploads(folder: str | Path, patterns: Sequence[str], tokens: Sequence[str]) -> list[Upload]:
-    """Return what of a folder is published: data before records, the card last. The home folder becomes `~`.
-
-    Raises:
-        UserError: a text file holds one of `tokens`.
-    """
+def _collect_uploads(folder: str | Path, patterns: Sequence[str], tokens: Sequence[str]) -> list[Upload]:
+    """Return what of a folder is published, texts cleaned: data before records, the card last."""
     uploads = []
     for path in Path(folder).rglob("*"):
         name = path.relative_to(folder).as_posix()
@@ -174,19 +170,14 @@ def split(uploads: Sequence[Upload], max_bytes: int) -> Iterator[list[Upload]]:
         yield part
 
 
-def commit_batch(
+def _commit_batch(
     target: Target, batch: list[Upload], stale: list[str], before: dict[str, RepoFile], progress: tqdm
 ) -> CommitInfo:
-    """Send a batch and commit it with the deletion of `stale` files; when another commit comes first, on top of that.
-
-    Raises:
-        UserError: someone else has changed files of the batch that were there `before`, or has added them.
-        HubUnavailable: the limit of tries is reached.
-    """
+    """Send a batch and commit it, `stale` files deleted with it; when another commit comes first, on top of that."""
     num_bytes_before = progress.n
     for _ in range(MAX_TRIES):
         head, there = read_branch(target)
-        check_no_collision(target, batch, before, there)
+        _check_no_collision(target, batch, before, there)
         # new operations for every try: the client marks on them what it has done
         operations = [CommitOperationDelete(path) for path in stale if there.get(path) == before[path]]
         progress.n = num_bytes_before
@@ -201,14 +192,10 @@ def commit_batch(
     raise HubUnavailable(f"publishing {target.repo_id}: others commit to it all the time.")
 
 
-def check_no_collision(
+def _check_no_collision(
     target: Target, batch: list[Upload], before: dict[str, RepoFile], there: dict[str, RepoFile]
 ) -> None:
-    """Check that files of a batch are as they were before, or as the batch has them: our commit, its answer lost.
-
-    Raises:
-        UserError: a file was changed to something else.
-    """
+    """Check that files of a batch are as they were before, or as the batch has them: our commit, its answer lost."""
     changed = [upload for upload in batch if there.get(upload.path) not in (None, before.get(upload.path))]
     collisions = [upload.path for upload in changed if not upload.is_stored_as(there[upload.path])]
     if collisions:
