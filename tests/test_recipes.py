@@ -90,12 +90,9 @@ def save_miniature(name: str, folder: Path, change_name=str, num_test: int = 1, 
 
     `change_name` changes class names, `num_test` is how many other images a class has, `without` leaves a column out.
     """
-    label_column, class_names = (
-        read_recipe(f"{name}/dsi")["label_column_name"],
-        map(change_name, read_class_names(name)),
-    )
-    others = OTHER_COLUMNS.get(name, {})
-    columns = {"image": Image(), label_column: ClassLabel(names=list(class_names)), **others}
+    label_column, others = read_recipe(f"{name}/dsi")["label_column_name"], OTHER_COLUMNS.get(name, {})
+    class_names = [change_name(class_name) for class_name in read_class_names(name)]
+    columns = {"image": Image(), label_column: ClassLabel(names=class_names), **others}
     features = Features({column: feature for column, feature in columns.items() if column != without})
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     images = [PILImage.fromarray(image) for image in pixels]
@@ -351,19 +348,14 @@ def test_two_files_and_a_row_are_a_new_image_set(tmp_path, monkeypatch, capsys):
     assert check.read_expected("birds").class_names == ["a1", "a2"]
 
 
-@pytest.mark.parametrize(
-    ("config", "flags"),
-    [
-        ("one_gpu", ("--num_workers", "1", "--bf16")),
-        ("eight_gpus", ("--num_workers", "8", "--bf16")),
-        ("two_machines", ("--num_workers", "8", "--bf16")),
-        ("two_cpu_processes", ("--num_workers", "2")),
-    ],
-)
-def test_the_comparison_takes_precision_and_workers_of_a_configuration(config, flags):
-    of_config = flags_of_config(read_mapping(RECIPES / "accelerate" / f"{config}.yaml", "configuration"))
-    assert of_config == flags
-    assert list_steps("cars", "resnet18", 7, False, Path("out"), of_config)[-1].command[-len(flags) :] == flags
+def test_the_comparison_takes_precision_and_workers_of_a_configuration():
+    for config, flags in {
+        "one_gpu": "--num_workers 1 --bf16", "eight_gpus": "--num_workers 8 --bf16",
+        "two_machines": "--num_workers 8 --bf16", "two_cpu_processes": "--num_workers 2",
+    }.items():  # fmt: skip
+        of_config = flags_of_config(read_mapping(RECIPES / "accelerate" / f"{config}.yaml", "configuration"))
+        assert " ".join(of_config) == flags
+        assert list_steps("cars", "resnet18", 7, False, Path("out"), of_config)[-1].text.endswith(f" {flags}")
 
 
 def test_a_configuration_hands_its_gpus_to_every_step_and_one_of_another_precision_is_refused(tmp_path, monkeypatch):
@@ -391,19 +383,12 @@ def test_rates_that_lack_one_are_named(tmp_path):
 
 
 def test_the_table_of_a_reproduction_has_the_papers_figures_where_there_are_some():
-    summary = [
-        {"method": "vanilla", "mean": 80.0, "std": 1.25},
-        {"method": "bridged", "mean": 90.04, "std": None},
-        {"method": "bridged@plain", "mean": 85.0, "std": 0.5},
-        {"method": "mix", "mean": 70.0, "std": 0.5},
-    ]
-    lines = beside_the_paper(summary, {"vanilla": 83.8, "bridged_dsi": 92.0}, "Cars").splitlines()
-    assert lines[2:] == [
-        "| vanilla | 80.0 ± 1.2 | 83.8 |",
-        "| bridged | 90.0 | 92.0 |",
-        "| bridged@plain | 85.0 ± 0.5 | ? |",
+    figures = [("vanilla", 80.0, 1.25), ("bridged", 90.04, None), ("bridged@plain", 85.0, 0.5), ("mix", 70.0, 0.5)]
+    summary = [{"method": method, "mean": mean, "std": std} for method, mean, std in figures]
+    assert beside_the_paper(summary, {"vanilla": 83.8, "bridged_dsi": 92.0}, "Cars").splitlines()[2:] == [
+        "| vanilla | 80.0 ± 1.2 | 83.8 |", "| bridged | 90.0 | 92.0 |", "| bridged@plain | 85.0 ± 0.5 | ? |",
         "| mix | 70.0 ± 0.5 |  |",
-    ]
+    ]  # fmt: skip
 
 
 def test_a_dry_run_prints_every_set_and_runs_nothing(capsys, monkeypatch, tmp_path):

@@ -116,7 +116,7 @@ def main(kind: str, work_dir: Path) -> None:
 
         from utils.hub import targets
 
-        targets.wait_between_tries.set(lambda problem, pause: time.sleep(0.01))
+        targets.LONGEST_PAUSE = 0.01
         _http.time = SimpleNamespace(sleep=lambda seconds: time.sleep(0.01))
         result = sweep(kind, hub, work_dir / "folders")
         result["server_failures"] = hub.failures

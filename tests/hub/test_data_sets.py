@@ -4,6 +4,8 @@ import shutil
 from io import BytesIO
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from PIL import Image
@@ -12,6 +14,7 @@ from tests.conftest import save_image_set
 from tests.local_hub import Fault
 from utils.cli.errors import UserError
 from utils.hub.data_sets import load_data_set
+from utils.hub.file_classes import unify_class_names
 from utils.hub.repositories import open_source
 
 pytest_plugins = ["tests.local_hub.fixtures"]
@@ -61,9 +64,7 @@ def test_a_single_saved_split_is_the_split_train(image_set, tmp_path):
 
 def test_a_damaged_saved_set_is_one_line(tmp_path):
     DatasetDict({"train": Dataset.from_dict({"label": [0]})}).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(
-        UserError, match="--dataset_name .*: is a folder of save_to_disk without a split 'test'; it has train"
-    ):
+    with pytest.raises(UserError, match="--dataset_name .*: has no split 'test'; it has train."):
         load(tmp_path / "saved", split="test")
     with pytest.raises(UserError, match="is a folder of save_to_disk, which has no configurations"):
         load(tmp_path / "saved", "fine")
@@ -134,35 +135,111 @@ def test_images_of_a_repository_that_file_name_patterns_leave_out_are_counted(
     assert [text[: len(line)] for text in told] == ([] if num_read == 7 else [line])
 
 
-def write_labels(path, names: list[str], labels: list[int]) -> None:
-    features = Features({"id": Value("int64"), "label": ClassLabel(names=names)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Dataset.from_dict({"id": range(len(labels)), "label": labels}, features=features).to_parquet(path)
+# the same classes, and one more, in another order in each file
+ORDERS = {"train-0": ["cat", "dog", "owl"], "train-1": ["owl", "cat", "dog"], "test-0": ["dog", "emu", "cat"]}
 
 
-def labels_by_name(images) -> list[str]:
-    return [images.features["label"].names[label] for label in images["label"]]
+def label_features(names: list[str]) -> Features:
+    return Features({"id": Value("int64"), "label": ClassLabel(names=names)})
+
+
+def write_labels(folder, files: dict[str, tuple[list[str] | None, list]]):
+    """Write parquet files of labels, with the class names that their numbers have, or without any."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for name, (names, labels) in files.items():
+        schema = label_features(names or ["?"]).arrow_schema
+        table = pa.table({"id": range(len(labels)), "label": labels}, schema if names else schema.remove_metadata())
+        pq.write_table(table, folder / "data" / f"{name}.parquet")
+    return folder
+
+
+def by_name(loaded: DatasetDict) -> dict[str, list[str | int]]:
+    return {
+        split: [images.features["label"].names[label] if label >= 0 else label for label in images["label"]]
+        for split, images in loaded.items()
+    }
 
 
 @pytest.fixture
 def mixed_set(tmp_path):
-    """A set of which each file has the same classes in another order."""
-    write_labels(tmp_path / "mixed" / "data" / "train-0.parquet", ["cat", "dog", "owl"], [0, 1, 2])
-    write_labels(tmp_path / "mixed" / "data" / "train-1.parquet", ["owl", "cat", "dog"], [0, 1, 2])
-    write_labels(tmp_path / "mixed" / "data" / "test-0.parquet", ["dog", "owl", "cat"], [0, 1, 2])
-    return tmp_path / "mixed"
+    return write_labels(tmp_path / "mixed", {name: (names, [0, 1, 2, 0]) for name, names in ORDERS.items()})
 
 
-def check_mixed(loaded: DatasetDict) -> None:
-    assert labels_by_name(loaded["train"]) == ["cat", "dog", "owl", "owl", "cat", "dog"]
-    assert labels_by_name(loaded["test"]) == ["dog", "owl", "cat"]
+MIXED = {"train": ["cat", "dog", "owl", "cat", "owl", "cat", "dog", "owl"], "test": ["dog", "emu", "cat", "dog"]}
 
 
 def test_files_with_classes_in_another_order_are_read_by_name(mixed_set):
-    check_mixed(load(mixed_set))
-    assert labels_by_name(load(mixed_set, split="test")) == ["dog", "owl", "cat"]
-    with pytest.raises(UserError, match="cannot be loaded .it has no split 'valid', but train, test."):
+    loaded = load(mixed_set)
+    assert by_name(loaded) == MIXED
+    assert [images.features["label"].names for images in loaded.values()] == [["cat", "dog", "owl", "emu"]] * 2
+    assert loaded["train"].column_names == ["id", "label"]
+    assert load(mixed_set, split="test")["label"] == loaded["test"]["label"]
+    with pytest.raises(UserError, match="--dataset_name .*: has no split 'valid'; it has train, test."):
         load(mixed_set, split="valid")
+
+
+def test_arrow_files_with_classes_in_another_order_are_read_by_name(tmp_path):
+    (tmp_path / "set").mkdir()
+    for split, names in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        images = Dataset.from_dict({"id": [0, 1, 2], "label": [0, 0, 1]}, features=label_features(names))
+        images.save_to_disk(tmp_path / split)
+        shutil.copy(next((tmp_path / split).glob("*.arrow")), tmp_path / "set" / f"{split}.arrow")
+    assert by_name(load(tmp_path / "set")) == {"train": ["cat", "cat", "dog"], "test": ["dog", "dog", "cat"]}
+
+
+@pytest.mark.parametrize(
+    ("train", "unnamed", "test_names", "test", "expected"),
+    [
+        ([0, 1], [1, 1], ["cat", "dog"], [1], {"train": ["cat", "dog", "dog", "dog"], "test": ["dog"]}),
+        ([0, 1], [1, 1], ["dog", "cat"], [1], {"train": ["cat", "dog", "dog", "dog"], "test": ["cat"]}),
+        ([0, -1], [1], ["dog", "cat"], [-1, 0], {"train": ["cat", -1, "dog"], "test": [-1, "dog"]}),
+        ([0, None], [1], ["dog", "cat"], [None, 0], {"train": ["cat", -1, "dog"], "test": [-1, "dog"]}),
+    ],
+)
+def test_numbers_without_names_are_those_of_the_set_and_missing_ones_stay_missing(
+    train, unnamed, test_names, test, expected, tmp_path
+):
+    files = {"train-0": (["cat", "dog"], train), "train-1": (None, unnamed), "test-0": (test_names, test)}
+    assert by_name(load(write_labels(tmp_path / "set", files))) == expected
+
+
+def test_rows_that_are_not_those_of_the_files_are_an_error(tmp_path):
+    folder = write_labels(tmp_path / "set", {"train-0": (["x", "y"], [0, 1]), "train-1": (["y", "x"], [0, 1])})
+    paths = {"train": [str(path) for path in sorted((folder / "data").iterdir())]}
+    loaded = load_dataset("parquet", data_files={"train": paths["train"][:1]}, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="classes of 'label' in different orders, and other rows"):
+        unify_class_names(loaded, paths, "set")
+
+
+@pytest.mark.parametrize("names", [("train-0", "train-1"), ("train-1", "train-0")])
+def test_files_of_text_and_of_class_names_are_an_error(names, tmp_path):
+    folder = write_labels(tmp_path / "set", {names[0]: (["cat", "dog"], [0, 1])})
+    pq.write_table(pa.table({"id": [0], "label": ["cat"]}), folder / "data" / f"{names[1]}.parquet")
+    with pytest.raises(UserError, match="its files disagree on column 'label'"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("in_file", "labels", "line"),
+    [
+        (["0", "1"], ["cat", "dog"], "its card names the classes of 'label' cat, dog, ..., its files 0, 1, ...; "),
+        (["dog", "cat"], ["dog", "cat"], ""),
+    ],
+    ids=["renamed", "in another order"],
+)
+def test_a_card_that_renames_classes_is_taken_and_told_and_other_orders_are_mapped(
+    in_file, labels, line, tmp_path, caplog
+):
+    folder = write_labels(tmp_path / "set", {"train-0": (in_file, [0, 1])})
+    (folder / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: id\n    dtype: int64\n  - name: label\n    dtype:\n"
+        "      class_label:\n        names: {'0': cat, '1': dog}\n---\n"
+    )
+    loaded = load(folder)
+    assert (by_name(loaded)["train"], loaded["train"].features["label"].names) == (labels, ["cat", "dog"])
+    assert [
+        text.partition("set: ")[2].partition("the card's")[0] for text in caplog.messages if "its card" in text
+    ] == ([line] if line else [])
 
 
 def test_files_of_a_repository_with_classes_in_another_order_are_read_by_name(mixed_set, local_hub, monkeypatch):
@@ -170,8 +247,8 @@ def test_files_of_a_repository_with_classes_in_another_order_are_read_by_name(mi
     local_hub.add_user("ann", "hf_ann")
     local_hub.create_repo("ann/mixed", "dataset").commit(files)
     source = open_source("ann/mixed", "--dataset_name", "dataset", token="hf_ann")
-    check_mixed(load_data_set(source))
-    check_mixed(load_data_set(source))  # from the cache of datasets
+    assert by_name(load_data_set(source)) == MIXED
+    assert by_name(load_data_set(source)) == MIXED  # from the cache of datasets
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="the classes of 'label' in different orders, and HF_HUB_OFFLINE is set"):
         load_data_set(source)
@@ -181,7 +258,7 @@ def test_images_of_another_commit_are_not_taken_where_the_hub_fails_in_between(m
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
     repo = local_hub.create_repo("ann/changed", "dataset")
     first = repo.commit({"data/train-0.parquet": mixed_set / "data" / "train-0.parquet"})
-    assert len(load("ann/changed")["train"]) == 3
+    assert len(load("ann/changed")["train"]) == 4
     repo.commit({"data/train-1.parquet": mixed_set / "data" / "train-1.parquet"})
     source = open_source("ann/changed", "--dataset_name", "dataset")
     local_hub.inject(Fault("status", path="/resolve/", times=None))

@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.hub.conftest import ROOT, SHARDS, TOKEN, commits, contents_sent, published, wait_until
 from tests.hub.fault_sweep import CARD, FAULTS, FOLDERS, LEFT_OUT, PATTERNS, write_folder
 from tests.local_hub import Fault
 from utils.cli.errors import UserError
@@ -19,18 +19,11 @@ from utils.hub.publishing import publish_folder
 from utils.hub.targets import open_target
 
 pytest_plugins = ["tests.local_hub.fixtures"]
-ROOT = Path(__file__).parents[2]
-TOKEN = "hf_ann_secret"
-SHARDS = ("data/train-*.parquet",)
 
 
 @pytest.fixture
-def hub(local_hub, monkeypatch):
-    """The local Hub with users, and short pauses of our own."""
-    local_hub.add_user("ann", TOKEN)
-    local_hub.add_user("ann", "hf_ann_reads", role="read")
-    monkeypatch.setattr(targets, "FIRST_PAUSE", 0.01)
-    return local_hub
+def folder(tmp_path):
+    return write_folder(tmp_path / "cars", FOLDERS["set"], "x")
 
 
 def publish(folder, name="cars", repo_type="dataset", token=TOKEN, stale_patterns=SHARDS, **options):
@@ -38,8 +31,8 @@ def publish(folder, name="cars", repo_type="dataset", token=TOKEN, stale_pattern
     return publish_folder(folder, target, PATTERNS, stale_patterns)
 
 
-def published(hub, name="ann/cars", repo_type="dataset", revision="main"):
-    return {path: data for path, data in hub.repo(name, repo_type).files(revision).items() if path != ".gitattributes"}
+def is_whole(hub, folder) -> bool:
+    return published(hub) == {name: (folder / name).read_bytes() for name in FOLDERS["set"]}
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +57,8 @@ def test_a_push_ends_complete_whatever_fault_meets_whichever_request(kind, sweep
 
 
 @pytest.mark.parametrize("path", ["/whoami-v2", "/repos/create", "/api/datasets/ann/cars$", "/commit/main"])
-def test_past_the_limit_of_tries_there_is_one_line_and_a_second_run_completes(path, hub, tmp_path, monkeypatch):
+def test_past_the_limit_of_tries_there_is_one_line_and_a_second_run_completes(path, hub, folder, monkeypatch):
     monkeypatch.setattr(targets, "MAX_TRIES", 3)
-    folder = write_folder(tmp_path / "cars", FOLDERS["set"], "x")
     fault = Fault("status", path=path, times=None)
     hub.inject(fault)
     with pytest.raises(UserError, match=r"gave up after 3 tries \(HfHubHTTPError: Server error '503") as caught:
@@ -76,35 +68,33 @@ def test_past_the_limit_of_tries_there_is_one_line_and_a_second_run_completes(pa
     assert hub.faults_fired.count(fault) == 3
     hub.clear_faults()
     publish(folder)
-    assert published(hub) == {name: (folder / name).read_bytes() for name in FOLDERS["set"]}
+    assert is_whole(hub, folder)
 
 
-def test_an_unchanged_folder_sends_no_file_and_makes_no_commit(hub, tmp_path):
-    folder = write_folder(tmp_path / "cars", FOLDERS["set"], "x")
+def test_an_unchanged_folder_sends_no_file_and_makes_no_commit(hub, folder):
     publish(folder)
     num_commits = len(hub.repo("ann/cars", "dataset").commits())
     hub.clear_log()
     publish(folder)
-    assert not [request for request in hub.log if request.method == "PUT" or "/commit/" in request.path]
+    assert contents_sent(hub) == commits(hub) == []
     assert len(hub.repo("ann/cars", "dataset").commits()) == num_commits
 
 
-def test_a_grown_set_sends_the_new_shard_only_and_a_smaller_one_leaves_none_behind(hub, tmp_path):
-    folder = write_folder(tmp_path / "cars", FOLDERS["set"], "x")
+def test_a_grown_set_sends_the_new_shard_only_and_a_smaller_one_leaves_none_behind(hub, folder):
     publish(folder)
     (folder / "data/train-00003.parquet").write_bytes(b"new shard")
     hub.clear_log()
     publish(folder)
-    assert len([request for request in hub.log if request.method == "PUT"]) == 1
+    assert len(contents_sent(hub)) == 1
     for number in (1, 2, 3):
         (folder / f"data/train-{number:05d}.parquet").unlink()
     publish(folder)
     assert [path for path in published(hub) if path.endswith(".parquet")] == ["data/train-00000.parquet"]
 
 
-def test_many_files_go_in_several_commits_with_the_card_in_the_last(hub, tmp_path, monkeypatch):
+def test_many_files_go_in_several_commits_with_the_card_in_the_last(hub, folder, monkeypatch):
     monkeypatch.setattr("utils.hub.publishing.MAX_FILES_PER_COMMIT", 2)
-    publish(write_folder(tmp_path / "cars", FOLDERS["set"], "x"))
+    publish(folder)
     first, *others = list(reversed(hub.repo("ann/cars", "dataset").commits()))[1:]
     assert len(others) == 2
     assert "README.md" in others[-1].paths
@@ -119,27 +109,18 @@ def test_a_file_above_the_threshold_goes_by_lfs_whatever_its_name(hub, tmp_path)
     assert max(request.num_bytes_in for request in hub.log if "/commit/" in request.path) < hub.lfs_threshold
 
 
-def test_after_a_kill_only_what_is_missing_is_sent(hub, tmp_path, run_with_hub):
-    folder = write_folder(tmp_path / "cars", FOLDERS["set"], "killed")
+def test_after_a_kill_only_what_is_missing_is_sent(hub, folder, start_with_hub):
     hub.inject(Fault("hold", "POST", "/commit/"))
-    code = (
-        "import sys; from utils.hub.publishing import publish_folder; from utils.hub.targets import open_target\n"
-        "folder = sys.argv[1]; from tests.hub.fault_sweep import PATTERNS\n"
-        "publish_folder(folder, open_target(folder, 'cars', 'dataset'), PATTERNS)\n"
-    )
-    env = hub.environment(tmp_path / "home", TOKEN) | {"PYTHONPATH": str(ROOT)}
-    child = subprocess.Popen([sys.executable, "-c", code, str(folder)], env=env, stderr=subprocess.DEVNULL)
-    while not hub.faults_fired:
-        assert child.poll() is None
-        time.sleep(0.01)
+    child = start_with_hub(["-c", PUBLISH, folder], TOKEN)
+    wait_until(lambda: hub.faults_fired)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert len([request for request in hub.log if request.method == "PUT"]) == 3
+    assert len(contents_sent(hub)) == 3
     hub.clear_faults()
     hub.clear_log()
     publish(folder)
-    assert [request for request in hub.log if request.method == "PUT"] == []
-    assert published(hub) == {name: (folder / name).read_bytes() for name in FOLDERS["set"]}
+    assert contents_sent(hub) == []
+    assert is_whole(hub, folder)
 
 
 def publish_while(hub, ours: Path, request: tuple[str, str], commit_theirs) -> None:
@@ -155,8 +136,7 @@ def publish_while(hub, ours: Path, request: tuple[str, str], commit_theirs) -> N
 
     slow = threading.Thread(target=push)
     slow.start()
-    while not hub.faults_fired:
-        time.sleep(0.02)
+    wait_until(lambda: hub.faults_fired)
     commit_theirs()
     held.released.set()
     slow.join()
@@ -169,9 +149,8 @@ MOMENTS = [("GET", "/api/datasets/ann/cars/tree/"), ("POST", "/preupload/")]
 
 
 @pytest.fixture
-def ours(hub, tmp_path):
+def ours(hub, folder):
     """A set that is on the Hub but for a new shard and new words in its card; two of its shards are gone."""
-    folder = write_folder(tmp_path / "ours", FOLDERS["set"], "x")
     publish(folder)
     for number in (1, 2):
         (folder / f"data/train-{number:05d}.parquet").unlink()
@@ -214,14 +193,13 @@ def test_what_may_not_be_published_is_said_before_any_work(token, name, message,
     assert hub.repos() == []
 
 
-def test_a_branch_is_made_and_main_stays(hub, tmp_path):
-    publish(write_folder(tmp_path / "cars", FOLDERS["set"], "x"), revision="try-2")
+def test_a_branch_is_made_and_main_stays(hub, folder):
+    publish(folder, revision="try-2")
     assert set(published(hub, revision="try-2")) == set(FOLDERS["set"])
     assert published(hub) == {}
 
 
-def test_private_is_private_and_never_public_by_mistake(hub, tmp_path):
-    folder = write_folder(tmp_path / "cars", FOLDERS["set"], "x")
+def test_private_is_private_and_never_public_by_mistake(hub, folder):
     publish(folder, private=True)
     assert hub.repo("ann/cars", "dataset").private
     publish(folder, "public")
@@ -245,8 +223,7 @@ def test_only_what_belongs_there_is_published_without_token_or_home(hub, tmp_pat
     assert all(request.path.startswith("/lfs-upload") is (request.token is None) for request in hub.log)
 
 
-def test_what_a_person_wrote_in_the_card_stays(hub, tmp_path):
-    folder = write_folder(tmp_path / "cars", FOLDERS["set"], "x")
+def test_what_a_person_wrote_in_the_card_stays(hub, folder):
     theirs = b"---\nlicense: mit\ntags:\n- cars\n---\n\nMy cars, taken in my street.\n"
     hub.create_repo("ann/cars", "dataset").commit({"README.md": theirs})
     publish(folder)
@@ -274,19 +251,12 @@ print(f'peak memory {before:.0f} MiB before, {peak():.0f} MiB after')
 
 def test_the_clients_own_upload_path_xet_ends_complete_and_sends_nothing_twice(hub, tmp_path, run_with_hub):
     folder = write_folder(tmp_path / "cars", FOLDERS["set"], "x" * 100_000)
-    command = [write_script(tmp_path), folder]
-    run_with_hub(command, token=TOKEN, xet=True, check=True)
-    assert published(hub) == {name: (folder / name).read_bytes() for name in FOLDERS["set"]}
+    run_with_hub(["-c", PUBLISH, folder], token=TOKEN, xet=True, check=True)
+    assert is_whole(hub, folder)
     assert any("xet-write-token" in request.path for request in hub.log)
     hub.clear_log()
-    run_with_hub(command, token=TOKEN, xet=True, check=True)
-    assert not [request for request in hub.log if "/commit/" in request.path]
-
-
-def write_script(folder: Path) -> Path:
-    path = folder / "publish.py"
-    path.write_text(PUBLISH)
-    return path
+    run_with_hub(["-c", PUBLISH, folder], token=TOKEN, xet=True, check=True)
+    assert commits(hub) == []
 
 
 @pytest.mark.soak
@@ -297,7 +267,7 @@ def test_memory_stays_flat_while_shards_of_50_mb_are_pushed(xet, num_shards, hub
     for number in range(num_shards):
         (tmp_path / "cars" / "data" / f"train-{number:05d}.parquet").write_bytes(os.urandom(50_000_000))
     (tmp_path / "cars" / "README.md").write_bytes(FOLDERS["set"]["README.md"])
-    done = run_with_hub([write_script(tmp_path), tmp_path / "cars"], token=TOKEN, xet=xet, check=True)
+    done = run_with_hub(["-c", PUBLISH, tmp_path / "cars"], token=TOKEN, xet=xet, check=True)
     before, after = (int(word) for word in done.stdout.splitlines()[-1].split() if word.isdigit())
     with capsys.disabled():
         print(f"\n{num_shards} shards of 50 MB, {'xet' if xet else 'lfs'}: {done.stdout.splitlines()[-1]}")

@@ -168,28 +168,22 @@ def test_an_input_by_id_is_read_at_its_revision_and_its_commit_is_told(kind, ask
     assert {case: asked.answers[f"{kind}, {case}"].get("commit") for case in expected} == expected
 
 
-@pytest.mark.parametrize(("kind", "num_images"), [("real", 60), ("synthetic", 18)])
-def test_the_images_are_those_of_the_revision(kind, num_images, asked):
-    counts = [asked.answers[f"{kind}, {case}"]["num_images"] for case in ("tag", "branch", "main", "commit")]
-    assert counts == [num_images, 2 * num_images, 3 * num_images, num_images]
-
-
-def test_a_token_names_the_commit_of_its_generator(asked, world):
+def test_what_is_read_is_that_of_the_revision(asked, world):
+    for kind, number in (("real", 60), ("synthetic", 18)):
+        counts = [asked.answers[f"{kind}, {case}"]["num_images"] for case in ("tag", "branch", "main", "commit")]
+        assert counts == [number, 2 * number, 3 * number, number]
     assert asked.answers["token, main"]["generator"] == world.commits["sd"]["v1"]
-
-
-def test_a_timm_classifier_is_read_by_id(asked, world):
     assert asked.answers["timm"]["commit"] == world.commits["timm"]["main"]
 
 
+NOT_FOUND = "neither a folder nor a {type} repository "
+NO_ACCOUNT = NOT_FOUND + "that is public; for a private one, log in with `hf auth login` or give --hub_token."
 LINES = {
-    "missing": "neither a folder nor a {type} repository that is public; for a private one, "
-    "log in with `hf auth login` or give --hub_token.",
-    "missing, logged in": "neither a folder nor a {type} repository that the token (HF_TOKEN) may read; "
+    "missing": NO_ACCOUNT,
+    "missing, logged in": NOT_FOUND + "that the token (HF_TOKEN) may read; "
     "for a private one, set another HF_TOKEN or give --hub_token.",
-    "private": "neither a folder nor a {type} repository that is public; for a private one, "
-    "log in with `hf auth login` or give --hub_token.",
-    "private, other user": "neither a folder nor a {type} repository that the token (--hub_token) may read; "
+    "private": NO_ACCOUNT,
+    "private, other user": NOT_FOUND + "that the token (--hub_token) may read; "
     "for a private one, give another --hub_token.",
     "gated": "is gated; accept its conditions at {page}-gated, then log in with `hf auth login` or give --hub_token.",
     "gated, other user": "is gated; accept its conditions at {page}-gated, with the account of the token "

@@ -1,5 +1,6 @@
 """The local Hub for tests, emptied for each, and clients in processes of their own."""
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,27 +29,36 @@ def local_hub(local_hub_server):
 
 
 @pytest.fixture
-def run_with_hub(local_hub, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """Run a client in a process of its own, with its own empty HF_HOME: warm caches hide failures.
+def start_with_hub(local_hub, tmp_path) -> Callable[..., subprocess.Popen]:
+    """Start a client in a process of its own, with its own empty HF_HOME: warm caches hide failures.
 
-    `run_with_hub(code_or_argv, token=None, hf_home=None, xet=False, check=False, timeout=300, **environment)` takes
-    Python code, or the arguments after `python`, e.g. `["train_dsi.py", "--help"]`. It runs in the repository's root.
+    `start_with_hub(code_or_argv, token=None, hf_home=None, xet=False, **environment)` takes Python code, or the
+    arguments after `python`, e.g. `["train_dsi.py", "--help"]`. It runs in the repository's root.
     """
-    num_homes = 0
+    homes = (tmp_path / f"hf-home-{number}" for number in itertools.count(1))
 
-    def run(
-        code_or_argv, token=None, hf_home=None, xet=False, check=False, timeout=300, **environment
-    ) -> subprocess.CompletedProcess:
-        nonlocal num_homes
-        num_homes += 1
-        hf_home = hf_home or tmp_path / f"hf-home-{num_homes}"
+    def start(code_or_argv, token=None, hf_home=None, xet=False, **environment) -> subprocess.Popen:
         argv = ["-c", code_or_argv] if isinstance(code_or_argv, str) else [str(word) for word in code_or_argv]
-        env = local_hub.environment(hf_home, token, xet) | {"PYTHONPATH": str(REPOSITORY_ROOT)} | environment
-        done = subprocess.run(
-            [sys.executable, *argv], env=env, cwd=REPOSITORY_ROOT, capture_output=True, text=True, timeout=timeout
-        )
-        if check:
-            assert done.returncode == 0, done.stdout + done.stderr
-        return done
+        env = local_hub.environment(hf_home or next(homes), token, xet) | {"PYTHONPATH": str(REPOSITORY_ROOT)}
+        return subprocess.Popen(
+            [sys.executable, *argv], env=env | environment, cwd=REPOSITORY_ROOT, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture
+def run_with_hub(start_with_hub) -> Callable[..., subprocess.CompletedProcess]:
+    """Run to its end, within `timeout` seconds, what `start_with_hub` starts; with `check` it must end well."""
+
+    def run(code_or_argv, *args, check=False, timeout=300, **options) -> subprocess.CompletedProcess:
+        child = start_with_hub(code_or_argv, *args, **options)
+        try:
+            stdout, stderr = child.communicate(timeout=timeout)
+        finally:
+            child.kill()
+        assert not check or child.returncode == 0, stdout + stderr
+        return subprocess.CompletedProcess(child.args, child.returncode, stdout, stderr)
 
     return run

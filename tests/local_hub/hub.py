@@ -53,15 +53,11 @@ class LocalHub:
 
     def add_user(self, name: str, token: str, role: str = "write") -> None:
         """Add a token of a user; `role` is "read" or "write"."""
-        if role not in ("read", "write"):
-            raise ValueError(f"no role '{role}'")
         self.accounts[token] = Account(name, role)
 
     def create_repo(
         self, repo_id: str, repo_type: str = "model", private: bool = False, gated: bool = False
     ) -> Repository:
-        if repo_type not in ("model", "dataset"):
-            raise ValueError(f"no repositories of type '{repo_type}'")
         with self.lock:
             if (repo_type, repo_id) in self.repositories:
                 raise ValueError(f"{repo_type} {repo_id} is there already")
@@ -116,14 +112,9 @@ class LocalHub:
         """Return the whole environment for a child process that has this Hub for its only one."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE_"))}
         settings = {
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(hf_home),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-        }
+            "HF_ENDPOINT": self.url, "HF_HOME": str(hf_home), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }  # fmt: skip
         if token is not None:
             settings["HF_TOKEN"] = token
         if not xet:

@@ -71,37 +71,10 @@ class Request:
 
 
 @dataclass(frozen=True)
-class FileSlice:
-    """Part of a file on disk, sent without holding it in memory."""
-
-    path: Path
-    start: int
-    num_bytes: int
-
-    def chunks(self, num_bytes: int):
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            while num_bytes and (chunk := file.read(min(CHUNK_SIZE, num_bytes))):
-                num_bytes -= len(chunk)
-                yield chunk
-
-
-@dataclass(frozen=True)
 class Answer:
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
-    body: bytes | FileSlice = b""
-
-    @property
-    def num_bytes(self) -> int:
-        return self.body.num_bytes if isinstance(self.body, FileSlice) else len(self.body)
-
-    def chunks(self, num_bytes: int):
-        """Yield the first `num_bytes` of the body."""
-        if isinstance(self.body, FileSlice):
-            yield from self.body.chunks(num_bytes)
-        else:
-            yield self.body[:num_bytes]
+    body: bytes = b""
 
 
 def json_answer(content, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
@@ -119,16 +92,15 @@ def file_answer(request: Request, path: Path, headers: dict[str, str]) -> Answer
     Raises:
         HubError: 416, the range begins past the end.
     """
-    size = path.stat().st_size
+    content = path.read_bytes()
+    size = len(content)
     headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"} | headers
     asked = request.headers.get("range")
     if asked is None:
-        return Answer(200, headers, FileSlice(path, 0, size))
+        return Answer(200, headers, content)
     first, last = asked.removeprefix("bytes=").split("-")
     start = int(first) if first else max(0, size - int(last))
     end = min(size, int(last) + 1) if first and last else size
     if start >= size:
         raise HubError(416, "Range Not Satisfiable", headers={"Content-Range": f"bytes */{size}"})
-    return Answer(
-        206, headers | {"Content-Range": f"bytes {start}-{end - 1}/{size}"}, FileSlice(path, start, end - start)
-    )
+    return Answer(206, headers | {"Content-Range": f"bytes {start}-{end - 1}/{size}"}, content[start:end])

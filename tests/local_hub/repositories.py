@@ -16,8 +16,6 @@ def create(hub, request: Request) -> Answer:
     owner, repo_type = asked.get("organization") or account.name, asked.get("type") or "model"
     if owner != account.name:
         raise HubError(403, f"You don't have the rights to create a {repo_type} under the namespace '{owner}'.")
-    if repo_type not in ("model", "dataset"):
-        raise HubError(400, f"the local Hub has no {repo_type}s")
     repo_id = f"{owner}/{asked['name']}"
     with hub.lock:
         if (repo_type, repo_id) in hub.repositories:
@@ -35,15 +33,11 @@ def info(hub, request: Request, repo_type: str, repo_id: str, revision: str | No
         {"rfilename": path, "size": file.size, "blobId": file.git_oid} | lfs_fields(file, "sha256")
         for path, file in sorted(commit.files.items())
     ]
-    described = {"_id": repo.id, "id": repo.id, "author": repo.owner, "sha": commit.id, "siblings": siblings}
-    described |= {"private": repo.private, "gated": "manual" if repo.gated else False, "disabled": False, "tags": []}
-    described |= {
-        "lastModified": commit.date,
-        "createdAt": repo.commits(commit.id)[-1].date,
-        "downloads": 0,
-        "likes": 0,
-    }
-    return json_answer(described)
+    return json_answer({
+        "_id": repo.id, "id": repo.id, "author": repo.owner, "sha": commit.id, "siblings": siblings, "tags": [],
+        "private": repo.private, "gated": "manual" if repo.gated else False, "disabled": False, "downloads": 0,
+        "likes": 0, "lastModified": commit.date, "createdAt": repo.commits(commit.id)[-1].date,
+    })  # fmt: skip
 
 
 def create_branch(hub, request: Request, repo_type: str, repo_id: str, branch: str) -> Answer:

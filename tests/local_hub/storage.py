@@ -177,9 +177,6 @@ class Repository:
             history.append(history[-1].parent)
         return history
 
-    def paths(self, revision: str = "main") -> list[str]:
-        return sorted(self.find_commit(revision).files)
-
     def files(self, revision: str = "main") -> dict[str, bytes]:
         files = self.find_commit(revision).files
         return {path: self.blobs.path(files[path].sha256).read_bytes() for path in sorted(files)}

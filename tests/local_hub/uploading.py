@@ -18,7 +18,6 @@ def validate_card(hub, request: Request) -> Answer:
 def preupload(hub, request: Request, repo_type: str, repo_id: str, revision: str) -> Answer:
     """Say of each file whether it goes to LFS, and what is there now: clients skip what is there already."""
     repo = find_writable_repo(hub, request, repo_type, repo_id)
-    _refuse_pull_requests(request)
     there = repo.find_commit(revision).files
     rows = []
     for file in request.json()["files"]:
@@ -60,7 +59,6 @@ def verify_lfs_object(hub, request: Request, repo_type: str, repo_id: str) -> An
 
 def commit(hub, request: Request, repo_type: str, repo_id: str, revision: str) -> Answer:
     repo = find_writable_repo(hub, request, repo_type, repo_id)
-    _refuse_pull_requests(request)
     operations = [json.loads(line) for line in request.content().splitlines()]
     _require_lfs_objects(hub, [op["value"]["oid"] for op in operations if op["key"] == "lfsFile"])
     header, additions, deletions = {}, {}, []
@@ -73,10 +71,8 @@ def commit(hub, request: Request, repo_type: str, repo_id: str, revision: str) -
             additions[value["path"]] = repo.blobs.stored_file(sha256, is_lfs=False)
         elif key == "lfsFile":
             additions[value["path"]] = repo.blobs.stored_file(value["oid"], is_lfs=True)
-        elif key == "deletedFile":
-            deletions.append(value["path"])
         else:
-            raise HubError(400, f"the local Hub knows no operation '{key}'")
+            deletions.append(value["path"])
     title, parent = header.get("summary", ""), header.get("parentCommit")
     added = repo.add_commit(additions, deletions, title, branch=revision, parent=parent)
     url = f"{repo_url(hub, repo)}/commit/{added.id}"
@@ -93,8 +89,3 @@ def _require_lfs_objects(hub, oids: list[str]) -> None:
         fetch_from_xet(hub, missing())
     if missing():
         raise HubError(400, f"LFS objects were never uploaded: {sorted(missing())}")
-
-
-def _refuse_pull_requests(request: Request) -> None:
-    if request.parameters.get("create_pr") == "1":
-        raise HubError(501, "the local Hub has no pull requests")

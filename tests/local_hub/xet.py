@@ -52,10 +52,8 @@ def fetch_from_xet(hub, wanted: set[str]) -> None:
         listed = {}
         for shard in store.rglob("shards/*.mdb"):
             listed |= list_shard(shard.read_bytes())
-        found = {
-            sha256: listed[sha256] for sha256 in wanted if not hub.blobs.path(sha256).is_file() and sha256 in listed
-        }
-        if found:
+        missing = [sha256 for sha256 in wanted if not hub.blobs.path(sha256).is_file()]
+        if found := {sha256: listed[sha256] for sha256 in missing if sha256 in listed}:
             _read_store(hub, store, found)
 
 
@@ -97,11 +95,9 @@ def _read_store(hub, store: Path, found: dict[str, tuple[str, int]]) -> None:
             shutil.copytree(store, copy, copy_function=_link_or_copy)
             done = subprocess.run(
                 [sys.executable, Path(__file__).with_name("read_xet_store.py"), f"local://{copy}"],
-                input=json.dumps(list(asked.values())),
-                env=env | {"HF_HOME": f"{scratch}/hf-home"},
-                capture_output=True,
-                text=True,
-            )
+                input=json.dumps(list(asked.values())), env=env | {"HF_HOME": f"{scratch}/hf-home"},
+                capture_output=True, text=True,
+            )  # fmt: skip
             if done.returncode == 0:
                 break
             time.sleep(PAUSE)  # the index may have been copied while the client, at its next files, wrote to it

@@ -172,17 +172,14 @@ class ScriptArgumentParser(HfArgumentParser):
             raise UserError(f"{path}: '{key}' takes one value, the recipe gives {kind}.")
         if value is None or isinstance(value, dict):
             return value
-        items = value if isinstance(value, list) else [value]
-        converted = [self._convert_one(path, key, item, action) for item in items]
+        converted = []
+        for item in value if isinstance(value, list) else [value]:
+            try:
+                converted.append(self._get_value(action, str(item)))
+                self._check_value(action, converted[-1])
+            except argparse.ArgumentError as error:
+                raise UserError(f"{path}: '{key}: {item}': {error.message}.") from None
         return converted if takes_many else converted[0]
-
-    def _convert_one(self, path: Path, key: str, value: object, action: argparse.Action) -> object:
-        try:
-            converted = self._get_value(action, str(value))
-            self._check_value(action, converted)
-        except argparse.ArgumentError as error:
-            raise UserError(f"{path}: '{key}: {value}': {error.message}.") from None
-        return converted
 
 
 def check_ranges(values: Mapping[str, object]) -> None:
@@ -211,18 +208,13 @@ def read_mapping(path: Path, what: str) -> dict:
     Raises:
         UserError: the file is missing, malformed, or holds something else than a mapping.
     """
-    mapping = read_yaml_or_json(path, f"{path}: {what}")
+    mapping = _read_yaml_or_json(path, f"{path}: {what}")
     if not isinstance(mapping, dict):
         raise UserError(f"{path}: {what} must be a mapping of names to values.")
     return mapping
 
 
-def read_yaml_or_json(path: Path, name: str) -> object:
-    """Return what a YAML or JSON file holds; messages begin with `name`.
-
-    Raises:
-        UserError: the file is missing or malformed.
-    """
+def _read_yaml_or_json(path: Path, name: str) -> object:
     text = read_text(path, name)
     try:
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -237,7 +229,7 @@ def read_entries(path: Path, name: str) -> object:
         UserError: the file is missing or malformed; the message begins with `name`.
     """
     if path.suffix in RECIPE_SUFFIXES:
-        return read_yaml_or_json(path, name)
+        return _read_yaml_or_json(path, name)
     lines = [line.strip() for line in read_text(path, name).splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 

@@ -4,7 +4,6 @@ A generated card and the card that is already there are merged: a person's text 
 """
 
 import json
-import os
 import re
 import shlex
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from urllib.parse import quote
 import yaml
 
 from utils.cli.errors import UserError
+from utils.cli.records import write_text
 from utils.hub.repositories import REPO_ID, Source, open_source
 
 MAX_LENGTH = 200  # characters of a name in a card: the records have it in full
@@ -110,7 +110,7 @@ def license_in_card(source: Source) -> License:
     Raises:
         UserError: there is no card, or it cannot be read.
     """
-    metadata, _, _ = parse_card(read_card(source.file("README.md")))
+    metadata, _, _ = _parse_card(read_card(source.file("README.md")))
     ids, link = metadata.get("license") or UNKNOWN, str(metadata.get("license_link") or "")
     return License(
         id=", ".join(map(str, ids)) if isinstance(ids, list) else str(ids),
@@ -156,15 +156,11 @@ def check_card(path: str | Path) -> None:
         UserError: it cannot be read, or its metadata are malformed.
     """
     if Path(path).exists():
-        parse_card(read_card(path), str(path))
+        _parse_card(read_card(path), str(path))
 
 
-def parse_card(card: str, name: str = "README.md") -> tuple[dict, str, str]:
-    """Return a card's metadata, their YAML as it was written, and the text below them. `name` is for messages.
-
-    Raises:
-        UserError: there is a metadata block that is no YAML mapping, or does not end.
-    """
+def _parse_card(card: str, name: str = "README.md") -> tuple[dict, str, str]:
+    """Return a card's metadata, their YAML as it was written, and the text below them. `name` is for messages."""
     card = card.replace("\r\n", "\n").removeprefix("\ufeff")
     match = METADATA.match(card)
     if not match:
@@ -191,8 +187,8 @@ def merge_cards(ours: str, theirs: str, name: str = "README.md") -> str:
     Raises:
         UserError: the metadata of `theirs` are malformed.
     """
-    our_metadata, _, our_text = parse_card(ours)
-    their_metadata, their_block, their_text = parse_card(theirs, name)
+    our_metadata, _, our_text = _parse_card(ours)
+    their_metadata, their_block, their_text = _parse_card(theirs, name)
     metadata = _write_metadata(_merge_metadata(our_metadata, their_metadata), their_metadata, their_block)
     merged = f"---\n{metadata}---\n{_merge_text(our_text, their_text)}"
     return merged.replace("\n", "\r\n") if "\r\n" in theirs else merged
@@ -205,12 +201,7 @@ def save_card(card: object, path: str | Path) -> None:
         UserError: what `read_card` and `merge_cards` raise; the file then stays as it is.
     """
     path, merged = Path(path), str(card)
-    if path.exists():
-        merged = merge_cards(merged, read_card(path), str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(merged.encode("utf-8"))
-    os.replace(temporary, path)
+    write_text(path, merge_cards(merged, read_card(path), str(path)) if path.exists() else merged)
 
 
 def _merge_metadata(ours: dict, theirs: dict) -> dict:

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import datasets
-from datasets import Dataset, DatasetDict, exceptions
+from datasets import Dataset, DatasetDict, DatasetInfo, exceptions
+from datasets.arrow_reader import ArrowReader
 from huggingface_hub import HfFileSystem, constants, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
 
@@ -18,43 +19,52 @@ from utils.hub.repositories import CLIENT_ERRORS, Source, is_saved_to_disk
 logger = logging.getLogger(__name__)
 
 PATTERN = r"::|[*?]|\[.+\]"  # in a path, to datasets: a file in an archive, or a pattern
-SPLIT_SIZE = re.compile(r"'(expected|recorded)': SplitInfo\(name='(.*?)', num_bytes=\d+, num_examples=(\d+)")
+SPLIT_SIZE = r"SplitInfo\(name='(.*?)', num_bytes=\d+, num_examples=(\d+)"
+SPLIT_SIZES = re.compile(f"'expected': {SPLIT_SIZE}.*?'recorded': {SPLIT_SIZE}", re.DOTALL)
 
 
 def load_data_set(source: Source, config_name: str | None = None, split: str | None = None) -> DatasetDict | Dataset:
     """Return the splits of a data set, or one of them; from the cache where the Hub is out of reach.
 
     Raises:
-        UserError: it may not be read, cannot be reached and is not in the cache, or is no data set.
+        UserError: it may not be read, cannot be reached and is not in the cache, is no data set, or has no such split.
     """
-    where = f"{source.flag} {source.name}:"
-    if not source.is_local and not source.is_reachable():
-        return _load_from_cache(source, config_name, split)
     if source.is_local:
         check_path(source)
-        if is_saved_to_disk(source.name):
-            return _load_saved(source.name, where, config_name, split)
+    if source.is_local and is_saved_to_disk(source.name):
+        loaded = _load_saved(source, config_name)
+    elif source.is_local or source.is_reachable():
+        loaded = _build(source, config_name, is_all_asked=split is None and config_name is None)
+    else:
+        loaded = _load_from_cache(source, config_name)
+    if split is None:
+        return loaded
+    if split not in loaded:
+        raise UserError(f"{source.flag} {source.name}: has no split '{split}'; it has {', '.join(loaded)}.")
+    return loaded[split]
+
+
+def _build(source: Source, config_name: str | None, is_all_asked: bool) -> DatasetDict:
+    """Have `datasets` read a set; warn where that leaves out images though all are asked for."""
+    where = f"{source.flag} {source.name}"
     try:
         builder = datasets.load_dataset_builder(source.name, config_name, revision=source.revision, token=source.token)
         builder.download_and_prepare()
         loaded = builder.as_dataset()
-        if split is not None and split not in loaded:
-            raise ValueError(f"it has no split '{split}', but {', '.join(loaded)}")
         if builder.name in ("parquet", "arrow"):
-            files = _data_files(builder.config.data_files, source)
-            loaded = unify_class_names(loaded, files, where.removesuffix(":"))
+            loaded = unify_class_names(loaded, _data_files(builder.config.data_files, source), where)
     except exceptions.SplitsVerificationError as error:
-        raise UserError(f"{where} {_describe_mismatch(error)}.") from None
+        raise UserError(f"{where}: {_describe_mismatch(error)}.") from None
     except (*CLIENT_ERRORS, exceptions.DatasetsError, ValueError, RuntimeError) as error:
         # datasets says the same of a missing, a private and a gated set, and drops the cause
         if not source.is_local and not isinstance(error, ValueError):
             source.check_access()
-        raise UserError(f"{where} cannot be loaded ({_innermost(error)}).") from None
+        raise UserError(f"{where}: cannot be loaded ({_innermost(error)}).") from None
     if not source.is_local:
         _check_commit(loaded, source)
-    if split is None and config_name is None and builder.name == "imagefolder" and is_main_process():
+    if is_all_asked and builder.name == "imagefolder" and is_main_process():
         _warn_of_images_left_out(loaded, builder, source)
-    return loaded if split is None else loaded[split]
+    return loaded
 
 
 def check_path(source: Source) -> None:
@@ -71,19 +81,16 @@ def check_path(source: Source) -> None:
         )
 
 
-def _load_saved(folder: str, where: str, config_name: str | None, split: str | None) -> DatasetDict | Dataset:
+def _load_saved(source: Source, config_name: str | None) -> DatasetDict:
     """Load what `save_to_disk` wrote; a single `Dataset` is the split `train`."""
-    where += " is a folder of save_to_disk"
+    where = f"{source.flag} {source.name}: is a folder of save_to_disk"
     if config_name is not None:
         raise UserError(f"{where}, which has no configurations ('{config_name}').")
     try:
-        loaded = datasets.load_from_disk(os.path.abspath(folder))
-        loaded = (DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded).with_format(None)
+        loaded = datasets.load_from_disk(os.path.abspath(source.name))
+        return (DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded).with_format(None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where} that cannot be loaded ({error}).") from None
-    if split is not None and split not in loaded:
-        raise UserError(f"{where} without a split '{split}'; it has {', '.join(loaded)}.")
-    return loaded if split is None else loaded[split]
 
 
 def _data_files(data_files: dict[str, list[str]], source: Source) -> dict[str, list]:
@@ -104,11 +111,10 @@ def _describe_mismatch(error: exceptions.SplitsVerificationError) -> str:
     message = str(error)
     advice = "wait until the set is whole, or correct dataset_info in its README.md"
     if isinstance(error, exceptions.NonMatchingSplitsSizesError):
-        sizes: dict[str, dict[str, str]] = {}
-        for which, split, number in SPLIT_SIZE.findall(message):
-            sizes.setdefault(split, {})[which] = f"{int(number):,}"
-        counts = [f"{size.get('recorded')} in its files and {size.get('expected')} in its card for split '{split}'"
-                  for split, size in sizes.items()]  # fmt: skip
+        counts = [
+            f"{int(there):,} in its files and {int(expected):,} in its card for split '{split}'"
+            for split, expected, _, there in SPLIT_SIZES.findall(message)
+        ]
         return f"the images do not add up, {'; '.join(counts) or message}; {advice}"
     splits = message.strip("{}").replace("'", "")
     if isinstance(error, exceptions.ExpectedMoreSplitsError):
@@ -116,15 +122,12 @@ def _describe_mismatch(error: exceptions.SplitsVerificationError) -> str:
     return f"its files have splits that its card does not name: {splits}; {advice}"
 
 
-def _load_from_cache(source: Source, config_name: str | None, split: str | None) -> DatasetDict | Dataset:
+def _load_from_cache(source: Source, config_name: str | None) -> DatasetDict:
     """Load what datasets has cached of this very commit; `load_dataset` would take the last that it cached."""
     out_of_reach = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
     where, cache = f"{source.flag} {source.name}:", Path(datasets.config.HF_DATASETS_CACHE)
     namespace, _ = source.name.split("/")
-    sets = cache.glob(
-        f"{namespace}___*/{config_name or '*'}/*/{source.revision}/{datasets.config.DATASET_INFO_FILENAME}"
-    )
-    folders = [path.parent for path in sorted(sets)]
+    folders = sorted(cache.glob(f"{namespace}___*/{config_name or '*'}/*/{source.revision}"))
     if config_name is None and len(folders) > 1:
         folders = [folder for folder in folders if folder.parts[-3] == "default"]
     if not folders:
@@ -134,7 +137,9 @@ def _load_from_cache(source: Source, config_name: str | None, split: str | None)
         )
     if not constants.HF_HUB_OFFLINE:
         logger.warning(f"{where} {out_of_reach}, commit {source.revision} is read from the cache.")
-    loaded = _read_prepared(folders[-1])
+    info = DatasetInfo.from_directory(str(folders[-1]))
+    reader, splits = ArrowReader(str(folders[-1]), info), list(info.splits.values())
+    loaded = DatasetDict({name: Dataset(**reader.read(info.dataset_name, name, splits)) for name in info.splits})
     repository = repo_folder_name(repo_id=source.name, repo_type="dataset")
     files = Path(constants.HF_HUB_CACHE, repository, "snapshots", source.revision).rglob("*.parquet")
     if column := reordered_names(next(iter(loaded.values())).features, files):
@@ -142,19 +147,7 @@ def _load_from_cache(source: Source, config_name: str | None, split: str | None)
             f"{where} its files have the classes of '{column}' in different orders, and {out_of_reach}: which class an "
             "image has cannot be told; load it with the Hub in reach."
         )
-    return loaded if split is None else loaded[split]
-
-
-def _read_prepared(folder: Path) -> DatasetDict:
-    """Return the splits that a builder of datasets has prepared in a folder of its cache."""
-    info, splits = datasets.DatasetInfo.from_directory(str(folder)), DatasetDict()
-    for split in info.splits:
-        name = re.compile(rf".*-{split}(-\d+-of-\d+)?\.arrow")
-        paths = sorted(str(path) for path in folder.iterdir() if name.fullmatch(path.name))
-        splits[split] = datasets.concatenate_datasets(
-            [Dataset.from_file(path, info=info, split=split) for path in paths]
-        )
-    return splits
+    return loaded
 
 
 def _check_commit(splits: dict[str, Dataset], source: Source) -> None:

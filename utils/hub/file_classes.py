@@ -94,12 +94,11 @@ def _read_schema(file: str | BinaryIO) -> tuple[pa.Schema, int]:
             return parquet.schema_arrow, parquet.metadata.num_rows
     with pa.memory_map(file) if isinstance(file, str) else file as source:
         try:
-            reader = pa.ipc.open_stream(source)  # as datasets writes it
-            return reader.schema, sum(batch.num_rows for batch in reader)
+            table = pa.ipc.open_stream(source).read_all()  # as datasets writes it
         except pa.ArrowInvalid:
             source.seek(0)
-            reader = pa.ipc.open_file(source)
-            return reader.schema, sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
+            table = pa.ipc.open_file(source).read_all()
+        return table.schema, table.num_rows
 
 
 def _renumber(images: Dataset, column: str, found: list[FileLabels], every_name: list[str]) -> Dataset:
@@ -115,6 +114,5 @@ def _renumber(images: Dataset, column: str, found: list[FileLabels], every_name:
         known = (numbers[rows] >= 0) & (numbers[rows] < len(own))  # others are told where labels are checked
         renumbered[rows][known] = own[numbers[rows][known]]
         start += labels.num_rows
-    order = images.column_names
-    others = images.rename_column(column, f"{column} before")
-    return others.add_column(column, renumbered, feature=ClassLabel(names=every_name)).select_columns(order)
+    others, feature = images.remove_columns(column), ClassLabel(names=every_name)
+    return others.add_column(column, renumbered, feature=feature).select_columns(images.column_names)

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError
@@ -14,7 +15,7 @@ from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.hub import publishing
 from utils.hub.cards import BEGIN, read_card
 from utils.hub.publishing import CARD, Upload, known_tokens
-from utils.hub.targets import Target, first_line, wait_between_tries
+from utils.hub.targets import Target, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class GrowingUpload:
         pause: float = 60.0,
     ):  # fmt: skip
         self._folder = Path(folder)
-        self._target = target
+        self._target = replace(target, wait=self._wait)
         self._find_finished = find_finished
         self._fingerprint = fingerprint
         self._pause = pause
@@ -60,7 +61,6 @@ class GrowingUpload:
         self._thread.join(None if error_type is None else SECONDS_TO_FINISH)
 
     def _run(self) -> None:
-        wait_between_tries.set(self._wait)
         with disable_progress_bars():  # the bar of the work in the block stays alone
             while not self._stop.is_set():
                 try:
@@ -84,18 +84,17 @@ class GrowingUpload:
         if finished and not self._is_prepared:
             publishing.prepare_repository(self._target)
             self._is_prepared = True
-        while left := [Upload(path, self._folder / path) for path in finished if path not in self._done]:
-            try:
+        try:
+            while left := [Upload(path, self._folder / path) for path in finished if path not in self._done]:
                 self._upload_some(left)
-            except HfHubHTTPError as error:
-                if error.response.status_code not in publishing.ANOTHER_COMMIT_CAME_FIRST:
-                    raise
-                return  # the next look finds out whose commit that was: our own, too, whose answer was lost
+        except HfHubHTTPError as error:
+            # the next look finds out whose commit came first: our own, too, whose answer was lost
+            if error.response.status_code not in publishing.ANOTHER_COMMIT_CAME_FIRST:
+                raise
 
     def _upload_some(self, shards: list[Upload]) -> None:
         """Upload as many shards as a commit takes."""
-        head = publishing.current_head(self._target)
-        there = publishing.list_files(self._target, head)
+        head, there = publishing.read_branch(self._target)
         self._check_same_set(there, head, shards)
         missing = [shard for shard in shards if not self._is_there(shard, there)]
         self._done.update({shard.path for shard in shards} - {shard.path for shard in missing})
@@ -104,20 +103,18 @@ class GrowingUpload:
         if GENERATION_CONFIG not in there:
             record = publishing.clean_text(self._folder / GENERATION_CONFIG, known_tokens(self._target.token))
             missing.insert(0, Upload(GENERATION_CONFIG, record))
-        batch, operations = next(publishing.split_into_commits(missing)), []
+        batch, operations = next(publishing.split(missing, publishing.MAX_BYTES_PER_COMMIT)), []
         for upload in batch:  # one at a time, so that the end of the block has little to wait for
             self._check_not_stopped()
             operations += publishing.send_contents(self._target, [upload])
-        if not self._is_whole(there, head):
+        # `load_dataset` insists on the number of images in a card of ours
+        is_whole = CARD in there and BEGIN in read_card(publishing.download(self._target, CARD, head))
+        if not is_whole:
             publishing.make_commit(self._target, batch, operations, head)
         self._done.update(upload.path for upload in batch)
 
     def _check_same_set(self, there: dict[str, RepoFile], head: str, shards: list[Upload]) -> None:
-        """Check that the repository holds no shards but this set's.
-
-        Raises:
-            _AnotherSet: its record has another fingerprint, or it has none and data files that are not among `shards`.
-        """
+        """Check that the repository holds no shards but this set's, by its record's fingerprint or by their content."""
         if GENERATION_CONFIG in there:
             path = publishing.download(self._target, GENERATION_CONFIG, head)
             try:
@@ -132,10 +129,6 @@ class GrowingUpload:
             is_ours = path in self._done or (path in ours and self._is_there(ours[path], there))
             if path.endswith(".parquet") and not is_ours:
                 raise _AnotherSet(f"it has no {GENERATION_CONFIG}, and a {path} that is not of this set")
-
-    def _is_whole(self, there: dict[str, RepoFile], head: str) -> bool:
-        """Return whether the repository has a card of ours, whose count of images `load_dataset` insists on."""
-        return CARD in there and BEGIN in read_card(publishing.download(self._target, CARD, head))
 
     def _is_there(self, shard: Upload, there: dict[str, RepoFile]) -> bool:
         self._check_not_stopped()  # it may read a whole shard
@@ -152,8 +145,7 @@ class GrowingUpload:
 
     def _report(self, error: Exception) -> None:
         """Log a failure in one line, and not again while looks keep failing for the same reason."""
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        failure = type(error), status
+        failure = type(error), error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if failure == self._failure:
             return
         self._failure = failure

@@ -8,18 +8,19 @@ that it undoes in silence what others commit before the next, and it holds a gig
 """
 
 import fnmatch
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
 from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
+from utils.cli.processes import is_main_process
 from utils.hub.cards import merge_cards, read_card
 from utils.hub.targets import MAX_TRIES, HubUnavailable, Target
 
@@ -45,11 +46,11 @@ class Upload:
 
     def is_stored_as(self, remote: RepoFile) -> bool:
         """Return whether a repository's file has this content."""
-        with CommitOperationAdd(self.path, self.content).as_file() as file:
-            if remote.lfs is not None:
-                return hashlib.file_digest(file, "sha256").hexdigest() == remote.lfs.sha256
-            content = file.read()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == remote.blob_id
+        addition = CommitOperationAdd(self.path, self.content)
+        if remote.lfs is not None:
+            return addition.upload_info.sha256.hex() == remote.lfs.sha256
+        with addition.as_file() as file:
+            return git_hash(file.read()) == remote.blob_id
 
 
 def publish_folder(
@@ -64,21 +65,21 @@ def publish_folder(
         UserError: a file holds the access token; the repository is public and `target.private` asked for a private
             one; someone else has changed the same files; the Hub did not answer within the limit of tries.
     """
-    uploads = collect_uploads(folder, patterns, known_tokens(target.token))
+    uploads = _collect_uploads(folder, patterns, known_tokens(target.token))
     what = f"publishing {target.repo_id}"
     try:
         prepare_repository(target)
-        head = current_head(target)
-        before = list_files(target, head)
-        uploads = [
-            merge_with_remote_card(target, upload, head) if upload.path == CARD else upload for upload in uploads
-        ]
-        ours = {upload.path for upload in uploads}
-        stale = [path for path in before if path not in ours and any(fnmatch.fnmatch(path, p) for p in stale_patterns)]
+        head, before = read_branch(target)
+        if uploads[-1].path == CARD and CARD in before:
+            ours, theirs = uploads[-1].content.decode("utf-8"), read_card(download(target, CARD, head))
+            merged = merge_cards(ours, theirs, f"the card of {target.repo_id}")
+            uploads[-1] = Upload(CARD, merged.encode("utf-8"))
+        gone = sorted(before.keys() - {upload.path for upload in uploads})
+        stale = [path for path in gone if any(fnmatch.fnmatch(path, pattern) for pattern in stale_patterns)]
         with tqdm(total=sum(upload.num_bytes for upload in uploads), desc=what, unit="B", unit_scale=True) as progress:
-            for batch in split_into_commits(uploads):
+            for batch in split(uploads, MAX_BYTES_PER_COMMIT):
                 is_last = batch[-1] is uploads[-1]
-                commit = commit_batch(target, batch, stale if is_last else [], before, progress)
+                commit = _commit_batch(target, batch, stale if is_last else [], before, progress)
     except HubUnavailable as error:
         raise UserError(
             f"{error} All of it is in {folder}; run the same command again to go on, what is on the Hub is not sent "
@@ -94,9 +95,7 @@ def publish_folder(
 
 def publish_finished(folder: str | Path, target: Target | None, patterns: Sequence[str]) -> None:
     """Say that nothing is left to do in a folder, and publish it when there is a target: a push goes on so."""
-    from accelerate import PartialState  # not at the top: it loads torch, before the arguments are checked
-
-    if PartialState().is_main_process:
+    if is_main_process():
         print(f"{folder} is finished, nothing is done again (--overwrite_output_dir starts from scratch).")
         if target is not None:
             publish_folder(folder, target, patterns)
@@ -107,12 +106,8 @@ def known_tokens(token: str | None) -> list[str]:
     return [value for value in {token, get_token(), os.environ.get("HF_TOKEN")} if value]
 
 
-def collect_uploads(folder: str | Path, patterns: Sequence[str], tokens: Sequence[str]) -> list[Upload]:
-    """Return what of a folder is published: data before records, the card last. The home folder becomes `~`.
-
-    Raises:
-        UserError: a text file holds one of `tokens`.
-    """
+def _collect_uploads(folder: str | Path, patterns: Sequence[str], tokens: Sequence[str]) -> list[Upload]:
+    """Return what of a folder is published, texts cleaned: data before records, the card last."""
     uploads = []
     for path in Path(folder).rglob("*"):
         name = path.relative_to(folder).as_posix()
@@ -146,48 +141,27 @@ def prepare_repository(target: Target) -> None:
         target.call(HfApi.create_branch, branch=target.revision, exist_ok=True)
 
 
-def current_head(target: Target) -> str:
-    """Return the commit at which the branch is now."""
-    return target.call(HfApi.repo_info, revision=target.revision).sha
+def read_branch(target: Target) -> tuple[str, dict[str, RepoFile]]:
+    """Return the commit at which the branch is now, and the files that it has there, by path."""
 
-
-def list_files(target: Target, commit: str) -> dict[str, RepoFile]:
-    """Return the files of the repository at a commit, by path."""
-
-    def list_them(api: HfApi, **where) -> dict[str, RepoFile]:
+    def list_files(api: HfApi, **where) -> dict[str, RepoFile]:
         entries = api.list_repo_tree(recursive=True, **where)
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
-    return target.call(list_them, revision=commit)
+    commit = target.call(HfApi.repo_info, revision=target.revision).sha
+    return commit, target.call(list_files, revision=commit)
 
 
-def download(target: Target, path: str, commit: str) -> Path | None:
-    """Return the local path of a repository's file as it is at a commit, None when it is not there."""
-    try:
-        return Path(target.call(HfApi.hf_hub_download, filename=path, revision=commit))
-    except RemoteEntryNotFoundError:
-        return None
+def download(target: Target, path: str, commit: str) -> Path:
+    """Return the local path of a repository's file as it is at a commit."""
+    return Path(target.call(HfApi.hf_hub_download, filename=path, revision=commit))
 
 
-def merge_with_remote_card(target: Target, card: Upload, commit: str) -> Upload:
-    """Return our card merged with the one that the repository has at a commit, if there is one."""
-    path = download(target, CARD, commit)
-    if path is None:
-        return card
-    merged = merge_cards(card.content.decode("utf-8"), read_card(path), f"the card of {target.repo_id}")
-    return Upload(CARD, merged.encode("utf-8"))
-
-
-def split_into_commits(uploads: Sequence[Upload]) -> Iterator[list[Upload]]:
-    """Yield the uploads in order, in batches that are small enough for a commit each."""
-    return split(uploads, MAX_FILES_PER_COMMIT, MAX_BYTES_PER_COMMIT)
-
-
-def split(uploads: Sequence[Upload], max_files: int, max_bytes: int) -> Iterator[list[Upload]]:
-    """Yield the uploads in order, in parts of at most `max_files` and, unless one alone has more, `max_bytes`."""
+def split(uploads: Sequence[Upload], max_bytes: int) -> Iterator[list[Upload]]:
+    """Yield the uploads in order, in parts of as many as a commit takes and, unless one has more, of `max_bytes`."""
     part, num_bytes = [], 0
     for upload in uploads:
-        if part and (len(part) == max_files or num_bytes + upload.num_bytes > max_bytes):
+        if part and (len(part) == MAX_FILES_PER_COMMIT or num_bytes + upload.num_bytes > max_bytes):
             yield part
             part, num_bytes = [], 0
         part.append(upload)
@@ -196,25 +170,19 @@ def split(uploads: Sequence[Upload], max_files: int, max_bytes: int) -> Iterator
         yield part
 
 
-def commit_batch(
+def _commit_batch(
     target: Target, batch: list[Upload], stale: list[str], before: dict[str, RepoFile], progress: tqdm
 ) -> CommitInfo:
-    """Send a batch and commit it with the deletion of `stale` files; when another commit comes first, on top of that.
-
-    Raises:
-        UserError: someone else has changed files of the batch that were there `before`, or has added them.
-        HubUnavailable: the limit of tries is reached.
-    """
+    """Send a batch and commit it, `stale` files deleted with it; when another commit comes first, on top of that."""
     num_bytes_before = progress.n
     for _ in range(MAX_TRIES):
-        head = current_head(target)
-        there = list_files(target, head)
-        check_no_collision(target, batch, before, there)
+        head, there = read_branch(target)
+        _check_no_collision(target, batch, before, there)
         # new operations for every try: the client marks on them what it has done
         operations = [CommitOperationDelete(path) for path in stale if there.get(path) == before[path]]
         progress.n = num_bytes_before
         try:
-            for part in split(batch, len(batch), MAX_BYTES_AT_A_TIME):
+            for part in split(batch, MAX_BYTES_AT_A_TIME):
                 operations += send_contents(target, part)
                 progress.update(sum(upload.num_bytes for upload in part))
             return make_commit(target, batch, operations, head)
@@ -224,14 +192,10 @@ def commit_batch(
     raise HubUnavailable(f"publishing {target.repo_id}: others commit to it all the time.")
 
 
-def check_no_collision(
+def _check_no_collision(
     target: Target, batch: list[Upload], before: dict[str, RepoFile], there: dict[str, RepoFile]
 ) -> None:
-    """Check that files of a batch are as they were before, or as the batch has them: our commit, its answer lost.
-
-    Raises:
-        UserError: a file was changed to something else.
-    """
+    """Check that files of a batch are as they were before, or as the batch has them: our commit, its answer lost."""
     changed = [upload for upload in batch if there.get(upload.path) not in (None, before.get(upload.path))]
     collisions = [upload.path for upload in changed if not upload.is_stored_as(there[upload.path])]
     if collisions:

@@ -17,6 +17,7 @@ MAX_REASON = 400  # characters of a library's message, which may list all models
 REPO_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 HUB_TOKEN, HF_TOKEN, LOGIN = "--hub_token", "HF_TOKEN", "of `hf auth login`"
+NEITHER = "neither an existing folder nor a repository id like 'user/name'"
 TYPE_NAMES = {"model": "model", "dataset": "data set", "space": "space"}
 SAVED_SPLITS, SAVED_SPLIT = ["dataset_dict.json"], ["state.json", "dataset_info.json"]
 # HTTPError is the base of the http client's errors, of httpx or httpx2, whichever huggingface_hub uses; OSError has the
@@ -53,7 +54,7 @@ class Source:
         if self.is_local:
             path = Path(self.name) / filename
             if not path.is_file():
-                raise UserError(self._no_file("folder", filename, expected))
+                raise self._error(self._no_file("folder", filename, expected))
             return path
         with self.reading(f"{filename} cannot be downloaded", filename, expected):
             return Path(hf_hub_download(self.name, filename, **self._where))
@@ -117,7 +118,7 @@ class Source:
             HfApi().repo_info(self.name, **self._where, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except CLIENT_ERRORS as error:
             if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
-                raise UserError(self._describe(error, "cannot be read")) from None
+                raise self._error(self._describe(error, "cannot be read")) from None
             return False
         return True
 
@@ -149,18 +150,17 @@ class Source:
         except UserError:
             raise
         except (*CLIENT_ERRORS, *also) as error:
-            raise UserError(self._describe(error, problem, filename, expected)) from None
+            raise self._error(self._describe(error, problem, filename, expected)) from None
 
     @property
     def _where(self) -> dict:
         return {"repo_type": self.repo_type, "revision": self.revision, "token": self.token}
 
-    @property
-    def _prefix(self) -> str:
-        return f"{self.flag} {self.name}:"
+    def _error(self, reason: str) -> UserError:
+        return UserError(f"{self.flag} {self.name}: {reason}.")
 
     def _no_file(self, place: str, filename: str, expected: str | None) -> str:
-        return f"{self._prefix} the {place} has no {filename}{f', so it is not {expected}' if expected else ''}."
+        return f"the {place} has no {filename}{f', so it is not {expected}' if expected else ''}"
 
     def _describe(
         self, error: Exception, problem: str, filename: str | None = None, expected: str | None = None
@@ -174,31 +174,29 @@ class Source:
             origin = _token_origin(self.token)
             how = f"with the account of the token ({origin})" if origin else f"then {_how_to_log_in(None)}"
             page = f"{constants.ENDPOINT}/{'' if self.repo_type == 'model' else f'{self.repo_type}s/'}{self.name}"
-            return f"{self._prefix} is gated; accept its conditions at {page}, {how}."
+            return f"is gated; accept its conditions at {page}, {how}"
         if caused_by(errors.RepositoryNotFoundError):
-            return f"{self._prefix} {self._not_found()}."
+            return self._not_found()
         if caused_by(errors.RevisionNotFoundError):
-            return f"{self._prefix} the repository has no branch, tag or commit '{self.revision}'."
+            return f"the repository has no branch, tag or commit '{self.revision}'"
         if caused_by(errors.RemoteEntryNotFoundError) and filename:
             return self._no_file("repository", filename, expected)
         if caused_by(errors.HFValidationError):
-            return f"{self._prefix} neither an existing folder nor a repository id like 'user/name'."
+            return NEITHER
         answers = [cause for cause in causes if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None]
         if answers:
-            return f"{self._prefix} {self._refusal(answers[0].response.status_code, answers[0].server_message)}."
+            return self._refusal(answers[0].response.status_code, answers[0].server_message)
         if caused_by(errors.FileMetadataError):
-            return f"{self._prefix} {constants.ENDPOINT} does not answer like a Hub; check HF_ENDPOINT and the proxy."
+            return f"{constants.ENDPOINT} does not answer like a Hub; check HF_ENDPOINT and the proxy"
         if caused_by(errors.HTTPError, ConnectionError, errors.LocalEntryNotFoundError, errors.RevisionResolutionError):
             missing = f"{filename} of it" if filename else "it"
             at_revision = f" at revision '{self.revision}'" if self.revision else ""
             cache = f"the cache ({constants.HF_HUB_CACHE}) does not have {missing}{at_revision}"
             if constants.HF_HUB_OFFLINE:
-                return f"{self._prefix} no such folder here, and {cache}; unset HF_HUB_OFFLINE to download it."
-            return (
-                f"{self._prefix} no such folder here, the Hub ({constants.ENDPOINT}) cannot be reached "
-                f"({_first_line(causes[-1])}), and {cache}."
-            )
-        return f"{self._prefix} {problem} ({shorten(str(error), MAX_REASON, placeholder=' ...')})."
+                return f"no such folder here, and {cache}; unset HF_HUB_OFFLINE to download it"
+            reason = f"the Hub ({constants.ENDPOINT}) cannot be reached ({_first_line(causes[-1])})"
+            return f"no such folder here, {reason}, and {cache}"
+        return f"{problem} ({shorten(str(error), MAX_REASON, placeholder=' ...')})"
 
     def _not_found(self) -> str:
         for repo_type in [other for other in TYPE_NAMES if other != self.repo_type]:
@@ -234,9 +232,9 @@ def open_source(
     source = Source(name, flag, repo_type, revision, token or None)  # an empty token would be an illegal header
     if source.is_local:
         if revision is not None:
-            raise UserError(f"{flag} {name}: is a local folder, a revision ('{revision}') only goes with a repository.")
+            raise source._error(f"is a local folder, a revision ('{revision}') only goes with a repository")
     elif not REPO_ID.match(name):
-        raise UserError(f"{flag} {name}: neither an existing folder nor a repository id like 'user/name'.")
+        raise source._error(NEITHER)
     return replace(source, revision=source.commit())
 
 

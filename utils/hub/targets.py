@@ -6,9 +6,7 @@ The client repeats by itself reads and uploads, but neither commits nor the call
 import logging
 import time
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,15 +41,24 @@ class HubArguments:
     )
 
 
+def log_and_sleep(problem: str, pause: float) -> None:
+    logger.warning(problem)
+    time.sleep(pause)
+
+
 @dataclass(frozen=True)
 class Target:
-    """A repository of the user's, checked to be writable; `revision` is a branch, made when it is not there."""
+    """A repository of the user's, checked to be writable; `revision` is a branch, made when it is not there.
+
+    `wait` is called between two tries, with the problem in a line and the seconds to wait.
+    """
 
     repo_id: str
     repo_type: str
     private: bool = False
     revision: str | None = None
     token: str | None = None
+    wait: Callable[[str, float], None] = log_and_sleep
 
     def call(self, method: Callable[..., Result], **options) -> Result:
         """Return what a method of `HfApi` returns for this repository, called with retries.
@@ -59,8 +66,9 @@ class Target:
         Raises:
             HubUnavailable: the limit of tries is reached.
         """
-        bound = partial(method, HfApi(token=self.token or None), repo_id=self.repo_id, repo_type=self.repo_type)
-        return with_retries(partial(bound, **options), f"publishing {self.repo_id}")
+        options = {"repo_id": self.repo_id, "repo_type": self.repo_type, **options}
+        api = HfApi(token=self.token or None)
+        return with_retries(lambda: method(api, **options), f"publishing {self.repo_id}", self.wait)
 
 
 def open_target(
@@ -100,16 +108,7 @@ class HubUnavailable(UserError):
     """The Hub did not do what was asked within the limit of tries; asking again later is right."""
 
 
-def log_and_sleep(problem: str, pause: float) -> None:
-    logger.warning(problem)
-    time.sleep(pause)
-
-
-# called with the problem in a line and the seconds to wait; a thread beside other work sets its own way for itself
-wait_between_tries: ContextVar[Callable[[str, float], None]] = ContextVar("wait_between_tries", default=log_and_sleep)
-
-
-def with_retries(call: Callable[[], Result], what: str) -> Result:
+def with_retries(call: Callable[[], Result], what: str, wait: Callable[[str, float], None] = log_and_sleep) -> Result:
     """Return `call()`, repeated while it fails for reasons that pass: server errors, rate limits, lost connections.
 
     Raises:
@@ -125,9 +124,8 @@ def with_retries(call: Callable[[], Result], what: str) -> Result:
                 raise
             if attempt == MAX_TRIES:
                 raise HubUnavailable(f"{what}: gave up after {MAX_TRIES} tries ({first_line(error)}).") from error
-            problem = f"{what}: {first_line(error)}; again in {pause:.0f} s ({attempt} of {MAX_TRIES} tries)"
-        wait_between_tries.get()(problem, pause)
-        attempt += 1
+            wait(f"{what}: {first_line(error)}; again in {pause:.0f} s ({attempt} of {MAX_TRIES} tries)", pause)
+            attempt += 1
 
 
 def pause_after(error: BaseException, attempt: int) -> float | None:
