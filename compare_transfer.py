@@ -44,13 +44,13 @@ from utils.comparison.search import (
 from utils.comparison.statistics import describe_findings, stack_correct, summarise
 from utils.data.arguments import check_output_outside, check_real_images_given
 from utils.data.image_set import RealImagesRecord
-from utils.data.opened_images import open_all
-from utils.data.real_images import check_held_out, limit_held_out, load_real_images, same_image_set
+from utils.data.real_images import load_real_images, same_image_set
 from utils.transfer.arguments import ModelArguments
-from utils.transfer.classifiers import check_classifier, default_learning_rates, load_image_processor
+from utils.transfer.classifiers import default_learning_rates
 from utils.transfer.methods import StageSettings, describe_methods
 from utils.transfer.rehearsal import rehearse
-from utils.transfer.stage import Pretrained
+from utils.transfer.run_method import open_real_images
+from utils.transfer.stage import Pretrained, open_pretrained
 from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, open_synthetic
 
 GROUPS = (ModelArguments, ComparedImagesArguments, ComparisonArguments, SearchArguments, SharedStageArguments)
@@ -164,10 +164,7 @@ def build_runner(model_args, real_args, comparison_args, shared_args, sources: d
         UserError: the classifier cannot be trained, or the images cannot be used.
     """
     token = comparison_args.hub_token or None
-    commit = check_classifier(model_args.model_name_or_path, model_args.model_revision, token)
-    hub_options = {"revision": commit or "main", "trust_remote_code": model_args.trust_remote_code, "token": token}
-    image_processor = load_image_processor(model_args.model_name_or_path, **hub_options)
-    pretrained = Pretrained(model_args.model_name_or_path, image_processor, hub_options)
+    pretrained = open_pretrained(**vars(model_args), token=token)
     settings = StageSettings(
         max_steps=0, learning_rate=0.0, mixup_alpha=shared_args.mixup_alpha, batch_norm=shared_args.batch_norm,
         label_smoothing_factor=shared_args.label_smoothing_factor, augmentation=shared_args.augmentation,
@@ -178,13 +175,9 @@ def build_runner(model_args, real_args, comparison_args, shared_args, sources: d
     imprint = any(stage.head_init == "imprint" for row in rows for stage in row.method.stages)
     rehearse(pretrained, settings, training_args, imprint)
     real = load_real_images(RealImagesRecord.from_arguments(real_args), token)
-    real = limit_held_out(real, comparison_args.max_eval_samples)
-    check_held_out(real)
-    opened = open_all(real)
-    print("\n".join((*real.remarks, *opened.remarks)))
-    check_held_out(opened.images)  # of what was left out, all may have been in one part
+    real = open_real_images(real, comparison_args.max_eval_samples, print)
     return CellRunner(
-        pretrained, opened.images, sources, settings, training_args, Path(comparison_args.output_dir),
+        pretrained, real, sources, settings, training_args, Path(comparison_args.output_dir),
         comparison_args.max_eval_samples, comparison_args.allow_missing_classes,
     )  # fmt: skip
 

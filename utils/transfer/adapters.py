@@ -30,7 +30,7 @@ class LoraSettings:
     r: int = 16
     alpha: int = 32
     dropout: float = 0.05
-    target_modules: tuple[str, ...] | None = None
+    target_modules: list[str] | None = None
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int, *, revision: str | None = None) -> PeftModel:
@@ -52,7 +52,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int, *, revisi
         return get_peft_model(model, config)
 
 
-def _target_modules(model: PreTrainedModel, ends: tuple[str, ...] | None) -> list[str]:
+def _target_modules(model: PreTrainedModel, ends: list[str] | None) -> list[str]:
     """Return the layers whose names end so, of those outside the head that peft can both train and merge.
 
     Grouped convolutions cannot be merged; of dilation and padding mode peft knows nothing, and nothing of layers that

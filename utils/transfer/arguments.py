@@ -161,17 +161,6 @@ class LoraArguments:
         None, "Ends of layers' names to adapt; every linear layer and convolution but the head when not given."
     )
 
-    @property
-    def settings(self) -> dict:
-        """The values without their prefix."""
-        targets = self.lora_target_modules
-        return {
-            "r": self.lora_r,
-            "alpha": self.lora_alpha,
-            "dropout": self.lora_dropout,
-            "target_modules": None if targets is None else tuple(targets),
-        }
-
 
 def default_num_workers() -> int:
     """Return how many processes read images ahead: on a CPU none, which would take its cores away."""

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalPrediction
 
 from utils.cli.errors import DivergedError, UserError
 from utils.transfer.augmentation import BatchAugmentation, StreamedTrainImages, TrainImages, TrainItems
@@ -98,14 +97,19 @@ def build_trainer(
     model.to(memory_format=torch.channels_last)
     stage_args = _stage_arguments(settings, training_args, output_dir)
     items = TrainItems(image_processor, settings.augmentation, settings.mixup_alpha, settings.random_flip)
+    if isinstance(images, IterableDataset):
+        processes = stage_args.world_size, stage_args.process_index
+        train_dataset = StreamedTrainImages(images, items, stage_args.seed, *processes)
+    else:
+        train_dataset = TrainImages(images, items, stage_args.seed)
     trainer = StageTrainer(
         model=model,
         args=stage_args,
-        train_dataset=_train_dataset(images, items, stage_args),
+        train_dataset=train_dataset,
         eval_dataset=EvalImages(validation, image_processor) if validation is not None else None,
         data_collator=default_collate,
         compute_loss_func=partial(soft_cross_entropy, label_smoothing=settings.label_smoothing_factor),
-        compute_metrics=_metrics,
+        compute_metrics=lambda prediction: classification_metrics(prediction.predictions, prediction.label_ids),
         augmentation=BatchAugmentation(items.image_format, model.config.num_labels, stage_args.seed),
         freeze_batch_norm=settings.batch_norm != "train" or settings.freeze_backbone,
         head_learning_rate=settings.learning_rate * settings.head_learning_rate_factor,
@@ -137,18 +141,6 @@ def _stage_arguments(
         push_to_hub=False,
         hub_token=None,
     )
-
-
-def _train_dataset(
-    images: Dataset | IterableDataset, items: TrainItems, stage_args: TrainingArguments
-) -> TrainImages | StreamedTrainImages:
-    if isinstance(images, IterableDataset):
-        return StreamedTrainImages(images, items, stage_args.seed, stage_args.world_size, stage_args.process_index)
-    return TrainImages(images, items, stage_args.seed)
-
-
-def _metrics(prediction: EvalPrediction) -> dict[str, float]:
-    return classification_metrics(prediction.predictions, prediction.label_ids)
 
 
 class StageTrainer(Trainer):

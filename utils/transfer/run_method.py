@@ -11,6 +11,9 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch import nn
 from transformers import TrainingArguments
 
+from utils.data.image_set import PARTS, RealImages
+from utils.data.opened_images import open_all
+from utils.data.real_images import check_held_out, limit_held_out
 from utils.transfer.evaluation import predict
 from utils.transfer.methods import Method, StagePlan, mix_indices
 from utils.transfer.stage import Pretrained, run_stage
@@ -42,6 +45,27 @@ def select_images(method: Method, real: Dataset | None, synthetic: Dataset | Ite
         rows = mix_indices(len(real), len(synthetic), method.mix_ratio)
         images["both"] = concatenate_datasets([real, synthetic]).select(rows)
     return {kind: images[kind] for kind in method.kinds}
+
+
+def open_real_images(
+    real: RealImages, max_eval_samples: int | None, say: Callable[[str], None], parts: tuple[str, ...] = PARTS
+) -> RealImages:
+    """Return the images, each of `parts` opened once, with at most `max_eval_samples` to validate and to test on.
+
+    `say` gets a line for all that a user should know of them.
+
+    Raises:
+        UserError: one is damaged, or none are left in one of `parts`.
+    """
+    for remark in real.remarks:
+        say(remark)
+    real = limit_held_out(real, max_eval_samples)
+    check_held_out(real, parts)
+    opened = open_all(real, parts)
+    for remark in opened.remarks:
+        say(remark)
+    check_held_out(opened.images, parts)  # of what was left out, all may have been in one part
+    return opened.images
 
 
 def run_method(
