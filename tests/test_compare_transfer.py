@@ -166,10 +166,8 @@ def test_a_cell_is_kept_for_the_very_same_settings_only(runner, real_images_dir)
     ]
     paths = {dataclasses.replace(runner, **change).path(cell_of("mix")) for change in changes}
     paths |= {
-        runner.path(cell_of("mix", None)),
-        runner.path(cell_of("mix", volume=2)),
-        runner.path(cell_of("mix_mixup")),
-    }
+        runner.path(cell_of("mix", None)), runner.path(cell_of("mix", volume=2)), runner.path(cell_of("mix_mixup")),
+    }  # fmt: skip
     paths.add(runner.path(dataclasses.replace(cell_of("mix"), split="validation")))
     assert len(paths | {path}) == 8
     assert runner.path(cell_of("mix")) == path
@@ -459,10 +457,6 @@ def test_a_set_without_settings_or_for_other_images_is_refused(classifiers, synt
     write_record(other / GENERATION_CONFIG, record | {"real_images": {**record["real_images"], "dataset_name": "a/b"}})
     with pytest.raises(UserError, match="was made for 'a/b', .* give --dataset_name or --train_dir"):
         run(
-            classifiers,
-            f"a={synthetic_dir}",
-            tmp_path / "out",
-            "--synthetic_dataset",
-            f"a={synthetic_dir}",
+            classifiers, f"a={synthetic_dir}", tmp_path / "out", "--synthetic_dataset", f"a={synthetic_dir}",
             f"b={other}",
-        )
+        )  # fmt: skip

@@ -126,12 +126,9 @@ class CellRunner:
         key = source.name, source.revision, volume
         if key not in self._synthetic:
             self._synthetic[key] = load_synthetic(
-                source,
-                self.real.class_names,
-                volume,
-                self.pretrained.hub_options.get("token"),
+                source, self.real.class_names, volume, self.pretrained.hub_options.get("token"),
                 allow_missing_classes=self.allow_missing_classes,
-            )
+            )  # fmt: skip
         return self._synthetic[key]
 
     def few_shot_rows(self, num_shots: int | None, seed: int) -> np.ndarray:
@@ -143,11 +140,9 @@ class CellRunner:
         """Return all that decides a cell's result."""
         settings = self._shared_settings(cell) | {
             "stages": [dataclasses.asdict(stage) for stage in plan_cell(cell, self.settings)],
-            "num_shots": shots_key(cell.num_shots) if cell.row.method.uses_real else None,
-            "split": cell.split,
-            "max_eval_samples": self.max_eval_samples,
-            "real_images": self.real.record.to_dict(),
-        }
+            "num_shots": shots_key(cell.num_shots) if cell.row.method.uses_real else None, "split": cell.split,
+            "max_eval_samples": self.max_eval_samples, "real_images": self.real.record.to_dict(),
+        }  # fmt: skip
         if "recalibrate" in (stage["settings"]["batch_norm"] for stage in settings["stages"]):
             settings["statistics_batch_size"] = self.training_args.per_device_eval_batch_size
         if cell.row.method.uses_synthetic:

@@ -58,19 +58,12 @@ def write_markdown(path: str | Path, summary: list[dict], baseline: str | None, 
         for key, entry in facts["chosen"].get(method, {}).items()
     ]
     card = ModelCard.from_template(
-        metadata,
-        template_path=str(TEMPLATE),
-        baseline=baseline,
-        table=_to_markdown(_accuracy_table(summary, "<br>")),
-        costs=_to_markdown(_cost_table(summary)),
-        recipes=_to_markdown(recipes),
-        shots=_shots(summary),
-        num_test_images=summary[0]["num_test_images"],
-        methods={method: _describe(method) for method in methods},
-        stage1={key: value for key, value in facts["chosen"]["stage1"].items() if value is not None},
-        **facts,
+        metadata, template_path=str(TEMPLATE), baseline=baseline, table=_to_markdown(_accuracy_table(summary, "<br>")),
+        costs=_to_markdown(_cost_table(summary)), recipes=_to_markdown(recipes), shots=_shots(summary),
+        num_test_images=summary[0]["num_test_images"], methods={method: _describe(method) for method in methods},
+        stage1={key: value for key, value in facts["chosen"]["stage1"].items() if value is not None}, **facts,
         **FUNCTIONS,
-    )
+    )  # fmt: skip
     write_text(path, f"{card}\n")
 
 

@@ -176,13 +176,8 @@ class BridgedTrainingArguments(TrainingArguments):
 
     _argument_group_name = "training"
     _inherited_result_options = (
-        *OF_EACH_STAGE,
-        "max_steps",
-        "label_smoothing_factor",
-        "torch_compile",
-        "tf32",
-        "use_cpu",
-    )
+        *OF_EACH_STAGE, "max_steps", "label_smoothing_factor", "torch_compile", "tf32", "use_cpu",
+    )  # fmt: skip
 
     output_dir: str | None = option(
         None, "Output folder; '<synthetic set>-bridged' (the method's name) when not given.", affects_result=False

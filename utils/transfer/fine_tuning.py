@@ -40,23 +40,16 @@ class StageResult:
     def summary(self) -> dict:
         """Return what a table shows of it; GPU-hours are None without a GPU."""
         return {
-            "steps": self.num_steps,
-            "images_seen": self.num_images_seen,
-            "seconds": self.seconds,
+            "steps": self.num_steps, "images_seen": self.num_images_seen, "seconds": self.seconds,
             "gpu_hours": round(self.num_gpus * self.seconds / 3600, 4) if self.num_gpus else None,
-        }
+        }  # fmt: skip
 
 
 def fine_tune(
-    model: nn.Module,
-    images: Dataset | IterableDataset,
-    image_processor,
-    settings: StageSettings,
-    training_args: TrainingArguments,
-    output_dir: str | Path,
-    validation: Dataset | None = None,
+    model: nn.Module, images: Dataset | IterableDataset, image_processor, settings: StageSettings,
+    training_args: TrainingArguments, output_dir: str | Path, validation: Dataset | None = None,
     checkpoint: str | None = None,
-) -> StageResult:
+) -> StageResult:  # fmt: skip
     """Train `model` in place on labelled images (columns `image`, `label`) and return what was done.
 
     `settings` go before `training_args`, which give the rest: schedule, optimiser, precision, workers, logging, seed.
@@ -80,14 +73,9 @@ def fine_tune(
 
 
 def build_trainer(
-    model: nn.Module,
-    images: Dataset | IterableDataset,
-    image_processor,
-    settings: StageSettings,
-    training_args: TrainingArguments,
-    output_dir: str | Path,
-    validation: Dataset | None = None,
-) -> "StageTrainer":
+    model: nn.Module, images: Dataset | IterableDataset, image_processor, settings: StageSettings,
+    training_args: TrainingArguments, output_dir: str | Path, validation: Dataset | None = None,
+) -> "StageTrainer":  # fmt: skip
     """Return the Trainer of `fine_tune`, and prepare the model for it in place."""
     if settings.freeze_backbone:
         head = set(head_parameter_names(model))
@@ -103,9 +91,7 @@ def build_trainer(
     else:
         train_dataset = TrainImages(images, items, stage_args.seed)
     trainer = StageTrainer(
-        model=model,
-        args=stage_args,
-        train_dataset=train_dataset,
+        model=model, args=stage_args, train_dataset=train_dataset,
         eval_dataset=EvalImages(validation, image_processor) if validation is not None else None,
         data_collator=default_collate,
         compute_loss_func=partial(soft_cross_entropy, label_smoothing=settings.label_smoothing_factor),
@@ -113,7 +99,7 @@ def build_trainer(
         augmentation=BatchAugmentation(items.image_format, model.config.num_labels, stage_args.seed),
         freeze_batch_norm=settings.batch_norm != "train" or settings.freeze_backbone,
         head_learning_rate=settings.learning_rate * settings.head_learning_rate_factor,
-    )
+    )  # fmt: skip
     if stage_args.logging_strategy == "no":
         trainer.remove_callback(PrinterCallback)  # it prints a summary even so
     return trainer
@@ -258,15 +244,10 @@ class StageTrainer(Trainer):
         # not prepared by accelerate: there, the first process would read for all of them
         num_workers = min(self.args.dataloader_num_workers, self.train_dataset.max_workers)
         return DataLoader(
-            self.train_dataset,
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=num_workers > 0,
-            prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
-            generator=generator,
-        )
+            self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator,
+            num_workers=num_workers, pin_memory=self.args.dataloader_pin_memory, persistent_workers=num_workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None, generator=generator,
+        )  # fmt: skip
 
     def get_batch_samples(self, *args, **kwargs):
         batches, num_images = super().get_batch_samples(*args, **kwargs)

@@ -69,19 +69,11 @@ def open_real_images(
 
 
 def run_method(
-    stages: list[StagePlan],
-    images: Images,
-    evaluated,
-    pretrained: Pretrained,
-    class_names: list[str],
-    training_args: TrainingArguments,
-    stage_dir: Callable[[StagePlan], Path],
-    *,
-    validation: Dataset | None = None,
-    resume: bool = False,
-    exclusive: Callable[[Path], AbstractContextManager] = lambda folder: nullcontext(),
+    stages: list[StagePlan], images: Images, evaluated, pretrained: Pretrained, class_names: list[str],
+    training_args: TrainingArguments, stage_dir: Callable[[StagePlan], Path], *, validation: Dataset | None = None,
+    resume: bool = False, exclusive: Callable[[Path], AbstractContextManager] = lambda folder: nullcontext(),
     after_stage: Callable[[StagePlan, nn.Module], None] = lambda stage, model: None,
-) -> MethodResult:
+) -> MethodResult:  # fmt: skip
     """Train the stages of `plan_stages` on the images of `select_images`, and evaluate the last one's model.
 
     `evaluated` are `EvalImages`, or a list of their items. `stage_dir` says where a stage is kept; methods that share a

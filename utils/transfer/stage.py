@@ -66,17 +66,10 @@ def open_pretrained(
 
 
 def run_stage(
-    stage: StagePlan,
-    start: Path | None,
-    images: Dataset | IterableDataset,
-    pretrained: Pretrained,
-    class_names: list[str],
-    training_args: TrainingArguments,
-    output_dir: str | Path,
-    *,
-    validation: Dataset | None = None,
-    resume: bool = False,
-) -> tuple[nn.Module, StageResult]:
+    stage: StagePlan, start: Path | None, images: Dataset | IterableDataset, pretrained: Pretrained,
+    class_names: list[str], training_args: TrainingArguments, output_dir: str | Path, *,
+    validation: Dataset | None = None, resume: bool = False,
+) -> tuple[nn.Module, StageResult]:  # fmt: skip
     """Fine-tune on `images` as the plan says, and save the trained stage in `output_dir`, `stage.json` last.
 
     `start` is the folder of the stage whose weights it takes, None for `pretrained` itself. With `resume` it goes on
@@ -166,12 +159,9 @@ def load_start(
 
 
 def describe_stage(
-    stage: StagePlan,
-    images: Dataset | IterableDataset,
-    pretrained: Pretrained,
-    class_names: list[str],
+    stage: StagePlan, images: Dataset | IterableDataset, pretrained: Pretrained, class_names: list[str],
     training_args: TrainingArguments,
-) -> dict:
+) -> dict:  # fmt: skip
     """Return all that decides a stage's weights, as JSON holds it; a stream's images are not counted."""
     trainer_settings = training_args.to_dict()
     precision = training_args.mixed_precision
