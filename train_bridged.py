@@ -38,21 +38,12 @@ from utils.cli.records import (
     write_run_config,
 )
 from utils.cli.run_folder import RunFolder
-from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given
+from utils.data.arguments import check_output_outside, check_real_images_given
 from utils.data.class_names import match_labels
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_finished, publish_folder
 from utils.hub.targets import open_target
-from utils.transfer.arguments import (
-    BridgedTrainingArguments,
-    BridgeStageArguments,
-    LoraArguments,
-    MethodArguments,
-    ModelArguments,
-    StageArguments,
-    SyntheticDataArguments,
-    check_training_arguments,
-)
+from utils.transfer.arguments import GROUPS, BridgedTrainingArguments, check_training_arguments
 from utils.transfer.methods import (
     METHODS,
     STAGE_1,
@@ -75,13 +66,6 @@ PUBLISHED_FILES = (
     *WEIGHTS, "config.json", "preprocessor_config.json", "report.png", ALL_RESULTS, BRIDGED_CONFIG, RUN_CONFIG,
     "README.md",
 )  # fmt: skip
-
-
-GROUPS = {
-    "model": ModelArguments, "real": RealDataArguments, "synthetic": SyntheticDataArguments,
-    "method": MethodArguments, "stage": StageArguments, "bridge": BridgeStageArguments, "lora": LoraArguments,
-    "training": BridgedTrainingArguments,
-}  # fmt: skip
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple:

@@ -3,6 +3,8 @@
 import dataclasses
 from itertools import product
 
+import numpy as np
+
 from utils.cli.errors import UserError
 from utils.cli.records import read_record
 from utils.comparison.cells import CellRunner, run_cells
@@ -10,11 +12,9 @@ from utils.comparison.grid import (
     Cell,
     Recipe,
     Row,
-    choose_best,
     look_up_recipe,
     make_cell,
     rates_around,
-    recipe_grid,
     shots_key,
     shots_title,
 )
@@ -52,7 +52,8 @@ def list_recipes(search_args, runner: CellRunner, shots: list[int | None]) -> di
     for num_shots in shots:
         num_images = len(runner.few_shot_rows(num_shots, seed=0))
         steps = search_args.step_counts or [epoch_steps(search_args.num_train_epochs, num_images, batch_size)]
-        recipes[num_shots] = recipe_grid(rates, steps, search_args.head_learning_rate_factors)
+        grid = product(rates, steps, search_args.head_learning_rate_factors or [None])
+        recipes[num_shots] = [Recipe(*values) for values in grid]
     return recipes
 
 
@@ -74,7 +75,7 @@ def choose_bridge(
     cells = {
         bridge: [make_cell(row, None, seed, None, bridge, "validation") for seed in seeds] for bridge in candidates
     }
-    return _choose(_score(runner, cells, num_workers, "search of stage 1"), "stage 1 (--bridge_learning_rates)")[0]
+    return choose_best(_score(runner, cells, num_workers, "search of stage 1"), "stage 1 (--bridge_learning_rates)")[0]
 
 
 def choose_recipes(
@@ -99,7 +100,7 @@ def choose_recipes(
         recipe, accuracy = candidates[0], None
         if len(candidates) > 1:
             scores_here = {recipe: scores[row, num_shots, recipe] for recipe in candidates}
-            recipe, accuracy = _choose(scores_here, f"{row.label} with {shots_title(num_shots)}")
+            recipe, accuracy = choose_best(scores_here, f"{row.label} with {shots_title(num_shots)}")
         chosen[row.label][shots_key(num_shots)] = dataclasses.asdict(recipe) | {"validation_accuracy": accuracy}
     return chosen
 
@@ -145,13 +146,13 @@ def _score(runner: CellRunner, cells: dict[object, list[Cell]], num_workers: int
     return {candidate: LOST if None in accuracies else accuracies for candidate, accuracies in scores.items()}
 
 
-def _choose(scores: dict, what: str) -> tuple[object, float]:
-    """Return the best candidate and its mean accuracy.
+def choose_best(scores: dict, what: str) -> tuple[object, float]:
+    """Return the candidate with the best mean validation accuracy over seeds, the first at a tie, and that mean.
 
     Raises:
         UserError: all of them diverged.
     """
-    best, accuracy = choose_best(scores)
+    best = max(scores, key=lambda candidate: np.mean(scores[candidate]))
     if scores[best] is LOST:
         raise UserError(f"--learning_rates: every candidate of {what} diverged; give lower ones.")
-    return best, accuracy
+    return best, float(np.mean(scores[best]))

@@ -1,7 +1,4 @@
-"""The argument groups of train_bridged.py: model, synthetic images, method, stages, LoRA, and the Trainer's own flags.
-
-Stage 1's begin with bridge_.
-"""
+"""The argument groups of train_bridged.py; flags of stage 1 begin with bridge_."""
 
 import os
 from dataclasses import dataclass
@@ -10,6 +7,7 @@ from transformers import TrainingArguments
 
 from utils.cli.errors import UserError
 from utils.cli.options import option
+from utils.data.arguments import RealDataArguments
 from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, HEAD_INITS, METHODS
 
 MAX_WORKERS = 16
@@ -219,6 +217,14 @@ class BridgedTrainingArguments(TrainingArguments):
     max_eval_samples: int | None = option(
         None, "Use so many validation and test images, evenly spread; all when not given."
     )
+
+
+# in the order of --help
+GROUPS = {
+    "model": ModelArguments, "real": RealDataArguments, "synthetic": SyntheticDataArguments, "method": MethodArguments,
+    "stage": StageArguments, "bridge": BridgeStageArguments, "lora": LoraArguments,
+    "training": BridgedTrainingArguments,
+}  # fmt: skip
 
 
 def check_training_arguments(training_args: TrainingArguments) -> None:
