@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import math
 import shutil
 
@@ -83,7 +82,7 @@ def test_a_killed_comparison_goes_on_and_stage_1_is_trained_once(finished):
     names = [folder.name for _, _, folder in trained]
     assert sorted(names) == ["stage1"] + 4 * ["stage2"] + 2 * ["vanilla"]
     assert {settings.max_steps for settings, _, folder in trained if folder.name == "vanilla"} == {3}
-    assert json.loads((output_dir / "comparison.json").read_text())["summary"] == comparison["summary"]
+    assert read_record(output_dir / "comparison.json")["summary"] == comparison["summary"]
     assert (output_dir / "comparison.png").is_file()
     assert cards.text(comparison["findings"][0]) in (output_dir / "comparison.md").read_text(encoding="utf-8")
     assert not list((output_dir / "work").iterdir()), "weights of cells are not kept"
@@ -173,22 +172,19 @@ def test_a_cell_is_kept_for_the_very_same_settings_only(runner, real_images_dir)
     assert runner.path(cell_of("mix")) == path
 
 
-def test_volumes_are_nested_and_mix_repeats_real_images_to_its_ratio(runner):
+def test_volumes_are_nested_shots_those_of_a_run_and_mix_repeats_real_images_to_its_ratio(runner, real_images_dir):
     source = runner.sources["dsi", 0]
     small, large, whole = (runner.load_synthetic(source, volume) for volume in (2, 4, None))
     assert (len(small), len(large), len(whole)) == (6, 12, 18)
     assert set(pixels(small)) < set(pixels(large)) < set(pixels(whole))
     assert [np.bincount(images["label"]).tolist() for images in (small, large)] == [[2] * 3, [4] * 3]
+    few = load_real_images(RealImagesRecord(str(real_images_dir), num_shots=3, few_shot_seed=5))
+    assert np.array_equal(runner.real.train_indices[runner.few_shot_rows(3, 5)], few.train_indices)
+    assert np.array_equal(runner.few_shot_rows(None, 5), np.arange(len(runner.real.train)))
     real = runner.real.train.select(runner.few_shot_rows(1, seed=0))
     assert len(select_images(METHODS["mix"], real, large)["both"]) == 3 + 12
     balanced = select_images(METHODS["mix_balanced"], real, large)["both"]
     assert pixels(balanced)[:12] == 4 * pixels(real) and pixels(balanced)[12:] == pixels(large)
-
-
-def test_shots_are_the_images_of_load_real_images(runner, real_images_dir):
-    few = load_real_images(RealImagesRecord(str(real_images_dir), num_shots=3, few_shot_seed=5))
-    assert np.array_equal(runner.real.train_indices[runner.few_shot_rows(3, 5)], few.train_indices)
-    assert np.array_equal(runner.few_shot_rows(None, 5), np.arange(len(runner.real.train)))
 
 
 def test_the_error_of_a_cell_names_the_cell(runner, monkeypatch):
@@ -197,9 +193,8 @@ def test_the_error_of_a_cell_names_the_cell(runner, monkeypatch):
 
     monkeypatch.setattr("utils.transfer.run_method.run_stage", run_stage)
     monkeypatch.setattr(CellRunner, "_eval_items", lambda *_: [])
-    with pytest.raises(
-        UserError, match=r"^--batch_norm odd: no\. \(in the cell 'bridged, 1 shot, 2 a class, seed 0'\)$"
-    ):
+    message = r"^--batch_norm odd: no\. \(in the cell 'bridged, 1 shot, 2 a class, seed 0'\)$"
+    with pytest.raises(UserError, match=message):
         runner.result(cell_of("bridged", volume=2))
 
 
@@ -234,26 +229,15 @@ def fake_results(monkeypatch, best_on_validation) -> list:
     return asked
 
 
-def test_recipes_are_chosen_on_validation(classifiers, synthetic_dir, tmp_path, monkeypatch):
-    asked = fake_results(monkeypatch, lambda cell: cell.recipe.learning_rate == 1e-3)
-    run(classifiers, synthetic_dir, tmp_path, "--learning_rates", "1e-4", "1e-3")
-    chosen = json.loads((tmp_path / "chosen_settings.json").read_text())
-    assert chosen["bridged"]["2"]["learning_rate"] == 1e-3
-    assert {cell.recipe.learning_rate for cell in asked if cell.split == "test" and cell.row.name == "bridged"} == {
-        1e-3
-    }
-
-
-def test_shots_that_are_not_searched_take_the_recipe_of_the_next_below(
+def test_recipes_are_chosen_on_validation_and_shots_that_are_not_searched_take_those_of_the_next_below(
     classifiers, synthetic_dir, tmp_path, monkeypatch
 ):
     asked = fake_results(monkeypatch, lambda cell: cell.recipe.learning_rate == 1e-3)
     run(classifiers, synthetic_dir, tmp_path, "--learning_rates", "1e-4", "1e-3", "--search_shots", "1")
+    assert read_record(tmp_path / "chosen_settings.json")["bridged"]["1"]["learning_rate"] == 1e-3
     assert {cell.num_shots for cell in asked if cell.split == "validation"} == {1}
     tested = {(cell.num_shots, cell.recipe.learning_rate) for cell in asked if cell.split == "test"}
     assert {(1, 1e-3), (2, 1e-3)} <= tested and {rate for shots, rate in tested if shots} == {1e-3}
-    with pytest.raises(UserError, match="--search_shots 4: not among --num_shots"):
-        run(classifiers, synthetic_dir, tmp_path, "--search_shots", "4")
 
 
 def test_stage_1_is_chosen_on_validation_and_kept_for_all_methods(classifiers, synthetic_dir, tmp_path, monkeypatch):
@@ -263,8 +247,7 @@ def test_stage_1_is_chosen_on_validation_and_kept_for_all_methods(classifiers, s
         ("synthetic_only", rate) for rate in (1e-4, 1e-3, 5e-3)
     ]
     assert {cell.bridge.learning_rate for cell in asked if cell.split == "test"} == {1e-3}
-    chosen = json.loads((tmp_path / "chosen_settings.json").read_text())
-    assert chosen["stage1"]["learning_rate"] == 1e-3
+    assert read_record(tmp_path / "chosen_settings.json")["stage1"]["learning_rate"] == 1e-3
     again = ["--settings", str(tmp_path / "chosen_settings.json"), "--bridge_learning_rates", "1e-4"]
     asked.clear()
     run(classifiers, synthetic_dir, tmp_path / "again", *again)
@@ -309,7 +292,7 @@ def test_a_candidate_that_diverges_has_lost_the_search_and_is_told_of(
     diverge(monkeypatch, lambda cell: cell.recipe.learning_rate == 1e-4 or cell.bridge.learning_rate == 1e-4)
     rates = ["--learning_rates", "1e-4", "1e-3", "--bridge_learning_rates", "1e-4", "1e-3"]
     run(classifiers, synthetic_dir, tmp_path, *rates)
-    chosen = json.loads((tmp_path / "chosen_settings.json").read_text())
+    chosen = read_record(tmp_path / "chosen_settings.json")
     assert chosen["stage1"]["learning_rate"] == chosen["bridged"]["2"]["learning_rate"] == 1e-3
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: a candidate of the")]
     assert len(warnings) == 1 + 3 * 2  # of stage 1, and of three methods at one and two shots
@@ -397,9 +380,8 @@ def test_real_images_given_by_hand_go_before_the_record(
     classifiers, set_of_names, real_images_dir, tmp_path, monkeypatch
 ):
     fake_results(monkeypatch, lambda cell: True)
-    with pytest.raises(
-        UserError, match="^--dataset_name: .* list of class names, .*give --dataset_name or --train_dir"
-    ):
+    message = "^--dataset_name: .* list of class names, .*give --dataset_name or --train_dir"
+    with pytest.raises(UserError, match=message):
         run(classifiers, set_of_names, tmp_path / "out")
     run(classifiers, set_of_names, tmp_path / "out", "--dataset_name", str(real_images_dir))
     options = read_record(tmp_path / "out" / "run_config.json")["options"]
@@ -421,6 +403,7 @@ def test_a_revision_goes_with_the_path_of_its_set(monkeypatch, tmp_path):
         (["--volumes", "2", "7"], r"--volumes 7: \S+ has only 6 images of a class"),
         (["--num_shots", "20"], r"--num_shots 20: a class of the real set has only 1\d training images"),
         (["--num_shots", "0"], "--num_shots 0: must be above 0"),
+        (["--search_shots", "4"], "--search_shots 4: not among --num_shots"),
         (["--seeds", "1", "1"], "--seeds 1 1: a value is there twice"),
         (["--seeds", "-1"], "--seeds -1: must be 0 or above"),
         (["--volumes", "0"], "--volumes 0: must be above 0"),
@@ -439,13 +422,12 @@ def test_bad_values_are_one_line(flags, message, classifiers, synthetic_dir, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_several_launched_processes_are_refused(classifiers, synthetic_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="--num_processes: .* give --num_workers"):
+def test_launched_processes_and_sets_without_settings_or_for_other_images_are_refused(
+    classifiers, synthetic_dir, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="--num_processes: .* give --num_workers"):
+        patch.setenv("WORLD_SIZE", "2")
         run(classifiers, synthetic_dir, tmp_path / "out")
-
-
-def test_a_set_without_settings_or_for_other_images_is_refused(classifiers, synthetic_dir, tmp_path):
     with pytest.raises(UserError, match="--synthetic_dataset: give at least one"):
         compare_transfer.main(["--num_shots", "1"])
     write_record(tmp_path / "chosen.json", {"bridged": {}})
@@ -456,7 +438,5 @@ def test_a_set_without_settings_or_for_other_images_is_refused(classifiers, synt
     record = read_record(other / GENERATION_CONFIG)
     write_record(other / GENERATION_CONFIG, record | {"real_images": {**record["real_images"], "dataset_name": "a/b"}})
     with pytest.raises(UserError, match="was made for 'a/b', .* give --dataset_name or --train_dir"):
-        run(
-            classifiers, f"a={synthetic_dir}", tmp_path / "out", "--synthetic_dataset", f"a={synthetic_dir}",
-            f"b={other}",
-        )  # fmt: skip
+        run(classifiers, f"a={synthetic_dir}", tmp_path / "out", "--synthetic_dataset", f"a={synthetic_dir}",
+            f"b={other}")  # fmt: skip

@@ -5,36 +5,24 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import load_dataset
-from transformers import TrainingArguments
 
-from tests.conftest import CLASS_NAMES
+from tests.transfer.builders import run_plan
 from utils.cli.errors import DivergedError, UserError
-from utils.transfer.classifiers import load_image_processor
 from utils.transfer.fine_tuning import StageTrainer
 from utils.transfer.methods import StagePlan, StageSettings
-from utils.transfer.stage import Pretrained, run_stage
 
 pytest_plugins = ["tests.transfer.fixtures"]
 INFINITE_FIRST, INFINITE_ALL = {0, 1}, set(range(6))
 SETTINGS = StageSettings(6, 1e-2, per_device_train_batch_size=4, warmup_steps=0)
 
 
-@pytest.fixture(scope="module")
-def images(real_images_dir):
-    return load_dataset(str(real_images_dir), split="train").take(12)
-
-
 @pytest.fixture
 def run(classifiers, images, tmp_path):
     def run(settings=SETTINGS, folder="stage1", name="vit", images=images, resume=False, **options):
-        options = {"logging_strategy": "no", "save_strategy": "no"} | options
-        args = TrainingArguments(output_dir=str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, **options)
-        model, result = run_stage(
-            StagePlan("stage1", "real", "reset", settings), None, images,
-            Pretrained(classifiers[name], load_image_processor(classifiers[name]), {}), CLASS_NAMES, args,
-            tmp_path / folder, resume=resume,
-        )  # fmt: skip
+        plan = StagePlan("stage1", "real", "reset", settings)
+        model, result = run_plan(
+            plan, classifiers[name], images, tmp_path / folder, resume=resume, use_cpu=True, **options
+        )
         return model.state_dict(), result
 
     return run
