@@ -54,9 +54,6 @@ from utils.transfer.stage import Pretrained, open_pretrained
 from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, open_synthetic
 
 GROUPS = (ModelArguments, ComparedImagesArguments, ComparisonArguments, SearchArguments, SharedStageArguments)
-LISTS = ("seeds", "search_seeds", "num_shots", "search_shots", "volumes", "learning_rates", "step_counts",
-         "head_learning_rate_factors", "bridge_learning_rates", "bridge_step_counts",
-         "bridge_mixup_alphas")  # fmt: skip
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, int], SyntheticSource]]:
@@ -89,9 +86,8 @@ def check_values(values: dict) -> None:
     """
     if not values["synthetic_dataset"]:
         raise UserError("--synthetic_dataset: give at least one synthetic set, a folder or a data set id.")
-    for name in LISTS:
-        entries = values[name] or []
-        if len(set(entries)) < len(entries):
+    for name, entries in values.items():
+        if isinstance(entries, list) and len(set(entries)) < len(entries):
             raise UserError(f"--{name} {' '.join(map(str, entries))}: a value is there twice.")
     for name in ("learning_rates", "bridge_learning_rates"):
         if values["search_learning_rate"] and len(values[name] or []) > 1:
@@ -171,7 +167,14 @@ def build_runner(model_args, real_args, comparison_args, shared_args, sources: d
         random_flip=real_args.random_flip, per_device_train_batch_size=shared_args.per_device_train_batch_size,
         weight_decay=shared_args.weight_decay,
     )  # fmt: skip
-    training_args = build_training_arguments(shared_args, comparison_args)
+    try:
+        training_args = TrainingArguments(
+            output_dir=str(Path(comparison_args.output_dir) / "work"), per_device_eval_batch_size=128,
+            bf16=shared_args.bf16, fp16=shared_args.fp16, dataloader_num_workers=shared_args.dataloader_num_workers,
+            lr_scheduler_type="cosine", logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+    except ValueError as error:  # this machine does not have that precision
+        raise UserError(str(error)) from None
     imprint = any(stage.head_init == "imprint" for row in rows for stage in row.method.stages)
     rehearse(pretrained, settings, training_args, imprint)
     real = load_real_images(RealImagesRecord.from_arguments(real_args), token)
@@ -193,22 +196,6 @@ def fill_in_learning_rates(search_args, pretrained: Pretrained) -> None:
         f"Learning rates {search_args.learning_rates[0]:g} on real, {search_args.bridge_learning_rates[0]:g} on "
         f"synthetic images where none is given: {rates.reason}."
     )
-
-
-def build_training_arguments(shared_args, comparison_args) -> TrainingArguments:
-    """Return what the Trainer of every stage is told.
-
-    Raises:
-        UserError: this machine does not have that precision.
-    """
-    try:
-        return TrainingArguments(
-            output_dir=str(Path(comparison_args.output_dir) / "work"), per_device_eval_batch_size=128,
-            bf16=shared_args.bf16, fp16=shared_args.fp16, dataloader_num_workers=shared_args.dataloader_num_workers,
-            lr_scheduler_type="cosine", logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def run_table(runner: CellRunner, table: dict, num_workers: int) -> dict[Row, dict[int | None, list[dict]]]:

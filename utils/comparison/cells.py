@@ -105,8 +105,7 @@ class CellRunner:
         Raises:
             UserError: one of them does not fit, or a synthetic image is damaged.
         """
-        counts = np.bincount(self.real.train["label"])
-        smallest = int(counts[counts > 0].min())
+        smallest = _smallest_class(self.real.train)
         most = max(count or 0 for count in shots)
         if most > smallest:
             raise UserError(f"--num_shots {most}: a class of the real set has only {smallest} training images.")
@@ -116,8 +115,7 @@ class CellRunner:
         for source in sources.values():  # several seeds may share one
             images = self.load_synthetic(source)
             open_synthetic(images, source.name, skip_bad_images=False)
-            counts = np.bincount(images["label"])
-            smallest = int(counts[counts > 0].min())
+            smallest = _smallest_class(images)
             if most > smallest:
                 raise UserError(f"--volumes {most}: {source.name} has only {smallest} images of a class.")
 
@@ -191,6 +189,11 @@ class CellRunner:
         if split not in self._items:
             self._items[split] = cache_items(EvalImages(getattr(self.real, split), self.pretrained.image_processor))
         return self._items[split]
+
+
+def _smallest_class(images: Dataset) -> int:
+    """Return the number of images of the class with the fewest, of those that have any."""
+    return min(Counter(images["label"]).values())
 
 
 def run_cells(runner: CellRunner, cells: list[Cell], num_workers: int, description: str) -> dict[Cell, dict]:

@@ -25,21 +25,16 @@ LOST = [-1.0]  # the accuracies of a candidate that diverged
 
 def list_bridges(search_args, shared_args, settings: StageSettings, num_images: int) -> list[StageSettings]:
     """Return the settings of stage 1 to choose from; `num_images` are those of the largest volume."""
+    batch_size = settings.per_device_train_batch_size
+    factor = shared_args.bridge_head_learning_rate_factor
+    steps = search_args.bridge_step_counts or [epoch_steps(search_args.bridge_num_train_epochs, num_images, batch_size)]
     rates = search_args.bridge_learning_rates
-    epochs, batch_size = search_args.bridge_num_train_epochs, settings.per_device_train_batch_size
+    rates = rates_around(*rates) if search_args.search_learning_rate else rates
     return [
         dataclasses.replace(
-            settings,
-            max_steps=max_steps,
-            learning_rate=rate,
-            head_learning_rate_factor=shared_args.bridge_head_learning_rate_factor,
-            mixup_alpha=alpha,
+            settings, max_steps=max_steps, learning_rate=rate, head_learning_rate_factor=factor, mixup_alpha=alpha
         )
-        for max_steps, rate, alpha in product(
-            search_args.bridge_step_counts or [epoch_steps(epochs, num_images, batch_size)],
-            rates_around(*rates) if search_args.search_learning_rate else rates,
-            search_args.bridge_mixup_alphas,
-        )
+        for max_steps, rate, alpha in product(steps, rates, search_args.bridge_mixup_alphas)
     ]
 
 

@@ -272,18 +272,13 @@ class StageTrainer(Trainer):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 groups.setdefault((name in head, name in decayed), []).append(parameter)
+        rates, decays = (self.args.learning_rate, self.head_learning_rate), (0.0, self.args.weight_decay)
+        groups = [
+            {"params": parameters, "lr": rates[is_head], "weight_decay": decays[is_decayed]}
+            for (is_head, is_decayed), parameters in groups.items()
+        ]
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        self.optimizer = optimizer_class(
-            [
-                {
-                    "params": parameters,
-                    "lr": self.head_learning_rate if is_head else self.args.learning_rate,
-                    "weight_decay": self.args.weight_decay if is_decayed else 0.0,
-                }
-                for (is_head, is_decayed), parameters in groups.items()
-            ],
-            **options,
-        )
+        self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
