@@ -26,12 +26,18 @@ NAMES = ["vanilla_matched", "bridged", "bridged_keep", "synthetic_only"]
 RIGHT = {"correct": "gA==", "num_images": 2}  # the first of two images
 
 
-def run(classifiers, synthetic_dir, output_dir, *flags):
-    return compare_transfer.main(
-        ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["vit"], "--num_shots", "1", "2",
-         "--seeds", "0", "--bridge_step_counts", "2", "--step_counts", "1", "--max_eval_samples", "6",
-         "--methods", *NAMES, "--output_dir", str(output_dir), *flags]
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def run(classifiers, synthetic_dir):
+    """Run compare_transfer.py on the tiny images into a folder; return its results."""
+
+    def run(output_dir, *flags, synthetic=synthetic_dir) -> dict:
+        return compare_transfer.main(
+            ["--synthetic_dataset", str(synthetic), "--model_name_or_path", classifiers["vit"], "--num_shots", "1", "2",
+             "--seeds", "0", "--bridge_step_counts", "2", "--step_counts", "1", "--max_eval_samples", "6",
+             "--methods", *NAMES, "--output_dir", str(output_dir), *flags]
+        )  # fmt: skip
+
+    return run
 
 
 def trainings(monkeypatch) -> list:
@@ -57,7 +63,7 @@ def without_seconds(comparison: dict) -> dict:
 
 
 @pytest.fixture(scope="module")
-def finished(classifiers, synthetic_dir, tmp_path_factory):
+def finished(run, tmp_path_factory):
     """A comparison that was killed in its second stage 2 and run again: its folder, result, and what was trained."""
     output_dir = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -72,8 +78,8 @@ def finished(classifiers, synthetic_dir, tmp_path_factory):
         with monkeypatch.context() as patch:
             patch.setattr(stage, "fine_tune", killed)
             with pytest.raises(KeyboardInterrupt):
-                run(classifiers, synthetic_dir, output_dir)
-        comparison = run(classifiers, synthetic_dir, output_dir)
+                run(output_dir)
+        comparison = run(output_dir)
     return output_dir, comparison, trained
 
 
@@ -99,17 +105,17 @@ def test_all_methods_train_on_the_same_real_images(finished, real_images_dir):
         assert seen.count(pixels(few.train)) == 3
 
 
-def test_a_second_run_trains_nothing_and_says_the_same(finished, classifiers, synthetic_dir, monkeypatch):
+def test_a_second_run_trains_nothing_and_says_the_same(finished, run, monkeypatch):
     output_dir, comparison, _ = finished
     trained = trainings(monkeypatch)
-    assert run(classifiers, synthetic_dir, output_dir) == comparison
+    assert run(output_dir) == comparison
     assert not trained
 
 
-def test_workers_give_what_one_process_gives(finished, classifiers, synthetic_dir, tmp_path):
+def test_workers_give_what_one_process_gives(finished, run, tmp_path):
     _, comparison, _ = finished
     flags = "--num_shots", "1", "--methods", "vanilla_matched", "bridged", "bridged_keep", "--num_workers", "2"
-    beside = run(classifiers, synthetic_dir, tmp_path, *flags)
+    beside = run(tmp_path, *flags)
     alone = {(entry["method"], entry["num_shots"]): entry for entry in without_seconds(comparison)["summary"]}
     for entry in without_seconds(beside)["summary"]:
         assert entry == alone[entry["method"], 1]
@@ -230,19 +236,19 @@ def fake_results(monkeypatch, best_on_validation) -> list:
 
 
 def test_recipes_are_chosen_on_validation_and_shots_that_are_not_searched_take_those_of_the_next_below(
-    classifiers, synthetic_dir, tmp_path, monkeypatch
+    run, tmp_path, monkeypatch
 ):
     asked = fake_results(monkeypatch, lambda cell: cell.recipe.learning_rate == 1e-3)
-    run(classifiers, synthetic_dir, tmp_path, "--learning_rates", "1e-4", "1e-3", "--search_shots", "1")
+    run(tmp_path, "--learning_rates", "1e-4", "1e-3", "--search_shots", "1")
     assert read_record(tmp_path / "chosen_settings.json")["bridged"]["1"]["learning_rate"] == 1e-3
     assert {cell.num_shots for cell in asked if cell.split == "validation"} == {1}
     tested = {(cell.num_shots, cell.recipe.learning_rate) for cell in asked if cell.split == "test"}
     assert {(1, 1e-3), (2, 1e-3)} <= tested and {rate for shots, rate in tested if shots} == {1e-3}
 
 
-def test_stage_1_is_chosen_on_validation_and_kept_for_all_methods(classifiers, synthetic_dir, tmp_path, monkeypatch):
+def test_stage_1_is_chosen_on_validation_and_kept_for_all_methods(run, tmp_path, monkeypatch):
     asked = fake_results(monkeypatch, lambda cell: cell.bridge.learning_rate == 1e-3)
-    run(classifiers, synthetic_dir, tmp_path, "--bridge_learning_rates", "1e-4", "1e-3", "5e-3")
+    run(tmp_path, "--bridge_learning_rates", "1e-4", "1e-3", "5e-3")
     assert [(cell.row.name, cell.bridge.learning_rate) for cell in asked if cell.split == "validation"] == [
         ("synthetic_only", rate) for rate in (1e-4, 1e-3, 5e-3)
     ]
@@ -250,13 +256,11 @@ def test_stage_1_is_chosen_on_validation_and_kept_for_all_methods(classifiers, s
     assert read_record(tmp_path / "chosen_settings.json")["stage1"]["learning_rate"] == 1e-3
     again = ["--settings", str(tmp_path / "chosen_settings.json"), "--bridge_learning_rates", "1e-4"]
     asked.clear()
-    run(classifiers, synthetic_dir, tmp_path / "again", *again)
+    run(tmp_path / "again", *again)
     assert {cell.bridge.learning_rate for cell in asked} == {1e-3}
 
 
-def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_any(
-    classifiers, unmirrored_dir, tmp_path, monkeypatch
-):
+def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_any(run, unmirrored_dir, tmp_path, monkeypatch):
     mirrors = []
 
     def result(self, cell):
@@ -264,14 +268,14 @@ def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_any(
         return RIGHT | {"accuracy": 1.0}
 
     monkeypatch.setattr(CellRunner, "result", result)
-    run(classifiers, unmirrored_dir, tmp_path / "first")
+    run(tmp_path / "first", synthetic=unmirrored_dir)
     assert len(mirrors) > len(NAMES) and not any(mirrors)
     # recipes that were searched on images which may be mirrored say nothing of these
     chosen = read_record(tmp_path / "first" / "chosen_settings.json")
     chosen["stage1"]["random_flip"] = True
     write_record(tmp_path / "chosen.json", chosen)
     mirrors.clear()
-    run(classifiers, unmirrored_dir, tmp_path / "second", "--settings", str(tmp_path / "chosen.json"))
+    run(tmp_path / "second", "--settings", str(tmp_path / "chosen.json"), synthetic=unmirrored_dir)
     assert mirrors and not any(mirrors)
 
 
@@ -286,12 +290,10 @@ def diverge(monkeypatch, diverges) -> None:
     monkeypatch.setattr(CellRunner, "_run", run_cell)
 
 
-def test_a_candidate_that_diverges_has_lost_the_search_and_is_told_of(
-    classifiers, synthetic_dir, tmp_path, monkeypatch, capsys
-):
+def test_a_candidate_that_diverges_has_lost_the_search_and_is_told_of(run, tmp_path, monkeypatch, capsys):
     diverge(monkeypatch, lambda cell: cell.recipe.learning_rate == 1e-4 or cell.bridge.learning_rate == 1e-4)
     rates = ["--learning_rates", "1e-4", "1e-3", "--bridge_learning_rates", "1e-4", "1e-3"]
-    run(classifiers, synthetic_dir, tmp_path, *rates)
+    run(tmp_path, *rates)
     chosen = read_record(tmp_path / "chosen_settings.json")
     assert chosen["stage1"]["learning_rate"] == chosen["bridged"]["2"]["learning_rate"] == 1e-3
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: a candidate of the")]
@@ -299,20 +301,18 @@ def test_a_candidate_that_diverges_has_lost_the_search_and_is_told_of(
     assert "of the search was dropped: --learning_rate 1: the loss is nan (in the cell 'bridged, 1 shot" in warnings[3]
 
 
-def test_a_search_in_which_all_diverge_is_one_line(classifiers, synthetic_dir, tmp_path, monkeypatch):
+def test_a_search_in_which_all_diverge_is_one_line(run, tmp_path, monkeypatch):
     diverge(monkeypatch, lambda cell: cell.split == "validation")
     with pytest.raises(UserError, match="every candidate of vanilla_matched with 1 shot diverged; give lower ones"):
-        run(classifiers, synthetic_dir, tmp_path / "real", "--learning_rates", "1e-4", "1e-3")
+        run(tmp_path / "real", "--learning_rates", "1e-4", "1e-3")
     with pytest.raises(UserError, match="every candidate of stage 1 .--bridge_learning_rates. diverged"):
-        run(classifiers, synthetic_dir, tmp_path / "bridge", "--bridge_learning_rates", "1e-4", "1e-3")
+        run(tmp_path / "bridge", "--bridge_learning_rates", "1e-4", "1e-3")
 
 
-def test_a_cell_of_the_table_that_diverges_ends_the_comparison_and_does_not_count(
-    classifiers, synthetic_dir, tmp_path, monkeypatch
-):
+def test_a_cell_of_the_table_that_diverges_ends_the_comparison_and_does_not_count(run, tmp_path, monkeypatch):
     diverge(monkeypatch, lambda cell: cell.row.name == "synthetic_only")
     with pytest.raises(UserError, match="the loss is nan .in the cell 'synthetic_only, seed 0'"):
-        run(classifiers, synthetic_dir, tmp_path)
+        run(tmp_path)
     assert len(list((tmp_path / "cells").iterdir())) == 6 and not (tmp_path / "comparison.json").exists()
 
 
@@ -330,10 +330,10 @@ def test_what_a_trial_of_two_images_shows_is_found_before_images_are_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_small_search_is_the_same_for_every_method(classifiers, synthetic_dir, tmp_path, monkeypatch):
+def test_the_small_search_is_the_same_for_every_method(run, tmp_path, monkeypatch):
     asked = fake_results(monkeypatch, lambda cell: cell.recipe.learning_rate == pytest.approx(8e-5))
     flags = "--search_learning_rate", "--methods", "vanilla", "mix", "bridged", "synthetic_only", "--volumes", "2", "4"
-    run(classifiers, synthetic_dir, tmp_path, *flags)
+    run(tmp_path, *flags)
     assert len(asked) == len(set(asked)), "equal cells are one"
     searched = [cell for cell in asked if cell.split == "validation"]
     bridges = [cell for cell in searched if cell.row.name == "synthetic_only"]
@@ -376,14 +376,12 @@ def set_of_names(synthetic_dir, tmp_path):
     return folder
 
 
-def test_real_images_given_by_hand_go_before_the_record(
-    classifiers, set_of_names, real_images_dir, tmp_path, monkeypatch
-):
+def test_real_images_given_by_hand_go_before_the_record(run, set_of_names, real_images_dir, tmp_path, monkeypatch):
     fake_results(monkeypatch, lambda cell: True)
     message = "^--dataset_name: .* list of class names, .*give --dataset_name or --train_dir"
     with pytest.raises(UserError, match=message):
-        run(classifiers, set_of_names, tmp_path / "out")
-    run(classifiers, set_of_names, tmp_path / "out", "--dataset_name", str(real_images_dir))
+        run(tmp_path / "out", synthetic=set_of_names)
+    run(tmp_path / "out", "--dataset_name", str(real_images_dir), synthetic=set_of_names)
     options = read_record(tmp_path / "out" / "run_config.json")["options"]
     assert options["dataset_name"] == str(real_images_dir) and options["num_shots"] == [1, 2]
 
@@ -416,27 +414,26 @@ def test_a_revision_goes_with_the_path_of_its_set(monkeypatch, tmp_path):
         (["--methods", "bridged@other"], "--methods bridged@other: no synthetic set 'other'"),
     ],
 )
-def test_bad_values_are_one_line(flags, message, classifiers, synthetic_dir, tmp_path):
+def test_bad_values_are_one_line(flags, message, run, tmp_path):
     with pytest.raises(UserError, match=message):
-        run(classifiers, synthetic_dir, tmp_path / "out", *flags)
+        run(tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 
 
 def test_launched_processes_and_sets_without_settings_or_for_other_images_are_refused(
-    classifiers, synthetic_dir, tmp_path, monkeypatch
+    run, synthetic_dir, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patch, pytest.raises(UserError, match="--num_processes: .* give --num_workers"):
         patch.setenv("WORLD_SIZE", "2")
-        run(classifiers, synthetic_dir, tmp_path / "out")
+        run(tmp_path / "out")
     with pytest.raises(UserError, match="--synthetic_dataset: give at least one"):
         compare_transfer.main(["--num_shots", "1"])
     write_record(tmp_path / "chosen.json", {"bridged": {}})
     with pytest.raises(UserError, match=r"--settings \S+: is no chosen_settings.json"):
-        run(classifiers, synthetic_dir, tmp_path / "out", "--settings", str(tmp_path / "chosen.json"))
+        run(tmp_path / "out", "--settings", str(tmp_path / "chosen.json"))
     other = tmp_path / "other"
     shutil.copytree(synthetic_dir, other)
     record = read_record(other / GENERATION_CONFIG)
     write_record(other / GENERATION_CONFIG, record | {"real_images": {**record["real_images"], "dataset_name": "a/b"}})
     with pytest.raises(UserError, match="was made for 'a/b', .* give --dataset_name or --train_dir"):
-        run(classifiers, f"a={synthetic_dir}", tmp_path / "out", "--synthetic_dataset", f"a={synthetic_dir}",
-            f"b={other}")  # fmt: skip
+        run(tmp_path / "out", "--synthetic_dataset", f"a={synthetic_dir}", f"b={other}")
