@@ -24,12 +24,7 @@ from utils.cli.options import resolve_options
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import public_command
 from utils.cli.records import COMPARISON, image_set_name, write_record, write_run_config
-from utils.comparison.arguments import (
-    ComparedImagesArguments,
-    ComparisonArguments,
-    SearchArguments,
-    SharedStageArguments,
-)
+from utils.comparison.arguments import GROUPS
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
 from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title
 from utils.comparison.report import plot_comparison, print_comparison, write_markdown
@@ -45,15 +40,12 @@ from utils.comparison.statistics import describe_findings, stack_correct, summar
 from utils.data.arguments import check_output_outside, check_real_images_given
 from utils.data.image_set import RealImagesRecord
 from utils.data.real_images import load_real_images, same_image_set
-from utils.transfer.arguments import ModelArguments
 from utils.transfer.classifiers import default_learning_rates
 from utils.transfer.methods import StageSettings, describe_methods
 from utils.transfer.rehearsal import rehearse
 from utils.transfer.run_method import open_real_images
 from utils.transfer.stage import Pretrained, open_pretrained
 from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, open_synthetic
-
-GROUPS = (ModelArguments, ComparedImagesArguments, ComparisonArguments, SearchArguments, SharedStageArguments)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, int], SyntheticSource]]:

@@ -1,15 +1,7 @@
 import pytest
 
 from utils.cli.errors import UserError
-from utils.comparison.grid import (
-    Recipe,
-    Row,
-    look_up_recipe,
-    make_cell,
-    parse_rows,
-    parse_synthetic_sets,
-    plan_cell,
-)
+from utils.comparison.grid import Recipe, Row, look_up_recipe, make_cell, parse_rows, parse_synthetic_sets, plan_cell
 from utils.comparison.search import choose_best
 from utils.transfer.methods import StageSettings
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from utils.cli.options import option
 from utils.data.arguments import RealDataArguments
-from utils.transfer.arguments import default_num_workers
+from utils.transfer.arguments import ModelArguments, default_num_workers
 from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, METHODS
 
 DEFAULT_METHODS = [
@@ -107,3 +107,7 @@ class SharedStageArguments:
         "Processes that read images ahead for each cell, as in train_bridged.py.",
         affects_result=False,
     )
+
+
+# in the order of --help
+GROUPS = (ModelArguments, ComparedImagesArguments, ComparisonArguments, SearchArguments, SharedStageArguments)

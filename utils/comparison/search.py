@@ -8,16 +8,7 @@ import numpy as np
 from utils.cli.errors import UserError
 from utils.cli.records import read_record
 from utils.comparison.cells import CellRunner, run_cells
-from utils.comparison.grid import (
-    Cell,
-    Recipe,
-    Row,
-    look_up_recipe,
-    make_cell,
-    rates_around,
-    shots_key,
-    shots_title,
-)
+from utils.comparison.grid import Cell, Recipe, Row, look_up_recipe, make_cell, rates_around, shots_key, shots_title
 from utils.transfer.methods import StageSettings, steps_per_epoch
 
 LOST = [-1.0]  # the accuracies of a candidate that diverged
