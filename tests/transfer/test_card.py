@@ -74,9 +74,8 @@ def test_classifier_card_has_metadata_that_the_hub_links(tmp_path):
 
 
 def test_only_numbers_get_into_the_model_index(tmp_path):
-    assert [result.metric_type for result in write_classifier_card(
-        tmp_path / "some", **ACCURACY, test_macro_f1=float("nan")
-    ).data.eval_results] == ["accuracy"]  # fmt: skip
+    card = write_classifier_card(tmp_path / "some", **ACCURACY, test_macro_f1=float("nan"))
+    assert [result.metric_type for result in card.data.eval_results] == ["accuracy"]
     assert write_classifier_card(tmp_path / "none").data.eval_results is None
     assert "model-index" not in metadata_load(tmp_path / "none" / "README.md")
 

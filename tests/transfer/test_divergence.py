@@ -86,14 +86,6 @@ def test_the_checks_change_no_weight(run, monkeypatch):
     assert all(torch.equal(value, checked[key]) for key, value in unchecked.items())
 
 
-def test_fewer_steps_than_planned_are_not_a_finished_stage(run, images, tmp_path):
-    with pytest.raises(
-        UserError, match="^--per_device_train_batch_size 4: only 0 of 6 steps were taken, there are too"
-    ):
-        run(images=images.take(3), dataloader_drop_last=True)
-    assert not (tmp_path / "stage1" / "stage.json").exists()
-
-
 @pytest.mark.parametrize("infinite", [INFINITE_FIRST, INFINITE_ALL])
 def test_steps_that_fp16_passes_over_are_normal_as_long_as_some_are_taken(run, monkeypatch, infinite):
     create_optimizer, backward, calls = StageTrainer.create_optimizer, Accelerator.backward, []
@@ -118,7 +110,17 @@ def test_steps_that_fp16_passes_over_are_normal_as_long_as_some_are_taken(run, m
             run()
 
 
-def test_a_stage_whose_head_never_moves_is_not_finished(run, tmp_path):
-    with pytest.raises(DivergedError, match="--learning_rate 1e-20: no weight of the head has moved .* a higher one"):
-        run(replace(SETTINGS, learning_rate=1e-20))
+@pytest.mark.parametrize(
+    ("settings", "num_images", "message"),
+    [
+        (SETTINGS, 3, "^--per_device_train_batch_size 4: only 0 of 6 steps were taken, there are too"),
+        (replace(SETTINGS, learning_rate=1e-20), 12,
+         "--learning_rate 1e-20: no weight of the head has moved .* a higher one"),
+    ],
+)  # fmt: skip
+def test_a_stage_of_too_few_steps_or_whose_head_never_moves_is_not_finished(
+    run, images, tmp_path, settings, num_images, message
+):
+    with pytest.raises(UserError, match=message):
+        run(settings, images=images.take(num_images), dataloader_drop_last=True)
     assert not (tmp_path / "stage1" / "stage.json").exists()

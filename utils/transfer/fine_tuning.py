@@ -110,23 +110,16 @@ def _stage_arguments(
 ) -> TrainingArguments:
     # the stage never talks to the Hub, and a saved training_args.bin would hold the token
     return dataclasses.replace(
-        training_args,
-        output_dir=str(output_dir),
-        max_steps=settings.max_steps,
-        learning_rate=settings.learning_rate,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        weight_decay=settings.weight_decay,
-        warmup_steps=settings.warmup_steps,
-        remove_unused_columns=False,
+        training_args, output_dir=str(output_dir), max_steps=settings.max_steps, learning_rate=settings.learning_rate,
+        per_device_train_batch_size=settings.per_device_train_batch_size, weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup_steps, remove_unused_columns=False, ignore_data_skip=False,
         label_smoothing_factor=0.0,  # ours: the Trainer's does not go with a loss of one's own
         average_tokens_across_devices=True,  # so counts the loss
-        ignore_data_skip=False,
         logging_nan_inf_filter=False,  # it hides losses that end training; and to look at each one takes a GPU's time
         dataloader_persistent_workers=training_args.dataloader_num_workers > 0,
         dataloader_pin_memory=training_args.dataloader_pin_memory and torch.accelerator.is_available(),
-        push_to_hub=False,
-        hub_token=None,
-    )
+        push_to_hub=False, hub_token=None,
+    )  # fmt: skip
 
 
 class StageTrainer(Trainer):
