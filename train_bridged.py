@@ -373,10 +373,10 @@ def measure_leep(args: SimpleNamespace, pretrained, train_images, results: dict,
     has_stage_1 = STAGE_1.name in names
     is_measured = has_stage_1 if args.training.leep is None else args.training.leep
     if is_measured and stage.name == (STAGE_1.name if has_stage_1 else names[0]):
-        results |= leep_results(
-            pretrained.name, model if has_stage_1 else None, EvalImages(train_images, pretrained.image_processor),
-            args.training.per_device_eval_batch_size, args.training.dataloader_num_workers, **pretrained.hub_options,
-        )  # fmt: skip
+        images = EvalImages(train_images, pretrained.image_processor)
+        loading = args.training.per_device_eval_batch_size, args.training.dataloader_num_workers
+        bridged = model if has_stage_1 else None
+        results.update(leep_results(pretrained.name, bridged, images, *loading, **pretrained.hub_options))
 
 
 def write_results(args: SimpleNamespace, model_id: str, pretrained, config: dict, results: dict, done, command: str):

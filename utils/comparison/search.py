@@ -121,10 +121,7 @@ def describe_choice(settings_path: str | None, chosen: dict, seeds: list[int]) -
 
 
 def _score(runner: CellRunner, cells: dict[object, list[Cell]], num_workers: int, what: str) -> dict:
-    """Return each candidate's accuracies on the validation images; `cells` has one a seed.
-
-    A candidate that diverged on any seed is told of, and has lost: its accuracies are below all others.
-    """
+    """Return each candidate's accuracies, one a seed; one that diverged on any seed is told of, and has lost."""
     results = run_cells(runner, [cell for by_seed in cells.values() for cell in by_seed], num_workers, what)
     for diverged in dict.fromkeys(result["diverged"] for result in results.values() if "diverged" in result):
         print(f"Warning: a candidate of the {what} was dropped: {diverged}")

@@ -160,17 +160,13 @@ def leep_results(
     models = {name: model for name, model in models.items() if model is not None}
     images_to_read = images if models else []
     all_logits, labels = _predict_with_each(list(models.values()), images_to_read, batch_size, num_workers)
-    scores = {f"leep_{name}": leep(_softmax(logits), labels) for name, logits in zip(models, all_logits)}
+    for logits in all_logits:  # turned into probabilities in place
+        for rows in torch.from_numpy(logits).split(ROWS_AT_A_TIME):
+            rows.copy_(rows.softmax(1))
+    scores = {f"leep_{name}": leep(probabilities, labels) for name, probabilities in zip(models, all_logits)}
     num_source_classes = AutoConfig.from_pretrained(pretrained, **hub_options).num_labels  # 0 of timm's backbones
     counts = {"leep_num_images": len(images), "leep_num_source_classes": num_source_classes}
     return {"leep_pretrained": None, "leep_bridged": None} | scores | counts
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    """Return logits turned into probabilities, in place."""
-    for rows in torch.from_numpy(logits).split(ROWS_AT_A_TIME):
-        rows.copy_(rows.softmax(1))
-    return logits
 
 
 def leep(probabilities: np.ndarray, labels: np.ndarray) -> float:
