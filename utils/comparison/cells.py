@@ -29,12 +29,13 @@ from utils.data.image_set import RealImages
 from utils.data.opened_images import open_synthetic
 from utils.data.splits import few_shot_indices
 from utils.transfer.evaluation import classification_metrics
-from utils.transfer.image_format import EvalImages, cache_items
+from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StageSettings
 from utils.transfer.run_method import run_method, select_images
 from utils.transfer.stage import Pretrained
 from utils.transfer.synthetic_images import SyntheticSource, load_synthetic
 
+MAX_BYTES_IN_MEMORY = 2**30  # of images that cells are evaluated on, again and again
 _runner: "CellRunner | None" = None  # of a worker process
 
 
@@ -149,13 +150,12 @@ class CellRunner:
 
     def _shared_settings(self, cell: Cell) -> dict:
         precision = self.training_args.mixed_precision
-        return {
-            "model": self.pretrained.name,
-            "revision": self.pretrained.hub_options["revision"],
-            "class_names": self.real.class_names,
-            "lr_scheduler_type": str(self.training_args.lr_scheduler_type),
-            "seed": cell.seed,
-        } | ({} if precision == "no" else {"mixed_precision": precision})  # cells of before it could be chosen stay
+        settings = {
+            "model": self.pretrained.name, "revision": self.pretrained.hub_options["revision"], "seed": cell.seed,
+            "class_names": self.real.class_names, "lr_scheduler_type": str(self.training_args.lr_scheduler_type),
+        }  # fmt: skip
+        # cells of before it could be chosen stay
+        return settings if precision == "no" else settings | {"mixed_precision": precision}
 
     def _synthetic_settings(self, cell: Cell) -> dict:
         source = self.sources[cell.row.synthetic, cell.seed]
@@ -185,9 +185,12 @@ class CellRunner:
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / f"{name}.lock")
 
-    def _eval_items(self, split: str):
+    def _eval_items(self, split: str) -> EvalImages | list[dict]:
+        """Return the images of a part for evaluation: their items in memory where these are not too large."""
         if split not in self._items:
-            self._items[split] = cache_items(EvalImages(getattr(self.real, split), self.pretrained.image_processor))
+            images = EvalImages(getattr(self.real, split), self.pretrained.image_processor)
+            num_bytes = len(images) * images[0]["pixel_values"].nbytes
+            self._items[split] = list(images) if num_bytes <= MAX_BYTES_IN_MEMORY else images
         return self._items[split]
 
 

@@ -227,13 +227,10 @@ class StageTrainer(Trainer):
         # Workers get their seeds from it. They are started anew when a stage is resumed: drawn from torch's own
         # generator, the seeds would move dropout on
         generator = torch.Generator().manual_seed(self.args.seed)
-        if isinstance(self.train_dataset, StreamedTrainImages):
-            return self._stream_loader(generator)
-        loader = super().get_train_dataloader()
-        loader.base_dataloader.generator = generator
-        return loader
-
-    def _stream_loader(self, generator: torch.Generator) -> DataLoader:
+        if not isinstance(self.train_dataset, StreamedTrainImages):
+            loader = super().get_train_dataloader()
+            loader.base_dataloader.generator = generator
+            return loader
         # not prepared by accelerate: there, the first process would read for all of them
         num_workers = min(self.args.dataloader_num_workers, self.train_dataset.max_workers)
         return DataLoader(

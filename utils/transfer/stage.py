@@ -94,7 +94,15 @@ def run_stage(
         if PartialState().is_main_process:
             folder.begin()
         PartialState().wait_for_everyone()
-        _prepare(model, stage, images, pretrained.image_processor, training_args)
+        # statistics and head, where they are those of the stage's own images
+        eval_images, batch_size = (
+            EvalImages(images, pretrained.image_processor),
+            training_args.per_device_eval_batch_size,
+        )
+        if stage.settings.batch_norm == "recalibrate":
+            recalibrate_batch_norm(model, eval_images, training_args.device, training_args.seed, batch_size)
+        if stage.head_init == "imprint":
+            imprint_head(model, eval_images, batch_size)
     result = fine_tune(
         model, images, pretrained.image_processor, stage.settings, training_args, output_dir, validation, checkpoint
     )
@@ -119,19 +127,6 @@ def _check_stream(stage: StagePlan, images: Dataset | IterableDataset) -> None:
             raise UserError(f"--{flag} {value}: needs all images at once, which a stream does not give; {rest}.")
 
 
-def _prepare(model: nn.Module, stage: StagePlan, images: Dataset, image_processor, training_args) -> None:
-    """Set BatchNorm's statistics and the head from the stage's own images, where it asks for that, in place."""
-    eval_images = EvalImages(images, image_processor)
-    batch_size = training_args.per_device_eval_batch_size
-    if stage.settings.batch_norm == "recalibrate":
-        recalibrate_batch_norm(model, eval_images, training_args.device, training_args.seed, batch_size)
-    if stage.head_init == "imprint":
-        imprint_head(model, eval_images, batch_size)
-
-
-# The model: as a stage begins with it, saved, and loaded again
-
-
 def load_start(
     stage: StagePlan, start: Path | None, pretrained: Pretrained, class_names: list[str], seed: int
 ) -> PreTrainedModel | PeftModel:
@@ -153,9 +148,6 @@ def load_start(
     if not keep_head:
         reset_head(model, seed)
     return model
-
-
-# The folder: the settings it was begun with, checkpoints, `stage.json` once the stage is finished
 
 
 def describe_stage(
