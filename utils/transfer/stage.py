@@ -95,10 +95,8 @@ def run_stage(
             folder.begin()
         PartialState().wait_for_everyone()
         # statistics and head, where they are those of the stage's own images
-        eval_images, batch_size = (
-            EvalImages(images, pretrained.image_processor),
-            training_args.per_device_eval_batch_size,
-        )
+        eval_images = EvalImages(images, pretrained.image_processor)
+        batch_size = training_args.per_device_eval_batch_size
         if stage.settings.batch_norm == "recalibrate":
             recalibrate_batch_norm(model, eval_images, training_args.device, training_args.seed, batch_size)
         if stage.head_init == "imprint":
