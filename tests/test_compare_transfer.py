@@ -113,33 +113,27 @@ def test_a_second_run_trains_nothing_and_says_the_same(finished, run, monkeypatc
 
 
 def test_workers_give_what_one_process_gives(finished, run, tmp_path):
-    _, comparison, _ = finished
+    output_dir, comparison, _ = finished
     flags = "--num_shots", "1", "--methods", "vanilla_matched", "bridged", "bridged_keep", "--num_workers", "2"
     beside = run(tmp_path, *flags)
     alone = {(entry["method"], entry["num_shots"]): entry for entry in without_seconds(comparison)["summary"]}
     for entry in without_seconds(beside)["summary"]:
         assert entry == alone[entry["method"], 1]
     assert len(list((tmp_path / "stage1").iterdir())) == 1
-    assert {path.stem for path in (tmp_path / "cells").iterdir()} <= {
-        path.stem for path in (finished[0] / "cells").iterdir()
-    }
+    stems_beside, stems = ({path.stem for path in (at / "cells").iterdir()} for at in (tmp_path, output_dir))
+    assert stems_beside <= stems
 
 
 def pretrained_of(name):
     return Pretrained(name, None, {"revision": "main"})
 
 
-def make_runner(real, sources, output_dir, **changes):
-    settings = StageSettings(0, 0.0)
-    training_args = cells.TrainingArguments(output_dir=str(output_dir), report_to="none")
-    runner = CellRunner(pretrained_of("base"), real, sources, settings, training_args, output_dir)
-    return dataclasses.replace(runner, **changes)
-
-
 @pytest.fixture
 def runner(real_images_dir, synthetic_dir, tmp_path):
     real = load_real_images(RealImagesRecord(str(real_images_dir)))
-    return make_runner(real, {("dsi", seed): open_synthetic(str(synthetic_dir)) for seed in (0, 1)}, tmp_path)
+    sources = {("dsi", seed): open_synthetic(str(synthetic_dir)) for seed in (0, 1)}
+    training_args = cells.TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    return CellRunner(pretrained_of("base"), real, sources, StageSettings(0, 0.0), training_args, tmp_path)
 
 
 def cell_of(name, num_shots=1, seed=0, volume=None, bridge=None):
@@ -162,13 +156,10 @@ def test_stage_1_is_shared_by_shots_and_heads_and_by_nothing_else(runner):
     assert other_model.bridge_dir(cell_of("bridged")) != shared
 
 
-def test_a_cell_is_kept_for_the_very_same_settings_only(runner, real_images_dir):
+def test_a_cell_is_kept_for_the_very_same_settings_only(runner):
     path = runner.path(cell_of("mix"))
-    changes = [
-        {"max_eval_samples": 5},
-        {"pretrained": pretrained_of("other")},
-        {"settings": StageSettings(0, 0.0, weight_decay=0.5)},
-    ]
+    changes = [{"max_eval_samples": 5}, {"pretrained": pretrained_of("other")},
+               {"settings": StageSettings(0, 0.0, weight_decay=0.5)}]  # fmt: skip
     paths = {dataclasses.replace(runner, **change).path(cell_of("mix")) for change in changes}
     paths |= {
         runner.path(cell_of("mix", None)), runner.path(cell_of("mix", volume=2)), runner.path(cell_of("mix_mixup")),
@@ -361,9 +352,8 @@ def test_without_shots_all_images_are_taken_for_the_default_epochs(classifiers, 
     # 30 epochs of the real images (the rest is validation), 5 of 12 synthetic ones at every volume, 4 a step
     record = read_record(synthetic_dir / GENERATION_CONFIG)["real_images"]
     num_steps = 30 * math.ceil(len(load_real_images(RealImagesRecord(record["dataset_name"])).train) / 4)
-    assert {(cell.num_shots, cell.recipe.max_steps, cell.bridge.max_steps) for cell in bridged} == {
-        (None, num_steps, 15)
-    }
+    found = {(cell.num_shots, cell.recipe.max_steps, cell.bridge.max_steps) for cell in bridged}
+    assert found == {(None, num_steps, 15)}
 
 
 @pytest.fixture

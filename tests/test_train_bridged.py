@@ -78,12 +78,8 @@ def test_a_set_whose_token_saw_no_mirrored_images_trains_on_none_in_either_stage
     assert args.real.random_flip  # a flag wins
 
 
-def weights(folder) -> dict:
-    return load_file(Path(folder) / "model.safetensors")
-
-
 def assert_same_weights(one, other):
-    one, other = weights(one), weights(other)
+    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
