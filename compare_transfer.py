@@ -24,12 +24,7 @@ from utils.cli.options import resolve_options
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import public_command
 from utils.cli.records import COMPARISON, image_set_name, write_record, write_run_config
-from utils.comparison.arguments import (
-    ComparedImagesArguments,
-    ComparisonArguments,
-    SearchArguments,
-    SharedStageArguments,
-)
+from utils.comparison.arguments import GROUPS
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
 from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title
 from utils.comparison.report import plot_comparison, print_comparison, write_markdown
@@ -44,19 +39,13 @@ from utils.comparison.search import (
 from utils.comparison.statistics import describe_findings, stack_correct, summarise
 from utils.data.arguments import check_output_outside, check_real_images_given
 from utils.data.image_set import RealImagesRecord
-from utils.data.opened_images import open_all
-from utils.data.real_images import check_held_out, limit_held_out, load_real_images, same_image_set
-from utils.transfer.arguments import ModelArguments
-from utils.transfer.classifiers import check_classifier, default_learning_rates, load_image_processor
+from utils.data.real_images import load_real_images, same_image_set
+from utils.transfer.classifiers import default_learning_rates
 from utils.transfer.methods import StageSettings, describe_methods
 from utils.transfer.rehearsal import rehearse
-from utils.transfer.stage import Pretrained
+from utils.transfer.run_method import open_real_images
+from utils.transfer.stage import Pretrained, open_pretrained
 from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, open_synthetic
-
-GROUPS = (ModelArguments, ComparedImagesArguments, ComparisonArguments, SearchArguments, SharedStageArguments)
-LISTS = ("seeds", "search_seeds", "num_shots", "search_shots", "volumes", "learning_rates", "step_counts",
-         "head_learning_rate_factors", "bridge_learning_rates", "bridge_step_counts",
-         "bridge_mixup_alphas")  # fmt: skip
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, int], SyntheticSource]]:
@@ -89,9 +78,8 @@ def check_values(values: dict) -> None:
     """
     if not values["synthetic_dataset"]:
         raise UserError("--synthetic_dataset: give at least one synthetic set, a folder or a data set id.")
-    for name in LISTS:
-        entries = values[name] or []
-        if len(set(entries)) < len(entries):
+    for name, entries in values.items():
+        if isinstance(entries, list) and len(set(entries)) < len(entries):
             raise UserError(f"--{name} {' '.join(map(str, entries))}: a value is there twice.")
     for name in ("learning_rates", "bridge_learning_rates"):
         if values["search_learning_rate"] and len(values[name] or []) > 1:
@@ -164,27 +152,27 @@ def build_runner(model_args, real_args, comparison_args, shared_args, sources: d
         UserError: the classifier cannot be trained, or the images cannot be used.
     """
     token = comparison_args.hub_token or None
-    commit = check_classifier(model_args.model_name_or_path, model_args.model_revision, token)
-    hub_options = {"revision": commit or "main", "trust_remote_code": model_args.trust_remote_code, "token": token}
-    image_processor = load_image_processor(model_args.model_name_or_path, **hub_options)
-    pretrained = Pretrained(model_args.model_name_or_path, image_processor, hub_options)
+    pretrained = open_pretrained(**vars(model_args), token=token)
     settings = StageSettings(
         max_steps=0, learning_rate=0.0, mixup_alpha=shared_args.mixup_alpha, batch_norm=shared_args.batch_norm,
         label_smoothing_factor=shared_args.label_smoothing_factor, augmentation=shared_args.augmentation,
         random_flip=real_args.random_flip, per_device_train_batch_size=shared_args.per_device_train_batch_size,
         weight_decay=shared_args.weight_decay,
     )  # fmt: skip
-    training_args = build_training_arguments(shared_args, comparison_args)
+    try:
+        training_args = TrainingArguments(
+            output_dir=str(Path(comparison_args.output_dir) / "work"), per_device_eval_batch_size=128,
+            bf16=shared_args.bf16, fp16=shared_args.fp16, dataloader_num_workers=shared_args.dataloader_num_workers,
+            lr_scheduler_type="cosine", logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+    except ValueError as error:  # this machine does not have that precision
+        raise UserError(str(error)) from None
     imprint = any(stage.head_init == "imprint" for row in rows for stage in row.method.stages)
     rehearse(pretrained, settings, training_args, imprint)
     real = load_real_images(RealImagesRecord.from_arguments(real_args), token)
-    real = limit_held_out(real, comparison_args.max_eval_samples)
-    check_held_out(real)
-    opened = open_all(real)
-    print("\n".join((*real.remarks, *opened.remarks)))
-    check_held_out(opened.images)  # of what was left out, all may have been in one part
+    real = open_real_images(real, comparison_args.max_eval_samples, print)
     return CellRunner(
-        pretrained, opened.images, sources, settings, training_args, Path(comparison_args.output_dir),
+        pretrained, real, sources, settings, training_args, Path(comparison_args.output_dir),
         comparison_args.max_eval_samples, comparison_args.allow_missing_classes,
     )  # fmt: skip
 
@@ -200,22 +188,6 @@ def fill_in_learning_rates(search_args, pretrained: Pretrained) -> None:
         f"Learning rates {search_args.learning_rates[0]:g} on real, {search_args.bridge_learning_rates[0]:g} on "
         f"synthetic images where none is given: {rates.reason}."
     )
-
-
-def build_training_arguments(shared_args, comparison_args) -> TrainingArguments:
-    """Return what the Trainer of every stage is told.
-
-    Raises:
-        UserError: this machine does not have that precision.
-    """
-    try:
-        return TrainingArguments(
-            output_dir=str(Path(comparison_args.output_dir) / "work"), per_device_eval_batch_size=128,
-            bf16=shared_args.bf16, fp16=shared_args.fp16, dataloader_num_workers=shared_args.dataloader_num_workers,
-            lr_scheduler_type="cosine", logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def run_table(runner: CellRunner, table: dict, num_workers: int) -> dict[Row, dict[int | None, list[dict]]]:

@@ -17,8 +17,9 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -37,25 +38,15 @@ from utils.cli.records import (
     write_run_config,
 )
 from utils.cli.run_folder import RunFolder
-from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given
+from utils.data.arguments import check_output_outside, check_real_images_given
 from utils.data.class_names import match_labels
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_finished, publish_folder
-from utils.hub.targets import Target, open_target
-from utils.transfer.arguments import (
-    BridgedTrainingArguments,
-    BridgeStageArguments,
-    LoraArguments,
-    MethodArguments,
-    ModelArguments,
-    StageArguments,
-    SyntheticDataArguments,
-    check_training_arguments,
-)
+from utils.hub.targets import open_target
+from utils.transfer.arguments import GROUPS, BridgedTrainingArguments, check_training_arguments
 from utils.transfer.methods import (
     METHODS,
     STAGE_1,
-    Method,
     StagePlan,
     check_stages,
     describe_methods,
@@ -77,40 +68,22 @@ PUBLISHED_FILES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """All argument groups of this script, in the order of `--help`."""
-
-    model: ModelArguments
-    real: RealDataArguments
-    synthetic: SyntheticDataArguments
-    method: MethodArguments
-    stage: StageArguments
-    bridge: BridgeStageArguments
-    lora: LoraArguments
-    training: BridgedTrainingArguments
-    chosen_method: Method | None = None  # a row of the table, with the flags that are given
-    real_images_from: str | None = None  # whose record names the real images, where no flag does
-
-    @property
-    def groups(self) -> list:
-        return [getattr(self, group.name) for group in GROUPS]
-
-
-GROUPS = [group for group in dataclasses.fields(Arguments) if group.default is dataclasses.MISSING]
-
-
 def parse_arguments(argv: Sequence[str] | None) -> tuple:
-    """Return the arguments, with what the synthetic set's record says for flags that are not given, and that set."""
+    """Return the arguments, with what the synthetic set's record says for flags that are not given, and that set.
+
+    Beside the groups of `GROUPS` they hold `groups`, all of them; `chosen_method`, a row of the table with the flags
+    that are given; and `real_images_from`, whose record names the real images, None where a flag does.
+    """
     from utils.data.real_images import same_image_set
     from utils.transfer.synthetic_images import open_synthetic
 
-    parser = ScriptArgumentParser([group.type for group in GROUPS], description=f"{__doc__}\n{describe_methods()}")
-    args = Arguments(*parser.parse(argv))
+    parser = ScriptArgumentParser(GROUPS.values(), description=f"{__doc__}\n{describe_methods()}")
+    groups = parser.parse(argv)
+    args = SimpleNamespace(groups=groups, **dict(zip(GROUPS, groups)))
     training_args, synthetic_args = args.training, args.synthetic
-    given_flags = {name: value for name, value in resolve_options(args.groups).items() if name in parser.given}
-    method = METHODS[args.method.method].with_flags(given_flags)
-    parser.fill_in([args.method], method.flags)
+    given_flags = {name: value for name, value in resolve_options(groups).items() if name in parser.given}
+    args.chosen_method = METHODS[args.method.method].with_flags(given_flags)
+    parser.fill_in([args.method], args.chosen_method.flags)
 
     # the real images, as the record of the synthetic set names them
     source, recorded = None, None
@@ -123,21 +96,21 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
         )
         recorded = source.record["real_images"]  # None: made for a list of class names
     elif not training_args.dry_run:
-        check_real_alone(args, method)
+        check_real_alone(args)
     if recorded and (given == (None, None) or same_image_set(recorded, *given)):
         parser.fill_in([args.real], recorded)
     name = synthetic_args.synthetic_dataset or args.real.dataset_name or args.real.train_dir or ""
     parser.fill_in([training_args], {"output_dir": f"{Path(name).resolve().name}-{args.method.method}"})
     is_recorded = bool(recorded) and given == (None, None)
     recorded_in = synthetic_args.synthetic_dataset or training_args.output_dir
-    args = dataclasses.replace(args, chosen_method=method, real_images_from=recorded_in if is_recorded else None)
+    args.real_images_from = recorded_in if is_recorded else None
     check_arguments(args)
     if not training_args.dry_run:
         check_output_outside(training_args.output_dir, args.real)
     return args, source
 
 
-def read_finished(args: Arguments) -> dict:
+def read_finished(args: SimpleNamespace) -> dict:
     """Return the record of the classifier that is to be evaluated.
 
     Raises:
@@ -153,7 +126,7 @@ def read_finished(args: Arguments) -> dict:
     return read_record(path)
 
 
-def check_real_alone(args: Arguments, method: Method) -> None:
+def check_real_alone(args: SimpleNamespace) -> None:
     """Check that a run without a synthetic set needs none.
 
     Raises:
@@ -163,7 +136,7 @@ def check_real_alone(args: Arguments, method: Method) -> None:
         raise UserError(
             f"--synthetic_dataset_revision {args.synthetic.synthetic_dataset_revision}: needs --synthetic_dataset."
         )
-    if method.uses_synthetic:
+    if args.chosen_method.uses_synthetic:
         do_without = [name for name, row in METHODS.items() if not row.uses_synthetic]
         raise UserError(
             f"--synthetic_dataset: --method {args.method.method} needs one; only {' and '.join(do_without)} do without."
@@ -176,7 +149,7 @@ def check_real_alone(args: Arguments, method: Method) -> None:
         )
 
 
-def check_arguments(args: Arguments) -> None:
+def check_arguments(args: SimpleNamespace) -> None:
     """Check values that need no data.
 
     Raises:
@@ -184,8 +157,8 @@ def check_arguments(args: Arguments) -> None:
     """
     check_real_images_given(args.real)
     for stage in args.chosen_method.stages if args.lora.use_peft else ():
-        name = "bridge_batch_norm" if stage.images == "synthetic" else "batch_norm"
-        value = stage.settings.get("batch_norm", {**vars(args.stage), **vars(args.bridge)}[name])
+        name, group = ("bridge_batch_norm", args.bridge) if stage.images == "synthetic" else ("batch_norm", args.stage)
+        value = stage.settings.get("batch_norm", getattr(group, name))
         if value != "frozen":
             raise UserError(f"--{name} {value}: not with --use_peft; an adapter has no place for statistics.")
     if args.synthetic.streaming and args.real.skip_bad_images:
@@ -197,15 +170,15 @@ def check_arguments(args: Arguments) -> None:
     check_training_arguments(args.training)
 
 
-def load_and_open(args: Arguments, parts: tuple[str, ...] = ("train", "validation", "test")):
+def load_real(args: SimpleNamespace, parts: tuple[str, ...] = ("train", "validation", "test")):
     """Return the real images; each of `parts` was opened once.
 
     Raises:
         UserError: they cannot be loaded, one is damaged, or none are left to validate or to test on.
     """
     from utils.data.image_set import RealImagesRecord
-    from utils.data.opened_images import open_all
-    from utils.data.real_images import check_held_out, limit_held_out, load_real_images
+    from utils.data.real_images import load_real_images
+    from utils.transfer.run_method import open_real_images
 
     try:
         real = load_real_images(RealImagesRecord.from_arguments(args.real), args.training.hub_token or None)
@@ -215,18 +188,10 @@ def load_and_open(args: Arguments, parts: tuple[str, ...] = ("train", "validatio
         raise UserError(
             f"{error} (named in the record of {args.real_images_from}; give --dataset_name or --train_dir)"
         ) from None
-    for remark in real.remarks:
-        logger.info(remark)
-    real = limit_held_out(real, args.training.max_eval_samples)
-    check_held_out(real, parts)
-    opened = open_all(real, parts)
-    for remark in opened.remarks:
-        logger.warning(remark)
-    check_held_out(opened.images, parts)  # of what was left out, all may have been in one part
-    return opened.images
+    return open_real_images(real, args.training.max_eval_samples, logger.info, parts)
 
 
-def load_images(args: Arguments, source) -> tuple:
+def load_images(args: SimpleNamespace, source) -> tuple:
     """Return the real images, the images of the method's stages by kind, and how many of each kind there are.
 
     Raises:
@@ -236,7 +201,7 @@ def load_images(args: Arguments, source) -> tuple:
     from utils.transfer.run_method import select_images
     from utils.transfer.synthetic_images import count_leaked_images, load_synthetic, num_images
 
-    real, synthetic, method = load_and_open(args), None, args.chosen_method
+    real, synthetic, method = load_real(args), None, args.chosen_method
     counts = {"real": len(real.train)}
     if source is not None:
         limit, streaming = args.synthetic.max_synthetic_samples_per_class, args.synthetic.streaming
@@ -273,14 +238,14 @@ def load_images(args: Arguments, source) -> tuple:
     return real, images, counts
 
 
-def describe_run(args: Arguments, real, source, stages: list[StagePlan]) -> dict:
+def describe_run(args: SimpleNamespace, real, source, stages: list[StagePlan], pretrained) -> dict:
     """Return what `bridged_config.json` holds."""
     return {
         **vars(args.method),
         "stages": [dataclasses.asdict(stage) for stage in stages],
         "lora": vars(args.lora) if args.lora.use_peft else None,
         "base_model": absolute_if_local(args.model.model_name_or_path),
-        "base_model_revision": args.model.model_revision,
+        "base_model_revision": pretrained.revision,
         "class_names": real.class_names,
         "real_images": real.record.to_dict(),
         "train_indices": real.train_indices.tolist(),
@@ -307,12 +272,7 @@ def set_up_logging(training_args: BridgedTrainingArguments) -> bool:
     return is_main_process
 
 
-def loader_options(training_args: BridgedTrainingArguments) -> tuple[int, int]:
-    """Return batch size and workers of an evaluation."""
-    return training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
-
-
-def check_data(args: Arguments, source) -> dict:
+def check_data(args: SimpleNamespace, source) -> dict:
     """Print what is wrong with the real images, for `--dry_run`, and return how often.
 
     Raises:
@@ -340,7 +300,7 @@ def check_data(args: Arguments, source) -> dict:
     return {finding.what: finding.number for finding in list_findings(audit)}
 
 
-def evaluate_finished(args: Arguments) -> dict:
+def evaluate_finished(args: SimpleNamespace) -> dict:
     """Evaluate the finished classifier in `--output_dir` on the test images, write and return `eval_results.json`.
 
     Raises:
@@ -354,13 +314,14 @@ def evaluate_finished(args: Arguments) -> dict:
     is_main_process = set_up_logging(args.training)
     output_dir = Path(args.training.output_dir)
     class_names = read_record(output_dir / BRIDGED_CONFIG)["class_names"]
-    real = load_and_open(args, ("test",))
+    real = load_real(args, ("test",))
     # found by name: the same images may come with their classes in another case or order
     places = match_labels(class_names, real.class_names, f"--output_dir {output_dir}:", "the classifier")
     trust = {"trust_remote_code": args.model.trust_remote_code}
     model = load_classifier(str(output_dir), class_names, False, args.training.seed, **trust)
     images = EvalImages(real.test, load_image_processor(str(output_dir), **trust))
-    logits, labels = predict(model, images, *loader_options(args.training))
+    batch_size, num_workers = args.training.per_device_eval_batch_size, args.training.dataloader_num_workers
+    logits, labels = predict(model, images, batch_size, num_workers)
     results = test_metrics(logits[:, np.argsort(list(places.values()))], labels)
     if is_main_process:
         write_record(output_dir / EVAL_RESULTS, results)
@@ -368,17 +329,7 @@ def evaluate_finished(args: Arguments) -> dict:
     return results
 
 
-def open_hub_target(training_args: BridgedTrainingArguments) -> Target | None:
-    """Return where the classifier is to be published, None where it is not."""
-    if not training_args.push_to_hub:
-        return None
-    return open_target(
-        training_args.output_dir, training_args.hub_model_id, "model", bool(training_args.hub_private_repo),
-        training_args.hub_revision, training_args.hub_token,
-    )  # fmt: skip
-
-
-def choose_learning_rate(args: Arguments) -> str | None:
+def choose_learning_rate(args: SimpleNamespace) -> str | None:
     """Set the learning rate that is not given, by what kind of model is trained; return why, None where it is given."""
     from utils.transfer.classifiers import check_classifier, default_learning_rates
 
@@ -394,73 +345,60 @@ def choose_learning_rate(args: Arguments) -> str | None:
     return rates.reason
 
 
-def open_pretrained(args: Arguments):
-    """Return the checkpoint that is to be adapted, its commit pinned; its weights are not loaded.
+def open_model(args: SimpleNamespace, options: dict):
+    """Return the checkpoint that is to be adapted, after a trial run of two images.
 
     Raises:
-        UserError: there is no such classifier, or it has no image processor that can be used.
+        UserError: there is no such classifier, or it cannot be trained as the flags say.
     """
     from utils.transfer.adapters import LoraSettings
-    from utils.transfer.classifiers import check_classifier, load_image_processor
-    from utils.transfer.stage import Pretrained
+    from utils.transfer.rehearsal import rehearse
+    from utils.transfer.stage import open_pretrained
 
-    model_args, token = args.model, args.training.hub_token or None
-    name = model_args.model_name_or_path
-    model_args.model_revision = check_classifier(name, model_args.model_revision, token)
-    hub_options = {"revision": model_args.model_revision or "main", "token": token}
-    hub_options["trust_remote_code"] = model_args.trust_remote_code
-    lora = LoraSettings(**args.lora.settings) if args.lora.use_peft else None
-    return Pretrained(name, load_image_processor(name, **hub_options), hub_options, lora)
-
-
-class Leep:
-    """LEEP of the pretrained classifier and of that of stage 1 on the real training images, measured after stage 1."""
-
-    def __init__(self, args: Arguments, pretrained, real):
-        self.args, self.pretrained, self.train_images = args, pretrained, real.train
-        names = [stage.name for stage in args.chosen_method.stages]
-        has_stage_1 = STAGE_1.name in names
-        is_measured = has_stage_1 if args.training.leep is None else args.training.leep
-        self.measured_after = (STAGE_1.name if has_stage_1 else names[0]) if is_measured else None
-        self.results = dict.fromkeys(LEEP_RESULTS)
-
-    def after_stage(self, stage: StagePlan, model) -> None:
-        from utils.transfer.evaluation import leep_results
-        from utils.transfer.image_format import EvalImages
-
-        if stage.name == self.measured_after:
-            self.results = leep_results(
-                self.pretrained.name, model if stage.name == STAGE_1.name else None,
-                EvalImages(self.train_images, self.pretrained.image_processor), *loader_options(self.args.training),
-                **self.pretrained.hub_options,
-            )  # fmt: skip
+    lora, stages = args.lora, args.chosen_method.stages
+    settings = LoraSettings(lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
+    token = args.training.hub_token or None
+    pretrained = open_pretrained(**vars(args.model), token=token, lora=settings if lora.use_peft else None)
+    trial_settings = stage_settings(args.chosen_method, options, {"real": 1, "both": 1}, 1)[1]
+    rehearse(pretrained, trial_settings, args.training, any(stage.head_init == "imprint" for stage in stages))
+    return pretrained
 
 
-def write_results(folder: Path, title: str, pretrained, class_names: list[str], results: dict, done) -> None:
-    """Write the classifier, its results and their pictures, and print them."""
+def measure_leep(args: SimpleNamespace, pretrained, train_images, results: dict, stage: StagePlan, model) -> None:
+    """Put LEEP of the checkpoint and of stage 1's model into `results`, after that stage, else after the first."""
+    from utils.transfer.evaluation import leep_results
+    from utils.transfer.image_format import EvalImages
+
+    names = [stage.name for stage in args.chosen_method.stages]
+    has_stage_1 = STAGE_1.name in names
+    is_measured = has_stage_1 if args.training.leep is None else args.training.leep
+    if is_measured and stage.name == (STAGE_1.name if has_stage_1 else names[0]):
+        images = EvalImages(train_images, pretrained.image_processor)
+        loading = args.training.per_device_eval_batch_size, args.training.dataloader_num_workers
+        bridged = model if has_stage_1 else None
+        results.update(leep_results(pretrained.name, bridged, images, *loading, **pretrained.hub_options))
+
+
+def write_results(args: SimpleNamespace, model_id: str, pretrained, config: dict, results: dict, done, command: str):
+    """Write the classifier, its results, their pictures and the model card; print the results."""
+    from utils.hub.cards import read_licenses
     from utils.transfer.adapters import save_merged
     from utils.transfer.classifiers import save_classifier
-    from utils.transfer.report import plot_report, print_results
+    from utils.transfer.report import plot_report, print_results, write_model_card
 
+    folder = Path(args.training.output_dir)
     save = save_merged if pretrained.lora else save_classifier
     save(done.model, pretrained.image_processor, folder)
     write_record(folder / ALL_RESULTS, results)
-    plot_report(folder / "report.png", done.log_histories, done.logits, done.labels, class_names)
-    print_results(title, results)
-
-
-def write_card(args: Arguments, folder: Path, model_id: str, config: dict, results: dict, command: str) -> None:
-    """Write the model card, with the licenses of what the classifier was made from."""
-    from utils.hub.cards import read_licenses
-    from utils.transfer.report import write_model_card
-
-    name, real, synthetic = args.model.model_name_or_path, config["real_images"], config["synthetic_dataset"]
-    sources = [(name, "model", args.model.model_revision)]
+    plot_report(folder / "report.png", done.log_histories, done.logits, done.labels, config["class_names"])
+    print_results(f"{args.method.method}: {folder}", results)
+    real, synthetic = config["real_images"], config["synthetic_dataset"]
+    sources = [(pretrained.name, "model", pretrained.revision)]
     sources.append((image_set_name(real), "dataset", real["dataset_revision"]))
     if synthetic is not None:
         sources.append((synthetic["name"], "dataset", synthetic["revision"]))
     licenses = read_licenses(sources, args.training.hub_token or None)
-    write_model_card(folder, model_id, name, config, results, licenses, command)
+    write_model_card(folder, model_id, pretrained.name, config, results, licenses, command)
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -479,7 +417,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
         Path(training_args.output_dir), "a classifier", options, BRIDGED_CONFIG, traces=stage_names(),
         free=free_options(args.groups), overwrite=training_args.overwrite_output_dir,
     )  # fmt: skip
-    is_finished, hub_target = folder.is_finished, open_hub_target(training_args)
+    is_finished, hub_target = folder.is_finished, None
+    if training_args.push_to_hub:
+        hub_target = open_target(
+            training_args.output_dir, training_args.hub_model_id, "model", bool(training_args.hub_private_repo),
+            training_args.hub_revision, training_args.hub_token,
+        )  # fmt: skip
     if is_finished:
         publish_finished(folder.path, hub_target, PUBLISHED_FILES)
         return read_record(folder.path / ALL_RESULTS)
@@ -492,7 +435,6 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     from utils.transfer.evaluation import test_metrics
     from utils.transfer.image_format import EvalImages
-    from utils.transfer.rehearsal import rehearse
     from utils.transfer.report import add_totals
     from utils.transfer.run_method import run_method
 
@@ -502,10 +444,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         logger.info(f"--learning_rate {training_args.learning_rate:g}: {rate_reason}.")
 
     # model: what it cannot do is found before the images are read
-    pretrained = open_pretrained(args)
-    trial_settings = stage_settings(method, options, {"real": 1, "both": 1}, 1)[1]
-    imprint = any(stage.head_init == "imprint" for stage in method.stages)
-    rehearse(pretrained, trial_settings, training_args, imprint)
+    pretrained = open_model(args, options)
 
     # images and stages
     real, images, num_images = load_images(args, source)
@@ -517,22 +456,22 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if is_main_process and not resume:
         folder.begin()
     PartialState().wait_for_everyone()
-    leep = Leep(args, pretrained, real)
+    leep = dict.fromkeys(LEEP_RESULTS)
     transformers.utils.logging.disable_progress_bar()  # what is to be downloaded is; the rest are moments
     done = run_method(
         stages, images, EvalImages(real.test, pretrained.image_processor), pretrained, real.class_names, training_args,
-        lambda stage: folder.path, validation=real.validation, resume=resume, after_stage=leep.after_stage,
+        lambda stage: folder.path, validation=real.validation, resume=resume,
+        after_stage=partial(measure_leep, args, pretrained, real.train, leep),
     )  # fmt: skip
 
     # results: the one time that the test images are read
-    results = add_totals(leep.results | done.results, list(done.log_histories))
-    results |= test_metrics(done.logits, done.labels)
+    results = add_totals(leep | done.results, list(done.log_histories)) | test_metrics(done.logits, done.labels)
     if is_main_process:
-        config = describe_run(args, real, source, stages) | {"learning_rate_reason": rate_reason}
-        write_results(folder.path, f"{args.method.method}: {folder.path}", pretrained, real.class_names, results, done)
-        write_run_config(folder.path, options, started)
+        config = describe_run(args, real, source, stages, pretrained) | {"learning_rate_reason": rate_reason}
         model_id = hub_target.repo_id if hub_target else folder.path.resolve().name
-        write_card(args, folder.path, model_id, config, results, public_command("train_bridged.py", argv))
+        command = public_command("train_bridged.py", argv)
+        write_results(args, model_id, pretrained, config, results, done, command)
+        write_run_config(folder.path, options, started)
         folder.finish(config)  # last: its presence says that the classifier is finished
         if hub_target is not None:
             publish_folder(folder.path, hub_target, PUBLISHED_FILES, stale_patterns=WEIGHTS)

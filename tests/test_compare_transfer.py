@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import math
 import shutil
 
@@ -27,12 +26,18 @@ NAMES = ["vanilla_matched", "bridged", "bridged_keep", "synthetic_only"]
 RIGHT = {"correct": "gA==", "num_images": 2}  # the first of two images
 
 
-def run(classifiers, synthetic_dir, output_dir, *flags):
-    return compare_transfer.main(
-        ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["vit"], "--num_shots", "1", "2",
-         "--seeds", "0", "--bridge_step_counts", "2", "--step_counts", "1", "--max_eval_samples", "6",
-         "--methods", *NAMES, "--output_dir", str(output_dir), *flags]
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def run(classifiers, synthetic_dir):
+    """Run compare_transfer.py on the tiny images into a folder; return its results."""
+
+    def run(output_dir, *flags, synthetic=synthetic_dir) -> dict:
+        return compare_transfer.main(
+            ["--synthetic_dataset", str(synthetic), "--model_name_or_path", classifiers["vit"], "--num_shots", "1", "2",
+             "--seeds", "0", "--bridge_step_counts", "2", "--step_counts", "1", "--max_eval_samples", "6",
+             "--methods", *NAMES, "--output_dir", str(output_dir), *flags]
+        )  # fmt: skip
+
+    return run
 
 
 def trainings(monkeypatch) -> list:
@@ -58,7 +63,7 @@ def without_seconds(comparison: dict) -> dict:
 
 
 @pytest.fixture(scope="module")
-def finished(classifiers, synthetic_dir, tmp_path_factory):
+def finished(run, tmp_path_factory):
     """A comparison that was killed in its second stage 2 and run again: its folder, result, and what was trained."""
     output_dir = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -73,8 +78,8 @@ def finished(classifiers, synthetic_dir, tmp_path_factory):
         with monkeypatch.context() as patch:
             patch.setattr(stage, "fine_tune", killed)
             with pytest.raises(KeyboardInterrupt):
-                run(classifiers, synthetic_dir, output_dir)
-        comparison = run(classifiers, synthetic_dir, output_dir)
+                run(output_dir)
+        comparison = run(output_dir)
     return output_dir, comparison, trained
 
 
@@ -83,7 +88,7 @@ def test_a_killed_comparison_goes_on_and_stage_1_is_trained_once(finished):
     names = [folder.name for _, _, folder in trained]
     assert sorted(names) == ["stage1"] + 4 * ["stage2"] + 2 * ["vanilla"]
     assert {settings.max_steps for settings, _, folder in trained if folder.name == "vanilla"} == {3}
-    assert json.loads((output_dir / "comparison.json").read_text())["summary"] == comparison["summary"]
+    assert read_record(output_dir / "comparison.json")["summary"] == comparison["summary"]
     assert (output_dir / "comparison.png").is_file()
     assert cards.text(comparison["findings"][0]) in (output_dir / "comparison.md").read_text(encoding="utf-8")
     assert not list((output_dir / "work").iterdir()), "weights of cells are not kept"
@@ -100,41 +105,35 @@ def test_all_methods_train_on_the_same_real_images(finished, real_images_dir):
         assert seen.count(pixels(few.train)) == 3
 
 
-def test_a_second_run_trains_nothing_and_says_the_same(finished, classifiers, synthetic_dir, monkeypatch):
+def test_a_second_run_trains_nothing_and_says_the_same(finished, run, monkeypatch):
     output_dir, comparison, _ = finished
     trained = trainings(monkeypatch)
-    assert run(classifiers, synthetic_dir, output_dir) == comparison
+    assert run(output_dir) == comparison
     assert not trained
 
 
-def test_workers_give_what_one_process_gives(finished, classifiers, synthetic_dir, tmp_path):
-    _, comparison, _ = finished
+def test_workers_give_what_one_process_gives(finished, run, tmp_path):
+    output_dir, comparison, _ = finished
     flags = "--num_shots", "1", "--methods", "vanilla_matched", "bridged", "bridged_keep", "--num_workers", "2"
-    beside = run(classifiers, synthetic_dir, tmp_path, *flags)
+    beside = run(tmp_path, *flags)
     alone = {(entry["method"], entry["num_shots"]): entry for entry in without_seconds(comparison)["summary"]}
     for entry in without_seconds(beside)["summary"]:
         assert entry == alone[entry["method"], 1]
     assert len(list((tmp_path / "stage1").iterdir())) == 1
-    assert {path.stem for path in (tmp_path / "cells").iterdir()} <= {
-        path.stem for path in (finished[0] / "cells").iterdir()
-    }
+    stems_beside, stems = ({path.stem for path in (at / "cells").iterdir()} for at in (tmp_path, output_dir))
+    assert stems_beside <= stems
 
 
 def pretrained_of(name):
     return Pretrained(name, None, {"revision": "main"})
 
 
-def make_runner(real, sources, output_dir, **changes):
-    settings = StageSettings(0, 0.0)
-    training_args = cells.TrainingArguments(output_dir=str(output_dir), report_to="none")
-    runner = CellRunner(pretrained_of("base"), real, sources, settings, training_args, output_dir)
-    return dataclasses.replace(runner, **changes)
-
-
 @pytest.fixture
 def runner(real_images_dir, synthetic_dir, tmp_path):
     real = load_real_images(RealImagesRecord(str(real_images_dir)))
-    return make_runner(real, {("dsi", seed): open_synthetic(str(synthetic_dir)) for seed in (0, 1)}, tmp_path)
+    sources = {("dsi", seed): open_synthetic(str(synthetic_dir)) for seed in (0, 1)}
+    training_args = cells.TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    return CellRunner(pretrained_of("base"), real, sources, StageSettings(0, 0.0), training_args, tmp_path)
 
 
 def cell_of(name, num_shots=1, seed=0, volume=None, bridge=None):
@@ -157,40 +156,32 @@ def test_stage_1_is_shared_by_shots_and_heads_and_by_nothing_else(runner):
     assert other_model.bridge_dir(cell_of("bridged")) != shared
 
 
-def test_a_cell_is_kept_for_the_very_same_settings_only(runner, real_images_dir):
+def test_a_cell_is_kept_for_the_very_same_settings_only(runner):
     path = runner.path(cell_of("mix"))
-    changes = [
-        {"max_eval_samples": 5},
-        {"pretrained": pretrained_of("other")},
-        {"settings": StageSettings(0, 0.0, weight_decay=0.5)},
-    ]
+    changes = [{"max_eval_samples": 5}, {"pretrained": pretrained_of("other")},
+               {"settings": StageSettings(0, 0.0, weight_decay=0.5)}]  # fmt: skip
     paths = {dataclasses.replace(runner, **change).path(cell_of("mix")) for change in changes}
     paths |= {
-        runner.path(cell_of("mix", None)),
-        runner.path(cell_of("mix", volume=2)),
-        runner.path(cell_of("mix_mixup")),
-    }
+        runner.path(cell_of("mix", None)), runner.path(cell_of("mix", volume=2)), runner.path(cell_of("mix_mixup")),
+    }  # fmt: skip
     paths.add(runner.path(dataclasses.replace(cell_of("mix"), split="validation")))
     assert len(paths | {path}) == 8
     assert runner.path(cell_of("mix")) == path
 
 
-def test_volumes_are_nested_and_mix_repeats_real_images_to_its_ratio(runner):
+def test_volumes_are_nested_shots_those_of_a_run_and_mix_repeats_real_images_to_its_ratio(runner, real_images_dir):
     source = runner.sources["dsi", 0]
     small, large, whole = (runner.load_synthetic(source, volume) for volume in (2, 4, None))
     assert (len(small), len(large), len(whole)) == (6, 12, 18)
     assert set(pixels(small)) < set(pixels(large)) < set(pixels(whole))
     assert [np.bincount(images["label"]).tolist() for images in (small, large)] == [[2] * 3, [4] * 3]
+    few = load_real_images(RealImagesRecord(str(real_images_dir), num_shots=3, few_shot_seed=5))
+    assert np.array_equal(runner.real.train_indices[runner.few_shot_rows(3, 5)], few.train_indices)
+    assert np.array_equal(runner.few_shot_rows(None, 5), np.arange(len(runner.real.train)))
     real = runner.real.train.select(runner.few_shot_rows(1, seed=0))
     assert len(select_images(METHODS["mix"], real, large)["both"]) == 3 + 12
     balanced = select_images(METHODS["mix_balanced"], real, large)["both"]
     assert pixels(balanced)[:12] == 4 * pixels(real) and pixels(balanced)[12:] == pixels(large)
-
-
-def test_shots_are_the_images_of_load_real_images(runner, real_images_dir):
-    few = load_real_images(RealImagesRecord(str(real_images_dir), num_shots=3, few_shot_seed=5))
-    assert np.array_equal(runner.real.train_indices[runner.few_shot_rows(3, 5)], few.train_indices)
-    assert np.array_equal(runner.few_shot_rows(None, 5), np.arange(len(runner.real.train)))
 
 
 def test_the_error_of_a_cell_names_the_cell(runner, monkeypatch):
@@ -199,9 +190,8 @@ def test_the_error_of_a_cell_names_the_cell(runner, monkeypatch):
 
     monkeypatch.setattr("utils.transfer.run_method.run_stage", run_stage)
     monkeypatch.setattr(CellRunner, "_eval_items", lambda *_: [])
-    with pytest.raises(
-        UserError, match=r"^--batch_norm odd: no\. \(in the cell 'bridged, 1 shot, 2 a class, seed 0'\)$"
-    ):
+    message = r"^--batch_norm odd: no\. \(in the cell 'bridged, 1 shot, 2 a class, seed 0'\)$"
+    with pytest.raises(UserError, match=message):
         runner.result(cell_of("bridged", volume=2))
 
 
@@ -236,46 +226,32 @@ def fake_results(monkeypatch, best_on_validation) -> list:
     return asked
 
 
-def test_recipes_are_chosen_on_validation(classifiers, synthetic_dir, tmp_path, monkeypatch):
-    asked = fake_results(monkeypatch, lambda cell: cell.recipe.learning_rate == 1e-3)
-    run(classifiers, synthetic_dir, tmp_path, "--learning_rates", "1e-4", "1e-3")
-    chosen = json.loads((tmp_path / "chosen_settings.json").read_text())
-    assert chosen["bridged"]["2"]["learning_rate"] == 1e-3
-    assert {cell.recipe.learning_rate for cell in asked if cell.split == "test" and cell.row.name == "bridged"} == {
-        1e-3
-    }
-
-
-def test_shots_that_are_not_searched_take_the_recipe_of_the_next_below(
-    classifiers, synthetic_dir, tmp_path, monkeypatch
+def test_recipes_are_chosen_on_validation_and_shots_that_are_not_searched_take_those_of_the_next_below(
+    run, tmp_path, monkeypatch
 ):
     asked = fake_results(monkeypatch, lambda cell: cell.recipe.learning_rate == 1e-3)
-    run(classifiers, synthetic_dir, tmp_path, "--learning_rates", "1e-4", "1e-3", "--search_shots", "1")
+    run(tmp_path, "--learning_rates", "1e-4", "1e-3", "--search_shots", "1")
+    assert read_record(tmp_path / "chosen_settings.json")["bridged"]["1"]["learning_rate"] == 1e-3
     assert {cell.num_shots for cell in asked if cell.split == "validation"} == {1}
     tested = {(cell.num_shots, cell.recipe.learning_rate) for cell in asked if cell.split == "test"}
     assert {(1, 1e-3), (2, 1e-3)} <= tested and {rate for shots, rate in tested if shots} == {1e-3}
-    with pytest.raises(UserError, match="--search_shots 4: not among --num_shots"):
-        run(classifiers, synthetic_dir, tmp_path, "--search_shots", "4")
 
 
-def test_stage_1_is_chosen_on_validation_and_kept_for_all_methods(classifiers, synthetic_dir, tmp_path, monkeypatch):
+def test_stage_1_is_chosen_on_validation_and_kept_for_all_methods(run, tmp_path, monkeypatch):
     asked = fake_results(monkeypatch, lambda cell: cell.bridge.learning_rate == 1e-3)
-    run(classifiers, synthetic_dir, tmp_path, "--bridge_learning_rates", "1e-4", "1e-3", "5e-3")
+    run(tmp_path, "--bridge_learning_rates", "1e-4", "1e-3", "5e-3")
     assert [(cell.row.name, cell.bridge.learning_rate) for cell in asked if cell.split == "validation"] == [
         ("synthetic_only", rate) for rate in (1e-4, 1e-3, 5e-3)
     ]
     assert {cell.bridge.learning_rate for cell in asked if cell.split == "test"} == {1e-3}
-    chosen = json.loads((tmp_path / "chosen_settings.json").read_text())
-    assert chosen["stage1"]["learning_rate"] == 1e-3
+    assert read_record(tmp_path / "chosen_settings.json")["stage1"]["learning_rate"] == 1e-3
     again = ["--settings", str(tmp_path / "chosen_settings.json"), "--bridge_learning_rates", "1e-4"]
     asked.clear()
-    run(classifiers, synthetic_dir, tmp_path / "again", *again)
+    run(tmp_path / "again", *again)
     assert {cell.bridge.learning_rate for cell in asked} == {1e-3}
 
 
-def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_any(
-    classifiers, unmirrored_dir, tmp_path, monkeypatch
-):
+def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_any(run, unmirrored_dir, tmp_path, monkeypatch):
     mirrors = []
 
     def result(self, cell):
@@ -283,14 +259,14 @@ def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_any(
         return RIGHT | {"accuracy": 1.0}
 
     monkeypatch.setattr(CellRunner, "result", result)
-    run(classifiers, unmirrored_dir, tmp_path / "first")
+    run(tmp_path / "first", synthetic=unmirrored_dir)
     assert len(mirrors) > len(NAMES) and not any(mirrors)
     # recipes that were searched on images which may be mirrored say nothing of these
     chosen = read_record(tmp_path / "first" / "chosen_settings.json")
     chosen["stage1"]["random_flip"] = True
     write_record(tmp_path / "chosen.json", chosen)
     mirrors.clear()
-    run(classifiers, unmirrored_dir, tmp_path / "second", "--settings", str(tmp_path / "chosen.json"))
+    run(tmp_path / "second", "--settings", str(tmp_path / "chosen.json"), synthetic=unmirrored_dir)
     assert mirrors and not any(mirrors)
 
 
@@ -305,33 +281,29 @@ def diverge(monkeypatch, diverges) -> None:
     monkeypatch.setattr(CellRunner, "_run", run_cell)
 
 
-def test_a_candidate_that_diverges_has_lost_the_search_and_is_told_of(
-    classifiers, synthetic_dir, tmp_path, monkeypatch, capsys
-):
+def test_a_candidate_that_diverges_has_lost_the_search_and_is_told_of(run, tmp_path, monkeypatch, capsys):
     diverge(monkeypatch, lambda cell: cell.recipe.learning_rate == 1e-4 or cell.bridge.learning_rate == 1e-4)
     rates = ["--learning_rates", "1e-4", "1e-3", "--bridge_learning_rates", "1e-4", "1e-3"]
-    run(classifiers, synthetic_dir, tmp_path, *rates)
-    chosen = json.loads((tmp_path / "chosen_settings.json").read_text())
+    run(tmp_path, *rates)
+    chosen = read_record(tmp_path / "chosen_settings.json")
     assert chosen["stage1"]["learning_rate"] == chosen["bridged"]["2"]["learning_rate"] == 1e-3
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: a candidate of the")]
     assert len(warnings) == 1 + 3 * 2  # of stage 1, and of three methods at one and two shots
     assert "of the search was dropped: --learning_rate 1: the loss is nan (in the cell 'bridged, 1 shot" in warnings[3]
 
 
-def test_a_search_in_which_all_diverge_is_one_line(classifiers, synthetic_dir, tmp_path, monkeypatch):
+def test_a_search_in_which_all_diverge_is_one_line(run, tmp_path, monkeypatch):
     diverge(monkeypatch, lambda cell: cell.split == "validation")
     with pytest.raises(UserError, match="every candidate of vanilla_matched with 1 shot diverged; give lower ones"):
-        run(classifiers, synthetic_dir, tmp_path / "real", "--learning_rates", "1e-4", "1e-3")
+        run(tmp_path / "real", "--learning_rates", "1e-4", "1e-3")
     with pytest.raises(UserError, match="every candidate of stage 1 .--bridge_learning_rates. diverged"):
-        run(classifiers, synthetic_dir, tmp_path / "bridge", "--bridge_learning_rates", "1e-4", "1e-3")
+        run(tmp_path / "bridge", "--bridge_learning_rates", "1e-4", "1e-3")
 
 
-def test_a_cell_of_the_table_that_diverges_ends_the_comparison_and_does_not_count(
-    classifiers, synthetic_dir, tmp_path, monkeypatch
-):
+def test_a_cell_of_the_table_that_diverges_ends_the_comparison_and_does_not_count(run, tmp_path, monkeypatch):
     diverge(monkeypatch, lambda cell: cell.row.name == "synthetic_only")
     with pytest.raises(UserError, match="the loss is nan .in the cell 'synthetic_only, seed 0'"):
-        run(classifiers, synthetic_dir, tmp_path)
+        run(tmp_path)
     assert len(list((tmp_path / "cells").iterdir())) == 6 and not (tmp_path / "comparison.json").exists()
 
 
@@ -349,10 +321,10 @@ def test_what_a_trial_of_two_images_shows_is_found_before_images_are_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_small_search_is_the_same_for_every_method(classifiers, synthetic_dir, tmp_path, monkeypatch):
+def test_the_small_search_is_the_same_for_every_method(run, tmp_path, monkeypatch):
     asked = fake_results(monkeypatch, lambda cell: cell.recipe.learning_rate == pytest.approx(8e-5))
     flags = "--search_learning_rate", "--methods", "vanilla", "mix", "bridged", "synthetic_only", "--volumes", "2", "4"
-    run(classifiers, synthetic_dir, tmp_path, *flags)
+    run(tmp_path, *flags)
     assert len(asked) == len(set(asked)), "equal cells are one"
     searched = [cell for cell in asked if cell.split == "validation"]
     bridges = [cell for cell in searched if cell.row.name == "synthetic_only"]
@@ -380,9 +352,8 @@ def test_without_shots_all_images_are_taken_for_the_default_epochs(classifiers, 
     # 30 epochs of the real images (the rest is validation), 5 of 12 synthetic ones at every volume, 4 a step
     record = read_record(synthetic_dir / GENERATION_CONFIG)["real_images"]
     num_steps = 30 * math.ceil(len(load_real_images(RealImagesRecord(record["dataset_name"])).train) / 4)
-    assert {(cell.num_shots, cell.recipe.max_steps, cell.bridge.max_steps) for cell in bridged} == {
-        (None, num_steps, 15)
-    }
+    found = {(cell.num_shots, cell.recipe.max_steps, cell.bridge.max_steps) for cell in bridged}
+    assert found == {(None, num_steps, 15)}
 
 
 @pytest.fixture
@@ -395,15 +366,12 @@ def set_of_names(synthetic_dir, tmp_path):
     return folder
 
 
-def test_real_images_given_by_hand_go_before_the_record(
-    classifiers, set_of_names, real_images_dir, tmp_path, monkeypatch
-):
+def test_real_images_given_by_hand_go_before_the_record(run, set_of_names, real_images_dir, tmp_path, monkeypatch):
     fake_results(monkeypatch, lambda cell: True)
-    with pytest.raises(
-        UserError, match="^--dataset_name: .* list of class names, .*give --dataset_name or --train_dir"
-    ):
-        run(classifiers, set_of_names, tmp_path / "out")
-    run(classifiers, set_of_names, tmp_path / "out", "--dataset_name", str(real_images_dir))
+    message = "^--dataset_name: .* list of class names, .*give --dataset_name or --train_dir"
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "out", synthetic=set_of_names)
+    run(tmp_path / "out", "--dataset_name", str(real_images_dir), synthetic=set_of_names)
     options = read_record(tmp_path / "out" / "run_config.json")["options"]
     assert options["dataset_name"] == str(real_images_dir) and options["num_shots"] == [1, 2]
 
@@ -423,6 +391,7 @@ def test_a_revision_goes_with_the_path_of_its_set(monkeypatch, tmp_path):
         (["--volumes", "2", "7"], r"--volumes 7: \S+ has only 6 images of a class"),
         (["--num_shots", "20"], r"--num_shots 20: a class of the real set has only 1\d training images"),
         (["--num_shots", "0"], "--num_shots 0: must be above 0"),
+        (["--search_shots", "4"], "--search_shots 4: not among --num_shots"),
         (["--seeds", "1", "1"], "--seeds 1 1: a value is there twice"),
         (["--seeds", "-1"], "--seeds -1: must be 0 or above"),
         (["--volumes", "0"], "--volumes 0: must be above 0"),
@@ -435,34 +404,26 @@ def test_a_revision_goes_with_the_path_of_its_set(monkeypatch, tmp_path):
         (["--methods", "bridged@other"], "--methods bridged@other: no synthetic set 'other'"),
     ],
 )
-def test_bad_values_are_one_line(flags, message, classifiers, synthetic_dir, tmp_path):
+def test_bad_values_are_one_line(flags, message, run, tmp_path):
     with pytest.raises(UserError, match=message):
-        run(classifiers, synthetic_dir, tmp_path / "out", *flags)
+        run(tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 
 
-def test_several_launched_processes_are_refused(classifiers, synthetic_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="--num_processes: .* give --num_workers"):
-        run(classifiers, synthetic_dir, tmp_path / "out")
-
-
-def test_a_set_without_settings_or_for_other_images_is_refused(classifiers, synthetic_dir, tmp_path):
+def test_launched_processes_and_sets_without_settings_or_for_other_images_are_refused(
+    run, synthetic_dir, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="--num_processes: .* give --num_workers"):
+        patch.setenv("WORLD_SIZE", "2")
+        run(tmp_path / "out")
     with pytest.raises(UserError, match="--synthetic_dataset: give at least one"):
         compare_transfer.main(["--num_shots", "1"])
     write_record(tmp_path / "chosen.json", {"bridged": {}})
     with pytest.raises(UserError, match=r"--settings \S+: is no chosen_settings.json"):
-        run(classifiers, synthetic_dir, tmp_path / "out", "--settings", str(tmp_path / "chosen.json"))
+        run(tmp_path / "out", "--settings", str(tmp_path / "chosen.json"))
     other = tmp_path / "other"
     shutil.copytree(synthetic_dir, other)
     record = read_record(other / GENERATION_CONFIG)
     write_record(other / GENERATION_CONFIG, record | {"real_images": {**record["real_images"], "dataset_name": "a/b"}})
     with pytest.raises(UserError, match="was made for 'a/b', .* give --dataset_name or --train_dir"):
-        run(
-            classifiers,
-            f"a={synthetic_dir}",
-            tmp_path / "out",
-            "--synthetic_dataset",
-            f"a={synthetic_dir}",
-            f"b={other}",
-        )
+        run(tmp_path / "out", "--synthetic_dataset", f"a={synthetic_dir}", f"b={other}")

@@ -1,4 +1,3 @@
-import json
 import pkgutil
 import shutil
 import subprocess
@@ -22,24 +21,31 @@ pytest_plugins = ["tests.transfer.fixtures"]
 SMALL = ["--max_steps", "2", "--bridge_max_steps", "3", "--max_eval_samples", "6", "--use_cpu"]
 
 
-def test_bridged_from_the_record_alone_gives_a_pipeline(classifiers, synthetic_dir, tmp_path):
-    results = train_bridged.main(
-        ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["timm"],
-         "--output_dir", str(tmp_path / "out"), *SMALL]
-    )  # fmt: skip
-    config = json.loads((tmp_path / "out" / "bridged_config.json").read_text())
+@pytest.fixture
+def run(classifiers, synthetic_dir, tmp_path):
+    """Run train_bridged.py on the tiny images into a folder of that name; return its results."""
+
+    def run(name: str, *flags: str, model: str = "vit", synthetic=synthetic_dir) -> dict:
+        return train_bridged.main(
+            ["--synthetic_dataset", str(synthetic), "--model_name_or_path", classifiers[model],
+             "--output_dir", str(tmp_path / name), *SMALL, *flags]
+        )  # fmt: skip
+
+    return run
+
+
+def test_bridged_from_the_record_alone_gives_a_pipeline(run, tmp_path):
+    results = run("out", model="timm")
+    config = read_record(tmp_path / "out" / "bridged_config.json")
     assert (results["stage1_steps"], results["stage2_steps"]) == (3, 2)
     assert len(config["train_indices"]) == 2 * len(CLASS_NAMES)  # the record's two shots
-    assert (
-        list(pipeline("image-classification", model=str(tmp_path / "out")).model.config.id2label.values())
-        == CLASS_NAMES
-    )
+    classify = pipeline("image-classification", model=str(tmp_path / "out"))
+    assert list(classify.model.config.id2label.values()) == CLASS_NAMES
     for name in ("README.md", "report.png", "all_results.json", "run_config.json", "stage1/model.safetensors"):
         assert (tmp_path / "out" / name).is_file()
     assert not list((tmp_path / "out").glob("*.bin"))
     with pytest.raises(UserError, match="holds a classifier made with other options"):
-        train_bridged.main(["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["timm"],
-                            "--output_dir", str(tmp_path / "out")])  # fmt: skip
+        run("out", "--max_steps", "3", model="timm")
 
 
 def test_vanilla_needs_no_synthetic_set_and_matches_steps(classifiers, real_images_dir, tmp_path):
@@ -55,46 +61,27 @@ def test_vanilla_needs_no_synthetic_set_and_matches_steps(classifiers, real_imag
 
 
 def test_a_set_whose_token_saw_no_mirrored_images_trains_on_none_in_either_stage(
-    classifiers, unmirrored_dir, tmp_path, monkeypatch
+    run, unmirrored_dir, tmp_path, monkeypatch
 ):
     mirrors = []
     init = CropAndFlip.__init__
     monkeypatch.setattr(
         CropAndFlip, "__init__", lambda self, *args: (init(self, *args), mirrors.append(self.random_flip))[0]
     )
-    folder = tmp_path / "out"
-    flags = ["--synthetic_dataset", str(unmirrored_dir), "--model_name_or_path", classifiers["vit"], *SMALL]
     with blank_figures():
-        train_bridged.main([*flags, "--output_dir", str(folder)])
+        run("out", synthetic=unmirrored_dir)
     assert mirrors == [False, False, False]  # of the trial run and of both stages
-    config = read_record(folder / "bridged_config.json")
+    config = read_record(tmp_path / "out" / "bridged_config.json")
     assert [stage["settings"]["random_flip"] for stage in config["stages"]] == [False, False]
     assert config["real_images"]["random_flip"] is False
-    args, _ = train_bridged.parse_arguments([*flags, "--random_flip", "true"])
+    args, _ = train_bridged.parse_arguments(["--synthetic_dataset", str(unmirrored_dir), "--random_flip", "true"])
     assert args.real.random_flip  # a flag wins
 
 
-def weights(folder) -> dict:
-    return load_file(Path(folder) / "model.safetensors")
-
-
 def assert_same_weights(one, other):
-    one, other = weights(one), weights(other)
+    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.fixture
-def run(classifiers, synthetic_dir, tmp_path):
-    """Run train_bridged.py on the tiny images into a folder of that name; return its results."""
-
-    def run(name: str, *flags: str, model: str = "vit", synthetic=synthetic_dir) -> dict:
-        return train_bridged.main(
-            ["--synthetic_dataset", str(synthetic), "--model_name_or_path", classifiers[model],
-             "--output_dir", str(tmp_path / name), *SMALL, *flags]
-        )  # fmt: skip
-
-    return run
 
 
 def test_few_images_with_a_fresh_head_are_told_of_the_kept_one(run, caplog):
@@ -127,7 +114,7 @@ def test_every_method_takes_the_same_real_images_and_says_what_it_cost(run, tmp_
         "mix": run("mix", "--method", "mix", "--mix_ratio", "1", "--match_steps"),
         "synthetic_only": run("synthetic_only", "--method", "synthetic_only"),
     }
-    configs = {method: json.loads((tmp_path / method / "bridged_config.json").read_text()) for method in results}
+    configs = {method: read_record(tmp_path / method / "bridged_config.json") for method in results}
     assert len({tuple(config["train_indices"]) for config in configs.values()}) == 1
     assert [[stage["name"] for stage in config["stages"]] for config in configs.values()] == [
         ["stage1", "stage2_head", "stage2"], ["vanilla_head", "vanilla"], ["mix"], ["stage1"],
@@ -185,7 +172,7 @@ def test_an_adapter_goes_through_both_stages_and_is_merged_and_published_beside(
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     image = str(next(Path(folder).glob("report.png")))
     assert len(pipeline("image-classification", model=str(folder))(image)) == len(CLASS_NAMES)
-    config = json.loads((folder / "bridged_config.json").read_text())
+    config = read_record(folder / "bridged_config.json")
     assert (config["lora"]["lora_r"], config["stages"][1]["head_init"]) == (4, "keep")
 
 
@@ -221,21 +208,13 @@ def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, r
     flags = ["--output_dir", str(tmp_path / "out"), "--no_do_train"]
     results = train_bridged.main([*flags, "--do_eval", "--max_eval_samples", "6", "--use_cpu"])
     assert results == {key: value for key, value in trained.items() if key in results}
-    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["test_accuracy"] == results["test_accuracy"]
+    assert read_record(tmp_path / "out" / "eval_results.json") == results
     all_images = train_bridged.main([*flags, "--do_eval", "--dataset_name", str(real_images_dir), "--use_cpu"])
     assert all_images["num_test_images"] == 30
-    uneven = [
-        train_bridged.main(
-            [
-                *flags,
-                "--do_eval",
-                "--use_cpu",
-                "--dataset_name",
-                save_uneven(real_images_dir, tmp_path / names[0], names),
-            ]
-        )
-        for names in (CLASS_NAMES, ["Blue-Stripe", "RED_SQUARE", "green circle"])
-    ]
+    uneven = []
+    for names in (CLASS_NAMES, ["Blue-Stripe", "RED_SQUARE", "green circle"]):
+        folder = save_uneven(real_images_dir, tmp_path / names[0], names)
+        uneven.append(train_bridged.main([*flags, "--do_eval", "--use_cpu", "--dataset_name", folder]))
     assert uneven[1] == pytest.approx(uneven[0])
     other = tmp_path / "other"
     save_image_set(other, {"train": 3, "test": 2}, ["cat", "dog", "suv"])
@@ -250,61 +229,42 @@ def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, r
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--synthetic_dataset", "SYN", "--use_peft", "--batch_norm", "train"], "--batch_norm train: not with --use_p"),
-        (["--synthetic_dataset", "SYN", "--use_peft", "--bridge_batch_norm", "recalibrate"], "--bridge_batch_norm rec"),
-        (["--synthetic_dataset", "SYN", "--dropout", "1"], "--dropout 1.0: must be 0 or above, and below 1"),
-        (["--synthetic_dataset", "SYN", "--mix_ratio", "0"], "--mix_ratio 0.0: must be above 0"),
-        (["--synthetic_dataset", "SYN", "--bridge_mixup_alpha", "-1"], "--bridge_mixup_alpha -1.0: must be 0 or above"),
-        (["--synthetic_dataset", "SYN", "--method", "mix", "--streaming"], "--streaming: not with --method mix"),
-        (["--synthetic_dataset", "SYN", "--max_steps", "0"], "--max_steps 0: must be above 0, or left out"),
-        (["--synthetic_dataset", "SYN", "--logging_steps", "inf"], "--logging_steps: must be a finite number of"),
-        (["--synthetic_dataset", "SYN", "--load_best_model_at_end"], "requires the save and eval strategy to match"),
-        (
-            [
-                "--synthetic_dataset",
-                "SYN",
-                "--load_best_model_at_end",
-                "--eval_strategy",
-                "epoch",
-                "--save_strategy",
-                "epoch",
-            ],
-            "--load_best_model_at_end: not offered",
-        ),
-        (["--synthetic_dataset", "SYN", "--resume_from_checkpoint", "x"], "--resume_from_checkpoint x: must be latest"),
-        (["--method", "bridged", "--dataset_name", "x"], "--synthetic_dataset"),
-        (["--method", "vanilla"], "--dataset_name"),
-        (["--synthetic_dataset", "SYN", "--num_shots", "0"], "--num_shots"),
-        (["--synthetic_dataset", "SYN", "--model_name_or_path", "VIT", "--label_column_name", "colour"], "not in"),
-        (["--synthetic_dataset_revision", "v1", "--dataset_name", "x", "--method", "vanilla"], "needs --synthetic_d"),
-        (["--synthetic_dataset", "no folder"], "neither an existing folder"),
-        (["--synthetic_dataset", "SYN", "--model_name_or_path", "no folder"], "--model_name_or_path"),
+        ("SYN VIT --use_peft --batch_norm train", "--batch_norm train: not with --use_p"),
+        ("SYN VIT --use_peft --bridge_batch_norm recalibrate", "--bridge_batch_norm rec"),
+        ("SYN VIT --use_peft --method bridged_recalibrate", "--batch_norm recalibrate: not with --use_peft"),
+        ("SYN VIT --dropout 1", "--dropout 1.0: must be 0 or above, and below 1"),
+        ("SYN VIT --mix_ratio 0", "--mix_ratio 0.0: must be above 0"),
+        ("SYN VIT --bridge_mixup_alpha -1", "--bridge_mixup_alpha -1.0: must be 0 or above"),
+        ("SYN VIT --method mix --streaming", "--streaming: not with --method mix"),
+        ("SYN VIT --max_steps 0", "--max_steps 0: must be above 0, or left out"),
+        ("SYN VIT --logging_steps inf", "--logging_steps: must be a finite number of"),
+        ("SYN VIT --load_best_model_at_end", "requires the save and eval strategy to match"),
+        ("SYN VIT --load_best_model_at_end --eval_strategy epoch --save_strategy epoch",
+         "--load_best_model_at_end: not offered"),
+        ("SYN VIT --resume_from_checkpoint x", "--resume_from_checkpoint x: must be latest"),
+        ("--method bridged --dataset_name x", "--synthetic_dataset"),
+        ("--method vanilla", "--dataset_name"),
+        ("SYN VIT --num_shots 0", "--num_shots"),
+        ("SYN VIT --label_column_name colour", "not in"),
+        ("--synthetic_dataset_revision v1 --dataset_name x --method vanilla", "needs --synthetic_d"),
+        ("--synthetic_dataset nowhere", "neither an existing folder"),
+        ("SYN --model_name_or_path nowhere", "--model_name_or_path"),
+        # what the Trainer would say late
+        ("SYN VIT --per_device_eval_batch_size 0", "^--per_device_eval_batch_size 0: must be above 0"),
+        ("SYN VIT --metric_for_best_model f1", "^--metric_for_best_model f1: is not measured; choose one of loss, ac"),
+        ("SYN VIT --prediction_loss_only --metric_for_best_model eval_accuracy", "not measured; choose one of loss"),
+        ("SYN VIT --save_strategy best", "^--save_strategy best: needs --metric_for_best_model, and --eval_strategy"),
+        ("SYN VIT --deepspeed no-file.json", "deepspeed"),
+        ("SYN VIT --eval_strategy steps --eval_delay 500", "^--eval_delay 500.*; the longest stage has 30 steps"),
+        ("SYN VIT --metric_for_best_model eval_top5_accuracy", "top5_accuracy: needs more than 5 classes, there are 3"),
+        ("SYN VIT --dataloader_drop_last", "^--dataloader_drop_last: stage1 would take no step, its 18 images are les"),
     ],
-)
-def test_bad_input_is_one_user_error_and_nothing_is_written(flags, message, synthetic_dir, classifiers, tmp_path):
-    flags = [{"SYN": str(synthetic_dir), "VIT": classifiers["vit"]}.get(flag, flag) for flag in flags]
-    with pytest.raises(UserError, match=message):
-        train_bridged.main([*flags, "--output_dir", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--per_device_eval_batch_size", "0"], "^--per_device_eval_batch_size 0: must be above 0"),
-        (["--metric_for_best_model", "f1"], "^--metric_for_best_model f1: is not measured; choose one of loss, accur"),
-        (["--prediction_loss_only", "--metric_for_best_model", "eval_accuracy"], "not measured; choose one of loss"),
-        (["--save_strategy", "best"], "^--save_strategy best: needs --metric_for_best_model, and --eval_strategy"),
-        (["--deepspeed", "no-file.json"], "deepspeed"),
-        (["--eval_strategy", "steps", "--eval_delay", "500"], "^--eval_delay 500.*; the longest stage has 30 steps"),
-        (["--metric_for_best_model", "eval_top5_accuracy"], "top5_accuracy: needs more than 5 classes, there are 3"),
-        (["--dataloader_drop_last"], "^--dataloader_drop_last: stage1 would take no step, its 18 images are less than"),
-    ],
-)
-def test_what_the_trainer_would_say_late_is_one_line_before_training(
+)  # fmt: skip
+def test_bad_input_is_one_user_error_before_training_and_nothing_is_written(
     flags, message, synthetic_dir, classifiers, tmp_path
 ):
-    flags = ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["vit"], *flags]
+    given = {"SYN": ["--synthetic_dataset", str(synthetic_dir)], "VIT": ["--model_name_or_path", classifiers["vit"]]}
+    flags = [word for flag in flags.split() for word in given.get(flag, [flag])]
     with pytest.raises(UserError, match=message):
         train_bridged.main([*flags, "--use_cpu", "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
@@ -340,18 +300,21 @@ def rewrite_train_split(folder, change):
     rows.to_parquet(path)
 
 
+def tear_row_1(row, i):
+    return {"image": {"bytes": b"torn", "path": None}} if i == 1 else row
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("splits", "change", "message"),
     [
-        (
-            lambda row, i: {"image": {"bytes": b"torn", "path": None}} if i == 1 else row,
-            "row 1, column 'image': damaged",
-        ),
-        (lambda row, i: {"label": -1} if i == 2 else row, "1 of 9 images .* have no label, the first in row 2"),
+        ({"train": 3, "test": 2}, tear_row_1, "row 1, column 'image': damaged"),
+        ({"train": 3, "test": 2}, lambda row, i: {"label": -1} if i == 2 else row,
+         "1 of 9 images .* have no label, the first in row 2"),
+        ({"train": 1}, lambda row, i: row, "no images are left for the validation part; give three or more"),
     ],
-)
-def test_damaged_images_and_missing_labels_are_found_before_training(change, message, classifiers, tmp_path):
-    save_image_set(tmp_path / "real", {"train": 3, "test": 2})
+)  # fmt: skip
+def test_images_that_cannot_be_used_are_found_before_training(splits, change, message, classifiers, tmp_path):
+    save_image_set(tmp_path / "real", splits)
     rewrite_train_split(tmp_path / "real", change)
     with pytest.raises(UserError, match=message):
         train_bridged.main(["--dataset_name", str(tmp_path / "real"), "--method", "vanilla", "--model_name_or_path",
@@ -359,31 +322,12 @@ def test_damaged_images_and_missing_labels_are_found_before_training(change, mes
     assert not (tmp_path / "out").exists()
 
 
-def test_images_that_leave_none_to_test_on_are_one_line(classifiers, tmp_path):
-    save_image_set(tmp_path / "real", {"train": 1})
-    with pytest.raises(UserError, match="no images are left for the validation part; give three or more"):
-        train_bridged.main(["--dataset_name", str(tmp_path / "real"), "--method", "vanilla", "--model_name_or_path",
-                            classifiers["vit"], "--output_dir", str(tmp_path / "out")])  # fmt: skip
-    assert not (tmp_path / "out").exists()
-
-
-def test_classes_of_the_synthetic_set_that_do_not_fit_are_listed(make_synthetic_dir, classifiers, tmp_path):
-    renamed = make_synthetic_dir("renamed", ["red_square", "yellow", "blue stripe"])
-    with pytest.raises(UserError, match="'blue-stripe' is 'blue stripe' .*; missing: green circle; extra: yel"):
-        train_bridged.main(
-            ["--synthetic_dataset", str(renamed), "--model_name_or_path", classifiers["vit"],
-             "--output_dir", str(tmp_path / "out")]
-        )  # fmt: skip
-
-
 def test_a_dry_run_looks_at_the_images_and_writes_nothing(tmp_path, make_synthetic_dir, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_image_set(tmp_path / "real", {"train": 10, "test": 3})
     real = ["--dataset_name", str(tmp_path / "real"), "--dry_run"]
     assert "images that do not open" not in train_bridged.main(real)
-    rewrite_train_split(
-        tmp_path / "real", lambda row, i: {"image": {"bytes": b"torn", "path": None}} if i == 1 else row
-    )
+    rewrite_train_split(tmp_path / "real", tear_row_1)
     found = train_bridged.main(real)
     assert found["images that do not open"] == 1
     assert "row 1" in capsys.readouterr().out
@@ -406,13 +350,12 @@ def test_error_is_one_line_with_exit_status_2(tmp_path):
     ]
 
 
-def test_real_images_that_have_moved_are_told_with_the_record_that_names_them(classifiers, synthetic_dir, tmp_path):
+def test_real_images_that_have_moved_are_told_with_the_record_that_names_them(run, synthetic_dir, tmp_path):
     folder = shutil.copytree(synthetic_dir, tmp_path / "syn")
     record = read_record(folder / GENERATION_CONFIG)
     write_record(folder / GENERATION_CONFIG, record | {"real_images": {"dataset_name": "./gone"}})
-    flags = ["--synthetic_dataset", str(folder), "--model_name_or_path", classifiers["vit"], *SMALL]
     with pytest.raises(UserError, match="--dataset_name ./gone: neither .*named in the record of .*syn; give --data"):
-        train_bridged.main([*flags, "--output_dir", str(tmp_path / "out")])
+        run("out", synthetic=folder)
 
 
 def test_results_are_not_written_among_the_images(real_images_dir, monkeypatch):

@@ -1,16 +1,8 @@
 import pytest
 
 from utils.cli.errors import UserError
-from utils.comparison.grid import (
-    Recipe,
-    Row,
-    choose_best,
-    look_up_recipe,
-    make_cell,
-    parse_rows,
-    parse_synthetic_sets,
-    plan_cell,
-)
+from utils.comparison.grid import Recipe, Row, look_up_recipe, make_cell, parse_rows, parse_synthetic_sets, plan_cell
+from utils.comparison.search import choose_best
 from utils.transfer.methods import StageSettings
 
 BRIDGE = StageSettings(90, 5e-4, mixup_alpha=0.2)
@@ -56,7 +48,7 @@ def test_unsearched_shots_take_the_nearest_smaller_recipe():
 
 def test_choice_is_the_best_mean():
     low, high = Recipe(1e-4, 30), Recipe(1e-3, 30)
-    assert choose_best({low: [0.5, 0.6], high: [0.9, 0.1]}) == (low, pytest.approx(0.55))
+    assert choose_best({low: [0.5, 0.6], high: [0.9, 0.1]}, "a search") == (low, pytest.approx(0.55))
 
 
 @pytest.mark.parametrize("methods", [["nonsense"], ["bridged@nowhere"], ["mix", "mix"]])

@@ -38,16 +38,12 @@ def compare(methods=("vanilla_matched", "mix", "bridged"), shots=(1, 4), volumes
 def facts():
     recipe = {"learning_rate": 1e-4, "max_steps": 30, "head_learning_rate_factor": None}
     return {
-        "findings": ["Bridging loses.", "So does all else."],
-        "seeds": [0, 1],
-        "sets": {"dsi": "user/syn", "plain": "plain-{seed}"},
-        "own_sets": True,
-        "model": "timm/resnet18",
+        "findings": ["Bridging loses.", "So does all else."], "seeds": [0, 1],
+        "sets": {"dsi": "user/syn", "plain": "plain-{seed}"}, "own_sets": True, "model": "timm/resnet18",
         "real": "user/cars",
         "chosen": {"stage1": dataclasses.asdict(StageSettings(90, 5e-4)), "bridged": {"4": recipe, "all": recipe}},
-        "chosen_how": "given",
-        "command": "accelerate launch compare_transfer.py --synthetic_dataset dsi=user/syn",
-    }
+        "chosen_how": "given", "command": "accelerate launch compare_transfer.py --synthetic_dataset dsi=user/syn",
+    }  # fmt: skip
 
 
 def table_of(text, heading):

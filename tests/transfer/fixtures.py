@@ -5,6 +5,7 @@ import gc
 
 import pytest
 import torch
+from datasets import load_dataset
 
 from tests.conftest import CLASS_NAMES, save_image_set
 from tests.transfer.architectures import save_architecture
@@ -38,6 +39,12 @@ def save_classifier_of(tmp_path_factory):
 @pytest.fixture(scope="session")
 def classifiers(save_classifier_of) -> dict[str, str]:
     return {name: save_classifier_of(name) for name in ("vit", "resnet", "timm")}
+
+
+@pytest.fixture(scope="session")
+def images(real_images_dir):
+    """Twelve real images, four of each class."""
+    return load_dataset(str(real_images_dir), split="train").take(12)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from transformers import TrainingArguments
 
 from tests.conftest import CLASS_NAMES
+from tests.transfer.builders import run_plan
 from utils.cli.errors import UserError
 from utils.transfer import augmentation
 from utils.transfer.augmentation import BatchAugmentation, CropAndFlip, StreamedTrainImages, TrainImages, TrainItems
@@ -21,7 +22,6 @@ from utils.transfer.classifiers import load_classifier, load_image_processor
 from utils.transfer.fine_tuning import fine_tune
 from utils.transfer.image_format import ImageFormat
 from utils.transfer.methods import StagePlan, StageSettings
-from utils.transfer.stage import Pretrained, run_stage
 from utils.transfer.synthetic_images import load_synthetic, open_synthetic
 
 pytest_plugins = ["tests.transfer.fixtures"]
@@ -176,11 +176,6 @@ def processor(classifiers):
 
 
 @pytest.fixture(scope="module")
-def images(real_images_dir):
-    return load_dataset(str(real_images_dir), split="train").take(12)
-
-
-@pytest.fixture(scope="module")
 def stream(real_images_dir, tmp_path_factory):
     """A stream of four files; each row's label is its own number."""
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 s at the end of every epoch, against hanging remote files
@@ -271,27 +266,19 @@ def test_a_stage_trains_on_a_stream_and_goes_on_from_a_checkpoint_exactly(
 
 
 @pytest.mark.parametrize(("head_init", "batch_norm"), [("imprint", "frozen"), ("reset", "recalibrate")])
-def test_what_needs_all_images_at_once_is_refused_for_a_stream(
-    classifiers, processor, stream, tmp_path, head_init, batch_norm
-):
+def test_what_needs_all_images_at_once_is_refused_for_a_stream(classifiers, images, tmp_path, head_init, batch_norm):
     plan = StagePlan("stage1", "synthetic", head_init, StageSettings(1, 1e-2, batch_norm=batch_norm))
-    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
     with pytest.raises(UserError, match="which a stream does not give"):
-        run_stage(plan, None, stream, Pretrained(classifiers["vit"], processor, {}), CLASS_NAMES, args, tmp_path)
+        run_plan(plan, classifiers["vit"], images.to_iterable_dataset(), tmp_path)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_damaged_image_in_a_stream_ends_a_stage_in_one_line(classifiers, processor, tmp_path, num_workers):
+def test_a_damaged_image_in_a_stream_ends_a_stage_in_one_line(classifiers, tmp_path, num_workers):
     rows = [{"bytes": b"no image", "path": "cat.png"}] * 8
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASS_NAMES)})
     stream = datasets.Dataset.from_dict({"image": rows, "label": [0] * 8}, features=features).to_iterable_dataset()
-    args = TrainingArguments(
-        output_dir=str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no",
-        dataloader_num_workers=num_workers,
-    )  # fmt: skip
     stage = StagePlan("stage1", "synthetic", "reset", StageSettings(2, 1e-3, per_device_train_batch_size=2))
     with pytest.raises(UserError) as error:
-        pretrained = Pretrained(classifiers["vit"], processor, {})
-        run_stage(stage, None, stream, pretrained, CLASS_NAMES, args, tmp_path / "stage1")
+        run_plan(stage, classifiers["vit"], stream, tmp_path, use_cpu=True, dataloader_num_workers=num_workers)
     assert str(error.value).startswith("--streaming: a synthetic image is damaged (no known image format), number 0 of")
     assert "file cat.png" in str(error.value) and "Traceback" not in str(error.value)

@@ -74,9 +74,8 @@ def test_classifier_card_has_metadata_that_the_hub_links(tmp_path):
 
 
 def test_only_numbers_get_into_the_model_index(tmp_path):
-    assert [result.metric_type for result in write_classifier_card(
-        tmp_path / "some", **ACCURACY, test_macro_f1=float("nan")
-    ).data.eval_results] == ["accuracy"]  # fmt: skip
+    card = write_classifier_card(tmp_path / "some", **ACCURACY, test_macro_f1=float("nan"))
+    assert [result.metric_type for result in card.data.eval_results] == ["accuracy"]
     assert write_classifier_card(tmp_path / "none").data.eval_results is None
     assert "model-index" not in metadata_load(tmp_path / "none" / "README.md")
 
@@ -248,9 +247,10 @@ def outputs(licensed, commands):
     return licensed
 
 
-def test_each_script_writes_its_licence_its_command_and_no_secret(outputs, commands):
-    licenses = {"style": "mit", "cars-syn": "mit", "cars-bridged": "apache-2.0"}
-    for name, license in licenses.items():
+def test_each_card_has_its_licence_its_command_a_picture_beside_it_and_no_secret(outputs, commands):
+    expected = (("style", "mit", "training.png"), ("cars-syn", "mit", "preview.png"),
+                ("cars-bridged", "apache-2.0", "report.png"))  # fmt: skip
+    for name, license, picture in expected:
         folder = outputs / name
         script, argv = commands[str(folder)]
         text, metadata = (folder / "README.md").read_text(), metadata_load(folder / "README.md")
@@ -258,18 +258,11 @@ def test_each_script_writes_its_licence_its_command_and_no_secret(outputs, comma
         assert str(outputs) not in str(metadata)
         assert text.index(BEGIN) < text.index(f"accelerate launch {script.__name__}.py ") < text.index(END)
         assert f"--output_dir {folder}" in text
+        assert f"]({picture})\n" in text and (folder / picture).stat().st_size > 100
         for path in folder.rglob("*"):
             assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
     for source, license in (("images", "mit"), ("cars-syn", "mit"), ("classifier", "apache-2.0")):
         assert f"- `{outputs / source}`: {license}\n" in (outputs / "cars-bridged" / "README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("name", "picture"), [("style", "training.png"), ("cars-syn", "preview.png"), ("cars-bridged", "report.png")]
-)
-def test_each_card_shows_a_picture_that_lies_beside_it(outputs, name, picture):
-    assert f"]({picture})\n" in (outputs / name / "README.md").read_text()
-    assert (outputs / name / picture).stat().st_size > 100
 
 
 @pytest.fixture

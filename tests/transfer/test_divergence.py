@@ -5,36 +5,24 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import load_dataset
-from transformers import TrainingArguments
 
-from tests.conftest import CLASS_NAMES
+from tests.transfer.builders import run_plan
 from utils.cli.errors import DivergedError, UserError
-from utils.transfer.classifiers import load_image_processor
 from utils.transfer.fine_tuning import StageTrainer
 from utils.transfer.methods import StagePlan, StageSettings
-from utils.transfer.stage import Pretrained, run_stage
 
 pytest_plugins = ["tests.transfer.fixtures"]
 INFINITE_FIRST, INFINITE_ALL = {0, 1}, set(range(6))
 SETTINGS = StageSettings(6, 1e-2, per_device_train_batch_size=4, warmup_steps=0)
 
 
-@pytest.fixture(scope="module")
-def images(real_images_dir):
-    return load_dataset(str(real_images_dir), split="train").take(12)
-
-
 @pytest.fixture
 def run(classifiers, images, tmp_path):
     def run(settings=SETTINGS, folder="stage1", name="vit", images=images, resume=False, **options):
-        options = {"logging_strategy": "no", "save_strategy": "no"} | options
-        args = TrainingArguments(output_dir=str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, **options)
-        model, result = run_stage(
-            StagePlan("stage1", "real", "reset", settings), None, images,
-            Pretrained(classifiers[name], load_image_processor(classifiers[name]), {}), CLASS_NAMES, args,
-            tmp_path / folder, resume=resume,
-        )  # fmt: skip
+        plan = StagePlan("stage1", "real", "reset", settings)
+        model, result = run_plan(
+            plan, classifiers[name], images, tmp_path / folder, resume=resume, use_cpu=True, **options
+        )
         return model.state_dict(), result
 
     return run
@@ -98,14 +86,6 @@ def test_the_checks_change_no_weight(run, monkeypatch):
     assert all(torch.equal(value, checked[key]) for key, value in unchecked.items())
 
 
-def test_fewer_steps_than_planned_are_not_a_finished_stage(run, images, tmp_path):
-    with pytest.raises(
-        UserError, match="^--per_device_train_batch_size 4: only 0 of 6 steps were taken, there are too"
-    ):
-        run(images=images.take(3), dataloader_drop_last=True)
-    assert not (tmp_path / "stage1" / "stage.json").exists()
-
-
 @pytest.mark.parametrize("infinite", [INFINITE_FIRST, INFINITE_ALL])
 def test_steps_that_fp16_passes_over_are_normal_as_long_as_some_are_taken(run, monkeypatch, infinite):
     create_optimizer, backward, calls = StageTrainer.create_optimizer, Accelerator.backward, []
@@ -130,7 +110,17 @@ def test_steps_that_fp16_passes_over_are_normal_as_long_as_some_are_taken(run, m
             run()
 
 
-def test_a_stage_whose_head_never_moves_is_not_finished(run, tmp_path):
-    with pytest.raises(DivergedError, match="--learning_rate 1e-20: no weight of the head has moved .* a higher one"):
-        run(replace(SETTINGS, learning_rate=1e-20))
+@pytest.mark.parametrize(
+    ("settings", "num_images", "message"),
+    [
+        (SETTINGS, 3, "^--per_device_train_batch_size 4: only 0 of 6 steps were taken, there are too"),
+        (replace(SETTINGS, learning_rate=1e-20), 12,
+         "--learning_rate 1e-20: no weight of the head has moved .* a higher one"),
+    ],
+)  # fmt: skip
+def test_a_stage_of_too_few_steps_or_whose_head_never_moves_is_not_finished(
+    run, images, tmp_path, settings, num_images, message
+):
+    with pytest.raises(UserError, match=message):
+        run(settings, images=images.take(num_images), dataloader_drop_last=True)
     assert not (tmp_path / "stage1" / "stage.json").exists()

@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from datasets import load_dataset
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, default_collate
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from tests.conftest import CLASS_NAMES
-from utils.cli.errors import UserError
+from tests.transfer.builders import OPTIONS, run_plan
 from utils.transfer.adapters import LoraSettings
 from utils.transfer.augmentation import BatchAugmentation, TrainImages, TrainItems
 from utils.transfer.classifiers import load_classifier, load_image_processor
@@ -20,16 +19,8 @@ from utils.transfer.fine_tuning import StageResult, fine_tune, soft_cross_entrop
 from utils.transfer.image_format import EvalImages, read_image_format
 from utils.transfer.methods import StagePlan, StageSettings
 from utils.transfer.model_parts import head_parameter_names
-from utils.transfer.stage import Pretrained, run_stage
 
 pytest_plugins = ["tests.transfer.fixtures"]
-OPTIONS = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no"}
-OPTIONS |= {"per_device_eval_batch_size": 128}
-
-
-@pytest.fixture(scope="module")
-def images(real_images_dir):
-    return load_dataset(str(real_images_dir), split="train").take(12)
 
 
 def train(path, images, tmp_path, settings, **arguments):
@@ -40,24 +31,15 @@ def train(path, images, tmp_path, settings, **arguments):
     return before, model.state_dict(), result
 
 
-def test_soft_cross_entropy_matches_hand_computation_and_counts_images():
-    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-    soft = torch.tensor([[0.7, 0.3], [0.0, 1.0]])
-    expected = -(soft * logits.log_softmax(1)).sum()
-    outputs = ImageClassifierOutput(logits=logits)
-    # two of the four images of a step
-    assert soft_cross_entropy(outputs, soft, torch.tensor(4)) == pytest.approx(expected.item() / 4)
-    assert soft_cross_entropy(outputs, torch.tensor([0, 1])) == pytest.approx(
-        -(logits.log_softmax(1)[[0, 1], [0, 1]]).mean().item()
-    )
-
-
-def test_label_smoothing_is_torchs_on_top_of_soft_labels():
+def test_soft_cross_entropy_matches_hand_computation_counts_images_and_smooths_as_torch_does():
     logits, soft = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.7, 0.3], [0.0, 1.0]])
-    smoothed = 0.8 * soft + 0.1
-    expected = -(smoothed * logits.log_softmax(1)).sum() / 2
-    outputs = ImageClassifierOutput(logits=logits)
-    assert soft_cross_entropy(outputs, soft, label_smoothing=0.2) == pytest.approx(expected.item())
+    log_probabilities, outputs = logits.log_softmax(1), ImageClassifierOutput(logits=logits)
+    expected = -(soft * log_probabilities).sum().item()
+    assert soft_cross_entropy(outputs, soft, torch.tensor(4)) == pytest.approx(expected / 4)  # two of a step's four
+    expected = -log_probabilities[[0, 1], [0, 1]].mean().item()
+    assert soft_cross_entropy(outputs, torch.tensor([0, 1])) == pytest.approx(expected)
+    expected = -((0.8 * soft + 0.1) * log_probabilities).sum().item() / 2
+    assert soft_cross_entropy(outputs, soft, label_smoothing=0.2) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("mixup_alpha", [0.0, 0.4])
@@ -84,25 +66,17 @@ def test_frozen_batch_norm_keeps_statistics_and_trained_changes_them(classifiers
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "accumulation", "num_steps", "expected"),
-    [(4, 1, 5, 18), (4, 2, 3, 18), (16, 1, 2, 20)],
+    ("batch_size", "accumulation", "num_steps", "expected"), [(4, 1, 5, 18), (4, 2, 3, 18), (16, 1, 2, 20)]
 )
-def test_fine_tune_counts_steps_and_images(
+def test_fine_tune_counts_steps_images_and_gpu_hours(
     classifiers, images, tmp_path, batch_size, accumulation, num_steps, expected
 ):
     settings = StageSettings(num_steps, 1e-2, per_device_train_batch_size=batch_size)
     options = {"gradient_accumulation_steps": accumulation}
     _, _, result = train(classifiers["vit"], images.take(10), tmp_path, settings, **options)
     assert (result.num_steps, result.num_images_seen) == (num_steps, expected)
-    assert result.summary() == {
-        "steps": num_steps,
-        "images_seen": expected,
-        "seconds": result.seconds,
-        "gpu_hours": None,
-    }
-
-
-def test_gpu_hours_count_all_gpus():
+    costs = {"steps": num_steps, "images_seen": expected, "seconds": result.seconds, "gpu_hours": None}
+    assert result.summary() == costs
     assert StageResult(1, 1, 1800.0, 4, []).summary()["gpu_hours"] == 2.0
 
 
@@ -161,23 +135,17 @@ def make_plan(settings, name="stage1", **options) -> StagePlan:
     return StagePlan(name, "real", options.pop("head_init", "reset"), settings, **options)
 
 
-def run(plan, path, images, folder, start=None, lora=None, **options):
-    training_args = TrainingArguments(output_dir=str(folder), **(OPTIONS | options))
-    pretrained = Pretrained(path, load_image_processor(path), {}, lora)
-    return run_stage(plan, start, images, pretrained, CLASS_NAMES, training_args, folder)
-
-
 @pytest.mark.parametrize(("name", "head_inits"), [("vit", ("reset", "keep", "imprint")), ("timm", ("reset",))])
 def test_the_second_stage_starts_from_the_firsts_features_and_a_fresh_head(
     classifiers, images, tmp_path, name, head_inits
 ):
     settings = StageSettings(2, 1e-2, per_device_train_batch_size=4)
-    first, _ = run(make_plan(settings), classifiers[name], images, tmp_path / "stage1")
+    first, _ = run_plan(make_plan(settings), classifiers[name], images, tmp_path / "stage1")
     still = replace(settings, max_steps=1, learning_rate=0.0)  # the model of step 0
     heads = []
     for head_init in head_inits:
         plan = make_plan(still, "stage2", start="stage1", head_init=head_init)
-        second, _ = run(plan, classifiers[name], images, tmp_path / head_init, tmp_path / "stage1")
+        second, _ = run_plan(plan, classifiers[name], images, tmp_path / head_init, tmp_path / "stage1")
         changed = {key for key, value in second.state_dict().items() if not torch.equal(value, first.state_dict()[key])}
         assert changed <= set(head_parameter_names(first))
         assert bool(changed) == (head_init != "keep")
@@ -191,9 +159,9 @@ def test_the_second_stage_starts_from_the_firsts_features_and_a_fresh_head(
 def test_the_second_stage_of_an_adapter_starts_from_the_first_and_a_fresh_head(classifiers, images, tmp_path):
     path, settings = classifiers["vit"], StageSettings(2, 1e-2, per_device_train_batch_size=4)
     lora = LoraSettings(r=2)
-    first, _ = run(make_plan(settings), path, images, tmp_path / "stage1", lora=lora)
+    first, _ = run_plan(make_plan(settings), path, images, tmp_path / "stage1", lora=lora)
     plan = make_plan(replace(settings, max_steps=1, learning_rate=0.0), "stage2", start="stage1")
-    second, _ = run(plan, path, images, tmp_path / "stage2", tmp_path / "stage1", lora)
+    second, _ = run_plan(plan, path, images, tmp_path / "stage2", tmp_path / "stage1", lora)
     changed = {key for key, value in second.state_dict().items() if not torch.equal(value, first.state_dict()[key])}
     # beside it there is the base model's own head, which takes no part
     assert {key for key in changed if "original_module" not in key} == set(head_parameter_names(first))
@@ -203,7 +171,7 @@ def test_the_second_stage_of_an_adapter_starts_from_the_first_and_a_fresh_head(c
 def test_recalibrated_statistics_are_those_of_the_images_and_then_frozen(classifiers, images, tmp_path):
     settings = StageSettings(1, 0.0, batch_norm="recalibrate", per_device_train_batch_size=4)
     path = classifiers["resnet"]
-    model, _ = run(make_plan(settings), path, images, tmp_path)
+    model, _ = run_plan(make_plan(settings), path, images, tmp_path)
     expected = load_classifier(path, CLASS_NAMES, True, seed=42)
     loader = DataLoader(EvalImages(images, load_image_processor(path)), batch_size=12)
     update_bn((batch["pixel_values"] for batch in loader), expected)
@@ -215,7 +183,7 @@ def test_recalibrated_statistics_are_those_of_the_images_and_then_frozen(classif
 def test_a_stage_is_saved_with_its_record_and_without_the_token(classifiers, images, tmp_path):
     settings = StageSettings(2, 1e-2, per_device_train_batch_size=4)
     options = {"hub_token": "hf_secret", "push_to_hub": True, "save_strategy": "steps", "save_steps": 1}
-    model, result = run(make_plan(settings), classifiers["vit"], images, tmp_path, **options)
+    model, result = run_plan(make_plan(settings), classifiers["vit"], images, tmp_path, **options)
     saved = load_classifier(str(tmp_path), CLASS_NAMES, False, seed=0).state_dict()
     assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
     record = json.loads((tmp_path / "stage.json").read_text())
@@ -223,13 +191,3 @@ def test_a_stage_is_saved_with_its_record_and_without_the_token(classifiers, ima
     assert record["settings"]["learning_rate"] == 1e-2 and record["settings"]["seed"] == 42
     assert (tmp_path / "checkpoint-1" / "training_args.bin").exists()
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
-
-
-@pytest.mark.parametrize(
-    ("option", "name"), [({"batch_norm": "recalibrate"}, "resnet"), ({"batch_norm": "train"}, "timm")]
-)
-def test_statistics_that_an_adapter_cannot_hold_are_refused(classifiers, images, tmp_path, option, name):
-    plan = make_plan(StageSettings(1, 1e-2, **option))
-    with pytest.raises(UserError, match="--batch_norm .* with --use_peft choose frozen"):
-        run(plan, classifiers[name], images, tmp_path, lora=LoraSettings(r=2))
-    assert not list(tmp_path.iterdir())

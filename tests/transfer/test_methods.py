@@ -152,12 +152,20 @@ def settings_of(num_processes=1, method="bridged", **flags):
     return stage_settings(METHODS[method].with_flags(flags), FLAGS | flags, NUM_IMAGES, num_processes)
 
 
-def test_epochs_become_steps_over_all_processes_and_accumulated_batches():
-    bridge, real = settings_of()
-    assert (bridge.max_steps, real.max_steps) == (5 * 32, 30 * 2)
-    bridge, real = settings_of(num_processes=2, gradient_accumulation_steps=2)
-    assert (bridge.max_steps, real.max_steps) == (5 * 8, 30 * 1)
-    assert [settings.max_steps for settings in settings_of(bridge_max_steps=7, max_steps=3)] == [7, 3]
+@pytest.mark.parametrize(
+    ("method", "flags", "num_processes", "expected"),
+    [
+        ("bridged", {}, 1, (5 * 32, 30 * 2)),
+        ("bridged", {"gradient_accumulation_steps": 2}, 2, (5 * 8, 30 * 1)),
+        ("bridged", {"bridge_max_steps": 7, "max_steps": 3}, 1, (7, 3)),
+        ("bridged", {"dataloader_drop_last": True}, 1, (5 * 31, 30 * 1)),
+        ("mix", {}, 1, (5 * 32, 30 * 2)),  # those of stage 1 come on top
+        ("mix", {"match_steps": False}, 1, (5 * 32, 5 * 33)),  # the epochs of stage 1, over both kinds
+    ],
+)
+def test_epochs_become_steps_over_all_processes_and_accumulated_batches(method, flags, num_processes, expected):
+    bridge, real = settings_of(num_processes, method, **flags)
+    assert (bridge.max_steps, real.max_steps) == expected
 
 
 def test_stage_1_takes_over_what_has_no_flag_of_its_own_and_nothing_else():
@@ -183,16 +191,6 @@ def test_a_heads_learning_rate_is_told_as_a_factor():
     assert (bridge.head_learning_rate_factor, real.head_learning_rate_factor) == (pytest.approx(5), pytest.approx(2))
 
 
-def test_mix_takes_the_epochs_of_stage_1_over_both_kinds_and_where_steps_are_matched_those_of_the_real_images():
-    assert settings_of(method="mix", match_steps=False)[1].max_steps == 5 * 33
-    assert settings_of(method="mix")[1].max_steps == 30 * 2
-
-
-def test_epochs_of_whole_batches_have_fewer_steps():
-    bridge, real = settings_of(dataloader_drop_last=True)
-    assert (bridge.max_steps, real.max_steps) == (5 * 31, 30 * 1)
-
-
 @pytest.mark.parametrize(
     ("flags", "num_processes", "message"),
     [
@@ -203,6 +201,11 @@ def test_epochs_of_whole_batches_have_fewer_steps():
             "stage2 .* 40 images",
         ),
         ({"eval_strategy": "steps", "eval_delay": 161}, 1, "--eval_delay 161: .*; the longest stage has 160 steps"),
+        (
+            {"warmup_steps": 160},
+            1,
+            "--warmup_steps 160: stage1 has 160 steps, so the learning rate never reaches its p",
+        ),
         ({"metric_for_best_model": "top5_accuracy"}, 1, "top5_accuracy: needs more than 5 classes, there are 5"),
     ],
 )
@@ -210,11 +213,5 @@ def test_what_numbers_of_images_steps_and_classes_do_not_allow_is_found_before_a
     stages = plan("bridged", *settings_of(num_processes, **flags))
     with pytest.raises(UserError, match=message):
         check_stages(stages, FLAGS | flags, NUM_IMAGES, 5, num_processes)
-    check_stages(stages, FLAGS, NUM_IMAGES, 5, num_processes)
-
-
-def test_a_stage_that_is_all_warm_up_is_an_error():
-    message = "--warmup_steps 160: stage1 has 160 steps, so the learning rate never reaches its peak"
-    with pytest.raises(UserError, match=message):
-        check_stages(plan("bridged", *settings_of(warmup_steps=160)), FLAGS, NUM_IMAGES, 5, 1)
+    check_stages(plan("bridged", *settings_of(num_processes)), FLAGS, NUM_IMAGES, 5, num_processes)
     check_stages(plan("vanilla", *settings_of(warmup_steps=59)), FLAGS, NUM_IMAGES, 5, 1)

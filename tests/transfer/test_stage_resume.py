@@ -10,19 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import load_dataset
 from safetensors.torch import load_file
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerState
 
-from tests.conftest import CLASS_NAMES
+from tests.transfer.builders import run_plan
 from tests.transfer.two_processes import ACCUMULATED, SETTINGS, contiguous, pair_with_itself, train_big_batch
 from utils.cli.errors import UserError
 from utils.transfer import stage
 from utils.transfer.adapters import LoraSettings
-from utils.transfer.classifiers import load_image_processor
 from utils.transfer.fine_tuning import StageProgress, StageTrainer
 from utils.transfer.methods import StagePlan
-from utils.transfer.stage import Pretrained, find_earlier_run, run_stage, stage_folder
+from utils.transfer.stage import find_earlier_run, stage_folder
 
 pytest_plugins = ["tests.transfer.fixtures"]
 PLAN = StagePlan("stage1", "real", "reset", SETTINGS)
@@ -32,20 +30,12 @@ class Killed(Exception):
     """In place of a signal: nothing is written after it."""
 
 
-@pytest.fixture(scope="module")
-def images(real_images_dir):
-    return load_dataset(str(real_images_dir), split="train").take(12)
-
-
 @pytest.fixture
 def run(classifiers, images, tmp_path):
     def run(folder, name="vit", plan=PLAN, num_workers=0, lora=None, resume=False, **options):
-        args = TrainingArguments(
-            output_dir=str(tmp_path), report_to="none", disable_tqdm=True, logging_strategy="steps", logging_steps=1,
-            save_strategy="steps", dataloader_num_workers=num_workers, **({"save_steps": 2} | options),
-        )  # fmt: skip
-        pretrained = Pretrained(classifiers[name], load_image_processor(classifiers[name]), {}, lora)
-        model, result = run_stage(plan, None, images, pretrained, CLASS_NAMES, args, tmp_path / folder, resume=resume)
+        options = {"logging_strategy": "steps", "logging_steps": 1, "save_strategy": "steps", "save_steps": 2} | options
+        options["dataloader_num_workers"] = num_workers
+        model, result = run_plan(plan, classifiers[name], images, tmp_path / folder, None, lora, resume, **options)
         return contiguous(model.state_dict()), result
 
     return run

@@ -12,18 +12,17 @@ from datasets import Dataset, load_dataset
 from safetensors.torch import save_file
 from transformers import TrainingArguments
 
+from tests.transfer.builders import OPTIONS, run_plan
 from utils.transfer.augmentation import TrainItems
 from utils.transfer.classifiers import load_classifier, load_image_processor
 from utils.transfer.fine_tuning import StageTrainer, fine_tune
 from utils.transfer.methods import StagePlan, StageSettings
-from utils.transfer.stage import Pretrained, run_stage
 from utils.transfer.synthetic_images import load_synthetic, open_synthetic
 
 ACCUMULATED = "accumulated"
 # dropout, so that a random state that is not restored shows
 SETTINGS = StageSettings(7, 1e-2, 3.0, mixup_alpha=0.4, dropout=0.2, per_device_train_batch_size=4)
 BIG_BATCH = StageSettings(2, 1e-1, mixup_alpha=0.4, label_smoothing_factor=0.1, per_device_train_batch_size=8)
-OPTIONS = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
 
 
 def contiguous(state_dict: dict) -> dict:
@@ -45,7 +44,7 @@ def train_big_batch(path: str, images_dir: str, folder: Path, batch_size: int = 
     images = load_dataset(images_dir, split="train").take(8)
     model = load_classifier(path, names_of(images), True, seed=0)
     args = TrainingArguments(
-        output_dir=str(folder), save_strategy="no", optim="sgd", max_grad_norm=0.0,
+        output_dir=str(folder), optim="sgd", max_grad_norm=0.0,
         gradient_accumulation_steps=accumulation, **OPTIONS,
     )  # fmt: skip
     settings = StageSettings(**(vars(BIG_BATCH) | {"per_device_train_batch_size": batch_size}))
@@ -57,7 +56,6 @@ def kill_and_resume(path: str, images_dir: str, folder: Path) -> None:
     """Train a stage alone, and one that is killed in the middle of its second epoch and goes on."""
     images = load_dataset(images_dir, split="train").take(10)
     plan = StagePlan("stage1", "real", "reset", StageSettings(**(vars(SETTINGS) | {"max_steps": 5})))
-    args = TrainingArguments(output_dir=str(folder), save_strategy="steps", save_steps=3, **OPTIONS)
     train = StageTrainer.training_step
 
     def training_step(self, *arguments, **options):
@@ -66,8 +64,8 @@ def kill_and_resume(path: str, images_dir: str, folder: Path) -> None:
         return train(self, *arguments, **options)
 
     def run(name: str, resume: bool = False):
-        pretrained = Pretrained(path, load_image_processor(path), {})
-        return run_stage(plan, None, images, pretrained, names_of(images), args, folder / name, resume=resume)
+        options = {"save_strategy": "steps", "save_steps": 3}
+        return run_plan(plan, path, images, folder / name, resume=resume, **options)
 
     answers = {"alone": run("alone")}
     StageTrainer.training_step = training_step
@@ -79,9 +77,7 @@ def kill_and_resume(path: str, images_dir: str, folder: Path) -> None:
     answers["resumed"] = run("resumed", resume=True)
     if PartialState().is_main_process:
         for name, (model, _) in answers.items():
-            save_file(
-                {key: value.contiguous() for key, value in model.state_dict().items()}, folder / f"{name}.safetensors"
-            )
+            save_file(contiguous(model.state_dict()), folder / f"{name}.safetensors")
         counted = [[result.num_steps, result.num_images_seen] for _, result in answers.values()]
         (folder / "counted.json").write_text(json.dumps(counted))
 
@@ -98,7 +94,7 @@ def stream(path: str, class_names: list[str], synthetic_dir: str, folder: Path) 
         return make(self, row, *seeds)
 
     TrainItems.make = make_and_note
-    args = TrainingArguments(output_dir=str(folder), save_strategy="no", **OPTIONS)
+    args = TrainingArguments(output_dir=str(folder), **OPTIONS)
     settings = StageSettings(3, 1e-2, per_device_train_batch_size=3)
     model = load_classifier(path, class_names, True, seed=0)
     fine_tune(model, images, load_image_processor(path), settings, args, folder)

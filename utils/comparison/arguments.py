@@ -4,8 +4,13 @@ from dataclasses import dataclass, field
 
 from utils.cli.options import option
 from utils.data.arguments import RealDataArguments
-from utils.transfer.arguments import default_num_workers
+from utils.transfer.arguments import ModelArguments, default_num_workers
 from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, METHODS
+
+DEFAULT_METHODS = [
+    "vanilla", "vanilla_matched", "mix", "bridged", "bridged_keep", "bridged_imprint", "bridged_no_mixup",
+    "synthetic_only",
+]  # fmt: skip
 
 
 @dataclass
@@ -30,16 +35,7 @@ class ComparisonArguments:
     )
     allow_missing_classes: bool = option(False, "Accept synthetic sets that lack some of the real set's classes.")
     methods: list[str] = option(
-        [
-            "vanilla",
-            "vanilla_matched",
-            "mix",
-            "bridged",
-            "bridged_keep",
-            "bridged_imprint",
-            "bridged_no_mixup",
-            "synthetic_only",
-        ],
+        DEFAULT_METHODS,
         f"Rows of the table: {', '.join(METHODS)}; method@NAME takes another synthetic set than the first.",
     )
     num_shots: list[int] | None = option(None, "Real images per class; all of them when not given.")
@@ -111,3 +107,7 @@ class SharedStageArguments:
         "Processes that read images ahead for each cell, as in train_bridged.py.",
         affects_result=False,
     )
+
+
+# in the order of --help
+GROUPS = (ModelArguments, ComparedImagesArguments, ComparisonArguments, SearchArguments, SharedStageArguments)

@@ -29,12 +29,13 @@ from utils.data.image_set import RealImages
 from utils.data.opened_images import open_synthetic
 from utils.data.splits import balanced_indices
 from utils.transfer.evaluation import classification_metrics
-from utils.transfer.image_format import EvalImages, cache_items
+from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StageSettings
 from utils.transfer.run_method import run_method, select_images
 from utils.transfer.stage import Pretrained
 from utils.transfer.synthetic_images import SyntheticSource, load_synthetic
 
+MAX_BYTES_IN_MEMORY = 2**30  # of images that cells are evaluated on, again and again
 _runner: "CellRunner | None" = None  # of a worker process
 
 
@@ -105,8 +106,7 @@ class CellRunner:
         Raises:
             UserError: one of them does not fit, or a synthetic image is damaged.
         """
-        counts = np.bincount(self.real.train["label"])
-        smallest = int(counts[counts > 0].min())
+        smallest = _smallest_class(self.real.train)
         most = max(count or 0 for count in shots)
         if most > smallest:
             raise UserError(f"--num_shots {most}: a class of the real set has only {smallest} training images.")
@@ -116,8 +116,7 @@ class CellRunner:
         for source in sources.values():  # several seeds may share one
             images = self.load_synthetic(source)
             open_synthetic(images, source.name, skip_bad_images=False)
-            counts = np.bincount(images["label"])
-            smallest = int(counts[counts > 0].min())
+            smallest = _smallest_class(images)
             if most > smallest:
                 raise UserError(f"--volumes {most}: {source.name} has only {smallest} images of a class.")
 
@@ -126,12 +125,9 @@ class CellRunner:
         key = source.name, source.revision, volume
         if key not in self._synthetic:
             self._synthetic[key] = load_synthetic(
-                source,
-                self.real.class_names,
-                volume,
-                self.pretrained.hub_options.get("token"),
+                source, self.real.class_names, volume, self.pretrained.hub_options.get("token"),
                 allow_missing_classes=self.allow_missing_classes,
-            )
+            )  # fmt: skip
         return self._synthetic[key]
 
     def few_shot_rows(self, num_shots: int | None, seed: int) -> np.ndarray:
@@ -143,11 +139,9 @@ class CellRunner:
         """Return all that decides a cell's result."""
         settings = self._shared_settings(cell) | {
             "stages": [dataclasses.asdict(stage) for stage in plan_cell(cell, self.settings)],
-            "num_shots": shots_key(cell.num_shots) if cell.row.method.uses_real else None,
-            "split": cell.split,
-            "max_eval_samples": self.max_eval_samples,
-            "real_images": self.real.record.to_dict(),
-        }
+            "num_shots": shots_key(cell.num_shots) if cell.row.method.uses_real else None, "split": cell.split,
+            "max_eval_samples": self.max_eval_samples, "real_images": self.real.record.to_dict(),
+        }  # fmt: skip
         if "recalibrate" in (stage["settings"]["batch_norm"] for stage in settings["stages"]):
             settings["statistics_batch_size"] = self.training_args.per_device_eval_batch_size
         if cell.row.method.uses_synthetic:
@@ -156,13 +150,12 @@ class CellRunner:
 
     def _shared_settings(self, cell: Cell) -> dict:
         precision = self.training_args.mixed_precision
-        return {
-            "model": self.pretrained.name,
-            "revision": self.pretrained.hub_options["revision"],
-            "class_names": self.real.class_names,
-            "lr_scheduler_type": str(self.training_args.lr_scheduler_type),
-            "seed": cell.seed,
-        } | ({} if precision == "no" else {"mixed_precision": precision})  # cells of before it could be chosen stay
+        settings = {
+            "model": self.pretrained.name, "revision": self.pretrained.hub_options["revision"], "seed": cell.seed,
+            "class_names": self.real.class_names, "lr_scheduler_type": str(self.training_args.lr_scheduler_type),
+        }  # fmt: skip
+        # cells of before it could be chosen stay
+        return settings if precision == "no" else settings | {"mixed_precision": precision}
 
     def _synthetic_settings(self, cell: Cell) -> dict:
         source = self.sources[cell.row.synthetic, cell.seed]
@@ -192,10 +185,18 @@ class CellRunner:
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / f"{name}.lock")
 
-    def _eval_items(self, split: str):
+    def _eval_items(self, split: str) -> EvalImages | list[dict]:
+        """Return the images of a part for evaluation: their items in memory where these are not too large."""
         if split not in self._items:
-            self._items[split] = cache_items(EvalImages(getattr(self.real, split), self.pretrained.image_processor))
+            images = EvalImages(getattr(self.real, split), self.pretrained.image_processor)
+            num_bytes = len(images) * images[0]["pixel_values"].nbytes
+            self._items[split] = list(images) if num_bytes <= MAX_BYTES_IN_MEMORY else images
         return self._items[split]
+
+
+def _smallest_class(images: Dataset) -> int:
+    """Return the number of images of the class with the fewest, of those that have any."""
+    return min(Counter(images["label"]).values())
 
 
 def run_cells(runner: CellRunner, cells: list[Cell], num_workers: int, description: str) -> dict[Cell, dict]:

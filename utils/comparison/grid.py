@@ -4,9 +4,6 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from itertools import product
-
-import numpy as np
 
 from utils.cli.errors import UserError
 from utils.transfer.methods import METHODS, Method, StagePlan, StageSettings, plan_stages
@@ -136,17 +133,6 @@ def fingerprint(settings: dict) -> str:
 def rates_around(rate: float) -> list[float]:
     """Return the three learning rates of the small search around a default."""
     return [rate / 4, rate, 4 * rate]
-
-
-def recipe_grid(learning_rates: list[float], step_counts: list[int], factors: list[float] | None) -> list[Recipe]:
-    """Return every combination."""
-    return [Recipe(*values) for values in product(learning_rates, step_counts, factors or [None])]
-
-
-def choose_best(scores: dict) -> tuple[object, float]:
-    """Return the candidate with the best mean validation accuracy over seeds, the first at a tie, and that mean."""
-    best = max(scores, key=lambda candidate: np.mean(scores[candidate]))
-    return best, float(np.mean(scores[best]))
 
 
 def shots_key(num_shots: int | None) -> str:

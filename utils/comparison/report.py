@@ -52,25 +52,20 @@ def write_markdown(path: str | Path, summary: list[dict], baseline: str | None, 
         base_model=next(iter(hub_ids(model)), None),
         datasets=hub_ids(real, *facts["sets"].values()) or None,
     )
-    recipes = [["method", "real images", "learning rate", "steps", "head's rate"]] + [
-        [method, _shots_text(key), str(entry["learning_rate"]), str(entry["max_steps"]), _factor_text(entry)]
-        for method in methods
-        for key, entry in facts["chosen"].get(method, {}).items()
-    ]
+    recipes = [["method", "real images", "learning rate", "steps", "head's rate"]]
+    for method in methods:
+        for shots, entry in facts["chosen"].get(method, {}).items():
+            factor = entry["head_learning_rate_factor"]
+            rate = "10 x for a fresh head, 1 x for another" if factor is None else f"{factor:g} x"
+            shown = "all" if shots == shots_key(None) else f"{shots} a class"
+            recipes.append([method, shown, str(entry["learning_rate"]), str(entry["max_steps"]), rate])
     card = ModelCard.from_template(
-        metadata,
-        template_path=str(TEMPLATE),
-        baseline=baseline,
-        table=_to_markdown(_accuracy_table(summary, "<br>")),
-        costs=_to_markdown(_cost_table(summary)),
-        recipes=_to_markdown(recipes),
-        shots=_shots(summary),
-        num_test_images=summary[0]["num_test_images"],
-        methods={method: _describe(method) for method in methods},
-        stage1={key: value for key, value in facts["chosen"]["stage1"].items() if value is not None},
-        **facts,
+        metadata, template_path=str(TEMPLATE), baseline=baseline, table=_to_markdown(_accuracy_table(summary, "<br>")),
+        costs=_to_markdown(_cost_table(summary)), recipes=_to_markdown(recipes), shots=_shots(summary),
+        num_test_images=summary[0]["num_test_images"], methods={method: _describe(method) for method in methods},
+        stage1={key: value for key, value in facts["chosen"]["stage1"].items() if value is not None}, **facts,
         **FUNCTIONS,
-    )
+    )  # fmt: skip
     write_text(path, f"{card}\n")
 
 
@@ -114,15 +109,6 @@ def _row_title(entry: dict) -> str:
 def _describe(method: str) -> str:
     name, _, synthetic = method.partition("@")
     return METHODS[name].description + (f"; synthetic set {code(synthetic)}" if synthetic else "")
-
-
-def _shots_text(key: str) -> str:
-    return "all" if key == shots_key(None) else f"{key} a class"
-
-
-def _factor_text(entry: dict) -> str:
-    factor = entry["head_learning_rate_factor"]
-    return "10 x for a fresh head, 1 x for another" if factor is None else f"{factor:g} x"
 
 
 def _shots(summary: list[dict]) -> list[int | None]:

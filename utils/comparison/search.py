@@ -3,21 +3,12 @@
 import dataclasses
 from itertools import product
 
+import numpy as np
+
 from utils.cli.errors import UserError
 from utils.cli.records import read_record
 from utils.comparison.cells import CellRunner, run_cells
-from utils.comparison.grid import (
-    Cell,
-    Recipe,
-    Row,
-    choose_best,
-    look_up_recipe,
-    make_cell,
-    rates_around,
-    recipe_grid,
-    shots_key,
-    shots_title,
-)
+from utils.comparison.grid import Cell, Recipe, Row, look_up_recipe, make_cell, rates_around, shots_key, shots_title
 from utils.transfer.methods import StageSettings, steps_per_epoch
 
 LOST = [-1.0]  # the accuracies of a candidate that diverged
@@ -25,21 +16,16 @@ LOST = [-1.0]  # the accuracies of a candidate that diverged
 
 def list_bridges(search_args, shared_args, settings: StageSettings, num_images: int) -> list[StageSettings]:
     """Return the settings of stage 1 to choose from; `num_images` are those of the largest volume."""
+    batch_size = settings.per_device_train_batch_size
+    factor = shared_args.bridge_head_learning_rate_factor
+    steps = search_args.bridge_step_counts or [epoch_steps(search_args.bridge_num_train_epochs, num_images, batch_size)]
     rates = search_args.bridge_learning_rates
-    epochs, batch_size = search_args.bridge_num_train_epochs, settings.per_device_train_batch_size
+    rates = rates_around(*rates) if search_args.search_learning_rate else rates
     return [
         dataclasses.replace(
-            settings,
-            max_steps=max_steps,
-            learning_rate=rate,
-            head_learning_rate_factor=shared_args.bridge_head_learning_rate_factor,
-            mixup_alpha=alpha,
+            settings, max_steps=max_steps, learning_rate=rate, head_learning_rate_factor=factor, mixup_alpha=alpha
         )
-        for max_steps, rate, alpha in product(
-            search_args.bridge_step_counts or [epoch_steps(epochs, num_images, batch_size)],
-            rates_around(*rates) if search_args.search_learning_rate else rates,
-            search_args.bridge_mixup_alphas,
-        )
+        for max_steps, rate, alpha in product(steps, rates, search_args.bridge_mixup_alphas)
     ]
 
 
@@ -52,7 +38,8 @@ def list_recipes(search_args, runner: CellRunner, shots: list[int | None]) -> di
     for num_shots in shots:
         num_images = len(runner.few_shot_rows(num_shots, seed=0))
         steps = search_args.step_counts or [epoch_steps(search_args.num_train_epochs, num_images, batch_size)]
-        recipes[num_shots] = recipe_grid(rates, steps, search_args.head_learning_rate_factors)
+        grid = product(rates, steps, search_args.head_learning_rate_factors or [None])
+        recipes[num_shots] = [Recipe(*values) for values in grid]
     return recipes
 
 
@@ -74,7 +61,7 @@ def choose_bridge(
     cells = {
         bridge: [make_cell(row, None, seed, None, bridge, "validation") for seed in seeds] for bridge in candidates
     }
-    return _choose(_score(runner, cells, num_workers, "search of stage 1"), "stage 1 (--bridge_learning_rates)")[0]
+    return choose_best(_score(runner, cells, num_workers, "search of stage 1"), "stage 1 (--bridge_learning_rates)")[0]
 
 
 def choose_recipes(
@@ -99,7 +86,7 @@ def choose_recipes(
         recipe, accuracy = candidates[0], None
         if len(candidates) > 1:
             scores_here = {recipe: scores[row, num_shots, recipe] for recipe in candidates}
-            recipe, accuracy = _choose(scores_here, f"{row.label} with {shots_title(num_shots)}")
+            recipe, accuracy = choose_best(scores_here, f"{row.label} with {shots_title(num_shots)}")
         chosen[row.label][shots_key(num_shots)] = dataclasses.asdict(recipe) | {"validation_accuracy": accuracy}
     return chosen
 
@@ -134,10 +121,7 @@ def describe_choice(settings_path: str | None, chosen: dict, seeds: list[int]) -
 
 
 def _score(runner: CellRunner, cells: dict[object, list[Cell]], num_workers: int, what: str) -> dict:
-    """Return each candidate's accuracies on the validation images; `cells` has one a seed.
-
-    A candidate that diverged on any seed is told of, and has lost: its accuracies are below all others.
-    """
+    """Return each candidate's accuracies, one a seed; one that diverged on any seed is told of, and has lost."""
     results = run_cells(runner, [cell for by_seed in cells.values() for cell in by_seed], num_workers, what)
     for diverged in dict.fromkeys(result["diverged"] for result in results.values() if "diverged" in result):
         print(f"Warning: a candidate of the {what} was dropped: {diverged}")
@@ -145,13 +129,13 @@ def _score(runner: CellRunner, cells: dict[object, list[Cell]], num_workers: int
     return {candidate: LOST if None in accuracies else accuracies for candidate, accuracies in scores.items()}
 
 
-def _choose(scores: dict, what: str) -> tuple[object, float]:
-    """Return the best candidate and its mean accuracy.
+def choose_best(scores: dict, what: str) -> tuple[object, float]:
+    """Return the candidate with the best mean validation accuracy over seeds, the first at a tie, and that mean.
 
     Raises:
         UserError: all of them diverged.
     """
-    best, accuracy = choose_best(scores)
+    best = max(scores, key=lambda candidate: np.mean(scores[candidate]))
     if scores[best] is LOST:
         raise UserError(f"--learning_rates: every candidate of {what} diverged; give lower ones.")
-    return best, accuracy
+    return best, float(np.mean(scores[best]))

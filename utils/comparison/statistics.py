@@ -93,15 +93,10 @@ def summarise(results: dict[Row, dict], baseline: Row | None) -> list[dict]:
         for num_shots, right in by_shots.items():
             values = 100 * right.mean(1)
             entry = {
-                "method": row.label,
-                "volume": row.volume,
-                "num_shots": num_shots,
-                "mean": float(values.mean()),
-                "std": float(values.std(ddof=1)) if len(values) > 1 else None,
-                "num_seeds": len(values),
-                "num_test_images": right.shape[1],
-                "values": values.tolist(),
-            }
+                "method": row.label, "volume": row.volume, "num_shots": num_shots, "mean": float(values.mean()),
+                "std": float(values.std(ddof=1)) if len(values) > 1 else None, "num_seeds": len(values),
+                "num_test_images": right.shape[1], "values": values.tolist(),
+            }  # fmt: skip
             if baseline is not None and row != baseline:
                 gain = paired_gain(right, correct[baseline][num_shots])
                 entry |= {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}

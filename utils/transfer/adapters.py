@@ -30,7 +30,7 @@ class LoraSettings:
     r: int = 16
     alpha: int = 32
     dropout: float = 0.05
-    target_modules: tuple[str, ...] | None = None
+    target_modules: list[str] | None = None
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int, *, revision: str | None = None) -> PeftModel:
@@ -52,7 +52,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int, *, revisi
         return get_peft_model(model, config)
 
 
-def _target_modules(model: PreTrainedModel, ends: tuple[str, ...] | None) -> list[str]:
+def _target_modules(model: PreTrainedModel, ends: list[str] | None) -> list[str]:
     """Return the layers whose names end so, of those outside the head that peft can both train and merge.
 
     Grouped convolutions cannot be merged; of dilation and padding mode peft knows nothing, and nothing of layers that
@@ -106,22 +106,19 @@ def save_merged(model: PeftModel, image_processor, output_dir: str | Path) -> No
     """
     adapter_dir = Path(output_dir) / ADAPTER_DIR
     save_adapter(model, adapter_dir)
-    adapted = PeftModel.from_pretrained(_load_base(model), str(adapter_dir))
+    # of other sizes is the head, and the adapter brings its own; the rest was loaded before
+    base = AutoModelForImageClassification.from_pretrained(
+        model.get_base_model().name_or_path, config=copy.deepcopy(model.get_base_model().config),
+        ignore_mismatched_sizes=True, dtype=torch.float32, revision=model.peft_config["default"].revision,
+        local_files_only=True,
+    )  # fmt: skip
+    adapted = PeftModel.from_pretrained(base, str(adapter_dir))
     # without the adapter's forward pass, which mixed precision may have wrapped
     expected = _logits(model.get_base_model(), image_processor)
     _check_same(expected, _logits(adapted.get_base_model(), image_processor), adapter_dir)
     save_classifier(adapted.merge_and_unload(), image_processor, output_dir)
     merged = AutoModelForImageClassification.from_pretrained(output_dir, dtype=torch.float32)
     _check_same(expected, _logits(merged, image_processor), output_dir)
-
-
-def _load_base(model: PeftModel) -> PreTrainedModel:
-    # of other sizes is the head, and the adapter brings its own; the rest was loaded before
-    base = model.get_base_model()
-    return AutoModelForImageClassification.from_pretrained(
-        base.name_or_path, config=copy.deepcopy(base.config), ignore_mismatched_sizes=True, dtype=torch.float32,
-        revision=model.peft_config["default"].revision, local_files_only=True,
-    )  # fmt: skip
 
 
 @torch.no_grad()

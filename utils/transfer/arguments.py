@@ -1,7 +1,4 @@
-"""The argument groups of train_bridged.py: model, synthetic images, method, stages, LoRA, and the Trainer's own flags.
-
-Stage 1's begin with bridge_.
-"""
+"""The argument groups of train_bridged.py; flags of stage 1 begin with bridge_."""
 
 import os
 from dataclasses import dataclass
@@ -10,6 +7,7 @@ from transformers import TrainingArguments
 
 from utils.cli.errors import UserError
 from utils.cli.options import option
+from utils.data.arguments import RealDataArguments
 from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, HEAD_INITS, METHODS
 
 MAX_WORKERS = 16
@@ -161,17 +159,6 @@ class LoraArguments:
         None, "Ends of layers' names to adapt; every linear layer and convolution but the head when not given."
     )
 
-    @property
-    def settings(self) -> dict:
-        """The values without their prefix."""
-        targets = self.lora_target_modules
-        return {
-            "r": self.lora_r,
-            "alpha": self.lora_alpha,
-            "dropout": self.lora_dropout,
-            "target_modules": None if targets is None else tuple(targets),
-        }
-
 
 def default_num_workers() -> int:
     """Return how many processes read images ahead: on a CPU none, which would take its cores away."""
@@ -187,13 +174,8 @@ class BridgedTrainingArguments(TrainingArguments):
 
     _argument_group_name = "training"
     _inherited_result_options = (
-        *OF_EACH_STAGE,
-        "max_steps",
-        "label_smoothing_factor",
-        "torch_compile",
-        "tf32",
-        "use_cpu",
-    )
+        *OF_EACH_STAGE, "max_steps", "label_smoothing_factor", "torch_compile", "tf32", "use_cpu",
+    )  # fmt: skip
 
     output_dir: str | None = option(
         None, "Output folder; '<synthetic set>-bridged' (the method's name) when not given.", affects_result=False
@@ -235,6 +217,14 @@ class BridgedTrainingArguments(TrainingArguments):
     max_eval_samples: int | None = option(
         None, "Use so many validation and test images, evenly spread; all when not given."
     )
+
+
+# in the order of --help
+GROUPS = {
+    "model": ModelArguments, "real": RealDataArguments, "synthetic": SyntheticDataArguments, "method": MethodArguments,
+    "stage": StageArguments, "bridge": BridgeStageArguments, "lora": LoraArguments,
+    "training": BridgedTrainingArguments,
+}  # fmt: skip
 
 
 def check_training_arguments(training_args: TrainingArguments) -> None:

@@ -155,11 +155,7 @@ def load_classifier(
 
 
 def _check_loaded(name: str, model: PreTrainedModel, missing: set[str]) -> None:
-    """Say which weights besides the head a checkpoint lacks: they are random.
-
-    Raises:
-        UserError: it lacks most of them, as one of another model, or with other names for the weights.
-    """
+    """Say which weights besides the head a checkpoint lacks, which are random; refuse one that lacks most of them."""
     if not missing:
         return
     num_all = len(model.state_dict())
@@ -170,11 +166,7 @@ def _check_loaded(name: str, model: PreTrainedModel, missing: set[str]) -> None:
 
 
 def _set_rate(config: PreTrainedConfig, flag: str, rate: float) -> None:
-    """Set one kind of dropout in the config, so that what is saved says how it was trained.
-
-    Raises:
-        UserError: the architecture has no such dropout.
-    """
+    """Set one kind of dropout in the config, so that what is saved says how it was trained."""
     kind = {"dropout": "dropout", "drop_path_rate": "drop path"}[flag]
     no_such_rate = UserError(f"--{flag} {rate}: {config.name_or_path} has no {kind}; leave the flag out.")
     if config.model_type == "timm_wrapper":

@@ -2,12 +2,10 @@
 
 import math
 
-import evaluate
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
-from datasets import Features, Value
 from scipy.stats import bootstrap
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 from torch import nn
@@ -71,45 +69,23 @@ def _gather_in_turn(own_rows: torch.Tensor, num_rows: int) -> np.ndarray:
     return by_process.transpose(0, 1).flatten(0, 1)[:num_rows].numpy()  # what is unused is at the end
 
 
-class ImageClassification(evaluate.Metric):
-    """Metrics from one row an image: `predictions` and `references` are classes, `confidences` probabilities in [0, 1].
-
-    `ranks` are the places of the true classes, 0 for the most probable. Rows hold numbers, no logits: those of 50,000
-    images and 1,000 classes would take 12 s to go through Arrow, and come back as lists.
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        columns = {"predictions": "int64", "references": "int64", "confidences": "float32", "ranks": "int64"}
-        return evaluate.MetricInfo(
-            description="Accuracy, top-5, mean per-class accuracy, macro F1 and calibration error of a classifier.",
-            citation="",
-            features=Features({name: Value(dtype) for name, dtype in columns.items()}),
-            format="numpy",
-        )
-
-    def _compute(self, predictions, references, confidences, ranks, num_classes: int) -> dict[str, float]:
-        of_each_class = {"average": "macro", "labels": np.unique(references)}
-        metrics = {
-            "accuracy": accuracy_score(references, predictions),
-            "mean_per_class_accuracy": recall_score(references, predictions, **of_each_class),
-            "macro_f1": f1_score(references, predictions, **of_each_class),
-            "expected_calibration_error": _calibration_error(confidences, predictions == references),
-        }
-        if num_classes > 5:
-            metrics["top5_accuracy"] = np.mean(ranks < 5)
-        return {name: float(value) for name, value in metrics.items()}
-
-
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Return accuracy, top-5 (above 5 classes), mean per-class accuracy, macro F1 and calibration error, in [0, 1].
 
     `logits` is `(n, classes)` float, `labels` `(n,)` int. Means over classes are over those that `labels` has. The
     expected calibration error is the mean distance of confidence and accuracy over 15 bins of confidence.
     """
-    return ImageClassification(keep_in_memory=True).compute(
-        predictions=logits.argmax(1), references=labels, confidences=confidences(logits),
-        ranks=_true_class_ranks(logits, labels), num_classes=logits.shape[1],
-    )  # fmt: skip
+    predictions = logits.argmax(1)
+    of_each_class = {"average": "macro", "labels": np.unique(labels)}
+    metrics = {
+        "accuracy": accuracy_score(labels, predictions),
+        "mean_per_class_accuracy": recall_score(labels, predictions, **of_each_class),
+        "macro_f1": f1_score(labels, predictions, **of_each_class),
+        "expected_calibration_error": _calibration_error(confidences(logits), predictions == labels),
+    }
+    if logits.shape[1] > 5:
+        metrics["top5_accuracy"] = np.mean(_true_class_ranks(logits, labels) < 5)
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def confidences(logits: np.ndarray) -> np.ndarray:
@@ -184,17 +160,13 @@ def leep_results(
     models = {name: model for name, model in models.items() if model is not None}
     images_to_read = images if models else []
     all_logits, labels = _predict_with_each(list(models.values()), images_to_read, batch_size, num_workers)
-    scores = {f"leep_{name}": leep(_softmax(logits), labels) for name, logits in zip(models, all_logits)}
+    for logits in all_logits:  # turned into probabilities in place
+        for rows in torch.from_numpy(logits).split(ROWS_AT_A_TIME):
+            rows.copy_(rows.softmax(1))
+    scores = {f"leep_{name}": leep(probabilities, labels) for name, probabilities in zip(models, all_logits)}
     num_source_classes = AutoConfig.from_pretrained(pretrained, **hub_options).num_labels  # 0 of timm's backbones
     counts = {"leep_num_images": len(images), "leep_num_source_classes": num_source_classes}
     return {"leep_pretrained": None, "leep_bridged": None} | scores | counts
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    """Return logits turned into probabilities, in place."""
-    for rows in torch.from_numpy(logits).split(ROWS_AT_A_TIME):
-        rows.copy_(rows.softmax(1))
-    return logits
 
 
 def leep(probabilities: np.ndarray, labels: np.ndarray) -> float:

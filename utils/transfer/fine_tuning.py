@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalPrediction
 
 from utils.cli.errors import DivergedError, UserError
 from utils.transfer.augmentation import BatchAugmentation, StreamedTrainImages, TrainImages, TrainItems
@@ -41,23 +40,16 @@ class StageResult:
     def summary(self) -> dict:
         """Return what a table shows of it; GPU-hours are None without a GPU."""
         return {
-            "steps": self.num_steps,
-            "images_seen": self.num_images_seen,
-            "seconds": self.seconds,
+            "steps": self.num_steps, "images_seen": self.num_images_seen, "seconds": self.seconds,
             "gpu_hours": round(self.num_gpus * self.seconds / 3600, 4) if self.num_gpus else None,
-        }
+        }  # fmt: skip
 
 
 def fine_tune(
-    model: nn.Module,
-    images: Dataset | IterableDataset,
-    image_processor,
-    settings: StageSettings,
-    training_args: TrainingArguments,
-    output_dir: str | Path,
-    validation: Dataset | None = None,
+    model: nn.Module, images: Dataset | IterableDataset, image_processor, settings: StageSettings,
+    training_args: TrainingArguments, output_dir: str | Path, validation: Dataset | None = None,
     checkpoint: str | None = None,
-) -> StageResult:
+) -> StageResult:  # fmt: skip
     """Train `model` in place on labelled images (columns `image`, `label`) and return what was done.
 
     `settings` go before `training_args`, which give the rest: schedule, optimiser, precision, workers, logging, seed.
@@ -81,14 +73,9 @@ def fine_tune(
 
 
 def build_trainer(
-    model: nn.Module,
-    images: Dataset | IterableDataset,
-    image_processor,
-    settings: StageSettings,
-    training_args: TrainingArguments,
-    output_dir: str | Path,
-    validation: Dataset | None = None,
-) -> "StageTrainer":
+    model: nn.Module, images: Dataset | IterableDataset, image_processor, settings: StageSettings,
+    training_args: TrainingArguments, output_dir: str | Path, validation: Dataset | None = None,
+) -> "StageTrainer":  # fmt: skip
     """Return the Trainer of `fine_tune`, and prepare the model for it in place."""
     if settings.freeze_backbone:
         head = set(head_parameter_names(model))
@@ -98,18 +85,21 @@ def build_trainer(
     model.to(memory_format=torch.channels_last)
     stage_args = _stage_arguments(settings, training_args, output_dir)
     items = TrainItems(image_processor, settings.augmentation, settings.mixup_alpha, settings.random_flip)
+    if isinstance(images, IterableDataset):
+        processes = stage_args.world_size, stage_args.process_index
+        train_dataset = StreamedTrainImages(images, items, stage_args.seed, *processes)
+    else:
+        train_dataset = TrainImages(images, items, stage_args.seed)
     trainer = StageTrainer(
-        model=model,
-        args=stage_args,
-        train_dataset=_train_dataset(images, items, stage_args),
+        model=model, args=stage_args, train_dataset=train_dataset,
         eval_dataset=EvalImages(validation, image_processor) if validation is not None else None,
         data_collator=default_collate,
         compute_loss_func=partial(soft_cross_entropy, label_smoothing=settings.label_smoothing_factor),
-        compute_metrics=_metrics,
+        compute_metrics=lambda prediction: classification_metrics(prediction.predictions, prediction.label_ids),
         augmentation=BatchAugmentation(items.image_format, model.config.num_labels, stage_args.seed),
         freeze_batch_norm=settings.batch_norm != "train" or settings.freeze_backbone,
         head_learning_rate=settings.learning_rate * settings.head_learning_rate_factor,
-    )
+    )  # fmt: skip
     if stage_args.logging_strategy == "no":
         trainer.remove_callback(PrinterCallback)  # it prints a summary even so
     return trainer
@@ -120,35 +110,16 @@ def _stage_arguments(
 ) -> TrainingArguments:
     # the stage never talks to the Hub, and a saved training_args.bin would hold the token
     return dataclasses.replace(
-        training_args,
-        output_dir=str(output_dir),
-        max_steps=settings.max_steps,
-        learning_rate=settings.learning_rate,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        weight_decay=settings.weight_decay,
-        warmup_steps=settings.warmup_steps,
-        remove_unused_columns=False,
+        training_args, output_dir=str(output_dir), max_steps=settings.max_steps, learning_rate=settings.learning_rate,
+        per_device_train_batch_size=settings.per_device_train_batch_size, weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup_steps, remove_unused_columns=False, ignore_data_skip=False,
         label_smoothing_factor=0.0,  # ours: the Trainer's does not go with a loss of one's own
         average_tokens_across_devices=True,  # so counts the loss
-        ignore_data_skip=False,
         logging_nan_inf_filter=False,  # it hides losses that end training; and to look at each one takes a GPU's time
         dataloader_persistent_workers=training_args.dataloader_num_workers > 0,
         dataloader_pin_memory=training_args.dataloader_pin_memory and torch.accelerator.is_available(),
-        push_to_hub=False,
-        hub_token=None,
-    )
-
-
-def _train_dataset(
-    images: Dataset | IterableDataset, items: TrainItems, stage_args: TrainingArguments
-) -> TrainImages | StreamedTrainImages:
-    if isinstance(images, IterableDataset):
-        return StreamedTrainImages(images, items, stage_args.seed, stage_args.world_size, stage_args.process_index)
-    return TrainImages(images, items, stage_args.seed)
-
-
-def _metrics(prediction: EvalPrediction) -> dict[str, float]:
-    return classification_metrics(prediction.predictions, prediction.label_ids)
+        push_to_hub=False, hub_token=None,
+    )  # fmt: skip
 
 
 class StageTrainer(Trainer):
@@ -256,25 +227,17 @@ class StageTrainer(Trainer):
         # Workers get their seeds from it. They are started anew when a stage is resumed: drawn from torch's own
         # generator, the seeds would move dropout on
         generator = torch.Generator().manual_seed(self.args.seed)
-        if isinstance(self.train_dataset, StreamedTrainImages):
-            return self._stream_loader(generator)
-        loader = super().get_train_dataloader()
-        loader.base_dataloader.generator = generator
-        return loader
-
-    def _stream_loader(self, generator: torch.Generator) -> DataLoader:
+        if not isinstance(self.train_dataset, StreamedTrainImages):
+            loader = super().get_train_dataloader()
+            loader.base_dataloader.generator = generator
+            return loader
         # not prepared by accelerate: there, the first process would read for all of them
         num_workers = min(self.args.dataloader_num_workers, self.train_dataset.max_workers)
         return DataLoader(
-            self.train_dataset,
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=num_workers > 0,
-            prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
-            generator=generator,
-        )
+            self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator,
+            num_workers=num_workers, pin_memory=self.args.dataloader_pin_memory, persistent_workers=num_workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None, generator=generator,
+        )  # fmt: skip
 
     def get_batch_samples(self, *args, **kwargs):
         batches, num_images = super().get_batch_samples(*args, **kwargs)
@@ -299,18 +262,13 @@ class StageTrainer(Trainer):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 groups.setdefault((name in head, name in decayed), []).append(parameter)
+        rates, decays = (self.args.learning_rate, self.head_learning_rate), (0.0, self.args.weight_decay)
+        groups = [
+            {"params": parameters, "lr": rates[is_head], "weight_decay": decays[is_decayed]}
+            for (is_head, is_decayed), parameters in groups.items()
+        ]
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        self.optimizer = optimizer_class(
-            [
-                {
-                    "params": parameters,
-                    "lr": self.head_learning_rate if is_head else self.args.learning_rate,
-                    "weight_decay": self.args.weight_decay if is_decayed else 0.0,
-                }
-                for (is_head, is_decayed), parameters in groups.items()
-            ],
-            **options,
-        )
+        self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

@@ -86,12 +86,6 @@ class EvalImages(torch.utils.data.Dataset):
         return {"pixel_values": process(self.image_processor, to_rgb(row["image"])), "labels": row["label"]}
 
 
-def cache_items(images: EvalImages, max_bytes: int = 2**30) -> EvalImages | list[dict]:
-    """Return the items in memory where they take at most `max_bytes`, for sets that are evaluated again and again."""
-    item_bytes = images[0]["pixel_values"].nbytes
-    return list(images) if len(images) * item_bytes <= max_bytes else images
-
-
 def check_image_processor(image_processor, name: str) -> None:
     """Check that a checkpoint's image processor makes `(3, height, width)` of any picture, always of the same size.
 

@@ -195,7 +195,15 @@ def plan_stages(method: Method, bridge_settings: StageSettings, settings: StageS
         own = replace(bridge_settings if stage.images == "synthetic" else settings, **stage.settings)
         if stage.is_matched:
             own = replace(own, max_steps=own.max_steps + sum(_split_steps(bridge_settings)))
-        stages += _split_head_warmup(StagePlan(stage.name, stage.images, stage.head_init, own, stage.start))
+        num_warmup_steps, num_steps = _split_steps(own)
+        own = replace(own, max_steps=num_steps, head_warmup_steps=0)
+        plan = StagePlan(stage.name, stage.images, stage.head_init, own, stage.start)
+        if num_warmup_steps > 0:
+            own = replace(own, max_steps=num_warmup_steps, freeze_backbone=True)
+            warmup = replace(plan, name=f"{stage.name}_head", settings=own)
+            stages.append(warmup)
+            plan = replace(plan, head_init="keep", start=warmup.name)
+        stages.append(plan)
     return [_with_head_factor(stage) for stage in stages]
 
 
@@ -205,16 +213,6 @@ def _split_steps(settings: StageSettings) -> tuple[int, int]:
         num_steps = int(settings.head_warmup_steps * settings.max_steps)
         return num_steps, settings.max_steps - num_steps
     return int(settings.head_warmup_steps), settings.max_steps
-
-
-def _split_head_warmup(stage: StagePlan) -> list[StagePlan]:
-    num_steps, num_left = _split_steps(stage.settings)
-    if num_steps == 0:
-        return [replace(stage, settings=replace(stage.settings, head_warmup_steps=0))]
-    name = f"{stage.name}_head"
-    settings = replace(stage.settings, max_steps=num_steps, head_warmup_steps=0, freeze_backbone=True)
-    rest = replace(stage.settings, max_steps=num_left, head_warmup_steps=0)
-    return [replace(stage, name=name, settings=settings), replace(stage, head_init="keep", start=name, settings=rest)]
 
 
 def _with_head_factor(stage: StagePlan) -> StagePlan:

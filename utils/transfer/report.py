@@ -202,14 +202,10 @@ def _eval_results(dataset_name: str, split: str | None, results: dict) -> list[E
     folder_or_repository = Path(dataset_name).resolve().name if Path(dataset_name).is_dir() else dataset_name
     return [
         EvalResult(
-            task_type="image-classification",
-            dataset_type=folder_or_repository,
-            dataset_split=split,
-            dataset_name=Path(folder_or_repository).name,
-            metric_type=metric,
-            metric_name=metric_name,
+            task_type="image-classification", dataset_type=folder_or_repository, dataset_split=split,
+            dataset_name=Path(folder_or_repository).name, metric_type=metric, metric_name=metric_name,
             metric_value=round(float(results[f"test_{metric}"]), 4),
-        )  # fmt: skip
+        )
         for metric, metric_name in METRIC_NAMES.items()
         if math.isfinite(results.get(f"test_{metric}", math.nan))
-    ]
+    ]  # fmt: skip

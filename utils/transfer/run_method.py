@@ -11,6 +11,9 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch import nn
 from transformers import TrainingArguments
 
+from utils.data.image_set import PARTS, RealImages
+from utils.data.opened_images import open_all
+from utils.data.real_images import check_held_out, limit_held_out
 from utils.transfer.evaluation import predict
 from utils.transfer.methods import Method, StagePlan, mix_indices
 from utils.transfer.stage import Pretrained, run_stage
@@ -44,20 +47,33 @@ def select_images(method: Method, real: Dataset | None, synthetic: Dataset | Ite
     return {kind: images[kind] for kind in method.kinds}
 
 
+def open_real_images(
+    real: RealImages, max_eval_samples: int | None, say: Callable[[str], None], parts: tuple[str, ...] = PARTS
+) -> RealImages:
+    """Return the images, each of `parts` opened once, with at most `max_eval_samples` to validate and to test on.
+
+    `say` gets a line for all that a user should know of them.
+
+    Raises:
+        UserError: one is damaged, or none are left in one of `parts`.
+    """
+    for remark in real.remarks:
+        say(remark)
+    real = limit_held_out(real, max_eval_samples)
+    check_held_out(real, parts)
+    opened = open_all(real, parts)
+    for remark in opened.remarks:
+        say(remark)
+    check_held_out(opened.images, parts)  # of what was left out, all may have been in one part
+    return opened.images
+
+
 def run_method(
-    stages: list[StagePlan],
-    images: Images,
-    evaluated,
-    pretrained: Pretrained,
-    class_names: list[str],
-    training_args: TrainingArguments,
-    stage_dir: Callable[[StagePlan], Path],
-    *,
-    validation: Dataset | None = None,
-    resume: bool = False,
-    exclusive: Callable[[Path], AbstractContextManager] = lambda folder: nullcontext(),
+    stages: list[StagePlan], images: Images, evaluated, pretrained: Pretrained, class_names: list[str],
+    training_args: TrainingArguments, stage_dir: Callable[[StagePlan], Path], *, validation: Dataset | None = None,
+    resume: bool = False, exclusive: Callable[[Path], AbstractContextManager] = lambda folder: nullcontext(),
     after_stage: Callable[[StagePlan, nn.Module], None] = lambda stage, model: None,
-) -> MethodResult:
+) -> MethodResult:  # fmt: skip
     """Train the stages of `plan_stages` on the images of `select_images`, and evaluate the last one's model.
 
     `evaluated` are `EvalImages`, or a list of their items. `stage_dir` says where a stage is kept; methods that share a

@@ -22,11 +22,11 @@ from utils.cli.records import read_record
 from utils.cli.run_folder import RunFolder
 from utils.transfer.adapters import LoraSettings, add_adapter, load_adapter, save_adapter
 from utils.transfer.arguments import OF_EACH_STAGE
-from utils.transfer.classifiers import load_classifier, save_classifier
+from utils.transfer.classifiers import check_classifier, load_classifier, load_image_processor, save_classifier
 from utils.transfer.fine_tuning import StageResult, fine_tune
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StagePlan
-from utils.transfer.model_parts import batch_norm_modules, imprint_head, recalibrate_batch_norm, reset_head
+from utils.transfer.model_parts import imprint_head, recalibrate_batch_norm, reset_head
 
 STAGE_RECORD = "stage.json"
 SETTINGS_RECORD = "stage_settings.json"
@@ -44,19 +44,32 @@ class Pretrained:
     hub_options: dict
     lora: LoraSettings | None = None
 
+    @property
+    def revision(self) -> str | None:
+        """The commit, None of a folder."""
+        return None if Path(self.name).is_dir() else self.hub_options["revision"]
+
+
+def open_pretrained(
+    model_name_or_path: str, model_revision: str | None, trust_remote_code: bool, token: str | None,
+    lora: LoraSettings | None = None,
+) -> Pretrained:  # fmt: skip
+    """Return the checkpoint that is to be adapted, its commit pinned; its weights are not loaded.
+
+    Raises:
+        UserError: there is no such classifier, or it has no image processor that can be used.
+    """
+    commit = check_classifier(model_name_or_path, model_revision, token)
+    hub_options = {"revision": commit or "main", "trust_remote_code": trust_remote_code, "token": token}
+    image_processor = load_image_processor(model_name_or_path, **hub_options)
+    return Pretrained(model_name_or_path, image_processor, hub_options, lora)
+
 
 def run_stage(
-    stage: StagePlan,
-    start: Path | None,
-    images: Dataset | IterableDataset,
-    pretrained: Pretrained,
-    class_names: list[str],
-    training_args: TrainingArguments,
-    output_dir: str | Path,
-    *,
-    validation: Dataset | None = None,
-    resume: bool = False,
-) -> tuple[nn.Module, StageResult]:
+    stage: StagePlan, start: Path | None, images: Dataset | IterableDataset, pretrained: Pretrained,
+    class_names: list[str], training_args: TrainingArguments, output_dir: str | Path, *,
+    validation: Dataset | None = None, resume: bool = False,
+) -> tuple[nn.Module, StageResult]:  # fmt: skip
     """Fine-tune on `images` as the plan says, and save the trained stage in `output_dir`, `stage.json` last.
 
     `start` is the folder of the stage whose weights it takes, None for `pretrained` itself. With `resume` it goes on
@@ -74,18 +87,28 @@ def run_stage(
     # the head of a later stage is not that of the first drawn once more, to which the features have come closer
     head_seed = training_args.seed if stage.start is None else zlib.crc32(f"{training_args.seed} {stage.name}".encode())
     if earlier is not None:
-        return load_trained(output_dir, stage, pretrained, class_names, head_seed), StageResult(**earlier)
+        finished = dataclasses.replace(stage, head_init="keep")
+        return load_start(finished, folder.path, pretrained, class_names, head_seed), StageResult(**earlier)
     model = load_start(stage, start, pretrained, class_names, head_seed)
     if checkpoint is None:
         if PartialState().is_main_process:
             folder.begin()
         PartialState().wait_for_everyone()
-        _prepare(model, stage, images, pretrained.image_processor, training_args)
+        # statistics and head, where they are those of the stage's own images
+        eval_images = EvalImages(images, pretrained.image_processor)
+        batch_size = training_args.per_device_eval_batch_size
+        if stage.settings.batch_norm == "recalibrate":
+            recalibrate_batch_norm(model, eval_images, training_args.device, training_args.seed, batch_size)
+        if stage.head_init == "imprint":
+            imprint_head(model, eval_images, batch_size)
     result = fine_tune(
         model, images, pretrained.image_processor, stage.settings, training_args, output_dir, validation, checkpoint
     )
     if PartialState().is_main_process:
-        save_trained(model, pretrained.image_processor, folder.path)
+        if isinstance(model, PeftModel):
+            save_adapter(model, folder.path)
+        else:
+            save_classifier(model, pretrained.image_processor, folder.path)
         folder.finish({"settings": settings, "result": dataclasses.asdict(result)})
     PartialState().wait_for_everyone()
     return model, result
@@ -102,82 +125,33 @@ def _check_stream(stage: StagePlan, images: Dataset | IterableDataset) -> None:
             raise UserError(f"--{flag} {value}: needs all images at once, which a stream does not give; {rest}.")
 
 
-def _prepare(model: nn.Module, stage: StagePlan, images: Dataset, image_processor, training_args) -> None:
-    """Set BatchNorm's statistics and the head from the stage's own images, where it asks for that, in place."""
-    eval_images = EvalImages(images, image_processor)
-    batch_size = training_args.per_device_eval_batch_size
-    if stage.settings.batch_norm == "recalibrate":
-        recalibrate_batch_norm(model, eval_images, training_args.device, training_args.seed, batch_size)
-    if stage.head_init == "imprint":
-        imprint_head(model, eval_images, batch_size)
-
-
-# The model: as a stage begins with it, saved, and loaded again
-
-
-def _load(pretrained: Pretrained, stage: StagePlan, class_names: list[str], seed: int, name: str, fresh_head: bool):
-    return load_classifier(
-        name, class_names, fresh_head, seed, dropout=stage.settings.dropout,
-        drop_path_rate=stage.settings.drop_path_rate, **pretrained.hub_options,
-    )  # fmt: skip
-
-
 def load_start(
     stage: StagePlan, start: Path | None, pretrained: Pretrained, class_names: list[str], seed: int
 ) -> PreTrainedModel | PeftModel:
     """Return the model that a stage begins with, on the CPU; for `imprint`, with a fresh head still.
 
     `start` is the folder of an earlier stage, or None for the checkpoint itself; `seed` draws what is fresh.
-
-    Raises:
-        UserError: BatchNorm is to change together with an adapter.
     """
-    load = partial(_load, pretrained, stage, class_names, seed)
-    fresh_head = stage.head_init != "keep"
+    keep_head = stage.head_init == "keep"
+    load = partial(
+        load_classifier, class_names=class_names, seed=seed, dropout=stage.settings.dropout,
+        drop_path_rate=stage.settings.drop_path_rate, **pretrained.hub_options,
+    )  # fmt: skip
     if pretrained.lora is None:
-        return load(str(start or pretrained.name), fresh_head)
-    base = load(pretrained.name, True)
-    if stage.settings.batch_norm != "frozen" and batch_norm_modules(base):
-        raise UserError(
-            f"--batch_norm {stage.settings.batch_norm}: BatchNorm's statistics are no part of an adapter; with "
-            "--use_peft choose frozen."
-        )
+        return load(str(start or pretrained.name), reset_head=not keep_head)
+    base = load(pretrained.name, reset_head=True)
     if start is None:
         return add_adapter(base, pretrained.lora, seed, revision=pretrained.hub_options.get("revision"))
     model = load_adapter(base, start)
-    if fresh_head:
+    if not keep_head:
         reset_head(model, seed)
     return model
 
 
-def save_trained(model: PreTrainedModel | PeftModel, image_processor, folder: str | Path) -> None:
-    """Write a stage's model: a checkpoint with its image processor, or the adapter alone."""
-    if isinstance(model, PeftModel):
-        save_adapter(model, folder)
-    else:
-        save_classifier(model, image_processor, folder)
-
-
-def load_trained(
-    folder: str | Path, stage: StagePlan, pretrained: Pretrained, class_names: list[str], seed: int
-) -> PreTrainedModel | PeftModel:
-    """Return what `save_trained` wrote."""
-    load = partial(_load, pretrained, stage, class_names, seed)
-    if pretrained.lora is None:
-        return load(str(folder), False)
-    return load_adapter(load(pretrained.name, True), folder)
-
-
-# The folder: the settings it was begun with, checkpoints, `stage.json` once the stage is finished
-
-
 def describe_stage(
-    stage: StagePlan,
-    images: Dataset | IterableDataset,
-    pretrained: Pretrained,
-    class_names: list[str],
+    stage: StagePlan, images: Dataset | IterableDataset, pretrained: Pretrained, class_names: list[str],
     training_args: TrainingArguments,
-) -> dict:
+) -> dict:  # fmt: skip
     """Return all that decides a stage's weights, as JSON holds it; a stream's images are not counted."""
     trainer_settings = training_args.to_dict()
     precision = training_args.mixed_precision

@@ -104,10 +104,7 @@ def _count_rows(source: Source) -> int:
 def _refuse_unfinished(name: str, record: dict, count: Callable[[], int]) -> None:
     """Raise where there are fewer images than the record counts; those of old sets count none."""
     expected = record.get("num_images")
-    if expected is None:
-        return
-    there = count()
-    if there < expected:
+    if expected is not None and (there := count()) < expected:
         raise UserError(
             f"{FLAG} {name}: is not whole, {there:,} of {expected:,} images are there; wait until all are made and "
             "uploaded, or run the command that makes the set again: it goes on where it stopped."
@@ -174,11 +171,7 @@ def _relabel(table: pa.Table, real_labels: np.ndarray) -> pa.Table:
 def _match_classes(
     name: str, features: Features, class_names: list[str], allow_missing: bool
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Return the place in `class_names` of each of a set's labels, and the same by their names.
-
-    Raises:
-        UserError: there are no such columns; what `match_labels` raises.
-    """
+    """Return the place in `class_names` of each of a set's labels, and the same by their names."""
     if not isinstance(features.get("label"), ClassLabel) or "image" not in features:
         raise UserError(f"{FLAG} {name}: has no 'image' and 'label' (ClassLabel) columns.")
     names = features["label"].names
