@@ -7,8 +7,7 @@ from functools import cached_property
 
 from utils.cli.errors import UserError
 from utils.style.families import WITH_STYLE_TOKENS
-from utils.style.pipeline_files import PROBLEMS, find_variants, list_weights
-from utils.style.saved_pipelines import SavedPipeline, open_pipeline, refuse_class
+from utils.style.saved_pipelines import PROBLEMS, SavedPipeline, list_weights, open_pipeline, refuse_class
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +32,19 @@ class BaseModel(SavedPipeline):
 
     def scale_latents(self, latents):
         """Bring the VAE's latents `(batch, channels, height, width)` to the U-Net's scale."""
-        if self.latent_statistics is None:
-            return latents * self.latent_scale
-        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in self.latent_statistics)
+        mean, std = self._statistics_for(latents)
         return (latents - mean) * self.latent_scale / std
 
     def unscale_latents(self, latents):
         """Bring the U-Net's latents to the VAE's scale, as the pipeline does before it decodes."""
-        if self.latent_statistics is None:
-            return latents / self.latent_scale
-        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in self.latent_statistics)
+        mean, std = self._statistics_for(latents)
         return latents * std / self.latent_scale + mean
+
+    def _statistics_for(self, latents) -> tuple:
+        """Return mean and standard deviation as they apply to latents; 0 and 1 where the pipeline uses none."""
+        if self.latent_statistics is None:
+            return 0, 1
+        return tuple(latents.new_tensor(values).view(1, -1, 1, 1) for values in self.latent_statistics)
 
     @cached_property
     def vae_identity(self) -> str:
@@ -61,14 +62,9 @@ class BaseModel(SavedPipeline):
         return digest.hexdigest()
 
     @property
-    def part_classes(self) -> dict[str, str]:
+    def loaded_parts(self) -> dict[str, str]:
         """The parts that training needs, each with its class."""
         return {encoder.part: encoder.class_name for encoder in self.family.text_encoders} | PART_CLASSES
-
-    @cached_property
-    def variants(self) -> dict[str, str | None]:
-        """Which weights of each part are loaded: 'fp16' where there are no others."""
-        return find_variants(self.source, self.part_classes)
 
     def check(self) -> None:
         """Check what the configs and file names say, before anything loads; warn of what is ignored.
@@ -76,20 +72,15 @@ class BaseModel(SavedPipeline):
         Raises:
             UserError: a part is missing, of another class or without safetensors weights, or does not fit another.
         """
-        for part, wanted in self.part_classes.items():
+        for part, wanted in self.loaded_parts.items():
             found = self.parts.get(part, [None])[-1]
             if found != wanted:
                 raise UserError(f"{self.prefix} its {part} is {found}; wanted is {wanted}.")
         unet, vae = self.config("unet"), self.config("vae")
         size, blocks = unet.get("sample_size"), vae.get("block_out_channels")
-        if (
-            not isinstance(self.latent_scale, int | float)
-            or not math.isfinite(self.latent_scale)
-            or not self.latent_scale
-        ):
-            raise UserError(
-                f"{self.prefix} its VAE's scaling_factor is {self.latent_scale}; a number other than 0 is wanted."
-            )
+        scale = self.latent_scale
+        if not (isinstance(scale, int | float) and math.isfinite(scale) and scale):
+            raise UserError(f"{self.prefix} its VAE's scaling_factor is {scale}; a number other than 0 is wanted.")
         if not isinstance(size, int) or size < 1 or not isinstance(blocks, list) or not blocks:
             raise UserError(
                 f"{self.prefix} its configs do not say at how many pixels it draws (sample_size {size} of its U-Net, "
@@ -151,7 +142,7 @@ class BaseModel(SavedPipeline):
             UserError: the model was trained with other noise, or predicts what a style token cannot be learned with.
         """
         self.scheduler.check_trainable()
-        if (signs := self.signs_of_distillation) is not None:
+        if (signs := self.scheduler.signs_of_distillation) is not None:
             logger.warning(
                 "%s looks distilled for few steps (%s): it was not trained on the denoising loss that a style token is "
                 "learned with; the model it was distilled from is a better base.",

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, AutoPipelineForText2Image, DiffusionPipelin
 
 from utils.cli.errors import UserError
 from utils.style.families import FAMILIES, OTHER, OWN_SCHEDULER, WITH_STYLE_TOKENS, Family
-from utils.style.pipeline_files import PROBLEMS
+from utils.style.saved_pipelines import PROBLEMS
 from utils.style.token import load_learned_embeds
 from utils.synthesis.generators import Generator
 from utils.synthesis.sources import Sources, StyleToken

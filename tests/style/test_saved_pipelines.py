@@ -6,7 +6,7 @@ import pytest
 
 from utils.cli.errors import UserError
 from utils.hub.repositories import Source
-from utils.style.pipeline_files import find_variants, read_config
+from utils.style.saved_pipelines import find_variants, read_config
 
 pytest_plugins = ["tests.local_hub.fixtures"]
 PARTS = ("text_encoder", "vae", "unet")
