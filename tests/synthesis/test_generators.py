@@ -39,7 +39,7 @@ def test_what_a_generator_takes_is_known_before_it_loads(
     assert generator.family.takes_style_tokens is takes_style_tokens
     assert generator.takes_negative_prompt is takes_negative_prompt
     assert generator.native_resolution == resolution  # latents a side times two, the tiny VAE's scale
-    generator.check_scheduler(scheduler)
+    generator.check_scheduler(scheduler, 25)
     assert generator.few_steps_advice(set()) is None
     # at full size the resolution goes in steps of a patch
     full = open_folder(copy_pipeline(kind, vae={"block_out_channels": [128, 256, 512, 512]}))
@@ -80,7 +80,7 @@ def test_another_pipeline_is_an_error_that_lists_the_supported(kind, copy_pipeli
 def test_scheduler_that_does_not_fit_is_an_error_that_lists_the_others(kind, scheduler, listed, request):
     generator = open_folder(request.getfixturevalue(kind))
     with pytest.raises(UserError, match=f"^--scheduler {scheduler}: does not fit .* takes {listed}"):
-        generator.check_scheduler(scheduler)
+        generator.check_scheduler(scheduler, 25)
 
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -158,7 +158,7 @@ def test_a_scheduler_that_would_change_the_noise_is_an_error(copy_pipeline):
     generator = open_folder(folder)
     assert generator.default_scheduler == "default"
     with pytest.raises(UserError, match="^--scheduler DDIMScheduler: makes other noise levels .* default is right.$"):
-        generator.check_scheduler("DDIMScheduler")
+        generator.check_scheduler("DDIMScheduler", 25)
 
 
 def make_token(folder, rows: list[torch.Tensor], num_vectors: int) -> StyleToken:

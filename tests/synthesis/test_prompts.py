@@ -18,6 +18,7 @@ from utils.synthesis.prompts import (
     build_templates,
     check_prompts_fit,
     count_prompt_tokens,
+    example_prompts,
     read_prompts_file,
 )
 
@@ -107,9 +108,9 @@ def test_prompts_give_each_template_an_equal_share_and_meet_all_that_alternates_
 
 def test_examples_are_the_first_different_prompts():
     prompts = make_prompts(5)
-    assert prompts.examples(1) == [prompts.prompt(1, number) for number in range(3)]
-    assert len(set(prompts.examples(1))) == 3
-    assert make_prompts(1).examples(0) == ["0: a dog in the style of <style>"]
+    assert example_prompts(prompts, 1) == [prompts.prompt(1, number) for number in range(3)]
+    assert len(set(example_prompts(prompts, 1))) == 3
+    assert example_prompts(make_prompts(1), 0) == ["0: a dog in the style of <style>"]
 
 
 def test_longest_has_each_template_and_each_noun_at_its_longest():
@@ -168,9 +169,9 @@ def test_read_prompts_file_gives_each_class_its_captions_in_turn(tmp_path):
     ]  # fmt: skip
     assert prompts.prompt(1, 5) == "a house cat <style>"
     assert prompts.prompt(2, 5) == "a suv in the rain, <style>"
-    assert prompts.examples(0) == ["a dog asleep, <style>", "one dog, <style>"]
+    assert example_prompts(prompts, 0) == ["a dog asleep, <style>", "one dog, <style>"]
     captions = [entry("dog", f"dog {word}, {{token}}") for word in ("a", "a", "b", "c", "d")]
-    assert read(tmp_path, *captions, labels=[0]).examples(0) == [f"dog {word}, <style>" for word in "abc"]
+    assert example_prompts(read(tmp_path, *captions, labels=[0]), 0) == [f"dog {word}, <style>" for word in "abc"]
 
 
 def test_read_prompts_file_leaves_out_classes_that_are_not_drawn_and_takes_another_case(tmp_path, caplog):

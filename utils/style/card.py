@@ -11,13 +11,11 @@ from utils.cli.run_folder import RunFolder
 from utils.hub.cards import FUNCTIONS, License, common_license, hub_ids, read_licenses, save_card
 from utils.hub.targets import Target
 from utils.style.base_models import BaseModel
-from utils.style.families import FAMILIES, OTHER
+from utils.style.families import FAMILIES, LEARNED_EMBEDS, OTHER
 
 STYLE_PICTURE = "style.png"
 TRAINING_PICTURE = "training.png"
-PUBLISHED_FILES = (
-    "learned_embeds.safetensors", TRAINING_PICTURE, STYLE_PICTURE, DSI_CONFIG, RUN_CONFIG, "README.md",
-)  # fmt: skip
+PUBLISHED_FILES = (LEARNED_EMBEDS, TRAINING_PICTURE, STYLE_PICTURE, DSI_CONFIG, RUN_CONFIG, "README.md")
 ARMS = ("no_token", "untrained_token", "trained_token")  # whose losses `health` has
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 

@@ -58,7 +58,7 @@ class Generator(SavedPipeline):
         self.check_scheduler(settings["scheduler"], settings["num_inference_steps"])
         _ = self.variants
 
-    def check_scheduler(self, scheduler: str, num_inference_steps: int | None = None) -> None:
+    def check_scheduler(self, scheduler: str, num_inference_steps: int) -> None:
         """Check that the generator can sample with a scheduler, and that takes this number of steps.
 
         Raises:
@@ -76,7 +76,7 @@ class Generator(SavedPipeline):
                 f"--scheduler {scheduler}: makes other noise levels of the config of {self.source.name} than its "
                 f"{own.class_name}; {OWN_SCHEDULER} is right."
             )
-        if num_inference_steps is not None and self.family.scales_model_input:
+        if self.family.scales_model_input:
             self._try_scheduler(scheduler, num_inference_steps)
 
     def few_steps_advice(self, given: set[str]) -> str | None:
