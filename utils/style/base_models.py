@@ -116,24 +116,16 @@ class BaseModel(SavedPipeline):
 
     def load_text_encoders(self, dtype) -> list:
         """Return the text encoders that a style token is learned in, on the CPU."""
-        import transformers
-
-        return [
-            self._load_model(getattr(transformers, encoder.class_name), encoder.part, dtype=dtype)
-            for encoder in self.family.text_encoders
-        ]
+        return [self._load_model(encoder.part, dtype) for encoder in self.family.text_encoders]
 
     def load_vae(self):
         """Return the VAE in float32, as Stable Diffusion XL's overflows in half precision."""
         import torch
-        from diffusers import AutoencoderKL
 
-        return self._load_model(AutoencoderKL, "vae", torch_dtype=torch.float32)
+        return self._load_model("vae", torch.float32)
 
     def load_unet(self, dtype):
-        from diffusers import UNet2DConditionModel
-
-        return self._load_model(UNet2DConditionModel, "unet", torch_dtype=dtype)
+        return self._load_model("unet", dtype)
 
     def load_noise_scheduler(self):
         """Return the scheduler that adds noise, with the base model's own noise levels and prediction type.
@@ -156,16 +148,24 @@ class BaseModel(SavedPipeline):
 
         left_out = dict.fromkeys(self.parts.keys() - {"scheduler"})
         parts = left_out | {"unet": unet, "vae": self.load_vae()}
-        return self._load(DiffusionPipeline, None, **parts)
+        with self.source.reading("its pipeline cannot be loaded", also=PROBLEMS):
+            return DiffusionPipeline.from_pretrained(self.source.name, **parts, **self._options)
 
     @cached_property
     def _options(self) -> dict:
         return self.source.load_options()
 
-    def _load_model(self, kind, part: str, **options):
+    def _load_model(self, part: str, dtype):
         """Load a part, and check that it has all its weights: those that are missing would be random."""
-        options |= {"use_safetensors": True, "variant": self.variants.get(part), "output_loading_info": True}
-        model, info = self._load(kind, part, **options)
+        import diffusers
+        import transformers
+
+        kind = getattr(diffusers if part in PART_CLASSES else transformers, self.loaded_parts[part])
+        with self.source.reading(f"its {part} cannot be loaded", also=PROBLEMS):
+            model, info = kind.from_pretrained(
+                self.source.name, subfolder=part, dtype=dtype, use_safetensors=True, variant=self.variants.get(part),
+                output_loading_info=True, **self._options,
+            )  # fmt: skip
         missing = sorted(info["missing_keys"])
         if missing:
             raise UserError(
@@ -173,12 +173,6 @@ class BaseModel(SavedPipeline):
                 "damaged, or those of another model."
             )
         return model.requires_grad_(False).eval()
-
-    def _load(self, kind, subfolder: str | None, **options):
-        with self.source.reading(f"its {subfolder or 'pipeline'} cannot be loaded", also=PROBLEMS):
-            if subfolder is not None:
-                options["subfolder"] = subfolder
-            return kind.from_pretrained(self.source.name, **options, **self._options)
 
 
 def open_base_model(name: str, flag: str, revision: str | None = None, token: str | None = None) -> BaseModel:
