@@ -13,7 +13,6 @@ from utils.style.token import (
     check_prompt_lengths,
     norm_in_vocabulary,
     save_learned_embeds,
-    unet_arguments,
 )
 
 PROMPT = "a bag in <s> of red"
@@ -87,16 +86,6 @@ def test_distinct_prompts_are_encoded_once_and_come_back_in_order(tiny_xl_pipeli
     expected = encoder(ids.training[[3, 0, 3, 0]])
     for name, value in conditioning.items():
         assert torch.allclose(value, expected[name], atol=1e-6)
-
-
-def test_the_xl_unet_is_told_the_size_as_by_its_pipeline(tiny_xl_pipeline_dir):
-    encoder, tokenizers = spliced(tiny_xl_pipeline_dir)
-    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_xl_pipeline_dir)
-    conditions = unet_arguments(encoder(prompt_ids(tokenizers, "a", "b").training), 32, torch.bfloat16)[
-        "added_cond_kwargs"
-    ]
-    theirs = pipe._get_add_time_ids((32, 32), (0, 0), (32, 32), torch.bfloat16, text_encoder_projection_dim=8)
-    assert torch.equal(conditions["time_ids"], theirs.expand(2, -1))
 
 
 def test_the_norm_is_compared_with_the_vocabularys(tiny_pipeline_dir):

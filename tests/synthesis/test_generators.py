@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from generate_synthetic import main
-from tests.style.pipelines import change_scheduler, pickle_weights, publish, rename_to_fp16
+from tests.style.pipelines import change_scheduler, publish, rename_to_fp16
 from tests.synthesis.tokens import PLACEHOLDER, open_folder
 from utils.cli.errors import UserError
 from utils.data.prompts import token_text
@@ -194,28 +194,16 @@ def test_style_token_of_another_generator_is_an_error(rows, generator, tiny_flux
     token = make_token(tmp_path, rows, num_vectors=2)
     with pytest.raises(UserError, match=r"^--learned_embeds my-style: .* take \[\(2, 16\)\]; choose a token that was"):
         load_pipeline(generator, token, "default", torch.float32, CPU)
-    with pytest.raises(
-        UserError, match="^--learned_embeds my-style: .* FluxPipeline, which takes no style tokens; .* XL"
-    ):
+    with pytest.raises(UserError, match="^--learned_embeds my-style: .* FluxPipeline, which takes no style tokens; "):
         load_pipeline(open_folder(tiny_flux_pipeline_dir), token, "default", torch.float32, CPU)
-
-
-def test_scheduler_keeps_the_pipelines_own_settings(generator):
-    own = load_pipeline(generator, None, "default", torch.float32, CPU).scheduler
-    other = load_pipeline(generator, None, "EulerDiscreteScheduler", torch.float32, CPU).scheduler
-    assert (type(own).__name__, type(other).__name__) == ("DDIMScheduler", "EulerDiscreteScheduler")
-    assert other.config.prediction_type == own.config.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("dtype", "force_upcast", "vae_dtype"),
-    [
-        (torch.float16, True, torch.float32),
-        (torch.float16, False, torch.float16),
-        (torch.bfloat16, True, torch.bfloat16),
-    ],
-)
+    [(torch.float16, True, torch.float32), (torch.float16, False, torch.float16),
+     (torch.bfloat16, True, torch.bfloat16)],
+)  # fmt: skip
 def test_vae_is_in_float32_where_it_overflows_in_half_precision(kind, dtype, force_upcast, vae_dtype, copy_pipeline):
     generator = open_folder(copy_pipeline(kind, vae={"force_upcast": force_upcast}))
     pipe = load_pipeline(generator, None, "default", dtype, CPU)
@@ -233,13 +221,6 @@ def test_vae_is_in_float32_where_its_config_says_nothing(copy_pipeline):
     del config["force_upcast"]
     path.write_text(json.dumps(config))
     assert load_pipeline(open_folder(folder), None, "default", torch.float16, CPU).vae.dtype == torch.float32
-
-
-@pytest.mark.parametrize("part", ["unet", "text_encoder"])
-def test_weights_that_are_no_safetensors_are_refused(part, copy_pipeline):
-    pickle_weights(folder := copy_pipeline(), part)
-    with pytest.raises(UserError, match=f"^--model .*copied: has no safetensors weights for {part}, only pickled ones"):
-        load_pipeline(open_folder(folder), None, "default", torch.float32, CPU)
 
 
 @pytest.mark.parametrize(

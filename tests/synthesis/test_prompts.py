@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import tracemalloc
 from collections import Counter
 from itertools import product
 
@@ -130,17 +129,6 @@ def test_longest_is_no_product_and_goes_to_the_first_place_where_there_are_two()
     assert sum(1 for _ in prompts.longest()) == 1200
     prompts = TemplatePrompts(("a {class}, {token}, {class}, {token}",), ("dog",), "<s>")
     assert list(prompts.longest())[0] == ("a dog, <s>, dog, <s>", len("a dog, <s>"))
-
-
-def test_prompts_of_600_000_images_take_no_memory():
-    prompts = TemplatePrompts(tuple(build_templates("diverse", DSI_TEMPLATE)), NOUNS, "<style>")
-    prompts.prompt(0, 0)
-    tracemalloc.start()
-    for number in range(0, 600_000, 30):
-        prompts.prompt(number % 3, number)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 50_000
 
 
 def test_sha256_changes_with_all_that_decides_the_captions(tmp_path):
