@@ -57,15 +57,12 @@ def kill(monkeypatch):
     return kill
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "call", "left"),
-    [
-        (train_dsi, "denoising_loss", 3, []),  # before the first checkpoint
-        (train_dsi, "denoising_loss", 2 * 5 + 1, ["checkpoint-2", "checkpoint-4"]),  # in the middle of a step
-        (checkpoints, "write_record", 2, ["checkpoint-2"]),  # while a checkpoint is written
-        (train_dsi, "write_records", 1, ["checkpoint-2", "checkpoint-4", "checkpoint-6"]),  # after the last step
-    ],
-)
+@pytest.mark.parametrize(("module", "name", "call", "left"), [
+    (train_dsi, "denoising_loss", 3, []),  # before the first checkpoint
+    (train_dsi, "denoising_loss", 2 * 5 + 1, ["checkpoint-2", "checkpoint-4"]),  # in the middle of a step
+    (checkpoints, "write_record", 2, ["checkpoint-2"]),  # while a checkpoint is written
+    (train_dsi, "write_records", 1, ["checkpoint-2", "checkpoint-4", "checkpoint-6"]),  # after the last step
+])  # fmt: skip
 def test_a_killed_run_that_is_resumed_equals_one_that_was_left_alone(
     run_dsi, kill, tiny_pipeline_dir, tiny_xl_pipeline_dir, module, name, call, left, tmp_path
 ):

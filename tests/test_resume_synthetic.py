@@ -65,14 +65,11 @@ def run(argv: list[str], tmp_path, num_processes: int = 1, die_at: str = "nowher
     return child.returncode, output, errors
 
 
-@pytest.mark.parametrize(
-    ("die_at", "num_finished"),
-    [
-        ("draw 5 0", 2),  # in the third shard; the second may still be in writing
-        ("rename 4 0", 3),  # between a shard's last byte and its name
-        ("finish 1 0", 6),  # after the last shard, before the records
-    ],
-)
+@pytest.mark.parametrize(("die_at", "num_finished"), [
+    ("draw 5 0", 2),  # in the third shard; the second may still be in writing
+    ("rename 4 0", 3),  # between a shard's last byte and its name
+    ("finish 1 0", 6),  # after the last shard, before the records
+])  # fmt: skip
 def test_a_killed_run_goes_on_to_the_very_same_set(die_at, num_finished, many_shards, whole, tmp_path):
     argv = [*many_shards, "--output_dir", str(tmp_path / "set")]
     status, _, errors = run(argv, tmp_path, die_at=die_at)

@@ -41,28 +41,25 @@ NO_SIZE = "its configs do not say at how many pixels it draws"
 SUPPORTED = r"; supported: StableDiffusionPipeline \(Stable Diffusion 1.x and 2.x\), StableDiffusionXLPipeline \(.*XL\)"
 
 
-@pytest.mark.parametrize(
-    ("configs", "problem"),
-    [
-        # another architecture
-        ({"index": {"_class_name": "FluxPipeline"}}, f"is a FluxPipeline{SUPPORTED}"),
-        ({"index": {"_class_name": "StableDiffusionInpaintPipeline"}}, f"is a StableDiffusionInp.*{SUPPORTED}"),
-        ({"index": {"_class_name": "MyStableDiffusionPipeline"}}, f"is a MyStableDiffusionPipeline{SUPPORTED}"),
-        ({"index": {"_class_name": ["mine", "My"]}}, rf"is a \['mine', 'My'\], a community .* is not run{SUPPORTED}"),
-        ({"index": {"_class_name": None}}, rf"its model_index.json names no pipeline class \(_class_name\){SUPPORTED}"),
-        # parts of another class
-        ({"index": {"vae": ["diffusers", "AutoencoderTiny"]}}, "its vae is AutoencoderTiny; wanted is AutoencoderKL"),
-        ({"index": {"text_encoder": ["x", "Roberta"]}}, "its text_encoder is Roberta; wanted is CLIPTextModel"),
-        ({"index": {"unet": [None, None]}}, "its unet is None; wanted is UNet2DConditionModel"),
-        ({"index": {"unet": None}}, "its unet is None; wanted is UNet2DConditionModel"),
-        # numbers that are missing, or of an inpainting model
-        ({"unet": {"in_channels": 9}}, r"its U-Net has 9 in_channels, its VAE 4 latent .* must be equal \(.*token\)"),
-        ({"vae": {"scaling_factor": None}}, "its VAE's scaling_factor is None; a number other than 0 is wanted"),
-        ({"vae": {"scaling_factor": 0}}, "its VAE's scaling_factor is 0; a number other than 0 is wanted"),
-        ({"vae": {"block_out_channels": []}}, rf"{NO_SIZE} \(.*block_out_channels \[\] of its VAE\)"),
-        ({"unet": {"sample_size": None}}, rf"{NO_SIZE} \(sample_size None of its U-Net.*\)"),
-    ],
-)
+@pytest.mark.parametrize(("configs", "problem"), [
+    # another architecture
+    ({"index": {"_class_name": "FluxPipeline"}}, f"is a FluxPipeline{SUPPORTED}"),
+    ({"index": {"_class_name": "StableDiffusionInpaintPipeline"}}, f"is a StableDiffusionInp.*{SUPPORTED}"),
+    ({"index": {"_class_name": "MyStableDiffusionPipeline"}}, f"is a MyStableDiffusionPipeline{SUPPORTED}"),
+    ({"index": {"_class_name": ["mine", "My"]}}, rf"is a \['mine', 'My'\], a community .* is not run{SUPPORTED}"),
+    ({"index": {"_class_name": None}}, rf"its model_index.json names no pipeline class \(_class_name\){SUPPORTED}"),
+    # parts of another class
+    ({"index": {"vae": ["diffusers", "AutoencoderTiny"]}}, "its vae is AutoencoderTiny; wanted is AutoencoderKL"),
+    ({"index": {"text_encoder": ["x", "Roberta"]}}, "its text_encoder is Roberta; wanted is CLIPTextModel"),
+    ({"index": {"unet": [None, None]}}, "its unet is None; wanted is UNet2DConditionModel"),
+    ({"index": {"unet": None}}, "its unet is None; wanted is UNet2DConditionModel"),
+    # numbers that are missing, or of an inpainting model
+    ({"unet": {"in_channels": 9}}, r"its U-Net has 9 in_channels, its VAE 4 latent .* must be equal \(.*token\)"),
+    ({"vae": {"scaling_factor": None}}, "its VAE's scaling_factor is None; a number other than 0 is wanted"),
+    ({"vae": {"scaling_factor": 0}}, "its VAE's scaling_factor is 0; a number other than 0 is wanted"),
+    ({"vae": {"block_out_channels": []}}, rf"{NO_SIZE} \(.*block_out_channels \[\] of its VAE\)"),
+    ({"unet": {"sample_size": None}}, rf"{NO_SIZE} \(sample_size None of its U-Net.*\)"),
+])  # fmt: skip
 def test_a_pipeline_that_takes_no_token_is_an_error_before_anything_loads(configs, problem, copy_pipeline):
     with pytest.raises(UserError, match=f"^--model .*copied: {problem}.$"):
         open_folder(copy_pipeline(**configs))
@@ -115,18 +112,15 @@ def test_parts_in_half_precision_only_are_loaded(parts, copy_pipeline, tiny_pipe
 STATISTICS = {"latents_mean": [-1.6, 2.2, 1.3, -0.3], "latents_std": [8.4, 5.9, 5.4, 5.2]}  # as of playground-v2.5
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings", "ignored"),
-    [
-        ("tiny_pipeline_dir", {}, None),
-        ("tiny_pipeline_dir", STATISTICS, "latents_mean and latents_std"),
-        ("tiny_pipeline_dir", {"shift_factor": 0.6, "scaling_factor": 1.5}, "shift_factor"),
-        ("tiny_xl_pipeline_dir", {}, None),
-        ("tiny_xl_pipeline_dir", {"scaling_factor": 0.5, **STATISTICS}, None),
-        ("tiny_xl_pipeline_dir", {"latents_mean": STATISTICS["latents_mean"]}, "latents_mean"),
-        ("tiny_xl_pipeline_dir", {"shift_factor": 0.6, **STATISTICS}, "shift_factor"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "settings", "ignored"), [
+    ("tiny_pipeline_dir", {}, None),
+    ("tiny_pipeline_dir", STATISTICS, "latents_mean and latents_std"),
+    ("tiny_pipeline_dir", {"shift_factor": 0.6, "scaling_factor": 1.5}, "shift_factor"),
+    ("tiny_xl_pipeline_dir", {}, None),
+    ("tiny_xl_pipeline_dir", {"scaling_factor": 0.5, **STATISTICS}, None),
+    ("tiny_xl_pipeline_dir", {"latents_mean": STATISTICS["latents_mean"]}, "latents_mean"),
+    ("tiny_xl_pipeline_dir", {"shift_factor": 0.6, **STATISTICS}, "shift_factor"),
+])  # fmt: skip
 def test_the_pipelines_decoding_undoes_what_training_does_to_latents(kind, settings, ignored, copy_pipeline, caplog):
     import diffusers
 

@@ -17,21 +17,18 @@ def own(class_name: str, config: dict, **unet) -> OwnScheduler:
     return OwnScheduler("--model model:", class_name, config, unet)
 
 
-@pytest.mark.parametrize(
-    ("class_name", "config"),
-    [
-        ("PNDMScheduler", SD),
-        ("EulerDiscreteScheduler", SDXL_TURBO),
-        ("LCMScheduler", {}),  # its class has the betas of Stable Diffusion, others have their own
-        ("HeunDiscreteScheduler", {}),
-        ("DDIMScheduler", ZERO_SNR),
-        ("EulerDiscreteScheduler", ZERO_SNR),
-        ("DDPMScheduler", TRAINED_BETAS),
-        ("DPMSolverMultistepScheduler", {**SD, "use_flow_sigmas": False, "flow_shift": 3.0}),
-        ("UniPCMultistepScheduler", {**SD, "sigma_max": 14.6, "sigma_min": 0.03}),
-        ("DDIMScheduler", {**SD, "prediction_type": "sample"}),
-    ],
-)
+@pytest.mark.parametrize(("class_name", "config"), [
+    ("PNDMScheduler", SD),
+    ("EulerDiscreteScheduler", SDXL_TURBO),
+    ("LCMScheduler", {}),  # its class has the betas of Stable Diffusion, others have their own
+    ("HeunDiscreteScheduler", {}),
+    ("DDIMScheduler", ZERO_SNR),
+    ("EulerDiscreteScheduler", ZERO_SNR),
+    ("DDPMScheduler", TRAINED_BETAS),
+    ("DPMSolverMultistepScheduler", {**SD, "use_flow_sigmas": False, "flow_shift": 3.0}),
+    ("UniPCMultistepScheduler", {**SD, "sigma_max": 14.6, "sigma_min": 0.03}),
+    ("DDIMScheduler", {**SD, "prediction_type": "sample"}),
+])  # fmt: skip
 def test_noise_is_added_as_the_models_own_scheduler_adds_it(class_name, config):
     scheduler = own(class_name, config)
     scheduler.check_trainable()
@@ -86,22 +83,19 @@ def test_another_target_is_an_error_that_names_it():
     assert not scheduler.is_replaceable
 
 
-@pytest.mark.parametrize(
-    ("class_name", "config", "time_cond_proj_dim", "signs"),
-    [
-        ("EulerDiscreteScheduler", SDXL_TURBO, None, "EulerDiscreteScheduler with timestep_spacing 'trailing'"),
-        ("EulerAncestralDiscreteScheduler", SDXL_TURBO, None, "EulerAncestralDiscreteScheduler with timestep_spacing"),
-        ("LCMScheduler", SD, None, "its scheduler is the LCMScheduler"),
-        ("TCDScheduler", SD, None, "its scheduler is the TCDScheduler"),
-        ("DDIMScheduler", SD, 256, "time_cond_proj_dim"),
-        ("PNDMScheduler", SD, None, None),
-        ("HeunDiscreteScheduler", SD, None, None),
-        ("EulerDiscreteScheduler", {**SD, "timestep_spacing": "leading"}, None, None),
-        ("DDIMScheduler", {**SD, "timestep_spacing": "trailing"}, None, None),
-        ("EulerDiscreteScheduler", ZERO_SNR, None, None),  # trailing is right for zero terminal SNR
-        ("DDIMScheduler", {**SD, "prediction_type": "sample"}, None, None),
-    ],
-)
+@pytest.mark.parametrize(("class_name", "config", "time_cond_proj_dim", "signs"), [
+    ("EulerDiscreteScheduler", SDXL_TURBO, None, "EulerDiscreteScheduler with timestep_spacing 'trailing'"),
+    ("EulerAncestralDiscreteScheduler", SDXL_TURBO, None, "EulerAncestralDiscreteScheduler with timestep_spacing"),
+    ("LCMScheduler", SD, None, "its scheduler is the LCMScheduler"),
+    ("TCDScheduler", SD, None, "its scheduler is the TCDScheduler"),
+    ("DDIMScheduler", SD, 256, "time_cond_proj_dim"),
+    ("PNDMScheduler", SD, None, None),
+    ("HeunDiscreteScheduler", SD, None, None),
+    ("EulerDiscreteScheduler", {**SD, "timestep_spacing": "leading"}, None, None),
+    ("DDIMScheduler", {**SD, "timestep_spacing": "trailing"}, None, None),
+    ("EulerDiscreteScheduler", ZERO_SNR, None, None),  # trailing is right for zero terminal SNR
+    ("DDIMScheduler", {**SD, "prediction_type": "sample"}, None, None),
+])  # fmt: skip
 def test_a_distilled_model_keeps_its_scheduler_an_ordinary_one_is_drawn_with_the_fast_one(
     class_name, config, time_cond_proj_dim, signs
 ):
@@ -114,15 +108,12 @@ def test_a_scheduler_that_would_change_the_noise_is_not_taken_instead():
     assert not own("HeunDiscreteScheduler", {}).is_replaceable  # without betas the classes differ
 
 
-@pytest.mark.parametrize(
-    ("entry", "said"),
-    [
-        (None, "None"),
-        (["diffusers", "MyScheduler"], "MyScheduler"),
-        (["my_scheduler", "DDIMScheduler"], "my_scheduler"),
-        (["diffusers", "UNet2DModel"], "UNet2DModel"),
-    ],
-)
+@pytest.mark.parametrize(("entry", "said"), [
+    (None, "None"),
+    (["diffusers", "MyScheduler"], "MyScheduler"),
+    (["my_scheduler", "DDIMScheduler"], "my_scheduler"),
+    (["diffusers", "UNet2DModel"], "UNet2DModel"),
+])  # fmt: skip
 def test_a_scheduler_that_diffusers_does_not_have_is_an_error(entry, said):
     with pytest.raises(UserError, match=f"^--x y: its model_index.json names the scheduler .*{said}.*, which diffus"):
         check_scheduler_class(entry, "--x y:")

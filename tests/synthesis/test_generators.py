@@ -22,15 +22,12 @@ KINDS = ["tiny_pipeline_dir", "tiny_xl_pipeline_dir", "tiny_sd3_pipeline_dir", "
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("kind", "scheduler", "takes_style_tokens", "takes_negative_prompt", "resolution", "step"),
-    [
-        ("tiny_pipeline_dir", "DPMSolverMultistepScheduler", True, True, 32, 8),
-        ("tiny_xl_pipeline_dir", "DPMSolverMultistepScheduler", True, True, 32, 8),
-        ("tiny_sd3_pipeline_dir", "default", False, True, 32, 16),
-        ("tiny_flux_pipeline_dir", "default", False, False, 256, 16),
-    ],
-)
+@pytest.mark.parametrize(("kind", "scheduler", "takes_style_tokens", "takes_negative_prompt", "resolution", "step"), [
+    ("tiny_pipeline_dir", "DPMSolverMultistepScheduler", True, True, 32, 8),
+    ("tiny_xl_pipeline_dir", "DPMSolverMultistepScheduler", True, True, 32, 8),
+    ("tiny_sd3_pipeline_dir", "default", False, True, 32, 16),
+    ("tiny_flux_pipeline_dir", "default", False, False, 256, 16),
+])  # fmt: skip
 def test_what_a_generator_takes_is_known_before_it_loads(
     kind, scheduler, takes_style_tokens, takes_negative_prompt, resolution, step, copy_pipeline, request, monkeypatch
 ):
@@ -68,15 +65,12 @@ def test_another_pipeline_is_an_error_that_lists_the_supported(kind, copy_pipeli
     assert "ControlNet" not in supported
 
 
-@pytest.mark.parametrize(
-    ("kind", "scheduler", "listed"),
-    [
-        ("tiny_pipeline_dir", "FlowMatchEulerDiscreteScheduler", "default, DDIMScheduler, .*UniPCMultistepScheduler"),
-        ("tiny_pipeline_dir", "DPMSolverSDEScheduler", "default, DDIMScheduler"),
-        ("tiny_sd3_pipeline_dir", "DPMSolverMultistepScheduler", "default, FlowMatchEulerDiscreteScheduler.$"),
-        ("tiny_flux_pipeline_dir", "Mine", "default, FlowMatchEulerDiscreteScheduler.$"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "scheduler", "listed"), [
+    ("tiny_pipeline_dir", "FlowMatchEulerDiscreteScheduler", "default, DDIMScheduler, .*UniPCMultistepScheduler"),
+    ("tiny_pipeline_dir", "DPMSolverSDEScheduler", "default, DDIMScheduler"),
+    ("tiny_sd3_pipeline_dir", "DPMSolverMultistepScheduler", "default, FlowMatchEulerDiscreteScheduler.$"),
+    ("tiny_flux_pipeline_dir", "Mine", "default, FlowMatchEulerDiscreteScheduler.$"),
+])  # fmt: skip
 def test_scheduler_that_does_not_fit_is_an_error_that_lists_the_others(kind, scheduler, listed, request):
     generator = open_folder(request.getfixturevalue(kind))
     with pytest.raises(UserError, match=f"^--scheduler {scheduler}: does not fit .* takes {listed}"):
@@ -113,14 +107,11 @@ def test_a_distilled_or_differently_trained_generator_keeps_its_scheduler(name, 
     assert (pixels.shape, problems) == ((2, 32, 32, 3), [None, None])
 
 
-@pytest.mark.parametrize(
-    ("given", "suited"),
-    [
-        ([], "--num_inference_steps 4 --guidance_scale 1"),
-        (["--num_inference_steps", "25"], "--guidance_scale 1"),  # the default, but asked for
-        (["--num_inference_steps", "2", "--guidance_scale", "1"], None),
-    ],
-)
+@pytest.mark.parametrize(("given", "suited"), [
+    ([], "--num_inference_steps 4 --guidance_scale 1"),
+    (["--num_inference_steps", "25"], "--guidance_scale 1"),  # the default, but asked for
+    (["--num_inference_steps", "2", "--guidance_scale", "1"], None),
+])  # fmt: skip
 def test_the_script_advises_once_on_what_is_not_given(given, suited, copy_pipeline, tmp_path, capsys):
     change_scheduler(folder := copy_pipeline(), "EulerDiscreteScheduler", TURBO)
     (tmp_path / "names.txt").write_text("dog\n")
@@ -136,14 +127,11 @@ def test_more_steps_than_the_scheduler_has_are_an_error(copy_pipeline):
         open_folder(folder).check_scheduler("default", 60)
 
 
-@pytest.mark.parametrize(
-    ("class_name", "config", "reason"),
-    [
-        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "no attribute 'init_noise_sigma'"),
-        ("EulerAncestralDiscreteScheduler", {**TURBO, "prediction_type": "sample"}, "not implemented yet: sample"),
-        ("RePaintScheduler", SD, "missing 2 required"),
-    ],
-)
+@pytest.mark.parametrize(("class_name", "config", "reason"), [
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "no attribute 'init_noise_sigma'"),
+    ("EulerAncestralDiscreteScheduler", {**TURBO, "prediction_type": "sample"}, "not implemented yet: sample"),
+    ("RePaintScheduler", SD, "missing 2 required"),
+])  # fmt: skip
 def test_a_scheduler_that_the_pipeline_cannot_use_is_an_error_that_names_the_generator(
     class_name, config, reason, copy_pipeline
 ):
@@ -223,14 +211,11 @@ def test_vae_is_in_float32_where_its_config_says_nothing(copy_pipeline):
     assert load_pipeline(open_folder(folder), None, "default", torch.float16, CPU).vae.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("kind", "parts"),
-    [
-        ("tiny_pipeline_dir", ["unet"]),
-        ("tiny_xl_pipeline_dir", ["text_encoder", "text_encoder_2", "unet", "vae"]),
-        ("tiny_flux_pipeline_dir", ["transformer", "text_encoder_2"]),
-    ],
-)
+@pytest.mark.parametrize(("kind", "parts"), [
+    ("tiny_pipeline_dir", ["unet"]),
+    ("tiny_xl_pipeline_dir", ["text_encoder", "text_encoder_2", "unet", "vae"]),
+    ("tiny_flux_pipeline_dir", ["transformer", "text_encoder_2"]),
+])  # fmt: skip
 def test_parts_in_half_precision_only_are_loaded(kind, parts, copy_pipeline, request, local_hub, caplog):
     rename_to_fp16(folder := copy_pipeline(kind), parts)
     half = load_pipeline(open_folder(folder), None, "default", torch.float32, CPU)

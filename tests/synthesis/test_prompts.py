@@ -41,17 +41,14 @@ def entry(label: str, prompt: str) -> dict:
     return {"label": label, "prompt": prompt}
 
 
-@pytest.mark.parametrize(
-    ("template", "beginning", "ending"),
-    [
-        (DSI_TEMPLATE, "A {class} photo, from ", ", in the style of {token}"),
-        ("A {class}, in the style of {token}. ", "A {class}, from ", ", in the style of {token}."),
-        (PLAIN_TEMPLATE, "A good photo of the {class}, from ", ""),
-        ("A {class}.", "A {class}, from ", "."),
-        ("{token}: a {class}", "{token}: a {class}, from ", ""),
-        ("in the style of {token}, a {class}", "in the style of {token}, a {class}, from ", ""),
-    ],
-)
+@pytest.mark.parametrize(("template", "beginning", "ending"), [
+    (DSI_TEMPLATE, "A {class} photo, from ", ", in the style of {token}"),
+    ("A {class}, in the style of {token}. ", "A {class}, from ", ", in the style of {token}."),
+    (PLAIN_TEMPLATE, "A good photo of the {class}, from ", ""),
+    ("A {class}.", "A {class}, from ", "."),
+    ("{token}: a {class}", "{token}: a {class}, from ", ""),
+    ("in the style of {token}, a {class}", "in the style of {token}, a {class}, from ", ""),
+])  # fmt: skip
 def test_diverse_varies_between_sentence_and_style(template, beginning, ending):
     templates = build_templates("diverse", template)
     assert 100 <= len(set(templates)) == len(templates) <= 300
@@ -190,25 +187,22 @@ def test_longest_of_captions_ends_behind_noun_and_token(tmp_path):
     assert list(prompts.longest()) == [("<style> of a coin", len("<style> of a coin"))]
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "is no JSON .*; right is {"),
-        ("a suv in the rain", "is no JSON"),
-        ('["dog", "a dog"]', "must be an object with 'label' and 'prompt'; right is {"),
-        ('"dog"', "must be an object"),
-        ({"label": "dog"}, "must be an object with 'label' and 'prompt'"),
-        ({"prompt": "a dog {token}"}, "must be an object with 'label' and 'prompt'"),
-        (entry("dog", "a {token}") | {"negative_prompt": "x"}, "must be an object with 'label' and 'prompt'"),
-        (entry("hose_cat", "a {token}"), "label 'hose_cat': no such class, did you mean house_cat"),
-        ({"label": 1, "prompt": "a {token}"}, "label 1: no such class"),
-        ({"label": ["dog"], "prompt": "a {token}"}, r"label \['dog'\]: no such class"),
-        (entry("dog", " "), "prompt ' ': must be text"),
-        ({"label": "dog", "prompt": None}, "prompt None: must be text"),
-        (entry("dog", "a dog"), "'a dog': has no {token}"),
-        (entry("dog", "a {clas}, {token}"), "'a {clas}, {token}': has {clas}, which nothing fills"),
-    ],
-)
+@pytest.mark.parametrize(("line", "message"), [
+    ("{", "is no JSON .*; right is {"),
+    ("a suv in the rain", "is no JSON"),
+    ('["dog", "a dog"]', "must be an object with 'label' and 'prompt'; right is {"),
+    ('"dog"', "must be an object"),
+    ({"label": "dog"}, "must be an object with 'label' and 'prompt'"),
+    ({"prompt": "a dog {token}"}, "must be an object with 'label' and 'prompt'"),
+    (entry("dog", "a {token}") | {"negative_prompt": "x"}, "must be an object with 'label' and 'prompt'"),
+    (entry("hose_cat", "a {token}"), "label 'hose_cat': no such class, did you mean house_cat"),
+    ({"label": 1, "prompt": "a {token}"}, "label 1: no such class"),
+    ({"label": ["dog"], "prompt": "a {token}"}, r"label \['dog'\]: no such class"),
+    (entry("dog", " "), "prompt ' ': must be text"),
+    ({"label": "dog", "prompt": None}, "prompt None: must be text"),
+    (entry("dog", "a dog"), "'a dog': has no {token}"),
+    (entry("dog", "a {clas}, {token}"), "'a {clas}, {token}': has {clas}, which nothing fills"),
+])  # fmt: skip
 def test_read_prompts_file_names_file_and_line(tmp_path, line, message):
     with pytest.raises(UserError, match=f"--prompts_file {tmp_path}/p.jsonl: line 3: {message}"):
         read(tmp_path, entry("dog", "a dog, {token}"), "", line)

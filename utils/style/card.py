@@ -24,14 +24,10 @@ def describe_token(base_model: BaseModel, real_images, nouns: list[str], templat
     """Return what `dsi_config.json` holds."""
     return {
         "base_model": {"id": absolute_if_local(base_model.source.name), "revision": base_model.source.revision},
-        "pipeline_class": base_model.pipeline_class,
-        "real_images": real_images.record.to_dict(),
-        "train_indices": real_images.train_indices.tolist(),
-        "class_names": real_images.class_names,
-        "prompt_nouns": nouns,
-        "prompt_templates": templates,
-        **settings,
-    }
+        "pipeline_class": base_model.pipeline_class, "real_images": real_images.record.to_dict(),
+        "train_indices": real_images.train_indices.tolist(), "class_names": real_images.class_names,
+        "prompt_nouns": nouns, "prompt_templates": templates, **settings,
+    }  # fmt: skip
 
 
 def write_records(
@@ -70,11 +66,9 @@ def write_token_card(
         **common_license([licenses[record["base_model"]["id"]]]).to_metadata(),
         base_model=base_models[0] if base_models else None,
         base_model_relation="adapter" if base_models else None,
-        datasets=hub_ids(real) or None,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
+        datasets=hub_ids(real) or None, library_name="diffusers", pipeline_tag="text-to-image",
         tags=["textual_inversion", "dataset-style-inversion", "bridged-transfer"],
-    )
+    )  # fmt: skip
     card = ModelCard.from_template(
         metadata, template_path=str(TEMPLATE), name=hub_id or Path(output_dir).resolve().name, real=real,
         record=record, run=run, text_encoders=FAMILIES.get(record.get("pipeline_class"), OTHER).text_encoders,

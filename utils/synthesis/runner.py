@@ -227,11 +227,5 @@ class Runner:
 
 def make_row(image: PlannedImage, image_bytes: bytes) -> dict:
     """Return a row of the set."""
-    return {
-        "image": {"bytes": image_bytes, "path": None},
-        "label": image.label,
-        "prompt": image.prompt,
-        "seed": image.seed,
-        "guidance_scale": image.guidance_scale,
-        "class_index": image.class_index,
-    }
+    planned = ("label", "prompt", "seed", "guidance_scale", "class_index")
+    return {"image": {"bytes": image_bytes, "path": None}} | {name: getattr(image, name) for name in planned}
