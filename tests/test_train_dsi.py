@@ -284,12 +284,8 @@ def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
 
 @pytest.mark.parametrize(("flags", "message"), [
     ({"dataset_name": None}, "--dataset_name is missing"),
-    ({"train_dir": "."}, "--train_dir .: not together with --dataset_name"),
-    ({"dataset_name": None, "train_dir": "./nowhere"}, "--train_dir ./nowhere: not a directory"),
     ({"dataset_name": "./nowhere"}, "--dataset_name ./nowhere: neither an existing folder"),
     ({"pretrained_model_name_or_path": "user/nothing"}, "user/nothing: neither a folder nor a model repository"),
-    ({"pretrained_model_name_or_path": "runwayml/stable-diffusion-v1-5"}, "its mirror is stable-diffusion-v1-5/"),
-    ({"pretrained_model_name_or_path": "./nowhere"}, "--pretrained_model_name_or_path ./nowhere: neither"),
     ({"label_column_name": "colour"}, "--label_column_name colour: not in"),
     ({"placeholder_token": "style</w>"}, "--placeholder_token style</w>: the tokenizer has"),
     ({"placeholder_token": "my style token"}, "the tokenizer does not find it in a prompt"),
@@ -303,8 +299,6 @@ def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
     ({"prompt_templates_file": "nowhere.txt"}, "--prompt_templates_file nowhere.txt: cannot be read"),
     ({"class_names_file": "nowhere.txt"}, "--class_names_file nowhere.txt: cannot be read"),
     ({"num_shots": 100}, r"--num_shots 100: class 'red_square' of .* has 1\d training images"),
-    ({"learning_rate": 0}, "--learning_rate 0.0: must be above 0"),
-    ({"learning_rate": "nan"}, "--learning_rate: must be a finite number of at most 1e.30, got nan"),
     ({"resolution": 30}, "--resolution 30: must be a multiple of 8"),
     ({"seed": -1}, "--seed -1: must be 0 or above"),
     ({"lr_scheduler": "steep"}, "--lr_scheduler.*: invalid choice: 'steep'"),

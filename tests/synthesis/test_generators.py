@@ -166,9 +166,6 @@ def test_style_token_is_in_every_text_encoder(kind, widths, num_vectors, tmp_pat
         tokenizer, text_encoder = getattr(pipe, f"tokenizer{number}"), getattr(pipe, f"text_encoder{number}")
         ids = tokenizer(prompt, add_special_tokens=False).input_ids[2:]
         torch.testing.assert_close(text_encoder.get_input_embeddings().weight[ids], value)
-    draw = Sampler(pipe, resolution=32, num_inference_steps=2, num_at_a_time=1).draw
-    with_token, without = (draw([prompt], [0], 1.0)[0] for prompt in (f"a style {PLACEHOLDER}", "a style"))
-    assert (with_token != without).any()
 
 
 def test_placeholder_is_the_records_whatever_the_file_calls_it(generator, tmp_path):

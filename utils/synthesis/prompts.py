@@ -249,11 +249,8 @@ def count_prompt_tokens(
 
 
 def _load_prompt_tokenizer(generator: Generator, placeholder: str | None, num_vectors: int) -> tuple:
-    """Return the tokenizer of the text encoder that reads furthest, the number of tokens up to where it reads, and what
-    writes all tokens of the placeholder out in a prompt, as the pipeline does.
-
-    CLIP reads as many as its tokenizer says (77), others (T5) up to the pipeline's `max_sequence_length`.
-    """
+    """Return the tokenizer of the text encoder that reads furthest, how many tokens that is, and what writes all tokens
+    of the placeholder out in a prompt, as the pipeline does."""
     import transformers
 
     source, parameters, tokenizers = generator.source, generator.call_parameters, []
@@ -265,6 +262,7 @@ def _load_prompt_tokenizer(generator: Generator, placeholder: str | None, num_ve
         options = source.load_options() | {"subfolder": name}
         with source.reading("has no usable tokenizer", also=(ValueError,)):
             tokenizer = getattr(transformers, kind).from_pretrained(source.name, **options)
+        # CLIP reads as many as its tokenizer says (77), others (T5) up to what the pipeline says
         is_cut_by_pipeline = not kind.startswith("CLIP") and "max_sequence_length" in parameters
         limit = parameters["max_sequence_length"].default if is_cut_by_pipeline else tokenizer.model_max_length
         tokenizers.append((tokenizer, limit))

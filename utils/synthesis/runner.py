@@ -210,10 +210,9 @@ class Runner:
         in_order = [images[index] for index in sorted(images)]
         redraws = Counter()
         for image, _ in in_order:
-            if image.redraw:
-                redraws[self.shards.class_names[image.label]] += image.redraw
+            redraws[self.shards.class_names[image.label]] += image.redraw
         rows = (make_row(image, encoding.result()) for image, encoding in in_order)
-        self.shards.write(number, rows, dict(redraws), self.sampler.num_at_a_time)
+        self.shards.write(number, rows, dict(+redraws), self.sampler.num_at_a_time)  # + leaves out those of none
 
     def _describe(self, bad: Bad) -> str:
         names = self.shards.class_names
