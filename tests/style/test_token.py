@@ -13,6 +13,7 @@ from utils.style.token import (
     check_prompt_lengths,
     norm_in_vocabulary,
     save_learned_embeds,
+    unet_arguments,
 )
 
 PROMPT = "a bag in <s> of red"
@@ -60,7 +61,7 @@ def test_prompts_are_encoded_as_by_the_pipeline_that_loads_the_token(tiny_pipeli
 
 
 @pytest.mark.parametrize("num_vectors", [1, 2])
-def test_xl_prompts_are_encoded_as_by_the_pipeline_that_loads_both_tokens(tiny_xl_pipeline_dir, tmp_path, num_vectors):
+def test_xl_prompts_and_size_are_as_in_the_pipeline_that_loads_both_tokens(tiny_xl_pipeline_dir, tmp_path, num_vectors):
     encoder, tokenizers = spliced(tiny_xl_pipeline_dir, num_vectors)
     embeds = load_file(save_learned_embeds(tmp_path, ["clip_l", "clip_g"], with_random_rows(encoder).rows))
     shapes = {name: tuple(rows.shape) for name, rows in embeds.items()}
@@ -73,6 +74,8 @@ def test_xl_prompts_are_encoded_as_by_the_pipeline_that_loads_both_tokens(tiny_x
     theirs, _, pooled, _ = pipe.encode_prompt(PROMPT, device="cpu", do_classifier_free_guidance=False)
     assert torch.equal(ours["encoder_hidden_states"], theirs)
     assert torch.equal(ours["text_embeds"], pooled)
+    size = pipe._get_add_time_ids((32, 32), (0, 0), (32, 32), torch.bfloat16, text_encoder_projection_dim=8)
+    assert torch.equal(unet_arguments(ours, 32, torch.bfloat16)["added_cond_kwargs"]["time_ids"], size)
 
 
 def test_distinct_prompts_are_encoded_once_and_come_back_in_order(tiny_xl_pipeline_dir):
