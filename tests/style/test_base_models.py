@@ -81,9 +81,10 @@ def test_weights_that_are_no_safetensors_are_an_error_before_anything_loads(copy
     folder = copy_pipeline()
     for part in ("unet", "text_encoder"):
         pickle_weights(folder, part)
-    for opened in (open_folder, lambda folder: open_generator(folder).variants):
+    settings = {"resolution": 32, "negative_prompt": "", "scheduler": "default", "num_inference_steps": 2}
+    for check in (open_folder, lambda folder: open_generator(folder).check(settings)):
         with pytest.raises(UserError, match=r"^--model .*copied: has no safetensors weights for text_encoder, unet, "):
-            opened(folder)
+            check(folder)
 
 
 @pytest.mark.parametrize("parts", [["unet"], ["text_encoder", "vae", "unet"]])
