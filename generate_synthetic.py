@@ -64,10 +64,9 @@ class PromptArguments:
     _argument_group_name = "classes and prompts"
 
     class_names_file: str | None = option(
-        None,
-        "Nouns for classes: a YAML or JSON mapping of names to nouns, or one a line in label order. In "
+        None, "Nouns for classes: a YAML or JSON mapping of names to nouns, or one a line in label order. In "
         "place of a data set it names the classes, in the order of their label ids.",
-    )
+    )  # fmt: skip
     write_class_names: str | None = option(
         None, "Write the nouns to this YAML file, to edit and give as --class_names_file."
     )
@@ -77,15 +76,13 @@ class PromptArguments:
         None, "Draw no images of these classes, e.g. of one that no prompt describes; labels stay."
     )
     prompt_templates: list[str] | None = option(
-        None,
-        "Prompts with {class}, and {token} for a style token; the token's own when not given.",
+        None, "Prompts with {class}, and {token} for a style token; the token's own when not given.",
         aliases=["--prompt_template"],
-    )
+    )  # fmt: skip
     prompt_set: str = option(
-        "single",
-        "single: the templates as they are; diverse: each varied by viewpoint, background and light.",
+        "single", "single: the templates as they are; diverse: each varied by viewpoint, background and light.",
         choices=list(PROMPT_SETS),
-    )
+    )  # fmt: skip
     prompts_file: str | None = option(
         None, 'In place of templates: a JSONL file of captions, {"label": class name, "prompt": text}.'
     )
@@ -102,11 +99,10 @@ class SamplingArguments:
     )
     num_inference_steps: int = option(25, "Denoising steps per image.")
     scheduler: str | None = option(
-        None,
-        "Scheduler class of diffusers; 'default' is the pipeline's own. When not given, "
+        None, "Scheduler class of diffusers; 'default' is the pipeline's own. When not given, "
         "DPMSolverMultistepScheduler for Stable Diffusion 1.x, 2.x and XL, the pipeline's own for others, and for "
         "those of them that are distilled for few steps or trained with other noise (EDM).",
-    )
+    )  # fmt: skip
     resolution: int | None = option(None, "Pixels a side, a multiple of 8; the token's or generator's when not given.")
     seed: int = option(0, "Seed of all images.")
     batch_size: int = option(16, "Images that a process draws at a time.")
@@ -196,19 +192,16 @@ def read_sources(
 
 def collect_settings(sources: Sources, plan: GenerationPlan, prompt_settings: dict, precision: str, options: dict):
     """Return all that decides what image number n is: a folder holds images of one such collection."""
+    source = sources.generator.source
     return {
-        "generator": sources.generator.source.name,
-        "generator_revision": sources.generator.source.revision,
+        "generator": source.name, "generator_revision": source.revision,
         "learned_embeds_sha256": sources.token.sha256 if sources.token else None,
-        "class_names": sources.class_names,
-        "prompt_nouns": sources.prompt_nouns,
-        "classes": [sources.class_names[label] for label in plan.labels],
-        **prompt_settings,
+        "class_names": sources.class_names, "prompt_nouns": sources.prompt_nouns,
+        "classes": [sources.class_names[label] for label in plan.labels], **prompt_settings,
         "resolution": options["resolution"] or sources.resolution,
         "scheduler": options["scheduler"] or sources.generator.default_scheduler,
-        "mixed_precision": precision,
-        **{name: options[name] for name in SETTINGS},
-    }
+        "mixed_precision": precision, **{name: options[name] for name in SETTINGS},
+    }  # fmt: skip
 
 
 def print_notes(sources: Sources, labels: tuple[int, ...], findings: list, given: set[str]) -> None:

@@ -98,10 +98,9 @@ class TrainingArguments:
     lr_scheduler: str = option("constant", "Schedule.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = option(0, "Steps of linear warm-up, 0 or more.")
     mixed_precision: str | None = option(
-        None,
-        "Of the frozen model; the token is float32. What `accelerate launch` says when not given.",
+        None, "Of the frozen model; the token is float32. What `accelerate launch` says when not given.",
         choices=("no", "fp16", "bf16"),
-    )
+    )  # fmt: skip
     gradient_checkpointing: bool = option(False, "Less memory, about a third slower.")
     torch_compile: bool = option(False, "Compile the U-Net: minutes first, then faster.")
     torch_compile_backend: str = option("inductor", "Backend of torch.compile.")

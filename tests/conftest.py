@@ -114,6 +114,6 @@ def blank_figures():
 
 def read_rows(folder) -> list:
     """Return the learned rows `(num_vectors, dim)` of each text encoder in a token's folder."""
-    from utils.style.token import LEARNED_EMBEDS, load_learned_embeds
+    from utils.style.token import load_learned_embeds
 
-    return load_learned_embeds(folder / LEARNED_EMBEDS)
+    return load_learned_embeds(folder / "learned_embeds.safetensors")

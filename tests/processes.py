@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -14,6 +13,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ["accelerate", "launch"]
+REPORT = """
+import sys
+from accelerate import PartialState
+state = PartialState()
+sys.stdout.write(f"{state.distributed_type.name} {state.num_processes} processes\\n")  # whole: others write too
+"""
 # libraries only, and of them what the scripts import: seconds of every process
 PRELOADED = [
     "accelerate.commands.launch", "datasets", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
@@ -78,11 +83,15 @@ class ForkedPython:
         return self._process.exitcode
 
 
-def run_forked(command: list, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
-    """Run a command to its end, as `subprocess.run` with `capture_output=True, text=True` does."""
-    child = ForkedPython(command, folder, environment)
-    stdout, stderr = child.communicate()
-    return subprocess.CompletedProcess(command, child.returncode, stdout, stderr)
+def start_script(program: str, argv: list, folder: Path, num_processes: int = 1, **environment: str) -> ForkedPython:
+    """Start a program on one CPU process or more, which say in the end what accelerate made of the launch."""
+    script = Path(folder) / "script.py"
+    script.write_text(f"{program}\n{REPORT}")
+    flags = ["--num_processes", num_processes, "--num_machines", 1, "--main_process_port", 0, "--mixed_precision", "no",
+             "--dynamo_backend", "no"]  # fmt: skip
+    # `--multi_gpu` is how `accelerate launch` starts more than one of them
+    command = [*LAUNCH, "--multi_gpu", *flags] if num_processes > 1 else []
+    return ForkedPython([*command, script, *argv], folder, os.environ | {"ACCELERATE_USE_CPU": "true"} | environment)
 
 
 def _run(command: list[str], environment: dict[str, str], outputs: list[str]) -> None:

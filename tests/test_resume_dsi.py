@@ -1,26 +1,22 @@
 """A token's training that is killed and resumed, on one process and on two, equals one that was left alone."""
 
-import os
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 import train_dsi
 from tests.conftest import read_rows
-from tests.processes import run_forked
+from tests.processes import start_script
 from utils.cli.errors import UserError
 from utils.cli.records import RUN_CONFIG, read_record, write_record
 from utils.style import checkpoints
 
 pytest_plugins = ["tests.style.fixtures"]
 FLAGS = {"max_train_steps": 7, "checkpointing_steps": 2, "gradient_accumulation_steps": 2, "lr_scheduler": "cosine"}
-# train_dsi.py, whose first process kills itself after a checkpoint; says what accelerate made of the launch
+# train_dsi.py, whose first process kills itself after a checkpoint
 CHILD = """
 import os, signal, sys
-from accelerate import PartialState
 import train_dsi
 from tests.style.fixtures import NUM_TIMESTEPS
 from utils.style import checkpoints, monitor
@@ -35,8 +31,6 @@ def save_and_die(state, *args):
 
 checkpoints.TrainingState.save = save_and_die
 train_dsi.main(sys.argv[1:])
-state = PartialState()
-sys.stdout.write(f"{state.distributed_type.name} {state.num_processes} processes\\n")  # whole: others write too
 """
 
 
@@ -63,15 +57,12 @@ def kill(monkeypatch):
     return kill
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "call", "left"),
-    [
-        (train_dsi, "denoising_loss", 3, []),  # before the first checkpoint
-        (train_dsi, "denoising_loss", 2 * 5 + 1, ["checkpoint-2", "checkpoint-4"]),  # in the middle of a step
-        (checkpoints, "write_record", 2, ["checkpoint-2"]),  # while a checkpoint is written
-        (train_dsi, "write_records", 1, ["checkpoint-2", "checkpoint-4", "checkpoint-6"]),  # after the last step
-    ],
-)
+@pytest.mark.parametrize(("module", "name", "call", "left"), [
+    (train_dsi, "denoising_loss", 3, []),  # before the first checkpoint
+    (train_dsi, "denoising_loss", 2 * 5 + 1, ["checkpoint-2", "checkpoint-4"]),  # in the middle of a step
+    (checkpoints, "write_record", 2, ["checkpoint-2"]),  # while a checkpoint is written
+    (train_dsi, "write_records", 1, ["checkpoint-2", "checkpoint-4", "checkpoint-6"]),  # after the last step
+])  # fmt: skip
 def test_a_killed_run_that_is_resumed_equals_one_that_was_left_alone(
     run_dsi, kill, tiny_pipeline_dir, tiny_xl_pipeline_dir, module, name, call, left, tmp_path
 ):
@@ -129,16 +120,6 @@ def test_an_unfinished_run_is_not_started_again_unasked(run_dsi, kill, monkeypat
     assert not list((tmp_path / "style").glob("checkpoint-*"))
 
 
-def launch(argv: list[str], tmp_path: Path, num_processes: int, **environment) -> subprocess.CompletedProcess:
-    """Run the child on CPU processes: `--multi_gpu` is how `accelerate launch` starts more than one of them."""
-    child = tmp_path / "child.py"
-    child.write_text(CHILD)
-    command = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(num_processes), "--num_machines", "1",
-               "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", **environment}
-    return run_forked([*command, child, *argv], tmp_path, env)
-
-
 def test_two_processes_give_the_same_token_as_one_and_resume_exactly(
     run_dsi, tiny_pipeline_dir, real_images_dir, tmp_path
 ):
@@ -149,9 +130,10 @@ def test_two_processes_give_the_same_token_as_one_and_resume_exactly(
         "num_validation_images": 0, "latent_cache_dir": tmp_path / "latents-of-two", "train_batch_size": 2, **FLAGS,
     }  # fmt: skip
     argv = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
-    whole = launch([*argv, "--output_dir", str(tmp_path / "two")], tmp_path, 2)
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    assert re.findall(r"MULTI_CPU \d+ processes", whole.stdout) == ["MULTI_CPU 2 processes"] * 2
+    whole = start_script(CHILD, [*argv, "--output_dir", tmp_path / "two"], tmp_path, 2)
+    output, errors = whole.communicate()
+    assert whole.returncode == 0, errors[-3000:]
+    assert re.findall(r"MULTI_CPU \d+ processes", output) == ["MULTI_CPU 2 processes"] * 2
     rows = {name: read_rows(tmp_path / name)[0] for name in ("one", "two")}
     assert torch.allclose(rows["one"], rows["two"], atol=1e-3)  # steps of about 0.1
     assert read_record(tmp_path / "two" / "dsi_config.json")["health"]["loss_trained_token"] == pytest.approx(
@@ -159,10 +141,13 @@ def test_two_processes_give_the_same_token_as_one_and_resume_exactly(
     )
 
     argv += ["--output_dir", str(tmp_path / "killed")]
-    assert launch(argv, tmp_path, 2, DIE_AT="4").returncode != 0
+    killed = start_script(CHILD, argv, tmp_path, 2, DIE_AT="4")
+    killed.communicate()
+    assert killed.returncode != 0
     assert not (tmp_path / "killed" / "dsi_config.json").exists()
     with pytest.raises(UserError, match="8 images a step over all processes, this run has 4"):
         run_dsi(**flags, output_dir=tmp_path / "killed", resume_from_checkpoint="latest")
-    resumed = launch([*argv, "--resume_from_checkpoint", "latest"], tmp_path, 2)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    resumed = start_script(CHILD, [*argv, "--resume_from_checkpoint", "latest"], tmp_path, 2)
+    _, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors[-3000:]
     assert torch.equal(read_rows(tmp_path / "killed")[0], rows["two"])

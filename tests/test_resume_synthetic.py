@@ -1,29 +1,27 @@
 """A synthetic set whose making is killed, and one that several processes make, is byte for byte one left alone."""
 
-import os
 import random
 import re
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from datasets import load_dataset
 
 from generate_synthetic import main
-from tests.processes import ForkedPython
+from tests.processes import start_script
 from tests.synthesis.tokens import shard_hashes
 
 pytest_plugins = ["tests.synthesis.fixtures"]
-# generate_synthetic.py, one process of which kills itself at a place; says what accelerate made of the launch
+# generate_synthetic.py, one process of which kills itself at a place
 CHILD = """
-import os, signal, sys
+import os, signal
 from accelerate import PartialState
 import generate_synthetic
 from utils.synthesis import finishing
 from utils.synthesis.runner import Runner
 
-place, call, process = os.environ.get("DIE_AT", "nowhere 0 0").split()
+place, call, process = os.environ["DIE_AT"].split()
 
 def dying(function, is_counted=lambda *_: True):
     calls = []
@@ -43,8 +41,6 @@ elif place == "rename":
 elif place == "finish":
     finishing.finish_set = dying(finishing.finish_set)
 generate_synthetic.run_script(generate_synthetic.main)
-state = PartialState()
-sys.stdout.write(f"{state.distributed_type.name} {state.num_processes} processes\\n")  # whole: others write too
 """
 
 
@@ -63,33 +59,17 @@ def whole(tmp_path_factory, many_shards):
     return hashes
 
 
-def start(argv: list[str], tmp_path: Path, num_processes: int = 1, die_at: str | None = None) -> ForkedPython:
-    """Start the child on CPU processes: `--multi_gpu` is how `accelerate launch` starts more than one of them."""
-    child = tmp_path / "child.py"
-    child.write_text(CHILD)
-    command = [child]
-    if num_processes > 1:
-        command = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(num_processes), "--num_machines", "1",
-                   "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
-                   child]  # fmt: skip
-    env = os.environ | {"ACCELERATE_USE_CPU": "true"} | ({"DIE_AT": die_at} if die_at else {})
-    return ForkedPython([*command, *argv], tmp_path, env)
-
-
-def run(*args, **kwargs) -> tuple[int, str, str]:
-    child = start(*args, **kwargs)
+def run(argv: list[str], tmp_path, num_processes: int = 1, die_at: str = "nowhere 0 0") -> tuple[int, str, str]:
+    child = start_script(CHILD, argv, tmp_path, num_processes, DIE_AT=die_at)
     output, errors = child.communicate()
     return child.returncode, output, errors
 
 
-@pytest.mark.parametrize(
-    ("die_at", "num_finished"),
-    [
-        ("draw 5 0", 2),  # in the third shard; the second may still be in writing
-        ("rename 4 0", 3),  # between a shard's last byte and its name
-        ("finish 1 0", 6),  # after the last shard, before the records
-    ],
-)
+@pytest.mark.parametrize(("die_at", "num_finished"), [
+    ("draw 5 0", 2),  # in the third shard; the second may still be in writing
+    ("rename 4 0", 3),  # between a shard's last byte and its name
+    ("finish 1 0", 6),  # after the last shard, before the records
+])  # fmt: skip
 def test_a_killed_run_goes_on_to_the_very_same_set(die_at, num_finished, many_shards, whole, tmp_path):
     argv = [*many_shards, "--output_dir", str(tmp_path / "set")]
     status, _, errors = run(argv, tmp_path, die_at=die_at)
@@ -105,7 +85,7 @@ def test_a_killed_run_goes_on_to_the_very_same_set(die_at, num_finished, many_sh
 
 def test_a_run_that_is_asked_to_end_says_how_it_goes_on(many_shards, whole, tmp_path):
     argv = [*many_shards, "--output_dir", str(tmp_path / "set"), "--num_images_per_class", "700"]
-    child = start(argv, tmp_path)
+    child = start_script(CHILD, argv, tmp_path, DIE_AT="nowhere 0 0")
     while len(list((tmp_path / "set" / "data").glob("train-*"))) < 3:
         assert child.poll() is None, child.communicate()[1][-2000:]
         time.sleep(0.05)
@@ -144,7 +124,7 @@ def test_fifty_kills_at_random_moments_leave_the_very_same_set(options, tmp_path
     main([*argv, "--output_dir", str(tmp_path / "whole")])
     rng, num_kills = random.Random(0), 0
     while num_kills < 50:
-        child = start([*argv, "--output_dir", str(tmp_path / "set")], tmp_path)
+        child = start_script(CHILD, [*argv, "--output_dir", tmp_path / "set"], tmp_path, DIE_AT="nowhere 0 0")
         try:
             _, errors = child.communicate(timeout=rng.uniform(0.5, 4))
         except TimeoutError:  # and killed

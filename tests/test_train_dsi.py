@@ -6,37 +6,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from PIL import Image
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_dsi
-from tests.conftest import CLASS_NAMES, read_rows, save_image_set
+from tests.conftest import CLASS_NAMES, read_rows, save_class_folders
+from tests.style.pipelines import change_config, change_scheduler
 from utils.cli.errors import UserError
 from utils.cli.records import read_record
 from utils.style import monitor, token
 from utils.style.base_models import BaseModel
 
-pytest_plugins = ["tests.style.fixtures"]
-
-
-@pytest.fixture
-def class_folders(tmp_path):
-    """Class folders with six images of each of two classes, and what people's folders hold besides."""
-    rng = np.random.default_rng(0)
-    for name, mode in (("cat", "RGB"), ("dog", "L")):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for number in range(6):
-            pixels = rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)
-            Image.fromarray(pixels).convert(mode).save(tmp_path / "photos" / name / f"{number}.jpg")
-        (tmp_path / "photos" / name / ".DS_Store").write_bytes(b"x")
-    return tmp_path / "photos"
+pytest_plugins = ["tests.style.fixtures", "tests.synthesis.fixtures"]
 
 
 def spy_on_loading(monkeypatch) -> list[tuple]:
@@ -53,21 +35,6 @@ def spy_on_loading(monkeypatch) -> list[tuple]:
 
         monkeypatch.setattr(BaseModel, name, load)
     return loaded
-
-
-@pytest.fixture
-def change_pipeline(tmp_path):
-    """A function that copies a pipeline and changes its JSON files, `{name: settings}`; another class starts anew."""
-
-    def change(folder, changes):
-        changed = shutil.copytree(folder, tmp_path / "changed")
-        for name, settings in changes.items():
-            path = changed / name
-            kept = {} if "_class_name" in settings else json.loads(path.read_text())
-            path.write_text(json.dumps(kept | settings))
-        return changed
-
-    return change
 
 
 def test_xl_learns_a_row_for_each_encoder_and_all_other_weights_stay_bit_equal(
@@ -117,25 +84,21 @@ MEAN, STD, SCALE = [-0.4, 0.3, 0.2, -0.1], [0.8, 1.2, 0.5, 2.0], 0.5
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
-def test_the_first_loss_is_what_the_pipelines_own_parts_give(
-    run_dsi, tiny_pipeline_dir, tiny_xl_pipeline_dir, change_pipeline, monkeypatch, prediction_type
-):
+def test_the_first_loss_is_what_the_pipelines_own_parts_give(run_dsi, copy_pipeline, monkeypatch, prediction_type):
     """The untrained token is the word 'style'; the script only says what it drew.
 
     A model of the image is Stable Diffusion XL whose VAE has statistics: its loss is that of the noise.
     """
-    original, batches, scheduler = train_dsi.denoising_loss, [], "scheduler/scheduler_config.json"
+    original, batches = train_dsi.denoising_loss, []
     monkeypatch.setattr(train_dsi, "denoising_loss", lambda *args: (batches.append(args[0]), original(*args))[1])
     if prediction_type == "sample":
-        noise = {"_class_name": "DDIMScheduler", "beta_start": 0.01, "beta_end": 0.1}
-        folder = change_pipeline(tiny_xl_pipeline_dir, {
-            "model_index.json": {"scheduler": ["diffusers", "DDIMScheduler"]},
-            "vae/config.json": {"latents_mean": MEAN, "latents_std": STD, "scaling_factor": SCALE},
-            scheduler: {"prediction_type": "sample", **noise},
-        })  # fmt: skip
+        statistics = {"latents_mean": MEAN, "latents_std": STD, "scaling_factor": SCALE}
+        folder = copy_pipeline("tiny_xl_pipeline_dir", vae=statistics)
+        noise = {"beta_start": 0.01, "beta_end": 0.1}
+        change_scheduler(folder, "DDIMScheduler", {"prediction_type": "sample", **noise})
         mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in (MEAN, STD))
     else:
-        folder = change_pipeline(tiny_pipeline_dir, {scheduler: {"prediction_type": prediction_type}})
+        change_config((folder := copy_pipeline()) / "scheduler/scheduler_config.json", prediction_type=prediction_type)
         mean, std = 0, 1
     flags = {"pretrained_model_name_or_path": folder, "max_train_steps": 1, "train_batch_size": 6}
     [loss] = run_dsi(**flags)["loss_history"]
@@ -160,15 +123,10 @@ def test_the_first_loss_is_what_the_pipelines_own_parts_give(
     assert loss == pytest.approx((prediction - target).square().mean().item(), rel=1e-3)
 
 
-def test_a_model_of_other_noise_ends_in_a_line_before_images_are_read(
-    run_dsi, tiny_xl_pipeline_dir, change_pipeline, tmp_path
-):
-    scheduler = "EDMDPMSolverMultistepScheduler"
-    folder = change_pipeline(tiny_xl_pipeline_dir, {
-        "model_index.json": {"scheduler": ["diffusers", scheduler]},
-        "scheduler/scheduler_config.json": {"_class_name": scheduler, "sigma_data": 0.5, "prediction_type": "epsilon"},
-    })  # fmt: skip
-    with pytest.raises(UserError, match="^--pretrained_model_name_or_path .*changed: its scheduler .*EDM's noise"):
+def test_a_model_of_other_noise_ends_in_a_line_before_images_are_read(run_dsi, copy_pipeline, tmp_path):
+    config = {"sigma_data": 0.5, "prediction_type": "epsilon"}
+    change_scheduler(folder := copy_pipeline("tiny_xl_pipeline_dir"), "EDMDPMSolverMultistepScheduler", config)
+    with pytest.raises(UserError, match="^--pretrained_model_name_or_path .*copied: its scheduler .*EDM's noise"):
         run_dsi(pretrained_model_name_or_path=folder, dataset_name="nowhere/at-all")
     assert not (tmp_path / "style").exists()
 
@@ -229,6 +187,7 @@ def test_rows_stay_float32_beside_a_model_in_half_precision(run_dsi, tiny_xl_pip
     history = run_dsi(mixed_precision="bf16", **flags)["loss_history"]
     weights = [weight for name, model, _ in loaded if name != "load_vae" for weight in model.named_parameters()]
     assert {weight.dtype for name, weight in weights if not name.endswith(".rows")} == {torch.bfloat16}
+    assert {model.dtype for name, model, _ in loaded if name == "load_vae"} == {torch.float32}
     assert np.isfinite(history).all()
     for rows in read_rows(tmp_path / "style"):
         assert rows.dtype == torch.float32
@@ -241,9 +200,8 @@ def test_a_token_that_cannot_learn_is_said_plainly_also_in_the_card(run_dsi, cap
     assert "This token learned nothing" in (tmp_path / "style" / "README.md").read_text()
 
 
-def test_class_folders_train_and_a_damaged_image_is_an_error_or_left_out_and_counted(
-    run_dsi, class_folders, tmp_path, capsys
-):
+def test_class_folders_train_and_a_damaged_image_is_an_error_or_left_out_and_counted(run_dsi, tmp_path, capsys):
+    class_folders = save_class_folders(tmp_path / "photos", {"cat": 6, "dog": 6})
     flags = {"dataset_name": None, "train_dir": class_folders, "output_dir": tmp_path / "whole"}
     assert run_dsi(**flags)["images"] == "validation images"
     record = read_record(tmp_path / "whole" / "dsi_config.json")
@@ -251,8 +209,9 @@ def test_class_folders_train_and_a_damaged_image_is_an_error_or_left_out_and_cou
     assert record["real_images"]["train_dir"] == str(class_folders)
     assert f"`{class_folders}`" in (tmp_path / "whole" / "README.md").read_text()
 
-    for path in list(class_folders.glob("*/*.jpg"))[:2]:
-        path.write_bytes(path.read_bytes()[:200])
+    paths = sorted(class_folders.glob("*/*.png"))
+    for row in record["train_indices"][:2]:
+        paths[row].write_bytes(paths[row].read_bytes()[:200])
     flags["output_dir"] = tmp_path / "style"
     with pytest.raises(UserError, match="row .*, column 'image': damaged .*--skip_bad_images"):
         run_dsi(**flags)
@@ -281,9 +240,8 @@ def test_plain_textual_inversion_has_no_class_names_and_can_be_generated_with(ru
     from utils.synthesis.sources import read_token_sources
 
     run_dsi(include_class_name=False)
-    assert read_record(tmp_path / "style" / "dsi_config.json")["prompt_templates"] == [
-        "A photo in the style of {token}"
-    ]
+    record = read_record(tmp_path / "style" / "dsi_config.json")
+    assert record["prompt_templates"] == ["A photo in the style of {token}"]
     [template] = read_token_sources(str(tmp_path / "style")).prompt_templates
     assert template == "A {class} photo in the style of {token}"
 
@@ -303,9 +261,8 @@ def test_the_picture_is_drawn_on_the_way_and_is_what_a_pipeline_draws_from_the_s
     assert np.abs(last["with token"] - first["with token"]).max() > 0  # the token has moved
 
     embeds = load_file(tmp_path / "style" / "learned_embeds.safetensors")
-    assert {name: (rows.dtype, rows.shape) for name, rows in embeds.items()} == {
-        "<dsi-style>": (torch.float32, (2, 16))
-    }
+    kinds = {name: (rows.dtype, rows.shape) for name, rows in embeds.items()}
+    assert kinds == {"<dsi-style>": (torch.float32, (2, 16))}
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.load_textual_inversion(tmp_path / "style")
@@ -325,43 +282,31 @@ def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
     assert [event.step for event in events.Images("style")] == [12]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"dataset_name": None}, "--dataset_name is missing"),
-        ({"train_dir": "."}, "--train_dir .: not together with --dataset_name"),
-        ({"dataset_name": None, "train_dir": "./nowhere"}, "--train_dir ./nowhere: not a directory"),
-        ({"dataset_name": "./nowhere"}, "--dataset_name ./nowhere: neither an existing folder"),
-        ({"pretrained_model_name_or_path": "user/nothing"}, "user/nothing: neither a folder nor a model repository"),
-        ({"pretrained_model_name_or_path": "runwayml/stable-diffusion-v1-5"}, "its mirror is stable-diffusion-v1-5/"),
-        ({"pretrained_model_name_or_path": "./nowhere"}, "--pretrained_model_name_or_path ./nowhere: neither"),
-        ({"label_column_name": "colour"}, "--label_column_name colour: not in"),
-        ({"placeholder_token": "style</w>"}, "--placeholder_token style</w>: the tokenizer has"),
-        ({"placeholder_token": "my style token"}, "the tokenizer does not find it in a prompt"),
-        ({"placeholder_token": ""}, "the tokenizer does not find it in a prompt"),
-        ({"initializer_token": "two words"}, "--initializer_token two words: is .* tokens, must be one"),
-        ({"initializer_token": ""}, "is 0 tokens"),
-        ({"prompt_templates": "a {class}"}, "--prompt_templates 'a {class}': has no {token}"),
-        ({"prompt_templates": "a {token}"}, "--prompt_templates 'a {token}': has no {class}"),
-        (
-            {"prompt_templates": "a {class} {token}", "include_class_name": False},
-            "--include_class_name false: template",
-        ),
-        ({"prompt_templates": "a {class} " + "x" * 80 + " {token}"}, "the text encoder takes 77"),
-        ({"prompt_templates_file": "nowhere.txt"}, "--prompt_templates_file nowhere.txt: cannot be read"),
-        ({"class_names_file": "nowhere.txt"}, "--class_names_file nowhere.txt: cannot be read"),
-        ({"num_shots": 100}, r"--num_shots 100: class 'red_square' of .* has 1\d training images"),
-        ({"learning_rate": 0}, "--learning_rate 0.0: must be above 0"),
-        ({"learning_rate": "nan"}, "--learning_rate: must be a finite number of at most 1e.30, got nan"),
-        ({"resolution": 30}, "--resolution 30: must be a multiple of 8"),
-        ({"seed": -1}, "--seed -1: must be 0 or above"),
-        ({"lr_scheduler": "steep"}, "--lr_scheduler.*: invalid choice: 'steep'"),
-        ({"lr_warmup_steps": 5}, "--lr_scheduler constant has no warm-up"),
-        ({"report_to": "diary"}, "--report_to diary: is not installed"),
-        ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere: is no checkpoint"),
-        ({"max_train_step": 3}, "no such flag, did you mean --max_train_steps"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "message"), [
+    ({"dataset_name": None}, "--dataset_name is missing"),
+    ({"dataset_name": "./nowhere"}, "--dataset_name ./nowhere: neither an existing folder"),
+    ({"pretrained_model_name_or_path": "user/nothing"}, "user/nothing: neither a folder nor a model repository"),
+    ({"label_column_name": "colour"}, "--label_column_name colour: not in"),
+    ({"placeholder_token": "style</w>"}, "--placeholder_token style</w>: the tokenizer has"),
+    ({"placeholder_token": "my style token"}, "the tokenizer does not find it in a prompt"),
+    ({"placeholder_token": ""}, "the tokenizer does not find it in a prompt"),
+    ({"initializer_token": "two words"}, "--initializer_token two words: is .* tokens, must be one"),
+    ({"initializer_token": ""}, "is 0 tokens"),
+    ({"prompt_templates": "a {class}"}, "--prompt_templates 'a {class}': has no {token}"),
+    ({"prompt_templates": "a {token}"}, "--prompt_templates 'a {token}': has no {class}"),
+    ({"prompt_templates": "a {class} {token}", "include_class_name": False}, "--include_class_name false: templ"),
+    ({"prompt_templates": "a {class} " + "x" * 80 + " {token}"}, "the text encoder takes 77"),
+    ({"prompt_templates_file": "nowhere.txt"}, "--prompt_templates_file nowhere.txt: cannot be read"),
+    ({"class_names_file": "nowhere.txt"}, "--class_names_file nowhere.txt: cannot be read"),
+    ({"num_shots": 100}, r"--num_shots 100: class 'red_square' of .* has 1\d training images"),
+    ({"resolution": 30}, "--resolution 30: must be a multiple of 8"),
+    ({"seed": -1}, "--seed -1: must be 0 or above"),
+    ({"lr_scheduler": "steep"}, "--lr_scheduler.*: invalid choice: 'steep'"),
+    ({"lr_warmup_steps": 5}, "--lr_scheduler constant has no warm-up"),
+    ({"report_to": "diary"}, "--report_to diary: is not installed"),
+    ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere: is no checkpoint"),
+    ({"max_train_step": 3}, "no such flag, did you mean --max_train_steps"),
+])  # fmt: skip
 def test_bad_input_is_one_line_before_anything_loads_or_is_written(run_dsi, flags, message, tmp_path, monkeypatch):
     loaded = spy_on_loading(monkeypatch)
     with pytest.raises(UserError, match=message):
@@ -412,9 +357,3 @@ def test_a_finished_token_is_not_overwritten_unasked(run_dsi, tmp_path, capsys):
     run_dsi(seed=5, overwrite_output_dir=True)
     assert not (tmp_path / "style" / "style.png").exists()  # of the token that was replaced
     assert (tmp_path / "style" / "learned_embeds.safetensors").read_bytes() != before
-
-
-def test_two_classes_with_one_prompt_noun_are_an_error(run_dsi, tmp_path):
-    save_image_set(tmp_path / "set", {"train": 5, "test": 1}, ("apple_pie", "apple pie", "bag"))
-    with pytest.raises(UserError, match="apple pie"):
-        run_dsi(dataset_name=tmp_path / "set")

@@ -1,15 +1,11 @@
 """What a scheduler config says of the noise a model was trained with, and of the steps it was made for."""
 
-import json
-import shutil
-
 import diffusers
 import pytest
 import torch
 
 from utils.cli.errors import UserError
-from utils.hub.repositories import Source
-from utils.style.schedulers import OwnScheduler, read_scheduler
+from utils.style.schedulers import OwnScheduler, check_scheduler_class
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 SDXL_TURBO = {**SD, "prediction_type": "epsilon", "timestep_spacing": "trailing"}
@@ -17,25 +13,22 @@ ZERO_SNR = {**SD, "prediction_type": "v_prediction", "rescale_betas_zero_snr": T
 TRAINED_BETAS = {"trained_betas": [0.01, 0.02, 0.03] * 100, "num_train_timesteps": 300}
 
 
-def own(class_name: str, config: dict) -> OwnScheduler:
-    return OwnScheduler(Source("model", "--model"), class_name, config)
+def own(class_name: str, config: dict, **unet) -> OwnScheduler:
+    return OwnScheduler("--model model:", class_name, config, unet)
 
 
-@pytest.mark.parametrize(
-    ("class_name", "config"),
-    [
-        ("PNDMScheduler", SD),
-        ("EulerDiscreteScheduler", SDXL_TURBO),
-        ("LCMScheduler", {}),  # its class has the betas of Stable Diffusion, others have their own
-        ("HeunDiscreteScheduler", {}),
-        ("DDIMScheduler", ZERO_SNR),
-        ("EulerDiscreteScheduler", ZERO_SNR),
-        ("DDPMScheduler", TRAINED_BETAS),
-        ("DPMSolverMultistepScheduler", {**SD, "use_flow_sigmas": False, "flow_shift": 3.0}),
-        ("UniPCMultistepScheduler", {**SD, "sigma_max": 14.6, "sigma_min": 0.03}),
-        ("DDIMScheduler", {**SD, "prediction_type": "sample"}),
-    ],
-)
+@pytest.mark.parametrize(("class_name", "config"), [
+    ("PNDMScheduler", SD),
+    ("EulerDiscreteScheduler", SDXL_TURBO),
+    ("LCMScheduler", {}),  # its class has the betas of Stable Diffusion, others have their own
+    ("HeunDiscreteScheduler", {}),
+    ("DDIMScheduler", ZERO_SNR),
+    ("EulerDiscreteScheduler", ZERO_SNR),
+    ("DDPMScheduler", TRAINED_BETAS),
+    ("DPMSolverMultistepScheduler", {**SD, "use_flow_sigmas": False, "flow_shift": 3.0}),
+    ("UniPCMultistepScheduler", {**SD, "sigma_max": 14.6, "sigma_min": 0.03}),
+    ("DDIMScheduler", {**SD, "prediction_type": "sample"}),
+])  # fmt: skip
 def test_noise_is_added_as_the_models_own_scheduler_adds_it(class_name, config):
     scheduler = own(class_name, config)
     scheduler.check_trainable()
@@ -59,7 +52,7 @@ FOREIGN = [
     ("UniPCMultistepScheduler", {**SD, "use_flow_sigmas": True}, "the noise of flow matching (use_flow_sigmas)"),
     (
         "DPMSolverMultistepScheduler",
-        {**SD, "prediction_type": "flow_prediction"},
+        {"prediction_type": "flow_prediction"},
         "the noise of flow matching (flow_prediction)",
     ),
     ("EulerDiscreteScheduler", CONTINUOUS, "noise levels without steps (timestep_type continuous)"),
@@ -80,65 +73,50 @@ def test_other_noise_than_that_of_ddpm_is_an_error_that_says_which(class_name, c
         f"--model model: its scheduler ({class_name}) has {noise}; a style token is learned with the noise of DDPM's "
         "betas, as those of Stable Diffusion 1.x, 2.x and XL base; choose such a model."
     )
-    assert not scheduler.is_replaceable({})
+    assert not scheduler.is_replaceable
 
 
 def test_another_target_is_an_error_that_names_it():
     scheduler = own("EulerDiscreteScheduler", {**SD, "prediction_type": "trigflow"})
     with pytest.raises(UserError, match="^--model model: predicts 'trigflow'; supported: epsilon, v_prediction, samp"):
         scheduler.check_trainable()
-    assert not scheduler.is_replaceable({})
+    assert not scheduler.is_replaceable
 
 
-@pytest.mark.parametrize(
-    ("class_name", "config", "unet", "signs"),
-    [
-        ("EulerDiscreteScheduler", SDXL_TURBO, {}, "EulerDiscreteScheduler with timestep_spacing 'trailing'"),
-        ("EulerAncestralDiscreteScheduler", SDXL_TURBO, {}, "EulerAncestralDiscreteScheduler with timestep_spacing"),
-        ("LCMScheduler", SD, {}, "its scheduler is the LCMScheduler"),
-        ("TCDScheduler", SD, {}, "its scheduler is the TCDScheduler"),
-        ("DDIMScheduler", SD, {"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
-    ],
-)
-def test_a_distilled_model_keeps_its_scheduler(class_name, config, unet, signs):
-    assert signs in own(class_name, config).signs_of_distillation(unet)
-    assert not own(class_name, config).is_replaceable(unet)
-
-
-@pytest.mark.parametrize(
-    ("class_name", "config"),
-    [
-        ("PNDMScheduler", SD),
-        ("EulerDiscreteScheduler", {**SD, "timestep_spacing": "leading"}),
-        ("DDIMScheduler", {**SD, "timestep_spacing": "trailing"}),
-        ("EulerDiscreteScheduler", ZERO_SNR),  # trailing is right for zero terminal SNR
-        ("DDIMScheduler", {**SD, "prediction_type": "sample"}),
-    ],
-)
-def test_an_ordinary_model_is_drawn_with_the_fast_scheduler(class_name, config):
-    assert own(class_name, config).signs_of_distillation({"time_cond_proj_dim": None}) is None
-    assert own(class_name, config).is_replaceable({"time_cond_proj_dim": None})
+@pytest.mark.parametrize(("class_name", "config", "time_cond_proj_dim", "signs"), [
+    ("EulerDiscreteScheduler", SDXL_TURBO, None, "EulerDiscreteScheduler with timestep_spacing 'trailing'"),
+    ("EulerAncestralDiscreteScheduler", SDXL_TURBO, None, "EulerAncestralDiscreteScheduler with timestep_spacing"),
+    ("LCMScheduler", SD, None, "its scheduler is the LCMScheduler"),
+    ("TCDScheduler", SD, None, "its scheduler is the TCDScheduler"),
+    ("DDIMScheduler", SD, 256, "time_cond_proj_dim"),
+    ("PNDMScheduler", SD, None, None),
+    ("HeunDiscreteScheduler", SD, None, None),
+    ("EulerDiscreteScheduler", {**SD, "timestep_spacing": "leading"}, None, None),
+    ("DDIMScheduler", {**SD, "timestep_spacing": "trailing"}, None, None),
+    ("EulerDiscreteScheduler", ZERO_SNR, None, None),  # trailing is right for zero terminal SNR
+    ("DDIMScheduler", {**SD, "prediction_type": "sample"}, None, None),
+])  # fmt: skip
+def test_a_distilled_model_keeps_its_scheduler_an_ordinary_one_is_drawn_with_the_fast_one(
+    class_name, config, time_cond_proj_dim, signs
+):
+    scheduler = own(class_name, config, time_cond_proj_dim=time_cond_proj_dim)
+    assert scheduler.is_replaceable is (signs is None)
+    assert scheduler.signs_of_distillation is None if signs is None else signs in scheduler.signs_of_distillation
 
 
 def test_a_scheduler_that_would_change_the_noise_is_not_taken_instead():
-    assert own("HeunDiscreteScheduler", SD).is_replaceable({})
-    assert not own("HeunDiscreteScheduler", {}).is_replaceable({})  # without betas the classes differ
+    assert not own("HeunDiscreteScheduler", {}).is_replaceable  # without betas the classes differ
 
 
-@pytest.mark.parametrize(
-    ("entry", "said"),
-    [
-        (None, "None"),
-        (["diffusers", "MyScheduler"], "MyScheduler"),
-        (["my_scheduler", "DDIMScheduler"], "my_scheduler"),
-        (["diffusers", "UNet2DModel"], "UNet2DModel"),
-    ],
-)
-def test_a_scheduler_that_diffusers_does_not_have_is_an_error(entry, said, tiny_pipeline_dir, tmp_path):
-    path = shutil.copytree(tiny_pipeline_dir, tmp_path / "copied") / "model_index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"scheduler": entry}))
-    with pytest.raises(UserError, match=f"copied: its model_index.json names the scheduler .*{said}.*, which diffus"):
-        read_scheduler(Source(str(path.parent), "--model"))
+@pytest.mark.parametrize(("entry", "said"), [
+    (None, "None"),
+    (["diffusers", "MyScheduler"], "MyScheduler"),
+    (["my_scheduler", "DDIMScheduler"], "my_scheduler"),
+    (["diffusers", "UNet2DModel"], "UNet2DModel"),
+])  # fmt: skip
+def test_a_scheduler_that_diffusers_does_not_have_is_an_error(entry, said):
+    with pytest.raises(UserError, match=f"^--x y: its model_index.json names the scheduler .*{said}.*, which diffus"):
+        check_scheduler_class(entry, "--x y:")
 
 
 def test_a_config_that_the_class_does_not_take_is_an_error():

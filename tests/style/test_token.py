@@ -61,7 +61,7 @@ def test_prompts_are_encoded_as_by_the_pipeline_that_loads_the_token(tiny_pipeli
 
 
 @pytest.mark.parametrize("num_vectors", [1, 2])
-def test_xl_prompts_are_encoded_as_by_the_pipeline_that_loads_both_tokens(tiny_xl_pipeline_dir, tmp_path, num_vectors):
+def test_xl_prompts_and_size_are_as_in_the_pipeline_that_loads_both_tokens(tiny_xl_pipeline_dir, tmp_path, num_vectors):
     encoder, tokenizers = spliced(tiny_xl_pipeline_dir, num_vectors)
     embeds = load_file(save_learned_embeds(tmp_path, ["clip_l", "clip_g"], with_random_rows(encoder).rows))
     shapes = {name: tuple(rows.shape) for name, rows in embeds.items()}
@@ -74,6 +74,8 @@ def test_xl_prompts_are_encoded_as_by_the_pipeline_that_loads_both_tokens(tiny_x
     theirs, _, pooled, _ = pipe.encode_prompt(PROMPT, device="cpu", do_classifier_free_guidance=False)
     assert torch.equal(ours["encoder_hidden_states"], theirs)
     assert torch.equal(ours["text_embeds"], pooled)
+    size = pipe._get_add_time_ids((32, 32), (0, 0), (32, 32), torch.bfloat16, text_encoder_projection_dim=8)
+    assert torch.equal(unet_arguments(ours, 32, torch.bfloat16)["added_cond_kwargs"]["time_ids"], size)
 
 
 def test_distinct_prompts_are_encoded_once_and_come_back_in_order(tiny_xl_pipeline_dir):
@@ -87,16 +89,6 @@ def test_distinct_prompts_are_encoded_once_and_come_back_in_order(tiny_xl_pipeli
     expected = encoder(ids.training[[3, 0, 3, 0]])
     for name, value in conditioning.items():
         assert torch.allclose(value, expected[name], atol=1e-6)
-
-
-def test_the_xl_unet_is_told_the_size_as_by_its_pipeline(tiny_xl_pipeline_dir):
-    encoder, tokenizers = spliced(tiny_xl_pipeline_dir)
-    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_xl_pipeline_dir)
-    conditions = unet_arguments(encoder(prompt_ids(tokenizers, "a", "b").training), 32, torch.bfloat16)[
-        "added_cond_kwargs"
-    ]
-    theirs = pipe._get_add_time_ids((32, 32), (0, 0), (32, 32), torch.bfloat16, text_encoder_projection_dim=8)
-    assert torch.equal(conditions["time_ids"], theirs.expand(2, -1))
 
 
 def test_the_norm_is_compared_with_the_vocabularys(tiny_pipeline_dir):

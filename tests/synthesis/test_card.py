@@ -23,19 +23,16 @@ def write_set_card(folder, licenses, generator="user/sd", names=CLASS_NAMES, **c
     return DatasetCard.load(folder / "README.md")
 
 
-@pytest.mark.parametrize(
-    ("licenses", "expected"),
-    [
-        ([MIT, MIT], {"license": "mit"}),
-        ([MIT, License("apache-2.0")], {"license": "unknown"}),
-        ([MIT, UNKNOWN], {"license": "unknown"}),
-        ([License("other", "Rail", "https://rail")] * 2,
-         {"license": "other", "license_name": "Rail", "license_link": "https://rail"}),
-        ([License("other", "Rail"), License("other", "Cars")], {"license": "unknown"}),
-        ([License("mit, apache-2.0")] * 2, {"license": "unknown"}),
-        ([], {"license": "unknown"}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("licenses", "expected"), [
+    ([MIT, MIT], {"license": "mit"}),
+    ([MIT, License("apache-2.0")], {"license": "unknown"}),
+    ([MIT, UNKNOWN], {"license": "unknown"}),
+    ([License("other", "Rail", "https://rail")] * 2,
+     {"license": "other", "license_name": "Rail", "license_link": "https://rail"}),
+    ([License("other", "Rail"), License("other", "Cars")], {"license": "unknown"}),
+    ([License("mit, apache-2.0")] * 2, {"license": "unknown"}),
+    ([], {"license": "unknown"}),
+])  # fmt: skip
 def test_a_set_has_the_licence_of_its_sources_where_they_agree(licenses, expected, tmp_path):
     assert common_license(licenses).to_metadata() == expected
     card = write_set_card(tmp_path, dict(zip(("user/sd", "user/cars"), licenses)))

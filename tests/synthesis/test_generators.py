@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from generate_synthetic import main
-from tests.style.pipelines import change_scheduler, pickle_weights, publish, rename_to_fp16
+from tests.style.pipelines import change_scheduler, publish, rename_to_fp16
 from tests.synthesis.tokens import PLACEHOLDER, open_folder
 from utils.cli.errors import UserError
 from utils.data.prompts import token_text
@@ -22,15 +22,12 @@ KINDS = ["tiny_pipeline_dir", "tiny_xl_pipeline_dir", "tiny_sd3_pipeline_dir", "
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("kind", "scheduler", "takes_style_tokens", "takes_negative_prompt", "resolution", "step"),
-    [
-        ("tiny_pipeline_dir", "DPMSolverMultistepScheduler", True, True, 32, 8),
-        ("tiny_xl_pipeline_dir", "DPMSolverMultistepScheduler", True, True, 32, 8),
-        ("tiny_sd3_pipeline_dir", "default", False, True, 32, 16),
-        ("tiny_flux_pipeline_dir", "default", False, False, 256, 16),
-    ],
-)
+@pytest.mark.parametrize(("kind", "scheduler", "takes_style_tokens", "takes_negative_prompt", "resolution", "step"), [
+    ("tiny_pipeline_dir", "DPMSolverMultistepScheduler", True, True, 32, 8),
+    ("tiny_xl_pipeline_dir", "DPMSolverMultistepScheduler", True, True, 32, 8),
+    ("tiny_sd3_pipeline_dir", "default", False, True, 32, 16),
+    ("tiny_flux_pipeline_dir", "default", False, False, 256, 16),
+])  # fmt: skip
 def test_what_a_generator_takes_is_known_before_it_loads(
     kind, scheduler, takes_style_tokens, takes_negative_prompt, resolution, step, copy_pipeline, request, monkeypatch
 ):
@@ -39,7 +36,7 @@ def test_what_a_generator_takes_is_known_before_it_loads(
     assert generator.family.takes_style_tokens is takes_style_tokens
     assert generator.takes_negative_prompt is takes_negative_prompt
     assert generator.native_resolution == resolution  # latents a side times two, the tiny VAE's scale
-    generator.check_scheduler(scheduler)
+    generator.check_scheduler(scheduler, 25)
     assert generator.few_steps_advice(set()) is None
     # at full size the resolution goes in steps of a patch
     full = open_folder(copy_pipeline(kind, vae={"block_out_channels": [128, 256, 512, 512]}))
@@ -68,19 +65,16 @@ def test_another_pipeline_is_an_error_that_lists_the_supported(kind, copy_pipeli
     assert "ControlNet" not in supported
 
 
-@pytest.mark.parametrize(
-    ("kind", "scheduler", "listed"),
-    [
-        ("tiny_pipeline_dir", "FlowMatchEulerDiscreteScheduler", "default, DDIMScheduler, .*UniPCMultistepScheduler"),
-        ("tiny_pipeline_dir", "DPMSolverSDEScheduler", "default, DDIMScheduler"),
-        ("tiny_sd3_pipeline_dir", "DPMSolverMultistepScheduler", "default, FlowMatchEulerDiscreteScheduler.$"),
-        ("tiny_flux_pipeline_dir", "Mine", "default, FlowMatchEulerDiscreteScheduler.$"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "scheduler", "listed"), [
+    ("tiny_pipeline_dir", "FlowMatchEulerDiscreteScheduler", "default, DDIMScheduler, .*UniPCMultistepScheduler"),
+    ("tiny_pipeline_dir", "DPMSolverSDEScheduler", "default, DDIMScheduler"),
+    ("tiny_sd3_pipeline_dir", "DPMSolverMultistepScheduler", "default, FlowMatchEulerDiscreteScheduler.$"),
+    ("tiny_flux_pipeline_dir", "Mine", "default, FlowMatchEulerDiscreteScheduler.$"),
+])  # fmt: skip
 def test_scheduler_that_does_not_fit_is_an_error_that_lists_the_others(kind, scheduler, listed, request):
     generator = open_folder(request.getfixturevalue(kind))
     with pytest.raises(UserError, match=f"^--scheduler {scheduler}: does not fit .* takes {listed}"):
-        generator.check_scheduler(scheduler)
+        generator.check_scheduler(scheduler, 25)
 
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -113,14 +107,11 @@ def test_a_distilled_or_differently_trained_generator_keeps_its_scheduler(name, 
     assert (pixels.shape, problems) == ((2, 32, 32, 3), [None, None])
 
 
-@pytest.mark.parametrize(
-    ("given", "suited"),
-    [
-        ([], "--num_inference_steps 4 --guidance_scale 1"),
-        (["--num_inference_steps", "25"], "--guidance_scale 1"),  # the default, but asked for
-        (["--num_inference_steps", "2", "--guidance_scale", "1"], None),
-    ],
-)
+@pytest.mark.parametrize(("given", "suited"), [
+    ([], "--num_inference_steps 4 --guidance_scale 1"),
+    (["--num_inference_steps", "25"], "--guidance_scale 1"),  # the default, but asked for
+    (["--num_inference_steps", "2", "--guidance_scale", "1"], None),
+])  # fmt: skip
 def test_the_script_advises_once_on_what_is_not_given(given, suited, copy_pipeline, tmp_path, capsys):
     change_scheduler(folder := copy_pipeline(), "EulerDiscreteScheduler", TURBO)
     (tmp_path / "names.txt").write_text("dog\n")
@@ -136,14 +127,11 @@ def test_more_steps_than_the_scheduler_has_are_an_error(copy_pipeline):
         open_folder(folder).check_scheduler("default", 60)
 
 
-@pytest.mark.parametrize(
-    ("class_name", "config", "reason"),
-    [
-        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "no attribute 'init_noise_sigma'"),
-        ("EulerAncestralDiscreteScheduler", {**TURBO, "prediction_type": "sample"}, "not implemented yet: sample"),
-        ("RePaintScheduler", SD, "missing 2 required"),
-    ],
-)
+@pytest.mark.parametrize(("class_name", "config", "reason"), [
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "no attribute 'init_noise_sigma'"),
+    ("EulerAncestralDiscreteScheduler", {**TURBO, "prediction_type": "sample"}, "not implemented yet: sample"),
+    ("RePaintScheduler", SD, "missing 2 required"),
+])  # fmt: skip
 def test_a_scheduler_that_the_pipeline_cannot_use_is_an_error_that_names_the_generator(
     class_name, config, reason, copy_pipeline
 ):
@@ -158,7 +146,7 @@ def test_a_scheduler_that_would_change_the_noise_is_an_error(copy_pipeline):
     generator = open_folder(folder)
     assert generator.default_scheduler == "default"
     with pytest.raises(UserError, match="^--scheduler DDIMScheduler: makes other noise levels .* default is right.$"):
-        generator.check_scheduler("DDIMScheduler")
+        generator.check_scheduler("DDIMScheduler", 25)
 
 
 def make_token(folder, rows: list[torch.Tensor], num_vectors: int) -> StyleToken:
@@ -178,9 +166,6 @@ def test_style_token_is_in_every_text_encoder(kind, widths, num_vectors, tmp_pat
         tokenizer, text_encoder = getattr(pipe, f"tokenizer{number}"), getattr(pipe, f"text_encoder{number}")
         ids = tokenizer(prompt, add_special_tokens=False).input_ids[2:]
         torch.testing.assert_close(text_encoder.get_input_embeddings().weight[ids], value)
-    draw = Sampler(pipe, resolution=32, num_inference_steps=2, num_at_a_time=1).draw
-    with_token, without = (draw([prompt], [0], 1.0)[0] for prompt in (f"a style {PLACEHOLDER}", "a style"))
-    assert (with_token != without).any()
 
 
 def test_placeholder_is_the_records_whatever_the_file_calls_it(generator, tmp_path):
@@ -194,28 +179,16 @@ def test_style_token_of_another_generator_is_an_error(rows, generator, tiny_flux
     token = make_token(tmp_path, rows, num_vectors=2)
     with pytest.raises(UserError, match=r"^--learned_embeds my-style: .* take \[\(2, 16\)\]; choose a token that was"):
         load_pipeline(generator, token, "default", torch.float32, CPU)
-    with pytest.raises(
-        UserError, match="^--learned_embeds my-style: .* FluxPipeline, which takes no style tokens; .* XL"
-    ):
+    with pytest.raises(UserError, match="^--learned_embeds my-style: .* FluxPipeline, which takes no style tokens; "):
         load_pipeline(open_folder(tiny_flux_pipeline_dir), token, "default", torch.float32, CPU)
-
-
-def test_scheduler_keeps_the_pipelines_own_settings(generator):
-    own = load_pipeline(generator, None, "default", torch.float32, CPU).scheduler
-    other = load_pipeline(generator, None, "EulerDiscreteScheduler", torch.float32, CPU).scheduler
-    assert (type(own).__name__, type(other).__name__) == ("DDIMScheduler", "EulerDiscreteScheduler")
-    assert other.config.prediction_type == own.config.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("dtype", "force_upcast", "vae_dtype"),
-    [
-        (torch.float16, True, torch.float32),
-        (torch.float16, False, torch.float16),
-        (torch.bfloat16, True, torch.bfloat16),
-    ],
-)
+    [(torch.float16, True, torch.float32), (torch.float16, False, torch.float16),
+     (torch.bfloat16, True, torch.bfloat16)],
+)  # fmt: skip
 def test_vae_is_in_float32_where_it_overflows_in_half_precision(kind, dtype, force_upcast, vae_dtype, copy_pipeline):
     generator = open_folder(copy_pipeline(kind, vae={"force_upcast": force_upcast}))
     pipe = load_pipeline(generator, None, "default", dtype, CPU)
@@ -235,21 +208,11 @@ def test_vae_is_in_float32_where_its_config_says_nothing(copy_pipeline):
     assert load_pipeline(open_folder(folder), None, "default", torch.float16, CPU).vae.dtype == torch.float32
 
 
-@pytest.mark.parametrize("part", ["unet", "text_encoder"])
-def test_weights_that_are_no_safetensors_are_refused(part, copy_pipeline):
-    pickle_weights(folder := copy_pipeline(), part)
-    with pytest.raises(UserError, match=f"^--model .*copied: has no safetensors weights for {part}, only pickled ones"):
-        load_pipeline(open_folder(folder), None, "default", torch.float32, CPU)
-
-
-@pytest.mark.parametrize(
-    ("kind", "parts"),
-    [
-        ("tiny_pipeline_dir", ["unet"]),
-        ("tiny_xl_pipeline_dir", ["text_encoder", "text_encoder_2", "unet", "vae"]),
-        ("tiny_flux_pipeline_dir", ["transformer", "text_encoder_2"]),
-    ],
-)
+@pytest.mark.parametrize(("kind", "parts"), [
+    ("tiny_pipeline_dir", ["unet"]),
+    ("tiny_xl_pipeline_dir", ["text_encoder", "text_encoder_2", "unet", "vae"]),
+    ("tiny_flux_pipeline_dir", ["transformer", "text_encoder_2"]),
+])  # fmt: skip
 def test_parts_in_half_precision_only_are_loaded(kind, parts, copy_pipeline, request, local_hub, caplog):
     rename_to_fp16(folder := copy_pipeline(kind), parts)
     half = load_pipeline(open_folder(folder), None, "default", torch.float32, CPU)

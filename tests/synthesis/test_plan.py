@@ -5,7 +5,9 @@ from itertools import islice
 
 import pytest
 
+from utils.data.prompts import PLAIN_TEMPLATE
 from utils.synthesis.plan import MAX_IMAGES, MAX_REDRAWS, NUMBER_BITS, GenerationPlan, scramble
+from utils.synthesis.prompts import TemplatePrompts, build_templates
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,6 @@ def test_a_subset_of_classes_draws_the_same_images_of_them():
         assert image == replace(whole[image.label, image.class_index], index=image.index)
 
 
-def test_shards_cover_every_image_once_for_any_process_count():
-    plan = make_plan()
-    for num_processes in (1, 2, 5):
-        dealt = [n for process in range(num_processes) for n in list(range(plan.num_shards))[process::num_processes]]
-        assert sorted(index for number in dealt for index in plan.shard(number)) == list(range(21))
-
-
 def test_batches_keep_their_composition_when_the_set_grows():
     small, large = make_plan(), make_plan(num_images_per_class=70)
     last = small.num_shards - 1
@@ -118,11 +113,15 @@ def test_redraw_batches_are_full_have_one_guidance_and_the_next_seeds():
 
 
 @pytest.mark.parametrize("scales", [(3.0,), (2.0, 3.0)])
-def test_plan_of_600_000_images_takes_no_memory(scales):
+def test_plan_and_prompts_of_600_000_images_take_no_memory(scales):
+    prompts = TemplatePrompts(tuple(build_templates("diverse", PLAIN_TEMPLATE)), ("dog", "house cat", "suv"))
+    prompts.prompt(0, 0)
     tracemalloc.start()
-    plan = make_plan(num_images_per_class=200_000, images_per_shard=1000, batch_size=16, guidance_scales=scales)
+    plan = make_plan(num_images_per_class=200_000, images_per_shard=1000, batch_size=16, guidance_scales=scales,
+                     prompts=prompts)  # fmt: skip
     total = sum(len(plan.shard(number)) for number in range(plan.num_shards))
-    plan.image(599_999)
+    for index in range(0, 600_000, 30):
+        plan.image(index)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert total == 600_000

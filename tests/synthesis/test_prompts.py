@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import tracemalloc
 from collections import Counter
 from itertools import product
 
@@ -18,6 +17,7 @@ from utils.synthesis.prompts import (
     build_templates,
     check_prompts_fit,
     count_prompt_tokens,
+    example_prompts,
     read_prompts_file,
 )
 
@@ -41,17 +41,14 @@ def entry(label: str, prompt: str) -> dict:
     return {"label": label, "prompt": prompt}
 
 
-@pytest.mark.parametrize(
-    ("template", "beginning", "ending"),
-    [
-        (DSI_TEMPLATE, "A {class} photo, from ", ", in the style of {token}"),
-        ("A {class}, in the style of {token}. ", "A {class}, from ", ", in the style of {token}."),
-        (PLAIN_TEMPLATE, "A good photo of the {class}, from ", ""),
-        ("A {class}.", "A {class}, from ", "."),
-        ("{token}: a {class}", "{token}: a {class}, from ", ""),
-        ("in the style of {token}, a {class}", "in the style of {token}, a {class}, from ", ""),
-    ],
-)
+@pytest.mark.parametrize(("template", "beginning", "ending"), [
+    (DSI_TEMPLATE, "A {class} photo, from ", ", in the style of {token}"),
+    ("A {class}, in the style of {token}. ", "A {class}, from ", ", in the style of {token}."),
+    (PLAIN_TEMPLATE, "A good photo of the {class}, from ", ""),
+    ("A {class}.", "A {class}, from ", "."),
+    ("{token}: a {class}", "{token}: a {class}, from ", ""),
+    ("in the style of {token}, a {class}", "in the style of {token}, a {class}, from ", ""),
+])  # fmt: skip
 def test_diverse_varies_between_sentence_and_style(template, beginning, ending):
     templates = build_templates("diverse", template)
     assert 100 <= len(set(templates)) == len(templates) <= 300
@@ -107,9 +104,9 @@ def test_prompts_give_each_template_an_equal_share_and_meet_all_that_alternates_
 
 def test_examples_are_the_first_different_prompts():
     prompts = make_prompts(5)
-    assert prompts.examples(1) == [prompts.prompt(1, number) for number in range(3)]
-    assert len(set(prompts.examples(1))) == 3
-    assert make_prompts(1).examples(0) == ["0: a dog in the style of <style>"]
+    assert example_prompts(prompts, 1) == [prompts.prompt(1, number) for number in range(3)]
+    assert len(set(example_prompts(prompts, 1))) == 3
+    assert example_prompts(make_prompts(1), 0) == ["0: a dog in the style of <style>"]
 
 
 def test_longest_has_each_template_and_each_noun_at_its_longest():
@@ -129,17 +126,6 @@ def test_longest_is_no_product_and_goes_to_the_first_place_where_there_are_two()
     assert sum(1 for _ in prompts.longest()) == 1200
     prompts = TemplatePrompts(("a {class}, {token}, {class}, {token}",), ("dog",), "<s>")
     assert list(prompts.longest())[0] == ("a dog, <s>, dog, <s>", len("a dog, <s>"))
-
-
-def test_prompts_of_600_000_images_take_no_memory():
-    prompts = TemplatePrompts(tuple(build_templates("diverse", DSI_TEMPLATE)), NOUNS, "<style>")
-    prompts.prompt(0, 0)
-    tracemalloc.start()
-    for number in range(0, 600_000, 30):
-        prompts.prompt(number % 3, number)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 50_000
 
 
 def test_sha256_changes_with_all_that_decides_the_captions(tmp_path):
@@ -168,9 +154,9 @@ def test_read_prompts_file_gives_each_class_its_captions_in_turn(tmp_path):
     ]  # fmt: skip
     assert prompts.prompt(1, 5) == "a house cat <style>"
     assert prompts.prompt(2, 5) == "a suv in the rain, <style>"
-    assert prompts.examples(0) == ["a dog asleep, <style>", "one dog, <style>"]
+    assert example_prompts(prompts, 0) == ["a dog asleep, <style>", "one dog, <style>"]
     captions = [entry("dog", f"dog {word}, {{token}}") for word in ("a", "a", "b", "c", "d")]
-    assert read(tmp_path, *captions, labels=[0]).examples(0) == [f"dog {word}, <style>" for word in "abc"]
+    assert example_prompts(read(tmp_path, *captions, labels=[0]), 0) == [f"dog {word}, <style>" for word in "abc"]
 
 
 def test_read_prompts_file_leaves_out_classes_that_are_not_drawn_and_takes_another_case(tmp_path, caplog):
@@ -201,25 +187,22 @@ def test_longest_of_captions_ends_behind_noun_and_token(tmp_path):
     assert list(prompts.longest()) == [("<style> of a coin", len("<style> of a coin"))]
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "is no JSON .*; right is {"),
-        ("a suv in the rain", "is no JSON"),
-        ('["dog", "a dog"]', "must be an object with 'label' and 'prompt'; right is {"),
-        ('"dog"', "must be an object"),
-        ({"label": "dog"}, "must be an object with 'label' and 'prompt'"),
-        ({"prompt": "a dog {token}"}, "must be an object with 'label' and 'prompt'"),
-        (entry("dog", "a {token}") | {"negative_prompt": "x"}, "must be an object with 'label' and 'prompt'"),
-        (entry("hose_cat", "a {token}"), "label 'hose_cat': no such class, did you mean house_cat"),
-        ({"label": 1, "prompt": "a {token}"}, "label 1: no such class"),
-        ({"label": ["dog"], "prompt": "a {token}"}, r"label \['dog'\]: no such class"),
-        (entry("dog", " "), "prompt ' ': must be text"),
-        ({"label": "dog", "prompt": None}, "prompt None: must be text"),
-        (entry("dog", "a dog"), "'a dog': has no {token}"),
-        (entry("dog", "a {clas}, {token}"), "'a {clas}, {token}': has {clas}, which nothing fills"),
-    ],
-)
+@pytest.mark.parametrize(("line", "message"), [
+    ("{", "is no JSON .*; right is {"),
+    ("a suv in the rain", "is no JSON"),
+    ('["dog", "a dog"]', "must be an object with 'label' and 'prompt'; right is {"),
+    ('"dog"', "must be an object"),
+    ({"label": "dog"}, "must be an object with 'label' and 'prompt'"),
+    ({"prompt": "a dog {token}"}, "must be an object with 'label' and 'prompt'"),
+    (entry("dog", "a {token}") | {"negative_prompt": "x"}, "must be an object with 'label' and 'prompt'"),
+    (entry("hose_cat", "a {token}"), "label 'hose_cat': no such class, did you mean house_cat"),
+    ({"label": 1, "prompt": "a {token}"}, "label 1: no such class"),
+    ({"label": ["dog"], "prompt": "a {token}"}, r"label \['dog'\]: no such class"),
+    (entry("dog", " "), "prompt ' ': must be text"),
+    ({"label": "dog", "prompt": None}, "prompt None: must be text"),
+    (entry("dog", "a dog"), "'a dog': has no {token}"),
+    (entry("dog", "a {clas}, {token}"), "'a {clas}, {token}': has {clas}, which nothing fills"),
+])  # fmt: skip
 def test_read_prompts_file_names_file_and_line(tmp_path, line, message):
     with pytest.raises(UserError, match=f"--prompts_file {tmp_path}/p.jsonl: line 3: {message}"):
         read(tmp_path, entry("dog", "a dog, {token}"), "", line)

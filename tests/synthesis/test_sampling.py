@@ -236,6 +236,7 @@ def noise(value: float | None = None) -> torch.Tensor:
 TOP, CENTRE = (slice(None), 0), (slice(None), slice(3, 5), slice(3, 5))
 JUDGED = [
     (noise(), None),
+    (noise()[:1].expand(3, -1, -1), None),  # grey
     (flat(0), "black"),
     (flat(1 / 255), "black"),
     (flat(2 / 255), "constant"),

@@ -7,8 +7,7 @@ from functools import cached_property
 
 from utils.cli.errors import UserError
 from utils.style.families import WITH_STYLE_TOKENS
-from utils.style.pipeline_files import PROBLEMS, find_variants, list_weights
-from utils.style.saved_pipelines import SavedPipeline, open_pipeline, refuse_class
+from utils.style.saved_pipelines import PROBLEMS, SavedPipeline, list_weights, open_pipeline, refuse_class
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +32,19 @@ class BaseModel(SavedPipeline):
 
     def scale_latents(self, latents):
         """Bring the VAE's latents `(batch, channels, height, width)` to the U-Net's scale."""
-        if self.latent_statistics is None:
-            return latents * self.latent_scale
-        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in self.latent_statistics)
+        mean, std = self._statistics_for(latents)
         return (latents - mean) * self.latent_scale / std
 
     def unscale_latents(self, latents):
         """Bring the U-Net's latents to the VAE's scale, as the pipeline does before it decodes."""
-        if self.latent_statistics is None:
-            return latents / self.latent_scale
-        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in self.latent_statistics)
+        mean, std = self._statistics_for(latents)
         return latents * std / self.latent_scale + mean
+
+    def _statistics_for(self, latents) -> tuple:
+        """Return mean and standard deviation as they apply to latents; 0 and 1 where the pipeline uses none."""
+        if self.latent_statistics is None:
+            return 0, 1
+        return tuple(latents.new_tensor(values).view(1, -1, 1, 1) for values in self.latent_statistics)
 
     @cached_property
     def vae_identity(self) -> str:
@@ -61,14 +62,9 @@ class BaseModel(SavedPipeline):
         return digest.hexdigest()
 
     @property
-    def part_classes(self) -> dict[str, str]:
+    def loaded_parts(self) -> dict[str, str]:
         """The parts that training needs, each with its class."""
         return {encoder.part: encoder.class_name for encoder in self.family.text_encoders} | PART_CLASSES
-
-    @cached_property
-    def variants(self) -> dict[str, str | None]:
-        """Which weights of each part are loaded: 'fp16' where there are no others."""
-        return find_variants(self.source, self.part_classes)
 
     def check(self) -> None:
         """Check what the configs and file names say, before anything loads; warn of what is ignored.
@@ -76,20 +72,15 @@ class BaseModel(SavedPipeline):
         Raises:
             UserError: a part is missing, of another class or without safetensors weights, or does not fit another.
         """
-        for part, wanted in self.part_classes.items():
+        for part, wanted in self.loaded_parts.items():
             found = self.parts.get(part, [None])[-1]
             if found != wanted:
                 raise UserError(f"{self.prefix} its {part} is {found}; wanted is {wanted}.")
         unet, vae = self.config("unet"), self.config("vae")
         size, blocks = unet.get("sample_size"), vae.get("block_out_channels")
-        if (
-            not isinstance(self.latent_scale, int | float)
-            or not math.isfinite(self.latent_scale)
-            or not self.latent_scale
-        ):
-            raise UserError(
-                f"{self.prefix} its VAE's scaling_factor is {self.latent_scale}; a number other than 0 is wanted."
-            )
+        scale = self.latent_scale
+        if not (isinstance(scale, int | float) and math.isfinite(scale) and scale):
+            raise UserError(f"{self.prefix} its VAE's scaling_factor is {scale}; a number other than 0 is wanted.")
         if not isinstance(size, int) or size < 1 or not isinstance(blocks, list) or not blocks:
             raise UserError(
                 f"{self.prefix} its configs do not say at how many pixels it draws (sample_size {size} of its U-Net, "
@@ -125,24 +116,16 @@ class BaseModel(SavedPipeline):
 
     def load_text_encoders(self, dtype) -> list:
         """Return the text encoders that a style token is learned in, on the CPU."""
-        import transformers
-
-        return [
-            self._load_model(getattr(transformers, encoder.class_name), encoder.part, dtype=dtype)
-            for encoder in self.family.text_encoders
-        ]
+        return [self._load_model(encoder.part, dtype) for encoder in self.family.text_encoders]
 
     def load_vae(self):
         """Return the VAE in float32, as Stable Diffusion XL's overflows in half precision."""
         import torch
-        from diffusers import AutoencoderKL
 
-        return self._load_model(AutoencoderKL, "vae", torch_dtype=torch.float32)
+        return self._load_model("vae", torch.float32)
 
     def load_unet(self, dtype):
-        from diffusers import UNet2DConditionModel
-
-        return self._load_model(UNet2DConditionModel, "unet", torch_dtype=dtype)
+        return self._load_model("unet", dtype)
 
     def load_noise_scheduler(self):
         """Return the scheduler that adds noise, with the base model's own noise levels and prediction type.
@@ -151,7 +134,7 @@ class BaseModel(SavedPipeline):
             UserError: the model was trained with other noise, or predicts what a style token cannot be learned with.
         """
         self.scheduler.check_trainable()
-        if (signs := self.signs_of_distillation) is not None:
+        if (signs := self.scheduler.signs_of_distillation) is not None:
             logger.warning(
                 "%s looks distilled for few steps (%s): it was not trained on the denoising loss that a style token is "
                 "learned with; the model it was distilled from is a better base.",
@@ -165,16 +148,24 @@ class BaseModel(SavedPipeline):
 
         left_out = dict.fromkeys(self.parts.keys() - {"scheduler"})
         parts = left_out | {"unet": unet, "vae": self.load_vae()}
-        return self._load(DiffusionPipeline, None, **parts)
+        with self.source.reading("its pipeline cannot be loaded", also=PROBLEMS):
+            return DiffusionPipeline.from_pretrained(self.source.name, **parts, **self._options)
 
     @cached_property
     def _options(self) -> dict:
         return self.source.load_options()
 
-    def _load_model(self, kind, part: str, **options):
+    def _load_model(self, part: str, dtype):
         """Load a part, and check that it has all its weights: those that are missing would be random."""
-        options |= {"use_safetensors": True, "variant": self.variants.get(part), "output_loading_info": True}
-        model, info = self._load(kind, part, **options)
+        import diffusers
+        import transformers
+
+        kind = getattr(diffusers if part in PART_CLASSES else transformers, self.loaded_parts[part])
+        with self.source.reading(f"its {part} cannot be loaded", also=PROBLEMS):
+            model, info = kind.from_pretrained(
+                self.source.name, subfolder=part, dtype=dtype, use_safetensors=True, variant=self.variants.get(part),
+                output_loading_info=True, **self._options,
+            )  # fmt: skip
         missing = sorted(info["missing_keys"])
         if missing:
             raise UserError(
@@ -182,12 +173,6 @@ class BaseModel(SavedPipeline):
                 "damaged, or those of another model."
             )
         return model.requires_grad_(False).eval()
-
-    def _load(self, kind, subfolder: str | None, **options):
-        with self.source.reading(f"its {subfolder or 'pipeline'} cannot be loaded", also=PROBLEMS):
-            if subfolder is not None:
-                options["subfolder"] = subfolder
-            return kind.from_pretrained(self.source.name, **options, **self._options)
 
 
 def open_base_model(name: str, flag: str, revision: str | None = None, token: str | None = None) -> BaseModel:

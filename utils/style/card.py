@@ -11,13 +11,11 @@ from utils.cli.run_folder import RunFolder
 from utils.hub.cards import FUNCTIONS, License, common_license, hub_ids, read_licenses, save_card
 from utils.hub.targets import Target
 from utils.style.base_models import BaseModel
-from utils.style.families import FAMILIES, OTHER
+from utils.style.families import FAMILIES, LEARNED_EMBEDS, OTHER
 
 STYLE_PICTURE = "style.png"
 TRAINING_PICTURE = "training.png"
-PUBLISHED_FILES = (
-    "learned_embeds.safetensors", TRAINING_PICTURE, STYLE_PICTURE, DSI_CONFIG, RUN_CONFIG, "README.md",
-)  # fmt: skip
+PUBLISHED_FILES = (LEARNED_EMBEDS, TRAINING_PICTURE, STYLE_PICTURE, DSI_CONFIG, RUN_CONFIG, "README.md")
 ARMS = ("no_token", "untrained_token", "trained_token")  # whose losses `health` has
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
@@ -26,14 +24,10 @@ def describe_token(base_model: BaseModel, real_images, nouns: list[str], templat
     """Return what `dsi_config.json` holds."""
     return {
         "base_model": {"id": absolute_if_local(base_model.source.name), "revision": base_model.source.revision},
-        "pipeline_class": base_model.pipeline_class,
-        "real_images": real_images.record.to_dict(),
-        "train_indices": real_images.train_indices.tolist(),
-        "class_names": real_images.class_names,
-        "prompt_nouns": nouns,
-        "prompt_templates": templates,
-        **settings,
-    }
+        "pipeline_class": base_model.pipeline_class, "real_images": real_images.record.to_dict(),
+        "train_indices": real_images.train_indices.tolist(), "class_names": real_images.class_names,
+        "prompt_nouns": nouns, "prompt_templates": templates, **settings,
+    }  # fmt: skip
 
 
 def write_records(
@@ -72,11 +66,9 @@ def write_token_card(
         **common_license([licenses[record["base_model"]["id"]]]).to_metadata(),
         base_model=base_models[0] if base_models else None,
         base_model_relation="adapter" if base_models else None,
-        datasets=hub_ids(real) or None,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
+        datasets=hub_ids(real) or None, library_name="diffusers", pipeline_tag="text-to-image",
         tags=["textual_inversion", "dataset-style-inversion", "bridged-transfer"],
-    )
+    )  # fmt: skip
     card = ModelCard.from_template(
         metadata, template_path=str(TEMPLATE), name=hub_id or Path(output_dir).resolve().name, real=real,
         record=record, run=run, text_encoders=FAMILIES.get(record.get("pipeline_class"), OTHER).text_encoders,

@@ -14,12 +14,10 @@ from utils.cli.errors import UserError
 from utils.cli.options import differing_options
 from utils.cli.records import read_record, write_record
 from utils.cli.run_folder import RunFolder
-from utils.style.token import LEARNED_EMBEDS, load_learned_embeds, save_learned_embeds
+from utils.style.families import LEARNED_EMBEDS
+from utils.style.token import load_learned_embeds, save_learned_embeds
 
-TRAINING_STATE = "training_state.safetensors"
-STATE_RECORD = "training_state.json"
-
-
+TRAINING_STATE, STATE_RECORD = "training_state.safetensors", "training_state.json"
 # what the state's record says of how far training is, and with what
 PROGRESS = ("options", "inputs", "images_per_step", "step", "loss_history", "held_out_losses")
 

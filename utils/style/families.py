@@ -1,11 +1,12 @@
 """Families of text-to-image pipelines: what is true of a whole family and no config says, in one table. No torch.
 
 A new family is an entry here. For one that takes style tokens, `base_models.py` loads its parts for training and
-`prompt_encoder.py` encodes prompts as its pipeline does.
+`token.py` encodes prompts as its pipeline does.
 """
 
 from dataclasses import dataclass
 
+LEARNED_EMBEDS = "learned_embeds.safetensors"  # the rows of a style token
 OWN_SCHEDULER = "default"  # the one that the pipeline comes with
 FAST_SCHEDULER = "DPMSolverMultistepScheduler"
 

@@ -185,7 +185,6 @@ class Latents:
         self._shard_paths = shard_paths
         self._shards = [load_file(path) for path in shard_paths]
         means = [shard["mean"] for shard in self._shards]
-        self.num_images = sum(mean.shape[1] for mean in means)
         self.num_copies = means[0].shape[0]
         self.latent_shape = tuple(means[0].shape[2:])
 

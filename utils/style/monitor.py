@@ -253,7 +253,7 @@ class BeforeAfter:
         pipe = base_model.load_pipeline(self.denoiser.unet)
         pipe.vae.to(self.denoiser.device)
         pipe.set_progress_bar_config(disable=True)
-        if base_model.is_replaceable:
+        if base_model.scheduler.is_replaceable:
             pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         unconditional = encoder(self.denoiser.prompt_ids.empty)
         if pipe.config.get("force_zeros_for_empty_prompt"):

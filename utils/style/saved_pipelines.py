@@ -1,13 +1,29 @@
-"""Pipelines of diffusers as they are saved: what their configs say before anything loads."""
+"""Pipelines of diffusers as they are saved: what configs and names of files say before anything loads."""
 
+import json
+import logging
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+
+from safetensors import SafetensorError
 
 from utils.cli.errors import UserError
 from utils.hub.repositories import Source, open_source
 from utils.style.families import FAMILIES, OTHER, Family
-from utils.style.pipeline_files import read_config
-from utils.style.schedulers import OwnScheduler, read_scheduler
+from utils.style.schedulers import OwnScheduler, check_scheduler_class
+
+logger = logging.getLogger(__name__)
+
+EXPECTED = "a pipeline of diffusers"
+SHARD = r"(?:-\d{5}-of-\d{5})?"
+# of diffusers and of transformers, whole or in shards: model.safetensors, model.fp16-00001-of-00002.safetensors
+SAFETENSORS = re.compile(rf"(?:diffusion_pytorch_)?model(?:\.(\w+))?{SHARD}(?:\.(\w+))?\.safetensors")
+PICKLED = re.compile(r"(?:diffusion_)?pytorch_model.*\.(?:bin|ckpt|pt|pth)")
+VARIANT = "fp16"
+# what the libraries raise on configs and weights that do not go together
+PROBLEMS = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RuntimeError, SafetensorError)
 
 # repositories that are known to be gone from the Hub, and where their files are now
 MIRRORS = {
@@ -38,8 +54,17 @@ class SavedPipeline:
     @cached_property
     def parts(self) -> dict[str, list]:
         """The names of the pipeline's parts, each with its library and class; without those that are left empty."""
-        index = read_config(self.source, "model_index.json")
-        return {name: value for name, value in index.items() if isinstance(value, list) and value and value[0]}
+        return {name: value for name, value in self._index.items() if isinstance(value, list) and value and value[0]}
+
+    @property
+    def loaded_parts(self) -> Iterable[str]:
+        """The parts whose weights are loaded."""
+        return self.parts
+
+    @cached_property
+    def variants(self) -> dict[str, str | None]:
+        """Which weights of each part are loaded: 'fp16' where there are no others."""
+        return find_variants(self.source, self.loaded_parts)
 
     def config(self, part: str) -> dict:
         """Return the config of a part of the pipeline."""
@@ -47,18 +72,14 @@ class SavedPipeline:
 
     @cached_property
     def scheduler(self) -> OwnScheduler:
-        """The pipeline's own scheduler."""
-        return read_scheduler(self.source)
+        """The pipeline's own scheduler.
 
-    @property
-    def is_replaceable(self) -> bool:
-        """Whether DPM-Solver++ samples the model as well as its own scheduler."""
-        return self.scheduler.is_replaceable(self.denoiser_config)
-
-    @property
-    def signs_of_distillation(self) -> str | None:
-        """What tells that the model was distilled for few steps; None where nothing does."""
-        return self.scheduler.signs_of_distillation(self.denoiser_config)
+        Raises:
+            UserError: the pipeline names none that diffusers has.
+        """
+        class_name = check_scheduler_class(self._index.get("scheduler"), self.prefix)
+        config = read_config(self.source, "scheduler/scheduler_config.json")
+        return OwnScheduler(self.prefix, class_name, config, self.denoiser_config)
 
     @property
     def has_transformer(self) -> bool:
@@ -87,6 +108,10 @@ class SavedPipeline:
             raise UserError(f"{self.prefix} its configs do not say at how many pixels it draws; give --resolution.")
         return sample_size * self.vae_scale
 
+    @cached_property
+    def _index(self) -> dict:
+        return read_config(self.source, "model_index.json")
+
 
 def open_pipeline(name: str, flag: str, revision: str | None, token: str | None) -> tuple[Source, str | None]:
     """Return a pipeline of any kind, its commit pinned, and its class after a look at its `model_index.json`.
@@ -113,3 +138,68 @@ def refuse_class(source: Source, pipeline_class, supported: list[str]) -> UserEr
     else:  # a file of the repository and a class in it
         problem = f"is a {pipeline_class}, a community pipeline, whose code is not run"
     return UserError(f"{source.flag} {source.name}: {problem}; supported: {', '.join(supported)}.")
+
+
+def read_config(source: Source, filename: str) -> dict:
+    """Return a JSON file of a pipeline.
+
+    Raises:
+        UserError: there is no such file, or it is no JSON mapping.
+    """
+    path = source.file(filename, EXPECTED)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{source.flag} {source.name}: its {filename} is not JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{source.flag} {source.name}: its {filename} holds no JSON mapping, so it is not {EXPECTED}.")
+    return config
+
+
+def find_variants(source: Source, parts: Iterable[str]) -> dict[str, str | None]:
+    """Return for each part with safetensors weights the variant to load: None, or 'fp16' where that is all there is.
+
+    A part without any weights is left out: what loads it says what is missing. A variant is told in one warning.
+
+    Raises:
+        UserError: a part has no weights but pickled ones (`.bin`), or ones of variants that nobody can choose among.
+    """
+    weights = list_weights(source, parts)
+    pickled = [part for part, (variants, others) in weights.items() if others and not variants]
+    if pickled:
+        raise UserError(
+            f"{source.flag} {source.name}: has no safetensors weights for {', '.join(pickled)}, only pickled ones "
+            "(.bin), which are not loaded; choose a repository or revision with safetensors, or convert it: "
+            f"DiffusionPipeline.from_pretrained('{source.name}', use_safetensors=False).save_pretrained('FOLDER')."
+        )
+    chosen = {}
+    for part, (variants, _) in weights.items():
+        if variants and not {None, VARIANT} & set(variants):
+            raise UserError(
+                f"{source.flag} {source.name}: its {part} has safetensors weights of variant "
+                f"{', '.join(sorted(variants))} only; those without a variant or {VARIANT} are wanted."
+            )
+        if variants:
+            chosen[part] = None if None in variants else VARIANT
+    only = [part for part, variant in chosen.items() if variant]
+    if only:
+        logger.warning(
+            "%s %s: the weights of %s are there in half precision only; variant '%s' is loaded.",
+            source.flag, source.name, ", ".join(only), VARIANT,
+        )  # fmt: skip
+    return chosen
+
+
+def list_weights(source: Source, parts: Iterable[str]) -> dict[str, tuple[dict[str | None, list[str]], list[str]]]:
+    """Return for each part its safetensors files by variant (None for those without), and its pickled files."""
+    weights = {part: ({}, []) for part in parts}
+    for filename in source.list_files():
+        part, _, name = filename.rpartition("/")
+        if part not in weights:
+            continue
+        variants, pickled = weights[part]
+        if match := SAFETENSORS.fullmatch(name):
+            variants.setdefault(match[1] or match[2], []).append(filename)
+        elif PICKLED.fullmatch(name):
+            pickled.append(filename)
+    return weights

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from utils.cli.errors import UserError
-from utils.hub.repositories import Source
 from utils.style.families import FAST_SCHEDULER
-from utils.style.pipeline_files import read_config
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # samplers of consistency models, which serve nothing else
@@ -18,11 +16,15 @@ EULER_SCHEDULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 
 @dataclass(frozen=True)
 class OwnScheduler:
-    """The scheduler that a pipeline comes with: the class of its `model_index.json`, the config of its folder."""
+    """The scheduler that a pipeline comes with: the class of its `model_index.json`, the config of its folder.
 
-    source: Source
+    `prefix` is how messages about the pipeline begin, `denoiser_config` that of its U-Net or transformer.
+    """
+
+    prefix: str
     class_name: str
     saved_config: dict
+    denoiser_config: dict
 
     @cached_property
     def scheduler(self):
@@ -36,7 +38,7 @@ class OwnScheduler:
         try:
             return getattr(diffusers, self.class_name).from_config(self.saved_config)
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-            raise UserError(f"{self._prefix} its {self.class_name} cannot be made from its config ({error}).") from None
+            raise UserError(f"{self.prefix} its {self.class_name} cannot be made from its config ({error}).") from None
 
     @property
     def config(self) -> dict:
@@ -85,23 +87,24 @@ class OwnScheduler:
         wanted = "as those of Stable Diffusion 1.x, 2.x and XL base; choose such a model"
         if self.foreign_noise is not None:
             raise UserError(
-                f"{self._prefix} its scheduler ({self.class_name}) has {self.foreign_noise}; a style token is learned "
+                f"{self.prefix} its scheduler ({self.class_name}) has {self.foreign_noise}; a style token is learned "
                 f"with the noise of DDPM's betas, {wanted}."
             )
         prediction_type = self.config.get("prediction_type", "epsilon")
         if prediction_type not in PREDICTION_TYPES:
             raise UserError(
-                f"{self._prefix} predicts '{prediction_type}'; supported: {', '.join(PREDICTION_TYPES)}, {wanted}."
+                f"{self.prefix} predicts '{prediction_type}'; supported: {', '.join(PREDICTION_TYPES)}, {wanted}."
             )
 
-    def signs_of_distillation(self, denoiser_config: dict) -> str | None:
-        """Return what tells that the model was distilled for few steps; None where nothing does.
+    @property
+    def signs_of_distillation(self) -> str | None:
+        """What tells that the model was distilled for few steps; None where nothing does.
 
         Hyper-SD with DDIM, and what is distilled in flow matching (FLUX.1-schnell), cannot be told by their configs.
         """
         if self.class_name in FEW_STEP_SCHEDULERS:
             return f"its scheduler is the {self.class_name}"
-        if denoiser_config.get("time_cond_proj_dim"):
+        if self.denoiser_config.get("time_cond_proj_dim"):
             return "its denoiser has an embedding for the guidance scale (time_cond_proj_dim)"
         # models with zero terminal SNR have trailing steps without being distilled (Lin et al. 2023)
         spacing, has_zero_snr = (self.config.get(key) for key in ("timestep_spacing", "rescale_betas_zero_snr"))
@@ -109,12 +112,13 @@ class OwnScheduler:
             return f"its scheduler config says {self.class_name} with timestep_spacing 'trailing'"
         return None
 
-    def is_replaceable(self, denoiser_config: dict) -> bool:
-        """Return whether DPM-Solver++ samples the model as well: same noise, and made for many steps."""
+    @property
+    def is_replaceable(self) -> bool:
+        """Whether DPM-Solver++ samples the model as well: same noise, and made for many steps."""
         return (
             self.foreign_noise is None
             and self.config.get("prediction_type", "epsilon") in PREDICTION_TYPES
-            and self.signs_of_distillation(denoiser_config) is None
+            and self.signs_of_distillation is None
             and self.has_noise_of(FAST_SCHEDULER)
         )
 
@@ -132,29 +136,24 @@ class OwnScheduler:
 
         return getattr(diffusers, class_name).from_config(self.scheduler.config)
 
-    @property
-    def _prefix(self) -> str:
-        return f"{self.source.flag} {self.source.name}:"
 
-
-def read_scheduler(source: Source) -> OwnScheduler:
-    """Return a pipeline's own scheduler.
+def check_scheduler_class(entry: object, prefix: str) -> str:
+    """Return the class that a pipeline's `model_index.json` names as its scheduler in `entry`.
 
     Raises:
-        UserError: the pipeline names none that diffusers has.
+        UserError: it is none that diffusers has; the message begins with `prefix`.
     """
     import diffusers
 
-    entry = read_config(source, "model_index.json").get("scheduler")
     library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, entry)
     kind = getattr(diffusers, class_name, None) if library == "diffusers" and isinstance(class_name, str) else None
     bases = (diffusers.SchedulerMixin, diffusers.ConfigMixin)
     if not (inspect.isclass(kind) and all(issubclass(kind, base) for base in bases)):
         raise UserError(
-            f"{source.flag} {source.name}: its model_index.json names the scheduler {entry}, which diffusers does not "
+            f"{prefix} its model_index.json names the scheduler {entry}, which diffusers does not "
             "have; a class like DDIMScheduler is wanted."
         )
-    return OwnScheduler(source, class_name, read_config(source, "scheduler/scheduler_config.json"))
+    return class_name
 
 
 def _are_close(alphas, others) -> bool:

@@ -4,7 +4,8 @@ What step n trains on is a function of (seed, n), whatever ran before it.
 """
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,6 @@ class TrainingSteps(data.Dataset):
     num_train_timesteps: int
     rank: int = 0
     num_parts: int = 1
-    _epochs: dict[int, np.ndarray] = field(default_factory=dict, init=False)  # the order of images in the last ones
 
     @property
     def mine(self) -> np.ndarray:
@@ -140,10 +140,7 @@ class TrainingSteps(data.Dataset):
     def _image_at(self, position: int) -> int:
         """Return the image at a position of the endless row of epochs, each of which shows every image once."""
         epoch, place = divmod(position, len(self.labels))
-        if epoch not in self._epochs:
-            self._epochs = {e: order for e, order in self._epochs.items() if e >= epoch - 1}
-            self._epochs[epoch] = np.random.default_rng([self.seed, EPOCH, epoch]).permutation(len(self.labels))
-        return int(self._epochs[epoch][place])
+        return int(_order_of_epoch(self.seed, epoch, len(self.labels))[place])
 
     def _draw_noise(self, step: int) -> torch.Tensor:
         """Return noise and posterior noise `(2, images, channels, height, width)`, a generator for each image."""
@@ -153,6 +150,11 @@ class TrainingSteps(data.Dataset):
             for position in self.mine
         ]
         return torch.from_numpy(np.stack(images, axis=1))
+
+
+@lru_cache(maxsize=2)
+def _order_of_epoch(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    return np.random.default_rng([seed, EPOCH, epoch]).permutation(num_images)
 
 
 def micro_batches(batch: dict[str, torch.Tensor], number: int) -> list[dict[str, torch.Tensor]]:

@@ -12,9 +12,8 @@ from torch import nn
 from utils.cli.errors import UserError
 from utils.data.prompts import token_text
 from utils.style.base_models import BaseModel
-from utils.style.families import ROW_NAMES
+from utils.style.families import LEARNED_EMBEDS, ROW_NAMES
 
-LEARNED_EMBEDS = "learned_embeds.safetensors"
 # name -> tensor, batch first: `encoder_hidden_states` (batch, length, dim); Stable Diffusion XL: `text_embeds` as well
 Conditioning = dict[str, torch.Tensor]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from utils.synthesis.plan import GenerationPlan
-from utils.synthesis.prompts import count_prompt_tokens
+from utils.synthesis.prompts import count_prompt_tokens, example_prompts
 from utils.synthesis.runner import encode_image
 from utils.synthesis.sampling import load_sampler
 from utils.synthesis.sources import Sources
@@ -36,34 +36,22 @@ def dry_run(
     rate = accelerator.num_processes * plan.batch_size / seconds[1]  # the first batch also warms up
     folder = Path(output_dir).resolve()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    estimate = {
-        "num_processes": accelerator.num_processes,
-        "images_per_second": rate,
-        "seconds": plan.num_images / rate,
-        "disk_gib": plan.num_images * sum(sizes) / len(sizes) / 2**30,
-        "free_gib": shutil.disk_usage(existing).free / 2**30,
-    }
+    total, disk = plan.num_images / rate, plan.num_images * sum(sizes) / len(sizes) / 2**30
+    free = shutil.disk_usage(existing).free / 2**30
     if accelerator.is_main_process:
-        print_estimate(plan.num_images, **estimate)
-    return estimate
+        time_text = f"{total / 3600:.1f} h" if total >= 3600 else f"{total:.0f} s"
+        disk_text = f"{disk:.1f} GiB" if disk >= 1 else f"{disk * 1024:.1f} MiB"
+        print(
+            f"{plan.num_images:,} images: {rate:.2f} images/s on {accelerator.num_processes} process(es), {time_text}, "
+            f"{disk_text} of {free:.0f} GiB that are free. No set was written."
+        )
+    return {"images_per_second": rate, "seconds": total, "disk_gib": disk, "free_gib": free}
 
 
 def print_prompts(plan: GenerationPlan, sources: Sources) -> None:
     """Print the classes and some prompts of the first ones, with their token counts."""
     names, _ = sources.names_of(plan.labels)
     print(f"{len(names)} classes: {', '.join(names[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''}")
-    examples = [prompt for label in plan.labels[:MAX_CLASSES] for prompt in plan.prompts.examples(label)]
+    examples = [prompt for label in plan.labels[:MAX_CLASSES] for prompt in example_prompts(plan.prompts, label)]
     for prompt, count in zip(examples, count_prompt_tokens(sources.generator, examples, *sources.placeholder)):
         print(f"  {prompt!r} ({count} tokens)")
-
-
-def print_estimate(
-    num_images: int, num_processes: int, images_per_second: float, seconds: float, disk_gib: float, free_gib: float
-) -> None:
-    """Print the estimate as a line."""
-    time_text = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds:.0f} s"
-    disk_text = f"{disk_gib:.1f} GiB" if disk_gib >= 1 else f"{disk_gib * 1024:.1f} MiB"
-    print(
-        f"{num_images:,} images: {images_per_second:.2f} images/s on {num_processes} process(es), {time_text}, "
-        f"{disk_text} of {free_gib:.0f} GiB that are free. No set was written."
-    )

@@ -81,11 +81,10 @@ def write_card(shards: Shards, record: dict, command: str, hub_target: Target | 
     sources = [(generator["id"], "model", generator["revision"])]
     if real is not None:
         sources.append((image_set_name(real), "dataset", real["dataset_revision"]))
-    path, quality = shards.output_dir / QUALITY_RECORD, None
-    if path.exists():
-        quality = read_record(path)
-        if quality["num_images"]["synthetic"]["all"] != record["num_images"]:
-            quality = None  # of before the set grew
+    path = shards.output_dir / QUALITY_RECORD
+    quality = read_record(path) if path.exists() else None
+    if quality and quality["num_images"]["synthetic"]["all"] != record["num_images"]:
+        quality = None  # of before the set grew
     prompts = {shards.class_names[label]: shards.plan.prompts.prompt(label, 0) for label in shards.plan.labels}
     write_dataset_card(
         shards.output_dir, synthetic_features(shards.class_names), record, prompts, read_licenses(sources, hub_token),
@@ -116,9 +115,8 @@ def write_dataset_card(
         base_model=next(iter(hub_ids(record["generator"]["id"])), None),
     )
     split = SplitInfo("train", num_bytes=num_bytes, num_examples=record["num_images"])
-    info = DatasetInfo(
-        features=features, splits=SplitDict(train=split), dataset_size=num_bytes, download_size=num_bytes
-    )
+    sizes = {"dataset_size": num_bytes, "download_size": num_bytes}
+    info = DatasetInfo(features=features, splits=SplitDict(train=split), **sizes)
     DatasetInfosDict(default=info).to_dataset_card_data(metadata)
     files = {"data_files": [{"split": "train", "path": "data/train-*"}]}
     MetadataConfigs(default=files).to_dataset_card_data(metadata)

@@ -5,7 +5,6 @@ from functools import cached_property
 
 from utils.cli.errors import UserError
 from utils.style.families import OWN_SCHEDULER
-from utils.style.pipeline_files import find_variants
 from utils.style.saved_pipelines import SavedPipeline, open_pipeline, refuse_class
 
 # what the sampler passes to a pipeline besides the prompts
@@ -21,12 +20,7 @@ class Generator(SavedPipeline):
     def default_scheduler(self) -> str:
         """The family's; the pipeline's own for models with other noise than DDPM's, and those that are distilled."""
         wanted = self.family.default_scheduler
-        return wanted if wanted == OWN_SCHEDULER or self.is_replaceable else OWN_SCHEDULER
-
-    @cached_property
-    def variants(self) -> dict[str, str | None]:
-        """Which weights of each part are loaded: 'fp16' where there are no others."""
-        return find_variants(self.source, self.parts)
+        return wanted if wanted == OWN_SCHEDULER or self.scheduler.is_replaceable else OWN_SCHEDULER
 
     @property
     def takes_negative_prompt(self) -> bool:
@@ -64,7 +58,7 @@ class Generator(SavedPipeline):
         self.check_scheduler(settings["scheduler"], settings["num_inference_steps"])
         _ = self.variants
 
-    def check_scheduler(self, scheduler: str, num_inference_steps: int | None = None) -> None:
+    def check_scheduler(self, scheduler: str, num_inference_steps: int) -> None:
         """Check that the generator can sample with a scheduler, and that takes this number of steps.
 
         Raises:
@@ -82,12 +76,12 @@ class Generator(SavedPipeline):
                 f"--scheduler {scheduler}: makes other noise levels of the config of {self.source.name} than its "
                 f"{own.class_name}; {OWN_SCHEDULER} is right."
             )
-        if num_inference_steps is not None and self.family.scales_model_input:
+        if self.family.scales_model_input:
             self._try_scheduler(scheduler, num_inference_steps)
 
     def few_steps_advice(self, given: set[str]) -> str | None:
         """Return what flags suit a distilled generator, of those that are not `given`; None for others."""
-        signs, suited = self.signs_of_distillation, {"num_inference_steps": 4, "guidance_scale": 1}
+        signs, suited = self.scheduler.signs_of_distillation, {"num_inference_steps": 4, "guidance_scale": 1}
         if self.denoiser_config.get("time_cond_proj_dim"):  # there the scale is an input, and no value leaves it out
             del suited["guidance_scale"]
         flags = [f"--{name} {value}" for name, value in suited.items() if name not in given]

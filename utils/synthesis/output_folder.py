@@ -27,9 +27,7 @@ RECORDS = (CHECKSUMS, PREVIEW, CLASS_NAMES, QUALITY_RECORD, QUALITY_PLOTS, GENER
 PUBLISHED_FILES = (SHARD_FILES, *RECORDS, "README.md")
 
 
-def open_output_folder(
-    output_dir: str | Path, settings: dict, num_images_per_class: int, overwrite: bool
-) -> RunFolder:  # fmt: skip
+def open_output_folder(output_dir: str, settings: dict, num_images_per_class: int, overwrite: bool) -> RunFolder:
     """Return the folder, after a check that images of these settings may be added: it is new, or was made with them.
 
     Raises:
@@ -89,16 +87,11 @@ def begin_set(folder: RunFolder, plan: GenerationPlan, sources: Sources) -> None
         for path in (folder.path / DATA_DIR).glob(".*.tmp"):
             path.unlink()
         folder.begin(
-            fingerprint=fingerprint,
-            num_images_per_class=plan.num_images_per_class,
-            num_images=plan.num_images,
+            fingerprint=fingerprint, num_images_per_class=plan.num_images_per_class, num_images=plan.num_images,
             generator={"id": absolute_if_local(generator.name), "revision": generator.revision},
-            token=sources.token and sources.token.to_dict(),
-            real_images=sources.real_images,
-            class_names=sources.class_names,
-            train_indices=sources.train_indices,
-            package_versions=package_versions(),
-        )
+            token=sources.token and sources.token.to_dict(), real_images=sources.real_images,
+            class_names=sources.class_names, train_indices=sources.train_indices, package_versions=package_versions(),
+        )  # fmt: skip
     state.wait_for_everyone()
     if not folder.is_begun or read_record(folder.path / GENERATION_CONFIG)["fingerprint"] != fingerprint:
         raise UserError(

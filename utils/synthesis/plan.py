@@ -1,13 +1,12 @@
 """The generation plan: which image is made from what. A pure function of the image's number; no torch."""
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 
 from utils.cli.errors import UserError
-from utils.synthesis.prompts import Prompts
+from utils.synthesis.prompts import Prompts, digest
 
 # torch's CPU generator uses the lower 32 bits of a seed only: 26 of them for an image's number, 6 for its redraws
 NUMBER_BITS = 26
@@ -108,9 +107,8 @@ class GenerationPlan:
         shard, place = divmod(index, self.images_per_shard)
         batch = shard * math.ceil(self.images_per_shard / self.batch_size) + place // self.batch_size
         round_number, turn = divmod(batch, len(self.guidance_scales))
-        order = sorted(
-            range(len(self.guidance_scales)), key=lambda scale: _digest(f"{self.seed}/{round_number}/{scale}")
-        )
+        numbers = range(len(self.guidance_scales))
+        order = sorted(numbers, key=lambda number: digest(f"{self.seed}/{round_number}/{number}"))
         return self.guidance_scales[order[turn]]
 
 
@@ -121,9 +119,5 @@ def scramble(seed: int, number: int) -> int:
     """
     left, right = number >> 16, number & 0xFFFF
     for round_number in range(4):
-        left, right = right, left ^ int.from_bytes(_digest(f"{seed}/{round_number}/{right}")[:2])
+        left, right = right, left ^ int.from_bytes(digest(f"{seed}/{round_number}/{right}")[:2])
     return left << 16 | right
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -30,7 +30,6 @@ BACKGROUNDS = ("on a plain background", "on a cluttered background", "on a blurr
 LIGHTS = ("in soft light", "in bright light", "in dim light", "with strong shadows")
 
 STYLE_ENDING = re.compile(r"(?P<base>.*?)(?P<style>,? in the style of \{token\})?(?P<stop>[.\s]*)", re.DOTALL)
-NUM_EXAMPLES = 3
 PROMPTS_AT_A_TIME = 1000
 PROMPT_LINE = '{"label": "suv", "prompt": "a suv in the rain"}'
 
@@ -70,12 +69,8 @@ class TemplatePrompts:
         drawn from the noun and the round: what else alternates with the number, as guidance does, meets all of them.
         """
         turn, place = divmod(class_index, len(self.templates))
-        start = int.from_bytes(_digest(f"{self.nouns[label]}:{turn}"))
+        start = int.from_bytes(digest(f"{self.nouns[label]}:{turn}"))
         return render_prompt(self._order[(start + place) % len(self._order)], self.nouns[label], self.token_text)
-
-    def examples(self, label: int) -> list[str]:
-        """Return the first prompts of a class, up to 3, all different."""
-        return [self.prompt(label, number) for number in range(min(NUM_EXAMPLES, len(self.templates)))]
 
     def longest(self) -> Iterator[tuple[str, int]]:
         """Yield the prompts to check against a text encoder's limit, with the number of characters that must survive.
@@ -93,7 +88,7 @@ class TemplatePrompts:
     @cached_property
     def _order(self) -> list[str]:
         # mixed by their digests: neighbours in a list of variants differ in one word only
-        return sorted(self.templates, key=_digest)
+        return sorted(self.templates, key=digest)
 
 
 @dataclass(frozen=True)
@@ -113,11 +108,6 @@ class CaptionPrompts:
         captions = self.captions[label]
         return render_prompt(captions[class_index % len(captions)], self.nouns[label], self.token_text)
 
-    def examples(self, label: int) -> list[str]:
-        """Return the first prompts of a class, up to 3, all different."""
-        different = list(dict.fromkeys(self.captions[label]))
-        return [render_prompt(caption, self.nouns[label], self.token_text) for caption in different[:NUM_EXAMPLES]]
-
     def longest(self) -> Iterator[tuple[str, int]]:
         """Yield all prompts, with the number of characters that must survive a text encoder's limit.
 
@@ -135,6 +125,11 @@ class CaptionPrompts:
 
 
 Prompts = TemplatePrompts | CaptionPrompts
+
+
+def example_prompts(prompts: Prompts, label: int) -> list[str]:
+    """Return the first 3 different prompts of a class; fewer where its first 100 images have fewer."""
+    return list(dict.fromkeys(prompts.prompt(label, number) for number in range(100)))[:3]
 
 
 def make_prompts(
@@ -254,11 +249,8 @@ def count_prompt_tokens(
 
 
 def _load_prompt_tokenizer(generator: Generator, placeholder: str | None, num_vectors: int) -> tuple:
-    """Return the tokenizer of the text encoder that reads furthest, the number of tokens up to where it reads, and what
-    writes all tokens of the placeholder out in a prompt, as the pipeline does.
-
-    CLIP reads as many as its tokenizer says (77), others (T5) up to the pipeline's `max_sequence_length`.
-    """
+    """Return the tokenizer of the text encoder that reads furthest, how many tokens that is, and what writes all tokens
+    of the placeholder out in a prompt, as the pipeline does."""
     import transformers
 
     source, parameters, tokenizers = generator.source, generator.call_parameters, []
@@ -270,6 +262,7 @@ def _load_prompt_tokenizer(generator: Generator, placeholder: str | None, num_ve
         options = source.load_options() | {"subfolder": name}
         with source.reading("has no usable tokenizer", also=(ValueError,)):
             tokenizer = getattr(transformers, kind).from_pretrained(source.name, **options)
+        # CLIP reads as many as its tokenizer says (77), others (T5) up to what the pipeline says
         is_cut_by_pipeline = not kind.startswith("CLIP") and "max_sequence_length" in parameters
         limit = parameters["max_sequence_length"].default if is_cut_by_pipeline else tokenizer.model_max_length
         tokenizers.append((tokenizer, limit))
@@ -313,5 +306,6 @@ def _size(text: str) -> int:
     return len(text.encode())  # bytes: what a tokenizer makes its tokens of
 
 
-def _digest(text: str) -> bytes:
+def digest(text: str) -> bytes:
+    """Return a short hash, for what is drawn by chance but is the same in every run."""
     return hashlib.blake2b(text.encode(), digest_size=8).digest()

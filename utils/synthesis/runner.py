@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -149,12 +149,9 @@ class SharedProgress:
         self.bar.update(max(self.num_done + sum(others) - self.bar.n, 0))
 
 
-@dataclass
-class Drawn:
-    """The images of a shard so far: index -> the image and its bytes to come; what is bad, and why."""
-
-    good: dict[int, tuple[PlannedImage, Future]] = field(default_factory=dict)
-    bad: dict[int, tuple[PlannedImage, str]] = field(default_factory=dict)
+# of a shard so far, by index: the image and its bytes to come; what is bad, and why
+Good = dict[int, tuple[PlannedImage, Future]]
+Bad = dict[int, tuple[PlannedImage, str]]
 
 
 @dataclass(frozen=True)
@@ -176,50 +173,48 @@ class Runner:
         with ThreadPoolExecutor(1) as writer:
             writing = None
             for number in numbers:
-                drawn = self._draw_shard(number)
+                images = self._draw_shard(number)
                 if writing is not None:
                     writing.result()  # at most two shards are in memory
-                writing = writer.submit(self._write, number, drawn)
+                writing = writer.submit(self._write, number, images)
             if writing is not None:
                 writing.result()
 
-    def _draw_shard(self, number: int) -> Drawn:
-        plan, drawn = self.shards.plan, Drawn()
-        kept = plan.shard(number)
+    def _draw_shard(self, number: int) -> Good:
+        plan, kept = self.shards.plan, self.shards.plan.shard(number)
+        good, bad = {}, {}
         for batch in plan.batches(number):
-            self._draw_batch(batch, sum(image.index in kept for image in batch), drawn)
+            self._draw_batch(batch, sum(image.index in kept for image in batch), good, bad)
         # Bad images are collected and drawn again together: a batch for each of them would cost far more
         for _ in range(self.max_redraws):
-            again = [image for image, _ in drawn.bad.values()]
-            for batch, num_wanted in plan.redraw_batches(again):
-                self._draw_batch(batch, num_wanted, drawn)
-        if drawn.bad:
-            raise UserError(self._describe(drawn.bad))
-        return drawn
+            for batch, num_wanted in plan.redraw_batches([image for image, _ in bad.values()]):
+                self._draw_batch(batch, num_wanted, good, bad)
+        if bad:
+            raise UserError(self._describe(bad))
+        return good
 
-    def _draw_batch(self, batch: list[PlannedImage], num_wanted: int, drawn: Drawn) -> None:
+    def _draw_batch(self, batch: list[PlannedImage], num_wanted: int, good: Good, bad: Bad) -> None:
         """Draw a batch and sort its first `num_wanted` images into good and bad; the rest is padding."""
         pixels, problems = self.sampler.draw(
             [image.prompt for image in batch], [image.seed for image in batch], batch[0].guidance_scale
         )
         for image, image_pixels, problem in list(zip(batch, pixels, problems))[:num_wanted]:
             if problem is None:
-                drawn.bad.pop(image.index, None)
-                drawn.good[image.index] = (image, self.encoders.submit(image_pixels))
+                bad.pop(image.index, None)
+                good[image.index] = (image, self.encoders.submit(image_pixels))
                 self.on_drawn(1)
             else:
-                drawn.bad[image.index] = (image, problem)
+                bad[image.index] = (image, problem)
 
-    def _write(self, number: int, drawn: Drawn) -> None:
-        in_order = [drawn.good[index] for index in sorted(drawn.good)]
+    def _write(self, number: int, images: Good) -> None:
+        in_order = [images[index] for index in sorted(images)]
         redraws = Counter()
         for image, _ in in_order:
-            if image.redraw:
-                redraws[self.shards.class_names[image.label]] += image.redraw
+            redraws[self.shards.class_names[image.label]] += image.redraw
         rows = (make_row(image, encoding.result()) for image, encoding in in_order)
-        self.shards.write(number, rows, dict(redraws), self.sampler.num_at_a_time)
+        self.shards.write(number, rows, dict(+redraws), self.sampler.num_at_a_time)  # + leaves out those of none
 
-    def _describe(self, bad: dict[int, tuple[PlannedImage, str]]) -> str:
+    def _describe(self, bad: Bad) -> str:
         names = self.shards.class_names
         listed = sorted({f"{names[image.label]} ('{image.prompt}'): {problem}" for image, problem in bad.values()})
         more = f"; and {len(listed) - MAX_LISTED} more" if len(listed) > MAX_LISTED else ""
@@ -231,11 +226,5 @@ class Runner:
 
 def make_row(image: PlannedImage, image_bytes: bytes) -> dict:
     """Return a row of the set."""
-    return {
-        "image": {"bytes": image_bytes, "path": None},
-        "label": image.label,
-        "prompt": image.prompt,
-        "seed": image.seed,
-        "guidance_scale": image.guidance_scale,
-        "class_index": image.class_index,
-    }
+    planned = ("label", "prompt", "seed", "guidance_scale", "class_index")
+    return {"image": {"bytes": image_bytes, "path": None}} | {name: getattr(image, name) for name in planned}

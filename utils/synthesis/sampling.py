@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, AutoPipelineForText2Image, DiffusionPipelin
 
 from utils.cli.errors import UserError
 from utils.style.families import FAMILIES, OTHER, OWN_SCHEDULER, WITH_STYLE_TOKENS, Family
-from utils.style.pipeline_files import PROBLEMS
+from utils.style.saved_pipelines import PROBLEMS
 from utils.style.token import load_learned_embeds
 from utils.synthesis.generators import Generator
 from utils.synthesis.sources import Sources, StyleToken
@@ -111,9 +111,8 @@ class PromptCache:
             name: torch.cat([encoded[prompt][name] for prompt in prompts]).to(self.pipe.device)
             for name in encoded[prompts[0]]
         }
-        if with_negative and not self.negative:
-            self.negative = self._call("", is_negative=True)
         if with_negative:
+            self.negative = self.negative or self._call("", is_negative=True)
             size = len(prompts)
             arguments |= {name: value.expand(size, *value.shape[1:]) for name, value in self.negative.items()}
         return arguments
@@ -192,8 +191,7 @@ class Sampler:
 
     def _try_to_draw(self, prompts: list[str], seeds: list[int], guidance_scale: float):
         """Return pixels and problems of at most `num_at_a_time` images, None where that is too many for the memory."""
-        size = len(prompts)
-        padding = self.num_at_a_time - size
+        size, padding = len(prompts), self.num_at_a_time - len(prompts)
         try:
             pixels, flags = self._call(prompts + prompts[-1:] * padding, seeds + seeds[-1:] * padding, guidance_scale)
             levels, problems = find_problems(pixels[:size], flags[:size])
@@ -206,12 +204,9 @@ class Sampler:
         """Return pixels `(batch, 3, height, width)` in [0, 1] on the device, and the safety checker's flags."""
         with _quiet():
             output = self.pipe(
-                **self._prompt_arguments(prompts, guidance_scale),
-                **self.settings,
-                guidance_scale=guidance_scale,
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-                output_type="pt",
-            )
+                **self._prompt_arguments(prompts, guidance_scale), **self.settings, guidance_scale=guidance_scale,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds], output_type="pt",
+            )  # fmt: skip
         # only some pipelines have a safety checker, and not all of those have one loaded
         return output.images, output.get("nsfw_content_detected") or [False] * len(prompts)
 
@@ -228,10 +223,9 @@ class Sampler:
                 f"--resolution {self.settings['height']}: not even one image at a time fits in the memory of "
                 f"{self.pipe.device}; lower it, or draw in half precision (accelerate launch --mixed_precision bf16)."
             )
-        logger.warning(
-            "Out of memory with %d images at a time: from now on %d.", self.num_at_a_time, self.num_at_a_time // 2
-        )
-        self.num_at_a_time //= 2
+        fewer = self.num_at_a_time // 2
+        logger.warning("Out of memory with %d images at a time: from now on %d.", self.num_at_a_time, fewer)
+        self.num_at_a_time = fewer
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
 

@@ -26,16 +26,10 @@ NUM_THREADS = min(16, os.cpu_count() or 1)
 
 def synthetic_features(class_names: list[str]) -> Features:
     """Return the columns of a synthetic set; the label has the real set's names in the real set's order."""
-    return Features(
-        {
-            "image": Image(),
-            "label": ClassLabel(names=list(class_names)),
-            "prompt": Value("string"),
-            "seed": Value("int64"),
-            "guidance_scale": Value("float32"),
-            "class_index": Value("int64"),
-        }
-    )
+    return Features({
+        "image": Image(), "label": ClassLabel(names=list(class_names)), "prompt": Value("string"),
+        "seed": Value("int64"), "guidance_scale": Value("float32"), "class_index": Value("int64"),
+    })  # fmt: skip
 
 
 def shard_name(number: int) -> str:
@@ -152,9 +146,8 @@ class Shards:
 
     def write_checksums(self) -> None:
         """Write the checksum list of all shards."""
-        lines = [
-            f"{self._read_note(number)['sha256']}  {shard_name(number)}\n" for number in range(self.plan.num_shards)
-        ]
+        numbers = range(self.plan.num_shards)
+        lines = [f"{self._read_note(number)['sha256']}  {shard_name(number)}\n" for number in numbers]
         write_text(self.output_dir / CHECKSUMS, "".join(lines))
 
     def _note(self, number: int, path: Path, sha256: str) -> None:

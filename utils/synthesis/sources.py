@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from utils.cli.errors import UserError
@@ -13,9 +13,9 @@ from utils.data.arguments import RealDataArguments
 from utils.data.class_names import match_class_names, prompt_nouns, read_class_names, read_class_names_file
 from utils.data.prompts import DSI_TEMPLATE, PLAIN_TEMPLATE
 from utils.hub.repositories import open_source
+from utils.style.families import LEARNED_EMBEDS
 from utils.synthesis.generators import Generator, open_generator
 
-LEARNED_EMBEDS = "learned_embeds.safetensors"
 TOKEN = "a style token of train_dsi.py"
 
 
@@ -87,19 +87,20 @@ def read_token_sources(
         token = StyleToken(
             learned_embeds, source.revision, sha256, record["placeholder_token"], record["num_vectors"], path
         )
-        return Sources(
-            generator=open_generator(
-                base_model["id"], "base model of --learned_embeds", base_model["revision"], hub_token
-            ),
-            class_names=class_names,
-            prompt_nouns=prompt_nouns(class_names, trained_with | chosen),
-            chosen_nouns=set(chosen),
-            real_images=record["real_images"],
-            resolution=record["resolution"],
-            prompt_templates=_class_templates(record) if use_style_token else [PLAIN_TEMPLATE],
-            token=token if use_style_token else None,
-            train_indices=record.get("train_indices") if use_style_token else None,
+        flag = "base model of --learned_embeds"
+        generator = open_generator(base_model["id"], flag, base_model["revision"], hub_token)
+        nouns = prompt_nouns(class_names, trained_with | chosen)
+        without_token = Sources(
+            generator, class_names, nouns, set(chosen), record["real_images"], record["resolution"], [PLAIN_TEMPLATE]
         )
+        if not use_style_token:
+            return without_token
+        # images are drawn for the templates that have a place for the class name
+        templates = [template for template in record.get("prompt_templates", []) if "{class}" in template]
+        return replace(
+            without_token, prompt_templates=templates or [DSI_TEMPLATE], token=token,
+            train_indices=record.get("train_indices"),
+        )  # fmt: skip
     except KeyError as error:
         raise UserError(f"--learned_embeds {learned_embeds}: its {DSI_CONFIG} has no {error}.") from None
 
@@ -161,8 +162,3 @@ def _find_classes(names: list[str], class_names: list[str], flag: str) -> set[st
         if name not in matched:
             raise UserError(f"{flag} {name}: no such class{suggestion(name, class_names)}.")
     return set(matched.values())
-
-
-def _class_templates(record: dict) -> list[str]:
-    """Return those of a token's templates that have a place for the class name, which images are drawn for."""
-    return [template for template in record.get("prompt_templates", []) if "{class}" in template] or [DSI_TEMPLATE]

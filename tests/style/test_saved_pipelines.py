@@ -6,7 +6,7 @@ import pytest
 
 from utils.cli.errors import UserError
 from utils.hub.repositories import Source
-from utils.style.pipeline_files import find_variants, read_config
+from utils.style.saved_pipelines import find_variants, read_config
 
 pytest_plugins = ["tests.local_hub.fixtures"]
 PARTS = ("text_encoder", "vae", "unet")
@@ -32,19 +32,16 @@ UNET, VAE = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"
 HALF = [with_variant(name, "fp16") for name in PLAIN]
 
 
-@pytest.mark.parametrize(
-    ("names", "variants"),
-    [
-        (PLAIN, [None, None, None]),
-        ([*PLAIN, *HALF], [None, None, None]),
-        (HALF, ["fp16", "fp16", "fp16"]),
-        ([*PLAIN[:2], HALF[2]], [None, None, "fp16"]),
-        ([*PLAIN[:2], HALF[2], with_variant(PLAIN[2], "non_ema")], [None, None, "fp16"]),
-        ([*PLAIN, f"{UNET}.bin", f"{VAE}.fp16.bin"], [None, None, None]),
-        ([*PLAIN[:2], *(f"{UNET}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2))], [None, None, "fp16"]),
-        ([*PLAIN[:2], f"{UNET}-00001-of-00001.safetensors"], [None, None, None]),
-    ],
-)
+@pytest.mark.parametrize(("names", "variants"), [
+    (PLAIN, [None, None, None]),
+    ([*PLAIN, *HALF], [None, None, None]),
+    (HALF, ["fp16", "fp16", "fp16"]),
+    ([*PLAIN[:2], HALF[2]], [None, None, "fp16"]),
+    ([*PLAIN[:2], HALF[2], with_variant(PLAIN[2], "non_ema")], [None, None, "fp16"]),
+    ([*PLAIN, f"{UNET}.bin", f"{VAE}.fp16.bin"], [None, None, None]),
+    ([*PLAIN[:2], *(f"{UNET}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2))], [None, None, "fp16"]),
+    ([*PLAIN[:2], f"{UNET}-00001-of-00001.safetensors"], [None, None, None]),
+])  # fmt: skip
 def test_half_precision_is_loaded_only_where_there_is_nothing_else(names, variants, make_source, caplog):
     source = make_source(names)
     with caplog.at_level(logging.WARNING):
@@ -54,15 +51,12 @@ def test_half_precision_is_loaded_only_where_there_is_nothing_else(names, varian
     assert [message.startswith(told) for message in caplog.messages] == [True] * bool(only)
 
 
-@pytest.mark.parametrize(
-    ("names", "parts"),
-    [
-        (["text_encoder/pytorch_model.bin", f"{VAE}.bin", f"{UNET}.bin"], "text_encoder, vae, unet"),
-        ([*PLAIN[:2], f"{UNET}.fp16.bin"], "unet"),
-        ([*PLAIN[1:], "text_encoder/pytorch_model-00001-of-00002.bin"], "text_encoder"),
-        ([*PLAIN[:2], f"{UNET}.bin", "unet/pytorch_lora_weights.safetensors"], "unet"),
-    ],
-)
+@pytest.mark.parametrize(("names", "parts"), [
+    (["text_encoder/pytorch_model.bin", f"{VAE}.bin", f"{UNET}.bin"], "text_encoder, vae, unet"),
+    ([*PLAIN[:2], f"{UNET}.fp16.bin"], "unet"),
+    ([*PLAIN[1:], "text_encoder/pytorch_model-00001-of-00002.bin"], "text_encoder"),
+    ([*PLAIN[:2], f"{UNET}.bin", "unet/pytorch_lora_weights.safetensors"], "unet"),
+])  # fmt: skip
 def test_pickled_weights_are_an_error_that_names_the_parts_and_says_how_to_convert(names, parts, make_source):
     with pytest.raises(UserError) as error:
         find_variants(make_source(names), PARTS)
