@@ -157,12 +157,12 @@ def parse_arguments(argv) -> tuple[tuple, set[str]]:
 
 
 def read_sources(
-    source_args: SourceArguments, data_args: RealDataArguments, given: set[str], class_names_file: str | None,
-    output_dir: str, hub_token: str | None,
+    source_args: SourceArguments, data_args: RealDataArguments, class_names_file: str | None, output_dir: str, hub_token: str | None,
 ) -> Sources:  # fmt: skip
     """Read generator, class names and token from the record of --learned_embeds, or from the flags instead of it."""
     generator, token = source_args.pretrained_model_name_or_path, source_args.learned_embeds
-    real_images = {name: value for name, value in asdict(data_args).items() if name in given and value is not None}
+    usual = asdict(RealDataArguments())
+    real_images = {name: value for name, value in asdict(data_args).items() if value != usual[name]}
     if token is not None:
         # the record names the generator and the real images: other ones beside it would be ignored
         named = {"pretrained_model_name_or_path": generator, "revision": source_args.revision, **real_images}
@@ -249,7 +249,7 @@ def main(argv=None) -> dict:
         )
 
     # What image number n is drawn from
-    sources = read_sources(source_args, data_args, given, prompt_args.class_names_file, output_dir, hub_token)
+    sources = read_sources(source_args, data_args, prompt_args.class_names_file, output_dir, hub_token)
     labels = find_labels(prompt_args.classes, prompt_args.exclude_classes, sources.class_names)
     findings = diagnose(*sources.names_of(labels), sources.chosen_nouns)
     if prompt_args.strict_class_names:

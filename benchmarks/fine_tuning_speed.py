@@ -1,6 +1,7 @@
 """train_bridged.py --method vanilla beside transformers' own script, run_image_classification.py.
 
     git clone --depth 1 --branch v5.23.0 https://github.com/huggingface/transformers
+    pip install evaluate  # which that script imports
     python -m benchmarks.fine_tuning_speed --transformers transformers
 
 Same weights, images, steps, batch, precision, loader workers and optimiser, the same augmentation (random crop and
