@@ -157,7 +157,8 @@ def parse_arguments(argv) -> tuple[tuple, set[str]]:
 
 
 def read_sources(
-    source_args: SourceArguments, data_args: RealDataArguments, class_names_file: str | None, output_dir: str, hub_token: str | None,
+    source_args: SourceArguments, data_args: RealDataArguments, class_names_file: str | None, output_dir: str,
+    hub_token: str | None,
 ) -> Sources:  # fmt: skip
     """Read generator, class names and token from the record of --learned_embeds, or from the flags instead of it."""
     generator, token = source_args.pretrained_model_name_or_path, source_args.learned_embeds
