@@ -162,7 +162,8 @@ def build_runner(model_args, real_args, comparison_args, shared_args, sources: d
     try:
         training_args = TrainingArguments(
             output_dir=str(Path(comparison_args.output_dir) / "work"), per_device_eval_batch_size=128,
-            bf16=shared_args.bf16, fp16=shared_args.fp16, dataloader_num_workers=shared_args.dataloader_num_workers,
+            bf16=shared_args.bf16, fp16=shared_args.fp16, use_cpu=shared_args.use_cpu,
+            dataloader_num_workers=shared_args.dataloader_num_workers,
             lr_scheduler_type="cosine", logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
         )  # fmt: skip
     except ValueError as error:  # this machine does not have that precision
@@ -185,8 +186,8 @@ def fill_in_learning_rates(search_args, pretrained: Pretrained) -> None:
     search_args.learning_rates = search_args.learning_rates or [rates.real]
     search_args.bridge_learning_rates = search_args.bridge_learning_rates or [rates.synthetic]
     print(
-        f"Learning rates {search_args.learning_rates[0]:g} on real, {search_args.bridge_learning_rates[0]:g} on "
-        f"synthetic images where none is given: {rates.reason}."
+        f"Learning rates where none is given: {rates.real:g} on real, {rates.synthetic:g} on synthetic images; "
+        f"{rates.reason}."
     )
 
 

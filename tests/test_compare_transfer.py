@@ -124,6 +124,26 @@ def test_workers_give_what_one_process_gives(finished, run, tmp_path):
     assert stems_beside <= stems
 
 
+@pytest.mark.parametrize(("launched", "flags"), [("bf16", []), ("no", ["--bf16", "--use_cpu"])])
+def test_the_precision_of_a_flag_or_of_the_launch_is_that_of_every_cell(run, tmp_path, monkeypatch, launched, flags):
+    precisions = []
+
+    def fine_tune(model, images, image_processor, settings, training_args, *args, **kwargs):
+        precisions.append(training_args.mixed_precision)
+        return trained(model, images, image_processor, settings, training_args, *args, **kwargs)
+
+    trained = stage.fine_tune
+    monkeypatch.setattr(stage, "fine_tune", fine_tune)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    run(tmp_path, "--num_shots", "1", "--methods", "bridged", *flags)
+    assert precisions == ["bf16", "bf16"]
+    (cell,) = (tmp_path / "cells").iterdir()
+    assert read_record(cell)["settings"]["mixed_precision"] == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    run(tmp_path, "--num_shots", "1", "--methods", "bridged")
+    assert precisions[2:] == ["no", "no"], "cells and stages of another precision are not taken for these"
+
+
 def pretrained_of(name):
     return Pretrained(name, None, {"revision": "main"})
 

@@ -100,6 +100,7 @@ class SharedStageArguments:
     label_smoothing_factor: float = option(0.0, "Label smoothing, in [0, 1).")
     per_device_train_batch_size: int = option(32, "Images per step.")
     weight_decay: float = option(0.01, "Weight decay.")
+    use_cpu: bool = option(False, "Train on the CPU, even where there is a GPU.")
     bf16: bool = option(False, "Train in bfloat16 mixed precision.")
     fp16: bool = option(False, "Train in float16 mixed precision.")
     dataloader_num_workers: int = option(
