@@ -81,9 +81,12 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
     groups = parser.parse(argv)
     args = SimpleNamespace(groups=groups, **dict(zip(GROUPS, groups)))
     training_args, synthetic_args = args.training, args.synthetic
-    given_flags = {name: value for name, value in resolve_options(groups).items() if name in parser.given}
+    options = resolve_options(groups)
+    given_flags = {name: options[name] for name in parser.given if options.get(name) is not None}
     args.chosen_method = METHODS[args.method.method].with_flags(given_flags)
-    parser.fill_in([args.method], args.chosen_method.flags)
+    for name, value in args.chosen_method.flags.items():
+        if getattr(args.method, name) is None:
+            setattr(args.method, name, value)
 
     # the real images, as the record of the synthetic set names them
     source, recorded = None, None
@@ -139,7 +142,7 @@ def check_real_alone(args: SimpleNamespace) -> None:
     if args.chosen_method.uses_synthetic:
         do_without = [name for name, row in METHODS.items() if not row.uses_synthetic]
         raise UserError(
-            f"--synthetic_dataset: --method {args.method.method} needs one; only {' and '.join(do_without)} do without."
+            f"--synthetic_dataset: --method {args.method.method} needs one; {', '.join(do_without)} do without."
         )
     if args.method.match_steps and args.bridge.bridge_max_steps is None:
         raise UserError("--match_steps: give --synthetic_dataset or --bridge_max_steps, the steps to match.")
@@ -156,9 +159,9 @@ def check_arguments(args: SimpleNamespace) -> None:
         UserError: a value asks for what this script does not do.
     """
     check_real_images_given(args.real)
-    for stage in args.chosen_method.stages if args.lora.use_peft else ():
-        name, group = ("bridge_batch_norm", args.bridge) if stage.images == "synthetic" else ("batch_norm", args.stage)
-        value = stage.settings.get("batch_norm", getattr(group, name))
+    modes = [("batch_norm", args.stage.batch_norm), ("bridge_batch_norm", args.bridge.bridge_batch_norm)]
+    modes += [("batch_norm", stage.settings.get("batch_norm", "frozen")) for stage in args.chosen_method.stages]
+    for name, value in modes if args.lora.use_peft else ():
         if value != "frozen":
             raise UserError(f"--{name} {value}: not with --use_peft; an adapter has no place for statistics.")
     if args.synthetic.streaming and args.real.skip_bad_images:

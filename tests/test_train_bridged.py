@@ -16,6 +16,7 @@ from tests.conftest import CLASS_NAMES, blank_figures, save_image_set
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
 from utils.transfer.augmentation import CropAndFlip
+from utils.transfer.methods import METHODS
 
 pytest_plugins = ["tests.transfer.fixtures"]
 SMALL = ["--max_steps", "2", "--bridge_max_steps", "3", "--max_eval_samples", "6", "--use_cpu"]
@@ -289,6 +290,16 @@ def test_a_run_that_diverges_publishes_nothing_and_has_no_finished_record(run, t
     with pytest.raises(UserError, match=r"^--learning_rate 1e\+30: .* at step 2 of 2 in vanilla; try a lower one"):
         run("out", "--method", "vanilla", "--learning_rate", "1e30")
     assert not (tmp_path / "out" / "bridged_config.json").exists() and not list(tmp_path.glob("out/*/stage.json"))
+
+
+@pytest.mark.parametrize("text", ["head_init:", "match_steps:\nmix_ratio:", "{}"])
+def test_a_key_that_a_recipe_leaves_empty_is_what_the_methods_row_says(synthetic_dir, tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    args, _ = train_bridged.parse_arguments(
+        [str(tmp_path / "recipe.yaml"), "--synthetic_dataset", str(synthetic_dir), "--method", "mix_balanced"]
+    )
+    assert args.chosen_method == METHODS["mix_balanced"]
+    assert (args.method.head_init, args.method.match_steps, args.method.mix_ratio) == ("reset", True, 1.0)
 
 
 def rewrite_train_split(folder, change):

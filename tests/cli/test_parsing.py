@@ -109,6 +109,7 @@ def test_every_numeric_flag_of_every_script_has_a_range_and_none_has_two(monkeyp
         ("learning_rate", 0.0, "must be above 0."),
         ("guidance_scale", [3.0, 0.0], "must be above 0."),
         ("max_steps", 0, "must be above 0, or left out to train for epochs."),
+        ("head_warmup_steps", 1.5, "must be 0 or above, and whole from 1 on."),
         ("max_steps", -2, "must be above 0, or left out to train for epochs."),
         ("save_steps", 0, "must be above 0."),
         ("seed", 2**32, "must be 0 or above, and below 2**32."),

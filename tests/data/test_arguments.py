@@ -73,3 +73,10 @@ def test_train_bridged_takes_class_folders_of_the_record_or_beside_one_of_before
     assert real_arguments(before).num_shots == 2
     other = real_arguments(before, "--train_dir", str(train_dir))
     assert (other.dataset_name, other.train_dir, other.num_shots) == (None, str(train_dir), None)
+
+
+def test_an_output_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "notes").write_text("")
+    for folder in (tmp_path / "notes", tmp_path / "notes" / "out"):
+        with pytest.raises(UserError, match="--output_dir .*: .*notes is a file; name a folder"):
+            check_output_outside(folder, RealDataArguments())

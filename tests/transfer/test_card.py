@@ -37,10 +37,11 @@ def write_classifier_card(
     folder, base_model="user/resnet", real="user/cars", synthetic="user/cars-syn", config=None, **metrics
 ):
     """Write the card of a bridged classifier; `config` are changes to its record."""
+    config = {"method": "bridged", **(config or {})}
     config = {
-        "method": "bridged", "head_init": "reset", "match_steps": False, "class_names": CLASS_NAMES, "lora": None,
+        **METHODS[config["method"]].flags, "class_names": CLASS_NAMES, "lora": None,
         "test_split": "test", "real_images": {"dataset_name": real, "train_split": "train", "num_shots": 2},
-        "synthetic_dataset": {"name": synthetic}, **(config or {}),
+        "synthetic_dataset": {"name": synthetic}, **config,
     }  # fmt: skip
     stages = plan_stages(
         METHODS[config["method"]].with_flags({name: config[name] for name in ("head_init", "match_steps")}),
@@ -139,7 +140,8 @@ FEW_CLASSES = "**Only 1 of the 2 classes have test images**: means over classes 
     [
         ({"method": "vanilla", "match_steps": True}, {}, MATCHED, "LEEP"),
         ({"method": "mix", "match_steps": True}, {}, MATCHED, "have test images"),
-        ({"method": "mix", "match_steps": False}, {}, "", MATCHED),
+        ({"method": "mix", "match_steps": False}, {}, "The method is `mix`: changed by flags, as told here.", MATCHED),
+        ({"method": "bridged_keep", "head_init": "reset"}, {}, "`bridged_keep`: changed by flags", "with the head of"),
         ({"method": "synthetic_only", "match_steps": True}, {}, "", MATCHED),
         ({}, {"num_test_classes": 1, "num_classes": 2}, FEW_CLASSES, MATCHED),
         ({}, {"num_test_classes": 1, "num_classes": 1}, "", "have test images"),

@@ -1,7 +1,7 @@
 """The options of a run: as a record holds them, which of them affect its result, and in which two runs differ."""
 
 import dataclasses
-import inspect
+import fnmatch
 import json
 import os
 from collections.abc import Iterable
@@ -49,20 +49,15 @@ def resolve_options(groups: Iterable) -> dict:
 def free_options(groups: Iterable) -> frozenset[str]:
     """Return the names of the options on which no result depends.
 
-    Those are the flags that say so, and of the fields that a group inherits from a library all but the names in
-    its `_inherited_result_options`.
+    Those are the flags that say so, and of those that a group inherits from a library the ones in its
+    `_inherited_free_options`, patterns of names.
     """
     free = set()
     for group in groups:
-        of_library = getattr(group, "_inherited_result_options", None)
-        kinds = [kind for kind in type(group).__mro__ if kind.__module__.partition(".")[0] != "transformers"]
-        ours = {name for kind in kinds for name in inspect.get_annotations(kind)}
+        patterns = getattr(group, "_inherited_free_options", ())
         for field in dataclasses.fields(group):
-            if of_library is None or field.name in ours:
-                affects = field.metadata.get("affects_result", True)
-            else:
-                affects = field.name in of_library
-            if not affects:
+            inherited_free = any(fnmatch.fnmatch(field.name, pattern) for pattern in patterns)
+            if inherited_free or not field.metadata.get("affects_result", True):
                 free.add(field.name)
     return frozenset(free)
 

@@ -41,9 +41,12 @@ RANGES = (
     )),
     ("0 or above", lambda value: value >= 0, (
         "mixup_alpha", "bridge_mixup_alpha", "bridge_mixup_alphas", "weight_decay", "bridge_weight_decay",
-        "warmup_steps", "bridge_warmup_steps", "head_warmup_steps", "bridge_head_warmup_steps", "lr_warmup_steps",
+        "warmup_steps", "bridge_warmup_steps", "lr_warmup_steps",
         "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "eval_delay", "dataloader_num_workers",
         "num_validation_images", "max_redraws",
+    )),
+    ("0 or above, and whole from 1 on", lambda value: value >= 0 and (value < 1 or value == int(value)), (
+        "head_warmup_steps", "bridge_head_warmup_steps",
     )),
     ("0 or above, and below 1", lambda value: 0 <= value < 1, (
         "label_smoothing_factor", "bridge_label_smoothing_factor", "dropout", "drop_path_rate", "lora_dropout",

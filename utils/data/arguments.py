@@ -92,9 +92,11 @@ def check_output_outside(output_dir: str | Path, real_data: RealDataArguments) -
     """Check that results are not written among the images, where the next run would take them for images.
 
     Raises:
-        UserError: the output folder is in one of the image folders.
+        UserError: the output folder is in one of the image folders, or is a file.
     """
     output = Path(output_dir).resolve()
+    if file := next((path for path in (output, *output.parents) if path.is_file()), None):
+        raise UserError(f"--output_dir {output_dir}: {file} is a file; name a folder.")
     for flag in ("dataset_name", "train_dir", "validation_dir"):
         folder = getattr(real_data, flag)
         if folder is not None and os.path.isdir(folder) and output.is_relative_to(Path(folder).resolve()):

@@ -173,8 +173,11 @@ class BridgedTrainingArguments(TrainingArguments):
     """Trainer's own flags, for both stages; `num_train_epochs`, `max_steps` and `learning_rate` are the second's."""
 
     _argument_group_name = "training"
-    _inherited_result_options = (
-        *OF_EACH_STAGE, "max_steps", "label_smoothing_factor", "torch_compile", "tf32", "use_cpu",
+    _inherited_free_options = (
+        "push_to_hub", "hub_*", "log_*", "logging_*", "eval_*", "save_*", "trackio_*", "project", "run_name", "debug",
+        "disable_tqdm", "skip_memory_metrics", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics",
+        "metric_for_best_model", "greater_is_better", "dataloader_pin_memory", "dataloader_persistent_workers",
+        "dataloader_prefetch_factor", "torch_empty_cache_steps", "ddp_timeout", "local_rank",
     )  # fmt: skip
 
     output_dir: str | None = option(

@@ -188,9 +188,21 @@ def write_model_card(
     card = ModelCard.from_template(
         data, template_path=str(TEMPLATE), model_name=model_name, model_path=base_model, base_link=_link(base_model),
         real_link=_link(real, "datasets/"), synthetic_link=synthetic and _link(synthetic, "datasets/"), config=config,
-        methods=METHODS, results=results, metric_names=METRIC_NAMES, licenses=licenses, command=command, **FUNCTIONS,
+        method_text=_describe_method(config), results=results, metric_names=METRIC_NAMES, licenses=licenses,
+        command=command, **FUNCTIONS,
     )  # fmt: skip
     save_card(card, Path(output_dir) / "README.md")
+
+
+def _describe_method(config: dict) -> str:
+    """Return the method's sentence where all of its row holds, else that flags changed it."""
+    method = METHODS[config["method"]]
+    trained = {stage["name"]: stage["settings"] for stage in config["stages"]}
+    settings = [(stage.name, *item) for stage in method.stages for item in stage.settings.items()]
+    holds = all(config.get(name) == value for name, value in method.flags.items()) and all(
+        name == "head_warmup_steps" or trained[stage][name] == value for stage, name, value in settings
+    )
+    return method.description if holds else "changed by flags, as told here"
 
 
 def _link(name: str, folder: str = "") -> str:
