@@ -6,7 +6,7 @@ import train_bridged
 from tests.conftest import save_class_folders
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, write_record
-from utils.data.arguments import RealDataArguments, check_real_images_given
+from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given
 from utils.data.image_set import RealImagesRecord
 
 
