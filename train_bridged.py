@@ -145,7 +145,10 @@ def check_real_alone(args: SimpleNamespace) -> None:
             f"--synthetic_dataset: --method {args.method.method} needs one; {', '.join(do_without)} do without."
         )
     if args.method.match_steps and args.bridge.bridge_max_steps is None:
-        raise UserError("--match_steps: give --synthetic_dataset or --bridge_max_steps, the steps to match.")
+        raise UserError(
+            f"--match_steps (of --method {args.method.method}, or given): give --synthetic_dataset or "
+            "--bridge_max_steps, the steps to match."
+        )
     if args.real.dataset_name is None and args.real.train_dir is None:
         raise UserError(
             "--dataset_name or --train_dir: give the real images, or a --synthetic_dataset whose record names them."
@@ -338,10 +341,16 @@ def choose_learning_rate(args: SimpleNamespace) -> str | None:
 
     if args.training.learning_rate is not None:
         return None
+    heads_alone = [
+        stage.settings.get("freeze_backbone", args.bridge.bridge_freeze_backbone)
+        if stage.images == "synthetic"
+        else stage.settings.get("freeze_backbone", args.stage.freeze_backbone)
+        for stage in args.chosen_method.stages
+    ]
     model_args, token = args.model, args.training.hub_token or None
     commit = check_classifier(model_args.model_name_or_path, model_args.model_revision, token)
     rates = default_learning_rates(
-        model_args.model_name_or_path, use_peft=args.lora.use_peft, freeze_backbone=args.stage.freeze_backbone,
+        model_args.model_name_or_path, use_peft=args.lora.use_peft, freeze_backbone=all(heads_alone),
         revision=commit or "main", trust_remote_code=model_args.trust_remote_code, token=token,
     )  # fmt: skip
     args.training.learning_rate = rates.real

@@ -41,7 +41,13 @@ class Plan:
 
 def read_sets() -> dict[str, dict]:
     """Return name -> facts about an image set, of all that have recipes."""
-    return read_mapping(RECIPES / "sets.yaml", "image sets")
+    path = RECIPES / "sets.yaml"
+    sets = read_mapping(path, "image sets")
+    for name, facts in sets.items():
+        missing = [key for key in ("title", "num_classes", "num_images") if key not in facts]
+        if missing:
+            raise UserError(f"{path}: '{name}' has no {' and no '.join(missing)}.")
+    return sets
 
 
 def read_recipe(name: str) -> dict:

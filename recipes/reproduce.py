@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> str | None:
         runner.run(step, show=True)
     facts, comparison = read_sets()[args.recipe], steps[-1].finished
     table = beside_the_paper(
-        read_record(comparison)["summary"], facts["paper"] if args.model == "resnet18" else {},
+        read_record(comparison)["summary"], facts.get("paper", {}) if args.model == "resnet18" else {},
         f"{facts['title']}, {args.model}, {args.num_images_per_class:,} synthetic images a class",
     )  # fmt: skip
     write_text(comparison.parent.parent / "reproduced.md", table)

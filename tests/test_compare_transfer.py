@@ -1,6 +1,8 @@
 import dataclasses
 import math
 import shutil
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +124,28 @@ def test_workers_give_what_one_process_gives(finished, run, tmp_path):
     assert len(list((tmp_path / "stage1").iterdir())) == 1
     stems_beside, stems = ({path.stem for path in (at / "cells").iterdir()} for at in (tmp_path, output_dir))
     assert stems_beside <= stems
+
+
+def test_a_shared_stage_1_is_trained_under_its_lock(run, tmp_path, monkeypatch):
+    held, trained = [], stage.fine_tune
+    lock = CellRunner._lock
+
+    @contextmanager
+    def noted(self, name):
+        held.append(name)
+        with lock(self, name):
+            yield
+        held.remove(name)
+
+    def fine_tune(*args, **kwargs):
+        folder = next(arg for arg in args if isinstance(arg, Path))
+        assert f"{folder.parent.name}-{folder.name}" in held
+        return trained(*args, **kwargs)
+
+    monkeypatch.setattr(CellRunner, "_lock", noted)
+    monkeypatch.setattr(stage, "fine_tune", fine_tune)
+    run(tmp_path, "--num_shots", "1", "--methods", "bridged_keep")
+    assert not held
 
 
 @pytest.mark.parametrize(("launched", "flags"), [("bf16", []), ("no", ["--bf16", "--use_cpu"])])

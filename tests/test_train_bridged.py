@@ -292,6 +292,33 @@ def test_a_run_that_diverges_publishes_nothing_and_has_no_finished_record(run, t
     assert not (tmp_path / "out" / "bridged_config.json").exists() and not list(tmp_path.glob("out/*/stage.json"))
 
 
+def test_a_stage_is_evaluated_on_the_validation_images_where_that_is_asked_for(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr("utils.transfer.report.plot_report", lambda path, logs, *_: seen.append(logs))
+    run("out", "--eval_strategy", "epoch")
+    for log in seen[0].values():
+        assert any("eval_accuracy" in entry for entry in log)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rate"),
+    [
+        ([], 2e-5),
+        (["--freeze_backbone"], 2e-5),  # the first stage trains all weights
+        (["--freeze_backbone", "--bridge_freeze_backbone"], 2e-4),
+        (["--method", "synthetic_only", "--bridge_freeze_backbone"], 2e-4),
+        (["--use_peft"], 2e-4),
+        (["--learning_rate", "3e-3"], 3e-3),
+    ],
+)
+def test_the_learning_rate_suits_what_is_trained_of_the_classifier(classifiers, synthetic_dir, flags, rate):
+    args, _ = train_bridged.parse_arguments(
+        ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["vit"], *flags]
+    )
+    reason = train_bridged.choose_learning_rate(args)
+    assert args.training.learning_rate == rate and (reason is None) == ("--learning_rate" in flags)
+
+
 @pytest.mark.parametrize("text", ["head_init:", "match_steps:\nmix_ratio:", "{}"])
 def test_a_key_that_a_recipe_leaves_empty_is_what_the_methods_row_says(synthetic_dir, tmp_path, text):
     (tmp_path / "recipe.yaml").write_text(text)

@@ -134,7 +134,9 @@ class ScriptArgumentParser(HfArgumentParser):
         HfArgumentParser._parse_dataclass_field(parser, field)
         if is_open:
             names = f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"
-            parser.add_argument(*names, action="store_false", default=None, dest=field.name)
+            parser.add_argument(
+                *names, action="store_false", default=None, dest=field.name, help=f"The opposite of --{field.name}."
+            )
 
     def parse_known_args(self, args=None, namespace=None) -> tuple:
         """Parse as `ArgumentParser` does, and check ranges before the dataclasses are made, which act on values."""

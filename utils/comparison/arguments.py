@@ -73,7 +73,8 @@ class SearchArguments:
         None, "Head's learning rate over the rest's; 10 for a fresh head, 1 for another."
     )
     bridge_learning_rates: list[float] | None = option(
-        None, "Peak learning rates on synthetic images; when not given, 5e-4 and 5e-5 for these."
+        None,
+        "Peak learning rates on synthetic images; when not given, 5e-4 for networks with BatchNorm, 5e-5 for others.",
     )
     bridge_step_counts: list[int] | None = option(
         None, "Steps on synthetic images, in place of epochs; the same for every volume."

@@ -127,9 +127,11 @@ METHODS = {
     "vanilla": Method("real images only, for the steps of stage 2", (VANILLA,)),
     "vanilla_matched": Method("real images only, for the steps of both stages", (MATCHED,)),
     "vanilla_mixup": Method("vanilla_matched with Mixup 0.2", (replace(MATCHED, settings=MIXUP),)),
-    "mix": Method("both kinds of images in one stage, each once an epoch, matched", (MIX,)),
+    "mix": Method("real and synthetic images in one stage, each once an epoch, for the steps of both stages", (MIX,)),
     "mix_mixup": Method("mix with Mixup 0.2", (replace(MIX, settings=MIXUP),)),
-    "mix_balanced": Method("mix with as many real images as synthetic", (replace(MIX, mix_ratio=1.0),)),
+    "mix_balanced": Method(
+        "mix, real images repeated until they are as many as the synthetic", (replace(MIX, mix_ratio=1.0),)
+    ),
     "synthetic_only": Method("stage 1 alone", (STAGE_1,)),
 }
 
