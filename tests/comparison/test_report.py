@@ -78,7 +78,7 @@ def test_the_tables_hold_the_figures_of_the_summary(facts, tmp_path):
     assert rows[2][2] == f"{entry['mean']:.1f} ± {entry['std']:.1f}<br>{entry['gain']:+.1f} {interval}"
     assert table_of(text, "Costs")[2] == ["vanilla_matched", "90", "2,880", "2", "0.250"]
     assert "on 200 test images" in text and "over 2 seeds" in text
-    assert "- `mix`: both kinds of images" in text
+    assert "- `mix`: real and synthetic images" in text
     settings = text.split("## Settings")[1]
     assert "| bridged | 4 a class | 0.0001 | 30 | 10 x for a fresh head, 1 x for another |" in settings
     assert "| bridged | all | 0.0001 | 30 |" in settings
