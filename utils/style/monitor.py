@@ -23,14 +23,13 @@ from utils.style.card import ARMS, STYLE_PICTURE, TRAINING_PICTURE
 from utils.style.checkpoints import TrainingState
 from utils.style.latents import Latents
 from utils.style.style_images import StyleImages
-from utils.style.token import Conditioning, Denoiser, norm_in_vocabulary
+from utils.style.token import PIPELINE_NAMES, Conditioning, Denoiser, norm_in_vocabulary
 
 LOGGING_STEPS = 10  # each time the CPU waits for a GPU
 NUM_TIMESTEPS = 8
 # those of generate_synthetic.py
 NUM_INFERENCE_STEPS = 25
 GUIDANCE_SCALE = 3.0
-PIPELINE_NAMES = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
 # how the trackers that take pictures are given one
 PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 

@@ -16,6 +16,8 @@ from utils.style.families import LEARNED_EMBEDS, ROW_NAMES
 
 # name -> tensor, batch first: `encoder_hidden_states` (batch, length, dim); Stable Diffusion XL: `text_embeds` as well
 Conditioning = dict[str, torch.Tensor]
+# what a pipeline's call names them
+PIPELINE_NAMES = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
 
 
 def add_placeholder_tokens(

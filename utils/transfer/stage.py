@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from utils.cli.errors import UserError
 from utils.cli.processes import warn_once
 from utils.cli.records import read_record
-from utils.cli.run_folder import RunFolder
+from utils.cli.run_folder import CHECKPOINTS, RunFolder
 from utils.transfer.adapters import LoraSettings, add_adapter, load_adapter, save_adapter
 from utils.transfer.arguments import OF_EACH_STAGE
 from utils.transfer.classifiers import check_classifier, load_classifier, load_image_processor, save_classifier
@@ -175,7 +175,7 @@ def stage_folder(folder: str | Path, settings: dict) -> RunFolder:
     """Return the folder of a stage with these settings, of `describe_stage`."""
     return RunFolder(
         Path(folder), "a stage", settings, STAGE_RECORD, noted_in=(SETTINGS_RECORD, "settings"),
-        traces=("checkpoint-*",),
+        traces=CHECKPOINTS,
     )  # fmt: skip
 
 
