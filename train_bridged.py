@@ -66,13 +66,15 @@ PUBLISHED_FILES = (
     *WEIGHTS, "config.json", "preprocessor_config.json", "report.png", ALL_RESULTS, BRIDGED_CONFIG, RUN_CONFIG,
     "README.md",
 )  # fmt: skip
+OUTPUTS = (*PUBLISHED_FILES[:-1], EVAL_RESULTS)  # a card may hold what a person wrote
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple:
     """Return the arguments, with what the synthetic set's record says for flags that are not given, and that set.
 
     Beside the groups of `GROUPS` they hold `groups`, all of them; `chosen_method`, a row of the table with the flags
-    that are given; and `real_images_from`, whose record names the real images, None where a flag does.
+    that are given; `real_images_from`, whose record names the real images, None where a flag does; and, once
+    `identify_inputs` has found them, `model_commit` and `real_record`.
     """
     from utils.data.real_images import same_image_set
     from utils.transfer.synthetic_images import open_synthetic
@@ -107,6 +109,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
     is_recorded = bool(recorded) and given == (None, None)
     recorded_in = synthetic_args.synthetic_dataset or training_args.output_dir
     args.real_images_from = recorded_in if is_recorded else None
+    args.model_commit, args.real_record = args.model.model_revision, None  # until the inputs are looked at
     check_arguments(args)
     if not training_args.dry_run:
         check_output_outside(training_args.output_dir, args.real)
@@ -186,8 +189,9 @@ def load_real(args: SimpleNamespace, parts: tuple[str, ...] = ("train", "validat
     from utils.data.real_images import load_real_images
     from utils.transfer.run_method import open_real_images
 
+    record = args.real_record or RealImagesRecord.from_arguments(args.real)
     try:
-        real = load_real_images(RealImagesRecord.from_arguments(args.real), args.training.hub_token or None)
+        real = load_real_images(record, args.training.hub_token or None)
     except UserError as error:
         if args.real_images_from is None:
             raise
@@ -335,9 +339,53 @@ def evaluate_finished(args: SimpleNamespace) -> dict:
     return results
 
 
+def identify_inputs(args: SimpleNamespace, source) -> dict[str, str]:
+    """Return what tells the contents of model and images from others, by flag; pin their commits for the whole run.
+
+    Raises:
+        UserError: one of them is neither a folder nor a repository that can be read.
+    """
+    from utils.data.image_set import RealImagesRecord
+    from utils.data.real_images import identify_real_images
+    from utils.transfer.classifiers import is_loaded, open_classifier
+    from utils.transfer.synthetic_images import identify_synthetic
+
+    token = args.training.hub_token or None
+    classifier = open_classifier(args.model.model_name_or_path, args.model_commit, token)
+    record = args.real_record or RealImagesRecord.from_arguments(args.real)
+    args.model_commit, (args.real_record, inputs) = classifier.revision, identify_real_images(record, token)
+    inputs["model_name_or_path"] = classifier.identity(is_loaded)
+    if source is not None:
+        inputs["synthetic_dataset"] = identify_synthetic(source, args.synthetic.max_synthetic_samples_per_class)
+    return inputs
+
+
+def open_folder(args: SimpleNamespace, inputs: dict[str, str]) -> tuple:
+    """Return the output folder, whether its classifier is finished, and where on the Hub it is published, if it is.
+
+    Raises:
+        UserError: it is the folder of another run, or cannot be written; what `open_target` raises.
+    """
+    training_args, options = args.training, resolve_options(args.groups)
+    folder = RunFolder(
+        Path(training_args.output_dir), "a classifier", options, BRIDGED_CONFIG, traces=stage_names(),
+        free=free_options(args.groups), overwrite=training_args.overwrite_output_dir, inputs=inputs, outputs=OUTPUTS,
+    )  # fmt: skip
+    is_finished, hub_target = folder.is_finished, None
+    if training_args.push_to_hub:
+        hub_target = open_target(
+            training_args.output_dir, training_args.hub_model_id, "model", bool(training_args.hub_private_repo),
+            training_args.hub_revision, training_args.hub_token,
+        )  # fmt: skip
+    if not is_finished:
+        folder.check_writable()
+        check_card(folder.path / "README.md")
+    return folder, is_finished, hub_target
+
+
 def choose_learning_rate(args: SimpleNamespace) -> str | None:
     """Set the learning rate that is not given, by what kind of model is trained; return why, None where it is given."""
-    from utils.transfer.classifiers import check_classifier, default_learning_rates
+    from utils.transfer.classifiers import default_learning_rates
 
     if args.training.learning_rate is not None:
         return None
@@ -348,10 +396,9 @@ def choose_learning_rate(args: SimpleNamespace) -> str | None:
         for stage in args.chosen_method.stages
     ]
     model_args, token = args.model, args.training.hub_token or None
-    commit = check_classifier(model_args.model_name_or_path, model_args.model_revision, token)
     rates = default_learning_rates(
         model_args.model_name_or_path, use_peft=args.lora.use_peft, freeze_backbone=all(heads_alone),
-        revision=commit or "main", trust_remote_code=model_args.trust_remote_code, token=token,
+        revision=args.model_commit or "main", trust_remote_code=model_args.trust_remote_code, token=token,
     )  # fmt: skip
     args.training.learning_rate = rates.real
     return rates.reason
@@ -370,7 +417,8 @@ def open_model(args: SimpleNamespace, options: dict):
     lora, stages = args.lora, args.chosen_method.stages
     settings = LoraSettings(lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
     token = args.training.hub_token or None
-    pretrained = open_pretrained(**vars(args.model), token=token, lora=settings if lora.use_peft else None)
+    pinned = vars(args.model) | {"model_revision": args.model_commit}
+    pretrained = open_pretrained(**pinned, token=token, lora=settings if lora.use_peft else None)
     trial_settings = stage_settings(args.chosen_method, options, {"real": 1, "both": 1}, 1)[1]
     rehearse(pretrained, trial_settings, args.training, any(stage.head_init == "imprint" for stage in stages))
     return pretrained
@@ -423,22 +471,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
         return evaluate_finished(args)
 
     # output folder
+    inputs = identify_inputs(args, source)
     rate_reason = choose_learning_rate(args)
-    options = resolve_options(args.groups)
-    folder = RunFolder(
-        Path(training_args.output_dir), "a classifier", options, BRIDGED_CONFIG, traces=stage_names(),
-        free=free_options(args.groups), overwrite=training_args.overwrite_output_dir,
-    )  # fmt: skip
-    is_finished, hub_target = folder.is_finished, None
-    if training_args.push_to_hub:
-        hub_target = open_target(
-            training_args.output_dir, training_args.hub_model_id, "model", bool(training_args.hub_private_repo),
-            training_args.hub_revision, training_args.hub_token,
-        )  # fmt: skip
+    folder, is_finished, hub_target = open_folder(args, inputs)
+    options = folder.options
     if is_finished:
         publish_finished(folder.path, hub_target, PUBLISHED_FILES)
         return read_record(folder.path / ALL_RESULTS)
-    check_card(folder.path / "README.md")
     resume = folder.is_resumable(training_args.resume_from_checkpoint == "latest")
 
     # these take seconds to import: only once the arguments are known to be good
@@ -465,28 +504,29 @@ def main(argv: Sequence[str] | None = None) -> dict:
     check_stages(stages, options, num_images, len(real.class_names), training_args.world_size)
 
     # training
-    if is_main_process and not resume:
-        folder.begin()
-    PartialState().wait_for_everyone()
-    leep = dict.fromkeys(LEEP_RESULTS)
-    transformers.utils.logging.disable_progress_bar()  # what is to be downloaded is; the rest are moments
-    done = run_method(
-        stages, images, EvalImages(real.test, pretrained.image_processor), pretrained, real.class_names, training_args,
-        lambda stage: folder.path, validation=real.validation, resume=resume,
-        after_stage=partial(measure_leep, args, pretrained, real.train, leep),
-    )  # fmt: skip
+    with folder.working(command := public_command("train_bridged.py", argv)):
+        if is_main_process and not resume:
+            folder.begin()
+        PartialState().wait_for_everyone()
+        leep = dict.fromkeys(LEEP_RESULTS)
+        transformers.utils.logging.disable_progress_bar()  # what is to be downloaded is; the rest are moments
+        done = run_method(
+            stages, images, EvalImages(real.test, pretrained.image_processor), pretrained, real.class_names,
+            training_args, lambda stage: folder.path, validation=real.validation, resume=resume, inputs=inputs,
+            after_stage=partial(measure_leep, args, pretrained, real.train, leep),
+        )  # fmt: skip
 
-    # results: the one time that the test images are read
-    results = add_totals(leep | done.results, list(done.log_histories)) | test_metrics(done.logits, done.labels)
-    if is_main_process:
-        config = describe_run(args, real, source, stages, pretrained) | {"learning_rate_reason": rate_reason}
-        model_id = hub_target.repo_id if hub_target else folder.path.resolve().name
-        command = public_command("train_bridged.py", argv)
-        write_results(args, model_id, pretrained, config, results, done, command)
-        write_run_config(folder.path, options, started)
-        folder.finish(config)  # last: its presence says that the classifier is finished
-        if hub_target is not None:
-            publish_folder(folder.path, hub_target, PUBLISHED_FILES, stale_patterns=WEIGHTS)
+        # results: the one time that the test images are read
+        results = add_totals(leep | done.results, list(done.log_histories)) | test_metrics(done.logits, done.labels)
+        if is_main_process:
+            folder.check_unchanged(partial(identify_inputs, args, source))
+            config = describe_run(args, real, source, stages, pretrained) | {"learning_rate_reason": rate_reason}
+            model_id = hub_target.repo_id if hub_target else folder.path.resolve().name
+            write_results(args, model_id, pretrained, config, results, done, command)
+            write_run_config(folder.path, options, started, inputs)
+            folder.finish(config)  # last: its presence says that the classifier is finished
+            if hub_target is not None:
+                publish_folder(folder.path, hub_target, PUBLISHED_FILES, stale_patterns=WEIGHTS)
     return results
 
 

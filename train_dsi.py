@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from utils.cli.contents import describe_files
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import free_options, option, resolve_options
 from utils.cli.parsing import ScriptArgumentParser
@@ -40,7 +41,7 @@ from utils.hub.cards import check_card
 from utils.hub.publishing import publish_finished, publish_folder
 from utils.hub.targets import HubArguments, open_target
 from utils.style.base_models import open_base_model
-from utils.style.card import PUBLISHED_FILES, describe_token, write_records
+from utils.style.card import OUTPUTS, PUBLISHED_FILES, describe_token, write_records
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
@@ -149,6 +150,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
             "constant_with_warmup."
         )
     check_real_images_given(data_args)
+    check_output_outside(training_args.output_dir, data_args)
     # part of the options of a run: a checkpoint is not gone on from in another precision
     training_args.mixed_precision = training_args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return (*groups, read_templates(token_args))
@@ -165,14 +167,31 @@ def read_templates(token_args: TokenArguments) -> list[str]:
     return [*given, *more]
 
 
-def open_folder(groups: list) -> tuple:
+def identify_inputs(groups: list, base_model, real_images) -> tuple:
+    """Return the real images' record, its commit pinned, and what tells the contents of each input from others.
+
+    Raises:
+        UserError: the real images are neither a folder nor a repository that can be read.
+    """
+    from utils.data.image_set import RealImagesRecord
+    from utils.data.real_images import identify_real_images
+
+    _, _, token_args, *_, hub_args = groups
+    real_images, inputs = identify_real_images(RealImagesRecord.from_arguments(real_images), hub_args.hub_token)
+    inputs["pretrained_model_name_or_path"] = base_model.identity
+    for name in ("prompt_templates_file", "class_names_file"):
+        if (path := getattr(token_args, name)) is not None:
+            inputs[name] = describe_files(Path(path).parent, [Path(path).name])
+    return real_images, inputs
+
+
+def open_folder(groups: list, inputs: dict[str, str]) -> tuple:
     """Return the output folder, whether its token is finished, and where on the Hub it is published, if it is."""
-    _, data_args, _, _, training_args, _, hub_args = groups
+    _, _, _, _, training_args, _, hub_args = groups
     folder = RunFolder(
         Path(training_args.output_dir), "a style token", resolve_options(groups), DSI_CONFIG, traces=CHECKPOINTS,
-        free=free_options(groups), overwrite=training_args.overwrite_output_dir,
+        free=free_options(groups), overwrite=training_args.overwrite_output_dir, inputs=inputs, outputs=OUTPUTS,
     )  # fmt: skip
-    check_output_outside(folder.path, data_args)
     is_finished, hub_target = folder.is_finished, None
     if hub_args.push_to_hub:
         hub_target = open_target(
@@ -180,6 +199,7 @@ def open_folder(groups: list) -> tuple:
             hub_args.hub_token,
         )  # fmt: skip
     if not is_finished:
+        folder.check_writable()
         check_card(folder.path / "README.md")
     return folder, is_finished, hub_target
 
@@ -301,17 +321,17 @@ def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
     *groups, templates = parse_arguments(argv)
     model_args, data_args, token_args, image_args, training_args, monitoring_args, hub_args = groups
-    folder, is_finished, hub_target = open_folder(groups)
+    name = model_args.pretrained_model_name_or_path
+    base_model = open_base_model(name, "--pretrained_model_name_or_path", model_args.revision, hub_args.hub_token)
+    real_images, inputs = identify_inputs(groups, base_model, data_args)
+    folder, is_finished, hub_target = open_folder(groups, inputs)
     if is_finished:
         publish_finished(folder.path, hub_target, PUBLISHED_FILES)
         return read_record(folder.path / DSI_CONFIG)["health"]
-    name = model_args.pretrained_model_name_or_path
-    base_model = open_base_model(name, "--pretrained_model_name_or_path", model_args.revision, hub_args.hub_token)
 
     # these take seconds to import: only once the arguments are known to be good
     import torch
 
-    from utils.data.image_set import RealImagesRecord
     from utils.style.checkpoints import TrainingState, find_checkpoint
     from utils.style.monitor import BeforeAfter, HealthCheck, Monitor
     from utils.style.style_images import load_latents, load_style_images
@@ -323,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     noise_scheduler, tokenizers = base_model.load_noise_scheduler(), base_model.load_tokenizers()
     token, num_vectors = token_args.placeholder_token, token_args.num_vectors
     initializer_ids = add_placeholder_tokens(tokenizers, token, num_vectors, token_args.initializer_token)
-    images = load_style_images(RealImagesRecord.from_arguments(data_args), hub_args.hub_token)
+    images = load_style_images(real_images, hub_args.hub_token)
     accelerator.print("\n".join(images.real.remarks))
     nouns, prompt_ids = prepare_prompts(tokenizers, images.real.class_names, templates, token_args, accelerator.device)
 
@@ -347,10 +367,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     row_names = base_model.family.row_names(token)
     state = TrainingState(
         row_names, encoder.rows, optimizer, lr_scheduler, accelerator.scaler, options=folder.options,
-        inputs=prompt_ids.key(latents_key), images_per_step=steps.images_per_step,
+        inputs=prompt_ids.key(latents_key), base_model=base_model.identity, images_per_step=steps.images_per_step,
     )  # fmt: skip
-    num_columns = monitoring_args.num_validation_images if accelerator.is_main_process else 0
     # measured and drawn on the way, and now with the untrained token: always the same images, noise and classes
+    num_columns = monitoring_args.num_validation_images if accelerator.is_main_process else 0
     monitor = Monitor(
         accelerator, folder, state, HealthCheck(denoiser, images, held_out_latents, training_args.train_batch_size),
         BeforeAfter(denoiser, images.real.train, nouns, num_columns) if num_columns else None,
@@ -358,21 +378,22 @@ def main(argv: Sequence[str] | None = None) -> dict:
         validation_steps=monitoring_args.validation_steps, checkpointing_steps=monitoring_args.checkpointing_steps,
         checkpoints_total_limit=monitoring_args.checkpoints_total_limit,
     )  # fmt: skip
-    monitor.begin(checkpoint)
-    train(steps, trained, state, monitor, accelerator, training_args)
-
-    health = monitor.health | {"num_skipped_images": images.num_skipped}
-    if accelerator.is_main_process:
-        record = describe_token(
-            base_model, images.real, nouns, templates, placeholder_token=token, num_vectors=num_vectors,
-            initializer_token=token_args.initializer_token, resolution=resolution,
-            max_train_steps=training_args.max_train_steps, health=health, held_out_losses=state.held_out_losses,
-        )  # fmt: skip
-        save_learned_embeds(folder.path, row_names, encoder.rows)
-        monitor.plot_training()
-        write_records(folder, record, started, public_command("train_dsi.py", argv), hub_target, hub_args.hub_token)
-        if hub_target is not None:
-            publish_folder(folder.path, hub_target, PUBLISHED_FILES)
+    with folder.working(command := public_command("train_dsi.py", argv)):
+        monitor.begin(checkpoint)
+        train(steps, trained, state, monitor, accelerator, training_args)
+        health = monitor.health | {"num_skipped_images": images.num_skipped}
+        if accelerator.is_main_process:
+            folder.check_unchanged(lambda: identify_inputs(groups, base_model, real_images)[1])
+            record = describe_token(
+                base_model, images.real, nouns, templates, placeholder_token=token, num_vectors=num_vectors,
+                initializer_token=token_args.initializer_token, resolution=resolution,
+                max_train_steps=training_args.max_train_steps, health=health, held_out_losses=state.held_out_losses,
+            )  # fmt: skip
+            save_learned_embeds(folder.path, row_names, encoder.rows)
+            monitor.plot_training()
+            write_records(folder, record, started, command, hub_target, hub_args.hub_token)
+            if hub_target is not None:
+                publish_folder(folder.path, hub_target, PUBLISHED_FILES)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return {**health, "loss_history": state.loss_history}

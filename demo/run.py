@@ -62,7 +62,7 @@ def style_figures(runs_dir: Path) -> Step:
         ("demo/style_figures.py", "--real", "demo/fashion-mnist", "--with_token", str(runs_dir / "synthetic-0"),
          "--without_token", str(runs_dir / "plain-0"), "--classifier", "demo/classifier",
          "--output_dir", str(runs_dir)),
-        is_launched=False,
+        is_launched=False, from_scratch=(),
     )  # fmt: skip
 
 
@@ -80,6 +80,7 @@ def compare(runs_dir: Path, recipe: str, sets: list[str]) -> Step:
         "comparison", "all methods, on the same real images", runs_dir / "comparison" / "comparison.md",
         ("compare_transfer.py", recipe, "--synthetic_dataset", *sets, "--num_workers", str(NUM_LANES),
          "--output_dir", str(runs_dir / "comparison")),
+        from_scratch=(),
     )  # fmt: skip
 
 

@@ -87,6 +87,7 @@ def list_steps(
              "--volumes", str(num_images_per_class), *classifier, "--learning_rates", rate, "--bridge_learning_rates",
              bridge_rate, "--output_dir", str(trained / "comparison"), *of_config),
             is_launched=False,  # it starts processes of its own
+            from_scratch=(),
         ),
     ]  # fmt: skip
 

@@ -92,7 +92,7 @@ def test_a_checkpoint_by_its_path_is_gone_on_from_in_another_folder(run_dsi, tmp
     assert {path.name for path in whole.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-12", "checkpoint-best"}
     assert {path.suffix for path in (whole / "checkpoint-9").iterdir()} == {".safetensors", ".json"}  # no pickles
     with pytest.raises(UserError, match="checkpoint-12: was made with other options .num_vectors was 1, now 2"):
-        run_dsi(output_dir=whole, resume_from_checkpoint="latest", overwrite_output_dir=True, **flags, num_vectors=2)
+        run_dsi(output_dir=whole, resume_from_checkpoint="latest", **flags, num_vectors=2)
     run_dsi(resume_from_checkpoint=whole / "checkpoint-9", **flags | {"checkpointing_steps": 100})
     assert torch.equal(*(read_rows(tmp_path / folder)[0] for folder in ("whole", "style")))
     assert read_record(whole / "checkpoint-9" / checkpoints.STATE_RECORD)["progress"]["step"] == 9

@@ -271,11 +271,15 @@ def test_bad_input_is_one_user_error_before_training_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_trial_of_two_images_shows_is_found_before_images_are_read(classifiers, tmp_path, monkeypatch):
+def test_what_a_trial_of_two_images_shows_is_found_before_images_are_read(
+    classifiers, real_images_dir, tmp_path, monkeypatch
+):
     monkeypatch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("images were read"))
     with pytest.raises(UserError, match="^--optim adamw_8bit: ImportError: .*bitsandbytes"):
-        train_bridged.main(["--dataset_name", "user/cars", "--method", "vanilla", "--optim", "adamw_8bit", "--use_cpu",
-                            "--model_name_or_path", classifiers["vit"], "--output_dir", str(tmp_path)])  # fmt: skip
+        train_bridged.main(
+            ["--dataset_name", str(real_images_dir), "--method", "vanilla", "--optim", "adamw_8bit", "--use_cpu",
+             "--model_name_or_path", classifiers["vit"], "--output_dir", str(tmp_path)]
+        )  # fmt: skip
     assert not list(tmp_path.iterdir())
 
 

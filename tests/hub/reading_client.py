@@ -16,7 +16,7 @@ from utils.data.real_images import load_real_images
 from utils.hub.repositories import open_source
 from utils.style.base_models import open_base_model
 from utils.synthesis.sources import read_token_sources
-from utils.transfer.classifiers import check_classifier, load_image_processor, load_pretrained
+from utils.transfer.classifiers import load_image_processor, load_pretrained, open_classifier
 from utils.transfer.synthetic_images import load_synthetic, open_synthetic
 
 SECONDS_SLEPT = []
@@ -54,7 +54,7 @@ def read_synthetic_images(name: str, revision: str | None, token: str | None) ->
 
 
 def read_classifier(name: str, revision: str | None, token: str | None) -> dict:
-    commit = check_classifier(name, revision, token)
+    commit = open_classifier(name, revision, token).revision
     hub_options = {"revision": commit, "token": token or None}  # as the scripts do
     load_image_processor(name, **hub_options)
     return {"commit": commit, "num_labels": load_pretrained(name, **hub_options).config.num_labels}

@@ -13,7 +13,7 @@ from tests.transfer.architectures import HEADS
 from utils.cli.errors import UserError
 from utils.transfer import adapters
 from utils.transfer.adapters import LoraSettings, add_adapter, load_adapter, save_adapter, save_merged
-from utils.transfer.classifiers import check_classifier, load_classifier, load_image_processor, save_classifier
+from utils.transfer.classifiers import load_classifier, load_image_processor, open_classifier, save_classifier
 
 pytest_plugins = ["tests.transfer.fixtures"]
 
@@ -86,7 +86,7 @@ def test_adapter_names_its_base_checkpoint_at_its_commit(local_hub_server, save_
     local_hub_server.reset()
     repository = local_hub_server.create_repo("ann/vit", "model")
     repository.commit({file.name: file for file in Path(save_classifier_of("vit")).iterdir()})
-    commit = check_classifier("ann/vit")
+    commit = open_classifier("ann/vit").revision
     model = add_adapter(load_classifier("ann/vit", CLASS_NAMES, True, 0, revision=commit), LORA, 0, revision=commit)
     repository.commit({"model.safetensors": b"newer ones, which the adapter was not trained on"})
     save_merged(train(model), load_image_processor("ann/vit", revision=commit), tmp_path)

@@ -1,5 +1,8 @@
 """How a script ends early: bad input in one line with exit status 2, a signal cleanly, a bug with its traceback."""
 
+import errno
+import os
+import re
 import signal
 import sys
 import time
@@ -8,6 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from utils.cli.processes import is_main_process
+
+# a disk that is full or read-only, a quota, a folder that may not be written or was removed
+CANNOT_WRITE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
+)  # fmt: skip
+# as libraries put it that do not raise an OSError: safetensors, and torch.save, which does not say why
+CANNOT_WRITE_WORDS = re.compile(
+    "|".join([*(os.strerror(number) for number in CANNOT_WRITE[:4]), "PytorchStreamWriter failed writing"])
+)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SECONDS_TO_END = 10.0
 
@@ -51,6 +64,37 @@ def graceful_interrupt(advice: Callable[[], str]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def report_unwritable(folder: str | Path, advice: Callable[[], str]) -> Iterator[None]:
+    """Turn an output that cannot be written within the block into one line, which ends in `advice()`.
+
+    Raises:
+        UserError: the folder's disk is full or read-only, the folder may not be written, or was removed.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (reason := _why_unwritable(error, folder)) is None:
+            raise
+        raise UserError(f"--output_dir {folder}: cannot be written ({reason}); {advice()}") from None
+
+
+def _why_unwritable(error: Exception, folder: str | Path) -> str | None:
+    """Return why a file in a folder could not be written, None where the error is another one."""
+    if not isinstance(error, OSError) or error.errno is None:
+        found = CANNOT_WRITE_WORDS.search(str(error))
+        return found and found[0]
+    if error.errno not in CANNOT_WRITE:
+        return None
+    if error.filename is None:  # it was open already
+        return error.strerror if error.errno in CANNOT_WRITE[:3] else None
+    if not Path(os.fsdecode(error.filename)).absolute().is_relative_to(Path(folder).absolute()):
+        return f"{error.strerror}: {error.filename}" if error.errno in CANNOT_WRITE[:4] else None
+    return error.strerror if Path(folder).is_dir() else "it was removed"
+
+
 def run_script(main: Callable[[], object]) -> None:
     """Call a script's `main`; a `UserError` ends it with one line and exit status 2, a bug keeps its traceback.
 
@@ -61,11 +105,12 @@ def run_script(main: Callable[[], object]) -> None:
     except UserError as error:
         _end(f"error: {' '.join(str(error).split())}", 2)
     except Interrupted as interruption:
-        _end(f"interrupted. {interruption}", 128 + interruption.signal_number)
+        _end(f"interrupted. {interruption}", 128 + interruption.signal_number, is_said=is_main_process())
     except KeyboardInterrupt:
         _end("interrupted", 128 + signal.SIGINT)
 
 
-def _end(message: str, status: int) -> NoReturn:
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+def _end(message: str, status: int, is_said: bool = True) -> NoReturn:
+    if is_said:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)

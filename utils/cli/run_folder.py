@@ -1,11 +1,16 @@
-"""The folder of a run: new, begun, or finished; with which options, and whether this run may go on in it."""
+"""The folder of a run: new, begun, or finished; with which options and inputs, and whether this run may go on in it."""
 
+import shlex
 import shutil
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.cli.errors import UserError
+from utils.cli.errors import UserError, graceful_interrupt, report_unwritable
 from utils.cli.options import differing_options
+from utils.cli.processes import warn_once
 from utils.cli.records import RUN_CONFIG, read_record, write_record
 
 # checkpoint-<step>, the earliest first, and nothing of somebody's own such as checkpoint-best
@@ -18,8 +23,9 @@ class RunFolder:
 
     `record` is the file that is written last: where it is, the run is finished. `noted_in` are the file, written first,
     and the key in it that hold the options of the run that began here. `traces` are patterns of what an unfinished run
-    leaves, such as checkpoints. `free` are the options on which the result does not depend. With `overwrite` the run
-    starts from scratch, whatever is there.
+    leaves, such as checkpoints, `outputs` of the files that a finished one leaves. `free` are the options on which the
+    result does not depend. `inputs` maps options that name a dataset or a model to what tells its contents from others,
+    as `Source.identity` returns it. With `overwrite` the run starts from scratch, whatever is there.
     """
 
     path: Path
@@ -30,13 +36,15 @@ class RunFolder:
     traces: tuple[str, ...] = ()
     free: frozenset[str] = frozenset()
     overwrite: bool = False
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
 
     @property
     def is_finished(self) -> bool:
         """Whether the result is there. Such a run is not done again: the same command goes on with publishing.
 
         Raises:
-            UserError: it is the result of a run with other options; or the folder is a file.
+            UserError: it is the result of a run with other options or inputs; or the folder is a file.
         """
         if self.path.is_file():
             raise UserError(f"--output_dir {self.path}: is a file; name a folder.")
@@ -47,13 +55,20 @@ class RunFolder:
                 f"--output_dir {self.path}: holds {self.what} made with other options ({'; '.join(differing)}); choose "
                 "another folder or give --overwrite_output_dir."
             )
+        if changed := self.differing_inputs():
+            raise UserError(
+                f"--output_dir {self.path}: holds {self.what} made from other inputs ({'; '.join(changed)}); choose "
+                f"another folder or give --overwrite_output_dir{_how_to_pin(changed)}."
+            )
+        self._warn_of_unknown_inputs()
         return True
 
     def find_traces(self) -> list[Path]:
         """Return what an unfinished run has left, in the order of `traces`, those of a pattern by length and name."""
-        found = [
-            sorted(self.path.glob(pattern), key=lambda path: (len(path.name), path.name)) for pattern in self.traces
-        ]
+        return self._find(self.traces)
+
+    def _find(self, patterns: tuple[str, ...]) -> list[Path]:
+        found = [sorted(self.path.glob(pattern), key=lambda path: (len(path.name), path.name)) for pattern in patterns]
         return [path for paths in found for path in paths]
 
     def is_resumable(self, resume: bool) -> bool:
@@ -71,6 +86,7 @@ class RunFolder:
                 "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to start from scratch."
             )
         self.check_options()
+        self._warn_of_unknown_inputs()
         return True
 
     @property
@@ -79,7 +95,7 @@ class RunFolder:
         return (self.path / self.noted_in[0]).exists()
 
     def check_options(self) -> None:
-        """Check that the run that began here had these options.
+        """Check that the run that began here had these options and inputs.
 
         Raises:
             UserError: it had others.
@@ -89,14 +105,77 @@ class RunFolder:
                 f"--resume_from_checkpoint latest: {self.path} was begun with other options ({'; '.join(differing)}); "
                 "give the same, or start from scratch with --overwrite_output_dir."
             )
+        self.check_inputs()
+
+    def check_inputs(self) -> None:
+        """Check that the run that began here had these inputs, as far as it noted them.
+
+        Raises:
+            UserError: their contents were others.
+        """
+        if changed := self.differing_inputs():
+            raise UserError(
+                f"--resume_from_checkpoint latest: {self.path} was begun with other inputs ({'; '.join(changed)}); "
+                "start from scratch with --overwrite_output_dir, or in another --output_dir"
+                f"{_how_to_pin(changed)}."
+            )
+
+    def check_writable(self) -> None:
+        """Check, before any work, that the folder can be made and written, and that none of the outputs is foreign.
+
+        Raises:
+            UserError: it cannot be written; or it holds a file that this run would write, and no run has noted.
+        """
+        check_writable(self.path)
+        if self.overwrite or self.is_begun or self.find_traces():
+            return
+        if foreign := next(iter(self._find(self.outputs)), None):
+            raise UserError(
+                f"--output_dir {self.path}: holds {foreign.relative_to(self.path)}, which would be overwritten, and is "
+                f"not the folder of {self.what} (no {self.noted_in[0]}); name another folder."
+            )
 
     def begin(self, keep_traces: bool = False, **facts) -> None:
-        """Remove what an earlier run has left, if this one does not need it; note the options, and `facts` beside."""
+        """Remove what an earlier run left, if this one does not need it; note options, inputs and `facts`."""
         (self.path / self.record).unlink(missing_ok=True)  # from here on, what is there is being replaced
         for trace in [] if keep_traces else self.find_traces():
             shutil.rmtree(trace)
+        for output in self._find(self.outputs):
+            output.unlink()
         name, key = self.noted_in
-        write_record(self.path / name, {key: self.options, **facts})
+        write_record(self.path / name, {key: self.options, **({"inputs": self.inputs} if self.inputs else {}), **facts})
+
+    @contextmanager
+    def working(self, command: str) -> Iterator[None]:
+        """Say how to go on where a signal ends the block, or the folder cannot be written; `command` began the run."""
+
+        def advise() -> str:
+            words = [word for word in shlex.split(command) if word != "--overwrite_output_dir"]
+            kept, resume = "nothing is kept yet", ["--resume_from_checkpoint", "latest"]
+            if traces := self.find_traces():
+                kept = f"{traces[-1].name} is kept"
+                words += [] if resume[0] in words else resume
+            return f"{kept}; go on with: {shlex.join(words)}"
+
+        with graceful_interrupt(advise), report_unwritable(self.path, advise):
+            yield
+
+    def check_unchanged(self, identify: Callable[[], Mapping[str, str]]) -> None:
+        """Check at the end of a run that its inputs, which `identify` looks at again, are those that it began with.
+
+        Raises:
+            UserError: they have changed meanwhile, so that the result is of neither.
+        """
+        try:
+            now = identify()
+        except UserError as error:  # removed, or out of reach: no reason to lose the result
+            warn_once(f"Warning: whether the inputs have changed during the run cannot be checked: {error}")
+            return
+        if changed := self._describe_changes(self.inputs, now):
+            raise UserError(
+                f"--output_dir {self.path}: not finished, the inputs have changed while they were read "
+                f"({'; '.join(changed)}); start from scratch with --overwrite_output_dir."
+            )
 
     def finish(self, record: dict) -> None:
         """Write the record whose presence says that all is there."""
@@ -106,3 +185,44 @@ class RunFolder:
         """Return 'name was value, now value' for each option that another result depends on."""
         name, key = self.noted_in
         return differing_options(read_record(self.path / name)[key], self.options, self.free)
+
+    def differing_inputs(self) -> list[str]:
+        """Return '--flag value was ..., now ...' for each input that was another, as far as that was noted."""
+        return self._describe_changes(read_record(self.path / self.noted_in[0]).get("inputs", {}), self.inputs)
+
+    def _describe_changes(self, before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+        return [
+            f"--{name} {self.options.get(name, '')}".rstrip() + f" was {before[name]}, now {now[name]}"
+            for name in now
+            if name in before and before[name] != now[name]
+        ]
+
+    def _warn_of_unknown_inputs(self) -> None:
+        if self.inputs and "inputs" not in read_record(self.path / self.noted_in[0]):
+            warn_once(
+                f"{self.path}: was begun by an earlier version, which did not note the contents of its inputs: whether "
+                "they have changed since is not known."
+            )
+
+
+def check_writable(folder: Path) -> None:
+    """Check that a folder can be made and written, by a file in it, or in the nearest one around it that is there.
+
+    Raises:
+        UserError: it cannot.
+    """
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(bytes(4096))
+            file.flush()
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder}: {nearest} cannot be written ({error.strerror}); name another folder."
+        ) from None
+
+
+def _how_to_pin(changed: list[str]) -> str:
+    return (
+        "; a flag that ends in revision names the earlier commit" if any("commit" in line for line in changed) else ""
+    )

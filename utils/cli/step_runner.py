@@ -1,5 +1,6 @@
 """Runs commands as the steps of a longer work: what is finished is not done again, two may run side by side."""
 
+import glob
 import json
 import os
 import shlex
@@ -9,19 +10,23 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from utils.cli.records import RUN_CONFIG, write_text
+from utils.cli.contents import describe_files, list_files
+from utils.cli.records import DSI_CONFIG, GENERATION_CONFIG, RUN_CONFIG, write_text
 
 NUM_LANES = 2
+# of a step's folder, what later ones depend on: no times, and no pictures
+RESULTS = (DSI_CONFIG, GENERATION_CONFIG, ".safetensors", ".parquet")
 
 
 @dataclass(frozen=True)
 class Step:
     """A command (a script with its flags), why it is run, and the file that is there once it is finished.
 
-    `is_launched` says whether `accelerate launch` runs the script, or Python by itself.
+    `is_launched` says whether `accelerate launch` runs the script, or Python by itself, `from_scratch` which flags let
+    it replace what it made of other inputs.
     """
 
     name: str
@@ -29,6 +34,7 @@ class Step:
     finished: Path
     command: tuple[str, ...]
     is_launched: bool = True
+    from_scratch: tuple[str, ...] = ("--overwrite_output_dir",)
 
     @property
     def text(self) -> str:
@@ -40,7 +46,7 @@ class Step:
 class StepRunner:
     """Runs steps in `root`, says what each does, and remembers in `runs_dir` its seconds and the memory it recorded.
 
-    A step is run again where its command has changed, or what it made is gone.
+    A step is run again where its command has changed, or one of the files and folders in it, or what it made is gone.
 
     `launch` are flags of `accelerate launch`, `environment` is added to this process's.
     """
@@ -61,9 +67,15 @@ class StepRunner:
         Raises:
             RuntimeError: the command failed; the message names the log.
         """
-        if self.costs.get(step.name, {}).get("command") == step.text and step.finished.exists():
-            self.say(f"{step.name}: done before in {self.costs[step.name]['seconds']:.0f} s")
+        before, asked, inputs = self.costs.get(step.name, {}), step.text, self._describe_inputs(step)
+        noted = before.get("inputs", inputs)  # earlier versions noted none
+        changed = [name for name in inputs if name in noted and noted[name] != inputs[name]]
+        if step.finished.exists() and before.get("command") == asked and not changed:
+            self.say(f"{step.name}: done before in {before['seconds']:.0f} s")
             return
+        if step.finished.exists() and changed:
+            self.say(f"{step.name}: was made of another {', '.join(changed)}, and is made anew")
+            step = replace(step, command=(*step.command, *(set(step.from_scratch) - set(step.command))))
         self.say(f"\033[1m{step.name}\033[0m: {step.why}\n  $ {step.text}")
         log_path = self.runs_dir / "logs" / f"{step.name.replace(' ', '-').replace(',', '')}.log"
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +92,7 @@ class StepRunner:
         run_config = step.finished.parent / RUN_CONFIG
         memory = json.loads(run_config.read_text())["peak_memory_gib"] if run_config.exists() else None
         with self._lock:
-            self.costs[step.name] = {"seconds": seconds, "peak_memory_gib": memory, "command": step.text}
+            self.costs[step.name] = {"seconds": seconds, "peak_memory_gib": memory, "command": asked, "inputs": inputs}
             write_text(self._costs_path, json.dumps(self.costs, indent=2) + "\n")
         if not show:
             self.say(f"  {step.name}: finished in {seconds:.0f} s")
@@ -100,6 +112,21 @@ class StepRunner:
         for name, cost in self.costs.items():
             memory = f" {cost['peak_memory_gib']:6.1f} GiB" if cost["peak_memory_gib"] else ""
             print(f"  {name:36s} {cost['seconds']:7.0f} s{memory}")
+
+    def _describe_inputs(self, step: Step) -> dict[str, str]:
+        """Return what tells the contents of the files and folders that a command names from others, by path."""
+        inputs, own = {}, (self.root / step.finished).absolute().parents
+        for word in step.command[1:]:
+            if word.startswith("--") or "/" not in word:
+                continue
+            pattern = "*".join(map(glob.escape, word.rpartition("=")[2].split("{seed}")))
+            for path in map(Path, sorted(glob.glob(os.path.join(self.root, pattern)))):
+                if path.is_file():
+                    inputs[os.path.relpath(path, self.root)] = describe_files(path.parent, [path.name])
+                elif path.absolute() not in own:
+                    names = [name for name in list_files(path) if name.endswith(RESULTS)]
+                    inputs[os.path.relpath(path, self.root)] = describe_files(path, names)
+        return inputs
 
     def _argv(self, step: Step) -> list[str]:
         python = Path(sys.executable)

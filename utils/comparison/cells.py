@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -25,15 +25,16 @@ from utils.cli.errors import DivergedError, UserError
 from utils.cli.records import read_record, write_record
 from utils.comparison.grid import Cell, Row, fingerprint, plan_cell, shots_key
 from utils.comparison.statistics import pack_correct
-from utils.data.image_set import RealImages
+from utils.data.image_set import PLACES, RealImages
 from utils.data.opened_images import open_synthetic
+from utils.data.real_images import identify_real_images
 from utils.data.splits import balanced_indices
 from utils.transfer.evaluation import classification_metrics
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StageSettings
 from utils.transfer.run_method import run_method, select_images
 from utils.transfer.stage import Pretrained
-from utils.transfer.synthetic_images import SyntheticSource, load_synthetic
+from utils.transfer.synthetic_images import SyntheticSource, identify_synthetic, load_synthetic
 
 MAX_BYTES_IN_MEMORY = 2**30  # of images that cells are evaluated on, again and again
 _runner: "CellRunner | None" = None  # of a worker process
@@ -57,6 +58,7 @@ class CellRunner:
     allow_missing_classes: bool = False
     _items: dict = field(default_factory=dict)
     _synthetic: dict = field(default_factory=dict)
+    _inputs: dict = field(default_factory=dict)
 
     def result(self, cell: Cell) -> dict:
         """Return a cell's metrics on its split, from disk when it was run with the same settings before.
@@ -72,6 +74,7 @@ class CellRunner:
             if not path.exists():
                 try:
                     results = self._run(cell)
+                    self._check_unchanged(cell)
                 except UserError as error:
                     message = f"{error} (in the cell '{cell.title}')"
                     if not isinstance(error, DivergedError) or cell.split != "validation":
@@ -141,6 +144,7 @@ class CellRunner:
             "stages": [dataclasses.asdict(stage) for stage in plan_cell(cell, self.settings)],
             "num_shots": shots_key(cell.num_shots) if cell.row.method.uses_real else None, "split": cell.split,
             "max_eval_samples": self.max_eval_samples, "real_images": self.real.record.to_dict(),
+            **self._contents(cell, PLACES),
         }  # fmt: skip
         if "recalibrate" in (stage["settings"]["batch_norm"] for stage in settings["stages"]):
             settings["statistics_batch_size"] = self.training_args.per_device_eval_batch_size
@@ -153,13 +157,46 @@ class CellRunner:
         settings = {
             "model": self.pretrained.name, "revision": self.pretrained.hub_options["revision"], "seed": cell.seed,
             "class_names": self.real.class_names, "lr_scheduler_type": str(self.training_args.lr_scheduler_type),
+            **self._contents(cell, ["model_name_or_path"]),
         }  # fmt: skip
         # cells of before it could be chosen stay
         return settings if precision == "no" else settings | {"mixed_precision": precision}
 
     def _synthetic_settings(self, cell: Cell) -> dict:
         source = self.sources[cell.row.synthetic, cell.seed]
-        return {"synthetic_dataset": dataclasses.asdict(source), "volume": cell.row.volume}
+        # what a folder's record says of a set that grew does not matter where only its first images are used
+        described = dataclasses.asdict(source) if source.revision else self.inputs(cell)["synthetic_dataset"]
+        return {"synthetic_dataset": described, "volume": cell.row.volume}
+
+    def inputs(self, cell: Cell) -> dict[str, str]:
+        """Return what tells the contents of a cell's inputs from others, by flag, as they were when first looked at."""
+        source = self.sources[cell.row.synthetic, cell.seed] if cell.row.method.uses_synthetic else None
+        key = source and (source.name, source.revision, cell.row.volume)
+        if key not in self._inputs:
+            self._inputs[key] = self._identify(cell)
+        return self._inputs[key]
+
+    def _identify(self, cell: Cell) -> dict[str, str]:
+        _, inputs = identify_real_images(self.real.record, self.pretrained.hub_options.get("token"))
+        inputs["model_name_or_path"] = self.pretrained.identity
+        if cell.row.method.uses_synthetic:
+            source = self.sources[cell.row.synthetic, cell.seed]
+            inputs["synthetic_dataset"] = identify_synthetic(source, cell.row.volume)
+        return inputs
+
+    def _contents(self, cell: Cell, names: Iterable[str]) -> dict[str, str]:
+        """Return entries of settings for those inputs that are folders; commits of others are among these already."""
+        inputs = self.inputs(cell)
+        return {
+            f"{name}_contents": inputs[name]
+            for name in names
+            if name in inputs and not inputs[name].startswith("commit ")
+        }
+
+    def _check_unchanged(self, cell: Cell) -> None:
+        before, now = self.inputs(cell), self._identify(cell)
+        if changed := [f"--{name} was {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]:
+            raise UserError(f"{'; '.join(changed)}: changed while it was read; run the same command again.")
 
     def _run(self, cell: Cell) -> dict:
         """Train a cell's stages and return metrics, steps, images seen and seconds."""
@@ -174,7 +211,8 @@ class CellRunner:
             plan_cell(cell, self.settings), select_images(method, real, synthetic), self._eval_items(cell.split),
             self.pretrained, self.real.class_names, dataclasses.replace(self.training_args, seed=cell.seed),
             lambda stage: shared_dir if stage.images == "synthetic" else work_dir,
-            resume=True, exclusive=lambda folder: self._lock(f"{folder.parent.name}-{folder.name}"),
+            resume=True, inputs=self.inputs(cell),
+            exclusive=lambda folder: self._lock(f"{folder.parent.name}-{folder.name}"),
         )  # fmt: skip
         shutil.rmtree(work_dir, ignore_errors=True)
         metrics = classification_metrics(done.logits, done.labels)

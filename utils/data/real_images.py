@@ -1,5 +1,6 @@
 """The labelled real images: load, find columns, split and check. The same images for every script and method."""
 
+import fnmatch
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from utils.cli.errors import UserError
 from utils.data.class_folders import load_folder_set, read_local_set, read_train_dirs
 from utils.data.class_names import list_names, near_equal_names
 from utils.data.columns import find_columns, is_labelled, standardise, unify_labels
-from utils.data.image_set import PARTS, Part, RealImages, RealImagesRecord
+from utils.data.image_set import PARTS, PLACES, Part, RealImages, RealImagesRecord
 from utils.data.opened_images import content_places
 from utils.data.splits import TEST_SHARE, assign_splits, balanced_indices, carve, evenly_spaced, select
 from utils.hub.data_sets import load_data_set
@@ -82,6 +83,31 @@ def load_real_images(record: RealImagesRecord, token: str | None = None) -> Real
     images["train"], parts["train"] = whole.select(kept), replace(parts["train"], rows=rows[kept])
     real = RealImages(**images, class_names=found.class_names, record=record, parts=parts)
     return replace(real, remarks=(_describe_parts(real, found.unused), *_list_doubts(real)))
+
+
+def identify_real_images(record: RealImagesRecord, token: str | None = None) -> tuple[RealImagesRecord, dict[str, str]]:
+    """Return the record with its commit pinned, and what tells the contents of each of its `PLACES` from others.
+
+    Raises:
+        UserError: a place is neither a folder nor a repository that can be read.
+    """
+    identities = {}
+    for place in PLACES:
+        name = getattr(record, place)
+        if name is None:
+            continue
+        revision = record.dataset_revision if place == "dataset_name" else None
+        source = open_source(name, f"--{place}", "dataset", revision, token)
+        identities[place] = source.identity(_is_data)
+        if place == "dataset_name":
+            record = replace(record, dataset_revision=source.revision)
+    return record, identities
+
+
+def _is_data(filename: str) -> bool:
+    """Return whether a file in a folder of images may be of the images: cards, and what datasets caches, are not."""
+    name = filename.rpartition("/")[2]
+    return not (name.endswith((".md", ".lock")) or fnmatch.fnmatchcase(name, "cache-*.arrow"))
 
 
 def same_image_set(record: dict, dataset_name: str | None, train_dir: str | None) -> bool:

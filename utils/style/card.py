@@ -16,6 +16,7 @@ from utils.style.families import FAMILIES, LEARNED_EMBEDS, OTHER
 STYLE_PICTURE = "style.png"
 TRAINING_PICTURE = "training.png"
 PUBLISHED_FILES = (LEARNED_EMBEDS, TRAINING_PICTURE, STYLE_PICTURE, DSI_CONFIG, RUN_CONFIG, "README.md")
+OUTPUTS = PUBLISHED_FILES[:-1]  # a card may hold what a person wrote
 ARMS = ("no_token", "untrained_token", "trained_token")  # whose losses `health` has
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
@@ -42,7 +43,7 @@ def write_records(
         (base_model["id"], "model", base_model["revision"]),
         (image_set_name(real), "dataset", real["dataset_revision"]),
     ]
-    run = write_run_config(folder.path, folder.options, started)
+    run = write_run_config(folder.path, folder.options, started, folder.inputs)
     write_token_card(folder.path, record, run, read_licenses(sources, token), command, target and target.repo_id)
     folder.finish(record)
     print_summary(folder.path, record["health"], time.time() - started)

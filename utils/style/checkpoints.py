@@ -19,15 +19,16 @@ from utils.style.token import load_learned_embeds, save_learned_embeds
 
 TRAINING_STATE, STATE_RECORD = "training_state.safetensors", "training_state.json"
 # what the state's record says of how far training is, and with what
-PROGRESS = ("options", "inputs", "images_per_step", "step", "loss_history", "held_out_losses")
+PROGRESS = ("options", "inputs", "base_model", "images_per_step", "step", "loss_history", "held_out_losses")
 
 
 @dataclass
 class TrainingState:
     """A token in training: its rows `(num_vectors, dim)` of each text encoder, what moves them, and how far it is.
 
-    `row_names` are those in the file, `inputs` tells images, prompts and VAE from others, `images_per_step` counts all
-    processes, `held_out_losses` has the fixed-noise losses that were measured on the way, by step.
+    `row_names` are those in the file, `inputs` tells images, prompts and VAE from others, `base_model` its contents,
+    `images_per_step` counts all processes, `held_out_losses` has the fixed-noise losses that were measured on the way,
+    by step.
     """
 
     row_names: list[str]
@@ -37,6 +38,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler | None
     options: dict
     inputs: str
+    base_model: str
     images_per_step: int
     step: int = 0
     loss_history: list[float] = field(default_factory=list)
@@ -80,8 +82,8 @@ class TrainingState:
             UserError: it was made from other images or another base model, or with another number of processes.
         """
         record = read_record(checkpoint / STATE_RECORD)
-        progress = record["progress"]
-        if progress["inputs"] != self.inputs:
+        progress = {"base_model": self.base_model} | record["progress"]  # earlier versions did not note it
+        if (progress["inputs"], progress["base_model"]) != (self.inputs, self.base_model):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint}: the images, the prompts or the base model have changed; give "
                 "the commits of then (--dataset_revision, --revision), or start from scratch with "
@@ -110,14 +112,15 @@ def find_checkpoint(folder: RunFolder, resume: str | None) -> Path | None:
     """Return the checkpoint to go on from: `resume` is 'latest', a folder, or None for a new run.
 
     Raises:
-        UserError: no such checkpoint, one of a run with other options, or a new run would bury an unfinished one.
+        UserError: no such checkpoint, one of a run with other options or inputs, or a new run would bury an unfinished
+            one.
     """
     checkpoints = folder.find_traces()
     if resume is None:
         folder.is_resumable(False)  # raises where there is something to bury
         return None
     if resume == "latest":
-        if not checkpoints:
+        if folder.overwrite or not checkpoints:
             return None
         checkpoint = checkpoints[-1]
     else:
@@ -134,4 +137,6 @@ def find_checkpoint(folder: RunFolder, resume: str | None) -> Path | None:
             f"--resume_from_checkpoint {checkpoint}: was made with other options ({'; '.join(differing)}); give the "
             "same, or start from scratch with --overwrite_output_dir."
         )
+    if resume == "latest" and folder.is_begun:
+        folder.check_inputs()
     return checkpoint

@@ -65,7 +65,6 @@ class Monitor:
             self.state.load(checkpoint)
         if self.accelerator.is_main_process:
             self.folder.begin(keep_traces=checkpoint is not None)
-            (self.folder.path / STYLE_PICTURE).unlink(missing_ok=True)  # of a token that is being replaced
         options = {name: str(value) for name, value in self.folder.options.items()}
         self.accelerator.init_trackers("train_dsi", options)
 

@@ -22,6 +22,7 @@ SHARD = r"(?:-\d{5}-of-\d{5})?"
 SAFETENSORS = re.compile(rf"(?:diffusion_pytorch_)?model(?:\.(\w+))?{SHARD}(?:\.(\w+))?\.safetensors")
 PICKLED = re.compile(r"(?:diffusion_)?pytorch_model.*\.(?:bin|ckpt|pt|pth)")
 VARIANT = "fp16"
+INDEX = "model_index.json"
 # what the libraries raise on configs and weights that do not go together
 PROBLEMS = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RuntimeError, SafetensorError)
 
@@ -65,6 +66,18 @@ class SavedPipeline:
     def variants(self) -> dict[str, str | None]:
         """Which weights of each part are loaded: 'fp16' where there are no others."""
         return find_variants(self.source, self.loaded_parts)
+
+    @property
+    def identity(self) -> str:
+        """What tells these contents from others of this name: the commit, or a hash of what a folder's parts load."""
+
+        def is_loaded(filename: str) -> bool:
+            part, _, name = filename.rpartition("/")
+            if match := SAFETENSORS.fullmatch(name):
+                return part in self.variants and self.variants[part] == (match[1] or match[2])
+            return filename == INDEX or part in self.parts and not PICKLED.fullmatch(name)
+
+        return self.source.identity(is_loaded)
 
     def config(self, part: str) -> dict:
         """Return the config of a part of the pipeline."""
@@ -110,7 +123,7 @@ class SavedPipeline:
 
     @cached_property
     def _index(self) -> dict:
-        return read_config(self.source, "model_index.json")
+        return read_config(self.source, INDEX)
 
 
 def open_pipeline(name: str, flag: str, revision: str | None, token: str | None) -> tuple[Source, str | None]:
@@ -126,7 +139,7 @@ def open_pipeline(name: str, flag: str, revision: str | None, token: str | None)
         if name not in MIRRORS:
             raise
         raise UserError(f"{flag} {name}: is gone from the Hub; its mirror is {MIRRORS[name]}.") from None
-    return source, read_config(source, "model_index.json").get("_class_name")
+    return source, read_config(source, INDEX).get("_class_name")
 
 
 def refuse_class(source: Source, pipeline_class, supported: list[str]) -> UserError:

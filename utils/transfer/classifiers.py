@@ -1,5 +1,6 @@
 """Image classifiers of transformers and timm: checked, loaded with a fresh or a kept head, saved for a pipeline."""
 
+import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +32,12 @@ LEARNING_RATES = {
     "batch_norm": (2e-4, 5e-4),  # all weights of a network that normalises by BatchNorm: ResNet, EfficientNet
     "other": (2e-5, 5e-5),  # all weights of any other: ViT, Swin, ConvNeXt, hybrids, networks without normalisation
 }
+LOADED_FILES = ("config.json", "*processor_config.json", "model*", "pytorch_model*", "adapter_*", "*.py")
 WEIGHTS = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
 
 
-def check_classifier(name: str, revision: str | None = None, token: str | None = None) -> str | None:
-    """Return the commit of a classifier (None for a folder) without loading it.
+def open_classifier(name: str, revision: str | None = None, token: str | None = None) -> Source:
+    """Return a classifier at its commit, without loading it.
 
     Raises:
         UserError: `name` is neither a folder nor a repository, or one without a checkpoint; it may not be read, or
@@ -45,7 +47,12 @@ def check_classifier(name: str, revision: str | None = None, token: str | None =
     source.file("config.json", "a checkpoint of transformers or timm")
     if not source.has_one_of(WEIGHTS):
         raise UserError(f"--model_name_or_path {name}: has no weights; one of {', '.join(WEIGHTS)} is wanted.")
-    return source.revision
+    return source
+
+
+def is_loaded(filename: str) -> bool:
+    """Return whether a file of a classifier's folder is one of those that loading it reads."""
+    return any(fnmatch.fnmatchcase(filename, pattern) for pattern in LOADED_FILES) and "/" not in filename
 
 
 @dataclass(frozen=True)

@@ -71,15 +71,17 @@ def open_real_images(
 def run_method(
     stages: list[StagePlan], images: Images, evaluated, pretrained: Pretrained, class_names: list[str],
     training_args: TrainingArguments, stage_dir: Callable[[StagePlan], Path], *, validation: Dataset | None = None,
-    resume: bool = False, exclusive: Callable[[Path], AbstractContextManager] = lambda folder: nullcontext(),
+    resume: bool = False, inputs: Mapping[str, str] | None = None,
+    exclusive: Callable[[Path], AbstractContextManager] = lambda folder: nullcontext(),
     after_stage: Callable[[StagePlan, nn.Module], None] = lambda stage, model: None,
 ) -> MethodResult:  # fmt: skip
     """Train the stages of `plan_stages` on the images of `select_images`, and evaluate the last one's model.
 
     `evaluated` are `EvalImages`, or a list of their items. `stage_dir` says where a stage is kept; methods that share a
     first stage name the same folder, and `exclusive` gives a lock for it. With `resume` finished stages are loaded, and
-    unfinished ones gone on with. `after_stage` is called with each trained model. The other arguments are those of
-    `run_stage`.
+    unfinished ones gone on with. `inputs` maps flags to what tells the contents of models and images from others, as a
+    `RunFolder` notes them; each stage notes those that it depends on. `after_stage` is called with each trained model.
+    The other arguments are those of `run_stage`.
 
     Raises:
         UserError: what `run_stage` and `predict` raise.
@@ -93,7 +95,7 @@ def run_method(
         with exclusive(folder):
             model, done = run_stage(
                 stage, start, seen, pretrained, class_names, training_args, folder,
-                validation=validation, resume=resume,
+                validation=validation, resume=resume, inputs=inputs,
             )  # fmt: skip
         results |= {f"{stage.name}_{cost}": value for cost, value in done.summary().items()}
         log_histories[stage.name] = done.log_history

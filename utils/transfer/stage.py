@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,22 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from utils.cli.contents import describe_files
 from utils.cli.errors import UserError
 from utils.cli.processes import warn_once
 from utils.cli.records import read_record
 from utils.cli.run_folder import CHECKPOINTS, RunFolder
+from utils.data.image_set import PLACES
+from utils.hub.repositories import Source
 from utils.transfer.adapters import LoraSettings, add_adapter, load_adapter, save_adapter
 from utils.transfer.arguments import OF_EACH_STAGE
-from utils.transfer.classifiers import check_classifier, load_classifier, load_image_processor, save_classifier
+from utils.transfer.classifiers import (
+    is_loaded,
+    load_classifier,
+    load_image_processor,
+    open_classifier,
+    save_classifier,
+)
 from utils.transfer.fine_tuning import StageResult, fine_tune
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StagePlan
@@ -49,6 +59,11 @@ class Pretrained:
         """The commit, None of a folder."""
         return None if Path(self.name).is_dir() else self.hub_options["revision"]
 
+    @property
+    def identity(self) -> str:
+        """What tells its contents, as they are now, from others of its name."""
+        return Source(self.name, "--model_name_or_path", revision=self.revision).identity(is_loaded)
+
 
 def open_pretrained(
     model_name_or_path: str, model_revision: str | None, trust_remote_code: bool, token: str | None,
@@ -59,8 +74,8 @@ def open_pretrained(
     Raises:
         UserError: there is no such classifier, or it has no image processor that can be used.
     """
-    commit = check_classifier(model_name_or_path, model_revision, token)
-    hub_options = {"revision": commit or "main", "trust_remote_code": trust_remote_code, "token": token}
+    source = open_classifier(model_name_or_path, model_revision, token)
+    hub_options = {"revision": source.revision or "main", "trust_remote_code": trust_remote_code, "token": token}
     image_processor = load_image_processor(model_name_or_path, **hub_options)
     return Pretrained(model_name_or_path, image_processor, hub_options, lora)
 
@@ -68,21 +83,21 @@ def open_pretrained(
 def run_stage(
     stage: StagePlan, start: Path | None, images: Dataset | IterableDataset, pretrained: Pretrained,
     class_names: list[str], training_args: TrainingArguments, output_dir: str | Path, *,
-    validation: Dataset | None = None, resume: bool = False,
+    validation: Dataset | None = None, resume: bool = False, inputs: Mapping[str, str] | None = None,
 ) -> tuple[nn.Module, StageResult]:  # fmt: skip
     """Fine-tune on `images` as the plan says, and save the trained stage in `output_dir`, `stage.json` last.
 
     `start` is the folder of the stage whose weights it takes, None for `pretrained` itself. With `resume` it goes on
     from what `output_dir` holds: a finished stage is loaded, from a checkpoint it is trained on with the same outcome
-    as without a break; else the folder is cleared.
+    as without a break; else the folder is cleared. `inputs` are those of `run_method`.
 
     Raises:
-        UserError: the checkpoint is no image classifier; what is to be resumed was begun with other settings; the
-            settings do not go together; training diverged.
+        UserError: the checkpoint is no image classifier; what is to be resumed was begun with other settings or inputs;
+            the settings do not go together; training diverged.
     """
     _check_stream(stage, images)
     settings = describe_stage(stage, images, pretrained, class_names, training_args)
-    folder = stage_folder(output_dir, settings)
+    folder = stage_folder(output_dir, settings, stage_inputs(stage, start, inputs or {}))
     earlier, checkpoint = find_earlier_run(folder) if resume else (None, None)
     # the head of a later stage is not that of the first drawn once more, to which the features have come closer
     head_seed = training_args.seed if stage.start is None else zlib.crc32(f"{training_args.seed} {stage.name}".encode())
@@ -171,11 +186,21 @@ def describe_stage(
     return json.loads(json.dumps(description))
 
 
-def stage_folder(folder: str | Path, settings: dict) -> RunFolder:
-    """Return the folder of a stage with these settings, of `describe_stage`."""
+def stage_inputs(stage: StagePlan, start: Path | None, inputs: Mapping[str, str]) -> dict[str, str]:
+    """Return what tells the contents that a stage depends on from others: the model, its images, the earlier stage."""
+    unused = {"real": ("synthetic_dataset",), "synthetic": PLACES}.get(stage.images, ())
+    used = {name: identity for name, identity in inputs.items() if name not in unused}
+    if start is None:
+        return used
+    weights = sorted(path.name for path in start.glob("*.safetensors"))
+    return used | {"start": describe_files(start, weights)}
+
+
+def stage_folder(folder: str | Path, settings: dict, inputs: Mapping[str, str]) -> RunFolder:
+    """Return the folder of a stage with these settings, of `describe_stage`, and inputs, of `stage_inputs`."""
     return RunFolder(
         Path(folder), "a stage", settings, STAGE_RECORD, noted_in=(SETTINGS_RECORD, "settings"),
-        traces=CHECKPOINTS,
+        traces=CHECKPOINTS, inputs=inputs,
     )  # fmt: skip
 
 

@@ -1,18 +1,21 @@
 """A synthetic set for fine-tuning: its record, its labels in the real set's order, and what its token has seen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
 from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import HfFileSystem
 
+from utils.cli.contents import content_digest, list_files, remembered_digest
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.data.class_names import join_names, match_labels
@@ -46,6 +49,37 @@ def open_synthetic(name: str, revision: str | None = None, token: str | None = N
     if source.is_local or ("num_redraws" not in record and source.is_reachable()):
         _refuse_unfinished(name, record, partial(_count_rows, source))
     return SyntheticSource(name, source.revision, record)
+
+
+def identify_synthetic(source: SyntheticSource, max_samples_per_class: int | None = None) -> str:
+    """Return what tells the images that `load_synthetic` gives from others: the commit, or their number and hash.
+
+    With a limit it stays the same when a folder grows: the first images of each class do.
+    """
+    if source.revision is not None:
+        return f"commit {source.revision}"
+    names = [name for name in list_files(source.name) if name.endswith(".parquet")]
+    number = num_images(source, max_samples_per_class)
+    counted = f"{len(names):,} files" if number is None else f"{number:,} images"
+    if max_samples_per_class is None or not all("class_index" in columns for columns in _columns(source.name, names)):
+        return f"{counted}, sha256 {content_digest(source.name, names)}"
+    read = partial(_read_first_images, source.name, names, max_samples_per_class)
+    return f"{counted}, sha256 {remembered_digest(source.name, names, read, f'first {max_samples_per_class} images')}"
+
+
+def _columns(folder: str, names: list[str]) -> Iterator[list[str]]:
+    return (pq.read_schema(Path(folder, name)).names for name in names)
+
+
+def _read_first_images(folder: str, names: list[str], limit: int) -> Iterator[bytes]:
+    """Yield class, place in it and encoded bytes of the images that a limit keeps, in order."""
+    for name in names:
+        file = pq.ParquetFile(Path(folder, name))
+        label = Features.from_arrow_schema(file.schema_arrow)["label"]
+        for batch in file.iter_batches(ROWS_AT_A_TIME, columns=["image", "label", "class_index"]):
+            for row in batch.filter(pc.field("class_index") < limit).to_pylist():
+                yield f"{label.int2str(row['label'])}\n{row['class_index']}\n".encode()
+                yield row["image"]["bytes"]
 
 
 def num_images(source: SyntheticSource, max_samples_per_class: int | None = None) -> int | None:

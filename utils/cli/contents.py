@@ -1,0 +1,75 @@
+"""Contents of local inputs: a hash that tells a file or a folder from another one of the same name."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from utils.cli.records import write_text
+
+DIGITS = 32  # of a digest, in hexadecimal
+
+
+def list_files(folder: str | Path, above: tuple = ()) -> Iterator[str]:
+    """Yield the paths of files in a folder, relative to it; links are followed, hidden and unreadable ones left out."""
+    try:
+        status, entries = os.stat(folder), sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        return
+    place = status.st_dev, status.st_ino
+    if place in above:  # a link to a folder around it
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from (f"{entry.name}/{name}" for name in list_files(entry.path, (*above, place)))
+        elif entry.is_file():
+            yield entry.name
+
+
+def content_digest(folder: str | Path, names: Iterable[str]) -> str:
+    """Return a hash of some files of a folder: of their names and bytes. Unchanged files are not read again."""
+    names = list(names)
+
+    def compute() -> Iterator[bytes]:
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                yield os.fsencode(name) + b"\n" + hashlib.file_digest(file, "sha256").digest()
+
+    return remembered_digest(folder, names, compute)
+
+
+def remembered_digest(
+    folder: str | Path, names: Iterable[str], read: Callable[[], Iterable[bytes]], what: str = ""
+) -> str:
+    """Return a hash of what `read` yields of some files of a folder, noted for as long as these stay as they are.
+
+    Files whose paths, sizes, times and places on the disk are those of an earlier call are not read: 10 GB cost no more
+    than the listing. `what` tells this `read` from others. Where the note cannot be written, all is read each time.
+    """
+    facts = hashlib.sha256(os.fsencode(Path(folder).resolve()) + f"\n{what}\n".encode())
+    for name in names:
+        status = os.stat(os.path.join(folder, name))
+        # a file that was replaced or written to has another time of change, whatever its modification time says
+        numbers = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+        facts.update(os.fsencode(name) + f"\n{numbers}\n".encode())
+    noted = Path(constants.HF_HOME, "bridged-transfer", "digests", facts.hexdigest())
+    with suppress(OSError):
+        return noted.read_text(encoding="utf-8")
+    contents = hashlib.sha256()
+    for part in read():
+        contents.update(part)
+    digest = contents.hexdigest()[:DIGITS]
+    with suppress(OSError):
+        write_text(noted, digest)
+    return digest
+
+
+def describe_files(folder: str | Path, names: Iterable[str]) -> str:
+    """Return the identity of a folder's files, as records hold it: how many there are, and their digest."""
+    names = list(names)
+    return f"{len(names):,} files, sha256 {content_digest(folder, names)}"
