@@ -24,7 +24,7 @@ from utils.cli.options import resolve_options
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import public_command
 from utils.cli.records import COMPARISON, image_set_name, write_record, write_run_config
-from utils.comparison.arguments import GROUPS
+from utils.comparison.arguments import DECIDED_BY_SETTINGS, GROUPS
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
 from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title
 from utils.comparison.report import plot_comparison, print_comparison, write_markdown
@@ -35,6 +35,7 @@ from utils.comparison.search import (
     list_bridges,
     list_recipes,
     read_settings,
+    write_settings,
 )
 from utils.comparison.statistics import describe_findings, stack_correct, summarise
 from utils.data.arguments import check_output_outside, check_real_images_given
@@ -52,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, i
     """Return the argument groups, with what the first synthetic set's record says for flags not given, and the sets."""
     parser = ScriptArgumentParser(GROUPS, description=f"{__doc__}\n{describe_methods()}")
     groups = parser.parse(argv)
-    check_values(resolve_options(groups))
+    check_values(resolve_options(groups), parser.given)
     _, real_args, comparison_args, search_args, _ = groups
     sets = parse_synthetic_sets(comparison_args.synthetic_dataset)
     parse_rows(comparison_args.methods, list(sets))
@@ -70,11 +71,11 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, i
     return list(groups), sources
 
 
-def check_values(values: dict) -> None:
-    """Check flag -> value as far as that needs no data.
+def check_values(values: dict, given: set[str]) -> None:
+    """Check flag -> value as far as that needs no data; `given` names the flags that are given.
 
     Raises:
-        UserError: a value is missing, or there twice.
+        UserError: a value is missing, or there twice, or flags do not go together.
     """
     if not values["synthetic_dataset"]:
         raise UserError("--synthetic_dataset: give at least one synthetic set, a folder or a data set id.")
@@ -87,8 +88,12 @@ def check_values(values: dict) -> None:
     other_shots = set(values["search_shots"] or []) - set(values["num_shots"] or [])
     if other_shots:
         raise UserError(f"--search_shots {min(other_shots)}: not among --num_shots, whose recipes are searched.")
-    if values["search_learning_rate"] and values["settings"]:
-        raise UserError(f"--search_learning_rate: not with --settings {values['settings']}, whose recipes are chosen.")
+    decided = [f"--{name}" for name in DECIDED_BY_SETTINGS if name in given and values[name]]
+    if values["settings"] and decided:
+        raise UserError(
+            f"{', '.join(decided)}: not together with --settings {values['settings']}, whose recipes are taken; leave "
+            "out one or the other."
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # an accelerate state would take up the GPUs
         raise UserError("--num_processes: the comparison starts its own; give --num_workers in its place.")
 
@@ -232,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         recipes = list_recipes(search_args, runner, search_args.search_shots or shots)
         chosen = {"stage1": dataclasses.asdict(bridge)}
         chosen |= choose_recipes(runner, rows, recipes, bridge, search_seeds, volumes[-1], num_workers)
-        write_record(runner.output_dir / "chosen_settings.json", chosen)
+        write_settings(runner.output_dir / "chosen_settings.json", chosen)
 
     # cells
     results = run_table(runner, plan_table(rows, shots, seeds, volumes, chosen), num_workers)

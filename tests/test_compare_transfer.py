@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 import shutil
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from utils.cli.records import GENERATION_CONFIG, read_record, write_record
 from utils.comparison import cells
 from utils.comparison.cells import CellRunner
 from utils.comparison.grid import Recipe, Row, make_cell, plan_cell
+from utils.comparison.statistics import pack_correct
 from utils.data.image_set import RealImagesRecord
 from utils.data.real_images import load_real_images
 from utils.hub import cards
@@ -33,10 +35,11 @@ def run(classifiers, synthetic_dir):
     """Run compare_transfer.py on the tiny images into a folder; return its results."""
 
     def run(output_dir, *flags, synthetic=synthetic_dir) -> dict:
+        steps = [] if "--settings" in flags else ["--bridge_step_counts", "2", "--step_counts", "1"]
         return compare_transfer.main(
             ["--synthetic_dataset", str(synthetic), "--model_name_or_path", classifiers["vit"], "--num_shots", "1", "2",
-             "--seeds", "0", "--bridge_step_counts", "2", "--step_counts", "1", "--max_eval_samples", "6",
-             "--methods", *NAMES, "--output_dir", str(output_dir), *flags]
+             "--seeds", "0", *steps, "--max_eval_samples", "6", "--methods", *NAMES, "--output_dir", str(output_dir),
+             *flags]
         )  # fmt: skip
 
     return run
@@ -289,29 +292,116 @@ def test_stage_1_is_chosen_on_validation_and_kept_for_all_methods(run, tmp_path,
     ]
     assert {cell.bridge.learning_rate for cell in asked if cell.split == "test"} == {1e-3}
     assert read_record(tmp_path / "chosen_settings.json")["stage1"]["learning_rate"] == 1e-3
-    again = ["--settings", str(tmp_path / "chosen_settings.json"), "--bridge_learning_rates", "1e-4"]
     asked.clear()
-    run(tmp_path / "again", *again)
+    run(tmp_path / "again", "--settings", str(tmp_path / "chosen_settings.json"))
     assert {cell.bridge.learning_rate for cell in asked} == {1e-3}
 
 
-def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_any(run, unmirrored_dir, tmp_path, monkeypatch):
-    mirrors = []
+def record_stages(monkeypatch) -> list[StageSettings]:
+    """Return a list that gets the settings of every stage of the cells that are asked for; nothing is trained."""
+    stages = []
 
     def result(self, cell):
-        mirrors.extend(stage.settings.random_flip for stage in plan_cell(cell, self.settings))
+        stages.extend(stage.settings for stage in plan_cell(cell, self.settings))
         return RIGHT | {"accuracy": 1.0}
 
     monkeypatch.setattr(CellRunner, "result", result)
+    return stages
+
+
+def test_chosen_settings_hold_what_was_searched_and_trains_the_same_cells_again(finished, run, monkeypatch, capsys):
+    output_dir, comparison, _ = finished
+    path = output_dir / "chosen_settings.json"
+    searched = {"max_steps": 2, "learning_rate": 5e-5, "mixup_alpha": 0.2, "head_learning_rate_factor": 10.0}
+    assert read_record(path)["stage1"] == searched
+    trained = trainings(monkeypatch)
+    assert run(output_dir, "--settings", str(path)) == comparison
+    # files of before have all settings of stage 1
+    old = output_dir / "old.json"
+    write_record(old, read_record(path) | {"stage1": comparison["settings"]["stage1"]})
+    capsys.readouterr()
+    assert run(output_dir, "--settings", str(old)) == comparison
+    assert not trained and "old.json" not in capsys.readouterr().out
+
+
+def test_flags_on_what_is_not_searched_hold_for_every_method_whatever_the_settings_file_says(
+    run, tmp_path, monkeypatch, capsys
+):
+    stages = record_stages(monkeypatch)
+    run(tmp_path / "first")
+    path = tmp_path / "first" / "chosen_settings.json"
+    flags = "--weight_decay", "0.3", "--augmentation", "basic", "--per_device_train_batch_size", "4"
+    full = dataclasses.asdict(StageSettings(7, 1e-3, 5.0, mixup_alpha=0.4, weight_decay=0.1))
+    write_record(tmp_path / "old.json", read_record(path) | {"stage1": full})
+    for settings in (path, tmp_path / "old.json"):
+        stages.clear()
+        capsys.readouterr()
+        run(tmp_path / "again", "--settings", str(settings), *flags)
+        used = {(stage.weight_decay, stage.augmentation, stage.per_device_train_batch_size) for stage in stages}
+        assert used == {(0.3, "basic", 4)}
+        lines = [line for line in capsys.readouterr().out.splitlines() if str(settings) in line]
+        assert len(lines) == (settings != path)
+    assert "augmentation robust, per_device_train_batch_size 32, weight_decay 0.1" in lines[0]
+    assert (7, 1e-3, 5.0, 0.4) in {
+        (stage.max_steps, stage.learning_rate, stage.head_learning_rate_factor, stage.mixup_alpha) for stage in stages
+    }
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--learning_rates 1e-4", "--step_counts 3", "--num_train_epochs 30", "--head_learning_rate_factors 2",
+     "--bridge_learning_rates 1e-4", "--bridge_step_counts 3", "--bridge_num_train_epochs 5",
+     "--bridge_mixup_alphas 0", "--bridge_head_learning_rate_factor 10", "--search_seeds 0", "--search_shots 1",
+     "--search_learning_rate"],
+)  # fmt: skip
+def test_flags_on_what_a_settings_file_decides_are_refused_beside_it(flag, run, tmp_path):
+    name = flag.split()[0]
+    message = f"^{name}: not together with --settings chosen.json, whose recipes are taken; leave out one or the other"
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "out", "--settings", "chosen.json", *flag.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_keys_of_a_recipe_on_what_a_settings_file_decides_are_refused_together(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("synthetic_dataset: [x]\nsettings: a.json\nnum_train_epochs: 3\nlearning_rates: [1.0e-4]\n")
+    with pytest.raises(UserError, match="^--learning_rates, --num_train_epochs: not together with --settings a.json"):
+        compare_transfer.main([str(recipe)])
+    # what is empty or off asks for nothing
+    recipe.write_text("synthetic_dataset: [x]\nsettings: a.json\nlearning_rates:\nsearch_learning_rate: false\n")
+    with pytest.raises(UserError, match="^--synthetic_dataset x"):
+        compare_transfer.main([str(recipe)])
+
+
+def test_one_test_image_is_strict_json_and_words_in_place_of_figures(run, tmp_path, monkeypatch, capsys):
+    def result(self, cell):
+        return pack_correct(np.array([cell.row.name == "bridged"])) | {"accuracy": 1.0}
+
+    monkeypatch.setattr(CellRunner, "result", result)
+    run(tmp_path)
+    written = (tmp_path / "comparison.json").read_text(encoding="utf-8")
+    entry = next(
+        entry for entry in json.loads(written, parse_constant=pytest.fail)["summary"] if entry["method"] == "bridged"
+    )
+    assert (entry["gain"], entry["gain_low"], entry["gain_high"], entry["std"]) == (100.0, None, None, None)
+    report = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    for shown in (capsys.readouterr().out, report):
+        assert "cannot be judged at 1 shot (+100.0 [not known: one test image])" in shown.replace("\\", "")
+        assert "nan" not in shown.lower() and "None" not in shown
+    assert "on 1 test image;" in report
+
+
+def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_any(run, unmirrored_dir, tmp_path, monkeypatch):
+    stages = record_stages(monkeypatch)
     run(tmp_path / "first", synthetic=unmirrored_dir)
-    assert len(mirrors) > len(NAMES) and not any(mirrors)
+    assert len(stages) > len(NAMES) and not any(stage.random_flip for stage in stages)
     # recipes that were searched on images which may be mirrored say nothing of these
     chosen = read_record(tmp_path / "first" / "chosen_settings.json")
     chosen["stage1"]["random_flip"] = True
     write_record(tmp_path / "chosen.json", chosen)
-    mirrors.clear()
+    stages.clear()
     run(tmp_path / "second", "--settings", str(tmp_path / "chosen.json"), synthetic=unmirrored_dir)
-    assert mirrors and not any(mirrors)
+    assert stages and not any(stage.random_flip for stage in stages)
 
 
 def diverge(monkeypatch, diverges) -> None:
@@ -443,7 +533,6 @@ def test_a_revision_goes_with_the_path_of_its_set(monkeypatch, tmp_path):
         (["--label_smoothing_factor", "1"], "--label_smoothing_factor 1.0: must be 0 or above, and below 1"),
         (["--bridge_mixup_alphas", "-1"], "--bridge_mixup_alphas -1.0: must be 0 or above"),
         (["--learning_rates", "1e-4", "1e-3", "--search_learning_rate"], "searches around one value, --learning_rates"),
-        (["--settings", "x.json", "--search_learning_rate"], "--search_learning_rate: not with --settings x.json"),
         (["--settings", "pyproject.toml"], "pyproject.toml: cannot be read as a record"),
         (["--methods", "bridged@other"], "--methods bridged@other: no synthetic set 'other'"),
     ],
@@ -462,9 +551,10 @@ def test_launched_processes_and_sets_without_settings_or_for_other_images_are_re
         run(tmp_path / "out")
     with pytest.raises(UserError, match="--synthetic_dataset: give at least one"):
         compare_transfer.main(["--num_shots", "1"])
-    write_record(tmp_path / "chosen.json", {"bridged": {}})
-    with pytest.raises(UserError, match=r"--settings \S+: is no chosen_settings.json"):
-        run(tmp_path / "out", "--settings", str(tmp_path / "chosen.json"))
+    for record in ({"bridged": {}}, {"stage1": {"max_steps": 2}}, {"stage1": {"seeps": 2}}):
+        write_record(tmp_path / "chosen.json", record)
+        with pytest.raises(UserError, match=r"--settings \S+: is no chosen_settings.json"):
+            run(tmp_path / "out", "--settings", str(tmp_path / "chosen.json"))
     other = tmp_path / "other"
     shutil.copytree(synthetic_dir, other)
     record = read_record(other / GENERATION_CONFIG)

@@ -19,7 +19,7 @@ VANILLA = row("vanilla_matched")
 COSTS = {"stage1_steps": 90, "stage1_images_seen": 2880, "stage1_seconds": 2.5, "stage1_gpu_hours": 0.25}
 
 
-def compare(methods=("vanilla_matched", "mix", "bridged"), shots=(1, 4), volumes=(None,), num_seeds=2):
+def compare(methods=("vanilla_matched", "mix", "bridged"), shots=(1, 4), volumes=(None,), num_seeds=2, num_images=200):
     """Return results, each run a little better than the one before."""
     rng = np.random.default_rng(0)
     results, accuracy = {}, 0.3
@@ -29,7 +29,7 @@ def compare(methods=("vanilla_matched", "mix", "bridged"), shots=(1, 4), volumes
             for num_shots in shots:
                 accuracy += 0.01
                 results[row(method, volume)][num_shots] = [
-                    pack_correct(rng.random(200) < accuracy) | COSTS for _ in range(num_seeds)
+                    pack_correct(rng.random(num_images) < accuracy) | COSTS for _ in range(num_seeds)
                 ]
     return results
 
@@ -104,6 +104,20 @@ def test_the_printed_table_cuts_no_number(capsys):
         assert f"{entry['mean']:.1f} ± {entry['std']:.1f}" in printed
         if "gain" in entry:
             assert f"{entry['gain']:+.1f} [{entry['gain_low']:.1f}, {entry['gain_high']:.1f}]" in printed
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_intervals_that_are_not_known_are_words_in_every_table(num_seeds, facts, tmp_path, capsys):
+    summary = summarise(compare(num_seeds=num_seeds, num_images=1), VANILLA)
+    print_comparison(summary, ["It cannot be judged."], "vanilla_matched")
+    write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts)
+    plot_comparison(tmp_path / "comparison.png", summary)
+    text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    printed = capsys.readouterr().out
+    for shown in (text, printed):
+        assert shown.count("[not known: one test image]") == 4
+        assert "nan" not in shown.lower() and "…" not in shown
+    assert "on 1 test image;" in text
 
 
 @pytest.mark.parametrize(

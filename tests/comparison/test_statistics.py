@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -92,6 +94,43 @@ def test_equal_predictions_are_a_gain_of_exactly_nothing():
     right = runs(0.5)
     gain = paired_gain(right, right)
     assert (gain.mean, gain.low, gain.high, gain.verdict) == (0, 0, 0, "makes no clear difference")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "shape, why", [((1, 1), "one test image"), ((3, 1), "one test image"), ((1, 2), "all differences are equal"),
+                   ((3, 2), "all differences are equal")]
+)  # fmt: skip
+@pytest.mark.parametrize(("ours", "theirs", "mean"), [(True, False, "+100.0"), (False, True, "-100.0")])
+def test_without_any_spread_the_interval_is_not_known_and_nothing_is_claimed(shape, why, ours, theirs, mean):
+    ours, theirs = np.full(shape, ours), np.full(shape, theirs)
+    gain = paired_gain(ours, theirs)
+    assert (gain.low, gain.high, gain.verdict) == (None, None, "cannot be judged")
+    assert str(gain) == f"{mean} [not known: {why}]"
+    (first, *_) = describe_findings({VANILLA: {1: theirs}, BRIDGED: {1: ours}, MIX: {1: theirs}}, VANILLA)
+    assert f"bridged cannot be judged at 1 shot ({gain})" in first
+    summary = summarise({VANILLA: {1: results_of(theirs)}, BRIDGED: {1: results_of(ours)}}, VANILLA)
+    assert json.loads(json.dumps(summary, allow_nan=False))[1]["gain_low"] is None
+
+
+def test_a_rival_is_not_said_to_beat_where_the_interval_is_not_known():
+    right = np.ones((1, 1), bool)
+    findings = describe_findings({VANILLA: {1: ~right}, BRIDGED: {1: ~right}, MIX: {1: right}}, VANILLA)
+    assert not any("beats" in sentence for sentence in findings)
+
+
+@pytest.mark.parametrize("num_images", [2, 5, 400])
+def test_seeds_that_repeat_each_other_say_no_more_than_one(num_images):
+    ours, theirs = np.arange(num_images)[None] % 2 == 0, np.zeros((1, num_images), bool)
+    one, three = (paired_gain(ours.repeat(count, 0), theirs.repeat(count, 0)) for count in (1, 3))
+    assert (three.mean, three.low, three.high) == pytest.approx((one.mean, one.low, one.high))
+
+
+def test_an_interval_beyond_the_scale_is_said_as_it_is_computed():
+    gain = paired_gain(np.array([[True, False]]), np.zeros((1, 2), bool))
+    half = stats.t.ppf(0.975, 1) * 50
+    assert (gain.low, gain.high) == pytest.approx((50 - half, 50 + half)) and gain.high > 100
+    assert (str(gain), gain.verdict) == ("+50.0 [-585.3, 685.3]", "makes no clear difference")
 
 
 def test_summary_has_means_deviations_and_gains_in_percent():

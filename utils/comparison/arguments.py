@@ -1,6 +1,6 @@
 """The argument groups of compare_transfer.py."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from utils.cli.options import option
 from utils.data.arguments import RealDataArguments
@@ -85,7 +85,9 @@ class SearchArguments:
     search_shots: list[int] | None = option(
         None, "Shots of the search, of --num_shots, which are it when not given; others take the next below."
     )
-    settings: str | None = option(None, "Take the recipes of this chosen_settings.json, search nothing.")
+    settings: str | None = option(
+        None, "Take the recipes of this chosen_settings.json, search nothing; all else is as the flags say."
+    )
 
 
 @dataclass
@@ -110,6 +112,11 @@ class SharedStageArguments:
         affects_result=False,
     )
 
+
+# what a chosen_settings.json decides
+DECIDED_BY_SETTINGS = (
+    *(field.name for field in fields(SearchArguments) if field.name != "settings"), "bridge_head_learning_rate_factor",
+)  # fmt: skip
 
 # in the order of --help
 GROUPS = (ModelArguments, ComparedImagesArguments, ComparisonArguments, SearchArguments, SharedStageArguments)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from utils.cli.records import write_text
 from utils.comparison.grid import shots_key, shots_title, volume_title
-from utils.comparison.statistics import COSTS
+from utils.comparison.statistics import COSTS, Gain
 from utils.hub.cards import FUNCTIONS, code, hub_ids, text
 from utils.transfer.methods import METHODS
 
@@ -23,8 +23,7 @@ MARKERS = "osD^vPX*<>hp"
 def print_comparison(summary: list[dict], findings: list[str], baseline: str | None) -> None:
     """Print what was found, then the table."""
     head, *rows = _accuracy_table(summary, "\n")
-    # as wide as it must be: a cut or folded number is worse than a broken line
-    console = Console(width=max(Console().width, 32 + 24 * (len(head) - 1)), markup=False, emoji=False)
+    console = Console(markup=False, emoji=False)
     for sentence in findings:
         console.print(Text(sentence), soft_wrap=True)  # Text: brackets in names and intervals are no markup
     num_seeds = summary[0]["num_seeds"]
@@ -36,6 +35,8 @@ def print_comparison(summary: list[dict], findings: list[str], baseline: str | N
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
+    # as wide as it must be: a cut or folded number is worse than a broken line
+    console.width = max(console.width, Console(width=10_000).measure(table).maximum)
     console.print(table)
 
 
@@ -76,7 +77,8 @@ def _accuracy_table(summary: list[dict], separator: str) -> list[list[str]]:
     for entry in summary:
         text = f"{entry['mean']:.1f}" + ("" if entry["std"] is None else f" ± {entry['std']:.1f}")
         if "gain" in entry:
-            text += f"{separator}{entry['gain']:+.1f} [{entry['gain_low']:.1f}, {entry['gain_high']:.1f}]"
+            gain = Gain(entry["gain"], entry["gain_low"], entry["gain_high"], entry["num_test_images"])
+            text += f"{separator}{gain}"
         rows.setdefault(_row_title(entry), []).append(text)
     return [["method", *map(shots_title, shots)], *([title, *cells] for title, cells in rows.items())]
 

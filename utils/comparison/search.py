@@ -2,16 +2,18 @@
 
 import dataclasses
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 
 from utils.cli.errors import UserError
-from utils.cli.records import read_record
+from utils.cli.records import read_record, write_record
 from utils.comparison.cells import CellRunner, run_cells
 from utils.comparison.grid import Cell, Recipe, Row, look_up_recipe, make_cell, rates_around, shots_key, shots_title
 from utils.transfer.methods import StageSettings, steps_per_epoch
 
 LOST = [-1.0]  # the accuracies of a candidate that diverged
+SEARCHED = ("max_steps", "learning_rate", "head_learning_rate_factor", "mixup_alpha")  # of stage 1, by `list_bridges`
 
 
 def list_bridges(search_args, shared_args, settings: StageSettings, num_images: int) -> list[StageSettings]:
@@ -21,12 +23,8 @@ def list_bridges(search_args, shared_args, settings: StageSettings, num_images: 
     steps = search_args.bridge_step_counts or [epoch_steps(search_args.bridge_num_train_epochs, num_images, batch_size)]
     rates = search_args.bridge_learning_rates
     rates = rates_around(*rates) if search_args.search_learning_rate else rates
-    return [
-        dataclasses.replace(
-            settings, max_steps=max_steps, learning_rate=rate, head_learning_rate_factor=factor, mixup_alpha=alpha
-        )
-        for max_steps, rate, alpha in product(steps, rates, search_args.bridge_mixup_alphas)
-    ]
+    grid = product(steps, rates, [factor], search_args.bridge_mixup_alphas)
+    return [dataclasses.replace(settings, **dict(zip(SEARCHED, values))) for values in grid]
 
 
 def list_recipes(search_args, runner: CellRunner, shots: list[int | None]) -> dict[int | None, list[Recipe]]:
@@ -91,18 +89,31 @@ def choose_recipes(
     return chosen
 
 
+def write_settings(path: Path, chosen: dict) -> None:
+    """Write a chosen_settings.json: of stage 1, which has all settings in `chosen`, those that were searched."""
+    write_record(path, chosen | {"stage1": {name: chosen["stage1"][name] for name in SEARCHED}})
+
+
 def read_settings(path: str, rows: list[Row], shots: list[int | None], settings: StageSettings) -> dict:
-    """Return what a chosen_settings.json holds, checked; `settings` fill in what its stage 1 leaves open.
+    """Return what a chosen_settings.json holds, checked; what is not searched in stage 1 is as in `settings`.
+
+    Where older files, which hold all of stage 1, have other values for that, one line says so.
 
     Raises:
         UserError: it is no such file, or has no recipe for a method.
     """
     chosen = read_record(path)
     try:
-        of_images = {"random_flip": settings.random_flip}  # whatever images the recipes were searched on
-        chosen["stage1"] = dataclasses.asdict(dataclasses.replace(settings, **chosen["stage1"] | of_images))
+        recorded = dataclasses.asdict(dataclasses.replace(settings, **chosen["stage1"]))
+        chosen["stage1"] = dataclasses.asdict(settings) | {name: chosen["stage1"][name] for name in SEARCHED}
     except (KeyError, TypeError) as error:
         raise UserError(f"--settings {path}: is no chosen_settings.json of this script ({error}).") from None
+    others = [f"{name} {value}" for name, value in recorded.items() if value != chosen["stage1"][name]]
+    if others:
+        print(
+            f"Warning: --settings {path}: its stage 1 was searched with {', '.join(others)}; the values of this run "
+            "hold, for every method."
+        )
     for row, num_shots in product(rows, shots):
         if row.method.uses_real:
             look_up_recipe(chosen, row, num_shots)

@@ -14,19 +14,28 @@ COSTS = ("steps", "images_seen", "seconds", "gpu_hours")
 
 @dataclass(frozen=True)
 class Gain:
-    """Mean gain and its 95 % interval, in points of accuracy (percent)."""
+    """Mean gain over `num_images` test images and its 95 % interval, in points of accuracy (percent).
+
+    Without any spread, `low` and `high` are None: not known. Of a few images they may lie beyond 100.
+    """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+    num_images: int
 
     @property
     def verdict(self) -> str:
+        if self.low is None:
+            return "cannot be judged"
         if self.low > 0:
             return "gains"
         return "loses" if self.high < 0 else "makes no clear difference"
 
     def __str__(self) -> str:
+        if self.low is None:
+            why = "one test image" if self.num_images == 1 else "all differences are equal"
+            return f"{self.mean:+.1f} [not known: {why}]"
         return f"{self.mean:+.1f} [{self.low:.1f}, {self.high:.1f}]"
 
 
@@ -48,17 +57,21 @@ def paired_gain(correct: np.ndarray, other: np.ndarray) -> Gain:
     interval allows for both, widens with few seeds as Student's t does, and is never narrower than the images' own
     noise in the runs. A seed is the draw of the shots, of the style token and its images where each seed has its own,
     and of all randomness in training. With one seed the interval is Student's t over the test images, and knows
-    nothing of the luck of the seed.
+    nothing of the luck of the seed. It is not known of one test image, nor where every difference is the same gain or
+    loss; equal predictions are a gain of exactly nothing.
 
     It does not cover the choice of recipes, another data set, model or generator, nor that many gains are compared: of
     twenty true zeros, one lies outside on average.
 
     Source: Hillis 2007, A comparison of denominator degrees of freedom methods for multiple observer ROC analysis,
-    Statistics in Medicine 26: readers are our seeds, cases our images, on one table of differences.
+    Statistics in Medicine 26: readers are our seeds, cases our images, on one table of differences. The degrees of
+    freedom, there of very many cases, are here at most those of the images, so seeds that agree say no more than one.
     """
     differences = 100 * (correct.astype(float) - other.astype(float))
     num_seeds, num_images = differences.shape
     mean = differences.mean()
+    if num_images == 1 or differences.min() == differences.max() != 0:
+        return Gain(float(mean), None, None, num_images)
     over_images = num_seeds * differences.mean(0).var(ddof=1)
     if num_seeds == 1:
         variance, freedom = over_images, num_images - 1
@@ -69,8 +82,9 @@ def paired_gain(correct: np.ndarray, other: np.ndarray) -> Gain:
         over_seeds = max(num_images * differences.mean(1).var(ddof=1), noise)
         variance = over_seeds + max(over_images - noise, 0)
         freedom = (num_seeds - 1) * (variance / over_seeds) ** 2 if over_seeds > 0 else np.inf
+        freedom = min(freedom, num_images - 1)
     half = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * np.sqrt(variance / (num_seeds * num_images))
-    return Gain(float(mean), float(mean - half), float(mean + half))
+    return Gain(float(mean), float(mean - half), float(mean + half), num_images)
 
 
 def stack_correct(results: dict[Row, dict]) -> dict[Row, dict]:
@@ -162,7 +176,7 @@ def _describe_rivals(correct: dict[Row, dict], rivals: list[Row], bridged: list[
         for num_shots, right in correct[rival].items():
             best = max(bridged, key=lambda row, shots=num_shots: correct[row][shots].mean())
             lead = paired_gain(right, correct[best][num_shots])
-            if lead.low > 0:
+            if lead.verdict == "gains":
                 parts.append(f"{best.label} {_at(num_shots)} ({lead})")
         if parts:
             sentences.append(f"{rival.label} beats the best bridged method: {', '.join(parts)}.")
