@@ -23,7 +23,7 @@ from utils.cli.errors import UserError, run_script
 from utils.cli.options import resolve_options
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import public_command
-from utils.cli.records import COMPARISON, image_set_name, write_record, write_run_config
+from utils.cli.records import COMPARISON, image_set_name, read_record, write_record, write_run_config
 from utils.comparison.arguments import DECIDED_BY_SETTINGS, GROUPS
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
 from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title
@@ -40,13 +40,13 @@ from utils.comparison.search import (
 from utils.comparison.statistics import describe_findings, stack_correct, summarise
 from utils.data.arguments import check_output_outside, check_real_images_given
 from utils.data.image_set import RealImagesRecord
-from utils.data.real_images import load_real_images, same_image_set
+from utils.data.real_images import identify_real_images, load_real_images, same_image_set
 from utils.transfer.classifiers import default_learning_rates
 from utils.transfer.methods import StageSettings, describe_methods
 from utils.transfer.rehearsal import rehearse
 from utils.transfer.run_method import open_real_images
 from utils.transfer.stage import Pretrained, open_pretrained
-from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, open_synthetic
+from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, identify_synthetic, open_synthetic
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, int], SyntheticSource]]:
@@ -183,6 +183,30 @@ def build_runner(model_args, real_args, comparison_args, shared_args, sources: d
     )  # fmt: skip
 
 
+def identify_inputs(runner: CellRunner, volumes: list[int | None]) -> dict[str, str]:
+    """Return what tells the contents of the comparison's inputs from others, by the flag and value that name them.
+
+    Where a comparison in this folder had other ones, say so: its cells of these are not used.
+    """
+    record, name = runner.real.record, runner.pretrained.name
+    _, inputs = identify_real_images(record, runner.pretrained.hub_options["token"])
+    inputs = {f"--{place} {getattr(record, place)}": identity for place, identity in inputs.items()}
+    inputs[f"--model_name_or_path {name}"] = runner.pretrained.identity
+    for source in runner.sources.values():
+        inputs[f"--synthetic_dataset {source.name}"] = identify_synthetic(source, volumes[-1])
+    path = runner.output_dir / COMPARISON
+    before = read_record(path).get("inputs", {}) if path.exists() else {}
+    changed = [
+        f"{named} was {before[named]}, now {now}" for named, now in inputs.items() if before.get(named, now) != now
+    ]
+    if changed:
+        print(
+            f"Since the last comparison in {runner.output_dir}: {'; '.join(changed)}. Cells that depend on it are run "
+            "anew, the others are kept."
+        )
+    return inputs
+
+
 def fill_in_learning_rates(search_args, pretrained: Pretrained) -> None:
     """Set the learning rates that are not given by the kind of classifier, and say so."""
     if search_args.settings or (search_args.learning_rates and search_args.bridge_learning_rates):
@@ -225,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     fill_in_learning_rates(search_args, runner.pretrained)
     runner.check(rows, shots, volumes)
     warn_of_leaks(runner, shots[0])
+    inputs = identify_inputs(runner, volumes)
 
     # recipes
     search_seeds = search_args.search_seeds or seeds[:1]
@@ -249,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     findings = describe_findings(stack_correct(results), baseline)
     comparison = {
         "findings": findings, "baseline": baseline_name, "seeds": seeds, "summary": summary, "settings": chosen,
+        "inputs": inputs,
     }  # fmt: skip
     write_record(runner.output_dir / COMPARISON, comparison)
     write_markdown(

@@ -16,7 +16,8 @@ The real images, their columns and their few-shot subset come from the record in
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,6 +180,19 @@ def check_arguments(args: SimpleNamespace) -> None:
     check_training_arguments(args.training)
 
 
+@contextmanager
+def naming_record(args: SimpleNamespace) -> Iterator[None]:
+    """Add to an error on real images within the block which record names them, where no flag does."""
+    try:
+        yield
+    except UserError as error:
+        if args.real_images_from is None:
+            raise
+        raise UserError(
+            f"{error} (named in the record of {args.real_images_from}; give --dataset_name or --train_dir)"
+        ) from None
+
+
 def load_real(args: SimpleNamespace, parts: tuple[str, ...] = ("train", "validation", "test")):
     """Return the real images; each of `parts` was opened once.
 
@@ -189,15 +203,9 @@ def load_real(args: SimpleNamespace, parts: tuple[str, ...] = ("train", "validat
     from utils.data.real_images import load_real_images
     from utils.transfer.run_method import open_real_images
 
-    record = args.real_record or RealImagesRecord.from_arguments(args.real)
-    try:
+    with naming_record(args):
+        record = args.real_record or RealImagesRecord.from_arguments(args.real)
         real = load_real_images(record, args.training.hub_token or None)
-    except UserError as error:
-        if args.real_images_from is None:
-            raise
-        raise UserError(
-            f"{error} (named in the record of {args.real_images_from}; give --dataset_name or --train_dir)"
-        ) from None
     return open_real_images(real, args.training.max_eval_samples, logger.info, parts)
 
 
@@ -353,7 +361,9 @@ def identify_inputs(args: SimpleNamespace, source) -> dict[str, str]:
     token = args.training.hub_token or None
     classifier = open_classifier(args.model.model_name_or_path, args.model_commit, token)
     record = args.real_record or RealImagesRecord.from_arguments(args.real)
-    args.model_commit, (args.real_record, inputs) = classifier.revision, identify_real_images(record, token)
+    args.model_commit = classifier.revision
+    with naming_record(args):
+        args.real_record, inputs = identify_real_images(record, token)
     inputs["model_name_or_path"] = classifier.identity(is_loaded)
     if source is not None:
         inputs["synthetic_dataset"] = identify_synthetic(source, args.synthetic.max_synthetic_samples_per_class)

@@ -180,7 +180,8 @@ def identify_inputs(groups: list, base_model, real_images) -> tuple:
     real_images, inputs = identify_real_images(RealImagesRecord.from_arguments(real_images), hub_args.hub_token)
     inputs["pretrained_model_name_or_path"] = base_model.identity
     for name in ("prompt_templates_file", "class_names_file"):
-        if (path := getattr(token_args, name)) is not None:
+        path = getattr(token_args, name)
+        if path is not None and Path(path).is_file():  # else what reads it says so
             inputs[name] = describe_files(Path(path).parent, [Path(path).name])
     return real_images, inputs
 

@@ -1,16 +1,20 @@
 """A token's training that is killed and resumed, on one process and on two, equals one that was left alone."""
 
+import os
 import re
+import shutil
+import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import train_dsi
-from tests.conftest import read_rows
+from tests.conftest import CLASS_NAMES, read_rows, save_class_folders
 from tests.processes import start_script
-from utils.cli.errors import UserError
+from utils.cli.errors import Interrupted, UserError
 from utils.cli.records import RUN_CONFIG, read_record, write_record
-from utils.style import checkpoints
+from utils.style import checkpoints, monitor
 
 pytest_plugins = ["tests.style.fixtures"]
 FLAGS = {"max_train_steps": 7, "checkpointing_steps": 2, "gradient_accumulation_steps": 2, "lr_scheduler": "cosine"}
@@ -91,7 +95,7 @@ def test_a_checkpoint_by_its_path_is_gone_on_from_in_another_folder(run_dsi, tmp
     run_dsi(output_dir=whole, **flags | {"checkpointing_steps": 3, "checkpoints_total_limit": 2})
     assert {path.name for path in whole.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-12", "checkpoint-best"}
     assert {path.suffix for path in (whole / "checkpoint-9").iterdir()} == {".safetensors", ".json"}  # no pickles
-    with pytest.raises(UserError, match="checkpoint-12: was made with other options .num_vectors was 1, now 2"):
+    with pytest.raises(UserError, match="holds a style token made with other options .num_vectors was 1, now 2"):
         run_dsi(output_dir=whole, resume_from_checkpoint="latest", **flags, num_vectors=2)
     run_dsi(resume_from_checkpoint=whole / "checkpoint-9", **flags | {"checkpointing_steps": 100})
     assert torch.equal(*(read_rows(tmp_path / folder)[0] for folder in ("whole", "style")))
@@ -151,3 +155,91 @@ def test_two_processes_give_the_same_token_as_one_and_resume_exactly(
     _, errors = resumed.communicate()
     assert resumed.returncode == 0, errors[-3000:]
     assert torch.equal(read_rows(tmp_path / "killed")[0], rows["two"])
+
+
+@pytest.fixture
+def inputs(tiny_pipeline_dir, tmp_path) -> dict:
+    """Inputs of a run's own, by the flags that name them."""
+    nouns, templates = tmp_path / "nouns.yaml", tmp_path / "templates.txt"
+    nouns.write_text("red_square: red square\n")
+    templates.write_text("{class} like {token}\n")
+    return {
+        "pretrained_model_name_or_path": shutil.copytree(tiny_pipeline_dir, tmp_path / "pipeline"),
+        "dataset_name": None,
+        "train_dir": save_class_folders(tmp_path / "photos", dict.fromkeys(CLASS_NAMES, 6)),
+        "class_names_file": nouns, "prompt_templates_file": templates,
+    }  # fmt: skip
+
+
+def replace(inputs: dict, what: str) -> str:
+    """Change what an input holds, but nothing of its names; return the flag that names it."""
+    if what.endswith(".safetensors"):
+        path = inputs["pretrained_model_name_or_path"] / what
+        save_file({name: value + 0.01 for name, value in load_file(path).items()}, path, {"format": "pt"})
+        return "pretrained_model_name_or_path"
+    if what == "train_dir":
+        image = inputs["train_dir"] / CLASS_NAMES[0] / "0.png"
+        image.write_bytes((inputs["train_dir"] / CLASS_NAMES[1] / "0.png").read_bytes())
+    else:
+        inputs[what].write_text(inputs[what].read_text().replace("red square", "red block").replace("like", "as in"))
+    return what
+
+
+REPLACED = [
+    "train_dir", "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "class_names_file",
+    "prompt_templates_file",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_a_token_of_inputs_that_were_replaced_is_neither_finished_nor_gone_on_with(
+    run_dsi, kill, inputs, what, tmp_path
+):
+    flags = FLAGS | inputs
+    finished = run_dsi(output_dir=tmp_path / "finished", **flags)
+    assert run_dsi(output_dir=tmp_path / "finished", **flags)["token_learned"] == finished["token_learned"]
+    kill(train_dsi, "denoising_loss", 2 * 5 + 1)
+    with pytest.raises(Killed):
+        run_dsi(**flags)
+    flag = replace(inputs, what)
+    changed = rf"\(--{flag} {inputs[flag]} was \d+ files, sha256 \w+, now \d+ files, sha256 \w+\)"
+    with pytest.raises(UserError, match=f"holds a style token made from other inputs {changed}; choose another"):
+        run_dsi(output_dir=tmp_path / "finished", **flags)
+    with pytest.raises(UserError, match=f"was begun with other inputs {changed}"):
+        run_dsi(resume_from_checkpoint="latest", **flags)
+    with pytest.raises(UserError, match="the images, the prompts or the base model have changed"):
+        run_dsi(resume_from_checkpoint=tmp_path / "style" / "checkpoint-4", output_dir=tmp_path / "other", **flags)
+
+
+def test_a_token_whose_images_change_while_it_is_trained_is_not_finished(run_dsi, inputs, monkeypatch, tmp_path):
+    train = train_dsi.train
+    monkeypatch.setattr(train_dsi, "train", lambda *args: (replace(inputs, "train_dir"), train(*args)))
+    with pytest.raises(UserError, match="not finished, the inputs have changed while they were read"):
+        run_dsi(**FLAGS | inputs)
+    assert not (tmp_path / "style" / "dsi_config.json").exists()
+
+
+def test_a_signal_and_a_full_disk_say_how_to_go_on(run_dsi, monkeypatch, tmp_path):
+    def interrupt(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    end_step, calls = monitor.Monitor.end_step, []
+
+    def after_three_steps(self):
+        end_step(self)
+        calls.append(None)
+        if len(calls) == 3:
+            interrupt()
+
+    monkeypatch.setattr(monitor.Monitor, "end_step", after_three_steps)
+    with pytest.raises(
+        Interrupted, match="checkpoint-2 is kept; go on with: accelerate launch .* --resume_from"
+    ) as end:
+        run_dsi(**FLAGS)
+    assert end.value.signal_number == signal.SIGTERM
+    monkeypatch.setattr(monitor.Monitor, "end_step", end_step)
+    monkeypatch.setattr(checkpoints, "save_file", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b"no room"))
+    with pytest.raises(
+        UserError, match="--output_dir .*style: cannot be written .No space left on device.; checkpoint"
+    ):
+        run_dsi(**FLAGS, resume_from_checkpoint="latest")

@@ -123,11 +123,12 @@ def test_the_first_loss_is_what_the_pipelines_own_parts_give(run_dsi, copy_pipel
     assert loss == pytest.approx((prediction - target).square().mean().item(), rel=1e-3)
 
 
-def test_a_model_of_other_noise_ends_in_a_line_before_images_are_read(run_dsi, copy_pipeline, tmp_path):
+def test_a_model_of_other_noise_ends_in_a_line_before_images_are_read(run_dsi, copy_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.style.style_images.load_style_images", lambda *_: pytest.fail("images were read"))
     config = {"sigma_data": 0.5, "prediction_type": "epsilon"}
     change_scheduler(folder := copy_pipeline("tiny_xl_pipeline_dir"), "EDMDPMSolverMultistepScheduler", config)
     with pytest.raises(UserError, match="^--pretrained_model_name_or_path .*copied: its scheduler .*EDM's noise"):
-        run_dsi(pretrained_model_name_or_path=folder, dataset_name="nowhere/at-all")
+        run_dsi(pretrained_model_name_or_path=folder)
     assert not (tmp_path / "style").exists()
 
 

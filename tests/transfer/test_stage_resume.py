@@ -127,7 +127,7 @@ def test_a_finished_stage_with_an_adapter_is_loaded_and_a_torn_checkpoint_passed
 
 
 def test_the_last_checkpoint_is_the_one_of_most_steps_that_every_process_has_written(tmp_path, caplog):
-    folder = stage_folder(tmp_path, {"num_processes": 2})
+    folder = stage_folder(tmp_path, {"num_processes": 2}, {})
     assert find_earlier_run(folder) == (None, None)
     folder.begin()
     assert find_earlier_run(folder) == (None, None)

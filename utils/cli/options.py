@@ -12,6 +12,8 @@ INPUTS = (
     "dataset_name", "train_dir", "validation_dir", "synthetic_dataset", "learned_embeds", "model_name_or_path",
     "pretrained_model_name_or_path",
 )  # fmt: skip
+# the commits that they name are compared in their place, where these were noted
+REVISIONS = frozenset({"revision", "dataset_revision", "model_revision", "synthetic_dataset_revision"})
 STYLE_TOKEN_OPTIONS = ("placeholder_token", "initializer_token")  # no access tokens
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.cli.errors import UserError, graceful_interrupt, report_unwritable
-from utils.cli.options import differing_options
+from utils.cli.options import REVISIONS, differing_options
 from utils.cli.processes import warn_once
 from utils.cli.records import RUN_CONFIG, read_record, write_record
 
@@ -142,6 +142,8 @@ class RunFolder:
             shutil.rmtree(trace)
         for output in self._find(self.outputs):
             output.unlink()
+            if output.parent != self.path and not any(output.parent.iterdir()):
+                output.parent.rmdir()
         name, key = self.noted_in
         write_record(self.path / name, {key: self.options, **({"inputs": self.inputs} if self.inputs else {}), **facts})
 
@@ -184,7 +186,9 @@ class RunFolder:
     def differing_options(self) -> list[str]:
         """Return 'name was value, now value' for each option that another result depends on."""
         name, key = self.noted_in
-        return differing_options(read_record(self.path / name)[key], self.options, self.free)
+        noted = read_record(self.path / name)
+        free = self.free | REVISIONS if "inputs" in noted else self.free
+        return differing_options(noted[key], self.options, free)
 
     def differing_inputs(self) -> list[str]:
         """Return '--flag value was ..., now ...' for each input that was another, as far as that was noted."""

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from utils.cli.errors import UserError
-from utils.cli.options import differing_options
+from utils.cli.options import REVISIONS, differing_options
 from utils.cli.records import read_record, write_record
 from utils.cli.run_folder import RunFolder
 from utils.style.families import LEARNED_EMBEDS
@@ -131,8 +131,9 @@ def find_checkpoint(folder: RunFolder, resume: str | None) -> Path | None:
                 f"--resume_from_checkpoint {resume}: is no checkpoint of train_dsi.py; {folder.path} has {have}."
             )
     # its own, whatever the folder notes: it may be another run's, or of an earlier version that noted none at the start
-    options = read_record(checkpoint / STATE_RECORD)["progress"]["options"]
-    if differing := differing_options(options, folder.options, folder.free):
+    progress = read_record(checkpoint / STATE_RECORD)["progress"]
+    free = folder.free | REVISIONS if "base_model" in progress else folder.free
+    if differing := differing_options(progress["options"], folder.options, free):
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: was made with other options ({'; '.join(differing)}); give the "
             "same, or start from scratch with --overwrite_output_dir."

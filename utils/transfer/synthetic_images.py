@@ -55,8 +55,11 @@ def identify_synthetic(source: SyntheticSource, max_samples_per_class: int | Non
     """Return what tells the images that `load_synthetic` gives from others: the commit, or their number and hash.
 
     With a limit it stays the same when a folder grows: the first images of each class do.
+
+    Raises:
+        UserError: the set is gone.
     """
-    if source.revision is not None:
+    if not open_source(source.name, FLAG, "dataset", source.revision).is_local:
         return f"commit {source.revision}"
     names = [name for name in list_files(source.name) if name.endswith(".parquet")]
     number = num_images(source, max_samples_per_class)
