@@ -19,11 +19,12 @@ from pathlib import Path
 import transformers
 from transformers import TrainingArguments
 
-from utils.cli.errors import UserError, run_script
+from utils.cli.errors import UserError, run_script, saying_how_to_go_on
 from utils.cli.options import resolve_options
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import public_command
 from utils.cli.records import COMPARISON, image_set_name, read_record, write_record, write_run_config
+from utils.cli.run_folder import check_writable
 from utils.comparison.arguments import DECIDED_BY_SETTINGS, GROUPS
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
 from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title
@@ -68,6 +69,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, i
         parser.fill_in([real_args], {name: value for name, value in recorded.items() if name not in not_ours})
     check_real_images_given(real_args)
     check_output_outside(comparison_args.output_dir, real_args)
+    check_writable(Path(comparison_args.output_dir))
     return list(groups), sources
 
 
@@ -252,40 +254,42 @@ def main(argv: Sequence[str] | None = None) -> dict:
     inputs = identify_inputs(runner, volumes)
 
     # recipes
-    search_seeds = search_args.search_seeds or seeds[:1]
-    if search_args.settings:
-        chosen = read_settings(search_args.settings, rows, shots, runner.settings)
-    else:
-        num_synthetic = len(runner.load_synthetic(next(iter(sources.values())), volumes[-1]))
-        bridges = list_bridges(search_args, shared_args, runner.settings, num_synthetic)
-        bridge = choose_bridge(runner, bridges, search_seeds, volumes[-1], num_workers)
-        recipes = list_recipes(search_args, runner, search_args.search_shots or shots)
-        chosen = {"stage1": dataclasses.asdict(bridge)}
-        chosen |= choose_recipes(runner, rows, recipes, bridge, search_seeds, volumes[-1], num_workers)
-        write_settings(runner.output_dir / "chosen_settings.json", chosen)
+    command = public_command("compare_transfer.py", argv)
+    with saying_how_to_go_on(runner.output_dir, lambda: f"finished cells are kept; go on with: {command}"):
+        search_seeds = search_args.search_seeds or seeds[:1]
+        if search_args.settings:
+            chosen = read_settings(search_args.settings, rows, shots, runner.settings)
+        else:
+            num_synthetic = len(runner.load_synthetic(next(iter(sources.values())), volumes[-1]))
+            bridges = list_bridges(search_args, shared_args, runner.settings, num_synthetic)
+            bridge = choose_bridge(runner, bridges, search_seeds, volumes[-1], num_workers)
+            recipes = list_recipes(search_args, runner, search_args.search_shots or shots)
+            chosen = {"stage1": dataclasses.asdict(bridge)}
+            chosen |= choose_recipes(runner, rows, recipes, bridge, search_seeds, volumes[-1], num_workers)
+            write_settings(runner.output_dir / "chosen_settings.json", chosen)
 
-    # cells
-    results = run_table(runner, plan_table(rows, shots, seeds, volumes, chosen), num_workers)
+        # cells
+        results = run_table(runner, plan_table(rows, shots, seeds, volumes, chosen), num_workers)
 
-    # results
-    baseline = next((row for name in ("vanilla_matched", "vanilla") for row in results if row.label == name), None)
-    baseline_name = baseline and baseline.label
-    summary = summarise(results, baseline)
-    findings = describe_findings(stack_correct(results), baseline)
-    comparison = {
-        "findings": findings, "baseline": baseline_name, "seeds": seeds, "summary": summary, "settings": chosen,
-        "inputs": inputs,
-    }  # fmt: skip
-    write_record(runner.output_dir / COMPARISON, comparison)
-    write_markdown(
-        runner.output_dir / "comparison.md", summary, baseline_name,
-        findings=findings, seeds=seeds, sets=sets, own_sets="{seed}" in "".join(sets.values()),
-        model=model_args.model_name_or_path, real=runner.real.record.name, chosen=chosen,
-        chosen_how=describe_choice(search_args.settings, chosen, search_seeds),
-        command=public_command("compare_transfer.py", argv),
-    )  # fmt: skip
-    plot_comparison(runner.output_dir / "comparison.png", summary)
-    write_run_config(runner.output_dir, resolve_options(groups), started)
+        # results
+        baseline = next((row for name in ("vanilla_matched", "vanilla") for row in results if row.label == name), None)
+        baseline_name = baseline and baseline.label
+        summary = summarise(results, baseline)
+        findings = describe_findings(stack_correct(results), baseline)
+        comparison = {
+            "findings": findings, "baseline": baseline_name, "seeds": seeds, "summary": summary, "settings": chosen,
+            "inputs": inputs,
+        }  # fmt: skip
+        write_record(runner.output_dir / COMPARISON, comparison)
+        write_markdown(
+            runner.output_dir / "comparison.md", summary, baseline_name,
+            findings=findings, seeds=seeds, sets=sets, own_sets="{seed}" in "".join(sets.values()),
+            model=model_args.model_name_or_path, real=runner.real.record.name, chosen=chosen,
+            chosen_how=describe_choice(search_args.settings, chosen, search_seeds),
+            command=command,
+        )  # fmt: skip
+        plot_comparison(runner.output_dir / "comparison.png", summary)
+        write_run_config(runner.output_dir, resolve_options(groups), started)
     print_comparison(summary, findings, baseline_name)
     return comparison
 

@@ -13,10 +13,11 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from utils.cli.errors import UserError, run_script
+from utils.cli.errors import UserError, report_unwritable, run_script
 from utils.cli.options import option
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.records import GENERATION_CONFIG, read_record
+from utils.cli.run_folder import check_writable
 from utils.data.arguments import RealDataArguments, check_real_images_given
 from utils.hub.repositories import Source, open_source
 
@@ -88,6 +89,7 @@ def main(argv=None) -> dict:
     output_dir = Path(report_args.output_dir or f"{Path(source.name).name}-quality")
     if output_dir.is_file():
         raise UserError(f"--output_dir {output_dir}: is a file; name a folder.")
+    check_writable(output_dir)
 
     # these take seconds to import: only once the arguments are known to be good
     import transformers
@@ -102,10 +104,11 @@ def main(argv=None) -> dict:
     )
     real = load_reference_images(real_images, model_args.hub_token)
     print("\n".join(real.remarks))
-    record = make_quality_report(
-        source, real, model, output_dir, batch_size=report_args.batch_size,
-        max_images_per_class=report_args.max_images_per_class, num_pairs=report_args.num_pairs,
-    )  # fmt: skip
+    with report_unwritable(output_dir, lambda: "make room, or name another folder, and run the same command again"):
+        record = make_quality_report(
+            source, real, model, output_dir, batch_size=report_args.batch_size,
+            max_images_per_class=report_args.max_images_per_class, num_pairs=report_args.num_pairs,
+        )  # fmt: skip
     print_quality(record)
     print(f"Written to {output_dir}: quality.json, quality.png, duplicates.png; {time.time() - started:.0f} s in all.")
     return record

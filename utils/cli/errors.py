@@ -13,14 +13,12 @@ from typing import NoReturn
 
 from utils.cli.processes import is_main_process
 
-# a disk that is full or read-only, a quota, a folder that may not be written or was removed
-CANNOT_WRITE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
-)  # fmt: skip
+# a disk is full, or read-only
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# a folder may not be written, or was removed; inputs have these errors, too
+FOLDER_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
 # as libraries put it that do not raise an OSError: safetensors, and torch.save, which does not say why
-CANNOT_WRITE_WORDS = re.compile(
-    "|".join([*(os.strerror(number) for number in CANNOT_WRITE[:4]), "PytorchStreamWriter failed writing"])
-)
+DISK_WORDS = re.compile("|".join([*map(os.strerror, DISK_ERRORS), "PytorchStreamWriter failed writing"]))
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SECONDS_TO_END = 10.0
 
@@ -81,18 +79,25 @@ def report_unwritable(folder: str | Path, advice: Callable[[], str]) -> Iterator
         raise UserError(f"--output_dir {folder}: cannot be written ({reason}); {advice()}") from None
 
 
+@contextmanager
+def saying_how_to_go_on(folder: str | Path, advice: Callable[[], str]) -> Iterator[None]:
+    """Say `advice()` where a signal ends the block, or an output folder cannot be written."""
+    with graceful_interrupt(advice), report_unwritable(folder, advice):
+        yield
+
+
 def _why_unwritable(error: Exception, folder: str | Path) -> str | None:
     """Return why a file in a folder could not be written, None where the error is another one."""
     if not isinstance(error, OSError) or error.errno is None:
-        found = CANNOT_WRITE_WORDS.search(str(error))
+        found = DISK_WORDS.search(str(error))
         return found and found[0]
-    if error.errno not in CANNOT_WRITE:
-        return None
-    if error.filename is None:  # it was open already
-        return error.strerror if error.errno in CANNOT_WRITE[:3] else None
-    if not Path(os.fsdecode(error.filename)).absolute().is_relative_to(Path(folder).absolute()):
-        return f"{error.strerror}: {error.filename}" if error.errno in CANNOT_WRITE[:4] else None
-    return error.strerror if Path(folder).is_dir() else "it was removed"
+    name = None if error.filename is None else Path(os.fsdecode(error.filename)).absolute()
+    if error.errno in DISK_ERRORS:
+        elsewhere = name is not None and not name.is_relative_to(Path(folder).absolute())
+        return f"{error.strerror}: {name}" if elsewhere else error.strerror
+    if error.errno in FOLDER_ERRORS and name is not None and name.is_relative_to(Path(folder).absolute()):
+        return error.strerror if Path(folder).is_dir() else "it was removed"
+    return None
 
 
 def run_script(main: Callable[[], object]) -> None:
@@ -104,6 +109,11 @@ def run_script(main: Callable[[], object]) -> None:
         main()
     except UserError as error:
         _end(f"error: {' '.join(str(error).split())}", 2)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        named = f"{error.filename}: " if error.filename else ""
+        _end(f"error: {named}cannot be written ({error.strerror}); make room, or name another place.", 2)
     except Interrupted as interruption:
         _end(f"interrupted. {interruption}", 128 + interruption.signal_number, is_said=is_main_process())
     except KeyboardInterrupt:

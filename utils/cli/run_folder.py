@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.cli.errors import UserError, graceful_interrupt, report_unwritable
+from utils.cli.errors import UserError, saying_how_to_go_on
 from utils.cli.options import REVISIONS, differing_options
 from utils.cli.processes import warn_once
 from utils.cli.records import RUN_CONFIG, read_record, write_record
@@ -159,7 +159,7 @@ class RunFolder:
                 words += [] if resume[0] in words else resume
             return f"{kept}; go on with: {shlex.join(words)}"
 
-        with graceful_interrupt(advise), report_unwritable(self.path, advise):
+        with saying_how_to_go_on(self.path, advise):
             yield
 
     def check_unchanged(self, identify: Callable[[], Mapping[str, str]]) -> None:

@@ -278,6 +278,10 @@ def _run_side_by_side(runner: CellRunner, cells: list[Cell], num_workers: int) -
                 f"--num_workers {num_workers}: a worker process was killed, perhaps for want of memory; give fewer, "
                 "finished cells are kept."
             ) from None
+        except KeyboardInterrupt:  # a cell may take hours
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
