@@ -54,7 +54,13 @@ def test_contents_of_the_same_size_and_time_are_told_apart(folder, how):
     assert digest(folder) != before
 
 
-def test_unchanged_files_are_not_read_again_and_a_cache_that_cannot_be_written_is_done_without(folder, monkeypatch):
+def test_unchanged_files_are_not_read_again_and_a_cache_that_cannot_be_written_is_done_without(
+    folder, tmp_path_factory, monkeypatch
+):
+    monkeypatch.setattr(contents.constants, "HF_HOME", home := str(tmp_path_factory.mktemp("home")))
+    digest(folder)
+    assert not list(Path(home).iterdir())  # the files are too new
+    monkeypatch.setattr(contents, "SECONDS_TO_SETTLE", -1.0)
     before, read = digest(folder), []
     file_digest = contents.hashlib.file_digest
     monkeypatch.setattr(contents.hashlib, "file_digest", lambda *args: read.append(args) or file_digest(*args))

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from huggingface_hub import constants
 from utils.cli.records import write_text
 
 DIGITS = 32  # of a digest, in hexadecimal
+SECONDS_TO_SETTLE = 2.0  # clocks of disks are coarse: a new file may be written again in the same tick
 
 
 def list_files(folder: str | Path, above: tuple = ()) -> Iterator[str]:
@@ -52,9 +54,11 @@ def remembered_digest(
     than the listing. `what` tells this `read` from others. Where the note cannot be written, all is read each time.
     """
     facts = hashlib.sha256(os.fsencode(Path(folder).resolve()) + f"\n{what}\n".encode())
+    newest = 0.0
     for name in names:
         status = os.stat(os.path.join(folder, name))
         # a file that was replaced or written to has another time of change, whatever its modification time says
+        newest = max(newest, status.st_ctime)
         numbers = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
         facts.update(os.fsencode(name) + f"\n{numbers}\n".encode())
     noted = Path(constants.HF_HOME, "bridged-transfer", "digests", facts.hexdigest())
@@ -64,8 +68,9 @@ def remembered_digest(
     for part in read():
         contents.update(part)
     digest = contents.hexdigest()[:DIGITS]
-    with suppress(OSError):
-        write_text(noted, digest)
+    if time.time() - newest > SECONDS_TO_SETTLE:
+        with suppress(OSError):
+            write_text(noted, digest)
     return digest
 
 
