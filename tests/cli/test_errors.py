@@ -1,6 +1,7 @@
 """A user's error, a bug and a signal each end a script in their own way, with nothing half done."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from utils.cli import errors
-from utils.cli.errors import Interrupted, UserError, graceful_interrupt, run_script
+from utils.cli.errors import Interrupted, UserError, graceful_interrupt, report_unwritable, run_script
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -79,3 +80,46 @@ def test_a_signal_long_after_one_that_got_lost_ends_the_block(seconds_to_end, is
         reached.append(True)
         raise KeyboardInterrupt
     assert bool(reached) is is_ignored
+
+
+def no_room(*_):
+    os.write(os.open("/dev/full", os.O_WRONLY), b"no room")
+
+
+@pytest.mark.parametrize(("fail", "reason"), [
+    (no_room, "No space left on device"),
+    (lambda folder: (_ for _ in ()).throw(OSError(errno.EDQUOT, "Disk quota exceeded")), "Disk quota exceeded"),
+    (lambda folder: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system", str(folder / "a"))),
+     "Read-only file system"),
+    (lambda folder: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied", str(folder / "a"))),
+     "Permission denied"),
+    (lambda folder: (_ for _ in ()).throw(RuntimeError("PytorchStreamWriter failed writing file data/0")),
+     "PytorchStreamWriter failed writing"),
+    (lambda folder: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device", "/cache/file")),
+     "No space left on device: /cache/file"),
+    (lambda folder: (folder.rmdir(), (folder / "record.json").write_text("")), "it was removed"),
+])  # fmt: skip
+def test_an_output_folder_that_cannot_be_written_is_one_line_with_how_to_go_on(fail, reason, tmp_path):
+    (folder := tmp_path / "out").mkdir()
+    with pytest.raises(UserError) as error, report_unwritable(folder, lambda: "stage1 is kept; go on with: this"):
+        fail(folder)
+    line = f"--output_dir {folder}: cannot be written ({reason}); stage1 is kept; go on with: this"
+    assert str(error.value) == line
+
+
+@pytest.mark.parametrize("error", [
+    PermissionError(errno.EACCES, "Permission denied", "/photos/cat.jpg"),  # of an input
+    FileNotFoundError(errno.ENOENT, "No such file or directory", "/photos/cat.jpg"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+])  # fmt: skip
+def test_other_errors_stay_what_they_are(error, tmp_path):
+    with pytest.raises(type(error)) as raised, report_unwritable(tmp_path, lambda: "never said"):
+        raise error
+    assert raised.value is error
+
+
+def test_a_full_disk_elsewhere_ends_a_script_in_a_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_script(no_room)
+    assert ended.value.code == 2
+    assert "cannot be written (No space left on device); make room" in capsys.readouterr().err

@@ -29,3 +29,37 @@ def test_steps_that_are_finished_are_not_run_again_and_a_failed_one_is(tmp_path)
         with pytest.raises(RuntimeError, match="another failed, see .*another.log"):
             runner.run(failing)
     assert "another" not in runner.costs
+
+
+def test_a_step_is_run_anew_where_a_folder_or_file_in_its_command_is_another(tmp_path, capsys):
+    script = tmp_path / "step.py"
+    script.write_text(
+        "import pathlib, sys; path = pathlib.Path(sys.argv[2]); path.parent.mkdir(exist_ok=True)\n"
+        "path.write_text(' '.join(sys.argv))"
+    )
+    recipe, made = tmp_path / "recipe.yaml", [tmp_path / f"made-{seed}" / "model.safetensors" for seed in range(2)]
+    for path in (recipe, *made):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("before")
+    step = Step(
+        "later", "to see", tmp_path / "out" / "done",
+        (str(script), str(recipe), str(tmp_path / "out" / "done"), "--sets", f"dsi={tmp_path}/made-{{seed}}"),
+        is_launched=False,
+    )  # fmt: skip
+    runner = StepRunner(tmp_path, tmp_path / "runs")
+    runner.run(step)
+    for changed in (recipe, *made):
+        runner.run(step)
+        assert "later: done before in" in capsys.readouterr().out
+        changed.write_text("after")
+        runner.run(step)
+        named = changed.name if changed == recipe else changed.parent.name
+        assert f"later: was made of another {named}, and is made anew" in capsys.readouterr().out
+        assert step.finished.read_text().endswith(" --overwrite_output_dir")
+    for path in (made[0].parent / "run_config.json", made[0].parent / "style.png"):  # seconds, and pictures
+        path.write_text("another")
+    runner.run(step)
+    assert "later: done before in" in capsys.readouterr().out
+    made[0].write_text("again")
+    runner.run(replace(step, from_scratch=()))
+    assert not step.finished.read_text().endswith("--overwrite_output_dir")

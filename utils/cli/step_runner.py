@@ -115,17 +115,19 @@ class StepRunner:
 
     def _describe_inputs(self, step: Step) -> dict[str, str]:
         """Return what tells the contents of the files and folders that a command names from others, by path."""
-        inputs, own = {}, (self.root / step.finished).absolute().parents
+        finished = (self.root / step.finished).absolute()
+        inputs, own = {}, {finished, *finished.parents}
         for word in step.command[1:]:
             if word.startswith("--") or "/" not in word:
                 continue
             pattern = "*".join(map(glob.escape, word.rpartition("=")[2].split("{seed}")))
             for path in map(Path, sorted(glob.glob(os.path.join(self.root, pattern)))):
-                if path.is_file():
-                    inputs[os.path.relpath(path, self.root)] = describe_files(path.parent, [path.name])
-                elif path.absolute() not in own:
-                    names = [name for name in list_files(path) if name.endswith(RESULTS)]
-                    inputs[os.path.relpath(path, self.root)] = describe_files(path, names)
+                if path.absolute() in own:
+                    continue
+                folder, names = path.parent, [path.name]
+                if path.is_dir():
+                    folder, names = path, [name for name in list_files(path) if name.endswith(RESULTS)]
+                inputs[os.path.relpath(path, self.root)] = describe_files(folder, names)
         return inputs
 
     def _argv(self, step: Step) -> list[str]:
