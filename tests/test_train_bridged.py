@@ -1,5 +1,7 @@
+import os
 import pkgutil
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +15,9 @@ from transformers import pipeline
 
 import train_bridged
 from tests.conftest import CLASS_NAMES, blank_figures, save_image_set
-from utils.cli.errors import UserError
+from utils.cli.errors import Interrupted, UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
+from utils.transfer import stage
 from utils.transfer.augmentation import CropAndFlip
 from utils.transfer.methods import METHODS
 
@@ -406,3 +409,29 @@ def test_results_are_not_written_among_the_images(real_images_dir, monkeypatch):
         train_bridged.main(["--dataset_name", ".", "--method", "vanilla"])
     args, _ = train_bridged.parse_arguments(["--dataset_name", ".", "--dry_run"])  # which writes none
     assert args.training.dry_run
+
+
+def test_a_signal_and_a_full_disk_say_what_is_kept_and_how_to_go_on(run, tmp_path, monkeypatch):
+    fine_tune = stage.fine_tune
+
+    def interrupted_in_stage_2(*args, **kwargs):
+        if Path(args[5]).name == "stage2":
+            os.kill(os.getpid(), signal.SIGINT)
+        return fine_tune(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as end:
+        patch.setattr(stage, "fine_tune", interrupted_in_stage_2)
+        run("out", "--overwrite_output_dir")
+    assert end.value.signal_number == signal.SIGINT
+    kept, _, command = str(end.value).partition("; go on with: accelerate launch train_bridged.py ")
+    assert kept == "stage2 is kept" and "--overwrite_output_dir" not in command
+    assert command.endswith("--resume_from_checkpoint latest")
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.transfer.report.plot_report", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b"a"))
+        with pytest.raises(
+            UserError, match=r"out: cannot be written \(No space left on device\); stage2 is kept; go on"
+        ):
+            run("out", "--resume_from_checkpoint", "latest")
+    run("out", "--resume_from_checkpoint", "latest")
+    run("whole")
+    assert_same_weights(tmp_path / "out", tmp_path / "whole")
