@@ -178,33 +178,10 @@ def test_what_others_commit_during_a_push_to_the_same_file_is_explained_and_stay
     assert published(hub)[path] == b"theirs"
 
 
-@pytest.mark.parametrize(
-    ("token", "name", "message"),
-    [
-        (None, "cars", "no access token"),
-        ("hf_nobody", "cars", "the Hub does not know this access token"),
-        ("hf_ann_reads", "cars", "only reads"),
-        (TOKEN, "bob/cars", "'bob/cars' is not yours to write; you are ann"),
-    ],
-)
-def test_what_may_not_be_published_is_said_before_any_work(token, name, message, hub, tmp_path):
-    with pytest.raises(UserError, match=message):
-        open_target(tmp_path, name, "model", token=token)
-    assert hub.repos() == []
-
-
 def test_a_branch_is_made_and_main_stays(hub, folder):
     publish(folder, revision="try-2")
     assert set(published(hub, revision="try-2")) == set(FOLDERS["set"])
     assert published(hub) == {}
-
-
-def test_private_is_private_and_never_public_by_mistake(hub, folder):
-    publish(folder, private=True)
-    assert hub.repo("ann/cars", "dataset").private
-    publish(folder, "public")
-    with pytest.raises(UserError, match="'ann/public' is there already, and public"):
-        publish(folder, "public", private=True)
 
 
 def test_only_what_belongs_there_is_published_without_token_or_home(hub, tmp_path, monkeypatch):

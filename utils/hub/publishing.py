@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from utils.cli.errors import UserError
 from utils.cli.processes import is_main_process
 from utils.hub.cards import merge_cards, read_card
-from utils.hub.targets import MAX_TRIES, HubUnavailable, Target
+from utils.hub.targets import MAX_TRIES, HubUnavailable, Target, check_privacy
 
 CARD = "README.md"
 TEXT_SUFFIXES = (".json", ".md", ".txt", ".yaml")
@@ -135,8 +135,7 @@ def prepare_repository(target: Target) -> None:
         UserError: the repository is public though a private one was asked for.
     """
     target.call(HfApi.create_repo, private=target.private or None, exist_ok=True)
-    if target.private and not target.call(HfApi.repo_info).private:
-        raise UserError(f"--hub_private_repo: '{target.repo_id}' is there already, and public; nothing was sent.")
+    check_privacy(target)  # once more: the work may have taken days
     if target.revision not in (None, "main"):
         target.call(HfApi.create_branch, branch=target.revision, exist_ok=True)
 
