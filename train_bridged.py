@@ -59,12 +59,11 @@ logger = logging.getLogger(__name__)
 
 # up to so many real images a class the head of stage 1 beat a fresh one (README, the demo's comparison)
 MAX_IMAGES_FOR_KEPT_HEAD = 4
-# the classifier itself, no stage and no training state
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter/*")
 LEEP_RESULTS = ("leep_pretrained", "leep_bridged", "leep_num_images", "leep_num_source_classes")
+# the classifier itself, no stage and no training state
 PUBLISHED_FILES = (
-    *WEIGHTS, "config.json", "preprocessor_config.json", "report.png", ALL_RESULTS, BRIDGED_CONFIG, RUN_CONFIG,
-    "README.md",
+    "model*.safetensors", "model.safetensors.index.json", "adapter/*", "config.json", "preprocessor_config.json",
+    "report.png", ALL_RESULTS, BRIDGED_CONFIG, RUN_CONFIG, "README.md",
 )  # fmt: skip
 
 
@@ -486,7 +485,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         write_run_config(folder.path, options, started)
         folder.finish(config)  # last: its presence says that the classifier is finished
         if hub_target is not None:
-            publish_folder(folder.path, hub_target, PUBLISHED_FILES, stale_patterns=WEIGHTS)
+            publish_folder(folder.path, hub_target, PUBLISHED_FILES)
     return results
 
 

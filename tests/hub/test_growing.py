@@ -58,7 +58,7 @@ def grow(folder: Path, fingerprint: str = "ours", pause: float = 0.02, **options
 def finish(folder: Path, **options) -> None:
     """End as the generator does: the card is written, and all is published."""
     (folder / "README.md").write_text(OUR_CARD)
-    publish_folder(folder, open_target(folder, "cars", "dataset", token=TOKEN, **options), PATTERNS, SHARDS)
+    publish_folder(folder, open_target(folder, "cars", "dataset", token=TOKEN, **options), PATTERNS)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
