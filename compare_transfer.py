@@ -11,7 +11,6 @@ method@NAME takes another synthetic set than the first. Finished cells are kept:
 """
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import TrainingArguments
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import resolve_options
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import public_command
+from utils.cli.processes import check_alone, public_command
 from utils.cli.records import COMPARISON, image_set_name, write_record, write_run_config
 from utils.comparison.arguments import GROUPS
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
@@ -89,8 +88,7 @@ def check_values(values: dict) -> None:
         raise UserError(f"--search_shots {min(other_shots)}: not among --num_shots, whose recipes are searched.")
     if values["search_learning_rate"] and values["settings"]:
         raise UserError(f"--search_learning_rate: not with --settings {values['settings']}, whose recipes are chosen.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # an accelerate state would take up the GPUs
-        raise UserError("--num_processes: the comparison starts its own; give --num_workers in its place.")
+    check_alone("the comparison starts its own; give --num_workers in its place.")
 
 
 def open_sources(

@@ -26,7 +26,7 @@ import numpy as np
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import absolute_if_local, free_options, resolve_options
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import public_command
+from utils.cli.processes import check_joined, public_command, warn_once
 from utils.cli.records import (
     ALL_RESULTS,
     BRIDGED_CONFIG,
@@ -167,7 +167,7 @@ def check_arguments(args: SimpleNamespace) -> None:
         if value != "frozen":
             raise UserError(f"--{name} {value}: not with --use_peft; an adapter has no place for statistics.")
     if args.synthetic.streaming and args.real.skip_bad_images:
-        logger.warning("Warning: --skip_bad_images: no image of a stream is opened first; damaged ones end the run.")
+        warn_once("Warning: --skip_bad_images: no image of a stream is opened first; damaged ones end the run.")
     if args.synthetic.streaming and "both" in args.chosen_method.kinds:
         raise UserError(
             f"--streaming: not with --method {args.method.method}, which draws from both kinds of images at random."
@@ -272,6 +272,7 @@ def set_up_logging(training_args: BridgedTrainingArguments) -> bool:
     transformers.utils.logging.set_verbosity_error()
     # joins the processes, and must be the first to do so: a bare PartialState would take CPU processes for single ones
     is_main_process = training_args.process_index == 0
+    check_joined(training_args.world_size)
     for ours in (logger, logging.getLogger("utils")):
         ours.setLevel(logging.INFO if is_main_process else logging.ERROR)
     return is_main_process

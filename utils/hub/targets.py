@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, errors
 
 from utils.cli.errors import UserError
 from utils.cli.options import option
+from utils.cli.processes import is_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class HubArguments:
 
 
 def log_and_sleep(problem: str, pause: float) -> None:
-    logger.warning(problem)
+    if is_main_process():
+        logger.warning(problem)
     time.sleep(pause)
 
 
