@@ -52,6 +52,8 @@ def try_to_write(repo_id: str, token: str) -> bool:
         ("hf_nobody", "cars", "the Hub does not know this access token"),
         ("hf_ann_reads", "cars", "only reads"),
         (TOKEN, "bob/new", "'bob/new' is not yours to write; you are ann"),
+        (TOKEN, "my cars", "--push_to_hub: 'ann/my cars' is not a repository id; give one with --hub_model_id"),
+        (TOKEN, "acme/ann/cars", "--push_to_hub: 'acme/ann/cars' is not a repository id"),
     ],
 )
 def test_what_may_not_be_published_is_said_before_any_work(token, name, message, hub, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import HfApi, errors
+from huggingface_hub.utils import validate_repo_id
 
 from utils.cli.errors import UserError
 from utils.cli.options import option
@@ -82,8 +83,8 @@ def open_target(
     Called before any work, so that a missing token costs no training. Nothing is created to find out.
 
     Raises:
-        UserError: no token, a bad one, one that may not write there, or the Hub cannot be reached; the repository is
-            public though `private` asks for a private one.
+        UserError: no token, a bad one, one that may not write there, or the Hub cannot be reached; the repository's
+            name is malformed, or it is public though `private` asks for a private one.
     """
     what = "--push_to_hub"
     try:
@@ -99,6 +100,13 @@ def open_target(
     repo_id = hub_id or Path(output_dir).resolve().name
     if "/" not in repo_id:
         repo_id = f"{account['name']}/{repo_id}"
+    try:
+        validate_repo_id(repo_id)
+    except errors.HFValidationError:
+        raise UserError(
+            f"{what}: '{repo_id}' is not a repository id; give one with --hub_{repo_type}_id: user/name, of letters, "
+            "digits, '-', '_' and '.'."
+        ) from None
     access_token = account.get("auth", {}).get("accessToken", {})
     if access_token.get("role") == "read":
         raise UserError(f"{what}: this access token only reads; make one with the role 'write'.")

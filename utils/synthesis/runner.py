@@ -39,7 +39,7 @@ def start_accelerator(mixed_precision: str | None) -> Accelerator:
     That is the one asked for here or of `accelerate launch`, else bf16 where there is a GPU that has it.
 
     Raises:
-        UserError: the device does not have it.
+        UserError: the device does not have it; what `check_joined` raises.
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = mixed_precision or launched
