@@ -11,7 +11,6 @@ method@NAME takes another synthetic set than the first. Finished cells are kept:
 """
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import TrainingArguments
 from utils.cli.errors import UserError, run_script, saying_how_to_go_on
 from utils.cli.options import resolve_options
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import public_command
+from utils.cli.processes import check_alone, public_command
 from utils.cli.records import COMPARISON, image_set_name, read_record, write_record, write_run_config
 from utils.cli.run_folder import check_writable
 from utils.comparison.arguments import DECIDED_BY_SETTINGS, GROUPS
@@ -96,8 +95,7 @@ def check_values(values: dict, given: set[str]) -> None:
             f"{', '.join(decided)}: not together with --settings {values['settings']}, whose recipes are taken; leave "
             "out one or the other."
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # an accelerate state would take up the GPUs
-        raise UserError("--num_processes: the comparison starts its own; give --num_workers in its place.")
+    check_alone("the comparison starts its own; give --num_workers in its place.")
 
 
 def open_sources(

@@ -29,7 +29,6 @@ from utils.hub.publishing import publish_folder
 from utils.hub.targets import HubArguments, open_target
 from utils.synthesis.output_folder import (
     PUBLISHED_FILES,
-    SHARD_FILES,
     begin_set,
     open_output_folder,
     report_disk_full,
@@ -315,7 +314,7 @@ def main(argv=None) -> dict:
             }  # fmt: skip
             print_summary(output_dir, plan, results)
             if hub_target is not None:
-                publish_folder(output_dir, hub_target, PUBLISHED_FILES, stale_patterns=[SHARD_FILES])
+                publish_folder(output_dir, hub_target, PUBLISHED_FILES)
     accelerator.end_training()
     return results
 

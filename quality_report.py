@@ -16,6 +16,7 @@ from pathlib import Path
 from utils.cli.errors import UserError, report_unwritable, run_script
 from utils.cli.options import option
 from utils.cli.parsing import ScriptArgumentParser
+from utils.cli.processes import check_alone
 from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.cli.run_folder import check_writable
 from utils.data.arguments import RealDataArguments, check_real_images_given
@@ -79,6 +80,7 @@ def main(argv=None) -> dict:
     synthetic_args, real_args, model_args, report_args = ScriptArgumentParser(
         (SyntheticSetArguments, RealDataArguments, FeatureModelArguments, ReportArguments), description=__doc__
     ).parse(argv)
+    check_alone("the report is made by one process; start it with `python quality_report.py`.")
     if synthetic_args.synthetic_dataset is None:
         raise UserError("--synthetic_dataset is missing: a folder of generate_synthetic.py, or a data set id.")
     source = open_source(

@@ -27,7 +27,7 @@ import numpy as np
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import absolute_if_local, free_options, resolve_options
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import public_command
+from utils.cli.processes import check_joined, public_command, warn_once
 from utils.cli.records import (
     ALL_RESULTS,
     BRIDGED_CONFIG,
@@ -60,12 +60,11 @@ logger = logging.getLogger(__name__)
 
 # up to so many real images a class the head of stage 1 beat a fresh one (README, the demo's comparison)
 MAX_IMAGES_FOR_KEPT_HEAD = 4
-# the classifier itself, no stage and no training state
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter/*")
 LEEP_RESULTS = ("leep_pretrained", "leep_bridged", "leep_num_images", "leep_num_source_classes")
+# the classifier itself, no stage and no training state
 PUBLISHED_FILES = (
-    *WEIGHTS, "config.json", "preprocessor_config.json", "report.png", ALL_RESULTS, BRIDGED_CONFIG, RUN_CONFIG,
-    "README.md",
+    "model*.safetensors", "model.safetensors.index.json", "adapter/*", "config.json", "preprocessor_config.json",
+    "report.png", ALL_RESULTS, BRIDGED_CONFIG, RUN_CONFIG, "README.md",
 )  # fmt: skip
 OUTPUTS = (*PUBLISHED_FILES[:-1], EVAL_RESULTS)  # a card may hold what a person wrote
 
@@ -172,7 +171,7 @@ def check_arguments(args: SimpleNamespace) -> None:
         if value != "frozen":
             raise UserError(f"--{name} {value}: not with --use_peft; an adapter has no place for statistics.")
     if args.synthetic.streaming and args.real.skip_bad_images:
-        logger.warning("Warning: --skip_bad_images: no image of a stream is opened first; damaged ones end the run.")
+        warn_once("Warning: --skip_bad_images: no image of a stream is opened first; damaged ones end the run.")
     if args.synthetic.streaming and "both" in args.chosen_method.kinds:
         raise UserError(
             f"--streaming: not with --method {args.method.method}, which draws from both kinds of images at random."
@@ -285,6 +284,7 @@ def set_up_logging(training_args: BridgedTrainingArguments) -> bool:
     transformers.utils.logging.set_verbosity_error()
     # joins the processes, and must be the first to do so: a bare PartialState would take CPU processes for single ones
     is_main_process = training_args.process_index == 0
+    check_joined(training_args.world_size)
     for ours in (logger, logging.getLogger("utils")):
         ours.setLevel(logging.INFO if is_main_process else logging.ERROR)
     return is_main_process
@@ -536,7 +536,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             write_run_config(folder.path, options, started, inputs)
             folder.finish(config)  # last: its presence says that the classifier is finished
             if hub_target is not None:
-                publish_folder(folder.path, hub_target, PUBLISHED_FILES, stale_patterns=WEIGHTS)
+                publish_folder(folder.path, hub_target, PUBLISHED_FILES)
     return results
 
 

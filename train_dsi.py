@@ -23,7 +23,7 @@ from utils.cli.contents import describe_files
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import free_options, option, resolve_options
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import public_command
+from utils.cli.processes import check_joined, public_command
 from utils.cli.records import DSI_CONFIG, read_record
 from utils.cli.run_folder import CHECKPOINTS, RunFolder
 from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given
@@ -229,6 +229,7 @@ def start_accelerator(training_args: TrainingArguments, monitoring_args: Monitor
         )
     except ValueError as error:  # fp16 without a GPU, bf16 on one that has none
         raise UserError(f"--mixed_precision {training_args.mixed_precision}: {error}") from None
+    check_joined(accelerator.num_processes)
     set_seed(training_args.seed)
     return accelerator
 

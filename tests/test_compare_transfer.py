@@ -546,7 +546,7 @@ def test_bad_values_are_one_line(flags, message, run, tmp_path):
 def test_launched_processes_and_sets_without_settings_or_for_other_images_are_refused(
     run, synthetic_dir, tmp_path, monkeypatch
 ):
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="--num_processes: .* give --num_workers"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="--num_processes 2: .* give --num_workers"):
         patch.setenv("WORLD_SIZE", "2")
         run(tmp_path / "out")
     with pytest.raises(UserError, match="--synthetic_dataset: give at least one"):

@@ -306,3 +306,9 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, message, folders, tmp_p
         main(f"--model_name_or_path {{model}} {flags}".format(**folders).split())
     assert message in str(raised.value) and "\n" not in str(raised.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--num_processes 2: the report is made by one process; start it with `python"):
+        main(["--synthetic_dataset", "set"])

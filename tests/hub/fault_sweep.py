@@ -51,8 +51,7 @@ def publish(folder: Path, repo_name: str, repo_type: str) -> None:
     from utils.hub.publishing import publish_folder
     from utils.hub.targets import open_target
 
-    target = open_target(folder, repo_name, repo_type, token=TOKEN)
-    publish_folder(folder, target, PATTERNS, stale_patterns=("data/train-*.parquet",))
+    publish_folder(folder, open_target(folder, repo_name, repo_type, token=TOKEN), PATTERNS)
 
 
 def requests_of(hub: LocalHub, repo_name: str) -> list[tuple[str, str, int]]:

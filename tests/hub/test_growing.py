@@ -58,7 +58,7 @@ def grow(folder: Path, fingerprint: str = "ours", pause: float = 0.02, **options
 def finish(folder: Path, **options) -> None:
     """End as the generator does: the card is written, and all is published."""
     (folder / "README.md").write_text(OUR_CARD)
-    publish_folder(folder, open_target(folder, "cars", "dataset", token=TOKEN, **options), PATTERNS, SHARDS)
+    publish_folder(folder, open_target(folder, "cars", "dataset", token=TOKEN, **options), PATTERNS)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -183,19 +183,20 @@ def test_a_record_that_cannot_be_fetched_for_a_while_is_not_taken_for_another_se
     ("problem", "line"),
     [
         ("refused", "403"),
-        ("public", "'ann/cars' is there already, and public; nothing was sent; the work goes on"),
+        ("public", "'ann/cars' is there already, and public; make it private in its settings, or choose another with"),
         ("token", "generation_config.json holds an access token"),
     ],
 )
 def test_what_forbids_an_upload_is_one_line_and_no_end_of_the_work(problem, line, hub, folder, caplog):
     if problem == "refused":
         hub.inject(Fault("status", path="/commit/", status=403, times=None))
-    if problem == "public":
-        hub.create_repo("ann/cars", "dataset")
     if problem == "token":
         write_record(folder / GENERATION_CONFIG, {"fingerprint": "ours", "token": TOKEN})
     write_shard(folder, 0)
-    with grow(folder, private=problem == "public"):
+    upload = grow(folder, private=problem == "public")
+    if problem == "public":  # made after the check before the work
+        hub.create_repo("ann/cars", "dataset")
+    with upload:
         wait_until(lambda: len([request for request in hub.log if request.path.endswith("/ann/cars")]) > 3)
     [told] = warnings_of(caplog)
     assert line in told and "\n" not in told and TOKEN not in caplog.text

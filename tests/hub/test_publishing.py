@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.conftest import ROOT, SHARDS, TOKEN, commits, contents_sent, published, wait_until
+from tests.hub.conftest import ROOT, TOKEN, commits, contents_sent, published, wait_until
 from tests.hub.fault_sweep import CARD, FAULTS, FOLDERS, LEFT_OUT, PATTERNS, write_folder
 from tests.local_hub import Fault
 from utils.cli.errors import UserError
 from utils.hub import targets
-from utils.hub.publishing import publish_folder
+from utils.hub.publishing import publish_finished, publish_folder
 from utils.hub.targets import open_target
 
 pytest_plugins = ["tests.local_hub.fixtures"]
@@ -26,9 +26,8 @@ def folder(tmp_path):
     return write_folder(tmp_path / "cars", FOLDERS["set"], "x")
 
 
-def publish(folder, name="cars", repo_type="dataset", token=TOKEN, stale_patterns=SHARDS, **options):
-    target = open_target(folder, name, repo_type, token=token, **options)
-    return publish_folder(folder, target, PATTERNS, stale_patterns)
+def publish(folder, name="cars", repo_type="dataset", token=TOKEN, **options):
+    return publish_folder(folder, open_target(folder, name, repo_type, token=token, **options), PATTERNS)
 
 
 def is_whole(hub, folder) -> bool:
@@ -90,6 +89,25 @@ def test_a_grown_set_sends_the_new_shard_only_and_a_smaller_one_leaves_none_behi
         (folder / f"data/train-{number:05d}.parquet").unlink()
     publish(folder)
     assert [path for path in published(hub) if path.endswith(".parquet")] == ["data/train-00000.parquet"]
+
+
+def test_of_our_files_those_that_are_no_longer_in_the_folder_go_and_what_is_not_ours_stays(hub, tmp_path):
+    folder = tmp_path / "cars"
+    ours = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
+            "adapter/adapter_model.safetensors", "eval_results.json"]  # fmt: skip
+    theirs = {"notes.txt": b"mine", "photos/car.jpg": b"photo", "model.onnx": b"converted", ".gitattributes": b"own"}
+    hub.create_repo("ann/cars").commit({**dict.fromkeys(ours, b"of an earlier run"), **theirs, "README.md": b"mine"})
+    write_folder(folder, {"model.safetensors": b"weights", "config.json": b"{}"}, "x")
+    patterns = ("model*.safetensors", "model.safetensors.index.json", "adapter/*", "*.json", "README.md")
+    publish_finished(folder, open_target(folder, "cars", "model", token=TOKEN), patterns)
+    there = hub.repo("ann/cars").files()
+    assert there == theirs | {path: (folder / path).read_bytes() for path in ("model.safetensors", "config.json")} | {
+        "README.md": b"mine"  # a folder without a card leaves the one that is there
+    }
+    num_commits = len(hub.repo("ann/cars").commits())
+    publish_finished(folder, open_target(folder, "cars", "model", token=TOKEN), (*patterns, "*"))
+    assert set(hub.repo("ann/cars").files()) == {"model.safetensors", "config.json", "README.md", ".gitattributes"}
+    assert len(hub.repo("ann/cars").commits()) == num_commits + 1
 
 
 def test_many_files_go_in_several_commits_with_the_card_in_the_last(hub, folder, monkeypatch):
@@ -178,33 +196,10 @@ def test_what_others_commit_during_a_push_to_the_same_file_is_explained_and_stay
     assert published(hub)[path] == b"theirs"
 
 
-@pytest.mark.parametrize(
-    ("token", "name", "message"),
-    [
-        (None, "cars", "no access token"),
-        ("hf_nobody", "cars", "the Hub does not know this access token"),
-        ("hf_ann_reads", "cars", "only reads"),
-        (TOKEN, "bob/cars", "'bob/cars' is not yours to write; you are ann"),
-    ],
-)
-def test_what_may_not_be_published_is_said_before_any_work(token, name, message, hub, tmp_path):
-    with pytest.raises(UserError, match=message):
-        open_target(tmp_path, name, "model", token=token)
-    assert hub.repos() == []
-
-
 def test_a_branch_is_made_and_main_stays(hub, folder):
     publish(folder, revision="try-2")
     assert set(published(hub, revision="try-2")) == set(FOLDERS["set"])
     assert published(hub) == {}
-
-
-def test_private_is_private_and_never_public_by_mistake(hub, folder):
-    publish(folder, private=True)
-    assert hub.repo("ann/cars", "dataset").private
-    publish(folder, "public")
-    with pytest.raises(UserError, match="'ann/public' is there already, and public"):
-        publish(folder, "public", private=True)
 
 
 def test_only_what_belongs_there_is_published_without_token_or_home(hub, tmp_path, monkeypatch):

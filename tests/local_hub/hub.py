@@ -51,17 +51,19 @@ class LocalHub:
         self._server.stop()
         self._cdn_server.stop()
 
-    def add_user(self, name: str, token: str, role: str = "write") -> None:
-        """Add a token of a user; `role` is "read" or "write"."""
-        self.accounts[token] = Account(name, role)
+    def add_user(self, name: str, token: str, role: str = "write", **options) -> None:
+        """Add a token of a user; `role` is "read", "write" or "fineGrained", `options` are those of `Account`."""
+        self.accounts[token] = Account(name, role, **options)
 
     def create_repo(
-        self, repo_id: str, repo_type: str = "model", private: bool = False, gated: bool = False
-    ) -> Repository:
+        self, repo_id: str, repo_type: str = "model", private: bool = False, gated: bool = False,
+        creator: str | None = None,
+    ) -> Repository:  # fmt: skip
+        """Create a repository, made by its owner or, where that is an organisation, by one of its members."""
         with self.lock:
             if (repo_type, repo_id) in self.repositories:
                 raise ValueError(f"{repo_type} {repo_id} is there already")
-            repo = Repository(repo_id, repo_type, private, gated, self.blobs, self.lfs_threshold)
+            repo = Repository(repo_id, repo_type, private, gated, self.blobs, self.lfs_threshold, creator)
             self.repositories[repo_type, repo_id] = repo
         return repo
 

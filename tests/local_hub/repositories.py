@@ -14,7 +14,7 @@ def create(hub, request: Request) -> Answer:
     account = require_writer(hub, request)
     asked = request.json()
     owner, repo_type = asked.get("organization") or account.name, asked.get("type") or "model"
-    if owner != account.name:
+    if not account.may_create(owner):
         raise HubError(403, f"You don't have the rights to create a {repo_type} under the namespace '{owner}'.")
     repo_id = f"{owner}/{asked['name']}"
     with hub.lock:
@@ -22,7 +22,7 @@ def create(hub, request: Request) -> Answer:
             # With exist_ok the client goes on, and reads the address from this very body.
             url = repo_url(hub, hub.repositories[repo_type, repo_id])
             raise HubError(409, f"You already created this {repo_type} repo: {repo_id}", url=url)
-        repo = hub.create_repo(repo_id, repo_type, private=asked.get("visibility") == "private")
+        repo = hub.create_repo(repo_id, repo_type, private=asked.get("visibility") == "private", creator=account.name)
     return json_answer({"url": repo_url(hub, repo), "name": repo.id, "id": repo.id})
 
 

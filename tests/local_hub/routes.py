@@ -30,6 +30,7 @@ ROUTES = [
     *_with_types("GET", "api", REPO, repositories.info),
     *_with_types("GET", "api", f"{REPO}/revision/{REVISION}", repositories.info),
     *_with_types("GET", "api", f"{REPO}/auth-check", accounts.check_read_access),
+    *_with_types("GET", "api", f"{REPO}/auth-check/write", accounts.check_write_access),
     *_with_types("POST", "api", f"{REPO}/branch/{NAME}", repositories.create_branch),
     *_with_types("GET", "api", f"{REPO}/tree/{REVISION}(?:/(.*))?", reading.list_tree),
     *_with_types("POST", "api", f"{REPO}/paths-info/{REVISION}", reading.list_paths),

@@ -104,11 +104,15 @@ class Commit:
 class Repository:
     """A model or a data set with its history, written one commit at a time."""
 
-    def __init__(self, repo_id: str, repo_type: str, private: bool, gated: bool, blobs: BlobStore, lfs_threshold: int):
+    def __init__(
+        self, repo_id: str, repo_type: str, private: bool, gated: bool, blobs: BlobStore, lfs_threshold: int,
+        creator: str | None = None,
+    ):  # fmt: skip
         self.id = repo_id
         self.type = repo_type
         self.private = private
         self.gated = gated
+        self.creator = creator or self.owner
         self.blobs = blobs
         self.lfs_threshold = lfs_threshold
         self.lock = threading.RLock()

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 
+from utils.cli.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate asks for them
@@ -16,6 +18,34 @@ TOKEN_FLAGS = ("--hub_token", "--hub-token")  # HfArgumentParser takes both spel
 def is_main_process() -> bool:
     """Return whether this is the main process of all machines, or the only one; needs no torch."""
     return all(os.environ.get(name, "0") in ("0", "-1") for name in RANK_VARIABLES)
+
+
+def num_launched() -> int:
+    """Return how many processes the launch has started on all machines; needs no torch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_joined(num_processes: int) -> None:
+    """Check that the `num_processes` that accelerate knows of are all that were launched.
+
+    Raises:
+        UserError: they are not, and each process would do all of the work, in the same folder.
+    """
+    if "LOCAL_RANK" in os.environ and num_processes < num_launched():
+        raise UserError(
+            f"--num_processes {num_launched()}: without GPUs each takes itself for the only one; set "
+            "ACCELERATE_USE_CPU=true, or launch one process."
+        )
+
+
+def check_alone(advice: str) -> None:
+    """Check that this is the only process, in a script that does not share its work with others.
+
+    Raises:
+        UserError: it is not.
+    """
+    if num_launched() > 1:
+        raise UserError(f"--num_processes {num_launched()}: {advice}")
 
 
 @cache

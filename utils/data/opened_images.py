@@ -19,6 +19,7 @@ from datasets import Dataset, Image
 from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
+from utils.cli.processes import num_launched
 from utils.data.image_files import UNREADABLE_KINDS, unreadable_kind
 from utils.data.image_set import PARTS, RealImages
 from utils.data.images import TOO_LARGE, describe_error, describe_reading, to_rgb
@@ -151,7 +152,7 @@ def _for_each(
     images: Dataset, function: Callable[[int, dict | None], Result], what: str
 ) -> Iterator[tuple[int, Result]]:
     """Yield each row with what a function of it and its encoded image gives, computed in one of the processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # without a state of accelerate, which would take up a GPU
+    if num_launched() == 1:  # without a state of accelerate, which would take up a GPU
         yield from enumerate(map_encoded(images, function, range(len(images)), what))
         return
     from accelerate import PartialState

@@ -1,6 +1,5 @@
 """Labelled image sets out of a folder or a Hub repository, at the commit of their source."""
 
-import logging
 import os
 import re
 from pathlib import Path
@@ -12,11 +11,9 @@ from huggingface_hub import HfFileSystem, constants, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
 
 from utils.cli.errors import UserError
-from utils.cli.processes import is_main_process
+from utils.cli.processes import is_main_process, warn_once
 from utils.hub.file_classes import reordered_names, unify_class_names
 from utils.hub.repositories import CLIENT_ERRORS, Source, is_saved_to_disk
-
-logger = logging.getLogger(__name__)
 
 PATTERN = r"::|[*?]|\[.+\]"  # in a path, to datasets: a file in an archive, or a pattern
 SPLIT_SIZE = r"SplitInfo\(name='(.*?)', num_bytes=\d+, num_examples=(\d+)"
@@ -136,7 +133,7 @@ def _load_from_cache(source: Source, config_name: str | None) -> DatasetDict:
             f"{where} {out_of_reach}, and the cache ({cache}) does not have {which} of commit {source.revision}."
         )
     if not constants.HF_HUB_OFFLINE:
-        logger.warning(f"{where} {out_of_reach}, commit {source.revision} is read from the cache.")
+        warn_once(f"{where} {out_of_reach}, commit {source.revision} is read from the cache.")
     info = DatasetInfo.from_directory(str(folders[-1]))
     reader, splits = ArrowReader(str(folders[-1]), info), list(info.splits.values())
     loaded = DatasetDict({name: Dataset(**reader.read(info.dataset_name, name, splits)) for name in info.splits})
@@ -176,7 +173,7 @@ def _warn_of_images_left_out(splits: DatasetDict, builder: datasets.DatasetBuild
         Path(path).suffix.lower() in builder.EXTENSIONS and not re.search(r"(^|/)(\.|__)", path) for path in paths
     )
     if num_read < num_files:
-        logger.warning(
+        warn_once(
             f"{source.flag} {source.name}: {num_read:,} of its {num_files:,} images are read; datasets chooses them by "
             "words such as train and test in their names, and by metadata files. To read all, give a folder of class "
             "folders without other data files."

@@ -1,6 +1,5 @@
 """What a set's files say of its classes, compared file by file: `datasets` reads all of them as the first says."""
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 
-logger = logging.getLogger(__name__)
+from utils.cli.processes import warn_once
 
 HUGGINGFACE = b"huggingface"  # the key of a schema's metadata with the features
 
@@ -51,7 +50,7 @@ def unify_class_names(loaded: DatasetDict, files: Mapping[str, Sequence[str | Bi
             continue
         every_name = list(dict.fromkeys(name for names in named for name in names))
         if named.count(named[0]) == len(named) and set(every_name) != set(feature.names):
-            logger.warning(
+            warn_once(
                 f"{where}: its card names the classes of '{column}' {', '.join(feature.names[:3])}, ..., its files "
                 f"{', '.join(named[0][:3])}, ...; the card's names are taken, by their numbers."
             )

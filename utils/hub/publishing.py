@@ -22,9 +22,10 @@ from tqdm.auto import tqdm
 from utils.cli.errors import UserError
 from utils.cli.processes import is_main_process
 from utils.hub.cards import merge_cards, read_card
-from utils.hub.targets import MAX_TRIES, HubUnavailable, Target
+from utils.hub.targets import MAX_TRIES, HubUnavailable, Target, check_privacy
 
 CARD = "README.md"
+KEPT = {CARD, ".gitattributes"}  # a person's words, and what the Hub made
 TEXT_SUFFIXES = (".json", ".md", ".txt", ".yaml")
 ANOTHER_COMMIT_CAME_FIRST = (409, 412)
 MAX_FILES_PER_COMMIT = 50
@@ -53,13 +54,11 @@ class Upload:
             return git_hash(file.read()) == remote.blob_id
 
 
-def publish_folder(
-    folder: str | Path, target: Target, patterns: Sequence[str], stale_patterns: Sequence[str] = ()
-) -> str:
+def publish_folder(folder: str | Path, target: Target, patterns: Sequence[str]) -> str:
     """Publish the files of `folder` that match `patterns` (relative, `*` also matches `/`) and return the commit's URL.
 
-    Data come first, records and card last, so that a set with a card is whole. Files on the Hub that match
-    `stale_patterns` and are no longer in the folder are deleted. An existing card is merged, not replaced.
+    Data come first, records and card last, so that a set with a card is whole. Files on the Hub that match `patterns`
+    and are not in the folder are deleted: they are of an earlier run. An existing card is merged, not replaced.
 
     Raises:
         UserError: a file holds the access token; the repository is public and `target.private` asked for a private
@@ -74,8 +73,8 @@ def publish_folder(
             ours, theirs = uploads[-1].content.decode("utf-8"), read_card(download(target, CARD, head))
             merged = merge_cards(ours, theirs, f"the card of {target.repo_id}")
             uploads[-1] = Upload(CARD, merged.encode("utf-8"))
-        gone = sorted(before.keys() - {upload.path for upload in uploads})
-        stale = [path for path in gone if any(fnmatch.fnmatch(path, pattern) for pattern in stale_patterns)]
+        gone = sorted(before.keys() - {upload.path for upload in uploads} - KEPT)
+        stale = [path for path in gone if _matches(path, patterns)]
         with tqdm(total=sum(upload.num_bytes for upload in uploads), desc=what, unit="B", unit_scale=True) as progress:
             for batch in split(uploads, MAX_BYTES_PER_COMMIT):
                 is_last = batch[-1] is uploads[-1]
@@ -106,12 +105,16 @@ def known_tokens(token: str | None) -> list[str]:
     return [value for value in {token, get_token(), os.environ.get("HF_TOKEN")} if value]
 
 
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
+
+
 def _collect_uploads(folder: str | Path, patterns: Sequence[str], tokens: Sequence[str]) -> list[Upload]:
     """Return what of a folder is published, texts cleaned: data before records, the card last."""
     uploads = []
     for path in Path(folder).rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+        if path.is_file() and _matches(name, patterns):
             uploads.append(Upload(name, clean_text(path, tokens) if path.suffix in TEXT_SUFFIXES else path))
     return sorted(uploads, key=lambda upload: (upload.path == CARD, upload.path.endswith(TEXT_SUFFIXES), upload.path))
 
@@ -135,8 +138,7 @@ def prepare_repository(target: Target) -> None:
         UserError: the repository is public though a private one was asked for.
     """
     target.call(HfApi.create_repo, private=target.private or None, exist_ok=True)
-    if target.private and not target.call(HfApi.repo_info).private:
-        raise UserError(f"--hub_private_repo: '{target.repo_id}' is there already, and public; nothing was sent.")
+    check_privacy(target)  # once more: the work may have taken days
     if target.revision not in (None, "main"):
         target.call(HfApi.create_branch, branch=target.revision, exist_ok=True)
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import HfApi, errors
+from huggingface_hub.utils import validate_repo_id
 
 from utils.cli.errors import UserError
 from utils.cli.options import option
+from utils.cli.processes import is_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,8 @@ class HubArguments:
 
 
 def log_and_sleep(problem: str, pause: float) -> None:
-    logger.warning(problem)
+    if is_main_process():
+        logger.warning(problem)
     time.sleep(pause)
 
 
@@ -77,10 +80,11 @@ def open_target(
 ) -> Target:  # fmt: skip
     """Return where a folder is to be published, by default under its name in the user's account.
 
-    Called before any work, so that a missing token costs no training.
+    Called before any work, so that a missing token costs no training. Nothing is created to find out.
 
     Raises:
-        UserError: no token, a bad one, one that may not write there, or the Hub cannot be reached.
+        UserError: no token, a bad one, one that may not write there, or the Hub cannot be reached; the repository's
+            name is malformed, or it is public though `private` asks for a private one.
     """
     what = "--push_to_hub"
     try:
@@ -96,12 +100,66 @@ def open_target(
     repo_id = hub_id or Path(output_dir).resolve().name
     if "/" not in repo_id:
         repo_id = f"{account['name']}/{repo_id}"
-    namespaces = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
-    if repo_id.split("/")[0] not in namespaces:
-        raise UserError(f"{what}: '{repo_id}' is not yours to write; you are {' and '.join(namespaces)}.")
-    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+    try:
+        validate_repo_id(repo_id)
+    except errors.HFValidationError:
+        raise UserError(
+            f"{what}: '{repo_id}' is not a repository id; give one with --hub_{repo_type}_id: user/name, of letters, "
+            "digits, '-', '_' and '.'."
+        ) from None
+    access_token = account.get("auth", {}).get("accessToken", {})
+    if access_token.get("role") == "read":
         raise UserError(f"{what}: this access token only reads; make one with the role 'write'.")
-    return Target(repo_id, repo_type, private, revision, token)
+    target = Target(repo_id, repo_type, private, revision, token)
+    try:
+        target.call(HfApi.auth_check, write=True)
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code == 403:
+            raise UserError(
+                f"{what}: this access token may not write to '{repo_id}'; ask for write access, or choose another "
+                f"repository with --hub_{repo_type}_id."
+            ) from None
+        if not isinstance(error, errors.RepositoryNotFoundError):
+            raise UserError(f"{what}: the Hub refuses '{repo_id}' ({error.response.status_code}).") from None
+        _check_may_create(repo_id, account, access_token)
+    else:
+        check_privacy(target)
+    return target
+
+
+def _check_may_create(repo_id: str, account: dict, access_token: dict) -> None:
+    """Check, by what the Hub says of an account and its token, that they may create a repository.
+
+    Raises:
+        UserError: they may not.
+    """
+    namespace = repo_id.split("/")[0]
+    roles = {account["name"]: None, **{org["name"]: org.get("roleInOrg") for org in account.get("orgs", [])}}
+    if namespace not in roles:
+        raise UserError(f"--push_to_hub: '{repo_id}' is not yours to write; you are {' and '.join(roles)}.")
+    what = f"--push_to_hub: '{repo_id}' is not there, and this access token may not create it;"
+    if roles[namespace] == "read":
+        raise UserError(f"{what} your role in '{namespace}' is 'read', at least 'contributor' is needed.")
+    writable = [
+        scope["entity"].get("name")
+        for scope in access_token.get("fineGrained", {}).get("scoped", [])
+        if "repo.write" in scope["permissions"]
+    ]
+    if access_token.get("role") == "fineGrained" and namespace not in writable:
+        raise UserError(f"{what} it is fine-grained, without write access to '{namespace}'; add that in its settings.")
+
+
+def check_privacy(target: Target) -> None:
+    """Check that a repository that is there is private if a private one is wanted.
+
+    Raises:
+        UserError: it is public.
+    """
+    if target.private and not target.call(HfApi.repo_info).private:
+        raise UserError(
+            f"--hub_private_repo: '{target.repo_id}' is there already, and public; make it private in its settings, or "
+            f"choose another with --hub_{target.repo_type}_id."
+        )
 
 
 class HubUnavailable(UserError):

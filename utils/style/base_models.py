@@ -1,15 +1,13 @@
 """Base models: the pipelines a style token can be learned for, and their frozen parts."""
 
 import hashlib
-import logging
 import math
 from functools import cached_property
 
 from utils.cli.errors import UserError
+from utils.cli.processes import warn_once
 from utils.style.families import WITH_STYLE_TOKENS
 from utils.style.saved_pipelines import PROBLEMS, SavedPipeline, list_weights, open_pipeline, refuse_class
-
-logger = logging.getLogger(__name__)
 
 # other classes in these places would load with random weights
 PART_CLASSES = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
@@ -98,10 +96,8 @@ class BaseModel(SavedPipeline):
         names = ["shift_factor"] if self.latent_statistics else ["shift_factor", "latents_mean", "latents_std"]
         ignored = [name for name in names if vae.get(name)]
         if ignored:
-            logger.warning(
-                "%s ignored in training, as in a %s: %s of its VAE.",
-                self.prefix, self.pipeline_class, " and ".join(ignored),
-            )  # fmt: skip
+            what = " and ".join(ignored)
+            warn_once(f"{self.prefix} ignored in training, as in a {self.pipeline_class}: {what} of its VAE.")
         _ = self.variants  # found, and told, before the images are read
 
     def load_tokenizers(self) -> list:
@@ -135,11 +131,10 @@ class BaseModel(SavedPipeline):
         """
         self.scheduler.check_trainable()
         if (signs := self.scheduler.signs_of_distillation) is not None:
-            logger.warning(
-                "%s looks distilled for few steps (%s): it was not trained on the denoising loss that a style token is "
-                "learned with; the model it was distilled from is a better base.",
-                self.prefix, signs,
-            )  # fmt: skip
+            warn_once(
+                f"{self.prefix} looks distilled for few steps ({signs}): it was not trained on the denoising loss that "
+                "a style token is learned with; the model it was distilled from is a better base."
+            )
         return self.scheduler.make_noise_scheduler()
 
     def load_pipeline(self, unet):

@@ -1,7 +1,6 @@
 """Pipelines of diffusers as they are saved: what configs and names of files say before anything loads."""
 
 import json
-import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,11 +9,10 @@ from functools import cached_property
 from safetensors import SafetensorError
 
 from utils.cli.errors import UserError
+from utils.cli.processes import warn_once
 from utils.hub.repositories import Source, open_source
 from utils.style.families import FAMILIES, OTHER, Family
 from utils.style.schedulers import OwnScheduler, check_scheduler_class
-
-logger = logging.getLogger(__name__)
 
 EXPECTED = "a pipeline of diffusers"
 SHARD = r"(?:-\d{5}-of-\d{5})?"
@@ -196,10 +194,10 @@ def find_variants(source: Source, parts: Iterable[str]) -> dict[str, str | None]
             chosen[part] = None if None in variants else VARIANT
     only = [part for part, variant in chosen.items() if variant]
     if only:
-        logger.warning(
-            "%s %s: the weights of %s are there in half precision only; variant '%s' is loaded.",
-            source.flag, source.name, ", ".join(only), VARIANT,
-        )  # fmt: skip
+        warn_once(
+            f"{source.flag} {source.name}: the weights of {', '.join(only)} are there in half precision only; variant "
+            f"'{VARIANT}' is loaded."
+        )
     return chosen
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,11 @@ from typing import ClassVar
 
 from utils.cli.errors import UserError
 from utils.cli.parsing import read_text, suggestion
+from utils.cli.processes import warn_once
 from utils.data.class_names import list_names, match_class_names
 from utils.data.prompts import check_template, render_prompt, token_text
 from utils.synthesis.generators import Generator
 from utils.synthesis.sources import Sources
-
-logger = logging.getLogger(__name__)
 
 PROMPT_SETS = ("single", "diverse")
 
@@ -234,10 +232,10 @@ def check_prompts_fit(
                 )
             num_cut, example = num_cut + 1, example or left
     if num_cut:
-        logger.warning(
-            "%s: prompts longer than %d tokens are cut behind what matters: %d, for example to '%s'.",
-            flag, limit, num_cut, example,
-        )  # fmt: skip
+        warn_once(
+            f"{flag}: prompts longer than {limit} tokens are cut behind what matters: {num_cut}, for example to "
+            f"'{example}'."
+        )
 
 
 def count_prompt_tokens(

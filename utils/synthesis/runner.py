@@ -19,6 +19,7 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
+from utils.cli.processes import check_joined
 from utils.synthesis.output_folder import STATE_DIR
 from utils.synthesis.plan import PlannedImage
 from utils.synthesis.sampling import Sampler, load_sampler
@@ -38,7 +39,7 @@ def start_accelerator(mixed_precision: str | None) -> Accelerator:
     That is the one asked for here or of `accelerate launch`, else bf16 where there is a GPU that has it.
 
     Raises:
-        UserError: the device does not have it.
+        UserError: the device does not have it; what `check_joined` raises.
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = mixed_precision or launched
@@ -46,11 +47,13 @@ def start_accelerator(mixed_precision: str | None) -> Accelerator:
         precision = "bf16"
     try:
         # one process may still draw its last shard, or send it, when the others are done
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))]
         )
     except ValueError as error:  # fp16 without a GPU, bf16 on one that has none
         raise UserError(f"--mixed_precision {precision}: {error}") from None
+    check_joined(accelerator.num_processes)
+    return accelerator
 
 
 def draw_missing(

@@ -1,0 +1,76 @@
+"""On two processes, what all of them know is said once, and what is published is published once."""
+
+import shutil
+
+import pytest
+
+import generate_synthetic
+import train_bridged
+import train_dsi
+from tests.processes import start_script
+
+pytest_plugins = ["tests.local_hub.fixtures", "tests.transfer.fixtures", "tests.synthesis.fixtures"]
+TOKEN = "hf_user_secret"
+SCRIPTS = [train_dsi, generate_synthetic, train_bridged]
+
+
+def program(script) -> str:
+    return f"import {script.__name__} as script\nscript.run_script(script.main)"
+
+
+@pytest.fixture
+def argv_of(real_images_dir, tiny_pipeline_dir, classifiers, synthetic_dir, options):
+    """The flags of a short run of each script."""
+    return {
+        train_dsi: ["--dataset_name", real_images_dir, "--pretrained_model_name_or_path", tiny_pipeline_dir,
+                    "--max_train_steps", 1, "--train_batch_size", 2, "--num_shots", 2, "--num_validation_images", 0],
+        generate_synthetic: options,
+        train_bridged: ["--synthetic_dataset", synthetic_dir, "--model_name_or_path", classifiers["timm"],
+                        "--bridge_max_steps", 1, "--max_steps", 1],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_finished_folder_is_published_once_and_says_so_once(script, argv_of, local_hub, tmp_path):
+    local_hub.add_user("user", TOKEN)
+    argv = [str(word) for word in [*argv_of[script], "--output_dir", tmp_path / "made"]]
+    script.main(argv)
+    child = start_script(program(script), [*argv, "--push_to_hub"], tmp_path, num_processes=2, HF_TOKEN=TOKEN)
+    output, errors = child.communicate()
+    assert child.returncode == 0, errors[-2000:]
+    assert output.count("Published: ") == 1
+    assert output.count("is finished, nothing is done again") == (script is not generate_synthetic)
+    assert len([request for request in local_hub.log if "/commit/" in request.path]) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_processes_that_do_not_know_of_each_other_do_nothing(script, argv_of, local_hub, tmp_path):
+    local_hub.add_user("user", TOKEN)
+    argv = [*argv_of[script], "--output_dir", tmp_path / "made", "--push_to_hub"]
+    environment = {"HF_TOKEN": TOKEN, "ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
+    child = start_script(program(script), argv, tmp_path, num_processes=2, **environment)
+    _, errors = child.communicate()
+    assert child.returncode != 0
+    assert "--num_processes 2: without GPUs each takes itself for the only one; set ACCELERATE_USE_CPU=true" in errors
+    assert local_hub.repos() == [] and not (tmp_path / "made").exists()
+
+
+def test_what_all_processes_know_is_said_once(argv_of, copy_pipeline, real_images_dir, tmp_path):
+    renamed = shutil.copytree(real_images_dir, tmp_path / "images")
+    names = "{'0': square, '1': circle, '2': stripe}"
+    (renamed / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
+        f"      class_label:\n        names: {names}\n---\n"
+    )
+    changed = ["--dataset_name", renamed, "--pretrained_model_name_or_path", copy_pipeline(vae={"shift_factor": 0.1})]
+    long_prompt = ["--prompt_templates", "A {class} in the style of {token}" + 80 * ", red"]
+    for script, flags, lines in (
+        (train_dsi, changed, ["its card names the classes of 'label' square,", "shift_factor of its VAE."]),
+        (generate_synthetic, long_prompt, ["are cut behind what matters"]),
+        (train_bridged, ["--streaming", "--skip_bad_images"], ["no image of a stream is opened first"]),
+    ):
+        argv = [*argv_of[script], *flags, "--output_dir", tmp_path / script.__name__]
+        child = start_script(program(script), argv, tmp_path, num_processes=2)
+        _, errors = child.communicate()
+        assert child.returncode == 0, errors[-2000:]
+        assert [errors.count(line) for line in lines] == [1] * len(lines), errors
