@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from utils.cli.processes import is_main_process
-
 # a disk is full, or read-only
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # a folder may not be written, or was removed; inputs have these errors, too
@@ -115,12 +113,11 @@ def run_script(main: Callable[[], object]) -> None:
         named = f"{error.filename}: " if error.filename else ""
         _end(f"error: {named}cannot be written ({error.strerror}); make room, or name another place.", 2)
     except Interrupted as interruption:
-        _end(f"interrupted. {interruption}", 128 + interruption.signal_number, is_said=is_main_process())
+        _end(f"interrupted. {interruption}", 128 + interruption.signal_number)
     except KeyboardInterrupt:
         _end("interrupted", 128 + signal.SIGINT)
 
 
-def _end(message: str, status: int, is_said: bool = True) -> NoReturn:
-    if is_said:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+def _end(message: str, status: int) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
