@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from datasets import ClassLabel, Image, load_dataset
 from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
 
+import generate_synthetic
 from generate_synthetic import main
 from tests.conftest import CLASS_NAMES
 from tests.local_hub.faults import Fault
@@ -253,6 +255,52 @@ def test_several_guidance_scales_are_recorded_and_are_those_drawn_with(finished_
     assert {row["guidance_scale"] for row in rows} == {3.0, 7.0}
     same = [row["image"]["bytes"] == other["image"]["bytes"] for row, other in zip(rows, of_one_scale)]
     assert same == [row["guidance_scale"] == 3.0 for row in rows]
+
+
+def shares_of(folder) -> dict[str, list[int]]:
+    """Return how many images each class has of each guidance scale, the lowest first."""
+    rows = read_rows(folder)
+    scales = sorted({row["guidance_scale"] for row in rows})
+    counts = Counter((row["label"], row["guidance_scale"]) for row in rows)
+    return {name: [counts[label, scale] for scale in scales] for label, name in enumerate(CLASS_NAMES)}
+
+
+def test_guidance_scales_have_equal_shares_of_each_class_also_when_the_set_grows(finished_set, options, tmp_path):
+    flags = [*options, "--guidance_scale", "2", "4", "--batch_size", "8", "--images_per_shard", "10", "--output_dir",
+             str(tmp_path / "set")]  # fmt: skip
+    main([*flags, "--num_images_per_class", "6"])
+    assert shares_of(tmp_path / "set") == dict.fromkeys(CLASS_NAMES, [3, 3])
+    before = read_rows(tmp_path / "set")
+    main([*flags, "--num_images_per_class", "10"])
+    assert shares_of(tmp_path / "set") == dict.fromkeys(CLASS_NAMES, [5, 5])
+    assert read_rows(tmp_path / "set")[:18] == before
+    assert "share of each class's images, to within one; the column" in (tmp_path / "set/README.md").read_text()
+    settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
+    assert settings["guidance_shares"] == "per class"
+    for folder in (finished_set, tmp_path / "set"):  # a set of one scale has the settings that it always had
+        settings = json.loads((folder / "generation_config.json").read_text())["settings"]
+        assert ("guidance_shares" in settings) == (folder != finished_set)
+    assert "share of" not in (finished_set / "README.md").read_text()
+    with pytest.raises(UserError, match=re.escape("settings (guidance_scale was [2.0, 4.0], now [3.0]);")):
+        main([*flags, "--guidance_scale", "3"])
+
+
+def test_a_set_begun_with_guidance_scales_by_batch_goes_on_so_until_it_is_replaced(options, tmp_path, monkeypatch):
+    folder = tmp_path / "set"
+    flags = [*options, "--guidance_scale", "2", "4", "--batch_size", "8", "--images_per_shard", "10"]
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_synthetic, "has_scales_by_batch", lambda *_: True)
+        main([*flags, "--num_images_per_class", "6", "--output_dir", str(folder)])
+        main([*flags, "--num_images_per_class", "10", "--output_dir", str(tmp_path / "whole")])
+    assert sum(of_two for of_two, _ in shares_of(folder).values()) == 16
+    assert "guidance_shares" not in json.loads((folder / "generation_config.json").read_text())["settings"]
+    main([*flags, "--num_images_per_class", "10", "--output_dir", str(folder)])
+    assert shard_hashes(folder) == shard_hashes(tmp_path / "whole")
+    assert "share of the batches, so not of each class's images; the" in (folder / "README.md").read_text()
+    with pytest.raises(UserError, match=re.escape("settings (guidance_scale was [2.0, 4.0], now [2.0, 5.0]);")):
+        main([*flags, "--guidance_scale", "2", "5", "--output_dir", str(folder)])
+    main([*flags, "--num_images_per_class", "6", "--output_dir", str(folder), "--overwrite_output_dir"])
+    assert shares_of(folder) == dict.fromkeys(CLASS_NAMES, [3, 3])
 
 
 def test_diverse_prompts_and_captions_of_a_file(options, tmp_path):

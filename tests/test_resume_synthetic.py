@@ -46,7 +46,7 @@ generate_synthetic.run_script(generate_synthetic.main)
 
 @pytest.fixture(scope="module")
 def many_shards(options):
-    return [*options, "--images_per_shard", "4"]
+    return [*options, "--images_per_shard", "4", "--guidance_scale", "2", "4"]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from utils.cli.errors import UserError
 from utils.cli.options import absolute_if_local
 from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, package_versions, read_record
 from utils.cli.run_folder import RunFolder
-from utils.synthesis.plan import GenerationPlan
+from utils.synthesis.plan import GUIDANCE_SHARES, GenerationPlan
 from utils.synthesis.sources import Sources
 
 DATA_DIR = "data"
@@ -57,6 +57,12 @@ def open_output_folder(output_dir: str, settings: dict, num_images_per_class: in
             "can only grow; name another folder."
         )
     return folder
+
+
+def has_scales_by_batch(output_dir: str, overwrite: bool) -> bool:
+    """Return whether a set is there to go on with whose guidance scales, if several, have equal shares of batches."""
+    path = Path(output_dir) / GENERATION_CONFIG
+    return not overwrite and path.exists() and GUIDANCE_SHARES not in read_record(path)["settings"]
 
 
 def settings_fingerprint(settings: dict) -> str:
