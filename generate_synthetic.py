@@ -30,12 +30,13 @@ from utils.hub.targets import HubArguments, open_target
 from utils.synthesis.output_folder import (
     PUBLISHED_FILES,
     begin_set,
+    has_scales_by_batch,
     open_output_folder,
     report_disk_full,
     settings_fingerprint,
 )
 from utils.synthesis.plan import MAX_REDRAWS, GenerationPlan
-from utils.synthesis.prompts import PROMPT_SETS, check_prompts_fit, make_prompts
+from utils.synthesis.prompts import PROMPT_SETS, Prompts, check_prompts_fit, make_prompts
 from utils.synthesis.sources import Sources, find_labels, read_plain_sources, read_token_sources
 
 # what decides, besides sources and prompts, what image number n is; num_images_per_class only says how many there are
@@ -94,7 +95,9 @@ class SamplingArguments:
 
     num_images_per_class: int = option(1000, "Images of each class; may be raised later.")
     guidance_scale: list[float] = option(
-        [3.0], "Guidance, above 0; lower is more varied, 1 is none. Of several, each has an equal share."
+        [3.0],
+        "Guidance, above 0; lower is more varied, 1 is none. Of several, each has an equal share of each class's "
+        "images, to within one.",
     )
     num_inference_steps: int = option(25, "Denoising steps per image.")
     scheduler: str | None = option(
@@ -190,6 +193,19 @@ def read_sources(
     )
 
 
+def make_plan(
+    sources: Sources, labels: tuple[int, ...], prompts: Prompts, sampling_args: SamplingArguments,
+    output_args: OutputArguments,
+) -> GenerationPlan:  # fmt: skip
+    """Return the plan of the set; one that is there goes on by the rule that it was begun with."""
+    return GenerationPlan(
+        num_classes=len(sources.class_names), labels=labels, prompts=prompts,
+        guidance_scales=tuple(sampling_args.guidance_scale), num_images_per_class=sampling_args.num_images_per_class,
+        seed=sampling_args.seed, batch_size=sampling_args.batch_size, images_per_shard=output_args.images_per_shard,
+        scales_by_batch=has_scales_by_batch(output_args.output_dir, output_args.overwrite_output_dir),
+    )  # fmt: skip
+
+
 def collect_settings(sources: Sources, plan: GenerationPlan, prompt_settings: dict, precision: str, options: dict):
     """Return all that decides what image number n is: a folder holds images of one such collection."""
     source = sources.generator.source
@@ -200,7 +216,7 @@ def collect_settings(sources: Sources, plan: GenerationPlan, prompt_settings: di
         "classes": [sources.class_names[label] for label in plan.labels], **prompt_settings,
         "resolution": options["resolution"] or sources.resolution,
         "scheduler": options["scheduler"] or sources.generator.default_scheduler,
-        "mixed_precision": precision, **{name: options[name] for name in SETTINGS},
+        "mixed_precision": precision, **{name: options[name] for name in SETTINGS}, **plan.guidance_settings,
     }  # fmt: skip
 
 
@@ -257,11 +273,7 @@ def main(argv=None) -> dict:
     prompts, prompt_settings = make_prompts(
         sources, labels, prompt_args.prompt_templates, prompt_args.prompt_set, prompt_args.prompts_file
     )
-    plan = GenerationPlan(
-        num_classes=len(sources.class_names), labels=labels, prompts=prompts,
-        guidance_scales=tuple(sampling_args.guidance_scale), num_images_per_class=sampling_args.num_images_per_class,
-        seed=sampling_args.seed, batch_size=sampling_args.batch_size, images_per_shard=output_args.images_per_shard,
-    )  # fmt: skip
+    plan = make_plan(sources, labels, prompts, sampling_args, output_args)
 
     # these take seconds to import: only once the arguments are known to be good
     from utils.hub.growing import GrowingUpload

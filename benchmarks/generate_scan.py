@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.commands import folder_size, make_parser
 from benchmarks.report import format_table, publish_section
 from utils.data.prompts import PLAIN_TEMPLATE
-from utils.synthesis.output_folder import DATA_DIR, STATE_DIR
+from utils.synthesis.output_folder import DATA_DIR, STATE_DIR, make_folders
 from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.prompts import TemplatePrompts, build_templates
 from utils.synthesis.runner import make_row
@@ -68,6 +68,7 @@ def measure(output_dir: Path, num_images: int, num_shards: int, image_bytes: int
         RuntimeError: a shard is missing; one that is not there would be no work.
     """
     images_per_shard = num_images // num_shards
+    make_folders(output_dir)
     write_shards(Shards(output_dir, make_plan(num_images, images_per_shard), "f", CLASS_NAMES), image_bytes)
 
     def restart() -> None:
@@ -79,6 +80,7 @@ def measure(output_dir: Path, num_images: int, num_shards: int, image_bytes: int
 
     def forget() -> None:
         shutil.rmtree(output_dir / STATE_DIR)
+        make_folders(output_dir)
 
     noted = median_seconds(restart)
     hashed = median_seconds(restart, before=forget)

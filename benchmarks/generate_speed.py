@@ -89,7 +89,7 @@ def run_program(program: Program, case: Case, device: str) -> Run:
         environment |= {"TORCHINDUCTOR_CACHE_DIR": str(work_dir / "compiled")}  # every run compiles anew
         environment |= {"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {}
         child = run_child(program.command(case, work_dir), work_dir / "log.txt", environment)
-        num_others = len(list((work_dir / "set" / STATE_DIR).glob("drawn-*")))
+        num_others = len(list((work_dir / "set" / STATE_DIR).glob("drawn-[!0]*")))
     if num_others != program.num_processes - 1:
         raise RuntimeError(f"{program.name}: was run by {num_others + 1} processes")
     return read_run(child, program, case)

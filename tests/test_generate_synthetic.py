@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from datasets import ClassLabel, Image, load_dataset
 from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
 
+import generate_synthetic
 from generate_synthetic import main
 from tests.conftest import CLASS_NAMES
 from tests.local_hub.faults import Fault
@@ -25,7 +27,7 @@ from utils.cli.errors import UserError
 from utils.cli.processes import public_command
 from utils.data.prompts import token_text
 from utils.hub import growing, targets
-from utils.synthesis.runner import Runner, encode_image
+from utils.synthesis.runner import Runner, SharedProgress, encode_image
 from utils.synthesis.sources import find_labels
 
 TOKEN = "hf_user_secret"
@@ -255,6 +257,52 @@ def test_several_guidance_scales_are_recorded_and_are_those_drawn_with(finished_
     assert same == [row["guidance_scale"] == 3.0 for row in rows]
 
 
+def shares_of(folder) -> dict[str, list[int]]:
+    """Return how many images each class has of each guidance scale, the lowest first."""
+    rows = read_rows(folder)
+    scales = sorted({row["guidance_scale"] for row in rows})
+    counts = Counter((row["label"], row["guidance_scale"]) for row in rows)
+    return {name: [counts[label, scale] for scale in scales] for label, name in enumerate(CLASS_NAMES)}
+
+
+def test_guidance_scales_have_equal_shares_of_each_class_also_when_the_set_grows(finished_set, options, tmp_path):
+    flags = [*options, "--guidance_scale", "2", "4", "--batch_size", "8", "--images_per_shard", "10", "--output_dir",
+             str(tmp_path / "set")]  # fmt: skip
+    main([*flags, "--num_images_per_class", "6"])
+    assert shares_of(tmp_path / "set") == dict.fromkeys(CLASS_NAMES, [3, 3])
+    before = read_rows(tmp_path / "set")
+    main([*flags, "--num_images_per_class", "10"])
+    assert shares_of(tmp_path / "set") == dict.fromkeys(CLASS_NAMES, [5, 5])
+    assert read_rows(tmp_path / "set")[:18] == before
+    assert "share of each class's images, to within one; the column" in (tmp_path / "set/README.md").read_text()
+    settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
+    assert settings["guidance_shares"] == "per class"
+    for folder in (finished_set, tmp_path / "set"):  # a set of one scale has the settings that it always had
+        settings = json.loads((folder / "generation_config.json").read_text())["settings"]
+        assert ("guidance_shares" in settings) == (folder != finished_set)
+    assert "share of" not in (finished_set / "README.md").read_text()
+    with pytest.raises(UserError, match=re.escape("settings (guidance_scale was [2.0, 4.0], now [3.0]);")):
+        main([*flags, "--guidance_scale", "3"])
+
+
+def test_a_set_begun_with_guidance_scales_by_batch_goes_on_so_until_it_is_replaced(options, tmp_path, monkeypatch):
+    folder = tmp_path / "set"
+    flags = [*options, "--guidance_scale", "2", "4", "--batch_size", "8", "--images_per_shard", "10"]
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_synthetic, "has_scales_by_batch", lambda *_: True)
+        main([*flags, "--num_images_per_class", "6", "--output_dir", str(folder)])
+        main([*flags, "--num_images_per_class", "10", "--output_dir", str(tmp_path / "whole")])
+    assert sum(of_two for of_two, _ in shares_of(folder).values()) == 16
+    assert "guidance_shares" not in json.loads((folder / "generation_config.json").read_text())["settings"]
+    main([*flags, "--num_images_per_class", "10", "--output_dir", str(folder)])
+    assert shard_hashes(folder) == shard_hashes(tmp_path / "whole")
+    assert "share of the batches, so not of each class's images; the" in (folder / "README.md").read_text()
+    with pytest.raises(UserError, match=re.escape("settings (guidance_scale was [2.0, 4.0], now [2.0, 5.0]);")):
+        main([*flags, "--guidance_scale", "2", "5", "--output_dir", str(folder)])
+    main([*flags, "--num_images_per_class", "6", "--output_dir", str(folder), "--overwrite_output_dir"])
+    assert shares_of(folder) == dict.fromkeys(CLASS_NAMES, [3, 3])
+
+
 def test_diverse_prompts_and_captions_of_a_file(options, tmp_path):
     main([*options, "--prompt_set", "diverse", "--prompt_templates", "{class} {token}", "--output_dir",
           str(tmp_path / "diverse")])  # fmt: skip
@@ -336,6 +384,82 @@ def test_a_full_disk_is_one_line_and_the_finished_shards_stay(options, tmp_path,
                                                                                "train-00001.parquet"]  # fmt: skip
     monkeypatch.undo()
     assert main([*options, "--output_dir", str(tmp_path / "set")])["num_drawn"] == 5
+
+
+@pytest.mark.parametrize("removed", ["", "data", ".shards"])
+def test_a_folder_that_is_removed_while_images_are_drawn_is_one_line_and_stays_away(
+    removed, finished_set, options, tmp_path, monkeypatch
+):
+    draw_shard, folder = Runner._draw_shard, tmp_path / "set"
+
+    def draw_and_remove(runner, number):
+        if number == 2:
+            (folder / removed).rename(tmp_path / "gone")  # at once, while the shard before may be in writing
+        return draw_shard(runner, number)
+
+    monkeypatch.setattr(Runner, "_draw_shard", draw_and_remove)
+    with pytest.raises(UserError, match=r"--output_dir .*set: was removed, or .* run the same command again"):
+        main([*options, "--output_dir", str(folder)])
+    assert not (folder / removed).exists()
+    monkeypatch.undo()
+    main([*options, "--output_dir", str(folder)])
+    assert shard_hashes(folder) == shard_hashes(finished_set)
+
+
+def test_a_folder_that_is_removed_after_the_last_image_is_one_line_and_stays_away(options, tmp_path, monkeypatch):
+    finish = SharedProgress.finish
+
+    def finish_and_remove(progress):
+        finish(progress)
+        shutil.rmtree(tmp_path / "set")
+
+    monkeypatch.setattr(SharedProgress, "finish", finish_and_remove)
+    with pytest.raises(UserError, match=r"--output_dir .*set: was removed, or .* run the same command again"):
+        main([*options, "--output_dir", str(tmp_path / "set")])
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("has_notes", [True, False])
+def test_shards_without_a_record_are_taken_up_where_they_are_of_the_same_settings(
+    has_notes, copied_set, options, monkeypatch, caplog
+):
+    from diffusers import AutoPipelineForText2Image
+
+    def record() -> dict:
+        return json.loads((copied_set / "generation_config.json").read_text())
+
+    def lose_record():
+        names = ["generation_config.json"] if has_notes else ["generation_config.json", "SHA256SUMS"]
+        for name in names:
+            (copied_set / name).unlink()
+        if not has_notes:
+            shutil.rmtree(copied_set / ".shards")
+
+    flags, before, recorded = [*options, "--output_dir", str(copied_set)], shard_hashes(copied_set), record()
+    lose_record()
+    there = tree_hashes(copied_set)
+    for change, message in [
+        (["--seed", "1"], "is not empty and has no generation_config.json"),
+        (["--overwrite_output_dir"], "is not empty and has no generation_config.json"),
+        (["--num_images_per_class", "6"], "is a set of 7 a class, which can only grow"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            main([*flags, *change])
+    assert tree_hashes(copied_set) == there
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoPipelineForText2Image, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))
+        assert main(flags)["num_drawn"] == 0
+    assert (shard_hashes(copied_set), record()) == (before, recorded)
+    message = "3 shard(s) without a checksum were read in full and are kept."
+    assert (message in caplog.messages) == (not has_notes)
+
+    lose_record()
+    (copied_set / "data/train-00002.parquet").unlink()
+    torn = bytearray((copied_set / "data/train-00001.parquet").read_bytes())
+    torn[300:2000] = bytes(1700)
+    (copied_set / "data/train-00001.parquet").write_bytes(torn)
+    assert main(flags)["num_drawn"] == 8 + 5
+    assert (shard_hashes(copied_set), record()) == (before, recorded)
 
 
 def test_shards_are_published_while_later_ones_are_made_whatever_the_hub_does(

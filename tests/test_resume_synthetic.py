@@ -46,7 +46,7 @@ generate_synthetic.run_script(generate_synthetic.main)
 
 @pytest.fixture(scope="module")
 def many_shards(options):
-    return [*options, "--images_per_shard", "4"]
+    return [*options, "--images_per_shard", "4", "--guidance_scale", "2", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,22 @@ def test_two_processes_make_the_set_of_one_and_three_finish_what_they_began(many
     assert status == 0, errors[-3000:]
     assert re.findall(r"MULTI_CPU \d+ processes", output) == ["MULTI_CPU 3 processes"] * 3
     assert shard_hashes(tmp_path / "killed") == whole
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_folder_that_goes_away_ends_every_process_with_a_line(num_processes, many_shards, tmp_path):
+    folder = tmp_path / "set"
+    argv = [*many_shards, "--output_dir", str(folder), "--num_images_per_class", "700"]
+    child = start_script(CHILD, argv, tmp_path, num_processes, DIE_AT="nowhere 0 0")
+    while len(list((folder / "data").glob("train-*"))) < 3:
+        assert child.poll() is None, child.communicate()[1][-2000:]
+        time.sleep(0.05)
+    folder.rename(tmp_path / "gone")
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == (2 if num_processes == 1 else 1)  # accelerate's own
+    assert f"error: --output_dir {folder}: was removed, or part of it, while images were drawn" in errors
+    assert "FileNotFoundError" not in errors
+    assert not folder.exists()
 
 
 @pytest.mark.soak

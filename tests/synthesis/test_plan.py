@@ -73,33 +73,83 @@ def test_batches_keep_their_composition_when_the_set_grows():
     small, large = make_plan(), make_plan(num_images_per_class=70)
     last = small.num_shards - 1
     batches = list(small.batches(last))
+    assert [image.index for batch in batches for image in batch] == list(range(16, 22))
     assert all(len(batch) == 3 for batch in batches)
     assert batches[-1][-1].index >= small.num_images
     assert batches == list(islice(large.batches(last), len(batches)))
 
 
-def test_guidance_is_one_for_a_batch_and_each_scale_has_an_equal_share_in_every_class():
-    scales = (1.5, 3.0, 6.0)
-    # as many classes as two batches: taken in turn, a class would always get the same scales
-    plan = make_plan(
-        num_classes=8, labels=tuple(range(8)), guidance_scales=scales, num_images_per_class=600, batch_size=4,
-        images_per_shard=100,
-    )  # fmt: skip
-    for number in range(plan.num_shards):
-        for batch in plan.batches(number):
-            kept = [image for image in batch if image.index in plan.shard(number)]
-            assert len({image.guidance_scale for image in kept}) == 1
+@pytest.mark.parametrize("scales", [(2.0, 4.0), (1.5, 3.0, 6.0)])
+def test_each_guidance_scale_has_an_equal_share_of_each_class_at_any_size(scales):
+    plan = make_plan(guidance_scales=scales, num_images_per_class=50)
     images = all_images(plan)
-    assert Counter(image.guidance_scale for image in images) == dict.fromkeys(scales, 1600)
-    for label in range(8):
-        shares = Counter(image.guidance_scale for image in images if image.label == label)
-        assert all(150 < share < 250 for share in shares.values())
-    grown = replace(plan, num_images_per_class=900)
-    assert [grown.image(index) for index in range(4800)] == images
+    shares = {label: Counter(dict.fromkeys(scales, 0)) for label in plan.labels}
+    for image in images:
+        share = shares[image.label]
+        share[image.guidance_scale] += 1
+        assert max(share.values()) - min(share.values()) <= 1
+    # neither the set's size, nor its batches, shards and other classes have a say in it
+    other = make_plan(guidance_scales=scales, num_images_per_class=90, batch_size=5, images_per_shard=11, labels=(0, 2))
+    scale_of = {(image.label, image.class_index): image.guidance_scale for image in all_images(other)}
+    for image in images:
+        assert image.label == 1 or scale_of[image.label, image.class_index] == image.guidance_scale
+
+
+def test_small_shards_and_large_batches_leave_the_guidance_scales_their_shares():
+    plan = make_plan(guidance_scales=(2.0, 4.0), num_images_per_class=6, batch_size=8, images_per_shard=10)
+    assert Counter(image.guidance_scale for image in all_images(plan)) == {2.0: 9, 4.0: 9}
+
+
+def test_guidance_goes_neither_with_odd_and_even_numbers_nor_with_prompts_nor_with_classes():
+    prompts = TemplatePrompts(tuple(build_templates("diverse", PLAIN_TEMPLATE)), ("dog", "house cat", "suv"))
+    plan = make_plan(guidance_scales=(2.0, 4.0), prompts=prompts, num_images_per_class=20 * 192)
+    images = all_images(plan)
+    low = [image for image in images if image.guidance_scale == 2.0]
+    for label in plan.labels:
+        odd = sum(image.class_index % 2 for image in low if image.label == label) / (len(low) / 3)
+        assert 0.45 < odd < 0.55
+    with_low = Counter(image.prompt for image in low)
+    assert all(2 <= with_low[prompt] <= 18 for prompt in {image.prompt for image in images})  # of 20
+    scales = [tuple(plan.image(3 * index + label).guidance_scale for index in range(40)) for label in plan.labels]
+    assert len(set(scales)) == 3
+    assert scales[0] != tuple(replace(plan, seed=1).image(3 * index).guidance_scale for index in range(40))
+
+
+@pytest.mark.parametrize("scales", [(3.0,), (2.0, 4.0), (1.5, 3.0, 6.0), (3.0, 3.0, 6.0)])
+@pytest.mark.parametrize("scales_by_batch", [False, True])
+def test_batches_hold_each_image_of_a_shard_once_with_others_of_its_guidance(scales, scales_by_batch):
+    plan = make_plan(
+        num_classes=8, labels=tuple(range(8)), guidance_scales=scales, num_images_per_class=19, batch_size=4,
+        images_per_shard=50, scales_by_batch=scales_by_batch,
+    )  # fmt: skip
+    grown = replace(plan, num_images_per_class=60)
+    for number in range(plan.num_shards):
+        shard, batches = plan.shard(number), list(plan.batches(number))
+        for batch in batches:
+            assert len(batch) == 4
+            assert len({image.guidance_scale for image in batch}) == 1
+            assert batch[0].index in shard
+            assert [image.index for image in batch] == sorted(image.index for image in batch)
+        drawn = [image.index for batch in batches for image in batch]
+        assert [index for index in sorted(drawn) if index in shard] == list(shard)
+        assert len(drawn) - len(shard) <= 3 * len(scales)
+        assert all(batch in list(grown.batches(number)) for batch in batches)
+
+
+def test_a_set_of_the_first_rule_keeps_its_guidance_scales_by_batch():
+    plan = make_plan(guidance_scales=(1.5, 3.0, 6.0), num_images_per_class=600, scales_by_batch=True)
+    first = [1.5] * 3 + [6.0] * 3 + [3.0] * 2 + [6.0] * 3 + [1.5] * 3 + [3.0] * 2  # two shards of 3, 3 and 2 images
+    assert [plan.image(index).guidance_scale for index in range(16)] == first
+
+
+def test_the_rule_of_guidance_shares_is_a_setting_only_where_it_is_new_and_decides_something():
+    assert make_plan(guidance_scales=(2.0, 4.0)).guidance_settings == {"guidance_shares": "per class"}
+    assert make_plan(guidance_scales=(2.0, 4.0), scales_by_batch=True).guidance_settings == {}
+    assert make_plan().guidance_settings == {}
 
 
 def test_redraw_batches_are_full_have_one_guidance_and_the_next_seeds():
-    plan = make_plan(guidance_scales=(1.0, 2.0), images_per_shard=6)
+    plan = make_plan(guidance_scales=(1.0, 2.0, 2.0), images_per_shard=6)
     bad = [plan.image(index) for index in (7, 0, 3, 1, 2)]
     batches = list(plan.redraw_batches(bad))
     wanted = [image for batch, count in batches for image in batch[:count]]

@@ -12,6 +12,7 @@ from PIL import Image as PILImage
 from tests.synthesis.test_plan import make_plan
 from utils.cli.errors import UserError
 from utils.synthesis import runner as runner_module
+from utils.synthesis.output_folder import make_folders
 from utils.synthesis.runner import Encoders, Runner, SharedProgress, encode_image
 from utils.synthesis.shards import Shards
 
@@ -36,6 +37,7 @@ class ChosenSampler:
 
 def make_set(folder, plan, sampler, max_redraws=3) -> tuple[Shards, list[int]]:
     shards, drawn = Shards(folder, plan, "f", NAMES), []
+    make_folders(folder)
     with Encoders("png", 95) as encoders:
         Runner(sampler, shards, encoders, max_redraws, drawn.append).make_shards(range(plan.num_shards))
     return shards, drawn
@@ -161,3 +163,12 @@ def test_the_bar_adds_up_all_processes_and_waits_for_them(tmp_path, monkeypatch)
     assert not waiting.is_alive()
     assert main.bar.n == 10
     assert other.bar.disable
+
+
+def test_the_main_process_does_not_wait_for_counts_in_a_folder_that_was_removed(tmp_path):
+    (tmp_path / "counts").mkdir()
+    main, other = (SharedProgress(tmp_path / "counts", index, 2, total=10) for index in (0, 1))
+    other.update(10)
+    (tmp_path / "counts").rename(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError):
+        main.finish()

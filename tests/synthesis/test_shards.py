@@ -12,7 +12,7 @@ from datasets import ClassLabel, load_dataset
 
 from tests.synthesis.test_plan import make_plan
 from utils.synthesis import shards as shards_module
-from utils.synthesis.output_folder import STATE_DIR
+from utils.synthesis.output_folder import STATE_DIR, make_folders
 from utils.synthesis.runner import encode_image, make_row
 from utils.synthesis.shards import Shards
 
@@ -22,6 +22,7 @@ NAMES = ["a", "b", "c"]
 def write_all(folder: Path, fingerprint="f", **changes) -> Shards:
     """Write all shards of a plan of 21 images, 8 a shard; image 1 was drawn again twice."""
     shards = Shards(folder, make_plan(**changes), fingerprint, NAMES)
+    make_folders(folder)
     for number in range(shards.plan.num_shards):
         write_one(shards, number)
     return shards
@@ -114,9 +115,24 @@ def test_without_hidden_files_the_checksum_list_tells(tmp_path):
     shards.path(1).write_bytes(torn)
     again = Shards(tmp_path, shards.plan, "f", NAMES)
     assert again.find_missing() == [1]
-    (tmp_path / "SHA256SUMS").unlink()
-    (tmp_path / STATE_DIR / "00000.json").unlink()
-    assert Shards(tmp_path, shards.plan, "f", NAMES).find_missing() == [0, 1]
+
+
+def test_without_any_checksum_a_shard_is_finished_if_all_of_it_can_be_read(tmp_path, caplog):
+    shards = write_all(tmp_path)
+    sha256 = json.loads((tmp_path / STATE_DIR / "00000.json").read_text())["sha256"]
+    torn = bytearray(shards.path(1).read_bytes())
+    torn[100] ^= 1  # in an image
+    shards.path(1).write_bytes(torn)
+    other = Shards(tmp_path, shards.plan, "g", NAMES)
+    for path in (tmp_path / STATE_DIR).iterdir():
+        path.unlink()
+    assert other.find_missing() == [0, 1, 2]
+    assert shards.find_missing() == [1]
+    assert caplog.messages == ["2 shard(s) without a checksum were read in full and are kept."]
+    assert json.loads((tmp_path / STATE_DIR / "00000.json").read_text())["sha256"] == sha256
+    grown = Shards(tmp_path, make_plan(num_images_per_class=9), "f", NAMES)
+    (tmp_path / STATE_DIR / "00002.json").unlink()
+    assert grown.find_missing() == [1, 2, 3]
 
 
 def test_checksum_list_is_what_sha256sum_reads(tmp_path):

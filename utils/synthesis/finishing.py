@@ -16,7 +16,7 @@ from utils.cli.records import GENERATION_CONFIG, image_set_name, read_record, wr
 from utils.data.name_doctor import Finding, write_class_names
 from utils.hub.cards import FUNCTIONS, License, common_license, hub_ids, read_licenses, save_card
 from utils.hub.targets import Target
-from utils.synthesis.output_folder import CLASS_NAMES, PREVIEW, QUALITY_RECORD
+from utils.synthesis.output_folder import CLASS_NAMES, PREVIEW, QUALITY_RECORD, report_removed
 from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.shards import Shards, synthetic_features
 from utils.synthesis.sources import Sources
@@ -35,12 +35,18 @@ MARKS = {"good": "good", "look": "**look**", "bad": "**bad**", "unknown": "not k
 
 
 def finish_set(shards: Shards, sources: Sources, findings: list[Finding]) -> dict:
-    """Write what goes with the finished shards, but for the card, and return the set's record."""
-    shards.write_checksums()
-    draw_contact_sheet(shards).save(shards.output_dir / PREVIEW)
+    """Write what goes with the finished shards, but for the card, and return the set's record.
+
+    Raises:
+        UserError: the set's folder was removed.
+    """
+    with report_removed(shards.output_dir):
+        shards.write_checksums()
+        draw_contact_sheet(shards).save(shards.output_dir / PREVIEW)
+        summary = shards.summarise()
     if findings:
         write_class_names(shards.output_dir / CLASS_NAMES, sources.class_names, sources.prompt_nouns, findings)
-    record = read_record(shards.output_dir / GENERATION_CONFIG) | shards.summarise()
+    record = read_record(shards.output_dir / GENERATION_CONFIG) | summary
     write_record(shards.output_dir / GENERATION_CONFIG, record)
     return record
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 
 from utils.cli.errors import UserError
 from utils.synthesis.prompts import Prompts, digest
@@ -12,6 +12,7 @@ from utils.synthesis.prompts import Prompts, digest
 NUMBER_BITS = 26
 MAX_IMAGES = 2**NUMBER_BITS // 2  # numbers run on behind the set's end, in the padding of its last batch
 MAX_REDRAWS = 2 ** (32 - NUMBER_BITS) - 1
+GUIDANCE_SHARES = "guidance_shares"  # among a set's settings
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class GenerationPlan:
     class_index * len(labels) + position of the label`), so that a larger `num_images_per_class` only adds images at
     the end.
 
+    Of several guidance scales, each has an equal share of each class's images, to within one. With `scales_by_batch`,
+    for sets that were begun before this was so, each has an equal share of the batches.
+
     Raises:
         UserError: there are more images than numbers for them.
     """
@@ -47,6 +51,7 @@ class GenerationPlan:
     seed: int
     batch_size: int
     images_per_shard: int
+    scales_by_batch: bool = False
 
     @property
     def num_images(self) -> int:
@@ -55,6 +60,11 @@ class GenerationPlan:
     @property
     def num_shards(self) -> int:
         return math.ceil(self.num_images / self.images_per_shard)
+
+    @property
+    def guidance_settings(self) -> dict[str, str]:
+        """What a set's settings say of its guidance scales' shares: nothing for a single one, or `scales_by_batch`."""
+        return {} if self.scales_by_batch or len(self.guidance_scales) == 1 else {GUIDANCE_SHARES: "per class"}
 
     def __post_init__(self):
         if self.num_images_per_class * self.num_classes > MAX_IMAGES:
@@ -78,37 +88,44 @@ class GenerationPlan:
         return range(start, min(start + self.images_per_shard, self.num_images))
 
     def batches(self, number: int) -> Iterator[list[PlannedImage]]:
-        """Yield a shard's batches, each of exactly `batch_size` images and one guidance scale: that of its first image.
+        """Yield a shard's batches, each of exactly `batch_size` images in their order, and of one guidance scale.
 
-        The last one may run past the shard's end: a shorter batch would be computed by other kernels, and its
-        images would change once the set grows. The surplus is drawn and thrown away.
+        The last ones of a scale may run past the shard's end: a shorter batch would be computed by other kernels, and
+        its images would change once the set grows. The surplus is drawn and thrown away.
         """
         shard = self.shard(number)
-        for start in range(shard.start, shard.stop, self.batch_size):
-            yield [self.image(index) for index in range(start, start + self.batch_size)]
+        for guidance_scale in dict.fromkeys(self.guidance_scales):
+            alike = (index for index in count(shard.start) if self._guidance_scale(index) == guidance_scale)
+            while (indices := list(islice(alike, self.batch_size)))[0] < shard.stop:
+                yield [self.image(index) for index in indices]
 
     def redraw_batches(self, images: Iterable[PlannedImage]) -> Iterator[tuple[list[PlannedImage], int]]:
         """Yield batches of the next draws of images, and how many of each are wanted: the rest repeats those."""
         again = sorted((self.image(image.index, image.redraw + 1) for image in images), key=lambda image: image.index)
-        for guidance_scale in self.guidance_scales:
+        for guidance_scale in dict.fromkeys(self.guidance_scales):
             alike = [image for image in again if image.guidance_scale == guidance_scale]
             for start in range(0, len(alike), self.batch_size):
                 wanted = alike[start : start + self.batch_size]
                 yield list(islice(cycle(wanted), self.batch_size)), len(wanted)
 
     def _guidance_scale(self, index: int) -> float:
-        """Return the guidance of the batch in which an image lies.
+        """Return the guidance scale of an image.
 
-        Every so many batches as there are scales, each scale comes once, in an order drawn anew: in turn, classes
-        whose number divides the batch size would always get the same one.
+        Every so many images of a class as there are scales, each scale comes once, in an order drawn anew: in turn,
+        scales would go with prompts that alternate with the image's number, too.
         """
         if len(self.guidance_scales) == 1:
             return self.guidance_scales[0]
-        shard, place = divmod(index, self.images_per_shard)
-        batch = shard * math.ceil(self.images_per_shard / self.batch_size) + place // self.batch_size
-        round_number, turn = divmod(batch, len(self.guidance_scales))
+        if self.scales_by_batch:
+            shard, place = divmod(index, self.images_per_shard)
+            count_before = shard * math.ceil(self.images_per_shard / self.batch_size) + place // self.batch_size
+            drawn_from = f"{self.seed}"
+        else:
+            count_before, position = divmod(index, len(self.labels))
+            drawn_from = f"{self.seed}/{self.labels[position]}"
+        round_number, turn = divmod(count_before, len(self.guidance_scales))
         numbers = range(len(self.guidance_scales))
-        order = sorted(numbers, key=lambda number: digest(f"{self.seed}/{round_number}/{number}"))
+        order = sorted(numbers, key=lambda number: digest(f"{drawn_from}/{round_number}/{number}"))
         return self.guidance_scales[order[turn]]
 
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
 from utils.cli.processes import check_joined
-from utils.synthesis.output_folder import STATE_DIR
+from utils.synthesis.output_folder import STATE_DIR, report_removed
 from utils.synthesis.plan import PlannedImage
 from utils.synthesis.sampling import Sampler, load_sampler
 from utils.synthesis.shards import Shards
@@ -64,7 +64,7 @@ def draw_missing(
     Shards are dealt to the processes by number. A set that lacks none loads no generator.
 
     Raises:
-        UserError: what `Runner.make_shards` and `load_pipeline` raise.
+        UserError: what `Runner.make_shards` and `load_pipeline` raise; the set's folder was removed.
     """
     [missing] = broadcast_object_list([shards.find_missing() if accelerator.is_main_process else None])
     if not missing:
@@ -75,9 +75,10 @@ def draw_missing(
     progress = SharedProgress(shards.output_dir / STATE_DIR, process, num_processes, num_images)
     accelerator.wait_for_everyone()  # counts of an earlier run are gone
     started = time.perf_counter()
-    with Encoders(settings["image_format"], settings["image_quality"]) as encoders:
-        Runner(sampler, shards, encoders, max_redraws, progress.update).make_shards(mine)
-    progress.finish()
+    with report_removed(shards.output_dir):
+        with Encoders(settings["image_format"], settings["image_quality"]) as encoders:
+            Runner(sampler, shards, encoders, max_redraws, progress.update).make_shards(mine)
+        progress.finish()
     seconds = time.perf_counter() - started
     accelerator.wait_for_everyone()
     return num_images, seconds
@@ -118,13 +119,12 @@ def encode_image(pixels: np.ndarray, image_format: str, quality: int) -> bytes:
 
 
 class SharedProgress:
-    """A bar on the main process over what all processes have drawn."""
+    """A bar on the main process over what all processes have drawn, of which each keeps its count in a folder."""
 
     def __init__(self, folder: Path, process_index: int, num_processes: int, total: int):
         self.process_index = process_index
         self.num_done, self._looked_at = 0, 0.0
-        self._counts = [folder / f"drawn-{index}" for index in range(num_processes)]  # the main one's is never written
-        folder.mkdir(parents=True, exist_ok=True)
+        self._counts = [folder / f"drawn-{index}" for index in range(num_processes)]
         self._counts[process_index].unlink(missing_ok=True)  # of an earlier run
         self.bar = tqdm(total=total, desc="synthetic images", unit="image", disable=process_index != 0)
 
@@ -144,8 +144,9 @@ class SharedProgress:
         self.bar.close()
 
     def _show(self) -> None:
+        # the main process's, too: if the folder was removed, it must not wait for the others' counts
+        self._counts[self.process_index].write_text(str(self.num_done))
         if self.process_index != 0:
-            self._counts[self.process_index].write_text(str(self.num_done))
             return
         # a count is empty while it is written
         others = [int(path.read_text() or 0) for path in self._counts[1:] if path.exists()]

@@ -1,7 +1,9 @@
 """Parquet shards that `load_dataset` understands: written whole or not at all, and verified on a restart."""
 
 import hashlib
+import io
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -13,13 +15,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Image, Value
+from PIL import Image as PILImage
 
 from utils.cli.errors import UserError
 from utils.cli.records import write_text
-from utils.synthesis.output_folder import CHECKSUMS, DATA_DIR, STATE_DIR
+from utils.synthesis.output_folder import CHECKSUMS, DATA_DIR, FOOTER_KEY, STATE_DIR, read_footer
 from utils.synthesis.plan import GenerationPlan
 
-FOOTER_KEY = b"bridged-transfer"
+logger = logging.getLogger(__name__)
+
 ROW_GROUP_SIZE = 100  # rows that a reader of a stream must load at a time
 NUM_THREADS = min(16, os.cpu_count() or 1)
 
@@ -55,7 +59,6 @@ class Shards:
         `num_redraws` says how often images of each class were drawn again, `images_at_a_time` in which batches.
         """
         path = self.path(number)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         # arrow_schema carries the features in its metadata; without it load_dataset gives dicts and plain integers
         schema = synthetic_features(self.class_names).arrow_schema
@@ -81,6 +84,8 @@ class Shards:
     def find_missing(self) -> list[int]:
         """Return the numbers of the shards that must be made: not there, torn, or not of this plan."""
         with ThreadPoolExecutor(NUM_THREADS) as threads:  # hashing releases the interpreter
+            if num_taken_up := sum(threads.map(self._take_up, range(self.plan.num_shards))):
+                logger.warning("%d shard(s) without a checksum were read in full and are kept.", num_taken_up)
             finished = threads.map(self.is_finished, range(self.plan.num_shards))
             return [number for number, is_finished in enumerate(finished) if not is_finished]
 
@@ -101,13 +106,7 @@ class Shards:
             if _sha256(path) != noted["sha256"]:
                 return False
             self._note(number, path, noted["sha256"])
-        try:
-            metadata = pq.read_metadata(path)
-            footer = json.loads(metadata.metadata.get(FOOTER_KEY, b"{}"))
-        except (OSError, pa.ArrowException):
-            return False
-        expected = self.fingerprint, number, len(self.plan.shard(number))
-        return (footer.get("fingerprint"), footer.get("shard"), metadata.num_rows) == expected
+        return self._is_of_plan(number)
 
     def find_finished(self) -> list[str]:
         """Return the paths, in the folder, of the finished shards."""
@@ -146,14 +145,30 @@ class Shards:
 
     def write_checksums(self) -> None:
         """Write the checksum list of all shards."""
-        numbers = range(self.plan.num_shards)
-        lines = [f"{self._read_note(number)['sha256']}  {shard_name(number)}\n" for number in numbers]
+        notes = [json.loads(self._note_path(number).read_bytes()) for number in range(self.plan.num_shards)]
+        lines = [f"{note['sha256']}  {shard_name(number)}\n" for number, note in enumerate(notes)]
         write_text(self.output_dir / CHECKSUMS, "".join(lines))
 
+    def _is_of_plan(self, number: int) -> bool:
+        """Say whether a file has the footer, and as many rows, as this plan's shard."""
+        footer, num_rows = read_footer(self.path(number)) or ({}, 0)
+        expected = self.fingerprint, number, len(self.plan.shard(number))
+        return (footer.get("fingerprint"), footer.get("shard"), num_rows) == expected
+
+    def _take_up(self, number: int) -> bool:
+        """Note the checksum of a shard that has none, and of which all can be read; say whether that is so."""
+        path = self.path(number)
+        if self._read_note(number) is not None or not self._is_of_plan(number) or not _is_whole(path):
+            return False
+        self._note(number, path, _sha256(path))
+        return True
+
     def _note(self, number: int, path: Path, sha256: str) -> None:
-        stat = path.stat()
-        note = {"sha256": sha256, "num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        write_text(self._note_path(number), json.dumps(note))
+        stat, note_path = path.stat(), self._note_path(number)
+        temporary = note_path.with_name(f".{note_path.name}.tmp")
+        # not by write_text, which would make the folder
+        temporary.write_text(json.dumps({"sha256": sha256, "num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}))
+        os.replace(temporary, note_path)
 
     def _read_note(self, number: int) -> dict | None:
         try:
@@ -171,6 +186,17 @@ class Shards:
         path = self.output_dir / CHECKSUMS
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
+
+
+def _is_whole(path: Path) -> bool:
+    """Say whether all rows of a shard can be read, and all images in them."""
+    try:
+        for rows in pq.ParquetFile(path).iter_batches(batch_size=10):  # a few at a time: each thread holds so many
+            for row in rows.to_pylist():
+                PILImage.open(io.BytesIO(row["image"]["bytes"])).load()
+    except (OSError, pa.ArrowException, SyntaxError):  # the last of Pillow, for a PNG
+        return False
+    return True
 
 
 def _sha256(path: Path) -> str:
