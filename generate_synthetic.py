@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
-from utils.cli.errors import UserError, graceful_interrupt, run_script
+from utils.cli.errors import UserError, run_script, saying_how_to_go_on
 from utils.cli.options import option, resolve_options
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import public_command
@@ -29,15 +29,14 @@ from utils.hub.publishing import publish_folder
 from utils.hub.targets import HubArguments, open_target
 from utils.synthesis.output_folder import (
     PUBLISHED_FILES,
+    began_without,
     begin_set,
-    has_scales_by_batch,
     open_output_folder,
-    report_disk_full,
     settings_fingerprint,
 )
-from utils.synthesis.plan import MAX_REDRAWS, GenerationPlan
+from utils.synthesis.plan import GUIDANCE_SHARES, MAX_REDRAWS, GenerationPlan
 from utils.synthesis.prompts import PROMPT_SETS, Prompts, check_prompts_fit, make_prompts
-from utils.synthesis.sources import Sources, find_labels, read_plain_sources, read_token_sources
+from utils.synthesis.sources import GENERATOR_CONTENTS, Sources, find_labels, read_plain_sources, read_token_sources
 
 # what decides, besides sources and prompts, what image number n is; num_images_per_class only says how many there are
 SETTINGS = (
@@ -202,15 +201,18 @@ def make_plan(
         num_classes=len(sources.class_names), labels=labels, prompts=prompts,
         guidance_scales=tuple(sampling_args.guidance_scale), num_images_per_class=sampling_args.num_images_per_class,
         seed=sampling_args.seed, batch_size=sampling_args.batch_size, images_per_shard=output_args.images_per_shard,
-        scales_by_batch=has_scales_by_batch(output_args.output_dir, output_args.overwrite_output_dir),
+        scales_by_batch=began_without(GUIDANCE_SHARES, output_args.output_dir, output_args.overwrite_output_dir),
     )  # fmt: skip
 
 
 def collect_settings(sources: Sources, plan: GenerationPlan, prompt_settings: dict, precision: str, options: dict):
     """Return all that decides what image number n is: a folder holds images of one such collection."""
-    source = sources.generator.source
+    source, contents = sources.generator.source, {}
+    is_old = began_without(GENERATOR_CONTENTS, options["output_dir"], options["overwrite_output_dir"])
+    if source.is_local and not is_old:  # those of a repository are told by its commit
+        contents[GENERATOR_CONTENTS] = sources.generator.identity
     return {
-        "generator": source.name, "generator_revision": source.revision,
+        "generator": source.name, "generator_revision": source.revision, **contents,
         "learned_embeds_sha256": sources.token.sha256 if sources.token else None,
         "class_names": sources.class_names, "prompt_nouns": sources.prompt_nouns,
         "classes": [sources.class_names[label] for label in plan.labels], **prompt_settings,
@@ -301,10 +303,7 @@ def main(argv=None) -> dict:
         shards.check_no_foreign_files()
 
     command = public_command("generate_synthetic.py", argv)
-    with (
-        graceful_interrupt(lambda: f"{shards.describe_progress()}; go on with: {command}"),
-        report_disk_full(output_dir),
-    ):
+    with saying_how_to_go_on(output_dir, lambda: f"{shards.describe_progress()}; go on with: {command}"):
         begin_set(folder, plan, sources)
         uploading = nullcontext()
         if hub_target is not None and accelerator.is_main_process:

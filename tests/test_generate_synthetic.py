@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,16 +18,19 @@ import torch
 from datasets import ClassLabel, Image, load_dataset
 from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
+from safetensors.torch import load_file, save_file
 
 import generate_synthetic
 from generate_synthetic import main
 from tests.conftest import CLASS_NAMES
 from tests.local_hub.faults import Fault
+from tests.style.pipelines import change_config
 from tests.synthesis.tokens import PLACEHOLDER, save_token, shard_hashes
 from utils.cli.errors import UserError
 from utils.cli.processes import public_command
 from utils.data.prompts import token_text
 from utils.hub import growing, targets
+from utils.synthesis import runner
 from utils.synthesis.runner import Runner, SharedProgress, encode_image
 from utils.synthesis.sources import find_labels
 
@@ -289,7 +293,7 @@ def test_a_set_begun_with_guidance_scales_by_batch_goes_on_so_until_it_is_replac
     folder = tmp_path / "set"
     flags = [*options, "--guidance_scale", "2", "4", "--batch_size", "8", "--images_per_shard", "10"]
     with monkeypatch.context() as patch:
-        patch.setattr(generate_synthetic, "has_scales_by_batch", lambda *_: True)
+        patch.setattr(generate_synthetic, "began_without", lambda *_: True)
         main([*flags, "--num_images_per_class", "6", "--output_dir", str(folder)])
         main([*flags, "--num_images_per_class", "10", "--output_dir", str(tmp_path / "whole")])
     assert sum(of_two for of_two, _ in shares_of(folder).values()) == 16
@@ -378,7 +382,7 @@ def test_a_full_disk_is_one_line_and_the_finished_shards_stay(options, tmp_path,
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full_at_the_third)
-    with pytest.raises(UserError, match="no room is left on its disk .*No space left.* run the same command again"):
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); 2 of 3 shards are fini"):
         main([*options, "--output_dir", str(tmp_path / "set")])
     assert sorted(path.name for path in (tmp_path / "set/data").iterdir()) == ["train-00000.parquet",
                                                                                "train-00001.parquet"]  # fmt: skip
@@ -560,3 +564,60 @@ def test_command_in_the_card_hides_the_hub_token(words):
     assert "secret" not in command
     assert command.startswith(f"accelerate launch generate_synthetic.py {words[0].partition('=')[0]}")
     assert command.endswith("--output_dir 'my set'")
+
+
+def replace_weights(path: Path) -> None:
+    save_file({name: value + 0.01 for name, value in load_file(path).items()}, path, {"format": "pt"})
+
+
+@pytest.fixture
+def own_token(copy_pipeline, real_images_dir, tmp_path):
+    """A token, and the generator that its record names, which are this test's own."""
+    return save_token(tmp_path / "style", copy_pipeline(), real_images_dir), tmp_path / "copied"
+
+
+@pytest.mark.parametrize("what", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json", "token"])
+def test_a_set_does_not_grow_from_another_generator_or_token_of_that_name(own_token, options, tmp_path, what):
+    token, generator = own_token
+    flags = [*options, "--learned_embeds", str(token), "--output_dir", str(tmp_path / "set")]
+    main([*flags, "--num_images_per_class", "3"])
+    assert main([*flags, "--num_images_per_class", "3"])["num_drawn"] == 0
+    if what.endswith(".json"):
+        change_config(generator / what, scaling_factor=0.2)
+    else:
+        replace_weights(token / "learned_embeds.safetensors" if what == "token" else generator / what)
+    named = "learned_embeds_sha256" if what == "token" else "generator_contents"
+    with pytest.raises(UserError, match=rf"made with other settings \({named} was .*, now .*\); name another folder"):
+        main(flags)
+    assert main([*flags, "--overwrite_output_dir"])["num_drawn"] == 21
+
+
+@pytest.mark.parametrize("what", ["generator_contents", "learned_embeds_sha256"])
+def test_shards_of_a_generator_that_is_replaced_meanwhile_are_not_written(
+    own_token, options, tmp_path, monkeypatch, what
+):
+    token, generator = own_token
+    load_sampler = runner.load_sampler
+
+    def replace_and_load(*args):  # after what it is was noted
+        weights = token / "learned_embeds.safetensors"
+        replace_weights(
+            weights if what.startswith("learned") else generator / "unet/diffusion_pytorch_model.safetensors"
+        )
+        return load_sampler(*args)
+
+    monkeypatch.setattr(runner, "load_sampler", replace_and_load)
+    with pytest.raises(
+        UserError, match=f"{what} was .*: was replaced while images were drawn; the finished shards are"
+    ):
+        main([*options, "--learned_embeds", str(token), "--output_dir", str(tmp_path / "set")])
+    assert not list((tmp_path / "set" / "data").glob("*.parquet"))
+
+
+def test_a_set_of_an_earlier_version_that_noted_no_contents_grows(own_token, options, tmp_path, monkeypatch):
+    flags = [*options, "--learned_embeds", str(own_token[0]), "--output_dir", str(tmp_path / "set")]
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_synthetic, "began_without", lambda *_: True)
+        main([*flags, "--num_images_per_class", "3"])
+    assert main(flags)["num_drawn"] > 0
+    assert "generator_contents" not in json.loads((tmp_path / "set" / "generation_config.json").read_text())["settings"]

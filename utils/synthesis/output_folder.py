@@ -1,6 +1,5 @@
 """The output folder: which settings its set was made with, and whether a run may add to it."""
 
-import errno
 import hashlib
 import json
 import math
@@ -12,8 +11,8 @@ from pathlib import Path
 from utils.cli.errors import UserError
 from utils.cli.options import absolute_if_local
 from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, package_versions, read_record
-from utils.cli.run_folder import RunFolder
-from utils.synthesis.plan import GUIDANCE_SHARES, GenerationPlan
+from utils.cli.run_folder import RunFolder, check_writable
+from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.sources import Sources
 
 DATA_DIR = "data"
@@ -42,6 +41,7 @@ def open_output_folder(output_dir: str, settings: dict, num_images_per_class: in
     )
     if folder.path.is_file():
         raise UserError(f"--output_dir {folder.path}: is a file; name a folder.")
+    check_writable(folder.path)
     if not folder.is_begun and folder.path.is_dir() and any(folder.path.iterdir()):
         num_there = 0 if overwrite else _count_without_record(folder.path, settings)
         if num_there == 0:
@@ -88,10 +88,10 @@ def read_footer(path: Path) -> tuple[dict, int] | None:
     return json.loads((metadata.metadata or {}).get(FOOTER_KEY, b"{}")), metadata.num_rows
 
 
-def has_scales_by_batch(output_dir: str, overwrite: bool) -> bool:
-    """Return whether a set is there to go on with whose guidance scales, if several, have equal shares of batches."""
+def began_without(setting: str, output_dir: str, overwrite: bool) -> bool:
+    """Return whether a set is there to go on with of an earlier version, which had no such setting."""
     path = Path(output_dir) / GENERATION_CONFIG
-    return not overwrite and path.exists() and GUIDANCE_SHARES not in read_record(path)["settings"]
+    return not overwrite and path.exists() and setting not in read_record(path)["settings"]
 
 
 def settings_fingerprint(settings: dict) -> str:
@@ -158,22 +158,4 @@ def report_removed(output_dir: Path) -> Iterator[None]:
         raise UserError(
             f"--output_dir {output_dir}: was removed, or part of it, while images were drawn; run the same command "
             "again to draw what is missing."
-        ) from None
-
-
-@contextmanager
-def report_disk_full(output_dir: str | Path) -> Iterator[None]:
-    """Turn a full disk within the block into one line.
-
-    Raises:
-        UserError: there is no room left.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"--output_dir {output_dir}: no room is left on its disk ({error.strerror}); all finished shards are kept: "
-            "make room and run the same command again."
         ) from None

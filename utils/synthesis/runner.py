@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,8 @@ def draw_missing(
     started = time.perf_counter()
     with report_removed(shards.output_dir):
         with Encoders(settings["image_format"], settings["image_quality"]) as encoders:
-            Runner(sampler, shards, encoders, max_redraws, progress.update).make_shards(mine)
+            check = partial(sources.check_unchanged, settings)
+            Runner(sampler, shards, encoders, max_redraws, progress.update, check).make_shards(mine)
         progress.finish()
     seconds = time.perf_counter() - started
     accelerator.wait_for_everyone()
@@ -160,13 +162,14 @@ Bad = dict[int, tuple[PlannedImage, str]]
 
 @dataclass(frozen=True)
 class Runner:
-    """Makes shards. `on_drawn` is told how many images are done."""
+    """Makes shards. `on_drawn` is told how many images are done; `check` raises where they may not be kept."""
 
     sampler: Sampler
     shards: Shards
     encoders: Encoders
     max_redraws: int
     on_drawn: Callable[[int], None]
+    check: Callable[[], None] = lambda: None
 
     def make_shards(self, numbers: Iterable[int]) -> None:
         """Draw, encode and write shards; the one before is written while the next is drawn.
@@ -215,6 +218,7 @@ class Runner:
         redraws = Counter()
         for image, _ in in_order:
             redraws[self.shards.class_names[image.label]] += image.redraw
+        self.check()
         rows = (make_row(image, encoding.result()) for image, encoding in in_order)
         self.shards.write(number, rows, dict(+redraws), self.sampler.num_at_a_time)  # + leaves out those of none
 

@@ -16,6 +16,7 @@ from utils.hub.repositories import open_source
 from utils.style.families import LEARNED_EMBEDS
 from utils.synthesis.generators import Generator, open_generator
 
+GENERATOR_CONTENTS = "generator_contents"  # among a set's settings
 TOKEN = "a style token of train_dsi.py"
 
 
@@ -58,6 +59,23 @@ class Sources:
         """How the style token is written in a prompt, and its number of vectors; None and 1 without one."""
         return (self.token.placeholder_token, self.token.num_vectors) if self.token else (None, 1)
 
+    def check_unchanged(self, settings: dict) -> None:
+        """Check that generator and token are still those of a set's settings.
+
+        Raises:
+            UserError: one of them was replaced.
+        """
+        now = {GENERATOR_CONTENTS: self.generator.identity}
+        if self.token is not None:
+            now["learned_embeds_sha256"] = _sha256(self.token.path)
+        for name, value in now.items():
+            if settings.get(name, value) != value:
+                raise UserError(
+                    f"{self.generator.prefix} {name} was {settings[name]}, now {value}: was replaced while images were "
+                    "drawn; the finished shards are of what was there before. Put that back to go on, or name another "
+                    "--output_dir."
+                )
+
     def names_of(self, labels: Iterable[int]) -> tuple[list[str], list[str]]:
         """Return the names and the nouns of some classes."""
         return [self.class_names[label] for label in labels], [self.prompt_nouns[label] for label in labels]
@@ -83,9 +101,8 @@ def read_token_sources(
     try:
         base_model, trained_with = record["base_model"], dict(zip(class_names, record["prompt_nouns"]))
         chosen = read_class_names_file(class_names_file, class_names) if class_names_file else {}
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         token = StyleToken(
-            learned_embeds, source.revision, sha256, record["placeholder_token"], record["num_vectors"], path
+            learned_embeds, source.revision, _sha256(path), record["placeholder_token"], record["num_vectors"], path
         )
         flag = "base model of --learned_embeds"
         generator = open_generator(base_model["id"], flag, base_model["revision"], hub_token)
@@ -134,6 +151,10 @@ def read_plain_sources(
     return Sources(
         generator, class_names, nouns, set(chosen), record, generator.native_resolution, [PLAIN_TEMPLATE]
     )  # fmt: skip
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def find_labels(classes: list[str] | None, excluded: list[str] | None, class_names: list[str]) -> tuple[int, ...]:
