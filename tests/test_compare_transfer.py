@@ -33,10 +33,11 @@ def run(classifiers, synthetic_dir):
     """Run compare_transfer.py on the tiny images into a folder; return its results."""
 
     def run(output_dir, *flags, synthetic=synthetic_dir) -> dict:
+        steps = [] if "--settings" in flags else ["--bridge_step_counts", "2", "--step_counts", "1"]
         return compare_transfer.main(
             ["--synthetic_dataset", str(synthetic), "--model_name_or_path", classifiers["vit"], "--num_shots", "1", "2",
-             "--seeds", "0", "--bridge_step_counts", "2", "--step_counts", "1", "--max_eval_samples", "6",
-             "--methods", *NAMES, "--output_dir", str(output_dir), *flags]
+             "--seeds", "0", *steps, "--max_eval_samples", "6", "--methods", *NAMES, "--output_dir", str(output_dir),
+             *flags]
         )  # fmt: skip
 
     return run
@@ -289,9 +290,8 @@ def test_stage_1_is_chosen_on_validation_and_kept_for_all_methods(run, tmp_path,
     ]
     assert {cell.bridge.learning_rate for cell in asked if cell.split == "test"} == {1e-3}
     assert read_record(tmp_path / "chosen_settings.json")["stage1"]["learning_rate"] == 1e-3
-    again = ["--settings", str(tmp_path / "chosen_settings.json"), "--bridge_learning_rates", "1e-4"]
     asked.clear()
-    run(tmp_path / "again", *again)
+    run(tmp_path / "again", "--settings", str(tmp_path / "chosen_settings.json"))
     assert {cell.bridge.learning_rate for cell in asked} == {1e-3}
 
 
@@ -443,7 +443,7 @@ def test_a_revision_goes_with_the_path_of_its_set(monkeypatch, tmp_path):
         (["--label_smoothing_factor", "1"], "--label_smoothing_factor 1.0: must be 0 or above, and below 1"),
         (["--bridge_mixup_alphas", "-1"], "--bridge_mixup_alphas -1.0: must be 0 or above"),
         (["--learning_rates", "1e-4", "1e-3", "--search_learning_rate"], "searches around one value, --learning_rates"),
-        (["--settings", "x.json", "--search_learning_rate"], "--search_learning_rate: not with --settings x.json"),
+        (["--settings", "x.json", "--search_learning_rate"], "--search_learning_rate: does nothing with --settings"),
         (["--settings", "pyproject.toml"], "pyproject.toml: cannot be read as a record"),
         (["--methods", "bridged@other"], "--methods bridged@other: no synthetic set 'other'"),
     ],
