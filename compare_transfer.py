@@ -24,7 +24,7 @@ from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import check_alone, public_command
 from utils.cli.records import COMPARISON, image_set_name, read_record, write_record, write_run_config
 from utils.cli.run_folder import check_writable
-from utils.comparison.arguments import DECIDED_BY_SETTINGS, GROUPS
+from utils.comparison.arguments import GROUPS
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
 from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title
 from utils.comparison.report import plot_comparison, print_comparison, write_markdown
@@ -38,7 +38,7 @@ from utils.comparison.search import (
     write_settings,
 )
 from utils.comparison.statistics import describe_findings, stack_correct, summarise
-from utils.data.arguments import check_output_outside, check_real_images_given
+from utils.data.arguments import check_output_outside, check_real_images_given, named_in_record
 from utils.data.image_set import RealImagesRecord
 from utils.data.real_images import identify_real_images, load_real_images, same_image_set
 from utils.transfer.classifiers import default_learning_rates
@@ -49,34 +49,39 @@ from utils.transfer.stage import Pretrained, open_pretrained
 from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, identify_synthetic, open_synthetic
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, int], SyntheticSource]]:
-    """Return the argument groups, with what the first synthetic set's record says for flags not given, and the sets."""
+def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, int], SyntheticSource], str | None]:
+    """Return the argument groups, with what the first synthetic set's record says for flags not given, and the sets.
+
+    Last comes the name of that set where its record names the real images, None where a flag does.
+    """
     parser = ScriptArgumentParser(GROUPS, description=f"{__doc__}\n{describe_methods()}")
     groups = parser.parse(argv)
-    check_values(resolve_options(groups), parser.given)
+    check_values(resolve_options(groups))
     _, real_args, comparison_args, search_args, _ = groups
     sets = parse_synthetic_sets(comparison_args.synthetic_dataset)
     parse_rows(comparison_args.methods, list(sets))
     seeds = list(dict.fromkeys(comparison_args.seeds + (search_args.search_seeds or [])))
     sources = open_sources(sets, seeds, comparison_args.hub_token or None)
     given = real_args.dataset_name, real_args.train_dir
-    recorded = next(iter(sources.values())).record["real_images"]
+    first = next(iter(sources.values()))
+    recorded, recorded_in = first.record["real_images"], first.name if given == (None, None) else None
     if given == (None, None):
         check_records(list(sources.values()))
     if given == (None, None) or (recorded and same_image_set(recorded, *given)):
         not_ours = ("num_shots", "few_shot_seed", "max_train_samples")  # the comparison draws subsets of its own
         parser.fill_in([real_args], {name: value for name, value in recorded.items() if name not in not_ours})
-    check_real_images_given(real_args)
+    with named_in_record(real_args, recorded_in):
+        check_real_images_given(real_args)
     check_output_outside(comparison_args.output_dir, real_args)
     check_writable(Path(comparison_args.output_dir))
-    return list(groups), sources
+    return list(groups), sources, recorded_in
 
 
-def check_values(values: dict, given: set[str]) -> None:
-    """Check flag -> value as far as that needs no data; `given` names the flags that are given.
+def check_values(values: dict) -> None:
+    """Check flag -> value as far as that needs no data.
 
     Raises:
-        UserError: a value is missing, or there twice, or flags do not go together.
+        UserError: a value is missing, or there twice.
     """
     if not values["synthetic_dataset"]:
         raise UserError("--synthetic_dataset: give at least one synthetic set, a folder or a data set id.")
@@ -89,12 +94,6 @@ def check_values(values: dict, given: set[str]) -> None:
     other_shots = set(values["search_shots"] or []) - set(values["num_shots"] or [])
     if other_shots:
         raise UserError(f"--search_shots {min(other_shots)}: not among --num_shots, whose recipes are searched.")
-    decided = [f"--{name}" for name in DECIDED_BY_SETTINGS if name in given and values[name]]
-    if values["settings"] and decided:
-        raise UserError(
-            f"{', '.join(decided)}: not together with --settings {values['settings']}, whose recipes are taken; leave "
-            "out one or the other."
-        )
     check_alone("the comparison starts its own; give --num_workers in its place.")
 
 
@@ -150,8 +149,12 @@ def warn_of_leaks(runner: CellRunner, num_shots: int | None) -> None:
             )
 
 
-def build_runner(model_args, real_args, comparison_args, shared_args, sources: dict, rows: list[Row]) -> CellRunner:
+def build_runner(
+    model_args, real_args, comparison_args, shared_args, sources: dict, rows: list[Row], recorded_in: str | None
+) -> CellRunner:
     """Return what runs the cells, once two images have been tried on the classifier, and the real images been opened.
+
+    `recorded_in` is the set whose record names these.
 
     Raises:
         UserError: the classifier cannot be trained, or the images cannot be used.
@@ -175,7 +178,8 @@ def build_runner(model_args, real_args, comparison_args, shared_args, sources: d
         raise UserError(str(error)) from None
     imprint = any(stage.head_init == "imprint" for row in rows for stage in row.method.stages)
     rehearse(pretrained, settings, training_args, imprint)
-    real = load_real_images(RealImagesRecord.from_arguments(real_args), token)
+    with named_in_record(real_args, recorded_in):
+        real = load_real_images(RealImagesRecord.from_arguments(real_args), token)
     real = open_real_images(real, comparison_args.max_eval_samples, print)
     return CellRunner(
         pretrained, real, sources, settings, training_args, Path(comparison_args.output_dir),
@@ -232,7 +236,7 @@ def run_table(runner: CellRunner, table: dict, num_workers: int) -> dict[Row, di
 
 def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
-    groups, sources = parse_arguments(argv)
+    groups, sources, recorded_in = parse_arguments(argv)
     model_args, real_args, comparison_args, search_args, shared_args = groups
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -245,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     volumes = sorted(comparison_args.volumes) if comparison_args.volumes else [None]
 
     # model and data
-    runner = build_runner(model_args, real_args, comparison_args, shared_args, sources, rows)
+    runner = build_runner(model_args, real_args, comparison_args, shared_args, sources, rows, recorded_in)
     fill_in_learning_rates(search_args, runner.pretrained)
     runner.check(rows, shots, volumes)
     warn_of_leaks(runner, shots[0])

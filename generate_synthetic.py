@@ -17,16 +17,16 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 from utils.cli.errors import UserError, run_script, saying_how_to_go_on
-from utils.cli.options import option, resolve_options
+from utils.cli.options import Need, option, resolve_options, with_flag, with_value, without_flag
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import public_command
 from utils.cli.records import write_run_config
-from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given
+from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given, named_in_record
 from utils.data.class_names import list_names
 from utils.data.name_doctor import check_strict, diagnose, print_findings, write_class_names
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_folder
-from utils.hub.targets import HubArguments, open_target
+from utils.hub.targets import TO_PUBLISH, HubArguments, open_target
 from utils.synthesis.output_folder import (
     PUBLISHED_FILES,
     began_without,
@@ -43,6 +43,12 @@ SETTINGS = (
     "guidance_scale", "num_inference_steps", "negative_prompt", "seed", "batch_size", "torch_compile",
     "images_per_shard", "image_format", "image_quality",
 )  # fmt: skip
+WITH_TOKEN = [with_flag("learned_embeds")]
+WITH_TEMPLATES = [without_flag("prompts_file")]
+GUIDED = Need(
+    "with --guidance_scale {guidance_scale}, which is no guidance",
+    lambda values: max(values["guidance_scale"]) > 1, "give one above 1, or ",
+)  # fmt: skip
 
 
 @dataclass
@@ -50,8 +56,10 @@ class SourceArguments:
     _argument_group_name = "style token, or generator without one"
 
     learned_embeds: str | None = option(None, "Style token of train_dsi.py: a folder or a repository id.")
-    learned_embeds_revision: str | None = option(None, "Branch, tag or commit of the style token.")
-    use_style_token: bool = option(True, "When false, take all from the token's record but leave the token itself out.")
+    learned_embeds_revision: str | None = option(None, "Branch, tag or commit of the style token.", needs=WITH_TOKEN)
+    use_style_token: bool = option(
+        True, "When false, take all from the token's record but leave the token itself out.", needs=WITH_TOKEN
+    )
     pretrained_model_name_or_path: str | None = option(
         None, "Without --learned_embeds: a text-to-image pipeline, a repository id or a folder."
     )
@@ -72,20 +80,21 @@ class PromptArguments:
     strict_class_names: bool = option(False, "Stop where a class name may mislead.")
     classes: list[str] | None = option(None, "Draw these classes only; labels stay.")
     exclude_classes: list[str] | None = option(
-        None, "Draw no images of these classes, e.g. of one that no prompt describes; labels stay."
-    )
+        None, "Draw no images of these classes, e.g. of one that no prompt describes; labels stay.",
+        needs=[without_flag("classes")],
+    )  # fmt: skip
     prompt_templates: list[str] | None = option(
         None, "Prompts with {class}, and {token} for a style token; the token's own when not given.",
-        aliases=["--prompt_template"],
+        aliases=["--prompt_template"], needs=WITH_TEMPLATES,
     )  # fmt: skip
     prompt_set: str = option(
         "single", "single: the templates as they are; diverse: each varied by viewpoint, background and light.",
-        choices=list(PROMPT_SETS),
+        choices=list(PROMPT_SETS), needs=WITH_TEMPLATES,
     )  # fmt: skip
     prompts_file: str | None = option(
         None, 'In place of templates: a JSONL file of captions, {"label": class name, "prompt": text}.'
     )
-    negative_prompt: str = option("", "What the images should not show.")
+    negative_prompt: str = option("", "What the images should not show.", needs=[GUIDED])
 
 
 @dataclass
@@ -126,17 +135,25 @@ class OutputArguments:
     overwrite_output_dir: bool = option(False, "Replace a synthetic set that is there.", affects_result=False)
     images_per_shard: int = option(1000, "Images per parquet file, the unit of resuming.")
     image_format: str = option("jpeg", "Image encoding.", choices=["jpeg", "png", "webp"])
-    image_quality: int = option(95, "Quality of JPEG and WebP, 1 to 100.", aliases=["--jpeg_quality"])
+    image_quality: int = option(
+        95, "Quality of JPEG and WebP, 1 to 100.", aliases=["--jpeg_quality"],
+        needs=[with_value("image_format", "jpeg", "webp")],
+    )  # fmt: skip
     dry_run: bool = option(False, "Show class names, prompts, speed and disk use of two batches; write no set.")
     quality_report: bool = option(False, "Compare the set with the real images in the end; see quality_report.py.")
-    quality_model: str = option("timm/resnet18.tv_in1k", "Classifier or backbone whose features it compares.")
+    quality_model: str = option(
+        "timm/resnet18.tv_in1k",
+        "Classifier or backbone whose features it compares.",
+        needs=[with_flag("quality_report")],
+    )
 
 
 @dataclass
 class PublishingArguments(HubArguments):
     hub_dataset_id: str | None = option(
-        None, "Repository of the set; the output folder's name under you when not given.", affects_result=False
-    )
+        None, "Repository of the set; the output folder's name under you when not given.", affects_result=False,
+        needs=TO_PUBLISH,
+    )  # fmt: skip
 
 
 def parse_arguments(argv) -> tuple[tuple, set[str]]:
@@ -146,14 +163,9 @@ def parse_arguments(argv) -> tuple[tuple, set[str]]:
         description=__doc__,
     )
     groups = parser.parse(argv)
-    _, _, prompt_args, sampling_args, _, _ = groups
+    _, _, _, sampling_args, _, _ = groups
     if sampling_args.max_redraws > MAX_REDRAWS:
         raise UserError(f"--max_redraws {sampling_args.max_redraws}: must be at most {MAX_REDRAWS}.")
-    if prompt_args.prompts_file is not None and (prompt_args.prompt_templates or prompt_args.prompt_set != "single"):
-        raise UserError(
-            f"--prompts_file {prompt_args.prompts_file}: takes the place of templates; leave --prompt_templates and "
-            "--prompt_set out."
-        )
     return groups, parser.given
 
 
@@ -177,8 +189,6 @@ def read_sources(
         return read_token_sources(
             token, source_args.learned_embeds_revision, source_args.use_style_token, class_names_file, hub_token
         )
-    if source_args.learned_embeds_revision is not None:
-        raise UserError(f"--learned_embeds_revision {source_args.learned_embeds_revision}: needs --learned_embeds.")
     if generator is None or not (real_images or class_names_file):
         raise UserError(
             "--learned_embeds is missing: a style token's folder or repository id; or, without a token, both "
@@ -235,9 +245,11 @@ def print_notes(sources: Sources, labels: tuple[int, ...], findings: list, given
 
 
 def open_quality_report(
-    output_args: OutputArguments, real_images: dict | None, hub_token: str | None
+    output_args: OutputArguments, real_images: dict | None, recorded_in: str | None, hub_token: str | None
 ) -> Callable[[], None] | None:
     """Return what compares the finished set with the real images; model and images are opened now, and once.
+
+    `recorded_in` is the style token whose record names them.
 
     None when there is to be no report.
     """
@@ -251,7 +263,8 @@ def open_quality_report(
     from utils.quality.report import make_quality_report
 
     model = open_feature_model(output_args.quality_model, "--quality_model", token=hub_token)
-    real, output_dir = load_reference_images(real_images, hub_token), output_args.output_dir
+    with named_in_record(RealDataArguments(**real_images), recorded_in):
+        real, output_dir = load_reference_images(real_images, hub_token), output_args.output_dir
     images = Source(output_dir, "--output_dir", "dataset")
     return lambda: print_quality(make_quality_report(images, real, model, output_dir))
 
@@ -291,7 +304,7 @@ def main(argv=None) -> dict:
     check_card(folder.path / "README.md")
     sources.generator.check(settings)
     check_prompts_fit(sources.generator, prompts.longest(), *sources.placeholder, prompts.flag)
-    report_quality = open_quality_report(output_args, sources.real_images, hub_token)
+    report_quality = open_quality_report(output_args, sources.real_images, source_args.learned_embeds, hub_token)
     if accelerator.is_main_process:
         print_notes(sources, labels, findings, given)
         if prompt_args.write_class_names is not None:

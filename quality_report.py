@@ -9,18 +9,21 @@ may be taken for another; and which images repeat each other or a real one, abov
 images are those that the set's record names, unless others are given. Writes quality.json, quality.png, duplicates.png.
 """
 
+import argparse
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from utils.cli.errors import UserError, report_unwritable, run_script
-from utils.cli.options import option
+from utils.cli.options import Need, option
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import check_alone
 from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.cli.run_folder import check_writable
-from utils.data.arguments import RealDataArguments, check_real_images_given
+from utils.data.arguments import RealDataArguments, check_real_images_given, named_in_record
 from utils.hub.repositories import Source, open_source
+
+UNUSED = [Need("here, where all real images are looked at, as they are", lambda values: False)]
 
 
 @dataclass
@@ -29,6 +32,16 @@ class SyntheticSetArguments:
 
     synthetic_dataset: str | None = option(None, "Synthetic set: a folder of generate_synthetic.py, or a data set id.")
     synthetic_dataset_revision: str | None = option(None, "Branch, tag or commit of the synthetic set.")
+
+
+@dataclass
+class ReferenceImagesArguments(RealDataArguments):
+    """The labelled real images, those of the set's record when not given."""
+
+    num_shots: int | None = option(None, argparse.SUPPRESS, needs=UNUSED)
+    few_shot_seed: int = option(0, argparse.SUPPRESS, needs=UNUSED)
+    max_train_samples: int | None = option(None, argparse.SUPPRESS, needs=UNUSED)
+    random_flip: bool = option(True, argparse.SUPPRESS, needs=UNUSED)
 
 
 @dataclass
@@ -54,15 +67,15 @@ class ReportArguments:
     num_pairs: int = option(8, "Pairs of images to show of each kind.")
 
 
-def choose_real_images(source: Source, real_args: RealDataArguments) -> dict:
-    """Return the real images' record: that of the flags, else the one in the synthetic set's.
+def choose_real_images(source: Source, real_args: RealDataArguments) -> tuple[dict, str | None]:
+    """Return the real images' record: that of the flags and None, else that in the synthetic set's, and its name.
 
     Raises:
         UserError: there is neither; flags go with no data set.
     """
     if real_args.dataset_name is not None or real_args.train_dir is not None:
         check_real_images_given(real_args)
-        return asdict(real_args)
+        return asdict(real_args), None
     for name, value in asdict(real_args).items():
         if value != getattr(RealDataArguments, name):
             raise UserError(f"--{name} {value}: needs --dataset_name or --train_dir.")
@@ -72,13 +85,13 @@ def choose_real_images(source: Source, real_args: RealDataArguments) -> dict:
             f"--synthetic_dataset {source.name}: has no {GENERATION_CONFIG} that names the real images; give "
             "--dataset_name or --train_dir."
         )
-    return record["real_images"]
+    return record["real_images"], source.name
 
 
 def main(argv=None) -> dict:
     started = time.time()
     synthetic_args, real_args, model_args, report_args = ScriptArgumentParser(
-        (SyntheticSetArguments, RealDataArguments, FeatureModelArguments, ReportArguments), description=__doc__
+        (SyntheticSetArguments, ReferenceImagesArguments, FeatureModelArguments, ReportArguments), description=__doc__
     ).parse(argv)
     check_alone("the report is made by one process; start it with `python quality_report.py`.")
     if synthetic_args.synthetic_dataset is None:
@@ -87,7 +100,7 @@ def main(argv=None) -> dict:
         synthetic_args.synthetic_dataset, "--synthetic_dataset", "dataset",
         synthetic_args.synthetic_dataset_revision, model_args.hub_token,
     )  # fmt: skip
-    real_images = choose_real_images(source, real_args)
+    real_images, recorded_in = choose_real_images(source, real_args)
     output_dir = Path(report_args.output_dir or f"{Path(source.name).name}-quality")
     if output_dir.is_file():
         raise UserError(f"--output_dir {output_dir}: is a file; name a folder.")
@@ -104,7 +117,8 @@ def main(argv=None) -> dict:
     model = open_feature_model(
         model_args.model_name_or_path, "--model_name_or_path", model_args.model_revision, model_args.hub_token
     )
-    real = load_reference_images(real_images, model_args.hub_token)
+    with named_in_record(RealDataArguments(**real_images), recorded_in):
+        real = load_reference_images(real_images, model_args.hub_token)
     print("\n".join(real.remarks))
     with report_unwritable(output_dir, lambda: "make room, or name another folder, and run the same command again"):
         record = make_quality_report(

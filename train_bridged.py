@@ -16,8 +16,7 @@ The real images, their columns and their few-shot subset come from the record in
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +38,7 @@ from utils.cli.records import (
     write_run_config,
 )
 from utils.cli.run_folder import RunFolder
-from utils.data.arguments import check_output_outside, check_real_images_given
+from utils.data.arguments import check_output_outside, check_real_images_given, named_in_record
 from utils.data.class_names import match_labels
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_finished, publish_folder
@@ -104,6 +103,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
         check_real_alone(args)
     if recorded and (given == (None, None) or same_image_set(recorded, *given)):
         parser.fill_in([args.real], recorded)
+    parser.check_needs(vars(args.real))
     name = synthetic_args.synthetic_dataset or args.real.dataset_name or args.real.train_dir or ""
     parser.fill_in([training_args], {"output_dir": f"{Path(name).resolve().name}-{args.method.method}"})
     is_recorded = bool(recorded) and given == (None, None)
@@ -138,10 +138,6 @@ def check_real_alone(args: SimpleNamespace) -> None:
     Raises:
         UserError: it does, or names no real images.
     """
-    if args.synthetic.synthetic_dataset_revision is not None:
-        raise UserError(
-            f"--synthetic_dataset_revision {args.synthetic.synthetic_dataset_revision}: needs --synthetic_dataset."
-        )
     if args.chosen_method.uses_synthetic:
         do_without = [name for name, row in METHODS.items() if not row.uses_synthetic]
         raise UserError(
@@ -164,7 +160,8 @@ def check_arguments(args: SimpleNamespace) -> None:
     Raises:
         UserError: a value asks for what this script does not do.
     """
-    check_real_images_given(args.real)
+    with named_in_record(args.real, args.real_images_from):
+        check_real_images_given(args.real)
     modes = [("batch_norm", args.stage.batch_norm), ("bridge_batch_norm", args.bridge.bridge_batch_norm)]
     modes += [("batch_norm", stage.settings.get("batch_norm", "frozen")) for stage in args.chosen_method.stages]
     for name, value in modes if args.lora.use_peft else ():
@@ -179,19 +176,6 @@ def check_arguments(args: SimpleNamespace) -> None:
     check_training_arguments(args.training)
 
 
-@contextmanager
-def naming_record(args: SimpleNamespace) -> Iterator[None]:
-    """Add to an error on real images within the block which record names them, where no flag does."""
-    try:
-        yield
-    except UserError as error:
-        if args.real_images_from is None:
-            raise
-        raise UserError(
-            f"{error} (named in the record of {args.real_images_from}; give --dataset_name or --train_dir)"
-        ) from None
-
-
 def load_real(args: SimpleNamespace, parts: tuple[str, ...] = ("train", "validation", "test")):
     """Return the real images; each of `parts` was opened once.
 
@@ -202,7 +186,7 @@ def load_real(args: SimpleNamespace, parts: tuple[str, ...] = ("train", "validat
     from utils.data.real_images import load_real_images
     from utils.transfer.run_method import open_real_images
 
-    with naming_record(args):
+    with named_in_record(args.real, args.real_images_from):
         record = args.real_record or RealImagesRecord.from_arguments(args.real)
         real = load_real_images(record, args.training.hub_token or None)
     return open_real_images(real, args.training.max_eval_samples, logger.info, parts)
@@ -303,7 +287,8 @@ def check_data(args: SimpleNamespace, source) -> dict:
 
     is_main_process = set_up_logging(args.training)
     token = args.training.hub_token or None
-    real = load_real_images(RealImagesRecord.from_arguments(args.real), token)
+    with named_in_record(args.real, args.real_images_from):
+        real = load_real_images(RealImagesRecord.from_arguments(args.real), token)
     for remark in real.remarks:
         logger.info(remark)
     if source is not None:
@@ -362,7 +347,7 @@ def identify_inputs(args: SimpleNamespace, source) -> dict[str, str]:
     classifier = open_classifier(args.model.model_name_or_path, args.model_commit, token)
     record = args.real_record or RealImagesRecord.from_arguments(args.real)
     args.model_commit = classifier.revision
-    with naming_record(args):
+    with named_in_record(args.real, args.real_images_from):
         args.real_record, inputs = identify_real_images(record, token)
     inputs["model_name_or_path"] = classifier.identity(is_loaded)
     if source is not None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from utils.cli.contents import describe_files
 from utils.cli.errors import UserError, run_script
-from utils.cli.options import free_options, option, resolve_options
+from utils.cli.options import free_options, option, resolve_options, with_flag, with_value
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import check_joined, public_command
 from utils.cli.records import DSI_CONFIG, read_record
@@ -39,7 +39,7 @@ from utils.data.prompts import (
 )
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_finished, publish_folder
-from utils.hub.targets import HubArguments, open_target
+from utils.hub.targets import TO_PUBLISH, HubArguments, open_target
 from utils.style.base_models import open_base_model
 from utils.style.card import OUTPUTS, PUBLISHED_FILES, describe_token, write_records
 
@@ -97,14 +97,16 @@ class TrainingArguments:
     max_train_steps: int = option(20_000, "Optimiser steps; the default is the paper's.")
     learning_rate: float = option(5e-4, "Peak learning rate of AdamW, above 0.")
     lr_scheduler: str = option("constant", "Schedule.", choices=LR_SCHEDULERS)
-    lr_warmup_steps: int = option(0, "Steps of linear warm-up, 0 or more.")
+    lr_warmup_steps: int = option(
+        0, "Steps of linear warm-up, 0 or more.", needs=[with_value("lr_scheduler", *LR_SCHEDULERS[1:])]
+    )
     mixed_precision: str | None = option(
         None, "Of the frozen model; the token is float32. What `accelerate launch` says when not given.",
         choices=("no", "fp16", "bf16"),
     )  # fmt: skip
     gradient_checkpointing: bool = option(False, "Less memory, about a third slower.")
     torch_compile: bool = option(False, "Compile the U-Net: minutes first, then faster.")
-    torch_compile_backend: str = option("inductor", "Backend of torch.compile.")
+    torch_compile_backend: str = option("inductor", "Backend of torch.compile.", needs=[with_flag("torch_compile")])
     dataloader_num_workers: int = option(0, "Processes that prepare steps ahead, 0 or more.", affects_result=False)
     seed: int = option(0, "Seed of everything that is drawn, 0 or more.")
 
@@ -130,8 +132,9 @@ class MonitoringArguments:
 @dataclass
 class PublishingArguments(HubArguments):
     hub_model_id: str | None = option(
-        None, "Repository of the token; the output folder's name under you when not given.", affects_result=False
-    )
+        None, "Repository of the token; the output folder's name under you when not given.", affects_result=False,
+        needs=TO_PUBLISH,
+    )  # fmt: skip
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple:
@@ -144,11 +147,6 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
     _, data_args, token_args, image_args, training_args, monitoring_args, _ = groups
     if image_args.resolution is not None and image_args.resolution % 8:
         raise UserError(f"--resolution {image_args.resolution}: must be a multiple of 8.")
-    if training_args.lr_warmup_steps and training_args.lr_scheduler == "constant":
-        raise UserError(
-            f"--lr_warmup_steps {training_args.lr_warmup_steps}: --lr_scheduler constant has no warm-up; right is "
-            "constant_with_warmup."
-        )
     check_real_images_given(data_args)
     check_output_outside(training_args.output_dir, data_args)
     # part of the options of a run: a checkpoint is not gone on from in another precision

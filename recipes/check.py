@@ -30,6 +30,7 @@ from rich.text import Text
 
 from recipes.plan import read_class_names, read_recipe, read_sets
 from utils.cli.errors import UserError, run_script
+from utils.cli.tables import print_table
 from utils.data.class_names import match_labels
 from utils.hub.cards import UNKNOWN, license_in_card
 from utils.hub.repositories import Source, open_source
@@ -244,7 +245,7 @@ def print_reports(reports: dict[str, Report]) -> None:
         place = f"{report.dataset_name}\n{report.commit or '?'}"
         table.add_row(name, Text(place), result, Text("\n".join(lines)))  # Text: brackets in names are no markup
     console = Console()
-    console.print(table)
+    print_table(table, console)
     console.print(
         f"{counts['agrees']} of {len(reports)} image sets agree with their recipes, {counts['differs']} differ, "
         f"{counts['not seen']} could not be seen in full.",

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from utils.cli.errors import UserError
 from utils.cli.parsing import read_mapping
+from utils.cli.tables import print_table
 from utils.comparison.grid import parse_rows, rates_around
 from utils.data.arguments import RealDataArguments
 from utils.transfer.methods import StageSettings, steps_per_epoch
@@ -147,7 +148,7 @@ def count_compared_images(compare: dict, bridge_images: int, real_images: int) -
 def print_plans(plans: list[Plan], model: str, rates: dict, num_images_per_class: int) -> None:
     """Print the plans as a table."""
     table = Table(
-        "image set", "classes", "real images", "synthetic", "steps: token, stage 1, stage 2", "token h", "images h",
+        "image set", "classes", "real images", "synthetic", "steps (token, stage 1, stage 2)", "token h", "images h",
         "bridged h", "comparison h", "disk GiB",
         title=f"{num_images_per_class:,} synthetic images a class, {model}, hours of one {rates['gpu']}",
     )  # fmt: skip
@@ -159,7 +160,7 @@ def print_plans(plans: list[Plan], model: str, rates: dict, num_images_per_class
             f"{plan.disk_gib:.0f}",
         )  # fmt: skip
     console = Console()
-    console.print(table)
+    print_table(table, console)
     hours, gib = sum(plan.hours for plan in plans), sum(plan.disk_gib for plan in plans)
     console.print(
         f"In all {hours:,.0f} GPU-hours and {gib:,.0f} GiB. Computed from measured rates, whose sources are in "

@@ -40,6 +40,22 @@ def parse_flags(script: str, flags: list[str]) -> dict:
     return parsed.value.args[0]
 
 
+def script_parsers() -> dict[str, ScriptArgumentParser]:
+    """Return the parser of each script; none is run."""
+    parsers = {}
+
+    def keep(parser, argv=None):
+        raise Parsed(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptArgumentParser, "parse", keep)
+        for name, script in SCRIPTS.items():
+            with pytest.raises(Parsed) as parsed:
+                script.main([])
+            [parsers[name]] = parsed.value.args
+    return parsers
+
+
 def split_command(command: str) -> tuple[str, list[str]]:
     """Return the script of a typed command, whatever launches it, and its flags."""
     words = shlex.split(command, comments=True)

@@ -356,21 +356,24 @@ def test_flags_on_what_is_not_searched_hold_for_every_method_whatever_the_settin
 )  # fmt: skip
 def test_flags_on_what_a_settings_file_decides_are_refused_beside_it(flag, run, tmp_path):
     name = flag.split()[0]
-    message = f"^{name}: not together with --settings chosen.json, whose recipes are taken; leave out one or the other"
-    with pytest.raises(UserError, match=message):
+    lack = "where nothing is searched" if name == "--search_seeds" else "with --settings"
+    with pytest.raises(UserError, match=f"^{flag}: does nothing {lack}; .*leave {name} out"):
         run(tmp_path / "out", "--settings", "chosen.json", *flag.split())
     assert not (tmp_path / "out").exists()
 
 
-def test_keys_of_a_recipe_on_what_a_settings_file_decides_are_refused_together(tmp_path):
+def test_keys_of_a_recipe_on_what_a_settings_file_decides_are_told_together(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("synthetic_dataset: [x]\nsettings: a.json\nnum_train_epochs: 3\nlearning_rates: [1.0e-4]\n")
-    with pytest.raises(UserError, match="^--learning_rates, --num_train_epochs: not together with --settings a.json"):
+    with pytest.raises(UserError, match="^--synthetic_dataset x"):
         compare_transfer.main([str(recipe)])
+    told = f"{recipe}: without effect in this run: learning_rates, num_train_epochs (with --settings).\n"
+    assert capsys.readouterr().err == told
     # what is empty or off asks for nothing
     recipe.write_text("synthetic_dataset: [x]\nsettings: a.json\nlearning_rates:\nsearch_learning_rate: false\n")
     with pytest.raises(UserError, match="^--synthetic_dataset x"):
         compare_transfer.main([str(recipe)])
+    assert capsys.readouterr().err == ""
 
 
 def test_one_test_image_is_strict_json_and_words_in_place_of_figures(run, tmp_path, monkeypatch, capsys):
@@ -533,6 +536,7 @@ def test_a_revision_goes_with_the_path_of_its_set(monkeypatch, tmp_path):
         (["--label_smoothing_factor", "1"], "--label_smoothing_factor 1.0: must be 0 or above, and below 1"),
         (["--bridge_mixup_alphas", "-1"], "--bridge_mixup_alphas -1.0: must be 0 or above"),
         (["--learning_rates", "1e-4", "1e-3", "--search_learning_rate"], "searches around one value, --learning_rates"),
+        (["--settings", "x.json", "--search_learning_rate"], "--search_learning_rate: does nothing with --settings"),
         (["--settings", "pyproject.toml"], "pyproject.toml: cannot be read as a record"),
         (["--methods", "bridged@other"], "--methods bridged@other: no synthetic set 'other'"),
     ],

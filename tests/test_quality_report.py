@@ -292,7 +292,7 @@ def folders(set_dir, real_dir, model_dir, tmp_path_factory):
         ("--synthetic_dataset {renamed} --dataset_name {real}", "renamed: 'red_square' is 'red square' in the synth"),
         ("--synthetic_dataset {empty}", "has no images of green circle"),
         ("--synthetic_dataset {set} --dataset_name {lacking}", "no training images of green"),
-        ("--synthetic_dataset {set} --num_shots 3", "--num_shots 3: needs --dataset_name"),
+        ("--synthetic_dataset {set} --num_shots 3", "--num_shots 3: does nothing here"),
         ("--synthetic_dataset {set} --batch_size 0", "--batch_size 0: must be above 0"),
         ("--synthetic_dataset {set} --max_images_per_class 0", "must be above 0"),
         ("--synthetic_dataset {set} --num_pairs 0", "--num_pairs 0: must be above 0"),

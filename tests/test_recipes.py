@@ -1,8 +1,11 @@
 """The recipes: flags of their scripts, class names without a warning, a miniature of each set in all three steps."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -398,6 +401,20 @@ def test_a_dry_run_prints_every_set_and_runs_nothing(capsys, monkeypatch, tmp_pa
     assert all(facts["title"] in printed for facts in SETS.values())
     assert re.search(r"In all \d+ GPU-hours", printed)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "130", None])
+def test_a_dry_run_cuts_no_figure_on_a_narrow_terminal_or_in_a_pipe(columns):
+    others = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.reproduce", "--dry_run", "--num_images_per_class", "3000"],
+        cwd=ROOT, check=True, capture_output=True, text=True, env=others | ({"COLUMNS": columns} if columns else {}),
+    )  # fmt: skip
+    assert "…" not in done.stdout
+    for name in SETS:
+        plan = make_plan(name, "resnet18", RATES, 3000)
+        numbers = (plan.num_real, plan.num_synthetic, plan.dsi_steps, plan.bridge_steps, plan.real_steps)
+        assert all(re.search(rf"(?<![\d,]){number:,}(?!\d)", done.stdout) for number in numbers)
 
 
 def test_a_reproduction_without_a_recipe_names_them(capsys):

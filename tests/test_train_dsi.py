@@ -303,7 +303,7 @@ def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
     ({"resolution": 30}, "--resolution 30: must be a multiple of 8"),
     ({"seed": -1}, "--seed -1: must be 0 or above"),
     ({"lr_scheduler": "steep"}, "--lr_scheduler.*: invalid choice: 'steep'"),
-    ({"lr_warmup_steps": 5}, "--lr_scheduler constant has no warm-up"),
+    ({"lr_warmup_steps": 5}, "does nothing with --lr_scheduler constant; give another --lr_scheduler .constant_with_"),
     ({"report_to": "diary"}, "--report_to diary: is not installed"),
     ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere: is no checkpoint"),
     ({"max_train_step": 3}, "no such flag, did you mean --max_train_steps"),

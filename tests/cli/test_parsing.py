@@ -2,8 +2,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+from transformers.hf_argparser import string_to_bool
 
-from tests.command_lines import SCRIPTS
+from tests.command_lines import script_parsers
 from utils.cli.errors import UserError
 from utils.cli.parsing import RANGES, ScriptArgumentParser, check_ranges
 
@@ -84,23 +85,31 @@ def test_a_number_that_is_not_finite_is_refused_for_every_flag(value):
             parse(*argv)
 
 
-def test_every_numeric_flag_of_every_script_has_a_range_and_none_has_two(monkeypatch):
-    parsers = []
-
-    def parse(self, argv=None):
-        parsers.append(self)
-        raise UserError("seen")
-
-    monkeypatch.setattr(ScriptArgumentParser, "parse", parse)
-    for script in SCRIPTS.values():
-        with pytest.raises(UserError, match="seen"):
-            script.main([])
+def test_every_numeric_flag_of_every_script_has_a_range_and_none_has_two():
+    parsers = script_parsers().values()
     numeric = {action.dest for parser in parsers for action in parser._actions if action.type in (int, float)}
     names = [name for _, _, group in RANGES for name in group]
-    assert len(parsers) == len(SCRIPTS) and len(set(names)) == len(names)
+    assert len(set(names)) == len(names)
     assert set(names) == numeric - ANY_NUMBER
     for parser in parsers:
         check_ranges({action.dest: action.default for action in parser._actions})
+
+
+def test_every_boolean_of_every_script_is_on_by_its_name_and_off_by_no_before_it():
+    seen = set()
+    for parser in script_parsers().values():
+        for name in {action.dest for action in parser._actions if action.type is string_to_bool}:
+            seen.add(name)
+            for words, value in [
+                ([f"--{name}"], True),
+                ([f"--{name}", "true"], True),
+                ([f"--{name}", "false"], False),
+                ([f"--no_{name}"], False),
+                ([f"--no-{name.replace('_', '-')}"], False),
+            ]:
+                namespace, unknown = parser.parse_known_args(words)
+                assert (getattr(namespace, name), unknown) == (value, [])
+    assert {"hub_private_repo", "match_steps", "tf32", "torch_compile", "random_flip", "push_to_hub"} <= seen
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import dataclasses
 import fnmatch
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 # options that may name a folder
@@ -17,18 +17,59 @@ REVISIONS = frozenset({"revision", "dataset_revision", "model_revision", "synthe
 STYLE_TOKEN_OPTIONS = ("placeholder_token", "initializer_token")  # no access tokens
 
 
-def option(default: object, help_text: str, affects_result: bool = True, **options) -> dataclasses.Field:
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What a flag needs to do anything.
+
+    `is_met` takes the values of a script's flags by name. `lack` continues "--flag does nothing" where it is not met,
+    with values in braces; `remedy` stands before "leave --flag out".
+    """
+
+    lack: str
+    is_met: Callable[[Mapping[str, object]], bool]
+    remedy: str = ""
+
+
+def with_flag(name: str) -> Need:
+    """Return the need that another flag is given, and not off."""
+    return Need(f"without --{name}", lambda values: bool(values[name]), "add it or ")
+
+
+def without_flag(name: str) -> Need:
+    """Return the need that another flag, which would take this one's place, is left out."""
+    return Need(f"with --{name}", lambda values: not values[name])
+
+
+def with_value(name: str, *right: str) -> Need:
+    """Return the need that another flag has one of these values."""
+    return Need(
+        f"with --{name} {{{name}}}",
+        lambda values: values[name] in right,
+        f"give another --{name} ({', '.join(right)}) or ",
+    )
+
+
+def option(
+    default: object, help_text: str, affects_result: bool = True, needs: Sequence[Need] = (), **options
+) -> dataclasses.Field:
     """Return the field of a flag; of a list or a function as default, each run gets a list, or a value, of its own.
 
-    Two runs with the same result may differ in a flag that does not `affects_result`. `options` are those of
-    `ArgumentParser.add_argument`, such as `choices`.
+    Two runs with the same result may differ in a flag that does not `affects_result`. Without all that it `needs`, a
+    flag does nothing, and is refused. `options` are those of `ArgumentParser.add_argument`, such as `choices`.
     """
-    metadata = {"help": help_text, "affects_result": affects_result, **options}
+    metadata = {"help": help_text, "affects_result": affects_result, "needs": needs, **options}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def list_needs(group: type) -> Iterator[tuple[dataclasses.Field, Sequence[Need]]]:
+    """Yield the flags of a group with what they need; of inherited flags, `_inherited_needs` tells by name."""
+    inherited = getattr(group, "_inherited_needs", {})
+    for field in dataclasses.fields(group):
+        yield field, field.metadata.get("needs") or inherited.get(field.name, ())
 
 
 def absolute_if_local(name: str | None) -> str | None:

@@ -15,6 +15,8 @@ import yaml
 from transformers import HfArgumentParser
 
 from utils.cli.errors import UserError
+from utils.cli.options import list_needs
+from utils.cli.processes import is_main_process
 
 MAX_FLOAT = 1e30  # with larger ones float32 overflows
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -87,6 +89,8 @@ class ScriptArgumentParser(HfArgumentParser):
             **kwargs,
         )
         self.given: set[str] = set()  # names of the flags on the command line and in the recipe, once parsed
+        self._typed: set[str] = set()  # those on the command line
+        self._recipe: Path | None = None
         # of TrainingArguments: flags that take JSON
         self._dict_fields = {name for kind in self.dataclass_types for name in getattr(kind, "_VALID_DICT_FIELDS", ())}
 
@@ -99,15 +103,19 @@ class ScriptArgumentParser(HfArgumentParser):
         A first argument that ends in .yaml, .yml or .json is a recipe: its keys are flag names, and flags given
         beside it win.
 
+        A flag on the command line that can do nothing, for want of what it needs, is an error. A recipe may serve
+        several runs: its keys that can do nothing in this one are told in one line.
+
         Raises:
             UserError: an unknown flag or recipe key, a value of the wrong type or out of its choices or range, flags
-                that do not go together, or that this machine does not support.
+                that do not go together, that can do nothing, or that this machine does not support.
         """
         argv = list(sys.argv[1:] if argv is None else argv)
         if argv and argv[0].endswith(RECIPE_SUFFIXES):
             self._apply_recipe(Path(argv.pop(0)))
         actions = (self._option_string_actions.get(word.partition("=")[0]) for word in argv)
-        self.given |= {action.dest for action in actions if action is not None}
+        self._typed = {action.dest for action in actions if action is not None}
+        self.given |= self._typed
         try:
             *instances, unknown = self.parse_args_into_dataclasses(
                 argv, look_for_args_file=False, return_remaining_strings=True
@@ -123,26 +131,52 @@ class ScriptArgumentParser(HfArgumentParser):
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-        """Add a field's flag; of its metadata, argparse does not know whether it affects a result.
+        """Add a field's flag; of its metadata, argparse does not know what is ours.
 
-        A `bool | None` is on by `--name` and off by `--no_name`, as is a `bool`.
+        A `bool` or `bool | None` is on by `--name` and off by `--no_name`, whatever its default.
         """
         is_open = field.type == (bool | None) and field.default is None
         field = copy.copy(field)
-        field.metadata = {key: value for key, value in field.metadata.items() if key != "affects_result"}
+        field.metadata = {key: value for key, value in field.metadata.items() if key not in ("affects_result", "needs")}
         field.metadata |= {"nargs": "?", "const": True} if is_open else {}
         HfArgumentParser._parse_dataclass_field(parser, field)
-        if is_open:
+        if is_open or (field.type is bool and field.default is not True):  # of True, it has added --no_name
             names = f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"
             parser.add_argument(
-                *names, action="store_false", default=None, dest=field.name, help=f"The opposite of --{field.name}."
-            )
+                *names, action="store_false", default=field.default, dest=field.name,
+                help=f"The opposite of --{field.name}." if is_open else argparse.SUPPRESS,
+            )  # fmt: skip
 
     def parse_known_args(self, args=None, namespace=None) -> tuple:
-        """Parse as `ArgumentParser` does, and check ranges before the dataclasses are made, which act on values."""
+        """Parse as `ArgumentParser` does, and check values before the dataclasses are made, which act on them."""
         namespace, unknown = super().parse_known_args(args, namespace)
         check_ranges(vars(namespace))
+        self.check_needs(vars(namespace))
         return namespace, unknown
+
+    def check_needs(self, values: Mapping[str, object]) -> None:
+        """Check that each given flag in `values` can do something; what is off as by default asks for nothing.
+
+        Raises:
+            UserError: one on the command line cannot.
+        """
+        idle: dict[str, list[str]] = {}  # keys of the recipe, by what they lack
+        for field, needs in (item for kind in self.dataclass_types for item in list_needs(kind)):
+            name, value = field.name, values.get(field.name)
+            if name not in self.given or name not in values or (not value and value == field.default):
+                continue
+            for need in needs:
+                if need.is_met(values):
+                    continue
+                lack = need.lack.format_map({key: _shown(other) for key, other in values.items()})
+                if name in self._typed:
+                    flag = f"--{name} {_shown(value)}".removesuffix(" true")
+                    raise UserError(f"{flag}: does nothing {lack}; {need.remedy}leave --{name} out.")
+                idle.setdefault(lack, []).append(name)
+                break
+        if idle and is_main_process():
+            told = "; ".join(f"{', '.join(names)} ({lack})" for lack, names in idle.items())
+            print(f"{self._recipe}: without effect in this run: {told}.", file=sys.stderr)
 
     def fill_in(self, groups: Iterable, values: Mapping[str, object]) -> None:
         """Set, in place, the flags in `values` that are not given: what a record or a table says for them."""
@@ -158,6 +192,7 @@ class ScriptArgumentParser(HfArgumentParser):
         return value
 
     def _apply_recipe(self, path: Path) -> None:
+        self._recipe = path
         actions = {action.dest: action for action in reversed(self._actions)}
         defaults = {}
         for key, value in read_mapping(path, "recipe").items():
@@ -185,6 +220,13 @@ class ScriptArgumentParser(HfArgumentParser):
             except argparse.ArgumentError as error:
                 raise UserError(f"{path}: '{key}: {item}': {error.message}.") from None
         return converted if takes_many else converted[0]
+
+
+def _shown(value: object) -> str:
+    """Return a flag's value as one types it."""
+    if isinstance(value, list):
+        return " ".join(map(_shown, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def check_ranges(values: Mapping[str, object]) -> None:

@@ -1,16 +1,44 @@
 """The argument groups of compare_transfer.py."""
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from utils.cli.options import option
+from utils.cli.options import Need, option, without_flag
 from utils.data.arguments import RealDataArguments
-from utils.transfer.arguments import ModelArguments, default_num_workers
-from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, METHODS
+from utils.transfer.arguments import ModelArguments, default_num_workers, has_stage_1_steps
+from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, METHODS, Method
 
 DEFAULT_METHODS = [
     "vanilla", "vanilla_matched", "mix", "bridged", "bridged_keep", "bridged_imprint", "bridged_no_mixup",
     "synthetic_only",
 ]  # fmt: skip
+SEARCHED = (
+    "learning_rates", "step_counts", "head_learning_rate_factors", "bridge_learning_rates", "bridge_step_counts",
+    "bridge_mixup_alphas",
+)  # fmt: skip
+
+
+def of_methods(is_right: Callable[[Method], bool], lack: str) -> Need:
+    """Return the need of a method of a kind among those compared; unknown ones are told elsewhere."""
+
+    def is_met(values: Mapping[str, object]) -> bool:
+        rows = [METHODS.get(label.partition("@")[0]) for label in values["methods"]]
+        return any(row is None or is_right(row) for row in rows)
+
+    return Need(f"with --methods {{methods}}, which {lack}", is_met)
+
+
+ON_REAL = of_methods(lambda method: method.uses_real, "train on synthetic images alone")
+STAGE_1_STEPS = of_methods(has_stage_1_steps, "neither train on synthetic images nor take the steps of such a stage")
+OPEN = without_flag("settings")  # which holds the recipes of all stages
+SEARCH = Need(
+    "where nothing is searched",
+    lambda values: (
+        not values["settings"]
+        and (values["search_learning_rate"] or any(len(values[name] or []) > 1 for name in SEARCHED))
+    ),
+    "add --search_learning_rate, or several values of a flag, or ",
+)
 
 
 @dataclass
@@ -38,11 +66,12 @@ class ComparisonArguments:
         DEFAULT_METHODS,
         f"Rows of the table: {', '.join(METHODS)}; method@NAME takes another synthetic set than the first.",
     )
-    num_shots: list[int] | None = option(None, "Real images per class; all of them when not given.")
+    num_shots: list[int] | None = option(None, "Real images per class; all of them when not given.", needs=[ON_REAL])
     seeds: list[int] = option([0, 1, 2], "Seeds of shots and training, one run each.")
     volumes: list[int] | None = option(
-        None, "Synthetic images per class, the smaller among the larger; all of them when not given."
-    )
+        None, "Synthetic images per class, the smaller among the larger; all of them when not given.",
+        needs=[STAGE_1_STEPS],
+    )  # fmt: skip
     max_eval_samples: int | None = option(
         None, "Use so many validation and test images, evenly spread; all when not given."
     )
@@ -58,33 +87,45 @@ class SearchArguments:
     _argument_group_name = "recipe search"
 
     search_learning_rate: bool = option(
-        False, "Search a quarter and four times of both learning rates too, the same for every method."
+        False, "Search a quarter and four times of both learning rates too, the same for every method.", needs=[OPEN]
     )
     learning_rates: list[float] | None = option(
         None,
         "Peak learning rates of AdamW; when not given, 2e-4 for networks with BatchNorm, 2e-5 for others "
         "(ViT, Swin, ConvNeXt).",
+        needs=[ON_REAL, OPEN],
     )
     step_counts: list[int] | None = option(
-        None, "Steps on real images, in place of epochs; matched methods add stage 1's."
+        None, "Steps on real images, in place of epochs; matched methods add stage 1's.", needs=[ON_REAL, OPEN]
     )
-    num_train_epochs: float = option(30.0, "Epochs over the real images.")
+    num_train_epochs: float = option(
+        30.0, "Epochs over the real images.", needs=[ON_REAL, OPEN, without_flag("step_counts")]
+    )
     head_learning_rate_factors: list[float] | None = option(
-        None, "Head's learning rate over the rest's; 10 for a fresh head, 1 for another."
+        None, "Head's learning rate over the rest's; 10 for a fresh head, 1 for another.", needs=[ON_REAL, OPEN]
     )
     bridge_learning_rates: list[float] | None = option(
         None,
         "Peak learning rates on synthetic images; when not given, 5e-4 for networks with BatchNorm, 5e-5 for others.",
+        needs=[STAGE_1_STEPS, OPEN],
     )
     bridge_step_counts: list[int] | None = option(
-        None, "Steps on synthetic images, in place of epochs; the same for every volume."
+        None, "Steps on synthetic images, in place of epochs; the same for every volume.", needs=[STAGE_1_STEPS, OPEN]
     )
-    bridge_num_train_epochs: float = option(5.0, "Epochs over the synthetic images, of the largest volume.")
-    bridge_mixup_alphas: list[float] = option([0.2], "Mixup on synthetic images; 0 turns it off.")
-    search_seeds: list[int] | None = option(None, "Few-shot seeds of the search; the first of --seeds when not given.")
+    bridge_num_train_epochs: float = option(
+        5.0, "Epochs over the synthetic images, of the largest volume.",
+        needs=[STAGE_1_STEPS, OPEN, without_flag("bridge_step_counts")],
+    )  # fmt: skip
+    bridge_mixup_alphas: list[float] = option(
+        [0.2], "Mixup on synthetic images; 0 turns it off.", needs=[STAGE_1_STEPS, OPEN]
+    )
+    search_seeds: list[int] | None = option(
+        None, "Few-shot seeds of the search; the first of --seeds when not given.", needs=[SEARCH]
+    )
     search_shots: list[int] | None = option(
-        None, "Shots of the search, of --num_shots, which are it when not given; others take the next below."
-    )
+        None, "Shots of the search, of --num_shots, which are it when not given; others take the next below.",
+        needs=[OPEN],
+    )  # fmt: skip
     settings: str | None = option(
         None, "Take the recipes of this chosen_settings.json, search nothing; all else is as the flags say."
     )
@@ -96,8 +137,10 @@ class SharedStageArguments:
 
     _argument_group_name = "training"
 
-    bridge_head_learning_rate_factor: float = option(10.0, "Head's learning rate over the rest's, on synthetic images.")
-    mixup_alpha: float = option(0.0, "Mixup outside stage 1; 0 turns it off.")
+    bridge_head_learning_rate_factor: float = option(
+        10.0, "Head's learning rate over the rest's, on synthetic images.", needs=[STAGE_1_STEPS, OPEN]
+    )
+    mixup_alpha: float = option(0.0, "Mixup outside stage 1; 0 turns it off.", needs=[ON_REAL])
     batch_norm: str = option("frozen", "BatchNorm statistics.", choices=BATCH_NORM_MODES)
     augmentation: str = option("robust", "Augmentation, as in train_bridged.py.", choices=AUGMENTATIONS)
     label_smoothing_factor: float = option(0.0, "Label smoothing, in [0, 1).")
@@ -112,11 +155,6 @@ class SharedStageArguments:
         affects_result=False,
     )
 
-
-# what a chosen_settings.json decides
-DECIDED_BY_SETTINGS = (
-    *(field.name for field in fields(SearchArguments) if field.name != "settings"), "bridge_head_learning_rate_factor",
-)  # fmt: skip
 
 # in the order of --help
 GROUPS = (ModelArguments, ComparedImagesArguments, ComparisonArguments, SearchArguments, SharedStageArguments)

@@ -1,13 +1,23 @@
 """The flags that name the labelled real images, and the check that they name one set. Opens no image."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli.errors import UserError
-from utils.cli.options import option
+from utils.cli.options import Need, option
 from utils.cli.parsing import check_ranges
 from utils.data.class_folders import read_local_set, read_train_dirs
+
+# of a synthetic set's record: its real images may be shots
+OF_SHOTS = ("num_shots", "max_train_samples", "synthetic_dataset")
+WITH_SHOTS = Need(
+    "without --num_shots or --max_train_samples",
+    lambda values: any(values.get(name) for name in OF_SHOTS),
+    "add one or ",
+)
 
 
 @dataclass
@@ -42,7 +52,9 @@ class RealDataArguments:
         0.1, "Share of the training images, above 0 and below 1, carved off where no split is for validation."
     )
     num_shots: int | None = option(None, "Use this many training images per class; all of them when not given.")
-    few_shot_seed: int = option(0, "Which images the shots are; the K-shot images are among the K+1-shot ones.")
+    few_shot_seed: int = option(
+        0, "Which images the shots are; the K-shot images are among the K+1-shot ones.", needs=[WITH_SHOTS]
+    )
     max_train_samples: int | None = option(
         None, "Use at most so many training images, as many of each class; all when not given."
     )
@@ -86,6 +98,28 @@ def check_real_images_given(real_data: RealDataArguments) -> None:
             f"--dataset_config_name {config_name}: --dataset_name {name} is a folder of class folders, which has no "
             "configurations."
         )
+
+
+@contextmanager
+def named_in_record(real_data: RealDataArguments, recorded_in: str | None) -> Iterator[None]:
+    """Let an error about the real images tell that the record of `recorded_in` names them; None: a flag does."""
+    try:
+        yield
+    except UserError as error:
+        if recorded_in is None:
+            raise
+        named = {f"--{name}": getattr(real_data, name) for name in ("train_dir", "validation_dir", "dataset_name")}
+        missing = next((path for path in named.values() if path is not None and not os.path.isdir(path)), None)
+        where = "" if missing is None else ", relative to where that run was started"
+        if missing is not None and os.path.isabs(missing):
+            where = ", a folder on the machine of that run"
+        elif missing is not None and missing == real_data.dataset_name:  # or a repository
+            where = ", if it is a folder relative to where that run was started"
+        message = str(error).removesuffix(".")
+        message = message.removeprefix("--") if message.startswith(tuple(named)) else message  # no flag was given
+        raise UserError(
+            f"{message} (named in the record of {recorded_in}{where}; give --dataset_name or --train_dir)."
+        ) from None
 
 
 def check_output_outside(output_dir: str | Path, real_data: RealDataArguments) -> None:

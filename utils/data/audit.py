@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from utils.cli.tables import print_table
 from utils.data.image_set import PARTS, RealImages
 from utils.data.images import TOO_LARGE, to_rgb, upright_size
 from utils.data.opened_images import inspect_image, map_encoded
@@ -179,7 +180,7 @@ def print_audit(audit: ImageAudit, name: str) -> None:
         fewest = ", ".join(f"{audit.class_names[label]} {counts[label]}" for label in least)
         spread = f"{present.min()} to {present.max()}, median {np.median(present):.0f}"
         table.add_row(split, f"{counts.sum():,}", f"{len(present)} of {len(counts)}", spread, Text(fewest))
-    console.print(table)
+    print_table(table, console)
     if len(audit.sizes):
         low, middle, high = (np.percentile(audit.sizes, share, axis=0).astype(int) for share in (0, 50, 100))
         console.print(
@@ -193,7 +194,7 @@ def print_audit(audit: ImageAudit, name: str) -> None:
     table = Table("what was found", "", "examples", "what to do", title="findings")
     for finding in findings:
         table.add_row(finding.what, f"{finding.number:,}", Text("\n".join(finding.examples)), finding.advice)
-    console.print(table)
+    print_table(table, console)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from utils.cli.errors import UserError
 from utils.cli.records import write_text
+from utils.cli.tables import print_table
 from utils.data.class_names import (
     drop_numbering,
     group_names,
@@ -187,7 +188,7 @@ def print_findings(findings: list[Finding]) -> None:
             # Text: brackets in a name are no markup
             table.add_row(*map(Text, (finding.class_name, finding.noun, finding.problem, finding.proposal or "?")))
     if table.row_count:
-        console.print(table)
+        print_table(table, console)
     examples = {(finding.is_warning, finding.problem): finding for finding in reversed(findings)}
     for (is_warning, problem), count in counts.items():
         first = examples[is_warning, problem]

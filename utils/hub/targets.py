@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, errors
 from huggingface_hub.utils import validate_repo_id
 
 from utils.cli.errors import UserError
-from utils.cli.options import option
+from utils.cli.options import option, with_flag
 from utils.cli.processes import is_main_process
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 MAX_TRIES = 6
 FIRST_PAUSE = 1.0  # seconds, doubled from try to try
 LONGEST_PAUSE = 60.0
+TO_PUBLISH = [with_flag("push_to_hub")]
 PASSING_STATUSES = {408, 429, 500, 502, 503, 504}
 
 
@@ -34,10 +35,13 @@ class HubArguments:
     _argument_group_name = "Hub"
 
     push_to_hub: bool = option(False, "Publish the output folder on the Hub.", affects_result=False)
-    hub_private_repo: bool = option(False, "Make the repository private when creating it.", affects_result=False)
-    hub_revision: str | None = option(
-        None, "Branch to publish to, made when it is not there; main when not given.", affects_result=False
+    hub_private_repo: bool = option(
+        False, "Make the repository private when creating it.", affects_result=False, needs=TO_PUBLISH
     )
+    hub_revision: str | None = option(
+        None, "Branch to publish to, made when it is not there; main when not given.", affects_result=False,
+        needs=TO_PUBLISH,
+    )  # fmt: skip
     hub_token: str | None = option(
         None, "Access token; HF_TOKEN or `hf auth login` when not given.", affects_result=False
     )

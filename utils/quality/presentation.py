@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from utils.cli.tables import print_table
 from utils.data.images import to_rgb
 from utils.quality.verdicts import format_distance
 
@@ -43,7 +44,7 @@ def print_quality(record: dict) -> None:
             _beside(entry["diversity"], entry["real_diversity"], ".2f"),
             _beside(entry["own_share"], entry["real_own_share"], ".0%"),
         )
-    console.print(table)
+    print_table(table, console)
     for verdict in record["verdicts"]:
         console.print(f"{verdict['level']:>7}  ", style=COLOURS[verdict["level"]], end="")
         console.print(f"{verdict['subject']}: {verdict['text']}", highlight=False, soft_wrap=True)

@@ -1,14 +1,16 @@
 """The argument groups of train_bridged.py; flags of stage 1 begin with bridge_."""
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
 from utils.cli.errors import UserError
-from utils.cli.options import option
+from utils.cli.options import Need, option, with_flag, without_flag
 from utils.data.arguments import RealDataArguments
-from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, HEAD_INITS, METHODS
+from utils.hub.targets import TO_PUBLISH
+from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, HEAD_INITS, METHODS, Method
 
 MAX_WORKERS = 16
 # of the Trainer's arguments, those on which the weights of every stage depend and that a stage does not set itself
@@ -21,6 +23,36 @@ OF_EACH_STAGE = (
 METRICS = (
     "loss", "accuracy", "mean_per_class_accuracy", "macro_f1", "expected_calibration_error", "top5_accuracy",
 )  # fmt: skip
+
+
+def of_method(is_right: Callable[[Method], bool], lack: str) -> Need:
+    """Return the need of a method of a kind; `lack` continues "--method x, which"."""
+
+    def is_met(values: Mapping[str, object]) -> bool:
+        changes = {} if values["match_steps"] is None else {"match_steps": values["match_steps"]}
+        return is_right(METHODS[values["method"]].with_flags(changes))
+
+    return Need(f"with --method {{method}}, which {lack}", is_met)
+
+
+def has_stage_1_steps(method: Method) -> bool:
+    """Return whether the steps of stage 1 count: it is trained, or its steps are given to another stage."""
+    return method.uses_synthetic or method.flags["match_steps"]
+
+
+ON_REAL = of_method(lambda method: method.uses_real, "trains on synthetic images alone")
+OWN_STEPS = of_method(
+    lambda method: "real" in method.kinds or ("both" in method.kinds and method.flags["match_steps"]),
+    "takes the steps of --bridge_num_train_epochs or --bridge_max_steps",
+)
+ON_SYNTHETIC = of_method(lambda method: "synthetic" in method.kinds, "has no stage on synthetic images alone")
+STAGE_1_STEPS = of_method(has_stage_1_steps, "takes no steps of a stage on synthetic images")
+MATCHED_OR_STAGE_1 = of_method(
+    lambda method: "synthetic" in method.kinds or method.flags["match_steps"],
+    "has no stage on synthetic images alone, nor its steps",
+)
+WITH_SYNTHETIC = with_flag("synthetic_dataset")
+WITH_PEFT = with_flag("use_peft")
 
 
 @dataclass
@@ -46,12 +78,19 @@ class SyntheticDataArguments:
     synthetic_dataset: str | None = option(
         None, "Synthetic set, as generate_synthetic.py wrote it: a folder or a data set id."
     )
-    synthetic_dataset_revision: str | None = option(None, "Branch, tag or commit of the synthetic set on the Hub.")
-    max_synthetic_samples_per_class: int | None = option(
-        None, "Use the first so many synthetic images of each class; all when not given."
+    synthetic_dataset_revision: str | None = option(
+        None, "Branch, tag or commit of the synthetic set on the Hub.", needs=[WITH_SYNTHETIC]
     )
-    allow_missing_classes: bool = option(False, "Accept a synthetic set that lacks some of the real set's classes.")
-    streaming: bool = option(False, "Read the synthetic images from the Hub as they are needed, not to the disk.")
+    max_synthetic_samples_per_class: int | None = option(
+        None, "Use the first so many synthetic images of each class; all when not given.",
+        needs=[WITH_SYNTHETIC, STAGE_1_STEPS],
+    )  # fmt: skip
+    allow_missing_classes: bool = option(
+        False, "Accept a synthetic set that lacks some of the real set's classes.", needs=[WITH_SYNTHETIC]
+    )
+    streaming: bool = option(
+        False, "Read the synthetic images from the Hub as they are needed, not to the disk.", needs=[WITH_SYNTHETIC]
+    )
 
 
 @dataclass
@@ -70,14 +109,17 @@ class MethodArguments:
         "Head at the start of the second stage: fresh (the paper's), that of the first stage, or the class "
         "means of the real images' features; the method's own when not given.",
         choices=HEAD_INITS,
+        needs=[of_method(lambda method: method.stages[-1].start is not None, "has a fresh head in its only stage")],
     )
     match_steps: bool | None = option(
-        None, "Give methods of one stage the steps of both stages together; as the method says when not given."
-    )
+        None, "Give methods of one stage the steps of both stages together; as the method says when not given.",
+        needs=[of_method(lambda method: "synthetic" not in method.kinds, "has a stage on synthetic images alone")],
+    )  # fmt: skip
     mix_ratio: float | None = option(
         None,
         "Synthetic images per real image in mix, above 0; those of the kind that is too few are repeated. "
         "As the method says when not given: each image once, but in mix_balanced.",
+        needs=[of_method(lambda method: "both" in method.kinds, "has no stage on both kinds of images")],
     )
 
 
@@ -88,23 +130,27 @@ class StageArguments:
     _argument_group_name = "training on real images"
 
     head_learning_rate: float | None = option(
-        None, "Learning rate of the head; 10 x --learning_rate for a fresh head, 1 x for another."
-    )
+        None, "Learning rate of the head; 10 x --learning_rate for a fresh head, 1 x for another.",
+        needs=[ON_REAL],
+    )  # fmt: skip
     head_warmup_steps: float = option(
-        0, "Steps that train the head alone first (LP-FT), 0 or more; below 1 a share of the steps."
-    )
-    freeze_backbone: bool = option(False, "Train the head only.")
-    mixup_alpha: float = option(0.0, "Mixup's Beta parameter; 0 turns it off.")
+        0, "Steps that train the head alone first (LP-FT), 0 or more; below 1 a share of the steps.",
+        needs=[ON_REAL],
+    )  # fmt: skip
+    freeze_backbone: bool = option(False, "Train the head only.", needs=[ON_REAL])
+    mixup_alpha: float = option(0.0, "Mixup's Beta parameter; 0 turns it off.", needs=[ON_REAL])
     augmentation: str = option(
         "robust",
         "robust: crop, flip, colour and fine detail; basic: crop and flip, as run_image_classification.py; "
         "trivialaugment and randaugment: these after crop and flip.",
         choices=AUGMENTATIONS,
+        needs=[ON_REAL],
     )
     batch_norm: str = option(
         "frozen",
         "BatchNorm statistics: those of the start, of each batch, or measured anew on the stage's images.",
         choices=BATCH_NORM_MODES,
+        needs=[ON_REAL],
     )
     dropout: float | None = option(None, "Dropout in both stages, in [0, 1); the model's own when not given.")
     drop_path_rate: float | None = option(None, "Drop path in both stages, in [0, 1); the model's own when not given.")
@@ -117,31 +163,43 @@ class BridgeStageArguments:
     _argument_group_name = "training on synthetic images"
 
     bridge_num_train_epochs: float = option(
-        5.0, "Epochs (over both kinds of images for mix); few, as there are many images."
+        5.0, "Epochs (over both kinds of images for mix); few, as there are many images.",
+        needs=[STAGE_1_STEPS, without_flag("bridge_max_steps")],
+    )  # fmt: skip
+    bridge_max_steps: int | None = option(None, "Optimiser steps, in place of epochs.", needs=[STAGE_1_STEPS])
+    bridge_learning_rate: float | None = option(
+        None, "Peak learning rate; --learning_rate when not given.", needs=[ON_SYNTHETIC]
     )
-    bridge_max_steps: int | None = option(None, "Optimiser steps, in place of epochs.")
-    bridge_learning_rate: float | None = option(None, "Peak learning rate; --learning_rate when not given.")
     bridge_head_learning_rate: float | None = option(
-        None, "Learning rate of the head, always a fresh one; 10 x when not given."
+        None, "Learning rate of the head, always a fresh one; 10 x when not given.", needs=[ON_SYNTHETIC]
     )
-    bridge_weight_decay: float | None = option(None, "Weight decay; --weight_decay when not given.")
-    bridge_warmup_steps: float | None = option(None, "Warm-up, as --warmup_steps, which it is when not given.")
+    bridge_weight_decay: float | None = option(
+        None, "Weight decay; --weight_decay when not given.", needs=[ON_SYNTHETIC]
+    )
+    bridge_warmup_steps: float | None = option(
+        None, "Warm-up, as --warmup_steps, which it is when not given.", needs=[ON_SYNTHETIC]
+    )
     bridge_per_device_train_batch_size: int | None = option(
-        None, "Images per device and step; --per_device_train_batch_size when not given."
+        None, "Images per device and step; --per_device_train_batch_size when not given.", needs=[MATCHED_OR_STAGE_1]
     )
     bridge_head_warmup_steps: float = option(
-        0, "Steps that train the head alone first, 0 or more; below 1 a share of the steps."
+        0, "Steps that train the head alone first, 0 or more; below 1 a share of the steps.",
+        needs=[MATCHED_OR_STAGE_1],
+    )  # fmt: skip
+    bridge_freeze_backbone: bool = option(False, "Train the head only.", needs=[ON_SYNTHETIC])
+    bridge_mixup_alpha: float = option(
+        0.2, "Mixup's Beta parameter; 0 turns it off. On by default, as in the paper.", needs=[ON_SYNTHETIC]
     )
-    bridge_freeze_backbone: bool = option(False, "Train the head only.")
-    bridge_mixup_alpha: float = option(0.2, "Mixup's Beta parameter; 0 turns it off. On by default, as in the paper.")
-    bridge_label_smoothing_factor: float = option(0.0, "Label smoothing, in [0, 1).")
+    bridge_label_smoothing_factor: float = option(0.0, "Label smoothing, in [0, 1).", needs=[ON_SYNTHETIC])
     bridge_augmentation: str = option(
-        "robust", "As --augmentation; robust, as synthetic images differ in these.", choices=AUGMENTATIONS
-    )
+        "robust", "As --augmentation; robust, as synthetic images differ in these.", choices=AUGMENTATIONS,
+        needs=[ON_SYNTHETIC],
+    )  # fmt: skip
     bridge_batch_norm: str = option(
         "frozen",
         "As --batch_norm; frozen, as statistics of synthetic images harm on real ones.",
         choices=BATCH_NORM_MODES,
+        needs=[ON_SYNTHETIC],
     )
 
 
@@ -152,12 +210,13 @@ class LoraArguments:
     _argument_group_name = "LoRA"
 
     use_peft: bool = option(False, "One LoRA adapter through both stages, and the head.")
-    lora_r: int = option(16, "Rank, above 0.")
-    lora_alpha: int = option(32, "Scale: the adapter counts alpha / rank.")
-    lora_dropout: float = option(0.05, "Dropout before the adapter, in [0, 1).")
+    lora_r: int = option(16, "Rank, above 0.", needs=[WITH_PEFT])
+    lora_alpha: int = option(32, "Scale: the adapter counts alpha / rank.", needs=[WITH_PEFT])
+    lora_dropout: float = option(0.05, "Dropout before the adapter, in [0, 1).", needs=[WITH_PEFT])
     lora_target_modules: list[str] | None = option(
-        None, "Ends of layers' names to adapt; every linear layer and convolution but the head when not given."
-    )
+        None, "Ends of layers' names to adapt; every linear layer and convolution but the head when not given.",
+        needs=[WITH_PEFT],
+    )  # fmt: skip
 
 
 def default_num_workers() -> int:
@@ -179,6 +238,10 @@ class BridgedTrainingArguments(TrainingArguments):
         "metric_for_best_model", "greater_is_better", "dataloader_pin_memory", "dataloader_persistent_workers",
         "dataloader_prefetch_factor", "torch_empty_cache_steps", "ddp_timeout", "local_rank",
     )  # fmt: skip
+    _inherited_needs = {
+        **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), TO_PUBLISH),
+        "max_steps": [OWN_STEPS], "label_smoothing_factor": [ON_REAL],
+    }  # fmt: skip
 
     output_dir: str | None = option(
         None, "Output folder; '<synthetic set>-bridged' (the method's name) when not given.", affects_result=False
@@ -196,7 +259,10 @@ class BridgedTrainingArguments(TrainingArguments):
         "Peak learning rate of AdamW; when not given, 2e-4 for networks with BatchNorm, adapters and heads "
         "alone, 2e-5 for all weights of others (ViT, Swin, ConvNeXt).",
     )
-    num_train_epochs: float = option(30.0, "Epochs over the real images.")
+    num_train_epochs: float = option(
+        30.0, "Epochs over the real images.",
+        needs=[OWN_STEPS, Need("with --max_steps", lambda values: values["max_steps"] == -1)],
+    )  # fmt: skip
     weight_decay: float = option(0.01, "Weight decay.")
     warmup_steps: float = option(0.1, "Warm-up: steps, or below 1 a share of all steps.")
     lr_scheduler_type: str = option("cosine", "Learning rate schedule.")

@@ -14,6 +14,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from utils.cli.records import image_set_name
+from utils.cli.tables import print_table
 from utils.hub.cards import FUNCTIONS, License, code, common_license, hub_ids, save_card
 from utils.transfer.evaluation import NUM_CALIBRATION_BINS, confidences
 from utils.transfer.methods import METHODS, stage_names
@@ -126,10 +127,10 @@ def print_results(title: str, results: dict) -> None:
         if results.get(f"leep_{key}") is not None:
             table.add_row(name, _describe_leep(key, results))
     console = Console()
-    console.print(table)
+    print_table(table, console)
     stages = [name for name in (*stage_names(), "total") if f"{name}_steps" in results]
     if stages:
-        console.print(_cost_table(stages, results))
+        print_table(_cost_table(stages, results), console)
 
 
 def _describe_metric(metric: str, results: dict) -> str:
