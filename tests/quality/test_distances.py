@@ -1,27 +1,20 @@
-"""Distances and near-duplicates against values computed another way."""
+"""Distances against values computed another way."""
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
-from utils.quality import distances
 from utils.quality.distances import (
-    COPY_SIMILARITY,
     ClassSums,
-    Nearest,
     class_shifts,
-    closest_pairs,
-    count_similar,
-    find_nearest,
     frechet_distances,
     kernel_distances,
     list_confusions,
     matched_rows,
     nearest_class_shares,
-    similarity_threshold,
 )
-from utils.quality.features import UnitFeatures
+from utils.quality.vectors import UnitFeatures
 
 
 def gaussian(num_images, mean=0.0, seed=0, num_features=6):
@@ -125,37 +118,3 @@ def test_confusions_are_those_beyond_the_real_images():
     found = list_confusions(shares, real, ["car", "bus", "van"])
     assert [(entry["class"], entry["nearest"]) for entry in found] == [("van", "bus"), ("bus", "car"), ("bus", "van")]
     assert [(entry["share"], entry["real_share"]) for entry in found] == [(0.2, None), (0.3, 0.1), (0.1, 0.0)]
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_nearest_is_that_of_the_whole_table_across_chunks(monkeypatch, same):
-    monkeypatch.setattr(distances, "QUERY_CHUNK", 7)
-    monkeypatch.setattr(distances, "TARGET_CHUNK", 11)
-    queries = UnitFeatures(gaussian(50), np.zeros(6, np.float32))
-    targets = queries if same else UnitFeatures(gaussian(40, 0, 1), np.zeros(6, np.float32))
-    table = (queries.take(slice(None)) @ targets.take(slice(None)).T).numpy()
-    if same:
-        np.fill_diagonal(table, -1)
-    found = find_nearest(queries, targets, "nearest", "cpu")
-    assert found.rows.tolist() == table.argmax(1).tolist()
-    np.testing.assert_allclose(found.similarities, table.max(1), rtol=1e-5)
-    some = find_nearest(queries, targets, "nearest", "cpu", np.array([3, 30]))
-    assert some.rows.tolist() == table.argmax(1)[[3, 30]].tolist()
-
-
-def test_threshold_lies_above_99_percent_and_never_above_copies():
-    assert similarity_threshold(np.linspace(0, 0.9, 1001)) == pytest.approx(0.891)
-    assert similarity_threshold(np.ones(10)) == COPY_SIMILARITY
-    assert similarity_threshold(np.zeros(0)) == COPY_SIMILARITY
-
-
-def test_closest_pairs_come_first_and_once_within_a_set():
-    nearest = Nearest(np.array([1, 0, 1, 0]), np.array([0.9, 0.9, 0.95, 0.1], np.float32))
-    pairs = closest_pairs(nearest, 3, within=True)
-    assert [pair[:2] for pair in pairs] == [(2, 1), (0, 1), (3, 0)]
-    assert [pair[:2] for pair in closest_pairs(nearest, 3, within=False)] == [(2, 1), (0, 1), (1, 0)]
-
-
-def test_copies_and_look_alikes_are_counted():
-    counts = count_similar(Nearest(np.zeros(4, int), np.array([1.0, 0.995, 0.9, 0.5], np.float32)), 0.9 - 1e-6)
-    assert counts == {"num_images": 4, "num_similar": 3, "share_similar": 0.75, "num_copies": 2}

@@ -11,7 +11,8 @@ from transformers import AutoModelForImageClassification
 
 from tests.data.builders import encode, image_column, labelled_images
 from utils.cli.errors import UserError
-from utils.quality.features import FeatureModel, UnitFeatures, extract_features, open_feature_model
+from utils.quality.features import FeatureModel, extract_features, open_feature_model
+from utils.quality.vectors import UnitFeatures, make_thumbnail
 
 pytest_plugins = ["tests.transfer.fixtures"]
 
@@ -82,20 +83,21 @@ def test_features_of_dinov2_are_the_class_token(tmp_path):
 
 def test_the_same_features_at_each_load_and_batch_size_and_of_a_selection(classifiers, tmp_path):
     images = image_set(7)
-    first = extract_features(load(classifiers["vit"]), images, "images", tmp_path / "first", 3)
-    second = extract_features(load(classifiers["vit"]), images, "images", tmp_path / "second", 64)
+    first, thumbnails = extract_features(load(classifiers["vit"]), images, "images", tmp_path / "first", 3)
+    second, _ = extract_features(load(classifiers["vit"]), images, "images", tmp_path / "second", 64)
     assert first.shape == (7, 16) and first.dtype == np.float16
     np.testing.assert_allclose(first, second, atol=2e-3)
     assert np.abs(first[0] - first[1]).max() > 0.01
-    assert isinstance(first, np.memmap)  # on disk, however many there are
-    part = extract_features(load(classifiers["vit"]), images.select([5, 2]), "images", tmp_path / "part", 4)
+    assert isinstance(first, np.memmap) and isinstance(thumbnails, np.memmap)  # on disk, however many there are
+    assert (thumbnails == [make_thumbnail(image) for image in images["image"]]).all()
+    part, _ = extract_features(load(classifiers["vit"]), images.select([5, 2]), "images", tmp_path / "part", 4)
     np.testing.assert_allclose(part, first[[5, 2]], atol=2e-3)
 
 
 def test_damaged_images_and_features_too_large_for_half_precision_are_refused(classifiers, tmp_path):
     model = load(classifiers["resnet"])
     with pytest.raises(UserError, match="real images: the image in row 0 is damaged"):
-        extract_features(model, image_column([b"no image"]), "real images", tmp_path / "features", 4)
+        extract_features(model, image_column([b"no image"]), "real images", tmp_path / "damaged", 4)
     with torch.no_grad():
         for parameter in model.model.parameters():
             parameter.mul_(1e4)
@@ -105,7 +107,7 @@ def test_damaged_images_and_features_too_large_for_half_precision_are_refused(cl
 
 def test_grey_and_transparent_images_have_features(classifiers, tmp_path):
     images = image_column([encode(PILImage.new(mode, (40, 20))) for mode in ("L", "RGBA", "I;16")])
-    assert extract_features(load(classifiers["timm"]), images, "images", tmp_path / "features", 2).shape[0] == 3
+    assert extract_features(load(classifiers["timm"]), images, "images", tmp_path / "features", 2)[0].shape[0] == 3
 
 
 def test_a_model_without_image_processor_is_an_error(classifiers, tmp_path):

@@ -11,7 +11,8 @@ def test_each_pair_is_shown_image_above_image(tmp_path):
     images = {
         kind: [{"image": Image.new("RGB", (8, 8), colour)} for colour in chosen] for kind, chosen in colours.items()
     }
-    pair = {"similarity": 0.9, "synthetic_row": 7, "synthetic_class": "$\\car$", "other_row": 8, "other_class": "bus"}
+    pair = {"synthetic_row": 7, "synthetic_class": "$\\car$", "other_row": 8, "other_class": "bus"}
+    pair |= {"similarity": 0.9, "is_copy": False}
     duplicates = {"test": {"threshold": 0.95, "pairs": [pair, pair]}}
     plot_pairs(tmp_path / "pairs.png", duplicates, {"test": [(2, 1), (0, 0)]}, images)
     pixels = np.asarray(Image.open(tmp_path / "pairs.png").convert("RGB"))

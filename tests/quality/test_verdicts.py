@@ -4,6 +4,7 @@ import copy
 
 import pytest
 
+from utils.hub.cards import MAX_LENGTH
 from utils.quality.verdicts import judge, list_caveats
 from utils.synthesis.finishing import quality_section
 
@@ -15,9 +16,10 @@ def entry(name, shift=0.1, diversity=0.5, real_diversity=0.5):
     }  # fmt: skip
 
 
-def duplicates(num_similar=10, num_copies=0, num_images=1000):
+def duplicates(num_similar=10, num_copies=0, num_images=1000, num_copies_of_real=0):
     return {
-        "threshold": 0.9, "num_calibration_images": 1000, "largest_of_real": 0.95, "num_images": num_images,
+        "threshold": 0.9, "num_calibration_images": 1000, "largest_of_real": 0.95,
+        "num_copies_of_real": num_copies_of_real, "num_images": num_images,
         "num_similar": num_similar, "share_similar": num_similar / num_images, "num_copies": num_copies, "pairs": [],
     }  # fmt: skip
 
@@ -30,7 +32,7 @@ def good_record():
         "num_images": {name: {"used": 2000, "all": 2000} for name in ("synthetic", "train", "held_out", "test")},
         "distance": {
             "num_images": 2000, "num_train": 2000, "frechet": {"synthetic": 12.0, "floor": 10.0},
-            "kernel": {"synthetic": 0.02, "floor": 0.01},
+            "kernel": {"synthetic": 0.02, "floor": 0.01, "synthetic_std": 0.01, "floor_std": 0.005},
         },
         "classes": [entry("car"), entry("bus", 0.05)],
         "diversity": {"synthetic": 0.5, "real": 0.5},
@@ -67,6 +69,9 @@ def test_a_set_like_the_real_images_is_good_throughout():
         (("distance", "frechet", "synthetic"), 50.0, "whole set", "look"),
         (("distance", "frechet", "synthetic"), 500.0, "whole set", "bad"),
         (("distance", "frechet"), {"synthetic": None, "floor": None}, "whole set", "unknown"),
+        (("distance", "kernel", "synthetic"), -0.01, "whole set", "good"),
+        (("distance", "kernel", "synthetic"), 0.05, "whole set", "look"),
+        (("distance", "kernel", "synthetic"), 0.5, "whole set", "bad"),
         (("classes",), [entry("car", 0.7)], "classes", "look"),
         (("classes",), [entry("car", 1.2), entry("bus")], "classes", "bad"),
         (("classes",), [entry("car", None)], "classes", "unknown"),
@@ -82,11 +87,13 @@ def test_a_set_like_the_real_images_is_good_throughout():
         (("duplicates", "test"), duplicates(2, 0, 10), "copies of test images", "look"),
         (("duplicates", "test"), duplicates(2, 0, 50), "copies of test images", "good"),  # chance
         (("duplicates", "test"), duplicates(1, 1), "copies of test images", "bad"),
+        (("duplicates", "test"), duplicates(20, 10, 1000, 8), "copies of test images", "look"),  # as of real ones
         (("duplicates", "train"), duplicates(1, 1), "copies of training images", "bad"),
         (("duplicates",), {}, "copies of test images", "unknown"),
         (("duplicates", "synthetic"), duplicates(3, 3), "repetitions", "look"),
         (("duplicates", "synthetic"), duplicates(50), "repetitions", "look"),
         (("duplicates", "synthetic"), duplicates(50, 20), "repetitions", "bad"),
+        (("duplicates", "synthetic"), duplicates(20, 20, 1000, 20), "repetitions", "good"),
     ],
 )
 def test_a_flaw_changes_its_verdict_and_no_other(path, value, subject, level):
@@ -98,11 +105,14 @@ def test_a_flaw_changes_its_verdict_and_no_other(path, value, subject, level):
 
 def test_verdicts_name_the_figures_and_the_worst():
     assert "1.2 times the floor" in text_of(good_record(), "whole set")
+    assert "by the" not in text_of(good_record(), "whole set")
+    assert "by the kernel one, the" in text_of(changed(("distance", "kernel", "synthetic"), 0.05), "whole set")
+    assert "by the Frechet one, the" in text_of(changed(("distance", "frechet", "synthetic"), 50.0), "whole set")
     assert "car (1.20)" in text_of(changed(("classes",), [entry("car", 1.2), entry("bus")]), "classes")
     confused = [{"class": "bus", "nearest": "car", "share": 0.4, "real_share": None}]
     assert "bus near car (40%, real 0%)" in text_of(changed(("nearest_class", "confusions"), confused), "labels")
     copies = text_of(changed(("duplicates", "test"), duplicates(3, 3)), "copies of test images")
-    assert "3 of 1,000" in copies and "cannot be trusted" in copies
+    assert "3 of 1,000" in copies and "held-out real ones 0 of 1,000" in copies and "cannot be trusted" in copies
     assert "trusted" not in text_of(changed(("duplicates", "train"), duplicates(3, 3)), "copies of training images")
 
 
@@ -138,6 +148,19 @@ def test_the_section_has_figures_verdicts_and_pictures():
     ):
         assert words in section
     assert "](duplicates.png)" not in section  # it shows real images, and is not published
+
+
+def test_the_longest_verdicts_and_caveats_fit_into_the_card():
+    record = changed(("distance", "frechet"), {"synthetic": 12345.6, "floor": 9876.5})
+    record["distance"]["kernel"] |= {"synthetic": -0.000123 + 1, "floor": -0.000123, "floor_std": 0.000123}
+    record["distance"]["num_images"] = 2000
+    record["model"]["num_features"] = 3072
+    found = duplicates(600_000, 6_000, 600_000, 100) | {"num_calibration_images": 10_000}
+    record["duplicates"] = {"test": found, "train": duplicates(600_000, 6_000, 600_000, 10), "synthetic": found}
+    record |= {"verdicts": judge(record), "caveats": list_caveats(record)}
+    assert "by the kernel one" in record["verdicts"][0]["text"] and "overlap" in record["verdicts"][4]["text"]
+    texts = [verdict["text"] for verdict in record["verdicts"]] + record["caveats"]
+    assert max(map(len, texts)) <= MAX_LENGTH
 
 
 def test_the_section_is_empty_without_a_report_and_short_for_many_classes():

@@ -1,4 +1,4 @@
-"""How far two image sets lie apart in the features of a model, as a whole, class by class, and image by image."""
+"""How far two image sets lie apart in the features of a model, as a whole and class by class."""
 
 import warnings
 from dataclasses import dataclass
@@ -7,22 +7,15 @@ import numpy as np
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
-from tqdm.auto import tqdm
 
 from utils.data.splits import evenly_spaced
-from utils.quality.features import UnitFeatures
+from utils.quality.vectors import UnitFeatures
 
 CHUNK = 4096
 MAX_KERNEL_IMAGES = 5000  # the kernel distance holds its images in memory, and more of them hardly change it
 KERNEL_SUBSETS = 50
 MAX_SUBSET_SIZE = 1000
 MAX_CONFUSIONS = 10
-# As far as a model can see, the same picture. A copy that was cropped or compressed hard may lie below.
-COPY_SIMILARITY = 0.99
-THRESHOLD_QUANTILE = 0.99
-MAX_CALIBRATION_IMAGES = 10_000
-QUERY_CHUNK = 2048
-TARGET_CHUNK = 8192
 
 Rows = tuple[np.ndarray, np.ndarray]  # features `(n, num_features)`, and which of them
 
@@ -186,76 +179,3 @@ def list_confusions(shares: np.ndarray, real_shares: np.ndarray, class_names: li
         for label, other in zip(*np.unravel_index(order, excess.shape))
         if excess[label, other] > 0
     ]
-
-
-@dataclass(frozen=True)
-class Nearest:
-    """For each query its most similar target: `rows` `(n,)` int, `similarities` `(n,)` float32 cosines."""
-
-    rows: np.ndarray
-    similarities: np.ndarray
-
-
-def find_nearest(
-    queries: UnitFeatures, targets: UnitFeatures, what: str, device: str | torch.device, query_rows=None
-) -> Nearest:
-    """Return the nearest target of each query, of the `query_rows` only where they are given.
-
-    Where both are the same object, an image is not its own neighbour.
-    """
-    query_rows = np.arange(len(queries)) if query_rows is None else query_rows
-    rows = np.zeros(len(query_rows), np.int64)
-    similarities = np.zeros(len(query_rows), np.float32)
-    with tqdm(total=len(query_rows), desc=what, unit="image", leave=False) as progress:
-        for start in range(0, len(query_rows), QUERY_CHUNK):
-            chunk_rows = query_rows[start : start + QUERY_CHUNK]
-            chunk = queries.take(chunk_rows, device)
-            best = torch.full((len(chunk),), -torch.inf, device=device)
-            best_rows = torch.zeros(len(chunk), dtype=torch.int64, device=device)
-            for first, target in targets.chunks(TARGET_CHUNK, device):
-                cosines = chunk @ target.T
-                if queries is targets:
-                    own = torch.from_numpy(chunk_rows - first).to(device)
-                    inside = (own >= 0) & (own < len(target))
-                    cosines[inside.nonzero()[:, 0], own[inside]] = -torch.inf
-                values, columns = cosines.max(1)
-                best_rows = torch.where(values > best, columns + first, best_rows)
-                best = torch.maximum(values, best)
-            rows[start : start + len(chunk)] = best_rows.cpu().numpy()
-            similarities[start : start + len(chunk)] = best.cpu().numpy()
-            progress.update(len(chunk))
-    return Nearest(rows, similarities)
-
-
-def similarity_threshold(real_similarities: np.ndarray) -> float:
-    """Return the similarity above which two images look alike, from what real images reach among themselves.
-
-    99 % of them stay below it. Never above that of copies: real sets hold copies too.
-    """
-    if not len(real_similarities):
-        return COPY_SIMILARITY
-    return min(float(np.quantile(real_similarities, THRESHOLD_QUANTILE)), COPY_SIMILARITY)
-
-
-def closest_pairs(nearest: Nearest, num_pairs: int, within: bool) -> list[tuple[int, int, float]]:
-    """Return the most similar (query, target, similarity), each query once; `within` one set, each pair once."""
-    pairs = {}
-    for query in map(int, np.argsort(-nearest.similarities, kind="stable")):
-        target = int(nearest.rows[query])
-        if not (within and (target, query) in pairs):
-            pairs[query, target] = float(nearest.similarities[query])
-        if len(pairs) == num_pairs:
-            break
-    return [(*pair, similarity) for pair, similarity in pairs.items()]
-
-
-def count_similar(nearest: Nearest, threshold: float) -> dict:
-    """Return how many images have a look-alike, and how many a copy."""
-    num_images = len(nearest.similarities)
-    num_similar = int((nearest.similarities >= threshold).sum())
-    return {
-        "num_images": num_images,
-        "num_similar": num_similar,
-        "share_similar": num_similar / num_images,
-        "num_copies": int((nearest.similarities >= COPY_SIMILARITY).sum()),
-    }

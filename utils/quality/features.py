@@ -1,6 +1,5 @@
 """The images of a quality report, and their features: a backbone's pooled output, in half precision on disk."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -21,6 +20,7 @@ from utils.data.opened_images import map_encoded, open_all
 from utils.data.real_images import load_real_images
 from utils.hub.data_sets import load_data_set
 from utils.hub.repositories import Source, open_source
+from utils.quality.vectors import THUMBNAIL_LENGTH, make_thumbnail
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,11 @@ class FeatureModel:
         return hidden[:, 0] if self.has_class_token else hidden.mean(1)
 
 
-def extract_features(model: FeatureModel, images: Dataset, what: str, path: Path, batch_size: int) -> np.ndarray:
-    """Return the features `(len(images), num_features)` float16, memory-mapped from a new file at `path`.
+def extract_features(
+    model: FeatureModel, images: Dataset, what: str, folder: Path, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the features `(len(images), num_features)` float16 and the thumbnails `(len(images), THUMBNAIL_LENGTH)`
+    uint8, memory-mapped from files in a new `folder`.
 
     Images are decoded and preprocessed in threads, a batch ahead of the model.
 
@@ -190,12 +193,16 @@ def extract_features(model: FeatureModel, images: Dataset, what: str, path: Path
         UserError: an image is damaged, or a feature is too large for half precision.
     """
     if not len(images):  # an empty file cannot be mapped
-        return np.zeros((0, model.num_features), np.float16)
-    features = np.memmap(path, np.float16, "w+", shape=(len(images), model.num_features))
+        return np.zeros((0, model.num_features), np.float16), np.zeros((0, THUMBNAIL_LENGTH), np.uint8)
+    folder.mkdir()
+    features = np.memmap(folder / "features", np.float16, "w+", shape=(len(images), model.num_features))
+    thumbnails = np.memmap(folder / "thumbnails", np.uint8, "w+", shape=(len(images), THUMBNAIL_LENGTH))
 
     def prepare(row: int, encoded: dict) -> torch.Tensor:
         try:
-            return model.preprocess(Image().decode_example(encoded))
+            image = Image().decode_example(encoded)
+            thumbnails[row] = make_thumbnail(image)
+            return model.preprocess(image)
         except Exception as error:  # on damaged files Pillow raises nearly anything
             problem = describe_error(error)
             problem = problem if problem.startswith(TOO_LARGE) else f"damaged ({problem})"
@@ -207,29 +214,4 @@ def extract_features(model: FeatureModel, images: Dataset, what: str, path: Path
         if not np.isfinite(batch).all():
             raise UserError(f"{what}: the model gives features that half precision does not hold; choose another.")
         features[start : start + len(batch)] = batch
-    return features
-
-
-@dataclass(frozen=True)
-class UnitFeatures:
-    """Features less `centre`, at length 1, made from those on disk a chunk at a time: products of two are cosines.
-
-    Features of one model all point to about the same side; less the mean of real images, cosines tell them apart.
-    `raw` is `(n, num_features)` float16, `centre` `(num_features,)` float32 or 0.
-    """
-
-    raw: np.ndarray
-    centre: np.ndarray | float = 0.0
-
-    def __len__(self) -> int:
-        return len(self.raw)
-
-    def take(self, rows: np.ndarray | slice, device: str | torch.device = "cpu") -> torch.Tensor:
-        """Return `(rows, num_features)` float32."""
-        features = torch.from_numpy(np.asarray(self.raw[rows], np.float32) - np.float32(self.centre))
-        return torch.nn.functional.normalize(features.to(device))
-
-    def chunks(self, size: int, device: str | torch.device = "cpu") -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield the first row of each chunk, and the chunk."""
-        for start in range(0, len(self), size):
-            yield start, self.take(slice(start, start + size), device)
+    return features, thumbnails

@@ -93,18 +93,19 @@ def plot_pairs(
         found = duplicates[kind]
         block.suptitle(
             f"closest pairs of a synthetic and {KINDS[kind].replace('other', 'another')} image "
-            f"(red: a look-alike, at or above {found['threshold']:.3f})",
+            f"(red: a copy by its pixels, or a look-alike, at or above {found['threshold']:.3f})",
             fontsize=11,
         )
         axes = block.subplots(2, num_columns, squeeze=False)
         for axis in axes.flat:
             axis.axis("off")
         for (top, bottom), pair, (synthetic, other) in zip(axes.T, found["pairs"], positions[kind]):
-            colour = "tab:red" if pair["similarity"] >= found["threshold"] else "black"
+            colour = "tab:red" if pair["is_copy"] or pair["similarity"] >= found["threshold"] else "black"
             _show(top, images["synthetic"][synthetic]["image"])
             _show(bottom, images[kind][other]["image"])
             top.set_title(
-                f"{pair['similarity']:.3f}\nsynthetic {pair['synthetic_row']:,}\n{_short(pair['synthetic_class'], 16)}",
+                f"{'copy, ' if pair['is_copy'] else ''}{pair['similarity']:.3f}\nsynthetic {pair['synthetic_row']:,}\n"
+                f"{_short(pair['synthetic_class'], 16)}",
                 fontsize=8,
                 color=colour,
             )

@@ -12,21 +12,25 @@ from utils.data.image_set import RealImages
 from utils.data.splits import evenly_spaced
 from utils.hub.repositories import Source
 from utils.quality.distances import (
-    MAX_CALIBRATION_IMAGES,
     ClassSums,
     class_shifts,
-    closest_pairs,
-    count_similar,
-    find_nearest,
     frechet_distances,
     kernel_distances,
     list_confusions,
     matched_rows,
     nearest_class_shares,
+)
+from utils.quality.duplicates import (
+    MAX_CALIBRATION_IMAGES,
+    closest_pairs,
+    count_similar,
+    find_copies,
+    find_nearest,
     similarity_threshold,
 )
-from utils.quality.features import FeatureModel, Part, UnitFeatures, collect_parts, extract_features
+from utils.quality.features import FeatureModel, Part, collect_parts, extract_features
 from utils.quality.presentation import plot_pairs, plot_quality
+from utils.quality.vectors import Thumbnails, UnitFeatures
 from utils.quality.verdicts import judge, list_caveats
 from utils.synthesis.output_folder import DUPLICATE_PAIRS, QUALITY_PLOTS, QUALITY_RECORD
 
@@ -56,10 +60,12 @@ def make_quality_report(
     class_names = real_images.class_names
     feature_model = FeatureModel(model, device)
     with tempfile.TemporaryDirectory(prefix="features-") as folder:
-        raw = {
+        extracted = {
             name: extract_features(feature_model, part.images, NAMES[name], Path(folder) / name, batch_size)
             for name, part in parts.items()
         }
+        raw = {name: features for name, (features, _) in extracted.items()}
+        thumbnails = {name: Thumbnails(pixels) for name, (_, pixels) in extracted.items()}
         centre = _find_centre(raw["train"], model)
         units = {name: UnitFeatures(features, centre) for name, features in raw.items()}
         # around the real centre, images of a set that lies elsewhere all point the same way: its own one instead
@@ -73,7 +79,9 @@ def make_quality_report(
             "distance": _measure_distances(raw, parts),
             **_measure_classes(units, parts, class_names),
         }
-        duplicates, similarities, positions = _find_duplicates(units, own_unit, parts, class_names, num_pairs, device)
+        duplicates, similarities, positions = _find_duplicates(
+            units, own_unit, thumbnails, parts, class_names, num_pairs, device
+        )
     record["duplicates"] = duplicates
     record |= {"verdicts": judge(record), "caveats": list_caveats(record)}
     Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -158,14 +166,15 @@ def _measure_classes(units: dict[str, UnitFeatures], parts: dict[str, Part], cla
 
 
 def _find_duplicates(
-    units: dict[str, UnitFeatures], own_unit: UnitFeatures, parts: dict[str, Part], class_names: list[str],
-    num_pairs: int, device: str | torch.device,
+    units: dict[str, UnitFeatures], own_unit: UnitFeatures, thumbnails: dict[str, Thumbnails], parts: dict[str, Part],
+    class_names: list[str], num_pairs: int, device: str | torch.device,
 ) -> tuple[dict, dict, dict]:  # fmt: skip
     """Return, for each kind of image, the figures of near-duplicates, the similarities that they come from, and where
     the closest pairs are.
 
     What counts as a look-alike is taken from real images: what held-out ones reach in the same training or test
-    images, and training images among themselves.
+    images, and training images among themselves. What counts as a copy is taken from the pixels, as networks differ in
+    how alike they find real images; how many copies real images have by the same rule is found too.
     """
     found, similarities, positions = {}, {}, {}
     for kind, calibrating in (("test", "held_out"), ("train", "held_out"), ("synthetic", "train")):
@@ -173,29 +182,36 @@ def _find_duplicates(
         queries, targets = (own_unit, own_unit) if within else (units["synthetic"], units[kind])
         if len(targets) < 2:
             continue
-        nearest = find_nearest(queries, targets, f"nearest {NAMES[kind]}", device)
+        real_kind = "train" if within else kind
         rows = evenly_spaced(len(units[calibrating]), MAX_CALIBRATION_IMAGES)
-        real_targets = units["train"] if within else targets
-        real = find_nearest(units[calibrating], real_targets, "the same of real images", device, rows).similarities
-        threshold = similarity_threshold(real)
-        pairs = closest_pairs(nearest, num_pairs, within)
+        what, same = f"nearest {NAMES[kind]}", "the same of real images"
+        nearest = find_nearest(queries, targets, what, device)
+        copies = find_copies(thumbnails["synthetic"], thumbnails[kind], what, device)
+        real = find_nearest(units[calibrating], units[real_kind], same, device, rows).similarities
+        real_copies = find_copies(thumbnails[calibrating], thumbnails[real_kind], same, device, rows)
+        threshold = similarity_threshold(real[real_copies < 0])
+        positions[kind] = closest_pairs(nearest, copies, num_pairs, within)
         found[kind] = {
             "threshold": threshold,
             "num_calibration_images": len(real),
             "largest_of_real": float(real.max()) if len(real) else None,
-            **count_similar(nearest, threshold),
-            "pairs": [_describe_pair(parts, kind, *pair, class_names) for pair in pairs],
+            "num_copies_of_real": int((real_copies >= 0).sum()),
+            **count_similar(nearest, copies, threshold),
+            "pairs": [
+                {
+                    "similarity": float(queries.take([query])[0] @ targets.take([target])[0]),
+                    "is_copy": bool(copies[query] >= 0),
+                    **_describe_pair(parts, kind, query, target, class_names),
+                }
+                for query, target in positions[kind]
+            ],
         }
-        positions[kind] = [(query, target) for query, target, _ in pairs]
         similarities[kind] = {"synthetic": nearest.similarities, "real": real}
     return found, similarities, positions
 
 
-def _describe_pair(
-    parts: dict[str, Part], kind: str, query: int, target: int, similarity: float, class_names: list[str]
-) -> dict:
+def _describe_pair(parts: dict[str, Part], kind: str, query: int, target: int, class_names: list[str]) -> dict:
     return {
-        "similarity": similarity,
         "synthetic_row": int(parts["synthetic"].rows[query]),
         "synthetic_class": class_names[parts["synthetic"].labels[query]],
         "other_row": int(parts[kind].rows[target]),

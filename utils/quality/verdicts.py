@@ -36,8 +36,7 @@ def list_caveats(record: dict) -> list[str]:
     if size < max(num_features, FEW_IMAGES):
         caveats.append(
             f"The Frechet distance is biased upwards by few images ({size:,} on a side, {num_features} features): read "
-            "it beside its floor, which has the same bias, and not beside published values. The kernel distance has no "
-            "such bias."
+            "it beside its floor, not beside published values. The kernel distance has no such bias."
         )
     if counts["held_out"]["used"] < 100:
         caveats.append(
@@ -51,8 +50,8 @@ def list_caveats(record: dict) -> list[str]:
                 f"looked at ({counts[name]['used']:,} of {counts[name]['all']:,}): what lies in the rest is not known."
             )
     caveats.append(
-        "A copy that was cropped, mirrored or compressed hard may stay below the threshold: look at the pairs. None "
-        "found is no proof that the generator has not seen the test images."
+        "Copies that were cropped, turned or compressed hard, or are nearly plain, are not counted: look at the pairs. "
+        "None found is no proof that the generator has not seen the test images."
     )
     return caveats
 
@@ -72,17 +71,25 @@ def _judge_distance(record: dict) -> tuple[str, str]:
     frechet, floor = distance["frechet"]["synthetic"], distance["frechet"]["floor"]
     if frechet is None or not floor:
         return UNKNOWN, "Too few held-out real images for a floor: the distances say nothing by themselves."
-    ratio = frechet / floor
     kernel = distance["kernel"]
+    sides = {
+        "Frechet": (frechet, floor),
+        "kernel": (kernel["synthetic"], max(kernel["floor"], 0) + kernel["floor_std"]),  # its floor is 0 but for chance
+    }
+    levels = {
+        name: _level(value, NOTABLE_RATIO * unit, LARGE_RATIO * unit) for name, (value, unit) in sides.items() if unit
+    }
     meaning = {
         GOOD: "about as close to the real images as other real images are",
         LOOK: "the model can tell them from real images",
-        BAD: "to the model they are another kind of image; fine-tuning on real images must make up for it",
+        BAD: "to the model they are another kind of image; real images must make up for it",
     }
-    level = _level(ratio, NOTABLE_RATIO, LARGE_RATIO)
-    return level, (
-        f"Frechet distance {format_distance(frechet)}, {ratio:.1f} times the floor of {format_distance(floor)} "
-        f"(kernel distance {kernel['synthetic']:.3g}, floor {kernel['floor']:.3g}): {meaning[level]}."
+    worst = max(levels, key=lambda name: list(meaning).index(levels[name]))
+    judged_by = f"by the {worst} one, " if len(set(levels.values())) > 1 else ""
+    return levels[worst], (
+        f"Frechet distance {format_distance(frechet)}, {frechet / floor:.1f} times the floor of "
+        f"{format_distance(floor)}; kernel {kernel['synthetic']:.2g}, floor {kernel['floor']:.2g} +- "
+        f"{kernel['floor_std']:.2g}: {judged_by}{meaning[levels[worst]]}."
     )
 
 
@@ -140,16 +147,19 @@ def _judge_duplicates(found: dict | None, kind: str) -> tuple[str, str]:
     if found is None:
         return UNKNOWN, f"There are no real {kind} images to compare with."
     if found["num_copies"]:
-        consequence = "; results on the test set cannot be trusted" if kind == "test" else ""
-        return BAD, (
+        text = (
             f"{found['num_copies']:,} of {found['num_images']:,} synthetic images are practically identical to a real "
-            f"{kind} image{consequence}: look at the pictures."
+            f"{kind} image, of held-out real ones {_count_real_copies(found)}"
         )
+        if not _is_excess(found["num_copies"], _expected_copies(found)):
+            return LOOK, f"{text}: the real images are as alike, or their splits overlap; look at the pictures."
+        consequence = "; results on the test set cannot be trusted" if kind == "test" else ""
+        return BAD, f"{text}{consequence}: look at the pictures."
     text = (
         f"{found['num_similar']:,} of {found['num_images']:,} synthetic images ({found['share_similar']:.1%}) resemble "
         f"a real {kind} image as closely as only 1% of held-out real images do; none is practically identical."
     )
-    return (LOOK, f"{text} Look at the pictures.") if _is_excess(found) else (GOOD, text)
+    return (LOOK, f"{text} Look at the pictures.") if _has_many_similar(found) else (GOOD, text)
 
 
 def _judge_repetitions(found: dict | None) -> tuple[str, str]:
@@ -157,14 +167,28 @@ def _judge_repetitions(found: dict | None) -> tuple[str, str]:
         return UNKNOWN, "Too few images."
     text = (
         f"{found['share_similar']:.1%} of the synthetic images resemble another one as closely as only 1% of the real "
-        f"ones do; {found['num_copies']:,} are practically identical to another."
+        f"ones do; {found['num_copies']:,} are practically identical to another, of real ones "
+        f"{_count_real_copies(found)}."
     )
-    if found["num_copies"] > EXPECTED_SHARE * found["num_images"]:
+    has_many_copies = _is_excess(found["num_copies"], _expected_copies(found))
+    if has_many_copies and found["num_copies"] > EXPECTED_SHARE * found["num_images"]:
         return BAD, text
-    return (LOOK, text) if found["num_copies"] or _is_excess(found) else (GOOD, text)
+    return (LOOK, text) if has_many_copies or _has_many_similar(found) else (GOOD, text)
 
 
-def _is_excess(found: dict) -> bool:
-    """Say whether more images have look-alikes than chance explains."""
-    expected = EXPECTED_SHARE * found["num_images"]
-    return found["num_similar"] > max(2 * expected, expected + 3 * math.sqrt(expected))
+def _has_many_similar(found: dict) -> bool:
+    return _is_excess(found["num_similar"], EXPECTED_SHARE * found["num_images"])
+
+
+def _expected_copies(found: dict) -> float:
+    """Return how many images would have a copy if as large a share had one as of the real images."""
+    return found["num_images"] * found["num_copies_of_real"] / max(found["num_calibration_images"], 1)
+
+
+def _count_real_copies(found: dict) -> str:
+    return f"{found['num_copies_of_real']:,} of {found['num_calibration_images']:,}"
+
+
+def _is_excess(number: int, expected: float) -> bool:
+    """Say whether it is more than chance explains."""
+    return number > max(2 * expected, expected + 3 * math.sqrt(expected))
