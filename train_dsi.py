@@ -148,7 +148,6 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
     if image_args.resolution is not None and image_args.resolution % 8:
         raise UserError(f"--resolution {image_args.resolution}: must be a multiple of 8.")
     check_real_images_given(data_args)
-    check_output_outside(training_args.output_dir, data_args)
     # part of the options of a run: a checkpoint is not gone on from in another precision
     training_args.mixed_precision = training_args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return (*groups, read_templates(token_args))
@@ -186,7 +185,8 @@ def identify_inputs(groups: list, base_model, real_images) -> tuple:
 
 def open_folder(groups: list, inputs: dict[str, str]) -> tuple:
     """Return the output folder, whether its token is finished, and where on the Hub it is published, if it is."""
-    _, _, _, _, training_args, _, hub_args = groups
+    _, data_args, _, _, training_args, _, hub_args = groups
+    check_output_outside(training_args.output_dir, data_args)
     folder = RunFolder(
         Path(training_args.output_dir), "a style token", resolve_options(groups), DSI_CONFIG, traces=CHECKPOINTS,
         free=free_options(groups), overwrite=training_args.overwrite_output_dir, inputs=inputs, outputs=OUTPUTS,

@@ -214,7 +214,7 @@ def test_a_cell_whose_inputs_change_while_it_is_run_is_not_kept(inputs, tmp_path
 
     monkeypatch.setattr(run_method, "predict", replace_and_predict)
     with pytest.raises(UserError, match="--synthetic_dataset was .*, now .*: changed while it was read"):
-        compare(inputs, tmp_path / "out", "--methods", "synthetic_only")
+        compare(inputs, tmp_path / "out", "--methods", "bridged")
     assert not list((tmp_path / "out").glob("cells/*.json"))
 
 

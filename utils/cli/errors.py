@@ -54,6 +54,8 @@ def graceful_interrupt(advice: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        if not received:
+            raise
         raise Interrupted(advice(), received[0][0]) from None
     finally:
         for number, handler in handlers.items():
