@@ -228,8 +228,7 @@ def load_images(args: SimpleNamespace, source) -> tuple:
                 "run trains on, so a method without synthetic images has seen fewer real images."
             )
     images = select_images(method, real.train, synthetic)
-    if "both" in images:
-        counts["both"] = len(images["both"])
+    counts |= {kind: len(seen) for kind, seen in images.items() if kind in ("both", "replayed")}
     is_reset = any(stage.start is not None and stage.head_init == "reset" for stage in method.stages)
     if is_reset and len(real.train) <= MAX_IMAGES_FOR_KEPT_HEAD * len(real.class_names):
         logger.info(
@@ -243,7 +242,7 @@ def describe_run(args: SimpleNamespace, real, source, stages: list[StagePlan], p
     """Return what `bridged_config.json` holds."""
     return {
         **vars(args.method),
-        "stages": [dataclasses.asdict(stage) for stage in stages],
+        "stages": [stage.to_dict() for stage in stages],
         "lora": vars(args.lora) if args.lora.use_peft else None,
         "base_model": absolute_if_local(args.model.model_name_or_path),
         "base_model_revision": pretrained.revision,
@@ -482,7 +481,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     from utils.transfer.evaluation import test_metrics
     from utils.transfer.image_format import EvalImages
     from utils.transfer.report import add_totals
-    from utils.transfer.run_method import run_method
+    from utils.transfer.run_method import images_per_class, run_method
 
     is_main_process = set_up_logging(training_args)
     transformers.set_seed(training_args.seed)
@@ -495,7 +494,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     # images and stages
     real, images, num_images = load_images(args, source)
     bridge_settings, settings = stage_settings(method, options, num_images, training_args.world_size)
-    stages = plan_stages(method, bridge_settings, settings)
+    stages = plan_stages(method, bridge_settings, settings, images_per_class(real.train))
     check_stages(stages, options, num_images, len(real.class_names), training_args.world_size)
 
     # training

@@ -31,8 +31,8 @@ from utils.data.real_images import identify_real_images
 from utils.data.splits import balanced_indices
 from utils.transfer.evaluation import classification_metrics
 from utils.transfer.image_format import EvalImages
-from utils.transfer.methods import StageSettings
-from utils.transfer.run_method import run_method, select_images
+from utils.transfer.methods import StagePlan, StageSettings
+from utils.transfer.run_method import images_per_class, run_method, select_images
 from utils.transfer.stage import Pretrained
 from utils.transfer.synthetic_images import SyntheticSource, identify_synthetic, load_synthetic
 
@@ -84,6 +84,10 @@ class CellRunner:
                 gc.collect()  # a Trainer is full of cycles
         return read_record(path)["results"]
 
+    def plan(self, cell: Cell) -> list[StagePlan]:
+        """Return the stages of a cell."""
+        return plan_cell(cell, self.settings, images_per_class(self.real.train))
+
     def path(self, cell: Cell) -> Path:
         """Return the file with a cell's result, which is there once the cell is finished."""
         parts = [cell.row.label]
@@ -96,11 +100,11 @@ class CellRunner:
 
     def bridge_dir(self, cell: Cell) -> Path | None:
         """Return the folder with the stage 1 that a cell shares with others; None where it has none."""
-        stages = [stage for stage in plan_cell(cell, self.settings) if stage.images == "synthetic"]
+        stages = [stage for stage in self.plan(cell) if stage.images == "synthetic"]
         if not stages:
             return None
         settings = self._shared_settings(cell) | self._synthetic_settings(cell)
-        settings["stages"] = [dataclasses.asdict(stage) for stage in stages]
+        settings["stages"] = [stage.to_dict() for stage in stages]
         return self.output_dir / "stage1" / f"{cell.row.synthetic}-seed{cell.seed}-{fingerprint(settings)}"
 
     def check(self, rows: list[Row], shots: list[int | None], volumes: list[int | None]) -> None:
@@ -141,7 +145,7 @@ class CellRunner:
     def _cell_settings(self, cell: Cell) -> dict:
         """Return all that decides a cell's result."""
         settings = self._shared_settings(cell) | {
-            "stages": [dataclasses.asdict(stage) for stage in plan_cell(cell, self.settings)],
+            "stages": [stage.to_dict() for stage in self.plan(cell)],
             "num_shots": shots_key(cell.num_shots) if cell.row.method.uses_real else None, "split": cell.split,
             "max_eval_samples": self.max_eval_samples, "real_images": self.real.record.to_dict(),
             **self._contents(cell, PLACES),
@@ -208,7 +212,7 @@ class CellRunner:
         if method.uses_synthetic:
             synthetic = self.load_synthetic(self.sources[cell.row.synthetic, cell.seed], cell.row.volume)
         done = run_method(
-            plan_cell(cell, self.settings), select_images(method, real, synthetic), self._eval_items(cell.split),
+            self.plan(cell), select_images(method, real, synthetic), self._eval_items(cell.split),
             self.pretrained, self.real.class_names, dataclasses.replace(self.training_args, seed=cell.seed),
             lambda stage: shared_dir if stage.images == "synthetic" else work_dir,
             resume=True, inputs=self.inputs(cell),

@@ -71,9 +71,13 @@ def make_cell(
     return Cell(row, num_shots, seed, recipe, bridge, split)
 
 
-def plan_cell(cell: Cell, settings: StageSettings) -> list[StagePlan]:
-    """Return the stages of a cell; `settings` has what its recipe and its method leave open."""
-    return plan_stages(cell.row.method, cell.bridge, replace(settings, **asdict(cell.recipe)))
+def plan_cell(cell: Cell, settings: StageSettings, images_per_class: float | None = None) -> list[StagePlan]:
+    """Return the stages of a cell; `settings` has what its recipe and its method leave open.
+
+    `images_per_class` are the real ones where a cell takes all of them.
+    """
+    of_recipe = replace(settings, **asdict(cell.recipe))
+    return plan_stages(cell.row.method, cell.bridge, of_recipe, cell.num_shots or images_per_class)
 
 
 def plan_table(

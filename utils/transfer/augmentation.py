@@ -77,7 +77,7 @@ class TrainImages(torch.utils.data.Dataset):
     """Training items, each drawn from (seed, epoch, index): the same at any batch size, worker and process count."""
 
     def __init__(self, images: datasets.Dataset, items: TrainItems, seed: int):
-        self.images = _undecoded(images)
+        self.images = undecoded(images)
         self.items = items
         self.seed = seed
         # shared memory: workers that live on see the new epoch too
@@ -103,7 +103,7 @@ class StreamedTrainImages(torch.utils.data.IterableDataset):
     def __init__(
         self, images: datasets.IterableDataset, items: TrainItems, seed: int, num_processes: int, process_index: int
     ):
-        self.images = _undecoded(images)
+        self.images = undecoded(images)
         self.items = items
         self.seed = seed
         self.num_processes = num_processes
@@ -139,7 +139,7 @@ class StreamedTrainImages(torch.utils.data.IterableDataset):
         return split_dataset_by_node(shuffled, rank=self.process_index, world_size=self.num_processes)
 
 
-def _undecoded(images: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset | datasets.IterableDataset:
+def undecoded(images: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset | datasets.IterableDataset:
     return images.select_columns(["image", "label"]).cast_column("image", datasets.Image(decode=False))
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch.nn.utils import get_total_norm
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, SequentialSampler, default_collate
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -23,6 +23,7 @@ from utils.transfer.evaluation import classification_metrics
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StageSettings
 from utils.transfer.model_parts import batch_norm_modules, head_parameter_names
+from utils.transfer.replay import ReplayedImages, ReplayedItems, StreamedReplayedItems
 
 INITIAL_SCALE = 2.0**16  # of torch's GradScaler
 
@@ -85,9 +86,14 @@ def build_trainer(
     model.to(memory_format=torch.channels_last)
     stage_args = _stage_arguments(settings, training_args, output_dir)
     items = TrainItems(image_processor, settings.augmentation, settings.mixup_alpha, settings.random_flip)
+    processes, batch_size = (stage_args.world_size, stage_args.process_index), settings.per_device_train_batch_size
     if isinstance(images, IterableDataset):
-        processes = stage_args.world_size, stage_args.process_index
         train_dataset = StreamedTrainImages(images, items, stage_args.seed, *processes)
+    elif isinstance(images, ReplayedImages) and images.is_streamed:
+        train_dataset = StreamedReplayedItems(images, items, stage_args.seed, batch_size, *processes)
+    elif isinstance(images, ReplayedImages):
+        num_batches = settings.max_steps * stage_args.gradient_accumulation_steps * stage_args.world_size
+        train_dataset = ReplayedItems(images, items, stage_args.seed, batch_size, num_batches)
     else:
         train_dataset = TrainImages(images, items, stage_args.seed)
     trainer = StageTrainer(
@@ -227,7 +233,7 @@ class StageTrainer(Trainer):
         # Workers get their seeds from it. They are started anew when a stage is resumed: drawn from torch's own
         # generator, the seeds would move dropout on
         generator = torch.Generator().manual_seed(self.args.seed)
-        if not isinstance(self.train_dataset, StreamedTrainImages):
+        if not isinstance(self.train_dataset, StreamedTrainImages | StreamedReplayedItems):
             loader = super().get_train_dataloader()
             loader.base_dataloader.generator = generator
             return loader
@@ -238,6 +244,11 @@ class StageTrainer(Trainer):
             num_workers=num_workers, pin_memory=self.args.dataloader_pin_memory, persistent_workers=num_workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None, generator=generator,
         )  # fmt: skip
+
+    def _get_train_sampler(self, train_dataset=None):
+        if isinstance(self.train_dataset, ReplayedItems):
+            return SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(self, *args, **kwargs):
         batches, num_images = super().get_batch_samples(*args, **kwargs)

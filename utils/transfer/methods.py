@@ -5,13 +5,14 @@ settings of its stages `plan_stages` makes the stages to be trained.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from utils.cli.errors import UserError
 
 HEAD_INITS = ("reset", "keep", "imprint")
 BATCH_NORM_MODES = ("frozen", "train", "recalibrate")
 AUGMENTATIONS = ("robust", "basic", "trivialaugment", "randaugment")
+REPLAY_IMAGES = 6.0  # real images per class at which half of what is seen is synthetic
 HEAD_FACTOR = 10.0  # a fresh head's learning rate over the rest's
 SETTINGS_OF_BOTH_STAGES = (
     "learning_rate", "weight_decay", "warmup_steps", "per_device_train_batch_size", "dropout", "drop_path_rate",
@@ -27,10 +28,11 @@ SETTINGS_OF_EACH_STAGE = (
 class Stage:
     """One stage of a method.
 
-    `images` is `real`, `synthetic` or `both`, `start` the stage whose weights it takes (None: the pretrained
-    checkpoint), `head_init` one of `HEAD_INITS`. `settings` replace those that a stage on such images has otherwise. A
-    stage that `is_matched` takes the steps of one on synthetic images besides its own. `mix_ratio` is synthetic images
-    per real one, where it sees both; None takes each image once.
+    `images` is `real`, `synthetic`, `both`, or `replayed`: real ones, a share of synthetic ones in each batch. `start` is
+    the stage whose weights it takes (None: the pretrained checkpoint), `head_init` one of `HEAD_INITS`. `settings`
+    replace those that a stage on such images has otherwise. A stage that `is_matched` takes the steps of one on
+    synthetic images besides its own. `mix_ratio` is synthetic images per real one, where it sees both; None takes each
+    image once.
     """
 
     name: str
@@ -51,16 +53,16 @@ class Method:
 
     @property
     def kinds(self) -> set[str]:
-        """The images that its stages see: of `real`, `synthetic` and `both`."""
+        """The images that its stages see: of `real`, `synthetic`, `both` and `replayed`."""
         return {stage.images for stage in self.stages}
 
     @property
     def uses_real(self) -> bool:
-        return bool(self.kinds & {"real", "both"})
+        return bool(self.kinds & {"real", "both", "replayed"})
 
     @property
     def uses_synthetic(self) -> bool:
-        return bool(self.kinds & {"synthetic", "both"})
+        return bool(self.kinds & {"synthetic", "both", "replayed"})
 
     @property
     def mix_ratio(self) -> float | None:
@@ -110,6 +112,11 @@ METHODS = {
     "bridged_keep": Method("bridged with the head of stage 1", (STAGE_1, replace(STAGE_2, head_init="keep"))),
     "bridged_imprint": Method(
         "bridged with a head of class means of features", (STAGE_1, replace(STAGE_2, head_init="imprint"))
+    ),
+    "bridged_replay": Method(
+        "bridged with the head of stage 1, and synthetic images among the real ones; both shares fall with the number "
+        "of real images",
+        (STAGE_1, replace(STAGE_2, images="replayed", head_init="keep", settings=MIXUP)),
     ),
     "bridged_head_warmup": Method(
         "bridged with a fresh head that is trained alone in the first half of stage 2",
@@ -177,29 +184,47 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage with its settings, as it is trained; `images`, `head_init` and `start` as of a `Stage`."""
+    """A stage with its settings, as it is trained; `images`, `head_init` and `start` as of a `Stage`.
+
+    `synthetic_share` is that of each batch, where images are replayed.
+    """
 
     name: str
     images: str
     head_init: str
     settings: StageSettings
     start: str | None = None
+    synthetic_share: float | None = None
+
+    def to_dict(self) -> dict:
+        """Return it as records hold it: those of before there were shares stay the same."""
+        return {name: value for name, value in asdict(self).items() if name != "synthetic_share" or value is not None}
 
 
-def plan_stages(method: Method, bridge_settings: StageSettings, settings: StageSettings) -> list[StagePlan]:
+def plan_stages(
+    method: Method, bridge_settings: StageSettings, settings: StageSettings, images_per_class: float | None = None
+) -> list[StagePlan]:
     """Return the stages of a method, in order; the last is the result.
 
     `bridge_settings` go with synthetic images, `settings` with real ones and with both kinds together; what a row says
-    wins. A head warm-up is a stage of its own, `<name>_head`.
+    wins. A head warm-up is a stage of its own, `<name>_head`. A method that replays takes the steps of both together,
+    and divides them by the number of real images per class.
     """
-    stages = []
+    stages, share = [], None
+    if "replayed" in method.kinds:
+        share = replayed_share(images_per_class)
+        num_steps = bridge_settings.max_steps + settings.max_steps
+        bridge_settings = replace(bridge_settings, max_steps=max(1, round(min(share, 0.5) * num_steps)))
+        settings = replace(settings, max_steps=max(1, num_steps - bridge_settings.max_steps))
     for stage in method.stages:
         own = replace(bridge_settings if stage.images == "synthetic" else settings, **stage.settings)
         if stage.is_matched:
             own = replace(own, max_steps=own.max_steps + sum(_split_steps(bridge_settings)))
         num_warmup_steps, num_steps = _split_steps(own)
         own = replace(own, max_steps=num_steps, head_warmup_steps=0)
-        plan = StagePlan(stage.name, stage.images, stage.head_init, own, stage.start)
+        plan = StagePlan(
+            stage.name, stage.images, stage.head_init, own, stage.start, share if stage.images == "replayed" else None
+        )
         if num_warmup_steps > 0:
             own = replace(own, max_steps=num_warmup_steps, freeze_backbone=True)
             warmup = replace(plan, name=f"{stage.name}_head", settings=own)
@@ -207,6 +232,11 @@ def plan_stages(method: Method, bridge_settings: StageSettings, settings: StageS
             plan = replace(plan, head_init="keep", start=warmup.name)
         stages.append(plan)
     return [_with_head_factor(stage) for stage in stages]
+
+
+def replayed_share(images_per_class: float) -> float:
+    """Return the share of synthetic images at so many real ones per class, in (0, 1)."""
+    return REPLAY_IMAGES / (REPLAY_IMAGES + images_per_class)
 
 
 def _split_steps(settings: StageSettings) -> tuple[int, int]:

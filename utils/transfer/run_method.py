@@ -1,9 +1,10 @@
 """One method, from images to a finished classifier: its stages one after another, then the evaluation."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from utils.data.opened_images import open_all
 from utils.data.real_images import check_held_out, limit_held_out
 from utils.transfer.evaluation import predict
 from utils.transfer.methods import Method, StagePlan, mix_indices
+from utils.transfer.replay import ReplayedImages
 from utils.transfer.stage import Pretrained, run_stage
 
 logger = logging.getLogger(__name__)
@@ -39,12 +41,19 @@ class MethodResult:
 
 
 def select_images(method: Method, real: Dataset | None, synthetic: Dataset | IterableDataset | None) -> Images:
-    """Return the images that a method's stages see, by kind: `real`, `synthetic`, `both`."""
+    """Return the images that a method's stages see, by kind: `real`, `synthetic`, `both`, `replayed`."""
     images = {"real": real, "synthetic": synthetic}
     if "both" in method.kinds:
         rows = mix_indices(len(real), len(synthetic), method.mix_ratio)
         images["both"] = concatenate_datasets([real, synthetic]).select(rows)
+    if "replayed" in method.kinds:
+        images["replayed"] = ReplayedImages(real, synthetic)
     return {kind: images[kind] for kind in method.kinds}
+
+
+def images_per_class(images: Dataset) -> float:
+    """Return how many images a class has: the median over the classes that have some."""
+    return float(np.median(list(Counter(images["label"]).values())))
 
 
 def open_real_images(
@@ -91,6 +100,8 @@ def run_method(
         start = next((stage_dir(earlier) / earlier.name for earlier in stages if earlier.name == stage.start), None)
         folder, seen = stage_dir(stage) / stage.name, images[stage.images]
         number = "streamed" if isinstance(seen, IterableDataset) else len(seen)
+        if isinstance(seen, ReplayedImages):
+            seen = replace(seen, share=stage.synthetic_share)
         logger.info(f"{stage.name}: {stage.settings.max_steps} steps on {number} images ({stage.images})")
         with exclusive(folder):
             model, done = run_stage(

@@ -37,6 +37,7 @@ from utils.transfer.fine_tuning import StageResult, fine_tune
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StagePlan
 from utils.transfer.model_parts import imprint_head, recalibrate_batch_norm, reset_head
+from utils.transfer.replay import ReplayedImages
 
 STAGE_RECORD = "stage.json"
 SETTINGS_RECORD = "stage_settings.json"
@@ -110,7 +111,8 @@ def run_stage(
             folder.begin()
         PartialState().wait_for_everyone()
         # statistics and head, where they are those of the stage's own images
-        eval_images = EvalImages(images, pretrained.image_processor)
+        own_images = images.real if isinstance(images, ReplayedImages) else images
+        eval_images = EvalImages(own_images, pretrained.image_processor)
         batch_size = training_args.per_device_eval_batch_size
         if stage.settings.batch_norm == "recalibrate":
             recalibrate_batch_norm(model, eval_images, training_args.device, training_args.seed, batch_size)
@@ -127,6 +129,10 @@ def run_stage(
         folder.finish({"settings": settings, "result": dataclasses.asdict(result)})
     PartialState().wait_for_everyone()
     return model, result
+
+
+def _is_stream(images: Dataset | IterableDataset | ReplayedImages) -> bool:
+    return isinstance(images, IterableDataset) or (isinstance(images, ReplayedImages) and images.is_streamed)
 
 
 def _check_stream(stage: StagePlan, images: Dataset | IterableDataset) -> None:
@@ -174,11 +180,12 @@ def describe_stage(
         "start": stage.start or pretrained.name,
         "revision": None if stage.start else pretrained.hub_options.get("revision"),
         "images": stage.images,
-        "num_images": None if isinstance(images, IterableDataset) else len(images),
+        "num_images": None if _is_stream(images) else len(images),
         "head_init": stage.head_init,
         **dataclasses.asdict(stage.settings),
         "lora": dataclasses.asdict(pretrained.lora) if pretrained.lora else None,
         **{name: trainer_settings[name] for name in OF_EACH_STAGE},
+        **({"synthetic_share": images.share} if isinstance(images, ReplayedImages) else {}),
         "mixed_precision": None if precision == "no" else precision,  # of a flag, or of accelerate launch
         "num_processes": training_args.world_size,
         "class_names": class_names,

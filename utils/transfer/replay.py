@@ -1,0 +1,109 @@
+"""Replay: synthetic images among the real ones, a share of each batch that falls with the number of real images.
+
+Which image is at which place of which batch is a function of the seed and the place, whatever ran before it.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+
+from utils.transfer.augmentation import StreamedTrainImages, TrainItems, undecoded
+
+REAL, SYNTHETIC = range(2)
+
+
+@dataclass(frozen=True)
+class ReplayedImages:
+    """The real images of a stage, and the synthetic ones, of which it sees a share: that of each batch, in [0, 1)."""
+
+    real: Dataset
+    synthetic: Dataset | IterableDataset
+    share: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.real) + (0 if self.is_streamed else len(self.synthetic))
+
+    @property
+    def is_streamed(self) -> bool:
+        return isinstance(self.synthetic, IterableDataset)
+
+
+class ReplayedItems(torch.utils.data.Dataset):
+    """All training items of a stage, in their order: `num_batches` of `batch_size`, of which a share is synthetic.
+
+    Of n batches `round down(n * batch_size * share)` items are synthetic, so no batch differs from another by more than
+    one. They stand at random places of their batch. Each kind comes in epochs of its own, in each of which every image
+    is seen once. Items are drawn from (seed, kind, epoch, index).
+    """
+
+    def __init__(self, images: ReplayedImages, items: TrainItems, seed: int, batch_size: int, num_batches: int):
+        self.images = [undecoded(images.real), undecoded(images.synthetic)]
+        self.items = items
+        self.seed = seed
+        self.batch_size = batch_size
+        self.num_batches = num_batches
+        self.share = images.share
+
+    def __len__(self) -> int:
+        return self.num_batches * self.batch_size
+
+    def __getitem__(self, position: int) -> dict:
+        kind, rank = place_in_kind(position, self.batch_size, self.share, self.seed)
+        return self.make(kind, rank)
+
+    def make(self, kind: int, rank: int) -> dict:
+        """Return the item that is the `rank`-th of its kind."""
+        images = self.images[kind]
+        epoch, place = divmod(rank, len(images))
+        index = int(order_of_epoch(self.seed, kind, epoch, len(images))[place])
+        return self.items.make(images[index], self.seed, kind, epoch, index)
+
+
+class StreamedReplayedItems(torch.utils.data.IterableDataset):
+    """`ReplayedItems` whose synthetic images come from a stream, without end; each reader makes batches of its own.
+
+    Readers are the loader's workers in all processes: the items are the same at the same number of these.
+    """
+
+    def __init__(
+        self, images: ReplayedImages, items: TrainItems, seed: int, batch_size: int, num_processes: int,
+        process_index: int,
+    ):  # fmt: skip
+        self.real = ReplayedItems(replace(images, synthetic=images.real), items, seed, batch_size, 0)
+        self.stream = StreamedTrainImages(images.synthetic, items, seed, num_processes, process_index)
+
+    @property
+    def max_workers(self) -> int:
+        return self.stream.max_workers
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = torch.utils.data.get_worker_info()
+        worker_index, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        reader = self.stream.process_index * num_workers + worker_index
+        num_readers = self.stream.num_processes * num_workers
+        synthetic, position, real = iter(self.stream), 0, self.real
+        while True:
+            kind, rank = place_in_kind(position, real.batch_size, real.share, real.seed)
+            yield next(synthetic) if kind == SYNTHETIC else real.make(REAL, rank * num_readers + reader)
+            position += 1
+
+
+def place_in_kind(position: int, batch_size: int, share: float, seed: int) -> tuple[int, int]:
+    """Return of which kind the item at a place of the row of all batches is, and how many of its kind are before it."""
+    batch, place = divmod(position, batch_size)
+    num_before, num_after = (math.floor(number * batch_size * share) for number in (batch, batch + 1))
+    place = int(np.random.default_rng([seed, batch]).permutation(batch_size)[place])
+    num_synthetic = num_after - num_before
+    if place < num_synthetic:
+        return SYNTHETIC, num_before + place
+    return REAL, batch * batch_size - num_before + place - num_synthetic
+
+
+@lru_cache(maxsize=8)
+def order_of_epoch(seed: int, kind: int, epoch: int, num_images: int) -> np.ndarray:
+    return np.random.default_rng([seed, kind, epoch]).permutation(num_images)
