@@ -22,8 +22,8 @@ from utils.cli.errors import UserError, run_script, saying_how_to_go_on
 from utils.cli.options import resolve_options
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import check_alone, public_command
-from utils.cli.records import COMPARISON, image_set_name, read_record, write_record, write_run_config
-from utils.cli.run_folder import check_writable
+from utils.cli.records import COMPARISON, RUN_CONFIG, image_set_name, read_record, write_record, write_run_config
+from utils.cli.run_folder import RunFolder
 from utils.comparison.arguments import GROUPS
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
 from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title
@@ -47,6 +47,9 @@ from utils.transfer.rehearsal import rehearse
 from utils.transfer.run_method import open_real_images
 from utils.transfer.stage import Pretrained, open_pretrained
 from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, identify_synthetic, open_synthetic
+
+SETTINGS = "chosen_settings.json"
+OUTPUTS = (COMPARISON, "comparison.md", "comparison.png", SETTINGS, RUN_CONFIG)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, int], SyntheticSource], str | None]:
@@ -73,7 +76,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, i
     with named_in_record(real_args, recorded_in):
         check_real_images_given(real_args)
     check_output_outside(comparison_args.output_dir, real_args)
-    check_writable(Path(comparison_args.output_dir))
+    RunFolder(
+        Path(comparison_args.output_dir), "a comparison", {}, COMPARISON, traces=("cells", "stage1"), outputs=OUTPUTS
+    ).check_writable()
     return list(groups), sources, recorded_in
 
 
@@ -257,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     # recipes
     command = public_command("compare_transfer.py", argv)
+    runner.output_dir.mkdir(parents=True, exist_ok=True)
     with saying_how_to_go_on(runner.output_dir, lambda: f"finished cells are kept; go on with: {command}"):
         search_seeds = search_args.search_seeds or seeds[:1]
         if search_args.settings:
@@ -268,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             recipes = list_recipes(search_args, runner, search_args.search_shots or shots)
             chosen = {"stage1": dataclasses.asdict(bridge)}
             chosen |= choose_recipes(runner, rows, recipes, bridge, search_seeds, volumes[-1], num_workers)
-            write_settings(runner.output_dir / "chosen_settings.json", chosen)
+            write_settings(runner.output_dir / SETTINGS, chosen)
 
         # cells
         results = run_table(runner, plan_table(rows, shots, seeds, volumes, chosen), num_workers)

@@ -105,6 +105,8 @@ def main(argv=None) -> dict:
     if output_dir.is_file():
         raise UserError(f"--output_dir {output_dir}: is a file; name a folder.")
     check_writable(output_dir)
+    if (output_dir / "quality.json").exists():
+        read_record(output_dir / "quality.json")  # one of ours, not anybody's
 
     # these take seconds to import: only once the arguments are known to be good
     import transformers
@@ -120,6 +122,7 @@ def main(argv=None) -> dict:
     with named_in_record(RealDataArguments(**real_images), recorded_in):
         real = load_reference_images(real_images, model_args.hub_token)
     print("\n".join(real.remarks))
+    output_dir.mkdir(parents=True, exist_ok=True)
     with report_unwritable(output_dir, lambda: "make room, or name another folder, and run the same command again"):
         record = make_quality_report(
             source, real, model, output_dir, batch_size=report_args.batch_size,

@@ -55,7 +55,8 @@ def test_a_new_run_takes_away_the_traces_and_the_mark_of_a_finished_one_and_noth
         (unfinished.path / name).write_text("{}")
     with_options(unfinished, learning_rate=1.0).begin()
     assert sorted(path.name for path in unfinished.path.iterdir()) == ["model.safetensors", "notes.txt", RUN_CONFIG]
-    assert read_record(unfinished.path / RUN_CONFIG) == {"options": OPTIONS | {"learning_rate": 1.0}}
+    noted = {"makes": "a result", "options": OPTIONS | {"learning_rate": 1.0}}
+    assert read_record(unfinished.path / RUN_CONFIG) == noted
 
 
 def test_a_finished_run_is_not_done_again_and_one_with_other_options_is_refused(folder):

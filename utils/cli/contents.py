@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -11,25 +12,32 @@ from huggingface_hub import constants
 
 from utils.cli.records import write_text
 
+# what systems and people put beside data, and is no part of it
+HIDDEN_FOLDERS = {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",
+                  "lost+found"}  # fmt: skip
+IGNORED = re.compile(r"\..*|Thumbs\.db|desktop\.ini|(README|LICENSE|LICENCE)(\..*)?", re.IGNORECASE)
+MAX_LINKS = 2  # from one linked folder into the next: of folders that are all linked to each other no one sees the end
 DIGITS = 32  # of a digest, in hexadecimal
 SECONDS_TO_SETTLE = 2.0  # clocks of disks are coarse: a new file may be written again in the same tick
 
 
-def list_files(folder: str | Path, above: tuple = ()) -> Iterator[str]:
-    """Yield the paths of files in a folder, relative to it; links are followed, hidden and unreadable ones left out."""
+def list_files(folder: str | Path, above: tuple = (), num_links: int = 0) -> Iterator[str]:
+    """Yield the paths of files in a folder, relative to it, without those `IGNORED` and those that cannot be read.
+
+    Links are followed, `MAX_LINKS` of them on the way to a file.
+    """
     try:
         status, entries = os.stat(folder), sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:
         return
     place = status.st_dev, status.st_ino
-    if place in above:  # a link to a folder around it
+    if place in above or num_links > MAX_LINKS:
         return
     for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from (f"{entry.name}/{name}" for name in list_files(entry.path, (*above, place)))
-        elif entry.is_file():
+        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in HIDDEN_FOLDERS:
+            below = list_files(entry.path, (*above, place), num_links + entry.is_symlink())
+            yield from (f"{entry.name}/{name}" for name in below)
+        elif entry.is_file() and not IGNORED.fullmatch(entry.name):
             yield entry.name
 
 

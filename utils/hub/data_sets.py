@@ -1,5 +1,6 @@
 """Labelled image sets out of a folder or a Hub repository, at the commit of their source."""
 
+import fnmatch
 import os
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from datasets.arrow_reader import ArrowReader
 from huggingface_hub import HfFileSystem, constants, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
 
+from utils.cli.contents import list_files
 from utils.cli.errors import UserError
 from utils.cli.processes import is_main_process, warn_once
 from utils.hub.file_classes import reordered_names, unify_class_names
@@ -45,7 +47,9 @@ def _build(source: Source, config_name: str | None, is_all_asked: bool) -> Datas
     """Have `datasets` read a set; warn where that leaves out images though all are asked for."""
     where = f"{source.flag} {source.name}"
     try:
-        builder = datasets.load_dataset_builder(source.name, config_name, revision=source.revision, token=source.token)
+        builder = datasets.load_dataset_builder(
+            source.name, config_name, cache_dir=_cache_dir(source), revision=source.revision, token=source.token
+        )  # fmt: skip
         builder.download_and_prepare()
         loaded = builder.as_dataset()
         if builder.name in ("parquet", "arrow"):
@@ -62,6 +66,27 @@ def _build(source: Source, config_name: str | None, is_all_asked: bool) -> Datas
     if is_all_asked and builder.name == "imagefolder" and is_main_process():
         _warn_of_images_left_out(loaded, builder, source)
     return loaded
+
+
+def list_data_files(folder: str) -> list[str]:
+    """Return the files of a local folder that are its data: its tables, where it has some, else all but texts.
+
+    What `datasets` caches there is left out.
+    """
+    names = [
+        name for name in list_files(folder)
+        if not name.endswith((".md", ".txt", ".lock")) and not fnmatch.fnmatchcase(Path(name).name, "cache-*.arrow")
+    ]  # fmt: skip
+    tables = [name for name in names if name.endswith(".parquet") and Path(name).name != "metadata.parquet"]
+    return names if is_saved_to_disk(folder) else tables or names
+
+
+def _cache_dir(source: Source) -> str | None:
+    """Return where `datasets` keeps what it makes of a folder: by contents, as it looks at names and times only."""
+    if not source.is_local:
+        return None
+    digest = source.identity(list_data_files).rpartition(" ")[2]
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, "bridged-transfer", digest)
 
 
 def check_path(source: Source) -> None:
