@@ -417,8 +417,7 @@ def test_a_signal_and_a_full_disk_say_what_is_kept_and_how_to_go_on(run, tmp_pat
         run("out", "--overwrite_output_dir")
     assert end.value.signal_number == signal.SIGINT
     kept, _, command = str(end.value).partition("; go on with: accelerate launch train_bridged.py ")
-    assert kept == "stage2 is kept" and "--overwrite_output_dir" not in command
-    assert command.endswith("--resume_from_checkpoint latest")
+    assert kept == "stage2 is kept" and command.endswith("--resume_from_checkpoint latest --no_overwrite_output_dir")
     with monkeypatch.context() as patch:
         patch.setattr("utils.transfer.report.plot_report", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b"a"))
         with pytest.raises(
