@@ -29,6 +29,7 @@ from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_g
 from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title
 from utils.comparison.report import plot_comparison, print_comparison, write_markdown
 from utils.comparison.search import (
+    check_settings,
     choose_bridge,
     choose_recipes,
     describe_choice,
@@ -62,7 +63,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, i
     check_values(resolve_options(groups))
     _, real_args, comparison_args, search_args, _ = groups
     sets = parse_synthetic_sets(comparison_args.synthetic_dataset)
-    parse_rows(comparison_args.methods, list(sets))
+    rows = parse_rows(comparison_args.methods, list(sets))
+    if search_args.settings:
+        check_settings(search_args.settings, rows)
     seeds = list(dict.fromkeys(comparison_args.seeds + (search_args.search_seeds or [])))
     sources = open_sources(sets, seeds, comparison_args.hub_token or None)
     given = real_args.dataset_name, real_args.train_dir
@@ -266,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     with saying_how_to_go_on(runner.output_dir, lambda: f"finished cells are kept; go on with: {command}"):
         search_seeds = search_args.search_seeds or seeds[:1]
         if search_args.settings:
-            chosen = read_settings(search_args.settings, rows, shots, runner.settings)
+            chosen = read_settings(search_args.settings, rows, runner.settings)
         else:
             num_synthetic = len(runner.load_synthetic(next(iter(sources.values())), volumes[-1]))
             bridges = list_bridges(search_args, shared_args, runner.settings, num_synthetic)

@@ -256,12 +256,12 @@ def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, r
         ("SYN --model_name_or_path nowhere", "--model_name_or_path"),
         # what the Trainer would say late
         ("SYN VIT --per_device_eval_batch_size 0", "^--per_device_eval_batch_size 0: must be above 0"),
-        ("SYN VIT --metric_for_best_model f1", "^--metric_for_best_model f1: is not measured; choose one of loss, ac"),
-        ("SYN VIT --prediction_loss_only --metric_for_best_model eval_accuracy", "not measured; choose one of loss"),
+        ("SYN VIT --eval_strategy epoch --metric_for_best_model f1", "^--metric_for_best_model f1: is not measured; "),
+        ("SYN VIT --prediction_loss_only --eval_strategy steps --metric_for_best_model accuracy", "choose one of loss"),
         ("SYN VIT --save_strategy best", "^--save_strategy best: needs --metric_for_best_model, and --eval_strategy"),
         ("SYN VIT --deepspeed no-file.json", "deepspeed"),
         ("SYN VIT --eval_strategy steps --eval_delay 500", "^--eval_delay 500.*; the longest stage has 30 steps"),
-        ("SYN VIT --metric_for_best_model eval_top5_accuracy", "top5_accuracy: needs more than 5 classes, there are 3"),
+        ("SYN VIT --eval_strategy epoch --metric_for_best_model top5_accuracy", "more than 5 classes, there are 3"),
         ("SYN VIT --dataloader_drop_last", "^--dataloader_drop_last: stage1 would take no step, its 18 images are les"),
     ],
 )  # fmt: skip
