@@ -848,10 +848,9 @@ def stage_of(tmp_path_factory, tiny_pipeline_dir, classifiers, real_images_dir, 
         return stages[name]
 
     yield find
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    for name, stage in stages.items():
-        if reporter is not None:
-            reporter.write_line(f"{name}: {dict(sorted(stage.tally.items()))}")
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        for name, stage in stages.items():
+            print(f"\n{name}: {dict(sorted(stage.tally.items()))}", end="")
 
 
 @pytest.fixture
