@@ -47,10 +47,10 @@ from utils.transfer.methods import StageSettings, describe_methods
 from utils.transfer.rehearsal import rehearse
 from utils.transfer.run_method import open_real_images
 from utils.transfer.stage import Pretrained, open_pretrained
-from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, identify_synthetic, open_synthetic
+from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, open_synthetic
 
 SETTINGS = "chosen_settings.json"
-OUTPUTS = (COMPARISON, "comparison.md", "comparison.png", SETTINGS, RUN_CONFIG)
+OUTPUTS = (COMPARISON, "comparison.md", "comparison.png", RUN_CONFIG)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, int], SyntheticSource], str | None]:
@@ -186,12 +186,14 @@ def build_runner(
         raise UserError(str(error)) from None
     imprint = any(stage.head_init == "imprint" for row in rows for stage in row.method.stages)
     rehearse(pretrained, settings, training_args, imprint)
+    inputs = {"model_name_or_path": pretrained.identity}
     with named_in_record(real_args, recorded_in):
-        real = load_real_images(RealImagesRecord.from_arguments(real_args), token)
+        record, of_images = identify_real_images(RealImagesRecord.from_arguments(real_args), token)
+        real = load_real_images(record, token)
     real = open_real_images(real, comparison_args.max_eval_samples, print)
     return CellRunner(
         pretrained, real, sources, settings, training_args, Path(comparison_args.output_dir),
-        comparison_args.max_eval_samples, comparison_args.allow_missing_classes,
+        comparison_args.max_eval_samples, comparison_args.allow_missing_classes, inputs | of_images,
     )  # fmt: skip
 
 
@@ -200,12 +202,10 @@ def identify_inputs(runner: CellRunner, volumes: list[int | None]) -> dict[str, 
 
     Where a comparison in this folder had other ones, say so: its cells of these are not used.
     """
-    record, name = runner.real.record, runner.pretrained.name
-    _, inputs = identify_real_images(record, runner.pretrained.hub_options["token"])
-    inputs = {f"--{place} {getattr(record, place)}": identity for place, identity in inputs.items()}
-    inputs[f"--model_name_or_path {name}"] = runner.pretrained.identity
+    named = runner.real.record.to_dict() | {"model_name_or_path": runner.pretrained.name}
+    inputs = {f"--{flag} {named[flag]}": identity for flag, identity in runner.shared_inputs.items()}
     for source in runner.sources.values():
-        inputs[f"--synthetic_dataset {source.name}"] = identify_synthetic(source, volumes[-1])
+        inputs[f"--synthetic_dataset {source.name}"] = runner.identity_of(source, volumes[-1])
     path = runner.output_dir / COMPARISON
     before = read_record(path).get("inputs", {}) if path.exists() else {}
     changed = [

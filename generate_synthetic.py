@@ -332,7 +332,8 @@ def main(argv=None) -> dict:
         shards.check_no_foreign_files()
 
     command = public_command("generate_synthetic.py", argv)
-    with saying_how_to_go_on(output_dir, lambda: f"{shards.describe_progress()}; go on with: {command}"):
+    go_on = f"{command} --no_overwrite_output_dir" if folder.overwrite else command
+    with saying_how_to_go_on(output_dir, lambda: f"{shards.describe_progress()}; go on with: {go_on}"):
         begin_set(folder, plan, sources)
         uploading = nullcontext()
         if hub_target is not None and accelerator.is_main_process:

@@ -122,7 +122,6 @@ def main(argv=None) -> dict:
     with named_in_record(RealDataArguments(**real_images), recorded_in):
         real = load_reference_images(real_images, model_args.hub_token)
     print("\n".join(real.remarks))
-    output_dir.mkdir(parents=True, exist_ok=True)
     with report_unwritable(output_dir, lambda: "make room, or name another folder, and run the same command again"):
         record = make_quality_report(
             source, real, model, output_dir, batch_size=report_args.batch_size,

@@ -61,25 +61,33 @@ def remembered_digest(
     Files whose paths, sizes, times and places on the disk are those of an earlier call are not read: 10 GB cost no more
     than the listing. `what` tells this `read` from others. Where the note cannot be written, all is read each time.
     """
-    facts = hashlib.sha256(os.fsencode(Path(folder).resolve()) + f"\n{what}\n".encode())
-    newest = 0.0
-    for name in names:
-        status = os.stat(os.path.join(folder, name))
-        # a file that was replaced or written to has another time of change, whatever its modification time says
-        newest = max(newest, status.st_ctime)
-        numbers = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-        facts.update(os.fsencode(name) + f"\n{numbers}\n".encode())
-    noted = Path(constants.HF_HOME, "bridged-transfer", "digests", facts.hexdigest())
+    names = list(names)
+    state, newest = _state_of(folder, names, what)
+    noted = Path(constants.HF_HOME, "bridged-transfer", "digests", state)
     with suppress(OSError):
         return noted.read_text(encoding="utf-8")
     contents = hashlib.sha256()
     for part in read():
         contents.update(part)
     digest = contents.hexdigest()[:DIGITS]
-    if time.time() - newest > SECONDS_TO_SETTLE:
+    # not of files that were replaced after they had been looked at
+    if time.time() - newest > SECONDS_TO_SETTLE and _state_of(folder, names, what)[0] == state:
         with suppress(OSError):
             write_text(noted, digest)
     return digest
+
+
+def _state_of(folder: str | Path, names: list[str], what: str) -> tuple[str, float]:
+    """Return a hash of all that is known of files without reading them, and when the last of them changed."""
+    facts = hashlib.sha256(os.fsencode(Path(folder).resolve()) + f"\n{what}\n".encode())
+    newest = 0.0
+    for name in names:
+        status = os.stat(os.path.join(folder, name))
+        newest = max(newest, status.st_ctime)
+        # a file that was replaced or written to has another time of change, whatever its modification time says
+        numbers = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+        facts.update(os.fsencode(name) + f"\n{numbers}\n".encode())
+    return facts.hexdigest(), newest
 
 
 def describe_files(folder: str | Path, names: Iterable[str]) -> str:

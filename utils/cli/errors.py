@@ -17,6 +17,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 FOLDER_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
 # as libraries put it that do not raise an OSError: safetensors, and torch.save, which does not say why
 DISK_WORDS = re.compile("|".join([*map(os.strerror, DISK_ERRORS), "PytorchStreamWriter failed", "inline_container"]))
+REMOVED_WORDS = re.compile(r"[Dd]irectory \S+ does not exist|No such file or directory")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SECONDS_TO_END = 10.0
 
@@ -88,18 +89,17 @@ def saying_how_to_go_on(folder: str | Path, advice: Callable[[], str]) -> Iterat
 
 def _why_unwritable(error: Exception, folder: str | Path) -> str | None:
     """Return why a file in a folder could not be written, None where the error is another one."""
-    if not Path(folder).is_dir():
+    name = getattr(error, "filename", None)
+    name = None if name is None else Path(os.fsdecode(name)).absolute()
+    is_ours = name is not None and name.is_relative_to(Path(folder).absolute())
+    if not Path(folder).is_dir() and (is_ours or REMOVED_WORDS.search(str(error))):
         return "it was removed"
     if not isinstance(error, OSError) or error.errno is None:
         found = DISK_WORDS.search(str(error))
         return found and found[0]
-    name = None if error.filename is None else Path(os.fsdecode(error.filename)).absolute()
     if error.errno in DISK_ERRORS:
-        elsewhere = name is not None and not name.is_relative_to(Path(folder).absolute())
-        return f"{error.strerror}: {name}" if elsewhere else error.strerror
-    if error.errno in FOLDER_ERRORS and name is not None and name.is_relative_to(Path(folder).absolute()):
-        return error.strerror
-    return None
+        return f"{error.strerror}: {name}" if name is not None and not is_ours else error.strerror
+    return error.strerror if error.errno in FOLDER_ERRORS and is_ours else None
 
 
 def run_script(main: Callable[[], object]) -> None:

@@ -166,7 +166,7 @@ class RunFolder:
         """Remove what an earlier run left, if this one does not need it; note options, inputs and `facts`."""
         (self.path / self.record).unlink(missing_ok=True)  # from here on, what is there is being replaced
         for trace in [] if keep_traces else self.find_traces():
-            trace.unlink() if trace.is_symlink() else shutil.rmtree(trace)
+            remove_folder(trace)
         for output in filter(Path.is_file, self._find(self.outputs)):
             output.unlink()
             if output.parent != self.path and not any(output.parent.iterdir()):
@@ -241,6 +241,17 @@ class RunFolder:
                 f"{self.path}: was begun by an earlier version, which did not note the contents of its inputs: whether "
                 "they have changed since is not known."
             )
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, or a link to one, so that nobody takes what a kill leaves of it for the whole."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    hidden = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def check_writable(folder: Path) -> None:

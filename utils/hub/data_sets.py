@@ -3,6 +3,7 @@
 import fnmatch
 import os
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -45,10 +46,10 @@ def load_data_set(source: Source, config_name: str | None = None, split: str | N
 
 def _build(source: Source, config_name: str | None, is_all_asked: bool) -> DatasetDict:
     """Have `datasets` read a set; warn where that leaves out images though all are asked for."""
-    where = f"{source.flag} {source.name}"
+    where, cache_dir = f"{source.flag} {source.name}", _cache_dir(source)
     try:
         builder = datasets.load_dataset_builder(
-            source.name, config_name, cache_dir=_cache_dir(source), revision=source.revision, token=source.token
+            source.name, config_name, cache_dir=cache_dir, revision=source.revision, token=source.token
         )  # fmt: skip
         builder.download_and_prepare()
         loaded = builder.as_dataset()
@@ -63,6 +64,9 @@ def _build(source: Source, config_name: str | None, is_all_asked: bool) -> Datas
         raise UserError(f"{where}: cannot be loaded ({_innermost(error)}).") from None
     if not source.is_local:
         _check_commit(loaded, source)
+    elif _cache_dir(source) != cache_dir:
+        shutil.rmtree(cache_dir)
+        raise UserError(f"{where}: its files have changed while they were read; run the same command again.")
     if is_all_asked and builder.name == "imagefolder" and is_main_process():
         _warn_of_images_left_out(loaded, builder, source)
     return loaded
