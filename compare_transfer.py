@@ -22,13 +22,14 @@ from utils.cli.errors import UserError, run_script, saying_how_to_go_on
 from utils.cli.options import resolve_options
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import check_alone, public_command
-from utils.cli.records import COMPARISON, image_set_name, read_record, write_record, write_run_config
-from utils.cli.run_folder import check_writable
+from utils.cli.records import COMPARISON, RUN_CONFIG, image_set_name, read_record, write_record, write_run_config
+from utils.cli.run_folder import RunFolder
 from utils.comparison.arguments import GROUPS
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
 from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title
 from utils.comparison.report import plot_comparison, print_comparison, write_markdown
 from utils.comparison.search import (
+    check_settings,
     choose_bridge,
     choose_recipes,
     describe_choice,
@@ -46,7 +47,10 @@ from utils.transfer.methods import StageSettings, describe_methods
 from utils.transfer.rehearsal import rehearse
 from utils.transfer.run_method import open_real_images
 from utils.transfer.stage import Pretrained, open_pretrained
-from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, identify_synthetic, open_synthetic
+from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, open_synthetic
+
+SETTINGS = "chosen_settings.json"
+OUTPUTS = (COMPARISON, "comparison.md", "comparison.png", RUN_CONFIG)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, int], SyntheticSource], str | None]:
@@ -59,7 +63,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, i
     check_values(resolve_options(groups))
     _, real_args, comparison_args, search_args, _ = groups
     sets = parse_synthetic_sets(comparison_args.synthetic_dataset)
-    parse_rows(comparison_args.methods, list(sets))
+    rows = parse_rows(comparison_args.methods, list(sets))
+    if search_args.settings:
+        check_settings(search_args.settings, rows)
     seeds = list(dict.fromkeys(comparison_args.seeds + (search_args.search_seeds or [])))
     sources = open_sources(sets, seeds, comparison_args.hub_token or None)
     given = real_args.dataset_name, real_args.train_dir
@@ -73,7 +79,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, i
     with named_in_record(real_args, recorded_in):
         check_real_images_given(real_args)
     check_output_outside(comparison_args.output_dir, real_args)
-    check_writable(Path(comparison_args.output_dir))
+    RunFolder(
+        Path(comparison_args.output_dir), "a comparison", {}, COMPARISON, traces=("cells", "stage1"), outputs=OUTPUTS
+    ).check_writable()
     return list(groups), sources, recorded_in
 
 
@@ -178,12 +186,14 @@ def build_runner(
         raise UserError(str(error)) from None
     imprint = any(stage.head_init == "imprint" for row in rows for stage in row.method.stages)
     rehearse(pretrained, settings, training_args, imprint)
+    inputs = {"model_name_or_path": pretrained.identity}
     with named_in_record(real_args, recorded_in):
-        real = load_real_images(RealImagesRecord.from_arguments(real_args), token)
+        record, of_images = identify_real_images(RealImagesRecord.from_arguments(real_args), token)
+        real = load_real_images(record, token)
     real = open_real_images(real, comparison_args.max_eval_samples, print)
     return CellRunner(
         pretrained, real, sources, settings, training_args, Path(comparison_args.output_dir),
-        comparison_args.max_eval_samples, comparison_args.allow_missing_classes,
+        comparison_args.max_eval_samples, comparison_args.allow_missing_classes, inputs | of_images,
     )  # fmt: skip
 
 
@@ -192,12 +202,10 @@ def identify_inputs(runner: CellRunner, volumes: list[int | None]) -> dict[str, 
 
     Where a comparison in this folder had other ones, say so: its cells of these are not used.
     """
-    record, name = runner.real.record, runner.pretrained.name
-    _, inputs = identify_real_images(record, runner.pretrained.hub_options["token"])
-    inputs = {f"--{place} {getattr(record, place)}": identity for place, identity in inputs.items()}
-    inputs[f"--model_name_or_path {name}"] = runner.pretrained.identity
+    named = runner.real.record.to_dict() | {"model_name_or_path": runner.pretrained.name}
+    inputs = {f"--{flag} {named[flag]}": identity for flag, identity in runner.shared_inputs.items()}
     for source in runner.sources.values():
-        inputs[f"--synthetic_dataset {source.name}"] = identify_synthetic(source, volumes[-1])
+        inputs[f"--synthetic_dataset {source.name}"] = runner.identity_of(source, volumes[-1])
     path = runner.output_dir / COMPARISON
     before = read_record(path).get("inputs", {}) if path.exists() else {}
     changed = [
@@ -257,10 +265,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     # recipes
     command = public_command("compare_transfer.py", argv)
+    runner.output_dir.mkdir(parents=True, exist_ok=True)
     with saying_how_to_go_on(runner.output_dir, lambda: f"finished cells are kept; go on with: {command}"):
         search_seeds = search_args.search_seeds or seeds[:1]
         if search_args.settings:
-            chosen = read_settings(search_args.settings, rows, shots, runner.settings)
+            chosen = read_settings(search_args.settings, rows, runner.settings)
         else:
             num_synthetic = len(runner.load_synthetic(next(iter(sources.values())), volumes[-1]))
             bridges = list_bridges(search_args, shared_args, runner.settings, num_synthetic)
@@ -268,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             recipes = list_recipes(search_args, runner, search_args.search_shots or shots)
             chosen = {"stage1": dataclasses.asdict(bridge)}
             chosen |= choose_recipes(runner, rows, recipes, bridge, search_seeds, volumes[-1], num_workers)
-            write_settings(runner.output_dir / "chosen_settings.json", chosen)
+            write_settings(runner.output_dir / SETTINGS, chosen)
 
         # cells
         results = run_table(runner, plan_table(rows, shots, seeds, volumes, chosen), num_workers)

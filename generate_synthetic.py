@@ -14,7 +14,7 @@ Run the same command again after an interruption, or with a larger --num_images_
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from utils.cli.errors import UserError, run_script, saying_how_to_go_on
 from utils.cli.options import Need, option, resolve_options, with_flag, with_value, without_flag
@@ -44,6 +44,10 @@ SETTINGS = (
     "images_per_shard", "image_format", "image_quality",
 )  # fmt: skip
 WITH_TOKEN = [with_flag("learned_embeds")]
+WITH_IMAGES = Need(
+    "without --dataset_name or --train_dir",
+    lambda values: any(values[name] for name in ("learned_embeds", "dataset_name", "train_dir")), "add one or ",
+)  # fmt: skip
 WITH_TEMPLATES = [without_flag("prompts_file")]
 GUIDED = Need(
     "with --guidance_scale {guidance_scale}, which is no guidance",
@@ -64,6 +68,18 @@ class SourceArguments:
         None, "Without --learned_embeds: a text-to-image pipeline, a repository id or a folder."
     )
     revision: str | None = option(None, "Branch, tag or commit of that pipeline.")
+
+
+@dataclass
+class ImagesArguments(RealDataArguments):
+    """The labelled real images, whose classes are drawn; with a style token those of its record."""
+
+    # beside a style token they are refused for what its record says
+    _inherited_needs = {
+        field.name: [WITH_IMAGES]
+        for field in fields(RealDataArguments)
+        if field.name not in ("dataset_name", "train_dir")
+    }
 
 
 @dataclass
@@ -159,7 +175,7 @@ class PublishingArguments(HubArguments):
 def parse_arguments(argv) -> tuple[tuple, set[str]]:
     """Return the argument groups, and the names of the flags that are given; check what needs no file to be wrong."""
     parser = ScriptArgumentParser(
-        (SourceArguments, RealDataArguments, PromptArguments, SamplingArguments, OutputArguments, PublishingArguments),
+        (SourceArguments, ImagesArguments, PromptArguments, SamplingArguments, OutputArguments, PublishingArguments),
         description=__doc__,
     )
     groups = parser.parse(argv)
@@ -316,7 +332,8 @@ def main(argv=None) -> dict:
         shards.check_no_foreign_files()
 
     command = public_command("generate_synthetic.py", argv)
-    with saying_how_to_go_on(output_dir, lambda: f"{shards.describe_progress()}; go on with: {command}"):
+    go_on = f"{command} --no_overwrite_output_dir" if folder.overwrite else command
+    with saying_how_to_go_on(output_dir, lambda: f"{shards.describe_progress()}; go on with: {go_on}"):
         begin_set(folder, plan, sources)
         uploading = nullcontext()
         if hub_target is not None and accelerator.is_main_process:

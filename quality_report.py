@@ -105,6 +105,8 @@ def main(argv=None) -> dict:
     if output_dir.is_file():
         raise UserError(f"--output_dir {output_dir}: is a file; name a folder.")
     check_writable(output_dir)
+    if (output_dir / "quality.json").exists():
+        read_record(output_dir / "quality.json")  # one of ours, not anybody's
 
     # these take seconds to import: only once the arguments are known to be good
     import transformers

@@ -35,7 +35,6 @@ from utils.cli.records import (
     image_set_name,
     read_record,
     write_record,
-    write_run_config,
 )
 from utils.cli.run_folder import RunFolder
 from utils.data.arguments import check_output_outside, check_real_images_given, named_in_record
@@ -62,7 +61,8 @@ MAX_IMAGES_FOR_KEPT_HEAD = 4
 LEEP_RESULTS = ("leep_pretrained", "leep_bridged", "leep_num_images", "leep_num_source_classes")
 # the classifier itself, no stage and no training state
 PUBLISHED_FILES = (
-    "model*.safetensors", "model.safetensors.index.json", "adapter/*", "config.json", "preprocessor_config.json",
+    "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "config.json",
+    "preprocessor_config.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md",
     "report.png", ALL_RESULTS, BRIDGED_CONFIG, RUN_CONFIG, "README.md",
 )  # fmt: skip
 OUTPUTS = (*PUBLISHED_FILES[:-1], EVAL_RESULTS)  # a card may hold what a person wrote
@@ -339,7 +339,7 @@ def identify_inputs(args: SimpleNamespace, source) -> dict[str, str]:
     """
     from utils.data.image_set import RealImagesRecord
     from utils.data.real_images import identify_real_images
-    from utils.transfer.classifiers import is_loaded, open_classifier
+    from utils.transfer.classifiers import list_loaded_files, open_classifier
     from utils.transfer.synthetic_images import identify_synthetic
 
     token = args.training.hub_token or None
@@ -348,7 +348,7 @@ def identify_inputs(args: SimpleNamespace, source) -> dict[str, str]:
     args.model_commit = classifier.revision
     with named_in_record(args.real, args.real_images_from):
         args.real_record, inputs = identify_real_images(record, token)
-    inputs["model_name_or_path"] = classifier.identity(is_loaded)
+    inputs["model_name_or_path"] = classifier.identity(list_loaded_files)
     if source is not None:
         inputs["synthetic_dataset"] = identify_synthetic(source, args.synthetic.max_synthetic_samples_per_class)
     return inputs
@@ -517,7 +517,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             config = describe_run(args, real, source, stages, pretrained) | {"learning_rate_reason": rate_reason}
             model_id = hub_target.repo_id if hub_target else folder.path.resolve().name
             write_results(args, model_id, pretrained, config, results, done, command)
-            write_run_config(folder.path, options, started, inputs)
+            folder.write_run_config(started)
             folder.finish(config)  # last: its presence says that the classifier is finished
             if hub_target is not None:
                 publish_folder(folder.path, hub_target, PUBLISHED_FILES)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from utils.cli.contents import describe_files
@@ -138,7 +139,7 @@ class PublishingArguments(HubArguments):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple:
-    """Return the argument groups and the prompt templates; check what can be checked without a model or an image."""
+    """Return the argument groups; check what can be checked without a model or an image."""
     groups = ScriptArgumentParser(
         (ModelArguments, RealDataArguments, TokenArguments, ImageArguments, TrainingArguments, MonitoringArguments,
          PublishingArguments),
@@ -150,7 +151,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
     check_real_images_given(data_args)
     # part of the options of a run: a checkpoint is not gone on from in another precision
     training_args.mixed_precision = training_args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return (*groups, read_templates(token_args))
+    read_templates(token_args)
+    return groups
 
 
 def read_templates(token_args: TokenArguments) -> list[str]:
@@ -181,6 +183,23 @@ def identify_inputs(groups: list, base_model, real_images) -> tuple:
         if path is not None and Path(path).is_file():  # else what reads it says so
             inputs[name] = describe_files(Path(path).parent, [Path(path).name])
     return real_images, inputs
+
+
+def open_inputs(groups: list) -> tuple:
+    """Return the base model, the real images' record, the prompt templates, and what tells all inputs from others.
+
+    What is read of them is read after they are identified, so that it is of what is recorded.
+
+    Raises:
+        UserError: what `open_base_model` and `identify_inputs` raise.
+    """
+    model_args, data_args, token_args, *_, hub_args = groups
+    open_model = partial(
+        open_base_model, model_args.pretrained_model_name_or_path, "--pretrained_model_name_or_path",
+        model_args.revision, hub_args.hub_token,
+    )  # fmt: skip
+    real_images, inputs = identify_inputs(groups, open_model(), data_args)
+    return open_model(), real_images, read_templates(token_args), inputs
 
 
 def open_folder(groups: list, inputs: dict[str, str]) -> tuple:
@@ -319,11 +338,9 @@ def train(steps, denoiser, state, monitor, accelerator, training_args: TrainingA
 
 def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
-    *groups, templates = parse_arguments(argv)
+    groups = parse_arguments(argv)
     model_args, data_args, token_args, image_args, training_args, monitoring_args, hub_args = groups
-    name = model_args.pretrained_model_name_or_path
-    base_model = open_base_model(name, "--pretrained_model_name_or_path", model_args.revision, hub_args.hub_token)
-    real_images, inputs = identify_inputs(groups, base_model, data_args)
+    base_model, real_images, templates, inputs = open_inputs(groups)
     folder, is_finished, hub_target = open_folder(groups, inputs)
     if is_finished:
         publish_finished(folder.path, hub_target, PUBLISHED_FILES)

@@ -111,7 +111,8 @@ def test_a_section_takes_the_place_of_the_one_before_and_leaves_the_others(tmp_p
 
 def test_the_command_is_one_that_the_script_takes(tmp_path):
     (tmp_path / "train.parquet").touch()
-    *_, templates = train_dsi.parse_arguments(our_command(tmp_path, tmp_path, tmp_path, max_train_steps=3)[2:])
+    groups = train_dsi.parse_arguments(our_command(tmp_path, tmp_path, tmp_path, max_train_steps=3)[2:])
+    templates = train_dsi.read_templates(groups[2])
     assert len(templates) == 1
 
 

@@ -1,11 +1,11 @@
 """Inputs are known by their contents: one that is replaced under its name, between two runs or during one, is told."""
 
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 
@@ -15,6 +15,9 @@ from tests.conftest import CLASS_NAMES, save_class_folders, save_image_set
 from utils.cli.errors import UserError
 from utils.cli.records import ALL_RESULTS, GENERATION_CONFIG, read_record, write_record
 from utils.data.image_set import RealImagesRecord
+from utils.data.real_images import identify_real_images
+from utils.hub.data_sets import load_data_set
+from utils.hub.repositories import Source
 from utils.transfer import run_method, stage
 
 pytest_plugins = ["tests.transfer.fixtures"]
@@ -228,8 +231,62 @@ def test_no_output_of_an_earlier_run_is_left_beside_those_of_a_new_one(inputs, t
     assert not names & {"adapter", "eval_results.json"} and {"notes.txt", "model.safetensors"} <= names
 
 
-def test_weights_that_no_run_has_noted_are_not_overwritten(inputs, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--overwrite_output_dir"]])
+def test_files_that_no_run_has_made_are_not_overwritten(flags, inputs, tmp_path):
     (tmp_path / "out").mkdir()
-    torch.save({}, tmp_path / "out" / "model.safetensors")
+    (tmp_path / "out" / "model.safetensors").write_text("mine")
     with pytest.raises(UserError, match="out: holds model.safetensors, which would be overwritten, and is not the fo"):
-        run(inputs, tmp_path / "out")
+        run(inputs, tmp_path / "out", *flags)
+    with pytest.raises(UserError, match="out: holds a classifier .bridged_config.json.; name another folder"):
+        write_record(tmp_path / "out" / "bridged_config.json", {})
+        compare(inputs, tmp_path / "out")
+
+
+def test_in_its_own_folder_a_run_takes_away_what_runs_make_and_nothing_else(inputs, tmp_path):
+    run(inputs, tmp_path / "out", "--use_peft")
+    for name in ("model_of_mine.safetensors", "adapter/notes.txt"):
+        (tmp_path / "out" / name).write_text("mine")
+    run(inputs, tmp_path / "out", "--overwrite_output_dir")
+    assert sorted(path.name for path in (tmp_path / "out" / "adapter").iterdir()) == ["notes.txt"]
+    assert (tmp_path / "out" / "model_of_mine.safetensors").is_file()
+
+
+def test_inputs_that_have_moved_are_the_same(inputs, tmp_path, monkeypatch):
+    run(inputs, tmp_path / "out")
+    moved = {flag: shutil.move(path, tmp_path / f"moved-{path.name}") for flag, path in inputs.items()}
+    monkeypatch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("a finished run began anew"))
+    run(moved, tmp_path / "out", "--train_dir", str(moved["train_dir"]), "--num_shots", "2")
+
+
+def test_a_set_of_other_images_of_the_same_size_and_time_is_read_anew(inputs):
+    source = Source(str(inputs["synthetic_dataset"]), "--synthetic_dataset", "dataset")
+    shard = inputs["synthetic_dataset"] / "data" / "train-00000.parquet"
+    before, status = load_data_set(source, split="train")[0]["image"], os.stat(shard)
+    save_synthetic(inputs["synthetic_dataset"], NUM_PER_CLASS, inputs["train_dir"], seed=1)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert load_data_set(source, split="train")[0]["image"] != before
+
+
+@pytest.mark.parametrize(("name", "matters"), [
+    ("README.md", False), ("red_square/Thumbs.db", False), ("@eaDir/a.jpg", False), ("notes.txt", False),
+    ("LICENSE", False), ("red_square/.DS_Store", False), ("red_square/99.png", True),
+])  # fmt: skip
+def test_what_is_beside_images_does_not_matter(name, matters, inputs):
+    record = RealImagesRecord(train_dir=str(inputs["train_dir"]))
+    _, before = identify_real_images(record)
+    path = inputs["train_dir"] / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes((inputs["train_dir"] / "red_square" / "0.png").read_bytes())
+    _, after = identify_real_images(record)
+    assert (before != after) == matters
+
+
+def test_a_card_that_names_other_files_is_another_input(tmp_path):
+    save_image_set(tmp_path / "set", {"train": 2, "test": 2})
+    card = tmp_path / "set" / "README.md"
+    card.write_text("A set.")
+    record = RealImagesRecord(str(tmp_path / "set"))
+    _, plain = identify_real_images(record)
+    card.write_text("---\nconfigs:\n- config_name: default\n  data_files: data/train-*\n---\n")
+    _, named = identify_real_images(record)
+    assert plain != named

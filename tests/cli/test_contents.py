@@ -67,3 +67,13 @@ def test_unchanged_files_are_not_read_again_and_a_cache_that_cannot_be_written_i
     assert digest(folder) == before and not read
     monkeypatch.setattr(contents.constants, "HF_HOME", "/dev/null")
     assert digest(folder) == before and len(read) == 2
+
+
+def test_folders_that_link_to_each_other_have_an_end(tmp_path):
+    names = "abcdefgh"
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+        for other in names.replace(name, ""):
+            (tmp_path / name / other).symlink_to(tmp_path / other)
+    assert len(list(list_files(tmp_path))) == 8 + 8 * 7 + 8 * 7 * 6

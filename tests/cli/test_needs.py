@@ -1,6 +1,7 @@
 """Flags that can do nothing: refused on the command line, told of in a recipe; every one that says what it needs."""
 
 import pytest
+from transformers import Trainer, TrainingArguments
 
 from tests.command_lines import SCRIPTS, parse_flags, script_parsers
 from utils.cli.errors import run_script
@@ -14,7 +15,12 @@ LACKS = {
     "without --quality_report": ("", "--quality_report"),
     "without --learned_embeds": ("", "--learned_embeds x"),
     "without --synthetic_dataset": ("", "--synthetic_dataset x"),
-    "without --num_shots or --max_train_samples": ("", "--num_shots 4"),
+    "without --num_shots or --max_train_samples": ("", "--dataset_name x --num_shots 4"),
+    "without --metric_for_best_model": ("", "--eval_strategy epoch --metric_for_best_model loss"),
+    "without --dataset_name or --train_dir": ("", "--dataset_name x"),
+    "without --no_do_train": ("", "--no_do_train"),
+    "with --no_do_train": ("--no_do_train", ""),
+    "with --dry_run": ("--dry_run", ""),
     "with --classes": ("--classes x", ""),
     "with --prompts_file": ("--prompts_file x", ""),
     "with --max_steps": ("--max_steps 5", ""),
@@ -23,6 +29,24 @@ LACKS = {
     "with --bridge_step_counts": ("--bridge_step_counts 5", ""),
     "with --settings": ("--settings x", ""),
     "with --lr_scheduler {lr_scheduler}": ("--lr_scheduler constant", "--lr_scheduler linear"),
+    "with --lr_scheduler_type {lr_scheduler_type}, which has no warm-up": (
+        "--lr_scheduler_type constant", "--lr_scheduler_type constant_with_warmup",
+    ),
+    "with --optim {optim}, which does not take it": ("--optim sgd", "--optim adamw_torch"),
+    "with --eval_strategy {eval_strategy}": ("", "--eval_strategy steps"),
+    "with --save_strategy {save_strategy}": ("--save_strategy no", "--save_strategy steps"),
+    "with --save_strategy no and --lr_scheduler_type {lr_scheduler_type}": (
+        "--save_strategy no", "--save_strategy epoch",
+    ),
+    "with --report_to {report_to}": ("", "--report_to trackio"),
+    "with --report_to none": ("", "--report_to trackio"),
+    "with --dataloader_num_workers 0": ("--dataloader_num_workers 0", "--dataloader_num_workers 1"),
+    **{
+        f"with --method {{method}}, which trains on synthetic images alone, and --bridge_{name}": (
+            f"--method synthetic_only --bridge_{name} 1", "--method bridged",
+        )
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "per_device_train_batch_size")
+    },
     "with --image_format {image_format}": ("--image_format png", "--image_format webp"),
     "with --guidance_scale {guidance_scale}, which is no guidance": (
         "--guidance_scale 0.5 1", "--guidance_scale 1 2",
@@ -48,8 +72,15 @@ LACKS = {
     "with --methods {methods}, which neither train on synthetic images nor take the steps of such a stage": (
         "--methods vanilla", "--methods vanilla bridged@plain",
     ),
+    "with --methods {methods}, none of which takes it on synthetic images alone": (
+        "--methods mix vanilla_matched", "--methods mix synthetic_only@plain",
+    ),
 }  # fmt: skip
-NEVER = "here, where all real images are looked at, as they are"
+NEVER = {
+    "here, where all real images are looked at, as they are",
+    "here, where the finished classifier is published, and nothing before",
+    "here, where workers stay as long as a stage lasts",
+}
 CASES = {
     (script, field.name, need.lack): [other.lack for other in needs if other is not need]
     for script, parser in script_parsers().items()
@@ -76,11 +107,11 @@ def fails(capsys, script: str, flags: list[str]) -> str:
 
 
 def test_every_need_has_an_example_and_every_example_a_need():
-    assert {lack for _, _, lack in CASES} == {*LACKS, NEVER}
-    assert len(CASES) > 60
+    assert {lack for _, _, lack in CASES} == {*LACKS, *NEVER}
+    assert len(CASES) > 100
 
 
-@pytest.mark.parametrize(("script", "flag", "lack"), [case for case in CASES if case[2] != NEVER])
+@pytest.mark.parametrize(("script", "flag", "lack"), [case for case in CASES if case[2] not in NEVER])
 def test_a_flag_without_what_it_needs_is_one_line_and_with_it_passes(script, flag, lack, capsys):
     given, others = value_of(script, flag), CASES[script, flag, lack]
     met = " ".join(LACKS[other][1] for other in others)
@@ -94,8 +125,70 @@ def test_a_flag_without_what_it_needs_is_one_line_and_with_it_passes(script, fla
 def test_flags_without_use_in_a_script_are_refused_and_not_in_its_help(capsys):
     for flag in ("num_shots", "few_shot_seed", "max_train_samples", "random_flip"):
         flags = [*value_of("quality_report.py", flag), "--synthetic_dataset", "x", "--dataset_name", "y"]
-        assert NEVER in fails(capsys, "quality_report.py", flags)
+        assert "here, where all real images" in fails(capsys, "quality_report.py", flags)
         assert f"--{flag} " not in script_parsers()["quality_report.py"].format_help()
+
+
+@pytest.mark.parametrize("flag", ["hub_strategy", "hub_always_push", "dataloader_persistent_workers"])
+def test_flags_of_the_trainer_that_stages_set_themselves_are_refused(flag, capsys):
+    flags = [*value_of("train_bridged.py", flag), "--push_to_hub", "--dataloader_num_workers", "2"]
+    assert ": does nothing here, where" in fails(capsys, "train_bridged.py", flags)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("train_bridged.py", "--no_do_train --do_eval"),
+        ("train_bridged.py", "--eval_strategy epoch --eval_delay 2 --metric_for_best_model loss"),
+        ("train_bridged.py", "--lr_scheduler_type constant --optim schedule_free_adamw --warmup_steps 5"),
+        ("train_bridged.py", "--save_strategy no --eval_strategy epoch --lr_scheduler_type reduce_lr_on_plateau "
+                             "--metric_for_best_model accuracy --greater_is_better true"),
+        ("train_bridged.py", "--optim lion_8bit --adam_beta1 0.8"),
+        ("train_bridged.py", "--save_strategy epoch --save_total_limit 3"),
+        ("train_bridged.py", "--method synthetic_only --learning_rate 1e-3 --bridge_weight_decay 0"),
+        ("train_bridged.py", "--method vanilla --synthetic_dataset x --allow_missing_classes --streaming"),
+        ("train_bridged.py", "--freeze_backbone --head_warmup_steps 0.5"),
+        ("train_dsi.py", "--class_names_file x --include_class_name false"),
+        ("generate_synthetic.py", "--train_dir x --random_flip false --skip_bad_images"),
+        ("generate_synthetic.py", "--dry_run --push_to_hub --quality_report"),
+        # stage 1 is searched by training on synthetic images alone, whatever the methods are
+        ("compare_transfer.py", "--methods mix --bridge_step_counts 3 4 --bridge_mixup_alphas 0.3"),
+        ("compare_transfer.py", "--methods bridged_no_mixup --search_learning_rate --bridge_mixup_alphas 0.3"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_does_something_even_so_passes(script, flags):
+    parse_flags(script, flags.split())
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "lack"),
+    [
+        ("train_bridged.py", "--eval_steps 5 --eval_strategy epoch", "with --eval_strategy epoch"),
+        ("train_bridged.py", "--save_steps 5 --save_strategy epoch", "with --save_strategy epoch"),
+        ("train_bridged.py", "--adam_epsilon 1e-6 --optim lion_8bit", "with --optim lion_8bit, which does not take it"),
+        ("train_bridged.py", "--project x --report_to wandb", "with --report_to wandb"),
+        ("train_bridged.py", "--bridge_warmup_steps 5 --lr_scheduler_type constant", "with --lr_scheduler_type const"),
+        ("generate_synthetic.py", "--class_names_file x --train_val_split 0.1", "without --dataset_name or --train"),
+        ("compare_transfer.py", "--methods bridged_no_mixup bridged_plain mix --bridge_mixup_alphas 0.3 0.4", "with"),
+        ("compare_transfer.py", "--methods mix --bridge_learning_rates 1e-4 1e-3 --bridge_step_counts 4", "with --me"),
+        ("compare_transfer.py", "--methods mix --bridge_head_learning_rate_factor 3 --search_learning_rate", "with"),
+    ],
+)
+def test_a_flag_that_another_value_leaves_without_use_is_one_line(script, flags, lack, capsys):
+    assert f": does nothing {lack}" in fails(capsys, script, flags.split())
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"])
+def test_flags_of_adam_are_refused_just_where_the_trainer_hands_them_to_no_optimizer(optim, tmp_path, capsys):
+    def made(**adam):
+        return Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), optim=optim, **adam))
+
+    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        flags = ["--optim", optim, f"--{name}", "0.5"]
+        if made() == made(**{name: 0.5}):
+            assert "which does not take it" in fails(capsys, "train_bridged.py", flags)
+        else:
+            parse_flags("train_bridged.py", flags)
 
 
 def test_what_is_off_as_by_default_asks_for_nothing(capsys):

@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -55,7 +57,8 @@ def test_a_new_run_takes_away_the_traces_and_the_mark_of_a_finished_one_and_noth
         (unfinished.path / name).write_text("{}")
     with_options(unfinished, learning_rate=1.0).begin()
     assert sorted(path.name for path in unfinished.path.iterdir()) == ["model.safetensors", "notes.txt", RUN_CONFIG]
-    assert read_record(unfinished.path / RUN_CONFIG) == {"options": OPTIONS | {"learning_rate": 1.0}}
+    noted = {"makes": "a result", "options": OPTIONS | {"learning_rate": 1.0}}
+    assert read_record(unfinished.path / RUN_CONFIG) == noted
 
 
 def test_a_finished_run_is_not_done_again_and_one_with_other_options_is_refused(folder):
@@ -98,3 +101,26 @@ def test_what_a_record_says_is_taken_for_flags_that_are_not_given(tmp_path):
         (flags,) = parser.parse(argv)
         parser.fill_in([flags], {"seed": 7, "colour": "green", "unknown": 1})
         assert (flags.seed, flags.colour) == expected
+
+
+@pytest.mark.parametrize("where", ["/proc/out", "/dev/full", "/dev/full/out", "{file}", "{file}/out/below"])
+def test_a_folder_that_cannot_be_made_is_one_line(folder, where, tmp_path):
+    (tmp_path / "file").write_text("")
+    path = Path(where.format(file=tmp_path / "file"))
+    with pytest.raises(UserError, match=rf"^--output_dir {path}: \S+ (is a file; name a folder|cannot be written)"):
+        dataclasses.replace(folder, path=path).check_writable()
+
+
+def test_a_folder_that_can_be_made_is_not_made_by_the_check(folder, tmp_path):
+    dataclasses.replace(folder, path=tmp_path / "new" / "out").check_writable()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_how_to_go_on_takes_no_flag_that_would_start_from_scratch(unfinished):
+    run = dataclasses.replace(unfinished, overwrite=True)
+    with pytest.raises(UserError) as error, run.working("accelerate launch x.py recipe.yaml --a 1"):
+        os.write(os.open("/dev/full", os.O_WRONLY), b"no room")
+    assert str(error.value).endswith(
+        "checkpoint-10 is kept; go on with: accelerate launch x.py recipe.yaml --a 1 --resume_from_checkpoint latest "
+        "--no_overwrite_output_dir"
+    )

@@ -38,9 +38,10 @@ def test_a_step_is_run_anew_where_a_folder_or_file_in_its_command_is_another(tmp
         "path.write_text(' '.join(sys.argv))"
     )
     recipe, made = tmp_path / "recipe.yaml", [tmp_path / f"made-{seed}" / "model.safetensors" for seed in range(2)]
-    for path in (recipe, *made):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("before")
+    photo = tmp_path / "photos" / "cat" / "1.png"
+    for path in (recipe, photo, *made):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"train_dir: {photo.parents[1]}")
     step = Step(
         "later", "to see", tmp_path / "out" / "done",
         (str(script), str(recipe), str(tmp_path / "out" / "done"), "--sets", f"dsi={tmp_path}/made-{{seed}}"),
@@ -48,12 +49,12 @@ def test_a_step_is_run_anew_where_a_folder_or_file_in_its_command_is_another(tmp
     )  # fmt: skip
     runner = StepRunner(tmp_path, tmp_path / "runs")
     runner.run(step)
-    for changed in (recipe, *made):
+    for changed in (photo, recipe, *made):
         runner.run(step)
         assert "later: done before in" in capsys.readouterr().out
-        changed.write_text("after")
+        changed.write_text(f"train_dir: {photo.parents[1]}  # again")
         runner.run(step)
-        named = changed.name if changed == recipe else changed.parent.name
+        named = {recipe: recipe.name, photo: "photos"}.get(changed, changed.parent.name)
         assert f"later: was made of another {named}, and is made anew" in capsys.readouterr().out
         assert step.finished.read_text().endswith(" --overwrite_output_dir")
     for path in (made[0].parent / "run_config.json", made[0].parent / "style.png"):  # seconds, and pictures

@@ -199,7 +199,7 @@ def test_write_class_names_that_fails_leaves_the_file_as_it_was(tmp_path):
     write_class_names(path, ["a"], ["a"], [])
     before = path.read_bytes()
     (tmp_path / ".names.yaml.tmp").mkdir()  # in the place of the temporary file
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="names.yaml: class names cannot be written .Is a directory.; name"):
         write_class_names(path, ["b"], ["b"], [])
     assert path.read_bytes() == before
     with pytest.raises(UserError, match="names.txt: class names are written as YAML; .* ends in .yaml"):

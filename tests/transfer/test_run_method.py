@@ -48,8 +48,9 @@ def run(classifiers, synthetic_dir, tmp_path):
         train_bridged.main([*shared, "--method", name, "--bridge_max_steps", "3", "--max_steps", "2", "--use_cpu",
                             "--learning_rate", "1e-3", "--seed", "1", "--few_shot_seed", "1",
                             "--output_dir", str(bridged)])  # fmt: skip
+        bridge_rate = ["--bridge_learning_rates", "1e-3"] if "synthetic" in METHODS[name].kinds else []
         compare_transfer.main([*shared, "--methods", name, "--bridge_step_counts", "3", "--step_counts", "2",
-                               "--learning_rates", "1e-3", "--bridge_learning_rates", "1e-3", "--seeds", "1",
+                               "--learning_rates", "1e-3", *bridge_rate, "--seeds", "1",
                                "--output_dir", str(compared)])  # fmt: skip
         return read_record(bridged / "bridged_config.json"), read_record(compared / "comparison.json")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -11,25 +12,32 @@ from huggingface_hub import constants
 
 from utils.cli.records import write_text
 
+# what systems and people put beside data, and is no part of it
+HIDDEN_FOLDERS = {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",
+                  "lost+found"}  # fmt: skip
+IGNORED = re.compile(r"\..*|Thumbs\.db|desktop\.ini|(README|LICENSE|LICENCE)(\..*)?", re.IGNORECASE)
+MAX_LINKS = 2  # from one linked folder into the next: of folders that are all linked to each other no one sees the end
 DIGITS = 32  # of a digest, in hexadecimal
 SECONDS_TO_SETTLE = 2.0  # clocks of disks are coarse: a new file may be written again in the same tick
 
 
-def list_files(folder: str | Path, above: tuple = ()) -> Iterator[str]:
-    """Yield the paths of files in a folder, relative to it; links are followed, hidden and unreadable ones left out."""
+def list_files(folder: str | Path, above: tuple = (), num_links: int = 0) -> Iterator[str]:
+    """Yield the paths of files in a folder, relative to it, without those `IGNORED` and those that cannot be read.
+
+    Links are followed, `MAX_LINKS` of them on the way to a file.
+    """
     try:
         status, entries = os.stat(folder), sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:
         return
     place = status.st_dev, status.st_ino
-    if place in above:  # a link to a folder around it
+    if place in above or num_links > MAX_LINKS:
         return
     for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from (f"{entry.name}/{name}" for name in list_files(entry.path, (*above, place)))
-        elif entry.is_file():
+        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in HIDDEN_FOLDERS:
+            below = list_files(entry.path, (*above, place), num_links + entry.is_symlink())
+            yield from (f"{entry.name}/{name}" for name in below)
+        elif entry.is_file() and not IGNORED.fullmatch(entry.name):
             yield entry.name
 
 
@@ -53,25 +61,33 @@ def remembered_digest(
     Files whose paths, sizes, times and places on the disk are those of an earlier call are not read: 10 GB cost no more
     than the listing. `what` tells this `read` from others. Where the note cannot be written, all is read each time.
     """
-    facts = hashlib.sha256(os.fsencode(Path(folder).resolve()) + f"\n{what}\n".encode())
-    newest = 0.0
-    for name in names:
-        status = os.stat(os.path.join(folder, name))
-        # a file that was replaced or written to has another time of change, whatever its modification time says
-        newest = max(newest, status.st_ctime)
-        numbers = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-        facts.update(os.fsencode(name) + f"\n{numbers}\n".encode())
-    noted = Path(constants.HF_HOME, "bridged-transfer", "digests", facts.hexdigest())
+    names = list(names)
+    state, newest = _state_of(folder, names, what)
+    noted = Path(constants.HF_HOME, "bridged-transfer", "digests", state)
     with suppress(OSError):
         return noted.read_text(encoding="utf-8")
     contents = hashlib.sha256()
     for part in read():
         contents.update(part)
     digest = contents.hexdigest()[:DIGITS]
-    if time.time() - newest > SECONDS_TO_SETTLE:
+    # not of files that were replaced after they had been looked at
+    if time.time() - newest > SECONDS_TO_SETTLE and _state_of(folder, names, what)[0] == state:
         with suppress(OSError):
             write_text(noted, digest)
     return digest
+
+
+def _state_of(folder: str | Path, names: list[str], what: str) -> tuple[str, float]:
+    """Return a hash of all that is known of files without reading them, and when the last of them changed."""
+    facts = hashlib.sha256(os.fsencode(Path(folder).resolve()) + f"\n{what}\n".encode())
+    newest = 0.0
+    for name in names:
+        status = os.stat(os.path.join(folder, name))
+        newest = max(newest, status.st_ctime)
+        # a file that was replaced or written to has another time of change, whatever its modification time says
+        numbers = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+        facts.update(os.fsencode(name) + f"\n{numbers}\n".encode())
+    return facts.hexdigest(), newest
 
 
 def describe_files(folder: str | Path, names: Iterable[str]) -> str:

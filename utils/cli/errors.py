@@ -16,7 +16,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # a folder may not be written, or was removed; inputs have these errors, too
 FOLDER_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
 # as libraries put it that do not raise an OSError: safetensors, and torch.save, which does not say why
-DISK_WORDS = re.compile("|".join([*map(os.strerror, DISK_ERRORS), "PytorchStreamWriter failed writing"]))
+DISK_WORDS = re.compile("|".join([*map(os.strerror, DISK_ERRORS), "PytorchStreamWriter failed", "inline_container"]))
+REMOVED_WORDS = re.compile(r"[Dd]irectory \S+ does not exist|No such file or directory")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SECONDS_TO_END = 10.0
 
@@ -88,16 +89,17 @@ def saying_how_to_go_on(folder: str | Path, advice: Callable[[], str]) -> Iterat
 
 def _why_unwritable(error: Exception, folder: str | Path) -> str | None:
     """Return why a file in a folder could not be written, None where the error is another one."""
+    name = getattr(error, "filename", None)
+    name = None if name is None else Path(os.fsdecode(name)).absolute()
+    is_ours = name is not None and name.is_relative_to(Path(folder).absolute())
+    if not Path(folder).is_dir() and (is_ours or REMOVED_WORDS.search(str(error))):
+        return "it was removed"
     if not isinstance(error, OSError) or error.errno is None:
         found = DISK_WORDS.search(str(error))
         return found and found[0]
-    name = None if error.filename is None else Path(os.fsdecode(error.filename)).absolute()
     if error.errno in DISK_ERRORS:
-        elsewhere = name is not None and not name.is_relative_to(Path(folder).absolute())
-        return f"{error.strerror}: {name}" if elsewhere else error.strerror
-    if error.errno in FOLDER_ERRORS and name is not None and name.is_relative_to(Path(folder).absolute()):
-        return error.strerror if Path(folder).is_dir() else "it was removed"
-    return None
+        return f"{error.strerror}: {name}" if name is not None and not is_ours else error.strerror
+    return error.strerror if error.errno in FOLDER_ERRORS and is_ours else None
 
 
 def run_script(main: Callable[[], object]) -> None:
@@ -106,7 +108,8 @@ def run_script(main: Callable[[], object]) -> None:
     A signal ends it with exit status 128 and the signal's number, as a shell gives it.
     """
     try:
-        main()
+        with graceful_interrupt(lambda: "Nothing is lost: run the same command again."):
+            main()
     except UserError as error:
         _end(f"error: {' '.join(str(error).split())}", 2)
     except OSError as error:
@@ -115,9 +118,8 @@ def run_script(main: Callable[[], object]) -> None:
         named = f"{error.filename}: " if error.filename else ""
         _end(f"error: {named}cannot be written ({error.strerror}); make room, or name another place.", 2)
     except Interrupted as interruption:
+        print(file=sys.stderr)  # below a progress bar
         _end(f"interrupted. {interruption}", 128 + interruption.signal_number)
-    except KeyboardInterrupt:
-        _end("interrupted", 128 + signal.SIGINT)
 
 
 def _end(message: str, status: int) -> NoReturn:

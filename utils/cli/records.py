@@ -7,7 +7,6 @@ import re
 import resource
 import subprocess
 import time
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -83,19 +82,17 @@ def peak_memory_gib() -> float:
     return round(int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20, 2)
 
 
-def write_run_config(
-    output_dir: str | Path, options: dict, started: float, inputs: Mapping[str, str] | None = None
-) -> dict:
-    """Write `run_config.json`: options (of `resolve_options`), inputs, versions, hardware, seconds, peak memory.
+def write_run_config(output_dir: str | Path, options: dict, started: float, **facts) -> dict:
+    """Write `run_config.json`: options (of `resolve_options`), versions, hardware, seconds, peak memory, and `facts`.
 
-    `started` is the `time.time()` at which the script began, `inputs` are those of a `RunFolder`.
+    `started` is the `time.time()` at which the script began.
     """
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     record = {
+        **facts,
         "options": options,
-        **({"inputs": dict(inputs)} if inputs else {}),
         "versions": package_versions(),
         "code_commit": code_commit(),
         "hardware": {"device": device, "num_cpus": os.cpu_count(), "platform": platform.platform()},

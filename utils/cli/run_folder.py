@@ -1,6 +1,5 @@
 """The folder of a run: new, begun, or finished; with which options and inputs, and whether this run may go on in it."""
 
-import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -11,10 +10,24 @@ from pathlib import Path
 from utils.cli.errors import UserError, saying_how_to_go_on
 from utils.cli.options import REVISIONS, differing_options
 from utils.cli.processes import warn_once
-from utils.cli.records import RUN_CONFIG, read_record, write_record
+from utils.cli.records import (
+    BRIDGED_CONFIG,
+    COMPARISON,
+    DSI_CONFIG,
+    GENERATION_CONFIG,
+    RUN_CONFIG,
+    read_record,
+    write_record,
+    write_run_config,
+)
 
 # checkpoint-<step>, the earliest first, and nothing of somebody's own such as checkpoint-best
 CHECKPOINTS = tuple("checkpoint-" + "[0-9]" * num_digits for num_digits in range(1, 10))
+# whose folders they are
+MADE = {
+    DSI_CONFIG: "a style token", GENERATION_CONFIG: "a synthetic set", BRIDGED_CONFIG: "a classifier",
+    COMPARISON: "a comparison",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,11 @@ class RunFolder:
         self._warn_of_unknown_inputs()
         return True
 
+    def warn_of_new_start(self, resume: bool) -> None:
+        """Say so where there is something to go on with, as `resume` asks, that `overwrite` takes away."""
+        if resume and self.overwrite and self.find_traces():
+            warn_once("--resume_from_checkpoint latest: without effect, --overwrite_output_dir starts from scratch.")
+
     def find_traces(self) -> list[Path]:
         """Return what an unfinished run has left, in the order of `traces`, those of a pattern by length and name."""
         return self._find(self.traces)
@@ -79,6 +97,7 @@ class RunFolder:
         """
         traces = self.find_traces()
         if self.overwrite or not traces:
+            self.warn_of_new_start(resume)
             return False
         if not resume:
             raise UserError(
@@ -91,8 +110,12 @@ class RunFolder:
 
     @property
     def is_begun(self) -> bool:
-        """Whether a run has noted its options here."""
-        return (self.path / self.noted_in[0]).exists()
+        """Whether a run that makes such a thing has noted its options here."""
+        name, key = self.noted_in
+        if not (self.path / name).exists():
+            return False
+        noted = read_record(self.path / name)
+        return key in noted and noted.get("makes", self.what) == self.what
 
     def check_options(self) -> None:
         """Check that the run that began here had these options and inputs.
@@ -124,40 +147,49 @@ class RunFolder:
         """Check, before any work, that the folder can be made and written, and that none of the outputs is foreign.
 
         Raises:
-            UserError: it cannot be written; or it holds a file that this run would write, and no run has noted.
+            UserError: it cannot be written; it is the folder of another script; or it holds a file that this run would
+                write, and no run has made.
         """
         check_writable(self.path)
-        if self.overwrite or self.is_begun or self.find_traces():
+        for name, what in MADE.items():
+            if what != self.what and (self.path / name).exists():
+                raise UserError(f"--output_dir {self.path}: holds {what} ({name}); name another folder.")
+        if self.is_begun or self.find_traces():
             return
         if foreign := next(iter(self._find(self.outputs)), None):
             raise UserError(
                 f"--output_dir {self.path}: holds {foreign.relative_to(self.path)}, which would be overwritten, and is "
-                f"not the folder of {self.what} (no {self.noted_in[0]}); name another folder."
+                f"not the folder of {self.what}; name another folder."
             )
 
     def begin(self, keep_traces: bool = False, **facts) -> None:
         """Remove what an earlier run left, if this one does not need it; note options, inputs and `facts`."""
         (self.path / self.record).unlink(missing_ok=True)  # from here on, what is there is being replaced
         for trace in [] if keep_traces else self.find_traces():
-            shutil.rmtree(trace)
-        for output in self._find(self.outputs):
+            remove_folder(trace)
+        for output in filter(Path.is_file, self._find(self.outputs)):
             output.unlink()
             if output.parent != self.path and not any(output.parent.iterdir()):
                 output.parent.rmdir()
         name, key = self.noted_in
-        write_record(self.path / name, {key: self.options, **({"inputs": self.inputs} if self.inputs else {}), **facts})
+        inputs = {"inputs": self.inputs} if self.inputs else {}
+        write_record(self.path / name, {"makes": self.what, key: self.options, **inputs, **facts})
+
+    def write_run_config(self, started: float) -> dict:
+        """Write `run_config.json` at the end of a run that began at the `time.time()` of `started`; return it."""
+        return write_run_config(self.path, self.options, started, makes=self.what, inputs=dict(self.inputs))
 
     @contextmanager
     def working(self, command: str) -> Iterator[None]:
         """Say how to go on where a signal ends the block, or the folder cannot be written; `command` began the run."""
 
         def advise() -> str:
-            words = [word for word in shlex.split(command) if word != "--overwrite_output_dir"]
-            kept, resume = "nothing is kept yet", ["--resume_from_checkpoint", "latest"]
+            go_on, kept, resume = command, "nothing is kept yet", " --resume_from_checkpoint latest"
             if traces := self.find_traces():
                 kept = f"{traces[-1].name} is kept"
-                words += [] if resume[0] in words else resume
-            return f"{kept}; go on with: {shlex.join(words)}"
+                go_on += resume if resume not in command else ""
+                go_on += " --no_overwrite_output_dir" if self.overwrite else ""  # of flags, the last one holds
+            return f"{kept}; go on with: {go_on}"
 
         with saying_how_to_go_on(self.path, advise):
             yield
@@ -187,18 +219,20 @@ class RunFolder:
         """Return 'name was value, now value' for each option that another result depends on."""
         name, key = self.noted_in
         noted = read_record(self.path / name)
-        free = self.free | REVISIONS if "inputs" in noted else self.free
+        # what names an input may change where its contents are compared
+        free = self.free | REVISIONS | set(noted["inputs"]) if "inputs" in noted else self.free
         return differing_options(noted[key], self.options, free)
 
     def differing_inputs(self) -> list[str]:
         """Return '--flag value was ..., now ...' for each input that was another, as far as that was noted."""
-        return self._describe_changes(read_record(self.path / self.noted_in[0]).get("inputs", {}), self.inputs)
+        noted = read_record(self.path / self.noted_in[0])
+        return self._describe_changes(noted.get("inputs", self.inputs), self.inputs)
 
     def _describe_changes(self, before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
         return [
-            f"--{name} {self.options.get(name, '')}".rstrip() + f" was {before[name]}, now {now[name]}"
-            for name in now
-            if name in before and before[name] != now[name]
+            f"--{name} {self.options.get(name, '')}".rstrip() + f" was {before.get(name)}, now {now.get(name)}"
+            for name in {**before, **now}
+            if before.get(name) != now.get(name)
         ]
 
     def _warn_of_unknown_inputs(self) -> None:
@@ -209,13 +243,26 @@ class RunFolder:
             )
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder, or a link to one, so that nobody takes what a kill leaves of it for the whole."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    hidden = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
 def check_writable(folder: Path) -> None:
     """Check that a folder can be made and written, by a file in it, or in the nearest one around it that is there.
 
     Raises:
         UserError: it cannot.
     """
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"--output_dir {folder}: {nearest} is a file; name a folder.")
     try:
         with tempfile.TemporaryFile(dir=nearest) as file:
             file.write(bytes(4096))

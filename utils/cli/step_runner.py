@@ -1,5 +1,6 @@
 """Runs commands as the steps of a longer work: what is finished is not done again, two may run side by side."""
 
+import fnmatch
 import glob
 import json
 import os
@@ -13,12 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import yaml
+
 from utils.cli.contents import describe_files, list_files
-from utils.cli.records import DSI_CONFIG, GENERATION_CONFIG, RUN_CONFIG, write_text
+from utils.cli.parsing import RECIPE_SUFFIXES
+from utils.cli.records import ALL_RESULTS, RUN_CONFIG, write_text
 
 NUM_LANES = 2
-# of a step's folder, what later ones depend on: no times, and no pictures
-RESULTS = (DSI_CONFIG, GENERATION_CONFIG, ".safetensors", ".parquet")
+# of a step's folder, what no later one depends on: times, texts and pictures
+NO_RESULTS = (RUN_CONFIG, ALL_RESULTS, "*.md", "*.png", "SHA256SUMS", "quality.json")
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class StepRunner:
         """
         before, asked, inputs = self.costs.get(step.name, {}), step.text, self._describe_inputs(step)
         noted = before.get("inputs", inputs)  # earlier versions noted none
-        changed = [name for name in inputs if name in noted and noted[name] != inputs[name]]
+        changed = [name for name in {**noted, **inputs} if noted.get(name) != inputs.get(name)]
         if step.finished.exists() and before.get("command") == asked and not changed:
             self.say(f"{step.name}: done before in {before['seconds']:.0f} s")
             return
@@ -117,16 +121,19 @@ class StepRunner:
         """Return what tells the contents of the files and folders that a command names from others, by path."""
         finished = (self.root / step.finished).absolute()
         inputs, own = {}, {finished, *finished.parents}
-        for word in step.command[1:]:
-            if word.startswith("--") or "/" not in word:
-                continue
+        words = [word for word in step.command[1:] if "/" in word]
+        for recipe in [self.root / word for word in words if word.endswith(RECIPE_SUFFIXES)]:
+            entries = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+            if isinstance(entries, dict):
+                words += [value for value in entries.values() if isinstance(value, str) and "/" in value]
+        for word in words:
             pattern = "*".join(map(glob.escape, word.rpartition("=")[2].split("{seed}")))
             for path in map(Path, sorted(glob.glob(os.path.join(self.root, pattern)))):
                 if path.absolute() in own:
                     continue
                 folder, names = path.parent, [path.name]
                 if path.is_dir():
-                    folder, names = path, [name for name in list_files(path) if name.endswith(RESULTS)]
+                    folder, names = path, [name for name in list_files(path) if not _is_no_result(name)]
                 inputs[os.path.relpath(path, self.root)] = describe_files(folder, names)
         return inputs
 
@@ -135,3 +142,7 @@ class StepRunner:
         if not step.is_launched:
             return [str(python), *step.command]
         return [str(python.with_name("accelerate")), "launch", *self.launch, *step.command]
+
+
+def _is_no_result(name: str) -> bool:
+    return "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in NO_RESULTS)

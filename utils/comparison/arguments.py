@@ -16,6 +16,10 @@ SEARCHED = (
     "learning_rates", "step_counts", "head_learning_rate_factors", "bridge_learning_rates", "bridge_step_counts",
     "bridge_mixup_alphas",
 )  # fmt: skip
+# the settings of stage 1 that may be searched
+STAGE_1_FLAGS = {
+    "learning_rate": "bridge_learning_rates", "max_steps": "bridge_step_counts", "mixup_alpha": "bridge_mixup_alphas",
+}  # fmt: skip
 
 
 def of_methods(is_right: Callable[[Method], bool], lack: str) -> Need:
@@ -30,6 +34,29 @@ def of_methods(is_right: Callable[[Method], bool], lack: str) -> Need:
 
 ON_REAL = of_methods(lambda method: method.uses_real, "train on synthetic images alone")
 STAGE_1_STEPS = of_methods(has_stage_1_steps, "neither train on synthetic images nor take the steps of such a stage")
+
+
+def _takes(method: Method, setting: str) -> bool:
+    if setting == "max_steps":
+        return has_stage_1_steps(method)
+    return any(stage.images == "synthetic" and setting not in stage.settings for stage in method.stages)
+
+
+def of_stage_1(setting: str) -> Need:
+    """Return the need of a method that takes a setting in a stage on synthetic images alone.
+
+    Without one, it still counts where stage 1 is searched, always with it, for another setting that a method takes.
+    """
+
+    def is_met(values: Mapping[str, object]) -> bool:
+        counting = {setting, *(name for name, flag in STAGE_1_FLAGS.items() if len(values[flag] or []) > 1)}
+        if values["search_learning_rate"]:
+            counting.add("learning_rate")
+        return of_methods(lambda row: any(_takes(row, name) for name in counting), "").is_met(values)
+
+    return Need("with --methods {methods}, none of which takes it on synthetic images alone", is_met)
+
+
 OPEN = without_flag("settings")  # which holds the recipes of all stages
 SEARCH = Need(
     "where nothing is searched",
@@ -107,7 +134,7 @@ class SearchArguments:
     bridge_learning_rates: list[float] | None = option(
         None,
         "Peak learning rates on synthetic images; when not given, 5e-4 for networks with BatchNorm, 5e-5 for others.",
-        needs=[STAGE_1_STEPS, OPEN],
+        needs=[of_stage_1("learning_rate"), OPEN],
     )
     bridge_step_counts: list[int] | None = option(
         None, "Steps on synthetic images, in place of epochs; the same for every volume.", needs=[STAGE_1_STEPS, OPEN]
@@ -117,7 +144,7 @@ class SearchArguments:
         needs=[STAGE_1_STEPS, OPEN, without_flag("bridge_step_counts")],
     )  # fmt: skip
     bridge_mixup_alphas: list[float] = option(
-        [0.2], "Mixup on synthetic images; 0 turns it off.", needs=[STAGE_1_STEPS, OPEN]
+        [0.2], "Mixup on synthetic images; 0 turns it off.", needs=[of_stage_1("mixup_alpha"), OPEN]
     )
     search_seeds: list[int] | None = option(
         None, "Few-shot seeds of the search; the first of --seeds when not given.", needs=[SEARCH]
@@ -138,8 +165,9 @@ class SharedStageArguments:
     _argument_group_name = "training"
 
     bridge_head_learning_rate_factor: float = option(
-        10.0, "Head's learning rate over the rest's, on synthetic images.", needs=[STAGE_1_STEPS, OPEN]
-    )
+        10.0, "Head's learning rate over the rest's, on synthetic images.",
+        needs=[of_stage_1("head_learning_rate_factor"), OPEN],
+    )  # fmt: skip
     mixup_alpha: float = option(0.0, "Mixup outside stage 1; 0 turns it off.", needs=[ON_REAL])
     batch_norm: str = option("frozen", "BatchNorm statistics.", choices=BATCH_NORM_MODES)
     augmentation: str = option("robust", "Augmentation, as in train_bridged.py.", choices=AUGMENTATIONS)

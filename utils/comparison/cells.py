@@ -44,7 +44,8 @@ _runner: "CellRunner | None" = None  # of a worker process
 class CellRunner:
     """What all cells share. `sources` maps (name of a synthetic set, seed) to the set.
 
-    `settings` has what recipes and methods leave open. Several runners, in as many processes, may share `output_dir`:
+    `settings` has what recipes and methods leave open, `shared_inputs` what told the contents of model and real images
+    from others before these were loaded. Several runners, in as many processes, may share `output_dir`:
     each cell and each stage 1 has a lock, and is run once.
     """
 
@@ -56,9 +57,10 @@ class CellRunner:
     output_dir: Path
     max_eval_samples: int | None = None
     allow_missing_classes: bool = False
+    shared_inputs: dict[str, str] = field(default_factory=dict)
     _items: dict = field(default_factory=dict)
     _synthetic: dict = field(default_factory=dict)
-    _inputs: dict = field(default_factory=dict)
+    _identities: dict = field(default_factory=dict)
 
     def result(self, cell: Cell) -> dict:
         """Return a cell's metrics on its split, from disk when it was run with the same settings before.
@@ -131,6 +133,7 @@ class CellRunner:
         """Return the images of a set with the real set's labels, at most `volume` a class."""
         key = source.name, source.revision, volume
         if key not in self._synthetic:
+            self.identity_of(source, volume)  # before it is loaded
             self._synthetic[key] = load_synthetic(
                 source, self.real.class_names, volume, self.pretrained.hub_options.get("token"),
                 allow_missing_classes=self.allow_missing_classes,
@@ -174,11 +177,17 @@ class CellRunner:
 
     def inputs(self, cell: Cell) -> dict[str, str]:
         """Return what tells the contents of a cell's inputs from others, by flag, as they were when first looked at."""
-        source = self.sources[cell.row.synthetic, cell.seed] if cell.row.method.uses_synthetic else None
-        key = source and (source.name, source.revision, cell.row.volume)
-        if key not in self._inputs:
-            self._inputs[key] = self._identify(cell)
-        return self._inputs[key]
+        if not cell.row.method.uses_synthetic:
+            return self.shared_inputs
+        source = self.sources[cell.row.synthetic, cell.seed]
+        return self.shared_inputs | {"synthetic_dataset": self.identity_of(source, cell.row.volume)}
+
+    def identity_of(self, source: SyntheticSource, volume: int | None) -> str:
+        """Return what tells a set's images, at most so many per class, from others, as when first looked at."""
+        key = source.name, source.revision, volume
+        if key not in self._identities:
+            self._identities[key] = identify_synthetic(source, volume)
+        return self._identities[key]
 
     def _identify(self, cell: Cell) -> dict[str, str]:
         _, inputs = identify_real_images(self.real.record, self.pretrained.hub_options.get("token"))

@@ -144,18 +144,17 @@ def shots_key(num_shots: int | None) -> str:
     return "all" if num_shots is None else str(num_shots)
 
 
+def recipes_of(chosen: dict, row: Row) -> dict | None:
+    """Return the recipes of a method by shots, or of the same method with another synthetic set; None without any."""
+    return chosen.get(row.label) or chosen.get(row.name)
+
+
 def look_up_recipe(chosen: dict, row: Row, num_shots: int | None) -> Recipe:
-    """Return the recipe of a method (of the same method with another synthetic set, if need be).
+    """Return the recipe of a method that has some, of `recipes_of`.
 
     A shot count that was not searched takes the nearest smaller one, else the nearest; all images count as most.
-
-    Raises:
-        UserError: the method was not searched.
     """
-    by_shots = chosen.get(row.label) or chosen.get(row.name)
-    if not by_shots:
-        raise UserError(f"--settings: has no recipe for '{row.label}'; it has {', '.join(chosen)}.")
-    entries = {math.inf if key == "all" else int(key): entry for key, entry in by_shots.items()}
+    entries = {math.inf if key == "all" else int(key): entry for key, entry in recipes_of(chosen, row).items()}
     wanted = math.inf if num_shots is None else num_shots
     entry = entries[max((count for count in entries if count <= wanted), default=min(entries))]
     return Recipe(entry["learning_rate"], entry["max_steps"], entry["head_learning_rate_factor"])

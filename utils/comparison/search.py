@@ -1,19 +1,30 @@
 """The search of recipes on validation images: of stage 1 first, then of each method by the same candidates."""
 
 import dataclasses
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from utils.cli.errors import UserError
+from utils.cli.parsing import MAX_FLOAT
 from utils.cli.records import read_record, write_record
 from utils.comparison.cells import CellRunner, run_cells
-from utils.comparison.grid import Cell, Recipe, Row, look_up_recipe, make_cell, rates_around, shots_key, shots_title
+from utils.comparison.grid import Cell, Recipe, Row, make_cell, rates_around, recipes_of, shots_key, shots_title
 from utils.transfer.methods import StageSettings, steps_per_epoch
 
 LOST = [-1.0]  # the accuracies of a candidate that diverged
 SEARCHED = ("max_steps", "learning_rate", "head_learning_rate_factor", "mixup_alpha")  # of stage 1, by `list_bridges`
+STAGE_SETTINGS = tuple(field.name for field in dataclasses.fields(StageSettings))
+RECIPE = tuple(field.name for field in dataclasses.fields(Recipe))
+# what a number in a chosen_settings.json must be, and the test
+WANTED = {
+    "max_steps": ("a whole number above 0", lambda value: isinstance(value, int) and value > 0),
+    "learning_rate": ("a number above 0", lambda value: 0 < value <= MAX_FLOAT),
+    "head_learning_rate_factor": ("a number above 0, or null", lambda value: 0 < value <= MAX_FLOAT),
+    "mixup_alpha": ("a number, 0 or above", lambda value: 0 <= value <= MAX_FLOAT),
+}
 
 
 def list_bridges(search_args, shared_args, settings: StageSettings, num_images: int) -> list[StageSettings]:
@@ -94,29 +105,60 @@ def write_settings(path: Path, chosen: dict) -> None:
     write_record(path, chosen | {"stage1": {name: chosen["stage1"][name] for name in SEARCHED}})
 
 
-def read_settings(path: str, rows: list[Row], shots: list[int | None], settings: StageSettings) -> dict:
-    """Return what a chosen_settings.json holds, checked; what is not searched in stage 1 is as in `settings`.
-
-    Where older files, which hold all of stage 1, have other values for that, one line says so.
+def check_settings(path: str, rows: list[Row]) -> dict:
+    """Return what a chosen_settings.json holds, every value of it checked.
 
     Raises:
         UserError: it is no such file, or has no recipe for a method.
     """
     chosen = read_record(path)
-    try:
-        recorded = dataclasses.asdict(dataclasses.replace(settings, **chosen["stage1"]))
-        chosen["stage1"] = dataclasses.asdict(settings) | {name: chosen["stage1"][name] for name in SEARCHED}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"--settings {path}: is no chosen_settings.json of this script ({error}).") from None
+    problems = [_find_problem("stage1", chosen.get("stage1"), SEARCHED, STAGE_SETTINGS)]
+    methods = {name: by_shots for name, by_shots in chosen.items() if name != "stage1"}
+    for name, by_shots in methods.items():
+        if not isinstance(by_shots, dict) or not all(shots == "all" or shots.isdecimal() for shots in by_shots):
+            problems.append(f"{name} is {by_shots!r}, no mapping of shots to recipes")
+            continue
+        problems += [_find_problem(f"{name} with {shots} shots", entry, RECIPE) for shots, entry in by_shots.items()]
+    if problem := next(filter(None, problems), None):
+        raise UserError(f"--settings {path}: is no chosen_settings.json of this script ({problem}).")
+    for row in rows:
+        if row.method.uses_real and not recipes_of(chosen, row):
+            raise UserError(f"--settings {path}: has no recipe for '{row.label}'; it has {', '.join(methods)}.")
+    return chosen
+
+
+def _find_problem(where: str, part: object, names: Sequence[str], known: Sequence[str] | None = None) -> str | None:
+    """Return what is wrong with a mapping that must have `names`, and may have those `known`; None if nothing is."""
+    if not isinstance(part, dict):
+        return f"{where} is {part!r}, no mapping of settings to values"
+    for name in names:
+        if name not in part:
+            return f"{where} has no {name}"
+        value, (wanted, is_right) = part[name], WANTED[name]
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (is_right(value) if is_number else value is None and name == "head_learning_rate_factor"):
+            return f"{name} of {where} is {value!r}, must be {wanted}"
+    unknown = [name for name in part if known is not None and name not in known]
+    return f"{where} has an unknown {unknown[0]}" if unknown else None
+
+
+def read_settings(path: str, rows: list[Row], settings: StageSettings) -> dict:
+    """Return what a chosen_settings.json holds, checked; what is not searched in stage 1 is as in `settings`.
+
+    Where older files, which hold all of stage 1, have other values for that, one line says so.
+
+    Raises:
+        UserError: what `check_settings` raises.
+    """
+    chosen = check_settings(path, rows)
+    recorded = dataclasses.asdict(settings) | chosen["stage1"]
+    chosen["stage1"] = dataclasses.asdict(settings) | {name: chosen["stage1"][name] for name in SEARCHED}
     others = [f"{name} {value}" for name, value in recorded.items() if value != chosen["stage1"][name]]
     if others:
         print(
             f"Warning: --settings {path}: its stage 1 was searched with {', '.join(others)}; the values of this run "
             "hold, for every method."
         )
-    for row, num_shots in product(rows, shots):
-        if row.method.uses_real:
-            look_up_recipe(chosen, row, num_shots)
     return chosen
 
 

@@ -25,6 +25,8 @@ METADATA_FILES = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # which
 OTHER_DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".tar", ".tgz", ".gz", ".zip", ".h5", ".hdf5", ".xml",
                     ".lance")  # fmt: skip
 
+CARD = "README.md"
+
 Classes = dict[str, list[str]]
 
 
@@ -75,7 +77,7 @@ def read_local_set(folder: str) -> FolderSet | None:
     Raises:
         UserError: there are neither images nor other data; the folders may mean one thing or another.
     """
-    if is_saved_to_disk(folder) or _has_card_with_data(folder):
+    if is_saved_to_disk(folder) or has_card_with_data(folder):
         return None
     files = find_image_files(folder, "--dataset_name")
     others = files.left_out.get(NOT_IMAGE, [])
@@ -217,10 +219,10 @@ def _count(files: ImageFiles, splits: Iterable[Classes], unlabelled: Sequence[st
     return notes
 
 
-def _has_card_with_data(folder: str) -> bool:
+def has_card_with_data(folder: str) -> bool:
     """Return whether a card says which files are the data: then `datasets` reads them."""
     try:
-        text = (Path(folder) / "README.md").read_text(encoding="utf-8", errors="replace")
+        text = (Path(folder) / CARD).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
     header = text[3:].partition("\n---")[0] if text.startswith("---") else ""

@@ -9,14 +9,12 @@ from pathlib import Path
 import PIL.Image
 
 import utils.data.images  # noqa: F401 (makes Pillow read HEIC where pillow-heif is installed)
+from utils.cli.contents import HIDDEN_FOLDERS, MAX_LINKS
 from utils.cli.errors import UserError
 
 MAX_NAMED = 3
-MAX_LINKS = 2  # from one linked folder into the next: of folders that are all linked to each other no one sees the end
 NOT_IMAGE, HIDDEN, BAD_NAME, NO_ACCESS, DEAD_LINK, LOOP = range(6)
 # of systems and programs, beside the names that begin with a dot; a class may well be called __other__
-HIDDEN_FOLDERS = {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",
-                  "lost+found"}  # fmt: skip
 # Pillow knows these by name only: opened, they have no pixels
 NO_PIXELS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 # told by their content; the other formats' signatures are so short that anything may begin with them

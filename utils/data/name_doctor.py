@@ -217,7 +217,7 @@ def write_class_names(path: str | Path, class_names: list[str], nouns: list[str]
     """Write class name -> noun as YAML to edit, each finding as a comment above its class, whole or not at all.
 
     Raises:
-        UserError: the file would not be read as YAML, by its suffix.
+        UserError: the file would not be read as YAML, by its suffix; it cannot be written.
     """
     path = Path(path)
     if path.suffix not in (".yaml", ".yml"):
@@ -233,7 +233,10 @@ def write_class_names(path: str | Path, class_names: list[str], nouns: list[str]
     for name, noun in zip(class_names, nouns):
         lines += comments.get(name, [])
         lines.append(yaml.safe_dump({name: noun}, allow_unicode=True, width=float("inf")).rstrip("\n"))
-    write_text(path, "\n".join(lines) + "\n")
+    try:
+        write_text(path, "\n".join(lines) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: class names cannot be written ({error.strerror}); name another file.") from None
 
 
 def _comment(text: str) -> str:

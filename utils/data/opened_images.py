@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -146,6 +146,20 @@ def content_places(images: Dataset) -> np.ndarray:
     for row, found in _for_each(images, place, "reading images"):
         places[row] = found
     return places
+
+
+def check_digests(images: Dataset, digests: Sequence[str], rows: range, where: str) -> None:
+    """Check that some rows have the images, by their encoded bytes, of which `digests` has the SHA-256 of every row.
+
+    `where` is the flag that names them, and its value.
+
+    Raises:
+        UserError: one was replaced since.
+    """
+    encoded = images.select_columns("image").cast_column("image", Image(decode=False))
+    for row in rows:
+        if hashlib.sha256(_read_encoded(encoded[row]["image"])).hexdigest() != digests[row]:
+            raise UserError(f"{where}: image {row} was replaced while it was read; run the same command again.")
 
 
 def _for_each(

@@ -1,20 +1,20 @@
 """The labelled real images: load, find columns, split and check. The same images for every script and method."""
 
-import fnmatch
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 
+from utils.cli.contents import content_digest
 from utils.cli.errors import UserError
-from utils.data.class_folders import load_folder_set, read_local_set, read_train_dirs
+from utils.data.class_folders import CARD, has_card_with_data, load_folder_set, read_local_set, read_train_dirs
 from utils.data.class_names import list_names, near_equal_names
 from utils.data.columns import find_columns, is_labelled, standardise, unify_labels
 from utils.data.image_set import PARTS, PLACES, Part, RealImages, RealImagesRecord
 from utils.data.opened_images import content_places
 from utils.data.splits import TEST_SHARE, assign_splits, balanced_indices, carve, evenly_spaced, select
-from utils.hub.data_sets import load_data_set
+from utils.hub.data_sets import list_data_files, load_data_set
 from utils.hub.repositories import open_source
 
 MISSING_VALUES = ("nan", "none", "null", "n/a", "na", "<na>")  # what programs write where there is no label
@@ -98,16 +98,12 @@ def identify_real_images(record: RealImagesRecord, token: str | None = None) -> 
             continue
         revision = record.dataset_revision if place == "dataset_name" else None
         source = open_source(name, f"--{place}", "dataset", revision, token)
-        identities[place] = source.identity(_is_data)
+        identities[place] = source.identity(list_data_files)
+        if source.is_local and has_card_with_data(name):  # which says which files are the data
+            identities[place] += f", card {content_digest(name, [CARD])}"
         if place == "dataset_name":
             record = replace(record, dataset_revision=source.revision)
     return record, identities
-
-
-def _is_data(filename: str) -> bool:
-    """Return whether a file in a folder of images may be of the images: cards, and what datasets caches, are not."""
-    name = filename.rpartition("/")[2]
-    return not (name.endswith((".md", ".lock")) or fnmatch.fnmatchcase(name, "cache-*.arrow"))
 
 
 def same_image_set(record: dict, dataset_name: str | None, train_dir: str | None) -> bool:

@@ -1,7 +1,9 @@
 """Labelled image sets out of a folder or a Hub repository, at the commit of their source."""
 
+import fnmatch
 import os
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -10,6 +12,7 @@ from datasets.arrow_reader import ArrowReader
 from huggingface_hub import HfFileSystem, constants, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
 
+from utils.cli.contents import list_files
 from utils.cli.errors import UserError
 from utils.cli.processes import is_main_process, warn_once
 from utils.hub.file_classes import reordered_names, unify_class_names
@@ -43,9 +46,11 @@ def load_data_set(source: Source, config_name: str | None = None, split: str | N
 
 def _build(source: Source, config_name: str | None, is_all_asked: bool) -> DatasetDict:
     """Have `datasets` read a set; warn where that leaves out images though all are asked for."""
-    where = f"{source.flag} {source.name}"
+    where, cache_dir = f"{source.flag} {source.name}", _cache_dir(source)
     try:
-        builder = datasets.load_dataset_builder(source.name, config_name, revision=source.revision, token=source.token)
+        builder = datasets.load_dataset_builder(
+            source.name, config_name, cache_dir=cache_dir, revision=source.revision, token=source.token
+        )  # fmt: skip
         builder.download_and_prepare()
         loaded = builder.as_dataset()
         if builder.name in ("parquet", "arrow"):
@@ -59,9 +64,33 @@ def _build(source: Source, config_name: str | None, is_all_asked: bool) -> Datas
         raise UserError(f"{where}: cannot be loaded ({_innermost(error)}).") from None
     if not source.is_local:
         _check_commit(loaded, source)
+    elif _cache_dir(source) != cache_dir:
+        shutil.rmtree(cache_dir)
+        raise UserError(f"{where}: its files have changed while they were read; run the same command again.")
     if is_all_asked and builder.name == "imagefolder" and is_main_process():
         _warn_of_images_left_out(loaded, builder, source)
     return loaded
+
+
+def list_data_files(folder: str) -> list[str]:
+    """Return the files of a local folder that are its data: its tables, where it has some, else all but texts.
+
+    What `datasets` caches there is left out.
+    """
+    names = [
+        name for name in list_files(folder)
+        if not name.endswith((".md", ".txt", ".lock")) and not fnmatch.fnmatchcase(Path(name).name, "cache-*.arrow")
+    ]  # fmt: skip
+    tables = [name for name in names if name.endswith(".parquet") and Path(name).name != "metadata.parquet"]
+    return names if is_saved_to_disk(folder) else tables or names
+
+
+def _cache_dir(source: Source) -> str | None:
+    """Return where `datasets` keeps what it makes of a folder: by contents, as it looks at names and times only."""
+    if not source.is_local:
+        return None
+    digest = source.identity(list_data_files).rpartition(" ")[2]
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, "bridged-transfer", digest)
 
 
 def check_path(source: Source) -> None:

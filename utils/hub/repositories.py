@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from textwrap import shorten
 from huggingface_hub import HfApi, constants, errors, get_token, hf_hub_download, snapshot_download
 from huggingface_hub import try_to_load_from_cache as find_in_cache
 
-from utils.cli.contents import describe_files, list_files
+from utils.cli.contents import describe_files
 from utils.cli.errors import UserError
 
 MAX_REASON = 400  # characters of a library's message, which may list all models that it knows
@@ -107,10 +107,10 @@ class Source:
                 HfApi().resolve_revision(self.name, **self._where, local_files_only=constants.HF_HUB_OFFLINE).resolved
             )
 
-    def identity(self, is_meant: Callable[[str], bool] = lambda name: True) -> str:
+    def identity(self, list_meant: Callable[[str], Iterable[str]] = list_files) -> str:
         """Return what tells these contents from others of this name: the commit, or a hash of a folder's files.
 
-        `is_meant` says of a path in the folder whether it belongs to the input.
+        `list_meant` lists those that belong to the input, by their paths in the folder.
 
         Raises:
             UserError: a file cannot be read.
@@ -118,7 +118,7 @@ class Source:
         if not self.is_local:
             return f"commit {self.revision}"
         with self.reading("cannot be read"):
-            return describe_files(self.name, filter(is_meant, list_files(self.name)))
+            return describe_files(self.name, list_meant(self.name))
 
     def is_reachable(self) -> bool:
         """Return whether the Hub answers, without the clients' half minute of new tries where it does not.

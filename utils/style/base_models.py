@@ -50,6 +50,18 @@ class BaseModel(SavedPipeline):
 
         Latents are cached before they are scaled, so nothing else decides them.
         """
+        return self._identify_vae()
+
+    def check_vae_unchanged(self) -> None:
+        """Check, once the VAE is loaded, that it is the one that was identified.
+
+        Raises:
+            UserError: it was replaced meanwhile.
+        """
+        if self._identify_vae() != self.vae_identity:
+            raise UserError(f"{self.prefix} its VAE was replaced while it was read; run the same command again.")
+
+    def _identify_vae(self) -> str:
         if not self.source.is_local:
             return f"{self.source.name}@{self.source.revision}"
         digest = hashlib.sha256()

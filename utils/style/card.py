@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from utils.cli.options import absolute_if_local
-from utils.cli.records import DSI_CONFIG, RUN_CONFIG, image_set_name, write_run_config
+from utils.cli.records import DSI_CONFIG, RUN_CONFIG, image_set_name
 from utils.cli.run_folder import RunFolder
 from utils.hub.cards import FUNCTIONS, License, common_license, hub_ids, read_licenses, save_card
 from utils.hub.targets import Target
@@ -43,7 +43,7 @@ def write_records(
         (base_model["id"], "model", base_model["revision"]),
         (image_set_name(real), "dataset", real["dataset_revision"]),
     ]
-    run = write_run_config(folder.path, folder.options, started, folder.inputs)
+    run = folder.write_run_config(started)
     write_token_card(folder.path, record, run, read_licenses(sources, token), command, target and target.repo_id)
     folder.finish(record)
     print_summary(folder.path, record["health"], time.time() - started)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from utils.cli.errors import UserError
 from utils.cli.options import REVISIONS, differing_options
 from utils.cli.records import read_record, write_record
-from utils.cli.run_folder import RunFolder
+from utils.cli.run_folder import RunFolder, remove_folder
 from utils.style.families import LEARNED_EMBEDS
 from utils.style.token import load_learned_embeds, save_learned_embeds
 
@@ -68,11 +68,12 @@ class TrainingState:
             "scaler": self.scaler.state_dict() if self.scaler else None,
         }
         write_record(temporary / STATE_RECORD, record)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            remove_folder(final)
         temporary.rename(final)
         if total_limit is not None:
             for earlier in folder.find_traces()[:-total_limit]:
-                shutil.rmtree(earlier)
+                remove_folder(earlier)
         return final
 
     def load(self, checkpoint: Path) -> None:
@@ -120,6 +121,7 @@ def find_checkpoint(folder: RunFolder, resume: str | None) -> Path | None:
         folder.is_resumable(False)  # raises where there is something to bury
         return None
     if resume == "latest":
+        folder.warn_of_new_start(True)
         if folder.overwrite or not checkpoints:
             return None
         checkpoint = checkpoints[-1]

@@ -6,9 +6,10 @@ import logging
 import os
 import platform
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -66,8 +67,11 @@ class LatentCache:
         return missing
 
     @torch.no_grad()
-    def encode(self, vae, images: Dataset, shard_numbers: list[int], show_progress: bool) -> None:
-        """Encode the column `image`, centre-cropped, and write these shards.
+    def encode(
+        self, vae, images: Dataset, shard_numbers: list[int], show_progress: bool,
+        check: Callable[[range], None] = lambda rows: None,
+    ) -> None:  # fmt: skip
+        """Encode the column `image`, centre-cropped, and write these shards, after a `check` of their rows.
 
         A shard that another run is at is left to it, and looked at again in the end: that run may have died.
 
@@ -79,10 +83,11 @@ class LatentCache:
         undecoded = images.cast_column("image", Image(decode=False))
         total = sum(len(self._rows(number)) for number in shard_numbers)
         with tqdm(total=total, desc="encoding images", unit="image", disable=not show_progress) as progress:
-            held = [n for n in shard_numbers if not self._encode_shard(n, vae, undecoded, progress, wait=False)]
+            encode = partial(self._encode_shard, vae=vae, undecoded=undecoded, progress=progress, check=check)
+            held = [number for number in shard_numbers if not encode(number, wait=False)]
             for number in held:
                 progress.set_postfix_str("waiting for another run")
-                self._encode_shard(number, vae, undecoded, progress, wait=True)
+                encode(number, wait=True)
 
     def open(self) -> "Latents":
         """Map all shards.
@@ -130,7 +135,9 @@ class LatentCache:
             digest.update(value.numpy())
         return digest.hexdigest()
 
-    def _encode_shard(self, number: int, vae, undecoded: Dataset, progress: tqdm, wait: bool) -> bool:
+    def _encode_shard(
+        self, number: int, vae, undecoded: Dataset, progress: tqdm, check: Callable[[range], None], wait: bool
+    ) -> bool:
         """Encode and write a shard unless it is whole; return False when another run holds it and we don't wait."""
         try:
             with self._writing():
@@ -142,7 +149,9 @@ class LatentCache:
                 progress.update(len(self._rows(number)))
             else:
                 batches = _load_batches(undecoded, self._rows(number), self.resolution)
-                self._write(number, _encode_batches(vae, batches, self.num_copies, progress))
+                moments = _encode_batches(vae, batches, self.num_copies, progress)
+                check(self._rows(number))
+                self._write(number, moments)
         return True
 
     def _write(self, number: int, moments: dict[str, torch.Tensor]) -> None:

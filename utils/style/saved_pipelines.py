@@ -8,6 +8,7 @@ from functools import cached_property
 
 from safetensors import SafetensorError
 
+from utils.cli.contents import list_files
 from utils.cli.errors import UserError
 from utils.cli.processes import warn_once
 from utils.hub.repositories import Source, open_source
@@ -73,9 +74,9 @@ class SavedPipeline:
             part, _, name = filename.rpartition("/")
             if match := SAFETENSORS.fullmatch(name):
                 return part in self.variants and self.variants[part] == (match[1] or match[2])
-            return filename == INDEX or part in self.parts and not PICKLED.fullmatch(name)
+            return filename == INDEX or part in self.parts and not (PICKLED.fullmatch(name) or name.endswith(".md"))
 
-        return self.source.identity(is_loaded)
+        return self.source.identity(lambda folder: filter(is_loaded, list_files(folder)))
 
     def config(self, part: str) -> dict:
         """Return the config of a part of the pipeline."""

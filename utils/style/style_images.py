@@ -4,8 +4,9 @@ What step n trains on is a function of (seed, n), whatever ran before it.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from huggingface_hub import constants
 from torch.utils import data
 
 from utils.data.image_set import RealImages, RealImagesRecord
-from utils.data.opened_images import open_all
+from utils.data.opened_images import check_digests, open_all
 from utils.data.real_images import load_real_images
 from utils.style.base_models import BaseModel
 from utils.style.latents import LatentCache, Latents
@@ -78,11 +79,17 @@ def load_latents(
     settings = {"cache_dir": cache_dir, "resolution": resolution, "vae_identity": base_model.vae_identity}
     cache = LatentCache(image_digests=images.digests, num_copies=2 if random_flip else 1, **settings)
     held_out_cache = LatentCache(image_digests=images.held_out_digests, num_copies=1, **settings)
-    latents = _fill(cache, base_model, images.real.train, device)
-    return latents, _fill(held_out_cache, base_model, images.held_out, device), cache.folder.name
+    flag = "train_dir" if images.real.record.train_dir is not None else "dataset_name"
+    check = partial(check_digests, where=f"--{flag} {images.real.record.name}")
+    of_training = partial(check, images.real.train, images.digests)
+    of_held_out = partial(check, images.held_out, images.held_out_digests)
+    latents = _fill(cache, base_model, images.real.train, of_training, device)
+    return latents, _fill(held_out_cache, base_model, images.held_out, of_held_out, device), cache.folder.name
 
 
-def _fill(cache: LatentCache, base_model: BaseModel, images: Dataset, device: torch.device) -> Latents:
+def _fill(
+    cache: LatentCache, base_model: BaseModel, images: Dataset, check: Callable[[range], None], device: torch.device
+) -> Latents:
     """Encode what a cache does not have, and open it. The VAE is loaded only where something is missing.
 
     Each machine's processes share it out: machines need no common folder, and where they have one, they help each
@@ -93,7 +100,8 @@ def _fill(cache: LatentCache, base_model: BaseModel, images: Dataset, device: to
     missing = cache.missing_shards(state.local_process_index, num_local_processes)
     if missing:
         vae = base_model.load_vae().to(device)
-        cache.encode(vae, images, missing, show_progress=state.is_local_main_process)
+        base_model.check_vae_unchanged()
+        cache.encode(vae, images, missing, show_progress=state.is_local_main_process, check=check)
     state.wait_for_everyone()
     return cache.open()
 

@@ -116,10 +116,10 @@ def begin_set(folder: RunFolder, plan: GenerationPlan, sources: Sources) -> None
     state.wait_for_everyone()  # every process has checked the folder before the main one changes it
     if state.is_main_process:
         if folder.overwrite and folder.is_begun:
-            for name in (DATA_DIR, STATE_DIR):
-                shutil.rmtree(folder.path / name, ignore_errors=True)
-            for name in (*RECORDS, DUPLICATE_PAIRS):
-                (folder.path / name).unlink(missing_ok=True)
+            shutil.rmtree(folder.path / STATE_DIR, ignore_errors=True)
+            for name in (*RECORDS, DUPLICATE_PAIRS, SHARD_FILES):
+                for path in folder.path.glob(name):
+                    path.unlink()
         make_folders(folder.path)
         for path in (folder.path / DATA_DIR).glob(".*.tmp"):
             path.unlink()

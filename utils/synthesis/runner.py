@@ -76,7 +76,7 @@ def draw_missing(
     progress = SharedProgress(shards.output_dir / STATE_DIR, process, num_processes, num_images)
     accelerator.wait_for_everyone()  # counts of an earlier run are gone
     started = time.perf_counter()
-    with report_removed(shards.output_dir):
+    with report_removed(shards.output_dir), progress.bar:
         with Encoders(settings["image_format"], settings["image_quality"]) as encoders:
             check = partial(sources.check_unchanged, settings)
             Runner(sampler, shards, encoders, max_redraws, progress.update, check).make_shards(mine)
@@ -143,7 +143,6 @@ class SharedProgress:
         while self.process_index == 0 and self.bar.n < self.bar.total:
             time.sleep(SECONDS_AT_THE_END)
             self._show()
-        self.bar.close()
 
     def _show(self) -> None:
         # the main process's, too: if the folder was removed, it must not wait for the others' counts

@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from utils.cli.errors import UserError
-from utils.cli.options import Need, option, with_flag, without_flag
+from utils.cli.options import Need, option, with_flag, with_value, without_flag
 from utils.data.arguments import RealDataArguments
 from utils.hub.targets import TO_PUBLISH
 from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, HEAD_INITS, METHODS, Method
 
 MAX_WORKERS = 16
+FOLLOWING_A_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules
+WITHOUT_WARMUP = ("constant", *FOLLOWING_A_METRIC)
+# optimisers to which the Trainer hands no betas and no epsilon
+WITHOUT_ADAM = (
+    "adafactor", "sgd", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+    "galore_adafactor", "galore_adafactor_layerwise", "lomo", "adalomo", "grokadamw", "schedule_free_sgd",
+)  # fmt: skip
+LIONS = ("lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit")  # to which it hands no epsilon
 # of the Trainer's arguments, those on which the weights of every stage depend and that a stage does not set itself
 OF_EACH_STAGE = (
     "seed", "data_seed", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
@@ -40,6 +48,25 @@ def has_stage_1_steps(method: Method) -> bool:
     return method.uses_synthetic or method.flags["match_steps"]
 
 
+def of_both_stages(name: str) -> Need:
+    """Return the need of a stage that takes a flag, not its `bridge_` one in its place."""
+
+    def is_met(values: Mapping[str, object]) -> bool:
+        return METHODS[values["method"]].uses_real or values[f"bridge_{name}"] is None
+
+    return Need(f"with --method {{method}}, which trains on synthetic images alone, and --bridge_{name}", is_met)
+
+
+def of_optim(*without: str) -> Need:
+    """Return the need of an optimiser that is none of these, which do not take a flag."""
+    return Need("with --optim {optim}, which does not take it", lambda values: values["optim"] not in without)
+
+
+def never(lack: str) -> Need:
+    """Return the need of a flag of the Trainer's that does nothing in our stages."""
+    return Need(lack, lambda values: False)
+
+
 ON_REAL = of_method(lambda method: method.uses_real, "trains on synthetic images alone")
 OWN_STEPS = of_method(
     lambda method: "real" in method.kinds or ("both" in method.kinds and method.flags["match_steps"]),
@@ -53,6 +80,30 @@ MATCHED_OR_STAGE_1 = of_method(
 )
 WITH_SYNTHETIC = with_flag("synthetic_dataset")
 WITH_PEFT = with_flag("use_peft")
+WITH_WARMUP = Need(
+    "with --lr_scheduler_type {lr_scheduler_type}, which has no warm-up",
+    # these optimisers warm up by themselves
+    lambda values: (
+        values["lr_scheduler_type"] not in WITHOUT_WARMUP
+        or values["optim"] in ("schedule_free_adamw", "schedule_free_sgd")
+    ),
+)
+EVALUATED = with_value("eval_strategy", "steps", "epoch")
+# the metric decides which checkpoint is kept, or what the learning rate is
+JUDGED = Need(
+    "with --save_strategy no and --lr_scheduler_type {lr_scheduler_type}",
+    lambda values: values["save_strategy"] != "no" or values["lr_scheduler_type"] in FOLLOWING_A_METRIC,
+)
+WITH_METRIC = Need(
+    "without --metric_for_best_model",
+    lambda values: values["metric_for_best_model"] or values["lr_scheduler_type"] in FOLLOWING_A_METRIC,
+    "add it or ",
+)
+WITH_TRACKER = Need("with --report_to none", lambda values: values["report_to"] != "none", "name a tracker or ")
+WITH_WORKERS = Need(
+    "with --dataloader_num_workers 0", lambda values: values["dataloader_num_workers"] > 0, "give more or "
+)
+PUBLISHED = [without_flag("dry_run"), Need("with --no_do_train", lambda values: values["do_train"])]
 
 
 @dataclass
@@ -177,7 +228,7 @@ class BridgeStageArguments:
         None, "Weight decay; --weight_decay when not given.", needs=[ON_SYNTHETIC]
     )
     bridge_warmup_steps: float | None = option(
-        None, "Warm-up, as --warmup_steps, which it is when not given.", needs=[ON_SYNTHETIC]
+        None, "Warm-up, as --warmup_steps, which it is when not given.", needs=[ON_SYNTHETIC, WITH_WARMUP]
     )
     bridge_per_device_train_batch_size: int | None = option(
         None, "Images per device and step; --per_device_train_batch_size when not given.", needs=[MATCHED_OR_STAGE_1]
@@ -240,7 +291,20 @@ class BridgedTrainingArguments(TrainingArguments):
     )  # fmt: skip
     _inherited_needs = {
         **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), TO_PUBLISH),
-        "max_steps": [OWN_STEPS], "label_smoothing_factor": [ON_REAL],
+        **dict.fromkeys(
+            ("hub_strategy", "hub_always_push"),
+            [never("here, where the finished classifier is published, and nothing before")],
+        ),
+        "push_to_hub": PUBLISHED, "max_steps": [OWN_STEPS], "label_smoothing_factor": [ON_REAL],
+        "eval_steps": [with_value("eval_strategy", "steps")], "eval_delay": [EVALUATED],
+        "save_steps": [with_value("save_strategy", "steps")],
+        "metric_for_best_model": [EVALUATED, JUDGED], "greater_is_better": [WITH_METRIC],
+        "adam_beta1": [of_optim(*WITHOUT_ADAM)], "adam_beta2": [of_optim(*WITHOUT_ADAM)],
+        "adam_epsilon": [of_optim(*WITHOUT_ADAM, *LIONS)],
+        "run_name": [WITH_TRACKER],
+        "project": [with_value("report_to", "trackio", "all")],
+        "dataloader_persistent_workers": [never("here, where workers stay as long as a stage lasts")],
+        "dataloader_prefetch_factor": [WITH_WORKERS],
     }  # fmt: skip
 
     output_dir: str | None = option(
@@ -250,25 +314,34 @@ class BridgedTrainingArguments(TrainingArguments):
     dry_run: bool = option(False, "Look for damaged images, copies and leaks between splits; train and write nothing.")
     do_train: bool = option(True, "Train, then evaluate on the test images once.")
     do_eval: bool = option(
-        False, "With --no_do_train: evaluate the finished classifier in --output_dir.", affects_result=False
+        False, "With --no_do_train: evaluate the finished classifier in --output_dir.", affects_result=False,
+        needs=[Need("without --no_do_train", lambda values: not values["do_train"], "add it or ")],
+    )  # fmt: skip
+    per_device_train_batch_size: int = option(
+        32, "Images per device and step.", needs=[of_both_stages("per_device_train_batch_size")]
     )
-    per_device_train_batch_size: int = option(32, "Images per device and step.")
     per_device_eval_batch_size: int = option(128, "Images per device in evaluation.", affects_result=False)
     learning_rate: float | None = option(
         None,
         "Peak learning rate of AdamW; when not given, 2e-4 for networks with BatchNorm, adapters and heads "
         "alone, 2e-5 for all weights of others (ViT, Swin, ConvNeXt).",
+        needs=[of_both_stages("learning_rate")],
     )
     num_train_epochs: float = option(
         30.0, "Epochs over the real images.",
         needs=[OWN_STEPS, Need("with --max_steps", lambda values: values["max_steps"] == -1)],
     )  # fmt: skip
-    weight_decay: float = option(0.01, "Weight decay.")
-    warmup_steps: float = option(0.1, "Warm-up: steps, or below 1 a share of all steps.")
+    weight_decay: float = option(0.01, "Weight decay.", needs=[of_both_stages("weight_decay")])
+    warmup_steps: float = option(
+        0.1, "Warm-up: steps, or below 1 a share of all steps.", needs=[WITH_WARMUP, of_both_stages("warmup_steps")]
+    )
     lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
     logging_steps: float = option(0.05, "Log every so many steps, or below 1 this share.", affects_result=False)
     save_strategy: str = option("steps", "When to save checkpoints in the stages' folders.", affects_result=False)
-    save_total_limit: int | None = option(1, "Checkpoints that are kept in each stage.", affects_result=False)
+    save_total_limit: int | None = option(
+        1, "Checkpoints that are kept in each stage.", affects_result=False,
+        needs=[with_value("save_strategy", "steps", "epoch", "best")],
+    )  # fmt: skip
     resume_from_checkpoint: str | None = option(
         None, "'latest': go on with an unfinished run, in whichever stage it is.", affects_result=False
     )

@@ -1,6 +1,5 @@
 """Image classifiers of transformers and timm: checked, loaded with a fresh or a kept head, saved for a pipeline."""
 
-import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from utils.cli.errors import UserError
 from utils.cli.processes import warn_once
+from utils.cli.records import ALL_RESULTS, BRIDGED_CONFIG, EVAL_RESULTS, RUN_CONFIG
 from utils.hub.repositories import Source, open_source
 from utils.transfer.image_format import check_image_processor
 from utils.transfer.model_parts import batch_norm_modules, head_parameter_names
@@ -32,7 +32,8 @@ LEARNING_RATES = {
     "batch_norm": (2e-4, 5e-4),  # all weights of a network that normalises by BatchNorm: ResNet, EfficientNet
     "other": (2e-5, 5e-5),  # all weights of any other: ViT, Swin, ConvNeXt, hybrids, networks without normalisation
 }
-LOADED_FILES = ("config.json", "*processor_config.json", "model*", "pytorch_model*", "adapter_*", "*.py")
+LOADED_FILES = ("*.json", "*.safetensors", "*.bin", "*.py")
+NOT_LOADED = (ALL_RESULTS, EVAL_RESULTS, BRIDGED_CONFIG, RUN_CONFIG)  # of a classifier that train_bridged.py made
 WEIGHTS = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
 
 
@@ -50,9 +51,11 @@ def open_classifier(name: str, revision: str | None = None, token: str | None = 
     return source
 
 
-def is_loaded(filename: str) -> bool:
-    """Return whether a file of a classifier's folder is one of those that loading it reads."""
-    return any(fnmatch.fnmatchcase(filename, pattern) for pattern in LOADED_FILES) and "/" not in filename
+def list_loaded_files(folder: str) -> list[str]:
+    """Return the files of a classifier's folder that loading it may read."""
+    return sorted(
+        path.name for pattern in LOADED_FILES for path in Path(folder).glob(pattern) if path.name not in NOT_LOADED
+    )
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from utils.hub.repositories import Source
 from utils.transfer.adapters import LoraSettings, add_adapter, load_adapter, save_adapter
 from utils.transfer.arguments import OF_EACH_STAGE
 from utils.transfer.classifiers import (
-    is_loaded,
+    list_loaded_files,
     load_classifier,
     load_image_processor,
     open_classifier,
@@ -63,7 +63,7 @@ class Pretrained:
     @property
     def identity(self) -> str:
         """What tells its contents, as they are now, from others of its name."""
-        return Source(self.name, "--model_name_or_path", revision=self.revision).identity(is_loaded)
+        return Source(self.name, "--model_name_or_path", revision=self.revision).identity(list_loaded_files)
 
 
 def open_pretrained(

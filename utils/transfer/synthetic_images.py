@@ -62,22 +62,17 @@ def identify_synthetic(source: SyntheticSource, max_samples_per_class: int | Non
     if not open_source(source.name, FLAG, "dataset", source.revision).is_local:
         return f"commit {source.revision}"
     names = [name for name in list_files(source.name) if name.endswith(".parquet")]
-    number = num_images(source, max_samples_per_class)
-    counted = f"{len(names):,} files" if number is None else f"{number:,} images"
-    if max_samples_per_class is None or not all("class_index" in columns for columns in _columns(source.name, names)):
-        return f"{counted}, sha256 {content_digest(source.name, names)}"
-    read = partial(_read_first_images, source.name, names, max_samples_per_class)
-    return f"{counted}, sha256 {remembered_digest(source.name, names, read, f'first {max_samples_per_class} images')}"
+    files = [pq.ParquetFile(Path(source.name, name)) for name in names]
+    if max_samples_per_class is None or not all("class_index" in file.schema_arrow.names for file in files):
+        num_rows = sum(file.metadata.num_rows for file in files)
+        return f"{num_rows:,} images, sha256 {content_digest(source.name, names)}"
+    read, what = partial(_read_first_images, files, max_samples_per_class), f"first {max_samples_per_class} of a class"
+    return f"{what}, sha256 {remembered_digest(source.name, names, read, what)}"
 
 
-def _columns(folder: str, names: list[str]) -> Iterator[list[str]]:
-    return (pq.read_schema(Path(folder, name)).names for name in names)
-
-
-def _read_first_images(folder: str, names: list[str], limit: int) -> Iterator[bytes]:
+def _read_first_images(files: list[pq.ParquetFile], limit: int) -> Iterator[bytes]:
     """Yield class, place in it and encoded bytes of the images that a limit keeps, in order."""
-    for name in names:
-        file = pq.ParquetFile(Path(folder, name))
+    for file in files:
         label = Features.from_arrow_schema(file.schema_arrow)["label"]
         for batch in file.iter_batches(ROWS_AT_A_TIME, columns=["image", "label", "class_index"]):
             for row in batch.filter(pc.field("class_index") < limit).to_pylist():

@@ -1,0 +1,64 @@
+"""A chosen_settings.json that a person may have edited: read before any model, its errors one line each."""
+
+import pytest
+
+import compare_transfer
+from utils.cli.errors import UserError
+from utils.cli.records import write_record
+from utils.comparison.grid import Row
+from utils.comparison.search import check_settings, read_settings
+from utils.transfer.methods import StageSettings
+
+STAGE_1 = {"max_steps": 9, "learning_rate": 1e-4, "head_learning_rate_factor": 10.0, "mixup_alpha": 0.2}
+RECIPE = {"learning_rate": 1e-3, "max_steps": 3, "head_learning_rate_factor": None, "validation_accuracy": None}
+GOOD = {"stage1": STAGE_1, "bridged": {"1": RECIPE, "all": RECIPE}}
+
+
+def without(mapping: dict, name: str) -> dict:
+    return {key: value for key, value in mapping.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"bridged": {"1": 5}}, "bridged with 1 shots is 5, no mapping of settings to values"),
+        ({"bridged": 5}, "bridged is 5, no mapping of shots to recipes"),
+        ({"bridged": [RECIPE]}, "bridged is .*, no mapping of shots to recipes"),
+        ({"bridged": {"few": RECIPE}}, "bridged is .*, no mapping of shots to recipes"),
+        ({"bridged": {"1": without(RECIPE, "max_steps")}}, "bridged with 1 shots has no max_steps"),
+        ({"bridged": {"1": RECIPE | {"max_steps": 2.5}}}, "max_steps of .* is 2.5, must be a whole number above 0"),
+        ({"mix": {"1": RECIPE | {"learning_rate": "1e-3"}}}, "learning_rate of mix .* is '1e-3', must be a number abo"),
+        ({"bridged": {"1": RECIPE | {"learning_rate": float("nan")}}}, "learning_rate of .* is nan, must be a number"),
+        ({"bridged": {"1": RECIPE | {"head_learning_rate_factor": 0}}}, "is 0, must be a number above 0, or null"),
+        ({"stage1": [STAGE_1]}, "stage1 is .*, no mapping of settings to values"),
+        ({"stage1": None}, "stage1 is None, no mapping of settings to values"),
+        ({"stage1": without(STAGE_1, "mixup_alpha")}, "stage1 has no mixup_alpha"),
+        ({"stage1": STAGE_1 | {"max_steps": True}}, "max_steps of stage1 is True, must be a whole number above 0"),
+        ({"stage1": STAGE_1 | {"mixup_alpha": -1}}, "mixup_alpha of stage1 is -1, must be a number, 0 or above"),
+        ({"stage1": STAGE_1 | {"seeps": 2}}, "stage1 has an unknown seeps"),
+    ],
+)  # fmt: skip
+def test_a_malformed_file_is_one_line_before_the_synthetic_set_is_looked_for(changed, problem, tmp_path):
+    path = tmp_path / "chosen.json"
+    write_record(path, GOOD | changed)
+    with pytest.raises(UserError, match=rf"^--settings \S+: is no chosen_settings.json of this script \(.*{problem}"):
+        compare_transfer.main(["--synthetic_dataset", "nowhere", "--methods", "bridged", "--settings", str(path)])
+
+
+def test_a_missing_file_or_method_is_told_before_the_synthetic_set_is_looked_for(tmp_path):
+    with pytest.raises(UserError, match=r"gone.json: cannot be read as a record"):
+        compare_transfer.main(["--synthetic_dataset", "nowhere", "--settings", str(tmp_path / "gone.json")])
+    write_record(tmp_path / "chosen.json", GOOD | {"vanilla": {}})
+    for method in ("vanilla", "mix"):
+        with pytest.raises(UserError, match=f"^--settings .*chosen.json: has no recipe for '{method}'; it has bridged"):
+            check_settings(str(tmp_path / "chosen.json"), [Row(method, method, "dsi")])
+    rows = [Row("synthetic_only", "synthetic_only", "dsi"), Row("bridged@plain", "bridged", "plain")]
+    assert check_settings(str(tmp_path / "chosen.json"), rows)["bridged"] == GOOD["bridged"]
+
+
+def test_what_is_not_searched_is_as_in_the_settings_of_the_run(tmp_path, capsys):
+    write_record(tmp_path / "chosen.json", GOOD | {"stage1": STAGE_1 | {"weight_decay": 0.5}})
+    settings = StageSettings(0, 0.0, weight_decay=0.1)
+    chosen = read_settings(str(tmp_path / "chosen.json"), [Row("bridged", "bridged", "dsi")], settings)
+    assert StageSettings(**chosen["stage1"]) == StageSettings(9, 1e-4, 10.0, 0.2, weight_decay=0.1)
+    assert "was searched with weight_decay 0.5; the values of this run hold" in capsys.readouterr().out
