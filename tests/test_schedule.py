@@ -39,7 +39,9 @@ FILE_EVENTS = {"open", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.r
 MANNERS = ("renamed", "in place", "same times", "swapped")
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 PAST = 1_600_000_000  # when all files of all versions were written, as their times have it
-OVERWRITE, RESUME = "--overwrite_output_dir", ["--resume_from_checkpoint", "latest"]
+OVERWRITE, KEEP, RESUME = (
+    "--overwrite_output_dir", "--no_overwrite_output_dir", ["--resume_from_checkpoint", "latest"]
+)  # fmt: skip
 
 
 class Killed(BaseException):
@@ -740,8 +742,9 @@ class History:
         variant, world = self.variant, self.world
         before = self.stage.identities_of(world.state)
         argv = flags if flags is self.advised else [*variant.argv(world), *self.size_flags(), *flags]
-        is_anew = not self.is_begun or OVERWRITE in argv or not variant.can_overwrite
-        is_done = self.finished == before and OVERWRITE not in argv
+        overwrites = OVERWRITE in argv and KEEP not in argv  # the last of the two holds
+        is_anew = not self.is_begun or overwrites or not variant.can_overwrite
+        is_done = self.finished == before and not overwrites
         goes_on = self.consistent == before and (RESUME[0] in argv or not variant.is_resumed_by_flag)
         kept, self.advised = variant.kept_files(world.out) if is_done else None, None
         world.clear_log()
@@ -1024,6 +1027,6 @@ def test_shards_that_are_said_to_be_kept_are_kept_by_the_command_that_is_advised
     during("utils.synthesis.runner:SharedProgress.finish", history, "end", "SIGTERM")
     history.play_run([OVERWRITE])
     shards = history.variant.kept_files(history.world.out)
-    assert shards and history.advised[-1] == "--no_overwrite_output_dir"
+    assert shards and history.advised[-1] == KEEP
     history.play_run(history.advised)
     assert history.variant.kept_files(history.world.out) == shards
