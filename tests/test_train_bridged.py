@@ -136,16 +136,17 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "call"),
+    ("module", "name", "call", "method"),
     [
-        ("utils.transfer.fine_tuning.StageTrainer", "training_step", 3),  # in stage 1, after a checkpoint
-        ("utils.transfer.stage", "fine_tune", 2),  # between the stages
-        ("utils.transfer.fine_tuning.StageTrainer", "training_step", 5),  # in stage 2
-        ("utils.transfer.report", "write_model_card", 1),  # after the last stage
+        ("utils.transfer.fine_tuning.StageTrainer", "training_step", 3, "bridged"),  # in stage 1, after a checkpoint
+        ("utils.transfer.stage", "fine_tune", 2, "bridged"),  # between the stages
+        ("utils.transfer.fine_tuning.StageTrainer", "training_step", 5, "bridged"),  # in stage 2
+        ("utils.transfer.fine_tuning.StageTrainer", "training_step", 5, "bridged_replay"),
+        ("utils.transfer.report", "write_model_card", 1, "bridged"),  # after the last stage
     ],
 )
-def test_a_killed_run_goes_on_in_its_stage_to_the_same_weights(run, module, name, call, tmp_path, monkeypatch):
-    flags = ["--save_steps", "1", "--mixup_alpha", "0.2"]
+def test_a_killed_run_goes_on_in_its_stage_to_the_same_weights(run, module, name, call, method, tmp_path, monkeypatch):
+    flags = ["--save_steps", "1", "--mixup_alpha", "0.2", "--method", method]
     whole = run("whole", *flags)
     owner = pkgutil.resolve_name(module)
     original, calls = getattr(owner, name), []
@@ -162,7 +163,7 @@ def test_a_killed_run_goes_on_in_its_stage_to_the_same_weights(run, module, name
     with pytest.raises(UserError, match="holds stage.* of an unfinished run; give --resume_from_checkpoint latest"):
         run("killed", *flags)
     with pytest.raises(UserError, match="begun with other options .mixup_alpha was 0.2"):
-        run("killed", "--resume_from_checkpoint", "latest")
+        run("killed", "--method", method, "--resume_from_checkpoint", "latest")
     resumed = run("killed", *flags, "--resume_from_checkpoint", "latest")
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
     costs = ("seconds", "gpu_hours")
@@ -194,6 +195,9 @@ def test_a_streamed_set_trains_for_the_epochs_that_its_record_counts(classifiers
     write_record(streamed / GENERATION_CONFIG, record | {"num_images": 18, "num_images_per_class": 6})
     results = train_bridged.main(flags)
     assert (results["stage1_steps"], results["stage1_images_seen"]) == (10, 40)  # of a stream every batch is full
+    flags[flags.index("synthetic_only")] = "bridged_replay"
+    results = train_bridged.main([*flags, "--max_steps", "4", "--overwrite_output_dir"])
+    assert (results["stage1_steps"], results["stage2_steps"], results["stage2_images_seen"]) == (7, 7, 28)
 
 
 def save_uneven(folder, copy, names: list[str]) -> str:

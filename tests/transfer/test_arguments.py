@@ -37,7 +37,7 @@ def test_a_flag_changes_the_stages_of_a_method_just_where_its_needs_are_met(meth
     def stages(given: dict) -> tuple:
         row = METHODS[method].with_flags(of_method | given)
         bridge, real = stage_settings(row, defaults | given, NUM_IMAGES, num_processes=1)
-        return row.mix_ratio, plan_stages(row, bridge, real)
+        return row.mix_ratio, plan_stages(row, bridge, real, images_per_class=4)
 
     for name in NAMES:
         values = ["reset", "keep"] if name == "head_init" else [other_value(name, defaults[name])]

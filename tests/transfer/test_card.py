@@ -1,6 +1,5 @@
 """The classifier's card, and the cards of all three scripts as they write them one after the other."""
 
-import dataclasses
 import re
 import shutil
 
@@ -47,8 +46,9 @@ def write_classifier_card(
         METHODS[config["method"]].with_flags({name: config[name] for name in ("head_init", "match_steps")}),
         StageSettings(20, 0.002, head_learning_rate_factor=None, mixup_alpha=0.2, head_warmup_steps=5),
         StageSettings(10, 0.001, head_learning_rate_factor=None, batch_norm="train", drop_path_rate=0.3),
+        images_per_class=2,
     )
-    config["stages"] = [dataclasses.asdict(stage) for stage in stages]
+    config["stages"] = [stage.to_dict() for stage in stages]
     results = {"num_test_images": 3, "leep_pretrained": None, "leep_bridged": None, "leep_num_images": 6, **metrics}
     for stage in stages:
         costs = {"steps": stage.settings.max_steps, "images_seen": 3200, "seconds": 60.04, "gpu_hours": 0.0167}
@@ -93,6 +93,8 @@ def test_the_card_of_each_method_says_what_was_done(method, lora, tmp_path):
         next(name for name in words if method.startswith(name))
     ]
     assert f"`{method}`: {METHODS[method].description}." in card.text
+    replayed = "then on real images, with 75 % synthetic ones among them ("
+    assert (replayed in card.text) == (method == "bridged_replay")
     assert ("LoRA, rank 8, alpha 24" in card.text) == ("lora" in card.data.tags) == (lora is not None)
     assert (", adapter and head; learning rate" in card.text) == (lora is not None)
     assert ('"user/cars-bridged", subfolder="adapter"' in card.text) == (lora is not None)

@@ -33,7 +33,7 @@ NUM_IMAGES = {"real": 40, "synthetic": 1000, "both": 1040}
 
 
 def plan(name, bridge=BRIDGE, real=REAL, **flags):
-    return plan_stages(METHODS[name].with_flags(flags), bridge, real)
+    return plan_stages(METHODS[name].with_flags(flags), bridge, real, images_per_class=4)
 
 
 def outline(stages):
@@ -89,6 +89,23 @@ def test_methods_differ_from_their_rivals_in_what_their_name_says():
     assert differences("bridged_recalibrate", "bridged") == {("stage2", "batch_norm"): "recalibrate"}
     assert (METHODS["mix"].mix_ratio, METHODS["mix_balanced"].mix_ratio) == (None, 1.0)
     assert plan("bridged_head_warmup")[0] == plan("bridged")[0]
+
+
+@pytest.mark.parametrize(
+    ("images_per_class", "num_steps", "num_first", "real_share"),
+    [(1, 210, 105, 0.14), (4, 210, 105, 0.40), (8, 270, 116, 0.57), (16, 270, 74, 0.73), (200, 270, 8, 0.97)],
+)
+def test_replay_divides_the_steps_of_both_stages_by_the_number_of_real_images(
+    images_per_class, num_steps, num_first, real_share
+):
+    bridge, real = replace(BRIDGE, max_steps=num_steps - 90), replace(REAL, max_steps=90)
+    stages = plan_stages(METHODS["bridged_replay"], bridge, real, images_per_class)
+    assert outline(stages) == [
+        ("stage1", "synthetic", "reset", None, num_first),
+        ("stage2", "replayed", "keep", "stage1", num_steps - num_first),
+    ]
+    assert [stage.synthetic_share for stage in stages] == [None, pytest.approx(1 - real_share, abs=0.005)]
+    assert "synthetic_share" not in stages[0].to_dict()  # as records of before it have no such entry
 
 
 def test_a_flag_wins_over_what_the_row_says_of_that_stage():

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,11 @@ class CellRunner:
 
     def plan(self, cell: Cell) -> list[StagePlan]:
         """Return the stages of a cell."""
-        return plan_cell(cell, self.settings, images_per_class(self.real.train))
+        return plan_cell(cell, self.settings, self._images_per_class)
+
+    @cached_property
+    def _images_per_class(self) -> float:
+        return images_per_class(self.real.train)
 
     def path(self, cell: Cell) -> Path:
         """Return the file with a cell's result, which is there once the cell is finished."""

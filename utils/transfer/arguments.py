@@ -69,7 +69,9 @@ def never(lack: str) -> Need:
 
 ON_REAL = of_method(lambda method: method.uses_real, "trains on synthetic images alone")
 OWN_STEPS = of_method(
-    lambda method: "real" in method.kinds or ("both" in method.kinds and method.flags["match_steps"]),
+    lambda method: (
+        bool(method.kinds & {"real", "replayed"}) or ("both" in method.kinds and method.flags["match_steps"])
+    ),
     "takes the steps of --bridge_num_train_epochs or --bridge_max_steps",
 )
 ON_SYNTHETIC = of_method(lambda method: "synthetic" in method.kinds, "has no stage on synthetic images alone")

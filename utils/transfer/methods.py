@@ -28,11 +28,11 @@ SETTINGS_OF_EACH_STAGE = (
 class Stage:
     """One stage of a method.
 
-    `images` is `real`, `synthetic`, `both`, or `replayed`: real ones, a share of synthetic ones in each batch. `start` is
-    the stage whose weights it takes (None: the pretrained checkpoint), `head_init` one of `HEAD_INITS`. `settings`
-    replace those that a stage on such images has otherwise. A stage that `is_matched` takes the steps of one on
-    synthetic images besides its own. `mix_ratio` is synthetic images per real one, where it sees both; None takes each
-    image once.
+    `images` is `real`, `synthetic`, `both`, or `replayed`: real ones with a share of synthetic ones in each batch.
+    `start` is the stage whose weights it takes (None: the pretrained checkpoint), `head_init` one of `HEAD_INITS`.
+    `settings` replace those that a stage on such images has otherwise. A stage that `is_matched` takes the steps of one
+    on synthetic images besides its own. `mix_ratio` is synthetic images per real one, where it sees both; None takes
+    each image once.
     """
 
     name: str
@@ -318,8 +318,9 @@ def check_stages(
     """
     for stage in stages:
         batch_size, number = stage.settings.per_device_train_batch_size, num_images[stage.images]
-        is_stream = flags["streaming"] and stage.images == "synthetic"  # every batch of which is full
-        if flags["dataloader_drop_last"] and not is_stream and number < batch_size * num_processes:
+        # of these every batch is full
+        is_endless = stage.images == "replayed" or (flags["streaming"] and stage.images == "synthetic")
+        if flags["dataloader_drop_last"] and not is_endless and number < batch_size * num_processes:
             raise UserError(
                 f"--dataloader_drop_last: {stage.name} would take no step, its {number} images are less than a batch "
                 f"({batch_size} on each of {num_processes} processes); give a smaller --per_device_train_batch_size."
