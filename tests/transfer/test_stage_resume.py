@@ -179,13 +179,14 @@ def two_processes(classifiers, real_images_dir, make_synthetic_dir, tmp_path_fac
     return folder
 
 
+@pytest.mark.parametrize("replayed", [False, True])
 def test_two_accumulated_batches_on_two_processes_train_as_the_big_batch(
-    two_processes, classifiers, real_images_dir, tmp_path, monkeypatch
+    two_processes, classifiers, real_images_dir, replayed, tmp_path, monkeypatch
 ):
     assert json.loads((two_processes / "world.json").read_text()) == ["MULTI_CPU", 2]
     pair_with_itself(monkeypatch.setattr)
-    big = train_big_batch(classifiers["vit"], str(real_images_dir), tmp_path)
-    small = load_file(two_processes / f"{ACCUMULATED}.safetensors")
+    big = train_big_batch(classifiers["vit"], str(real_images_dir), tmp_path, replayed=replayed)
+    small = load_file(two_processes / f"{ACCUMULATED}-{replayed}.safetensors")
     for key in big:
         torch.testing.assert_close(big[key], small[key], atol=1e-6, rtol=1e-4)
 

@@ -17,6 +17,7 @@ from utils.transfer.augmentation import TrainItems
 from utils.transfer.classifiers import load_classifier, load_image_processor
 from utils.transfer.fine_tuning import StageTrainer, fine_tune
 from utils.transfer.methods import StagePlan, StageSettings
+from utils.transfer.replay import ReplayedImages
 from utils.transfer.synthetic_images import load_synthetic, open_synthetic
 
 ACCUMULATED = "accumulated"
@@ -39,10 +40,14 @@ def pair_with_itself(setattr) -> None:
     setattr(torch.Tensor, "roll", lambda tensor, *args: tensor)
 
 
-def train_big_batch(path: str, images_dir: str, folder: Path, batch_size: int = 8, accumulation: int = 1) -> dict:
+def train_big_batch(
+    path: str, images_dir: str, folder: Path, batch_size: int = 8, accumulation: int = 1, replayed: bool = False
+) -> dict:
     """Train two steps of eight images in all, by SGD without clipping, and return the weights."""
     images = load_dataset(images_dir, split="train").take(8)
     model = load_classifier(path, names_of(images), True, seed=0)
+    if replayed:
+        images = ReplayedImages(images, load_dataset(images_dir, split="test"), share=0.3)
     args = TrainingArguments(
         output_dir=str(folder), optim="sgd", max_grad_norm=0.0,
         gradient_accumulation_steps=accumulation, **OPTIONS,
@@ -108,9 +113,11 @@ def main(path: str, images_dir: str, synthetic_dir: str, folder: str) -> None:
     kill_and_resume(path, images_dir, folder)
     stream(path, names_of(load_dataset(images_dir, split="train")), synthetic_dir, folder)
     pair_with_itself(setattr)
-    weights = train_big_batch(path, images_dir, folder, batch_size=2, accumulation=2)
+    for replayed in (False, True):
+        weights = train_big_batch(path, images_dir, folder, batch_size=2, accumulation=2, replayed=replayed)
+        if state.is_main_process:
+            save_file(contiguous(weights), folder / f"{ACCUMULATED}-{replayed}.safetensors")
     if state.is_main_process:
-        save_file(contiguous(weights), folder / f"{ACCUMULATED}.safetensors")
         (folder / "world.json").write_text(json.dumps([state.distributed_type.name, state.num_processes]))
 
 

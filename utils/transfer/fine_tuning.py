@@ -92,8 +92,9 @@ def build_trainer(
     elif isinstance(images, ReplayedImages) and images.is_streamed:
         train_dataset = StreamedReplayedItems(images, items, stage_args.seed, batch_size, *processes)
     elif isinstance(images, ReplayedImages):
-        num_batches = settings.max_steps * stage_args.gradient_accumulation_steps * stage_args.world_size
-        train_dataset = ReplayedItems(images, items, stage_args.seed, batch_size, num_batches)
+        # all of a step together: the same images at any number of processes and of accumulated batches
+        images_per_step = batch_size * stage_args.world_size * stage_args.gradient_accumulation_steps
+        train_dataset = ReplayedItems(images, items, stage_args.seed, images_per_step, settings.max_steps)
     else:
         train_dataset = TrainImages(images, items, stage_args.seed)
     trainer = StageTrainer(

@@ -36,9 +36,9 @@ class ReplayedImages:
 class ReplayedItems(torch.utils.data.Dataset):
     """All training items of a stage, in their order: `num_batches` of `batch_size`, of which a share is synthetic.
 
-    Of n batches `round down(n * batch_size * share)` items are synthetic, so no batch differs from another by more than
-    one. They stand at random places of their batch. Each kind comes in epochs of its own, in each of which every image
-    is seen once. Items are drawn from (seed, kind, epoch, index).
+    A batch is that of an optimiser step, of all processes. Of the items of the first n, `share` are synthetic, rounded
+    down, so batches differ by one at most. They stand at random places of their batch. Each kind comes in epochs of its
+    own, in each of which every image is seen once. Items are drawn from (seed, kind, epoch, index).
     """
 
     def __init__(self, images: ReplayedImages, items: TrainItems, seed: int, batch_size: int, num_batches: int):
