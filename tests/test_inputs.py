@@ -290,3 +290,29 @@ def test_a_card_that_names_other_files_is_another_input(tmp_path):
     card.write_text("---\nconfigs:\n- config_name: default\n  data_files: data/train-*\n---\n")
     _, named = identify_real_images(record)
     assert plain != named
+
+
+def files_below(folder: Path) -> dict[str, Path]:
+    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("flag", "revision"), [
+    ("model_name_or_path", "model_revision"), ("synthetic_dataset", "synthetic_dataset_revision"),
+])  # fmt: skip
+def test_a_repository_that_moved_on_is_another_input_and_its_earlier_commit_the_same(
+    flag, revision, inputs, local_hub_server, tmp_path
+):
+    local_hub_server.reset()
+    repository = local_hub_server.create_repo("ann/input", "model" if flag.startswith("model") else "dataset")
+    first = repository.commit(files_below(inputs[flag]))
+    on_hub = inputs | {flag: "ann/input"}
+    run(on_hub, tmp_path / "out")
+    replace(flag, inputs[flag])
+    second = repository.commit(files_below(inputs[flag]))
+    with pytest.raises(
+        UserError,
+        match=rf"made from other inputs \(--{flag} ann/input was commit {first}, now commit {second}\); choose another "
+        "folder or give --overwrite_output_dir; a flag that ends in revision names the earlier commit.$",
+    ):
+        run(on_hub, tmp_path / "out")
+    assert run(on_hub, tmp_path / "out", f"--{revision}", first) == read_record(tmp_path / "out" / ALL_RESULTS)

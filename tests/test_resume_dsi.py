@@ -201,6 +201,11 @@ def test_a_token_of_inputs_that_were_replaced_is_neither_finished_nor_gone_on_wi
     kill(train_dsi, "denoising_loss", 2 * 5 + 1)
     with pytest.raises(Killed):
         run_dsi(**flags)
+    if what == "train_dir":  # of the same images under another name, it goes on
+        moved = {"train_dir": shutil.copytree(inputs["train_dir"], tmp_path / "moved")}
+        run_dsi(
+            resume_from_checkpoint=tmp_path / "style" / "checkpoint-4", output_dir=tmp_path / "new", **flags | moved
+        )
     flag = replace(inputs, what)
     changed = rf"\(--{flag} {inputs[flag]} was \d+ files, sha256 \w+, now \d+ files, sha256 \w+\)"
     with pytest.raises(UserError, match=f"holds a style token made from other inputs {changed}; choose another"):

@@ -134,7 +134,8 @@ def find_checkpoint(folder: RunFolder, resume: str | None) -> Path | None:
             )
     # its own, whatever the folder notes: it may be another run's, or of an earlier version that noted none at the start
     progress = read_record(checkpoint / STATE_RECORD)["progress"]
-    free = folder.free | REVISIONS if "base_model" in progress else folder.free
+    # what names an input may change where its contents are compared
+    free = folder.free | REVISIONS | set(folder.inputs) if "base_model" in progress else folder.free
     if differing := differing_options(progress["options"], folder.options, free):
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: was made with other options ({'; '.join(differing)}); give the "
