@@ -316,3 +316,12 @@ def test_a_repository_that_moved_on_is_another_input_and_its_earlier_commit_the_
     ):
         run(on_hub, tmp_path / "out")
     assert run(on_hub, tmp_path / "out", f"--{revision}", first) == read_record(tmp_path / "out" / ALL_RESULTS)
+
+
+def test_a_torn_file_of_a_set_is_one_line(inputs, tmp_path):
+    record = read_record(inputs["synthetic_dataset"] / GENERATION_CONFIG)
+    del record["num_images"]  # as in old sets, whose images are not counted
+    write_record(inputs["synthetic_dataset"] / GENERATION_CONFIG, record)
+    (inputs["synthetic_dataset"] / "data" / "train-00001.parquet").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"^--synthetic_dataset \S+: its images cannot be read \(Parquet"):
+        run(inputs, tmp_path / "out")

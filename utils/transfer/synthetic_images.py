@@ -57,27 +57,31 @@ def identify_synthetic(source: SyntheticSource, max_samples_per_class: int | Non
     With a limit it stays the same when a folder grows: the first images of each class do.
 
     Raises:
-        UserError: the set is gone.
+        UserError: the set is gone, or a file of it is torn.
     """
-    if not open_source(source.name, FLAG, "dataset", source.revision).is_local:
+    repository = open_source(source.name, FLAG, "dataset", source.revision)
+    if not repository.is_local:
         return f"commit {source.revision}"
     names = [name for name in list_files(source.name) if name.endswith(".parquet")]
-    files = [pq.ParquetFile(Path(source.name, name)) for name in names]
-    if max_samples_per_class is None or not all("class_index" in file.schema_arrow.names for file in files):
-        num_rows = sum(file.metadata.num_rows for file in files)
-        return f"{num_rows:,} images, sha256 {content_digest(source.name, names)}"
-    read, what = partial(_read_first_images, files, max_samples_per_class), f"first {max_samples_per_class} of a class"
-    return f"{what}, sha256 {remembered_digest(source.name, names, read, what)}"
+    paths = [Path(source.name, name) for name in names]
+    with repository.reading("its images cannot be read", also=(pa.ArrowInvalid,)):
+        if max_samples_per_class is None or not all("class_index" in pq.read_schema(path).names for path in paths):
+            num_rows = sum(pq.read_metadata(path).num_rows for path in paths)
+            return f"{num_rows:,} images, sha256 {content_digest(source.name, names)}"
+        what = f"first {max_samples_per_class} of a class"
+        read = partial(_read_first_images, paths, max_samples_per_class)
+        return f"{what}, sha256 {remembered_digest(source.name, names, read, what)}"
 
 
-def _read_first_images(files: list[pq.ParquetFile], limit: int) -> Iterator[bytes]:
+def _read_first_images(paths: list[Path], limit: int) -> Iterator[bytes]:
     """Yield class, place in it and encoded bytes of the images that a limit keeps, in order."""
-    for file in files:
-        label = Features.from_arrow_schema(file.schema_arrow)["label"]
-        for batch in file.iter_batches(ROWS_AT_A_TIME, columns=["image", "label", "class_index"]):
-            for row in batch.filter(pc.field("class_index") < limit).to_pylist():
-                yield f"{label.int2str(row['label'])}\n{row['class_index']}\n".encode()
-                yield row["image"]["bytes"]
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            label = Features.from_arrow_schema(file.schema_arrow)["label"]
+            for batch in file.iter_batches(ROWS_AT_A_TIME, columns=["image", "label", "class_index"]):
+                for row in batch.filter(pc.field("class_index") < limit).to_pylist():
+                    yield f"{label.int2str(row['label'])}\n{row['class_index']}\n".encode()
+                    yield row["image"]["bytes"]
 
 
 def num_images(source: SyntheticSource, max_samples_per_class: int | None = None) -> int | None:
