@@ -514,7 +514,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         results = add_totals(leep | done.results, list(done.log_histories)) | test_metrics(done.logits, done.labels)
         if is_main_process:
             folder.check_unchanged(partial(identify_inputs, args, source))
-            config = describe_run(args, real, source, stages, pretrained) | {"learning_rate_reason": rate_reason}
+            config = describe_run(args, real, source, done.stages, pretrained) | {"learning_rate_reason": rate_reason}
             model_id = hub_target.repo_id if hub_target else folder.path.resolve().name
             write_results(args, model_id, pretrained, config, results, done, command)
             folder.write_run_config(started)

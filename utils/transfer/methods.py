@@ -31,8 +31,9 @@ class Stage:
     `images` is `real`, `synthetic`, `both`, or `replayed`: real ones with a share of synthetic ones in each batch.
     `start` is the stage whose weights it takes (None: the pretrained checkpoint), `head_init` one of `HEAD_INITS`.
     `settings` replace those that a stage on such images has otherwise. A stage that `is_matched` takes the steps of one
-    on synthetic images besides its own. `mix_ratio` is synthetic images per real one, where it sees both; None takes
-    each image once.
+    on synthetic images besides its own. One that replays and `is_guarded` gives synthetic images what share they earn,
+    measured before it begins. `mix_ratio` is synthetic images per real one, where it sees both; None takes each image
+    once.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Stage:
     head_init: str = "reset"
     settings: dict = field(default_factory=dict)
     is_matched: bool = False
+    is_guarded: bool = False
     mix_ratio: float | None = None
 
 
@@ -104,6 +106,7 @@ VANILLA = Stage("vanilla", "real")
 MATCHED = replace(VANILLA, is_matched=True)
 MIX = Stage("mix", "both", is_matched=True)
 NO_MIXUP, MIXUP = {"mixup_alpha": 0.0}, {"mixup_alpha": 0.2}
+REPLAY = replace(STAGE_2, images="replayed", head_init="keep", settings=MIXUP)
 
 METHODS = {
     "bridged": Method(
@@ -115,9 +118,10 @@ METHODS = {
     ),
     "bridged_replay": Method(
         "bridged with the head of stage 1, and synthetic images among the real ones; both shares fall with the number "
-        "of real images",
-        (STAGE_1, replace(STAGE_2, images="replayed", head_init="keep", settings=MIXUP)),
+        "of real images, and the second with what synthetic ones turn out to be worth",
+        (STAGE_1, replace(REPLAY, is_guarded=True)),
     ),
+    "bridged_replay_unguarded": Method("bridged_replay whatever the synthetic images are worth", (STAGE_1, REPLAY)),
     "bridged_head_warmup": Method(
         "bridged with a fresh head that is trained alone in the first half of stage 2",
         (STAGE_1, replace(STAGE_2, settings={"head_warmup_steps": 0.5})),
@@ -186,7 +190,8 @@ class StageSettings:
 class StagePlan:
     """A stage with its settings, as it is trained; `images`, `head_init` and `start` as of a `Stage`.
 
-    `synthetic_share` is that of each batch, where images are replayed.
+    `synthetic_share` is that of each batch, where images are replayed. `without_synthetic` is the stage in its place
+    where a guard finds that they are worth nothing; None where it is not guarded, or begins after one that is.
     """
 
     name: str
@@ -195,10 +200,14 @@ class StagePlan:
     settings: StageSettings
     start: str | None = None
     synthetic_share: float | None = None
+    is_guarded: bool = False
+    without_synthetic: "StagePlan | None" = None
 
     def to_dict(self) -> dict:
         """Return it as records hold it: those of before there were shares stay the same."""
-        return {name: value for name, value in asdict(self).items() if name != "synthetic_share" or value is not None}
+        new = {"synthetic_share": None, "is_guarded": False}
+        entries = {name: value for name, value in asdict(self).items() if name != "without_synthetic"}
+        return {name: value for name, value in entries.items() if name not in new or value != new[name]}
 
 
 def plan_stages(
@@ -223,15 +232,23 @@ def plan_stages(
         num_warmup_steps, num_steps = _split_steps(own)
         own = replace(own, max_steps=num_steps, head_warmup_steps=0)
         plan = StagePlan(
-            stage.name, stage.images, stage.head_init, own, stage.start, share if stage.images == "replayed" else None
-        )
+            stage.name, stage.images, stage.head_init, own, stage.start,
+            share if stage.images == "replayed" else None, stage.is_guarded,
+        )  # fmt: skip
         if num_warmup_steps > 0:
             own = replace(own, max_steps=num_warmup_steps, freeze_backbone=True)
             warmup = replace(plan, name=f"{stage.name}_head", settings=own)
-            stages.append(warmup)
-            plan = replace(plan, head_init="keep", start=warmup.name)
-        stages.append(plan)
+            stages += [_with_fallback(warmup), replace(plan, head_init="keep", start=warmup.name)]
+        else:
+            stages.append(_with_fallback(plan))
     return [_with_head_factor(stage) for stage in stages]
+
+
+def _with_fallback(stage: StagePlan) -> StagePlan:
+    if not stage.is_guarded:
+        return stage
+    fallback = replace(stage, start=None, head_init="reset", synthetic_share=0.0)
+    return replace(stage, without_synthetic=_with_head_factor(fallback))
 
 
 def replayed_share(images_per_class: float) -> float:

@@ -15,7 +15,9 @@ from transformers import TrainingArguments
 from utils.data.image_set import PARTS, RealImages
 from utils.data.opened_images import open_all
 from utils.data.real_images import check_held_out, limit_held_out
+from utils.transfer.classifiers import load_classifier
 from utils.transfer.evaluation import predict
+from utils.transfer.guard import measure_usefulness
 from utils.transfer.methods import Method, StagePlan, mix_indices
 from utils.transfer.replay import ReplayedImages
 from utils.transfer.stage import Pretrained, run_stage
@@ -27,13 +29,15 @@ Images = Mapping[str, Dataset | IterableDataset]
 
 @dataclass(frozen=True)
 class MethodResult:
-    """A trained classifier, what its stages did, and its outputs on the images that it was evaluated on.
+    """A trained classifier, its stages and what they did, and its outputs on the images that it was evaluated on.
 
-    `results` maps `<stage>_<cost>` to steps, images seen, seconds and GPU-hours, `log_histories` stages to the
-    Trainer's logs. `logits` is `(n, classes)`, `labels` `(n,)`.
+    `stages` are those planned, with what a guard made of them. `results` maps `<stage>_<cost>` to steps, images seen,
+    seconds and GPU-hours, and holds what a guard measured; `log_histories` maps stages to the Trainer's logs. `logits`
+    is `(n, classes)`, `labels` `(n,)`.
     """
 
     model: nn.Module
+    stages: list[StagePlan]
     results: dict
     log_histories: dict[str, list[dict]]
     logits: np.ndarray
@@ -95,8 +99,18 @@ def run_method(
     Raises:
         UserError: what `run_stage` and `predict` raise.
     """
-    results, log_histories = {}, {}
+    model, usefulness, trained, results, log_histories = None, None, [], {}, {}
+    loading = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
     for stage in stages:
+        if stage.is_guarded:
+            if usefulness is None:
+                base = load_classifier(pretrained.name, class_names, True, training_args.seed, **pretrained.hub_options)
+                usefulness = measure_usefulness(
+                    model, base, images["replayed"].real, pretrained.image_processor, *loading
+                )
+            planned, stage = stage.synthetic_share, usefulness.guard(stage)
+            logger.info(f"{usefulness.describe(planned, stage.synthetic_share)}.".capitalize())
+            results |= usefulness.results(stage)
         start = next((stage_dir(earlier) / earlier.name for earlier in stages if earlier.name == stage.start), None)
         folder, seen = stage_dir(stage) / stage.name, images[stage.images]
         number = "streamed" if isinstance(seen, IterableDataset) else len(seen)
@@ -110,7 +124,8 @@ def run_method(
             )  # fmt: skip
         results |= {f"{stage.name}_{cost}": value for cost, value in done.summary().items()}
         log_histories[stage.name] = done.log_history
+        trained.append(stage)
         after_stage(stage, model)
-    num_workers = 0 if isinstance(evaluated, list) else training_args.dataloader_num_workers
-    logits, labels = predict(model, evaluated, training_args.per_device_eval_batch_size, num_workers)
-    return MethodResult(model, results, log_histories, logits, labels)
+    batch_size, num_workers = loading
+    logits, labels = predict(model, evaluated, batch_size, 0 if isinstance(evaluated, list) else num_workers)
+    return MethodResult(model, trained, results, log_histories, logits, labels)
