@@ -38,7 +38,7 @@ class Usefulness:
         if self.probe_accuracy is None:
             return 1.0
         ratio = self.synthetic_accuracy / max(self.probe_accuracy, 1 / self.num_images)
-        return float(np.clip((ratio - USELESS) / (USEFUL - USELESS), 0.0, 1.0))
+        return round(float(np.clip((ratio - USELESS) / (USEFUL - USELESS), 0.0, 1.0)), 4)
 
     def guard(self, stage: StagePlan) -> StagePlan:
         """Return a stage with the share that the synthetic images earn.
@@ -50,23 +50,25 @@ class Usefulness:
         start = stage if guarded > 0 or stage.without_synthetic is None else stage.without_synthetic
         return replace(start, synthetic_share=guarded)
 
-    def describe(self, planned: float, guarded: float) -> str:
-        """Return in a sentence what was measured, and what became of the share that was planned."""
-        measured = f"synthetic images alone give {self.synthetic_accuracy:.0%} on {self.num_images} of your images"
-        if self.probe_accuracy is None:
-            return f"{measured}; with single images there is nothing to compare with: their share stays {planned:.0%}"
-        measured += f", a probe of real ones {self.probe_accuracy:.0%}"
-        if guarded == planned:
-            return f"{measured}: their share stays {planned:.0%}"
-        if guarded == 0:
-            return f"{measured}: they are left out, and their stage with them"
-        return f"{measured}: their share is cut from {planned:.0%} to {guarded:.0%}"
+    def results(self, planned: float, guarded: float) -> dict[str, float | int | str | None]:
+        """Return what results say of it, and of a stage that it guarded: its share planned, and the one that was given.
 
-    def results(self, stage: StagePlan) -> dict[str, float | int | None]:
-        """Return what results say of it, and of a stage that it guarded."""
-        return {f"guard_{name}": value for name, value in asdict(self).items()} | {
-            "guard_synthetic_share": stage.synthetic_share
-        }
+        `guard_finding` is all of it in a sentence.
+        """
+        finding = f"Synthetic images alone give {self.synthetic_accuracy:.0%} on {self.num_images} of your images"
+        if self.probe_accuracy is None:
+            finding += f"; with one of a class there is nothing to compare with: their share stays {planned:.0%}."
+        else:
+            finding += f", a probe of real ones {self.probe_accuracy:.0%}: "
+            if guarded == 0:
+                finding += "they are left out, and their stage with them."
+            else:
+                is_cut = guarded < planned
+                finding += f"their share {f'is cut from {planned:.0%} to' if is_cut else 'stays'} {guarded:.0%}."
+        measured = {f"guard_{name}": value for name, value in asdict(self).items()}
+        return measured | {
+            "guard_planned_share": planned, "guard_synthetic_share": guarded, "guard_finding": finding,
+        }  # fmt: skip
 
 
 def measure_usefulness(

@@ -109,8 +109,8 @@ def run_method(
                     model, base, images["replayed"].real, pretrained.image_processor, *loading
                 )
             planned, stage = stage.synthetic_share, usefulness.guard(stage)
-            logger.info(f"{usefulness.describe(planned, stage.synthetic_share)}.".capitalize())
-            results |= usefulness.results(stage)
+            results |= usefulness.results(planned, stage.synthetic_share)
+            logger.info(results["guard_finding"])
         start = next((stage_dir(earlier) / earlier.name for earlier in stages if earlier.name == stage.start), None)
         folder, seen = stage_dir(stage) / stage.name, images[stage.images]
         number = "streamed" if isinstance(seen, IterableDataset) else len(seen)
