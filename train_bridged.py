@@ -49,6 +49,7 @@ from utils.transfer.methods import (
     StagePlan,
     check_stages,
     describe_methods,
+    describe_shares,
     plan_stages,
     stage_names,
     stage_settings,
@@ -378,7 +379,10 @@ def open_folder(args: SimpleNamespace, inputs: dict[str, str]) -> tuple:
 
 
 def choose_learning_rate(args: SimpleNamespace) -> str | None:
-    """Set the learning rate that is not given, by what kind of model is trained; return why, None where it is given."""
+    """Set the learning rates that are not given, by what kind of model is trained, and return why.
+
+    Where `--learning_rate` is given it is that of all stages, and there is nothing to return.
+    """
     from utils.transfer.classifiers import default_learning_rates
 
     if args.training.learning_rate is not None:
@@ -395,6 +399,8 @@ def choose_learning_rate(args: SimpleNamespace) -> str | None:
         revision=args.model_commit or "main", trust_remote_code=model_args.trust_remote_code, token=token,
     )  # fmt: skip
     args.training.learning_rate = rates.real
+    if args.bridge.bridge_learning_rate is None and "synthetic" in args.chosen_method.kinds:
+        args.bridge.bridge_learning_rate = rates.synthetic
     return rates.reason
 
 
@@ -416,6 +422,23 @@ def open_model(args: SimpleNamespace, options: dict):
     trial_settings = stage_settings(args.chosen_method, options, {"real": 1, "both": 1}, 1)[1]
     rehearse(pretrained, trial_settings, args.training, any(stage.head_init == "imprint" for stage in stages))
     return pretrained
+
+
+def plan_run(args: SimpleNamespace, options: dict, real, num_images: dict[str, int]) -> list[StagePlan]:
+    """Return the stages that are to be trained, and say how images are shared out where that is by their number.
+
+    Raises:
+        UserError: what `check_stages` raises.
+    """
+    from utils.transfer.run_method import images_per_class
+
+    num_processes, number = args.training.world_size, images_per_class(real.train)
+    settings = stage_settings(args.chosen_method, options, num_images, num_processes)
+    stages = plan_stages(args.chosen_method, *settings, number)
+    check_stages(stages, options, num_images, len(real.class_names), num_processes)
+    if "replayed" in args.chosen_method.kinds:
+        logger.info(f"{describe_shares(stages, number)} (--method {args.method.method}; the paper's is bridged).")
+    return stages
 
 
 def measure_leep(args: SimpleNamespace, pretrained, train_images, results: dict, stage: StagePlan, model) -> None:
@@ -458,7 +481,7 @@ def write_results(args: SimpleNamespace, model_id: str, pretrained, config: dict
 def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
     args, source = parse_arguments(argv)
-    training_args, method = args.training, args.chosen_method
+    training_args = args.training
     if training_args.dry_run:
         return check_data(args, source)
     if not training_args.do_train:
@@ -481,21 +504,22 @@ def main(argv: Sequence[str] | None = None) -> dict:
     from utils.transfer.evaluation import test_metrics
     from utils.transfer.image_format import EvalImages
     from utils.transfer.report import add_totals
-    from utils.transfer.run_method import images_per_class, run_method
+    from utils.transfer.run_method import run_method
 
     is_main_process = set_up_logging(training_args)
     transformers.set_seed(training_args.seed)
     if rate_reason is not None:
-        logger.info(f"--learning_rate {training_args.learning_rate:g}: {rate_reason}.")
+        rates = [f"--learning_rate {training_args.learning_rate:g}"]
+        if args.bridge.bridge_learning_rate is not None:
+            rates.append(f"--bridge_learning_rate {args.bridge.bridge_learning_rate:g}")
+        logger.info(f"{', '.join(rates)}: {rate_reason}.")
 
     # model: what it cannot do is found before the images are read
     pretrained = open_model(args, options)
 
     # images and stages
     real, images, num_images = load_images(args, source)
-    bridge_settings, settings = stage_settings(method, options, num_images, training_args.world_size)
-    stages = plan_stages(method, bridge_settings, settings, images_per_class(real.train))
-    check_stages(stages, options, num_images, len(real.class_names), training_args.world_size)
+    stages = plan_run(args, options, real, num_images)
 
     # training
     with folder.working(command := public_command("train_bridged.py", argv)):

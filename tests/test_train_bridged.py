@@ -42,7 +42,8 @@ def run(classifiers, synthetic_dir, tmp_path):
 def test_bridged_from_the_record_alone_gives_a_pipeline(run, tmp_path):
     results = run("out", model="timm")
     config = read_record(tmp_path / "out" / "bridged_config.json")
-    assert (results["stage1_steps"], results["stage2_steps"]) == (3, 2)
+    assert (results["stage1_steps"], results["stage2_steps"]) == (2, 3)  # at two shots half of both together
+    assert config["method"] == "bridged_replay"
     assert len(config["train_indices"]) == 2 * len(CLASS_NAMES)  # the record's two shots
     classify = pipeline("image-classification", model=str(tmp_path / "out"))
     assert list(classify.model.config.id2label.values()) == CLASS_NAMES
@@ -90,11 +91,11 @@ def assert_same_weights(one, other):
 
 
 def test_few_images_with_a_fresh_head_are_told_of_the_kept_one(run, caplog):
-    run("fresh", "--num_shots", "4")
+    run("fresh", "--num_shots", "4", "--method", "bridged")
     assert "With 12 real images of 3 classes --head_init keep is likely to be better" in caplog.text
     caplog.clear()
-    run("many", "--num_shots", "5")
-    run("kept", "--num_shots", "4", "--head_init", "keep")
+    run("many", "--num_shots", "5", "--method", "bridged")
+    run("kept", "--num_shots", "4", "--method", "bridged", "--head_init", "keep")
     assert "--head_init keep is likely" not in caplog.text
 
 
@@ -173,7 +174,7 @@ def test_a_killed_run_goes_on_in_its_stage_to_the_same_weights(run, module, name
 
 
 def test_an_adapter_goes_through_both_stages_and_is_merged_and_published_beside(run, tmp_path):
-    run("lora", "--use_peft", "--lora_r", "4", "--head_init", "keep")
+    run("lora", "--use_peft", "--lora_r", "4", "--method", "bridged_keep")
     folder = tmp_path / "lora"
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     image = str(next(Path(folder).glob("report.png")))
@@ -264,7 +265,7 @@ def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, r
         ("SYN VIT --prediction_loss_only --eval_strategy steps --metric_for_best_model accuracy", "choose one of loss"),
         ("SYN VIT --save_strategy best", "^--save_strategy best: needs --metric_for_best_model, and --eval_strategy"),
         ("SYN VIT --deepspeed no-file.json", "deepspeed"),
-        ("SYN VIT --eval_strategy steps --eval_delay 500", "^--eval_delay 500.*; the longest stage has 30 steps"),
+        ("SYN VIT --eval_strategy steps --eval_delay 500", "^--eval_delay 500.*; the longest stage has 18 steps"),
         ("SYN VIT --eval_strategy epoch --metric_for_best_model top5_accuracy", "more than 5 classes, there are 3"),
         ("SYN VIT --dataloader_drop_last", "^--dataloader_drop_last: stage1 would take no step, its 18 images are les"),
     ],

@@ -10,7 +10,7 @@ from utils.cli.errors import UserError
 from utils.cli.options import Need, option, with_flag, with_value, without_flag
 from utils.data.arguments import RealDataArguments
 from utils.hub.targets import TO_PUBLISH
-from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, HEAD_INITS, METHODS, Method
+from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, DEFAULT_METHOD, HEAD_INITS, METHODS, Method
 
 MAX_WORKERS = 16
 FOLLOWING_A_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules
@@ -153,7 +153,7 @@ class MethodArguments:
     _argument_group_name = "method"
 
     method: str = option(
-        "bridged",
+        DEFAULT_METHOD,
         "Which stages are trained on which images; the table above says it. Other flags win over its rows.",
         choices=METHODS,
     )
@@ -219,9 +219,16 @@ class BridgeStageArguments:
         5.0, "Epochs (over both kinds of images for mix); few, as there are many images.",
         needs=[STAGE_1_STEPS, without_flag("bridge_max_steps")],
     )  # fmt: skip
-    bridge_max_steps: int | None = option(None, "Optimiser steps, in place of epochs.", needs=[STAGE_1_STEPS])
+    bridge_max_steps: int | None = option(
+        None,
+        "Optimiser steps, in place of epochs. Methods that replay add those on real images, and share them all out.",
+        needs=[STAGE_1_STEPS],
+    )
     bridge_learning_rate: float | None = option(
-        None, "Peak learning rate; --learning_rate when not given.", needs=[ON_SYNTHETIC]
+        None,
+        "Peak learning rate; --learning_rate when not given, and where that is not given either, 5e-4 for networks "
+        "with BatchNorm, adapters and heads alone, 5e-5 for all weights of others.",
+        needs=[ON_SYNTHETIC],
     )
     bridge_head_learning_rate: float | None = option(
         None, "Learning rate of the head, always a fresh one; 10 x when not given.", needs=[ON_SYNTHETIC]

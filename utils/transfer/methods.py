@@ -146,6 +146,8 @@ METHODS = {
     "synthetic_only": Method("stage 1 alone", (STAGE_1,)),
 }
 
+DEFAULT_METHOD = "bridged_replay"
+
 
 def describe_methods() -> str:
     """Return the table as `--help` prints it, a row a line."""
@@ -254,6 +256,16 @@ def _with_fallback(stage: StagePlan) -> StagePlan:
 def replayed_share(images_per_class: float) -> float:
     """Return the share of synthetic images at so many real ones per class, in (0, 1)."""
     return REPLAY_IMAGES / (REPLAY_IMAGES + images_per_class)
+
+
+def describe_shares(stages: list[StagePlan], images_per_class: float) -> str:
+    """Return in words what stages that replay make of a number of real images per class."""
+    num_steps = sum(stage.settings.max_steps for stage in stages)
+    share = stages[0].settings.max_steps / num_steps
+    return (
+        f"{images_per_class:g} real images per class: {share:.0%} of the steps on synthetic images, then "
+        f"{1 - share:.0%} on real ones with {stages[-1].synthetic_share:.0%} synthetic among them"
+    )
 
 
 def _split_steps(settings: StageSettings) -> tuple[int, int]:
