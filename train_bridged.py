@@ -7,7 +7,7 @@
         --model_name_or_path timm/vit_base_patch16_224.augreg_in21k_ft_in1k
     accelerate launch train_bridged.py --dataset_name user/cars --method vanilla
     accelerate launch train_bridged.py --synthetic_dataset user/cars-syn --resume_from_checkpoint latest
-    accelerate launch train_bridged.py --output_dir cars-syn-bridged --no_do_train --do_eval
+    accelerate launch train_bridged.py --output_dir cars-syn-bridged_replay --no_do_train --do_eval
     accelerate launch train_bridged.py --train_dir photos --dry_run
 
 The real images, their columns and their few-shot subset come from the record in the synthetic set; flags win.

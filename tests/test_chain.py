@@ -62,12 +62,14 @@ def test_the_readme_commands_end_in_a_model_that_a_pipeline_loads(flags, hub, tm
         assert done.returncode == 0, done.stderr[-3000:]
         assert TOKEN not in done.stdout + done.stderr
     check_repositories(hub)
-    written = [path for name in ("cars-style", "cars-syn", "cars-syn-bridged") for path in (tmp_path / name).rglob("*")]
+    written = [
+        path for name in ("cars-style", "cars-syn", "cars-syn-bridged_replay") for path in (tmp_path / name).rglob("*")
+    ]
     assert not [path for path in written if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert not [request for request in hub.log if TOKEN in request.path + request.query]
     load = (
         "from transformers import pipeline; import sys\n"
-        "classify = pipeline('image-classification', model='user/cars-syn-bridged')\n"
+        "classify = pipeline('image-classification', model='user/cars-syn-bridged_replay')\n"
         "print(sorted(answer['label'] for answer in classify(sys.argv[1])))"
     )
     env = hub.environment(tmp_path / "home-last")  # no token: anyone's machine
@@ -80,7 +82,7 @@ def check_repositories(hub) -> None:
     """Check that each step recorded the commits of the one before, and that nothing leaked."""
     token = hub.repo("user/cars-style").files()
     images = hub.repo("user/cars-syn", "dataset").files()
-    model = hub.repo("user/cars-syn-bridged").files()
+    model = hub.repo("user/cars-syn-bridged_replay").files()
     dsi, generation = json.loads(token["dsi_config.json"]), json.loads(images["generation_config.json"])
     bridged = json.loads(model["bridged_config.json"])
     real_commit = hub.repo("user/cars", "dataset").commits()[0].id
@@ -89,7 +91,7 @@ def check_repositories(hub) -> None:
     assert bridged["synthetic_dataset"]["revision"] == hub.repo("user/cars-syn", "dataset").commits()[0].id
     assert b'pipe.load_textual_inversion("user/cars-style")' in token["README.md"]
     assert b"--synthetic_dataset user/cars-syn" in images["README.md"]
-    assert b'model="user/cars-syn-bridged"' in model["README.md"]
+    assert b'model="user/cars-syn-bridged_replay"' in model["README.md"]
     for repo in hub.repos():
         names = [name for name in repo.files() if not name.startswith("unet/")]
         assert not [name for name in names if name in LEFT_OUT or name.startswith(("stage", "checkpoint"))]

@@ -317,7 +317,7 @@ class BridgedTrainingArguments(TrainingArguments):
     }  # fmt: skip
 
     output_dir: str | None = option(
-        None, "Output folder; '<synthetic set>-bridged' (the method's name) when not given.", affects_result=False
+        None, "Output folder; '<synthetic set>-<method>' when not given.", affects_result=False
     )
     overwrite_output_dir: bool = option(False, "Start from scratch where there is a result.", affects_result=False)
     dry_run: bool = option(False, "Look for damaged images, copies and leaks between splits; train and write nothing.")
