@@ -204,8 +204,8 @@ def test_keys_of_a_recipe_that_do_nothing_are_one_remark_of_the_main_process(tmp
     values = parse_flags("train_bridged.py", [str(recipe)])
     assert (values["lora_r"], values["mix_ratio"]) == (8, 2.0)
     assert capsys.readouterr().err == (
-        f"{recipe}: without effect in this run: mix_ratio (with --method bridged_replay, which has no stage on both kinds "
-        "of images); lora_r, lora_alpha (without --use_peft); hub_model_id (without --push_to_hub).\n"
+        f"{recipe}: without effect in this run: mix_ratio (with --method bridged_replay, which has no stage on both "
+        "kinds of images); lora_r, lora_alpha (without --use_peft); hub_model_id (without --push_to_hub).\n"
     )
     monkeypatch.setenv("RANK", "1")
     parse_flags("train_bridged.py", [str(recipe)])
