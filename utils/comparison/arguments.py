@@ -32,7 +32,7 @@ def of_methods(is_right: Callable[[Method], bool], lack: str) -> Need:
     return Need(f"with --methods {{methods}}, which {lack}", is_met)
 
 
-ON_REAL = of_methods(lambda method: method.uses_real, "train on synthetic images alone")
+ON_REAL = of_methods(lambda method: method.trains_on_real, "train on synthetic images alone")
 STAGE_1_STEPS = of_methods(has_stage_1_steps, "neither train on synthetic images nor take the steps of such a stage")
 
 

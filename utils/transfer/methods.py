@@ -11,6 +11,7 @@ from utils.cli.errors import UserError
 
 HEAD_INITS = ("reset", "keep", "imprint")
 BATCH_NORM_MODES = ("frozen", "train", "recalibrate")
+ALIGNMENTS = ("adversarial", "coral", "none")
 AUGMENTATIONS = ("robust", "basic", "trivialaugment", "randaugment")
 REPLAY_IMAGES = 6.0  # real images per class at which half of what is seen is synthetic
 HEAD_FACTOR = 10.0  # a fresh head's learning rate over the rest's
@@ -25,6 +26,18 @@ SETTINGS_OF_EACH_STAGE = (
 
 
 @dataclass(frozen=True)
+class Alignment:
+    """How a stage on synthetic images brings their features and those of unlabelled real ones together.
+
+    `kind` is `adversarial` or `coral`. `weight`, above 0, is that of its gradients on the features, beside those of the
+    classes' loss.
+    """
+
+    kind: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of a method.
 
@@ -32,7 +45,7 @@ class Stage:
     `start` is the stage whose weights it takes (None: the pretrained checkpoint), `head_init` one of `HEAD_INITS`.
     `settings` replace those that a stage on such images has otherwise. A stage that `is_matched` takes the steps of one
     on synthetic images besides its own. `mix_ratio` is synthetic images per real one, where it sees both; None takes
-    each image once.
+    each image once. With an `alignment`, a stage on synthetic images sees the real training images too, unlabelled.
     """
 
     name: str
@@ -42,6 +55,7 @@ class Stage:
     settings: dict = field(default_factory=dict)
     is_matched: bool = False
     mix_ratio: float | None = None
+    alignment: Alignment | None = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +71,14 @@ class Method:
         return {stage.images for stage in self.stages}
 
     @property
-    def uses_real(self) -> bool:
+    def trains_on_real(self) -> bool:
+        """Whether a stage learns from real images with their labels."""
         return bool(self.kinds & {"real", "both", "replayed"})
+
+    @property
+    def uses_real(self) -> bool:
+        """Whether its result depends on the real training images, labelled or not."""
+        return self.trains_on_real or self.alignment is not None
 
     @property
     def uses_synthetic(self) -> bool:
@@ -67,6 +87,10 @@ class Method:
     @property
     def mix_ratio(self) -> float | None:
         return next((stage.mix_ratio for stage in self.stages if stage.images == "both"), None)
+
+    @property
+    def alignment(self) -> Alignment | None:
+        return next((stage.alignment for stage in self.stages if stage.alignment is not None), None)
 
     @property
     def flags(self) -> dict:
@@ -81,7 +105,8 @@ class Method:
         """Return the method with the flags that are given, as name -> value, in place of what its row says.
 
         `--head_init` is for stages that start from another one, `--match_steps` for methods without a stage on
-        synthetic images alone, `--mix_ratio` for stages on both kinds.
+        synthetic images alone, `--mix_ratio` for stages on both kinds, `--bridge_alignment` and its weight for stages
+        on synthetic images alone.
         """
         stages = []
         for stage in self.stages:
@@ -94,6 +119,12 @@ class Method:
                 stage = replace(stage, is_matched=given["match_steps"])
             if stage.images == "both" and "mix_ratio" in given:
                 stage = replace(stage, mix_ratio=given["mix_ratio"])
+            if stage.images == "synthetic" and "bridge_alignment" in given:
+                kind = given["bridge_alignment"]
+                stage = replace(stage, alignment=None if kind == "none" else Alignment(kind))
+            if stage.alignment is not None and "bridge_alignment_weight" in given:
+                weighted = replace(stage.alignment, weight=given["bridge_alignment_weight"])
+                stage = replace(stage, alignment=weighted)
             stages.append(stage)
         return replace(self, stages=tuple(stages))
 
@@ -117,6 +148,16 @@ METHODS = {
         "bridged with the head of stage 1, and synthetic images among the real ones; both shares fall with the number "
         "of real images",
         (STAGE_1, replace(STAGE_2, images="replayed", head_init="keep", settings=MIXUP)),
+    ),
+    "bridged_adversarial": Method(
+        "bridged_keep whose stage 1 also sees the real images, unlabelled, and makes features of both kinds alike, by "
+        "a domain classifier",
+        (replace(STAGE_1, alignment=Alignment("adversarial")), replace(STAGE_2, head_init="keep")),
+    ),
+    "bridged_coral": Method(
+        "bridged_keep whose stage 1 also sees the real images, unlabelled, and makes features of both kinds alike, by "
+        "their covariances",
+        (replace(STAGE_1, alignment=Alignment("coral")), replace(STAGE_2, head_init="keep")),
     ),
     "bridged_head_warmup": Method(
         "bridged with a fresh head that is trained alone in the first half of stage 2",
@@ -195,10 +236,12 @@ class StagePlan:
     settings: StageSettings
     start: str | None = None
     synthetic_share: float | None = None
+    alignment: Alignment | None = None
 
     def to_dict(self) -> dict:
-        """Return it as records hold it: those of before there were shares stay the same."""
-        return {name: value for name, value in asdict(self).items() if name != "synthetic_share" or value is not None}
+        """Return it as records hold it: those of before there were shares and alignments stay the same."""
+        later = ("synthetic_share", "alignment")
+        return {name: value for name, value in asdict(self).items() if name not in later or value is not None}
 
 
 def plan_stages(
@@ -223,11 +266,13 @@ def plan_stages(
         num_warmup_steps, num_steps = _split_steps(own)
         own = replace(own, max_steps=num_steps, head_warmup_steps=0)
         plan = StagePlan(
-            stage.name, stage.images, stage.head_init, own, stage.start, share if stage.images == "replayed" else None
-        )
+            stage.name, stage.images, stage.head_init, own, stage.start, share if stage.images == "replayed" else None,
+            stage.alignment,
+        )  # fmt: skip
         if num_warmup_steps > 0:
             own = replace(own, max_steps=num_warmup_steps, freeze_backbone=True)
-            warmup = replace(plan, name=f"{stage.name}_head", settings=own)
+            # features that stay as they are cannot be aligned
+            warmup = replace(plan, name=f"{stage.name}_head", settings=own, alignment=None)
             stages.append(warmup)
             plan = replace(plan, head_init="keep", start=warmup.name)
         stages.append(plan)
@@ -319,7 +364,8 @@ def check_stages(
     for stage in stages:
         batch_size, number = stage.settings.per_device_train_batch_size, num_images[stage.images]
         # of these every batch is full
-        is_endless = stage.images == "replayed" or (flags["streaming"] and stage.images == "synthetic")
+        is_endless = stage.images == "replayed" or stage.alignment is not None
+        is_endless |= flags["streaming"] and stage.images == "synthetic"
         if flags["dataloader_drop_last"] and not is_endless and number < batch_size * num_processes:
             raise UserError(
                 f"--dataloader_drop_last: {stage.name} would take no step, its {number} images are less than a batch "
