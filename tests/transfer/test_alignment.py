@@ -132,7 +132,7 @@ def test_an_alignment_changes_features_by_its_weight_and_leaves_nothing_in_the_c
     assert light.keys() == heavy.keys() == other.keys()
     backbone = [key for key in light if "weight" in key and "classifier" not in key]
     assert all(not torch.equal(light[key], heavy[key]) for key in backbone)
-    assert (result.num_images_seen, alone.num_images_seen) == (2 * 28, 26)  # an epoch of ten ends with two
+    assert (result.num_images_seen, alone.num_images_seen) == (2 * 28, 24)  # an epoch of ten ends with two
 
 
 @pytest.mark.parametrize("name", ["resnet", "timm"])
@@ -188,9 +188,9 @@ def test_the_domain_classifier_learns_at_the_heads_rate_and_is_in_checkpoints_al
     run("stage", Alignment("adversarial"))
     rate = SETTINGS.learning_rate * SETTINGS.head_learning_rate_factor
     assert sorted(groups) == [(rate, False, False)] * 2 + [(rate, True, True)] * 2
-    (saved,) = tmp_path.rglob("alignment.safetensors")
+    saved = tmp_path / "stage" / "checkpoint-7" / "alignment.safetensors"
     weights = load_file(saved)
-    assert saved.parent.name == "checkpoint-7"
+    assert not (tmp_path / "stage" / "alignment.safetensors").exists()
     assert weights.keys() == before.keys()
     assert all(not torch.equal(weights[key], before[key]) for key in weights)
 

@@ -182,6 +182,7 @@ class StageTrainer(Trainer):
             self.watched_heads, self.entered = linear_heads(self.model, NO_ALIGNMENT), {}
             if next(alignment.parameters(), None) is not None:
                 self.align = self.accelerator.prepare_model(alignment)  # its gradients too are those of all processes
+                self.add_callback(ZeroGradients(alignment))
         self.augmentation = augmentation
         self.frozen_modules = batch_norm_modules(self.model) if freeze_batch_norm else []
         self.head_learning_rate = head_learning_rate
@@ -403,6 +404,16 @@ class StageProgress(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         return {"args": {}, "attributes": {"num_images": int(self.num_images), "seconds_before": self.seconds}}
+
+
+class ZeroGradients(TrainerCallback):
+    """Forget the gradients of the step before; the Trainer does so for its own model alone."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.module.zero_grad()
 
 
 class EpochCallback(TrainerCallback):
