@@ -167,6 +167,11 @@ def check_arguments(args: SimpleNamespace) -> None:
     for name, value in modes if args.lora.use_peft else ():
         if value != "frozen":
             raise UserError(f"--{name} {value}: not with --use_peft; an adapter has no place for statistics.")
+    replays = "replayed" in args.chosen_method.kinds and not args.synthetic.streaming
+    if "domain" in [value for _, value in modes] and not replays:
+        raise UserError(
+            "--batch_norm domain: needs synthetic images among the real ones, not streamed (--method bridged_replay)."
+        )
     alignment = args.chosen_method.alignment
     if alignment is not None and args.bridge.bridge_freeze_backbone:
         raise UserError(

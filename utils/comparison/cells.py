@@ -160,7 +160,7 @@ class CellRunner:
             "max_eval_samples": self.max_eval_samples,
             **self._real_settings(cell),
         }
-        if "recalibrate" in (stage["settings"]["batch_norm"] for stage in settings["stages"]):
+        if {"recalibrate", "domain"} & {stage["settings"]["batch_norm"] for stage in settings["stages"]}:
             settings["statistics_batch_size"] = self.training_args.per_device_eval_batch_size
         if cell.row.method.uses_synthetic:
             settings |= self._synthetic_settings(cell) | {"mix_ratio": cell.row.method.mix_ratio}

@@ -10,7 +10,15 @@ from utils.cli.errors import UserError
 from utils.cli.options import Need, option, with_flag, with_value, without_flag
 from utils.data.arguments import RealDataArguments
 from utils.hub.targets import TO_PUBLISH
-from utils.transfer.methods import ALIGNMENTS, AUGMENTATIONS, BATCH_NORM_MODES, HEAD_INITS, METHODS, Method
+from utils.transfer.methods import (
+    ALIGNMENTS,
+    AUGMENTATIONS,
+    BATCH_NORM_MODES,
+    HEAD_INITS,
+    METHODS,
+    ONE_KIND_NORMS,
+    Method,
+)
 
 MAX_WORKERS = 16
 FOLLOWING_A_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules
@@ -204,7 +212,8 @@ class StageArguments:
     )
     batch_norm: str = option(
         "frozen",
-        "BatchNorm statistics: those of the start, of each batch, or measured anew on the stage's images.",
+        "BatchNorm statistics: those of the start, of each batch, or measured anew on the stage's images; domain, with "
+        "bridged_replay: measured on each kind of images, for that kind.",
         choices=BATCH_NORM_MODES,
         needs=[ON_REAL],
     )
@@ -255,7 +264,7 @@ class BridgeStageArguments:
         "frozen",
         "As --batch_norm; frozen, as statistics of synthetic images harm on real ones. With --bridge_alignment, train "
         "takes those of both kinds together.",
-        choices=BATCH_NORM_MODES,
+        choices=ONE_KIND_NORMS,
         needs=[ON_SYNTHETIC],
     )
     bridge_alignment: str | None = option(

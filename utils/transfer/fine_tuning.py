@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers.trainer_callback import ExportableState
 from utils.cli.errors import DivergedError, UserError
 from utils.transfer.alignment import AlignedImages, AlignedItems, StreamedAlignedItems, build_alignment
 from utils.transfer.augmentation import BatchAugmentation, StreamedTrainImages, TrainImages, TrainItems
+from utils.transfer.domain_norm import normalising_synthetic
 from utils.transfer.evaluation import classification_metrics
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StageSettings
@@ -122,6 +124,7 @@ def build_trainer(
         augmentation=BatchAugmentation(items.image_format, model.config.num_labels, stage_args.seed),
         freeze_batch_norm=settings.batch_norm != "train" or settings.freeze_backbone,
         head_learning_rate=settings.learning_rate * settings.head_learning_rate_factor, alignment=alignment,
+        synthetic_statistics=images.statistics if isinstance(images, ReplayedImages) else None,
     )  # fmt: skip
     if stage_args.logging_strategy == "no":
         trainer.remove_callback(PrinterCallback)  # it prints a summary even so
@@ -173,9 +176,10 @@ class StageTrainer(Trainer):
 
     def __init__(
         self, *args, augmentation: BatchAugmentation, freeze_batch_norm: bool, head_learning_rate: float,
-        alignment: nn.Module | None = None, **kwargs,
+        alignment: nn.Module | None = None, synthetic_statistics: Mapping[str, torch.Tensor] | None = None, **kwargs,
     ):  # fmt: skip
         super().__init__(*args, **kwargs)
+        self.synthetic_statistics, self.kinds_in_batch = synthetic_statistics, {}
         self.alignment = self.align = alignment
         if alignment is not None:
             self.compute_loss_func = partial(self._aligned_loss, self.compute_loss_func)
@@ -193,9 +197,12 @@ class StageTrainer(Trainer):
             self.add_callback(EpochCallback(self.train_dataset))
 
     def train(self, *args, **kwargs):
-        if self.alignment is None:
-            return super().train(*args, **kwargs)
-        with watching(self.watched_heads) as self.entered:
+        with ExitStack() as stack:
+            if self.alignment is not None:
+                self.entered = stack.enter_context(watching(self.watched_heads))
+            if self.synthetic_statistics is not None:
+                own = self.synthetic_statistics
+                stack.enter_context(normalising_synthetic(self.model, own, self.kinds_in_batch))
             return super().train(*args, **kwargs)
 
     def train_to_the_end(self, checkpoint: str | None) -> None:
@@ -310,6 +317,7 @@ class StageTrainer(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training:
             real = inputs.get("real")
+            self.kinds_in_batch["is_synthetic"] = inputs.get("is_synthetic")
             inputs = self.augmentation(inputs)
             self.last_inputs = dict(inputs)  # the labels of the other one are taken out
             if real is not None:
@@ -317,7 +325,10 @@ class StageTrainer(Trainer):
             # here, because training_step calls model.train() after every callback
             for module in self.frozen_modules:
                 module.eval()
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.kinds_in_batch.clear()  # evaluation knows real images only
 
     def _augment_unlabelled(self, real: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the pixels of real images, augmented as the synthetic ones; with Mixup, with one another."""

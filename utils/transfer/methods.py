@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from utils.cli.errors import UserError
 
 HEAD_INITS = ("reset", "keep", "imprint")
-BATCH_NORM_MODES = ("frozen", "train", "recalibrate")
+ONE_KIND_NORMS = ("frozen", "train", "recalibrate")
+BATCH_NORM_MODES = (*ONE_KIND_NORMS, "domain")  # the last one where a stage replays
 ALIGNMENTS = ("adversarial", "coral", "none")
 AUGMENTATIONS = ("robust", "basic", "trivialaugment", "randaugment")
 REPLAY_IMAGES = 6.0  # real images per class at which half of what is seen is synthetic
@@ -148,6 +149,13 @@ METHODS = {
         "bridged with the head of stage 1, and synthetic images among the real ones; both shares fall with the number "
         "of real images",
         (STAGE_1, replace(STAGE_2, images="replayed", head_init="keep", settings=MIXUP)),
+    ),
+    "bridged_replay_domain_norm": Method(
+        "bridged_replay whose stage 2 normalises each kind of images with BatchNorm statistics of its own",
+        (
+            STAGE_1,
+            replace(STAGE_2, images="replayed", head_init="keep", settings=MIXUP | {"batch_norm": "domain"}),
+        ),
     ),
     "bridged_adversarial": Method(
         "bridged_keep whose stage 1 also sees the real images, unlabelled, and makes features of both kinds alike, by "

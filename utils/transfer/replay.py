@@ -4,7 +4,7 @@ Which image is at which place of which batch is a function of the seed and the p
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -31,9 +31,13 @@ class ImagePair:
 
 @dataclass(frozen=True)
 class ReplayedImages(ImagePair):
-    """The real images of a stage, and the synthetic ones, of which it sees a share: that of each batch, in [0, 1)."""
+    """The real images of a stage, and the synthetic ones, of which it sees a share: that of each batch, in [0, 1).
+
+    `statistics` are those of BatchNorm on the synthetic images, where these are normalised with their own.
+    """
 
     share: float = 0.0
+    statistics: Mapping[str, torch.Tensor] | None = None
 
     @property
     def own(self) -> Dataset:
@@ -78,9 +82,12 @@ class ReplayedItems(PairedItems):
         super().__init__(images, items, seed, num_batches * batch_size)
         self.batch_size = batch_size
         self.share = images.share
+        self.tells_kind = images.statistics is not None
 
     def __getitem__(self, position: int) -> dict:
-        return self.make(*place_in_kind(position, self.batch_size, self.share, self.seed))
+        kind, rank = place_in_kind(position, self.batch_size, self.share, self.seed)
+        item = self.make(kind, rank)
+        return item | {"is_synthetic": kind == SYNTHETIC} if self.tells_kind else item
 
 
 class StreamedPairedItems(torch.utils.data.IterableDataset):

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -34,14 +35,16 @@ from utils.transfer.classifiers import (
     open_classifier,
     save_classifier,
 )
+from utils.transfer.domain_norm import measure_statistics
 from utils.transfer.fine_tuning import StageResult, fine_tune
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StagePlan
 from utils.transfer.model_parts import imprint_head, recalibrate_batch_norm, reset_head
-from utils.transfer.replay import ImagePair
+from utils.transfer.replay import ImagePair, ReplayedImages
 
 STAGE_RECORD = "stage.json"
 SETTINGS_RECORD = "stage_settings.json"
+SYNTHETIC_STATISTICS = "synthetic_statistics.safetensors"  # of BatchNorm, where it has some for each kind of images
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def run_stage(
     """
     own_images = images.own if isinstance(images, ImagePair) else images
     _check_stream(stage, own_images)
+    assert stage.settings.batch_norm != "domain" or isinstance(images, ReplayedImages), "of two kinds of images only"
     settings = describe_stage(stage, images, pretrained, class_names, training_args)
     folder = stage_folder(output_dir, settings, stage_inputs(stage, start, inputs or {}))
     earlier, checkpoint = find_earlier_run(folder) if resume else (None, None)
@@ -117,8 +121,18 @@ def run_stage(
         batch_size = training_args.per_device_eval_batch_size
         if stage.settings.batch_norm == "recalibrate":
             recalibrate_batch_norm(model, eval_images, training_args.device, training_args.seed, batch_size)
+        if stage.settings.batch_norm == "domain":
+            synthetic = EvalImages(images.synthetic, pretrained.image_processor)
+            statistics = measure_statistics(
+                model, synthetic, eval_images, training_args.device, training_args.seed, batch_size
+            )
+            images = dataclasses.replace(images, statistics=statistics)
+            if PartialState().is_main_process:
+                save_file(statistics, folder.path / SYNTHETIC_STATISTICS)
         if stage.head_init == "imprint":
             imprint_head(model, eval_images, batch_size)
+    elif stage.settings.batch_norm == "domain":
+        images = dataclasses.replace(images, statistics=load_file(folder.path / SYNTHETIC_STATISTICS))
     result = fine_tune(
         model, images, pretrained.image_processor, stage.settings, training_args, output_dir, validation, checkpoint
     )
