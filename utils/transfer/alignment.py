@@ -1,8 +1,9 @@
 """Alignment: a stage on synthetic images that makes their features, and those of unlabelled real ones, alike.
 
-Each synthetic image comes with a real one, whose label is left out. Both go through the model in one forward pass; the
-classes' loss is that of the synthetic images, and a loss on the features that enter the head is added to it. With
-BatchNorm in `train` mode, both kinds share the statistics of the batch.
+Each synthetic image comes with a real one, whose label is left out. Both are augmented alike, also by Mixup, each kind
+within itself. They go through the model in one forward pass; the classes' loss is that of the synthetic images, and a
+loss on the features that enter the head is added to it. With BatchNorm in `train` mode, both kinds share the statistics
+of the batch.
 """
 
 import math
@@ -95,7 +96,7 @@ def reverse_gradient(features: torch.Tensor, factor: float) -> torch.Tensor:
 class CovarianceDistance(nn.Module):
     """The distance of the covariances of both kinds of features, of the batch of one process, times `weight`.
 
-    It is small beside the classes' loss, as it is divided by the square of the number of features.
+    So, like Mixup, it depends on how the images of a step are divided into batches and processes.
 
     Source: Deep CORAL, Sun and Saenko 2016, section 3.1.
     """

@@ -1,6 +1,7 @@
 """Statistics of BatchNorm by kind of image: synthetic images of a mixed batch are normalised with their own.
 
-The model's running statistics are those of real images, so that nothing of this is left in a saved classifier.
+The model's running statistics are those of real images, so that nothing of this is left in a saved classifier. An image
+that Mixup has made is of the kind of its larger part.
 """
 
 from collections.abc import Iterator, Mapping

@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from utils.cli.errors import DivergedError, UserError
-from utils.transfer.alignment import AlignedImages, AlignedItems, StreamedAlignedItems, build_alignment
+from utils.transfer.alignment import AlignedImages, build_alignment
 from utils.transfer.augmentation import BatchAugmentation, StreamedTrainImages, TrainImages, TrainItems
 from utils.transfer.domain_norm import normalising_synthetic
 from utils.transfer.evaluation import classification_metrics
@@ -34,14 +34,8 @@ from utils.transfer.model_parts import (
     linear_heads,
     watching,
 )
-from utils.transfer.replay import (
-    ImagePair,
-    PairedItems,
-    ReplayedImages,
-    ReplayedItems,
-    StreamedPairedItems,
-    StreamedReplayedItems,
-)
+from utils.transfer.replay import PairedItems, ReplayedImages, StreamedPairedItems
+from utils.transfer.training_items import training_items
 
 INITIAL_SCALE = 2.0**16  # of torch's GradScaler
 ALIGNMENT_FILE = "alignment.safetensors"  # of a checkpoint: the domain classifier
@@ -116,7 +110,7 @@ def build_trainer(
         heads = linear_heads(model, NO_ALIGNMENT)
         alignment = build_alignment(images.alignment, sum(head.in_features for head in heads), stage_args.seed)
     trainer = StageTrainer(
-        model=model, args=stage_args, train_dataset=_training_items(images, items, settings, stage_args),
+        model=model, args=stage_args, train_dataset=training_items(images, items, settings, stage_args),
         eval_dataset=EvalImages(validation, image_processor) if validation is not None else None,
         data_collator=default_collate,
         compute_loss_func=partial(soft_cross_entropy, label_smoothing=settings.label_smoothing_factor),
@@ -129,25 +123,6 @@ def build_trainer(
     if stage_args.logging_strategy == "no":
         trainer.remove_callback(PrinterCallback)  # it prints a summary even so
     return trainer
-
-
-def _training_items(
-    images: Dataset | IterableDataset | ImagePair, items: TrainItems, settings: StageSettings, args: TrainingArguments
-) -> torch.utils.data.Dataset:
-    processes, batch_size = (args.world_size, args.process_index), settings.per_device_train_batch_size
-    # of pairs, all of a step together: the same images at any number of processes and of accumulated batches
-    images_per_step = batch_size * args.world_size * args.gradient_accumulation_steps
-    if isinstance(images, IterableDataset):
-        return StreamedTrainImages(images, items, args.seed, *processes)
-    if isinstance(images, AlignedImages) and images.is_streamed:
-        return StreamedAlignedItems(images, items, args.seed, *processes)
-    if isinstance(images, AlignedImages):
-        return AlignedItems(images, items, args.seed, images_per_step * settings.max_steps)
-    if isinstance(images, ReplayedImages) and images.is_streamed:
-        return StreamedReplayedItems(images, items, args.seed, batch_size, *processes)
-    if isinstance(images, ReplayedImages):
-        return ReplayedItems(images, items, args.seed, images_per_step, settings.max_steps)
-    return TrainImages(images, items, args.seed)
 
 
 def _stage_arguments(
