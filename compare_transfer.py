@@ -185,7 +185,8 @@ def build_runner(
     except ValueError as error:  # this machine does not have that precision
         raise UserError(str(error)) from None
     imprint = any(stage.head_init == "imprint" for row in rows for stage in row.method.stages)
-    rehearse(pretrained, settings, training_args, imprint)
+    for alignment in dict.fromkeys(row.method.alignment for row in rows):
+        rehearse(pretrained, settings, training_args, imprint, alignment)
     inputs = {"model_name_or_path": pretrained.identity}
     with named_in_record(real_args, recorded_in):
         record, of_images = identify_real_images(RealImagesRecord.from_arguments(real_args), token)

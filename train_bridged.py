@@ -168,6 +168,17 @@ def check_arguments(args: SimpleNamespace) -> None:
     for name, value in modes if args.lora.use_peft else ():
         if value != "frozen":
             raise UserError(f"--{name} {value}: not with --use_peft; an adapter has no place for statistics.")
+    replays = "replayed" in args.chosen_method.kinds and not args.synthetic.streaming
+    if "domain" in [value for _, value in modes] and not replays:
+        raise UserError(
+            "--batch_norm domain: needs synthetic images among the real ones, not streamed (--method bridged_replay)."
+        )
+    alignment = args.chosen_method.alignment
+    if alignment is not None and args.bridge.bridge_freeze_backbone:
+        raise UserError(
+            f"--bridge_freeze_backbone: not with --bridge_alignment {alignment.kind} (given, or of --method "
+            f"{args.method.method}), which changes features; leave out one of them."
+        )
     if args.synthetic.streaming and args.real.skip_bad_images:
         warn_once("Warning: --skip_bad_images: no image of a stream is opened first; damaged ones end the run.")
     if args.synthetic.streaming and "both" in args.chosen_method.kinds:
@@ -420,7 +431,8 @@ def open_model(args: SimpleNamespace, options: dict):
     pinned = vars(args.model) | {"model_revision": args.model_commit}
     pretrained = open_pretrained(**pinned, token=token, lora=settings if lora.use_peft else None)
     trial_settings = stage_settings(args.chosen_method, options, {"real": 1, "both": 1}, 1)[1]
-    rehearse(pretrained, trial_settings, args.training, any(stage.head_init == "imprint" for stage in stages))
+    imprint = any(stage.head_init == "imprint" for stage in stages)
+    rehearse(pretrained, trial_settings, args.training, imprint, args.chosen_method.alignment)
     return pretrained
 
 

@@ -203,6 +203,20 @@ def test_stage_1_is_shared_by_shots_and_heads_and_by_nothing_else(runner):
     assert other_model.bridge_dir(cell_of("bridged")) != shared
 
 
+def test_an_aligned_stage_1_is_shared_by_recipes_of_the_same_real_images_only(runner):
+    first = cell_of("bridged_coral")
+    same = dataclasses.replace(first, recipe=Recipe(1e-2, 9), split="validation")
+    assert runner.bridge_dir(same) == runner.bridge_dir(first)
+    others = [cell_of("bridged_coral", 2), cell_of("bridged_coral", None), cell_of("bridged_coral", seed=1),
+              cell_of("bridged_adversarial"), cell_of("bridged_adversarial", 2), cell_of("bridged_keep")]  # fmt: skip
+    others = {runner.bridge_dir(cell) for cell in others}
+    assert len(others | {runner.bridge_dir(first)}) == 7
+    inputs = dict.fromkeys(("train_dir", "dataset_name"), "3 images, sha256 other")
+    changed = dataclasses.replace(runner, shared_inputs=inputs)
+    assert changed.bridge_dir(first) != runner.bridge_dir(first)
+    assert changed.bridge_dir(cell_of("bridged_keep")) == runner.bridge_dir(cell_of("bridged_keep"))
+
+
 def test_a_cell_is_kept_for_the_very_same_settings_only(runner):
     path = runner.path(cell_of("mix"))
     changes = [{"max_eval_samples": 5}, {"pretrained": pretrained_of("other")},

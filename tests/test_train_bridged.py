@@ -143,6 +143,7 @@ class Killed(BaseException):
         ("utils.transfer.stage", "fine_tune", 2, "bridged"),  # between the stages
         ("utils.transfer.fine_tuning.StageTrainer", "training_step", 5, "bridged"),  # in stage 2
         ("utils.transfer.fine_tuning.StageTrainer", "training_step", 5, "bridged_replay"),
+        ("utils.transfer.fine_tuning.StageTrainer", "training_step", 3, "bridged_adversarial"),
         ("utils.transfer.report", "write_model_card", 1, "bridged"),  # after the last stage
     ],
 )
@@ -199,6 +200,12 @@ def test_a_streamed_set_trains_for_the_epochs_that_its_record_counts(classifiers
     flags[flags.index("synthetic_only")] = "bridged_replay"
     results = train_bridged.main([*flags, "--max_steps", "4", "--overwrite_output_dir"])
     assert (results["stage1_steps"], results["stage2_steps"], results["stage2_images_seen"]) == (7, 7, 28)
+    flags[flags.index("bridged_replay")] = "synthetic_only"
+    results = train_bridged.main([*flags, "--bridge_alignment", "adversarial", "--overwrite_output_dir"])
+    assert (results["stage1_steps"], results["stage1_images_seen"]) == (10, 80)  # as many real ones, unlabelled
+    stages = read_record(tmp_path / "out" / "bridged_config.json")["stages"]
+    assert stages[0]["alignment"] == {"kind": "adversarial", "weight": 1.0}
+    assert "real training images, seen without labels (domain classifier" in (tmp_path / "out/README.md").read_text()
 
 
 def save_uneven(folder, copy, names: list[str]) -> str:
@@ -242,6 +249,15 @@ def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, r
         ("SYN VIT --use_peft --batch_norm train", "--batch_norm train: not with --use_p"),
         ("SYN VIT --use_peft --bridge_batch_norm recalibrate", "--bridge_batch_norm rec"),
         ("SYN VIT --use_peft --method bridged_recalibrate", "--batch_norm recalibrate: not with --use_peft"),
+        ("SYN VIT --bridge_alignment_weight 2", "does nothing with --method bridged, which aligns no features; add"),
+        ("SYN VIT --bridge_alignment coral --bridge_alignment_weight 0", "--bridge_alignment_weight 0.0: must be abov"),
+        ("SYN VIT --method vanilla --bridge_alignment coral", "--bridge_alignment coral: does nothing with --method v"),
+        ("SYN VIT --method bridged_coral --bridge_alignment none --bridge_alignment_weight 2", "which aligns no fea"),
+        ("SYN VIT --method bridged_coral --bridge_freeze_backbone", "--bridge_freeze_backbone: not with --bridge_ali"),
+        ("SYN VIT --method synthetic_only --bridge_alignment coral --mixup_alpha 0.2", "--mixup_alpha 0.2: does nothi"),
+        ("SYN VIT --batch_norm domain", "--batch_norm domain: needs synthetic images among the real ones"),
+        ("SYN VIT --method bridged_replay_domain_norm --streaming", "--batch_norm domain: needs .*, not streamed"),
+        ("SYN VIT --method bridged_replay_domain_norm --use_peft", "--batch_norm domain: not with --use_peft"),
         ("SYN VIT --dropout 1", "--dropout 1.0: must be 0 or above, and below 1"),
         ("SYN VIT --mix_ratio 0", "--mix_ratio 0.0: must be above 0"),
         ("SYN VIT --bridge_mixup_alpha -1", "--bridge_mixup_alpha -1.0: must be 0 or above"),

@@ -43,7 +43,9 @@ def write_classifier_card(
         "synthetic_dataset": {"name": synthetic}, **config,
     }  # fmt: skip
     stages = plan_stages(
-        METHODS[config["method"]].with_flags({name: config[name] for name in ("head_init", "match_steps")}),
+        METHODS[config["method"]].with_flags(
+            {name: config[name] for name in ("head_init", "match_steps", "bridge_alignment") if name in config}
+        ),
         StageSettings(20, 0.002, head_learning_rate_factor=None, mixup_alpha=0.2, head_warmup_steps=5),
         StageSettings(10, 0.001, head_learning_rate_factor=None, batch_norm="train", drop_path_rate=0.3),
         images_per_class=2,
@@ -95,6 +97,7 @@ def test_the_card_of_each_method_says_what_was_done(method, lora, tmp_path):
     assert f"`{method}`: {METHODS[method].description}." in card.text
     replayed = "then on real images, with 75 % synthetic ones among them ("
     assert (replayed in card.text) == method.startswith("bridged_replay")
+    assert ("seen without labels (" in card.text) == (METHODS[method].alignment is not None)
     assert ("LoRA, rank 8, alpha 24" in card.text) == ("lora" in card.data.tags) == (lora is not None)
     assert (", adapter and head; learning rate" in card.text) == (lora is not None)
     assert ('"user/cars-bridged", subfolder="adapter"' in card.text) == (lora is not None)
@@ -102,6 +105,13 @@ def test_the_card_of_each_method_says_what_was_done(method, lora, tmp_path):
     assert ("datasets/user/cars-syn)" in card.text) == uses_synthetic
     assert card.data.datasets == ["user/cars"] + ["user/cars-syn"] * uses_synthetic
     assert not re.search(r"\bnone\b|undefined|\{\{|\n\n\n", card.text, re.IGNORECASE)
+
+
+@pytest.mark.parametrize(("method", "alignment"), [("bridged_coral", "none"), ("bridged_keep", "coral")])
+def test_the_card_says_that_a_flag_changed_the_alignment_of_a_row(method, alignment, tmp_path):
+    text = write_classifier_card(tmp_path, config={"method": method, "bridge_alignment": alignment}).text
+    assert f"`{method}`: changed by flags" in text
+    assert ("(covariances, Sun and Saenko 2016, weight 1.0)" in text) == (alignment == "coral")
 
 
 @pytest.mark.parametrize("head_init", HEAD_INITS)

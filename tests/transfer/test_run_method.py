@@ -13,6 +13,8 @@ from utils.transfer import run_method as run_method_module
 from utils.transfer.methods import METHODS, STAGE_1, STAGE_2, Method
 
 pytest_plugins = ["tests.transfer.fixtures"]
+NAMES = ["bridged_head_warmup", "bridged_recalibrate", "bridged_replay_domain_norm", "bridged_adversarial",
+         "bridged_coral", "mix_balanced", "vanilla_mixup"]  # fmt: skip
 NEW = Method(
     "a first stage, the head alone, then all of it",
     (
@@ -75,7 +77,7 @@ def test_a_new_row_is_trained_by_its_name_in_both_scripts(run, outputs, monkeypa
         assert re.search(f"in_three +{NEW.description}", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", ["bridged_head_warmup", "bridged_recalibrate", "mix_balanced", "vanilla_mixup"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_row_of_the_comparison_is_the_method_of_that_name(run, outputs, name):
     run(name)
     ours, theirs = outputs

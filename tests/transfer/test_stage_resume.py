@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerState
 
-from tests.transfer.builders import run_plan
-from tests.transfer.two_processes import ACCUMULATED, SETTINGS, contiguous, pair_with_itself, train_big_batch
+from tests.transfer.builders import Killed, assert_same, kill_in_step, run_plan
+from tests.transfer.two_processes import ACCUMULATED, SEEN, SETTINGS, contiguous, pair_with_itself, train_big_batch
 from utils.cli.errors import UserError
 from utils.transfer import stage
 from utils.transfer.adapters import LoraSettings
@@ -26,10 +26,6 @@ pytest_plugins = ["tests.transfer.fixtures"]
 PLAN = StagePlan("stage1", "real", "reset", SETTINGS)
 
 
-class Killed(Exception):
-    """In place of a signal: nothing is written after it."""
-
-
 @pytest.fixture
 def run(classifiers, images, tmp_path):
     def run(folder, name="vit", plan=PLAN, num_workers=0, lora=None, resume=False, **options):
@@ -39,24 +35,6 @@ def run(classifiers, images, tmp_path):
         return contiguous(model.state_dict()), result
 
     return run
-
-
-def kill_in_step(monkeypatch, number: int) -> None:
-    """Kill the next training in the given step, counted from 1."""
-    train = StageTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == number - 1:
-            monkeypatch.setattr(StageTrainer, "training_step", train)
-            raise Killed
-        return train(self, *args, **kwargs)
-
-    monkeypatch.setattr(StageTrainer, "training_step", training_step)
-
-
-def assert_same(first: dict, second: dict) -> None:
-    assert first.keys() == second.keys()
-    assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
 @pytest.mark.parametrize(
@@ -179,14 +157,14 @@ def two_processes(classifiers, real_images_dir, make_synthetic_dir, tmp_path_fac
     return folder
 
 
-@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("seen", SEEN)
 def test_two_accumulated_batches_on_two_processes_train_as_the_big_batch(
-    two_processes, classifiers, real_images_dir, replayed, tmp_path, monkeypatch
+    two_processes, classifiers, real_images_dir, seen, tmp_path, monkeypatch
 ):
     assert json.loads((two_processes / "world.json").read_text()) == ["MULTI_CPU", 2]
     pair_with_itself(monkeypatch.setattr)
-    big = train_big_batch(classifiers["vit"], str(real_images_dir), tmp_path, replayed=replayed)
-    small = load_file(two_processes / f"{ACCUMULATED}-{replayed}.safetensors")
+    big = train_big_batch(classifiers["vit"], str(real_images_dir), tmp_path, seen=seen)
+    small = load_file(two_processes / f"{ACCUMULATED}-{seen}.safetensors")
     for key in big:
         torch.testing.assert_close(big[key], small[key], atol=1e-6, rtol=1e-4)
 

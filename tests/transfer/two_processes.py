@@ -13,14 +13,16 @@ from safetensors.torch import save_file
 from transformers import TrainingArguments
 
 from tests.transfer.builders import OPTIONS, run_plan
+from utils.transfer.alignment import AlignedImages
 from utils.transfer.augmentation import TrainItems
 from utils.transfer.classifiers import load_classifier, load_image_processor
 from utils.transfer.fine_tuning import StageTrainer, fine_tune
-from utils.transfer.methods import StagePlan, StageSettings
+from utils.transfer.methods import Alignment, StagePlan, StageSettings
 from utils.transfer.replay import ReplayedImages
 from utils.transfer.synthetic_images import load_synthetic, open_synthetic
 
 ACCUMULATED = "accumulated"
+SEEN = ("real", "replayed", "aligned")
 # dropout, so that a random state that is not restored shows
 SETTINGS = StageSettings(7, 1e-2, 3.0, mixup_alpha=0.4, dropout=0.2, per_device_train_batch_size=4)
 BIG_BATCH = StageSettings(2, 1e-1, mixup_alpha=0.4, label_smoothing_factor=0.1, per_device_train_batch_size=8)
@@ -41,13 +43,15 @@ def pair_with_itself(setattr) -> None:
 
 
 def train_big_batch(
-    path: str, images_dir: str, folder: Path, batch_size: int = 8, accumulation: int = 1, replayed: bool = False
+    path: str, images_dir: str, folder: Path, batch_size: int = 8, accumulation: int = 1, seen: str = "real"
 ) -> dict:
     """Train two steps of eight images in all, by SGD without clipping, and return the weights."""
     images = load_dataset(images_dir, split="train").take(8)
     model = load_classifier(path, names_of(images), True, seed=0)
-    if replayed:
+    if seen == "replayed":
         images = ReplayedImages(images, load_dataset(images_dir, split="test"), share=0.3)
+    elif seen == "aligned":
+        images = AlignedImages(images, load_dataset(images_dir, split="test"), Alignment("adversarial", 5.0))
     args = TrainingArguments(
         output_dir=str(folder), optim="sgd", max_grad_norm=0.0,
         gradient_accumulation_steps=accumulation, **OPTIONS,
@@ -113,10 +117,10 @@ def main(path: str, images_dir: str, synthetic_dir: str, folder: str) -> None:
     kill_and_resume(path, images_dir, folder)
     stream(path, names_of(load_dataset(images_dir, split="train")), synthetic_dir, folder)
     pair_with_itself(setattr)
-    for replayed in (False, True):
-        weights = train_big_batch(path, images_dir, folder, batch_size=2, accumulation=2, replayed=replayed)
+    for seen in SEEN:
+        weights = train_big_batch(path, images_dir, folder, batch_size=2, accumulation=2, seen=seen)
         if state.is_main_process:
-            save_file(contiguous(weights), folder / f"{ACCUMULATED}-{replayed}.safetensors")
+            save_file(contiguous(weights), folder / f"{ACCUMULATED}-{seen}.safetensors")
     if state.is_main_process:
         (folder / "world.json").write_text(json.dumps([state.distributed_type.name, state.num_processes]))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from utils.cli.options import Need, option, without_flag
 from utils.data.arguments import RealDataArguments
 from utils.transfer.arguments import ModelArguments, default_num_workers, has_stage_1_steps
-from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, METHODS, Method
+from utils.transfer.methods import AUGMENTATIONS, METHODS, ONE_KIND_NORMS, Method
 
 DEFAULT_METHODS = [
     "vanilla", "vanilla_matched", "mix", "bridged", "bridged_keep", "bridged_imprint", "bridged_no_mixup",
@@ -32,7 +32,7 @@ def of_methods(is_right: Callable[[Method], bool], lack: str) -> Need:
     return Need(f"with --methods {{methods}}, which {lack}", is_met)
 
 
-ON_REAL = of_methods(lambda method: method.uses_real, "train on synthetic images alone")
+ON_REAL = of_methods(lambda method: method.trains_on_real, "train on synthetic images alone")
 STAGE_1_STEPS = of_methods(has_stage_1_steps, "neither train on synthetic images nor take the steps of such a stage")
 
 
@@ -169,7 +169,7 @@ class SharedStageArguments:
         needs=[of_stage_1("head_learning_rate_factor"), OPEN],
     )  # fmt: skip
     mixup_alpha: float = option(0.0, "Mixup outside stage 1; 0 turns it off.", needs=[ON_REAL])
-    batch_norm: str = option("frozen", "BatchNorm statistics.", choices=BATCH_NORM_MODES)
+    batch_norm: str = option("frozen", "BatchNorm statistics.", choices=ONE_KIND_NORMS)
     augmentation: str = option("robust", "Augmentation, as in train_bridged.py.", choices=AUGMENTATIONS)
     label_smoothing_factor: float = option(0.0, "Label smoothing, in [0, 1).")
     per_device_train_batch_size: int = option(32, "Images per step.")

@@ -112,6 +112,8 @@ class CellRunner:
             return None
         settings = self._shared_settings(cell) | self._synthetic_settings(cell)
         settings["stages"] = [stage.to_dict() for stage in stages]
+        if cell.row.method.alignment is not None:  # stage 1 sees the cell's real images too
+            settings |= self._real_settings(cell)
         return self.output_dir / "stage1" / f"{cell.row.synthetic}-seed{cell.seed}-{fingerprint(settings)}"
 
     def check(self, rows: list[Row], shots: list[int | None], volumes: list[int | None]) -> None:
@@ -154,11 +156,11 @@ class CellRunner:
         """Return all that decides a cell's result."""
         settings = self._shared_settings(cell) | {
             "stages": [stage.to_dict() for stage in self.plan(cell)],
-            "num_shots": shots_key(cell.num_shots) if cell.row.method.uses_real else None, "split": cell.split,
-            "max_eval_samples": self.max_eval_samples, "real_images": self.real.record.to_dict(),
-            **self._contents(cell, PLACES),
-        }  # fmt: skip
-        if "recalibrate" in (stage["settings"]["batch_norm"] for stage in settings["stages"]):
+            "split": cell.split,
+            "max_eval_samples": self.max_eval_samples,
+            **self._real_settings(cell),
+        }
+        if {"recalibrate", "domain"} & {stage["settings"]["batch_norm"] for stage in settings["stages"]}:
             settings["statistics_batch_size"] = self.training_args.per_device_eval_batch_size
         if cell.row.method.uses_synthetic:
             settings |= self._synthetic_settings(cell) | {"mix_ratio": cell.row.method.mix_ratio}
@@ -173,6 +175,12 @@ class CellRunner:
         }  # fmt: skip
         # cells of before it could be chosen stay
         return settings if precision == "no" else settings | {"mixed_precision": precision}
+
+    def _real_settings(self, cell: Cell) -> dict:
+        num_shots = shots_key(cell.num_shots) if cell.row.method.uses_real else None
+        return {
+            "num_shots": num_shots, "real_images": self.real.record.to_dict(), **self._contents(cell, PLACES),
+        }  # fmt: skip
 
     def _synthetic_settings(self, cell: Cell) -> dict:
         source = self.sources[cell.row.synthetic, cell.seed]

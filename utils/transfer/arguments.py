@@ -10,7 +10,16 @@ from utils.cli.errors import UserError
 from utils.cli.options import Need, option, with_flag, with_value, without_flag
 from utils.data.arguments import RealDataArguments
 from utils.hub.targets import TO_PUBLISH
-from utils.transfer.methods import AUGMENTATIONS, BATCH_NORM_MODES, DEFAULT_METHOD, HEAD_INITS, METHODS, Method
+from utils.transfer.methods import (
+    ALIGNMENTS,
+    AUGMENTATIONS,
+    BATCH_NORM_MODES,
+    DEFAULT_METHOD,
+    HEAD_INITS,
+    METHODS,
+    ONE_KIND_NORMS,
+    Method,
+)
 
 MAX_WORKERS = 16
 FOLLOWING_A_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules
@@ -33,14 +42,14 @@ METRICS = (
 )  # fmt: skip
 
 
-def of_method(is_right: Callable[[Method], bool], lack: str) -> Need:
+def of_method(is_right: Callable[[Method], bool], lack: str, remedy: str = "") -> Need:
     """Return the need of a method of a kind; `lack` continues "--method x, which"."""
 
     def is_met(values: Mapping[str, object]) -> bool:
-        changes = {} if values["match_steps"] is None else {"match_steps": values["match_steps"]}
+        changes = {name: values[name] for name in ("match_steps", "bridge_alignment") if values[name] is not None}
         return is_right(METHODS[values["method"]].with_flags(changes))
 
-    return Need(f"with --method {{method}}, which {lack}", is_met)
+    return Need(f"with --method {{method}}, which {lack}", is_met, remedy)
 
 
 def has_stage_1_steps(method: Method) -> bool:
@@ -52,7 +61,7 @@ def of_both_stages(name: str) -> Need:
     """Return the need of a stage that takes a flag, not its `bridge_` one in its place."""
 
     def is_met(values: Mapping[str, object]) -> bool:
-        return METHODS[values["method"]].uses_real or values[f"bridge_{name}"] is None
+        return METHODS[values["method"]].trains_on_real or values[f"bridge_{name}"] is None
 
     return Need(f"with --method {{method}}, which trains on synthetic images alone, and --bridge_{name}", is_met)
 
@@ -67,7 +76,7 @@ def never(lack: str) -> Need:
     return Need(lack, lambda values: False)
 
 
-ON_REAL = of_method(lambda method: method.uses_real, "trains on synthetic images alone")
+ON_REAL = of_method(lambda method: method.trains_on_real, "trains on synthetic images alone")
 OWN_STEPS = of_method(
     lambda method: (
         bool(method.kinds & {"real", "replayed"}) or ("both" in method.kinds and method.flags["match_steps"])
@@ -75,6 +84,9 @@ OWN_STEPS = of_method(
     "takes the steps of --bridge_num_train_epochs or --bridge_max_steps",
 )
 ON_SYNTHETIC = of_method(lambda method: "synthetic" in method.kinds, "has no stage on synthetic images alone")
+ALIGNED = of_method(
+    lambda method: method.alignment is not None, "aligns no features", "add --bridge_alignment adversarial or coral or "
+)
 STAGE_1_STEPS = of_method(has_stage_1_steps, "takes no steps of a stage on synthetic images")
 MATCHED_OR_STAGE_1 = of_method(
     lambda method: "synthetic" in method.kinds or method.flags["match_steps"],
@@ -201,7 +213,8 @@ class StageArguments:
     )
     batch_norm: str = option(
         "frozen",
-        "BatchNorm statistics: those of the start, of each batch, or measured anew on the stage's images.",
+        "BatchNorm statistics: those of the start, of each batch, or measured anew on the stage's images; domain, with "
+        "bridged_replay: measured on each kind of images, for that kind.",
         choices=BATCH_NORM_MODES,
         needs=[ON_REAL],
     )
@@ -257,9 +270,21 @@ class BridgeStageArguments:
     )  # fmt: skip
     bridge_batch_norm: str = option(
         "frozen",
-        "As --batch_norm; frozen, as statistics of synthetic images harm on real ones.",
-        choices=BATCH_NORM_MODES,
+        "As --batch_norm; frozen, as statistics of synthetic images harm on real ones. With --bridge_alignment, train "
+        "takes those of both kinds together.",
+        choices=ONE_KIND_NORMS,
         needs=[ON_SYNTHETIC],
+    )
+    bridge_alignment: str | None = option(
+        None,
+        "Make the features of synthetic images like those of the real training images, which are seen without labels: "
+        "adversarial, by a domain classifier (Ganin et al. 2016), or coral, by covariances (Sun and Saenko 2016); "
+        "the method's own when not given.",
+        choices=ALIGNMENTS,
+        needs=[ON_SYNTHETIC],
+    )
+    bridge_alignment_weight: float | None = option(
+        None, "Weight of the alignment beside the loss of the classes, above 0; 1 when not given.", needs=[ALIGNED]
     )
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, SequentialSampler, default_collate
@@ -18,14 +21,25 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from utils.cli.errors import DivergedError, UserError
+from utils.transfer.alignment import AlignedImages, build_alignment
 from utils.transfer.augmentation import BatchAugmentation, StreamedTrainImages, TrainImages, TrainItems
+from utils.transfer.domain_norm import normalising_synthetic
 from utils.transfer.evaluation import classification_metrics
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StageSettings
-from utils.transfer.model_parts import batch_norm_modules, head_parameter_names
-from utils.transfer.replay import ReplayedImages, ReplayedItems, StreamedReplayedItems
+from utils.transfer.model_parts import (
+    base_classifier,
+    batch_norm_modules,
+    head_parameter_names,
+    linear_heads,
+    watching,
+)
+from utils.transfer.replay import PairedItems, ReplayedImages, StreamedPairedItems
+from utils.transfer.training_items import training_items
 
 INITIAL_SCALE = 2.0**16  # of torch's GradScaler
+ALIGNMENT_FILE = "alignment.safetensors"  # of a checkpoint: the domain classifier
+NO_ALIGNMENT = "--bridge_alignment: the head of {name} is not linear on one feature vector; choose none."
 
 
 @dataclass(frozen=True)
@@ -86,26 +100,25 @@ def build_trainer(
     model.to(memory_format=torch.channels_last)
     stage_args = _stage_arguments(settings, training_args, output_dir)
     items = TrainItems(image_processor, settings.augmentation, settings.mixup_alpha, settings.random_flip)
-    processes, batch_size = (stage_args.world_size, stage_args.process_index), settings.per_device_train_batch_size
-    if isinstance(images, IterableDataset):
-        train_dataset = StreamedTrainImages(images, items, stage_args.seed, *processes)
-    elif isinstance(images, ReplayedImages) and images.is_streamed:
-        train_dataset = StreamedReplayedItems(images, items, stage_args.seed, batch_size, *processes)
-    elif isinstance(images, ReplayedImages):
-        # all of a step together: the same images at any number of processes and of accumulated batches
-        images_per_step = batch_size * stage_args.world_size * stage_args.gradient_accumulation_steps
-        train_dataset = ReplayedItems(images, items, stage_args.seed, images_per_step, settings.max_steps)
-    else:
-        train_dataset = TrainImages(images, items, stage_args.seed)
+    alignment = None
+    if isinstance(images, AlignedImages):
+        if stage_args.n_gpu > 1:
+            raise UserError(
+                f"--bridge_alignment {images.alignment.kind}: not on {stage_args.n_gpu} GPUs in one process; start "
+                "with accelerate launch."
+            )
+        heads = linear_heads(model, NO_ALIGNMENT)
+        alignment = build_alignment(images.alignment, sum(head.in_features for head in heads), stage_args.seed)
     trainer = StageTrainer(
-        model=model, args=stage_args, train_dataset=train_dataset,
+        model=model, args=stage_args, train_dataset=training_items(images, items, settings, stage_args),
         eval_dataset=EvalImages(validation, image_processor) if validation is not None else None,
         data_collator=default_collate,
         compute_loss_func=partial(soft_cross_entropy, label_smoothing=settings.label_smoothing_factor),
         compute_metrics=lambda prediction: classification_metrics(prediction.predictions, prediction.label_ids),
         augmentation=BatchAugmentation(items.image_format, model.config.num_labels, stage_args.seed),
         freeze_batch_norm=settings.batch_norm != "train" or settings.freeze_backbone,
-        head_learning_rate=settings.learning_rate * settings.head_learning_rate_factor,
+        head_learning_rate=settings.learning_rate * settings.head_learning_rate_factor, alignment=alignment,
+        synthetic_statistics=images.statistics if isinstance(images, ReplayedImages) else None,
     )  # fmt: skip
     if stage_args.logging_strategy == "no":
         trainer.remove_callback(PrinterCallback)  # it prints a summary even so
@@ -137,9 +150,18 @@ class StageTrainer(Trainer):
     """
 
     def __init__(
-        self, *args, augmentation: BatchAugmentation, freeze_batch_norm: bool, head_learning_rate: float, **kwargs
-    ):
+        self, *args, augmentation: BatchAugmentation, freeze_batch_norm: bool, head_learning_rate: float,
+        alignment: nn.Module | None = None, synthetic_statistics: Mapping[str, torch.Tensor] | None = None, **kwargs,
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
+        self.synthetic_statistics, self.kinds_in_batch = synthetic_statistics, {}
+        self.alignment = self.align = alignment
+        if alignment is not None:
+            self.compute_loss_func = partial(self._aligned_loss, self.compute_loss_func)
+            self.watched_heads, self.entered = linear_heads(self.model, NO_ALIGNMENT), {}
+            if next(alignment.parameters(), None) is not None:
+                self.align = self.accelerator.prepare_model(alignment)  # its gradients too are those of all processes
+                self.add_callback(ZeroGradients(alignment))
         self.augmentation = augmentation
         self.frozen_modules = batch_norm_modules(self.model) if freeze_batch_norm else []
         self.head_learning_rate = head_learning_rate
@@ -148,6 +170,15 @@ class StageTrainer(Trainer):
         self.add_callback(self.progress)
         if isinstance(self.train_dataset, TrainImages):  # a stream counts its own epochs
             self.add_callback(EpochCallback(self.train_dataset))
+
+    def train(self, *args, **kwargs):
+        with ExitStack() as stack:
+            if self.alignment is not None:
+                self.entered = stack.enter_context(watching(self.watched_heads))
+            if self.synthetic_statistics is not None:
+                own = self.synthetic_statistics
+                stack.enter_context(normalising_synthetic(self.model, own, self.kinds_in_batch))
+            return super().train(*args, **kwargs)
 
     def train_to_the_end(self, checkpoint: str | None) -> None:
         """Train all steps, or those that a checkpoint leaves; after the last one, the Trainer would do one more.
@@ -234,7 +265,7 @@ class StageTrainer(Trainer):
         # Workers get their seeds from it. They are started anew when a stage is resumed: drawn from torch's own
         # generator, the seeds would move dropout on
         generator = torch.Generator().manual_seed(self.args.seed)
-        if not isinstance(self.train_dataset, StreamedTrainImages | StreamedReplayedItems):
+        if not isinstance(self.train_dataset, StreamedTrainImages | StreamedPairedItems):
             loader = super().get_train_dataloader()
             loader.base_dataloader.generator = generator
             return loader
@@ -247,31 +278,64 @@ class StageTrainer(Trainer):
         )  # fmt: skip
 
     def _get_train_sampler(self, train_dataset=None):
-        if isinstance(self.train_dataset, ReplayedItems):
+        if isinstance(self.train_dataset, PairedItems):
             return SequentialSampler(self.train_dataset)
         return super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(self, *args, **kwargs):
         batches, num_images = super().get_batch_samples(*args, **kwargs)
         if num_images is not None:  # one label an image, in all batches of the step on all processes
-            self.progress.num_images = self.progress.num_images + num_images
+            num_seen = num_images if self.alignment is None else 2 * num_images
+            self.progress.num_images = self.progress.num_images + num_seen
         return batches, num_images
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training:
+            real = inputs.get("real")
+            self.kinds_in_batch["is_synthetic"] = inputs.get("is_synthetic")
             inputs = self.augmentation(inputs)
             self.last_inputs = dict(inputs)  # the labels of the other one are taken out
+            if real is not None:
+                inputs["pixel_values"] = torch.cat([inputs["pixel_values"], self._augment_unlabelled(real)])
             # here, because training_step calls model.train() after every callback
             for module in self.frozen_modules:
                 module.eval()
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.kinds_in_batch.clear()  # evaluation knows real images only
+
+    def _augment_unlabelled(self, real: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the pixels of real images, augmented as the synthetic ones; with Mixup, with one another."""
+        no_labels = torch.zeros(len(real["pixel_values"]), dtype=torch.int64, device=real["pixel_values"].device)
+        return self.augmentation(real | {"labels": no_labels})["pixel_values"]
+
+    def _aligned_loss(
+        self, class_loss: Callable, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the classes' loss on the first images, which have labels, plus the alignment's on all of them."""
+        loss = class_loss({"logits": outputs["logits"][: len(labels)]}, labels, num_items_in_batch)
+        if not self.model.training:
+            return loss
+        features = [self.entered.pop(head) for head in self.watched_heads]
+        if any(one.ndim != 2 for one in features):
+            raise UserError(NO_ALIGNMENT.format(name=base_classifier(self.model).config.name_or_path))
+        synthetic, real = torch.cat(features, 1).split(len(labels))
+        distance = self.align(synthetic, real, self.state.global_step / self.args.max_steps)
+        return loss + distance * (1 if num_items_in_batch is None else len(labels) / num_items_in_batch)
 
     def create_optimizer(self, model=None):
         model = model or self.model
         head = set(head_parameter_names(self.model))
         decayed = set(self.get_decay_parameter_names(model))
+        parameters = list(model.named_parameters())
+        if self.alignment is not None:  # learns at the head's rate
+            own = {name: f"alignment.{name}" for name, _ in self.alignment.named_parameters()}
+            head |= set(own.values())
+            decayed |= {own[name] for name in self.get_decay_parameter_names(self.alignment)}
+            parameters += [(own[name], parameter) for name, parameter in self.alignment.named_parameters()]
         groups = {}
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters:
             if parameter.requires_grad:
                 groups.setdefault((name in head, name in decayed), []).append(parameter)
         rates, decays = (self.args.learning_rate, self.head_learning_rate), (0.0, self.args.weight_decay)
@@ -283,8 +347,15 @@ class StageTrainer(Trainer):
         self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.alignment is not None and self.args.should_save:
+            save_file(self.alignment.state_dict(), Path(output_dir or self.args.output_dir) / ALIGNMENT_FILE)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Restore every tensor: the Trainer's own way leaves those whose names `from_pretrained` converts."""
+        if self.alignment is not None:
+            self.alignment.load_state_dict(load_file(Path(resume_from_checkpoint) / ALIGNMENT_FILE))
         if isinstance(self.model, PeftModel):
             adapter = load_peft_weights(resume_from_checkpoint, device="cpu")
             assert not set_peft_model_state_dict(self.model, adapter).unexpected_keys
@@ -319,6 +390,16 @@ class StageProgress(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         return {"args": {}, "attributes": {"num_images": int(self.num_images), "seconds_before": self.seconds}}
+
+
+class ZeroGradients(TrainerCallback):
+    """Forget the gradients of the step before; the Trainer does so for its own model alone."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.module.zero_grad()
 
 
 class EpochCallback(TrainerCallback):

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from utils.cli.errors import UserError
 
 HEAD_INITS = ("reset", "keep", "imprint")
-BATCH_NORM_MODES = ("frozen", "train", "recalibrate")
+ONE_KIND_NORMS = ("frozen", "train", "recalibrate")
+BATCH_NORM_MODES = (*ONE_KIND_NORMS, "domain")  # the last one where a stage replays
+ALIGNMENTS = ("adversarial", "coral", "none")
 AUGMENTATIONS = ("robust", "basic", "trivialaugment", "randaugment")
 REPLAY_IMAGES = 6.0  # real images per class at which half of what is seen is synthetic
 HEAD_FACTOR = 10.0  # a fresh head's learning rate over the rest's
@@ -25,6 +27,18 @@ SETTINGS_OF_EACH_STAGE = (
 
 
 @dataclass(frozen=True)
+class Alignment:
+    """How a stage on synthetic images brings their features and those of unlabelled real ones together.
+
+    `kind` is `adversarial` or `coral`. `weight`, above 0, is that of its gradients on the features, beside those of the
+    classes' loss.
+    """
+
+    kind: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of a method.
 
@@ -33,7 +47,7 @@ class Stage:
     `settings` replace those that a stage on such images has otherwise. A stage that `is_matched` takes the steps of one
     on synthetic images besides its own. One that replays and `is_guarded` gives synthetic images what share they earn,
     measured before it begins. `mix_ratio` is synthetic images per real one, where it sees both; None takes each image
-    once.
+    once. With an `alignment`, a stage on synthetic images sees the real training images too, unlabelled.
     """
 
     name: str
@@ -44,6 +58,7 @@ class Stage:
     is_matched: bool = False
     is_guarded: bool = False
     mix_ratio: float | None = None
+    alignment: Alignment | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +74,14 @@ class Method:
         return {stage.images for stage in self.stages}
 
     @property
-    def uses_real(self) -> bool:
+    def trains_on_real(self) -> bool:
+        """Whether a stage learns from real images with their labels."""
         return bool(self.kinds & {"real", "both", "replayed"})
+
+    @property
+    def uses_real(self) -> bool:
+        """Whether its result depends on the real training images, labelled or not."""
+        return self.trains_on_real or self.alignment is not None
 
     @property
     def uses_synthetic(self) -> bool:
@@ -69,6 +90,10 @@ class Method:
     @property
     def mix_ratio(self) -> float | None:
         return next((stage.mix_ratio for stage in self.stages if stage.images == "both"), None)
+
+    @property
+    def alignment(self) -> Alignment | None:
+        return next((stage.alignment for stage in self.stages if stage.alignment is not None), None)
 
     @property
     def flags(self) -> dict:
@@ -83,7 +108,8 @@ class Method:
         """Return the method with the flags that are given, as name -> value, in place of what its row says.
 
         `--head_init` is for stages that start from another one, `--match_steps` for methods without a stage on
-        synthetic images alone, `--mix_ratio` for stages on both kinds.
+        synthetic images alone, `--mix_ratio` for stages on both kinds, `--bridge_alignment` and its weight for stages
+        on synthetic images alone.
         """
         stages = []
         for stage in self.stages:
@@ -96,6 +122,12 @@ class Method:
                 stage = replace(stage, is_matched=given["match_steps"])
             if stage.images == "both" and "mix_ratio" in given:
                 stage = replace(stage, mix_ratio=given["mix_ratio"])
+            if stage.images == "synthetic" and "bridge_alignment" in given:
+                kind = given["bridge_alignment"]
+                stage = replace(stage, alignment=None if kind == "none" else Alignment(kind))
+            if stage.alignment is not None and "bridge_alignment_weight" in given:
+                weighted = replace(stage.alignment, weight=given["bridge_alignment_weight"])
+                stage = replace(stage, alignment=weighted)
             stages.append(stage)
         return replace(self, stages=tuple(stages))
 
@@ -106,7 +138,7 @@ VANILLA = Stage("vanilla", "real")
 MATCHED = replace(VANILLA, is_matched=True)
 MIX = Stage("mix", "both", is_matched=True)
 NO_MIXUP, MIXUP = {"mixup_alpha": 0.0}, {"mixup_alpha": 0.2}
-REPLAY = replace(STAGE_2, images="replayed", head_init="keep", settings=MIXUP)
+REPLAY = replace(STAGE_2, images="replayed", head_init="keep", settings=MIXUP, is_guarded=True)
 
 METHODS = {
     "bridged": Method(
@@ -119,9 +151,25 @@ METHODS = {
     "bridged_replay": Method(
         "bridged with the head of stage 1, and synthetic images among the real ones; both shares fall with the number "
         "of real images, and the second with what synthetic ones turn out to be worth",
-        (STAGE_1, replace(REPLAY, is_guarded=True)),
+        (STAGE_1, REPLAY),
     ),
-    "bridged_replay_unguarded": Method("bridged_replay whatever the synthetic images are worth", (STAGE_1, REPLAY)),
+    "bridged_replay_unguarded": Method(
+        "bridged_replay whatever the synthetic images are worth", (STAGE_1, replace(REPLAY, is_guarded=False))
+    ),
+    "bridged_replay_domain_norm": Method(
+        "bridged_replay whose stage 2 normalises each kind of images with BatchNorm statistics of its own",
+        (STAGE_1, replace(REPLAY, settings=MIXUP | {"batch_norm": "domain"})),
+    ),
+    "bridged_adversarial": Method(
+        "bridged_keep whose stage 1 also sees the real images, unlabelled, and makes features of both kinds alike, by "
+        "a domain classifier",
+        (replace(STAGE_1, alignment=Alignment("adversarial")), replace(STAGE_2, head_init="keep")),
+    ),
+    "bridged_coral": Method(
+        "bridged_keep whose stage 1 also sees the real images, unlabelled, and makes features of both kinds alike, by "
+        "their covariances",
+        (replace(STAGE_1, alignment=Alignment("coral")), replace(STAGE_2, head_init="keep")),
+    ),
     "bridged_head_warmup": Method(
         "bridged with a fresh head that is trained alone in the first half of stage 2",
         (STAGE_1, replace(STAGE_2, settings={"head_warmup_steps": 0.5})),
@@ -202,14 +250,15 @@ class StagePlan:
     settings: StageSettings
     start: str | None = None
     synthetic_share: float | None = None
+    alignment: Alignment | None = None
     is_guarded: bool = False
     without_synthetic: "StagePlan | None" = None
 
     def to_dict(self) -> dict:
-        """Return it as records hold it: those of before there were shares stay the same."""
-        new = {"synthetic_share": None, "is_guarded": False}
+        """Return it as records hold it: those of before there were shares, alignments and guards stay the same."""
+        later = {"synthetic_share": None, "alignment": None, "is_guarded": False}
         entries = {name: value for name, value in asdict(self).items() if name != "without_synthetic"}
-        return {name: value for name, value in entries.items() if name not in new or value != new[name]}
+        return {name: value for name, value in entries.items() if name not in later or value != later[name]}
 
 
 def plan_stages(
@@ -235,11 +284,12 @@ def plan_stages(
         own = replace(own, max_steps=num_steps, head_warmup_steps=0)
         plan = StagePlan(
             stage.name, stage.images, stage.head_init, own, stage.start,
-            share if stage.images == "replayed" else None, stage.is_guarded,
+            share if stage.images == "replayed" else None, stage.alignment, stage.is_guarded,
         )  # fmt: skip
         if num_warmup_steps > 0:
             own = replace(own, max_steps=num_warmup_steps, freeze_backbone=True)
-            warmup = replace(plan, name=f"{stage.name}_head", settings=own)
+            # features that stay as they are cannot be aligned
+            warmup = replace(plan, name=f"{stage.name}_head", settings=own, alignment=None)
             stages += [_with_fallback(warmup), replace(plan, head_init="keep", start=warmup.name)]
         else:
             stages.append(_with_fallback(plan))
@@ -348,7 +398,8 @@ def check_stages(
     for stage in stages:
         batch_size, number = stage.settings.per_device_train_batch_size, num_images[stage.images]
         # of these every batch is full
-        is_endless = stage.images == "replayed" or (flags["streaming"] and stage.images == "synthetic")
+        is_endless = stage.images == "replayed" or stage.alignment is not None
+        is_endless |= flags["streaming"] and stage.images == "synthetic"
         if flags["dataloader_drop_last"] and not is_endless and number < batch_size * num_processes:
             raise UserError(
                 f"--dataloader_drop_last: {stage.name} would take no step, its {number} images are less than a batch "

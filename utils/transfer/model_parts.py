@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -68,6 +70,30 @@ def reset_head(model: PreTrainedModel | PeftModel, seed: int) -> None:
         assert model.get_parameter(name).isfinite().all(), f"{name} was not initialised again"
 
 
+def linear_heads(model: PreTrainedModel | PeftModel, problem: str) -> list[nn.Linear]:
+    """Return the modules of the head, in the model's order.
+
+    Raises:
+        UserError: one is not linear; the message is `problem`, with the model's name.
+    """
+    heads = [model.get_submodule(name) for name in head_module_names(model)]
+    if not all(isinstance(head, nn.Linear) for head in heads):
+        raise UserError(problem.format(name=base_classifier(model).config.name_or_path))
+    return heads
+
+
+@contextmanager
+def watching(heads: list[nn.Module]) -> Iterator[dict[nn.Module, torch.Tensor]]:
+    """Give, by head, the features that entered it last; they are noted while this lasts."""
+    entered = {}
+    hooks = [head.register_forward_pre_hook(lambda head, args: entered.update({head: args[0]})) for head in heads]
+    try:
+        yield entered
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def imprint_head(model: PreTrainedModel | PeftModel, images: EvalImages, batch_size: int = 128) -> None:
     """Set the head to the class means of the normalised features that enter it, normalised and scaled; no bias.
@@ -84,9 +110,7 @@ def imprint_head(model: PreTrainedModel | PeftModel, images: EvalImages, batch_s
     Source: Low-Shot Learning with Imprinted Weights, Qi et al. 2018, section 3.2; the scale is our own.
     """
     config = base_classifier(model).config
-    heads = [model.get_submodule(name) for name in head_module_names(model)]
-    if not all(isinstance(head, nn.Linear) for head in heads):
-        raise UserError(NO_IMPRINT.format(name=config.name_or_path))
+    heads = linear_heads(model, NO_IMPRINT)
     sums, counts = _class_sums(model, heads, images, batch_size)
     missing = [class_name for label, class_name in config.id2label.items() if counts[label] == 0]
     if missing:
@@ -105,19 +129,17 @@ def _class_sums(model, heads: list[nn.Linear], images, batch_size: int) -> tuple
     model.eval().to(state.device, memory_format=torch.channels_last)
     sums = [torch.zeros(2, config.num_labels, head.in_features, device=state.device) for head in heads]
     counts = torch.zeros(config.num_labels, device=state.device)
-    entered = {}
-    hooks = [head.register_forward_pre_hook(lambda head, args: entered.update({head: args[0]})) for head in heads]
-    for batch in DataLoader(Subset(images, range(state.process_index, len(images), state.num_processes)), batch_size):
-        model(pixel_values=batch["pixel_values"].to(state.device, memory_format=torch.channels_last))
-        one_hot = nn.functional.one_hot(batch["labels"].to(state.device), config.num_labels).float()
-        counts += one_hot.sum(0)
-        for head, head_sums in zip(heads, sums):
-            features = entered[head].float()
-            if features.ndim != 2:
-                raise UserError(NO_IMPRINT.format(name=config.name_or_path))
-            head_sums += one_hot.T @ torch.stack([nn.functional.normalize(features), features])
-    for hook in hooks:
-        hook.remove()
+    loader = DataLoader(Subset(images, range(state.process_index, len(images), state.num_processes)), batch_size)
+    with watching(heads) as entered:
+        for batch in loader:
+            model(pixel_values=batch["pixel_values"].to(state.device, memory_format=torch.channels_last))
+            one_hot = nn.functional.one_hot(batch["labels"].to(state.device), config.num_labels).float()
+            counts += one_hot.sum(0)
+            for head, head_sums in zip(heads, sums):
+                features = entered[head].float()
+                if features.ndim != 2:
+                    raise UserError(NO_IMPRINT.format(name=config.name_or_path))
+                head_sums += one_hot.T @ torch.stack([nn.functional.normalize(features), features])
     return [reduce(head_sums, "sum") for head_sums in sums], reduce(counts, "sum")
 
 

@@ -14,10 +14,11 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from utils.cli.errors import UserError
+from utils.transfer.alignment import AlignedImages
 from utils.transfer.evaluation import predict
 from utils.transfer.fine_tuning import build_trainer
 from utils.transfer.image_format import EvalImages
-from utils.transfer.methods import StagePlan, StageSettings
+from utils.transfer.methods import Alignment, StagePlan, StageSettings
 from utils.transfer.model_parts import imprint_head
 from utils.transfer.stage import Pretrained, load_start
 
@@ -31,12 +32,14 @@ PROBLEMS = (
 
 
 def rehearse(
-    pretrained: Pretrained, settings: StageSettings, training_args: TrainingArguments, imprint: bool = False
-) -> None:
+    pretrained: Pretrained, settings: StageSettings, training_args: TrainingArguments, imprint: bool = False,
+    alignment: Alignment | None = None,
+) -> None:  # fmt: skip
     """Train a checkpoint for one step on two generated pictures, evaluate it, and throw it away.
 
     It is loaded and trained as a stage is, on the same device, in the same precision, with the same optimiser, but not
-    compiled. With `imprint`, a head of class means is tried too. No random state is changed, nothing is written.
+    compiled. With `imprint`, a head of class means is tried too; with an `alignment`, that is. No random state is
+    changed, nothing is written.
 
     Raises:
         UserError: one of these fails; the message names the flag.
@@ -53,11 +56,15 @@ def rehearse(
             predict(model, images)
             if imprint:
                 imprint_head(model, images)
-            _train_one_step(model, pictures, pretrained.image_processor, stage.settings, training_args, folder)
+            seen = pictures if alignment is None else AlignedImages(pictures, pictures, alignment)
+            _train_one_step(model, seen, pictures, pretrained.image_processor, stage.settings, training_args, folder)
             del model
 
 
-def _train_one_step(model, pictures: Dataset, image_processor, settings: StageSettings, training_args, folder) -> None:
+def _train_one_step(
+    model, images: Dataset | AlignedImages, pictures: Dataset, image_processor, settings: StageSettings, training_args,
+    folder: str,
+) -> None:  # fmt: skip
     trial_args = dataclasses.replace(
         training_args,
         per_device_eval_batch_size=2, gradient_accumulation_steps=1, dataloader_drop_last=False,
@@ -72,7 +79,7 @@ def _train_one_step(model, pictures: Dataset, image_processor, settings: StageSe
     )
     precision = training_args.mixed_precision  # of a flag, or of accelerate launch
     with _naming("training flags" if precision == "no" else f"--{precision}"):
-        trainer = build_trainer(model, pictures, image_processor, settings, trial_args, folder, pictures)
+        trainer = build_trainer(model, images, image_processor, settings, trial_args, folder, pictures)
     with _naming(f"--optim {training_args.optim.value}"):
         trainer.create_optimizer()
     schedule = training_args.lr_scheduler_type

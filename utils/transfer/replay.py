@@ -4,7 +4,7 @@ Which image is at which place of which batch is a function of the seed and the p
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -18,43 +18,50 @@ REAL, SYNTHETIC = range(2)
 
 
 @dataclass(frozen=True)
-class ReplayedImages:
-    """The real images of a stage, and the synthetic ones, of which it sees a share: that of each batch, in [0, 1)."""
+class ImagePair:
+    """The images of a stage that sees both kinds; `own`, of a subclass, are those that it is about."""
 
     real: Dataset
     synthetic: Dataset | IterableDataset
-    share: float = 0.0
-
-    def __len__(self) -> int:
-        return len(self.real) + (0 if self.is_streamed else len(self.synthetic))
 
     @property
     def is_streamed(self) -> bool:
         return isinstance(self.synthetic, IterableDataset)
 
 
-class ReplayedItems(torch.utils.data.Dataset):
-    """All training items of a stage, in their order: `num_batches` of `batch_size`, of which a share is synthetic.
+@dataclass(frozen=True)
+class ReplayedImages(ImagePair):
+    """The real images of a stage, and the synthetic ones, of which it sees a share: that of each batch, in [0, 1).
 
-    A batch is that of an optimiser step, of all processes. Of the items of the first n, `share` are synthetic, rounded
-    down, so batches differ by one at most. They stand at random places of their batch. Each kind comes in epochs of its
-    own, in each of which every image is seen once. Items are drawn from (seed, kind, epoch, index).
+    `statistics` are those of BatchNorm on the synthetic images, where these are normalised with their own.
     """
 
-    def __init__(self, images: ReplayedImages, items: TrainItems, seed: int, batch_size: int, num_batches: int):
+    share: float = 0.0
+    statistics: Mapping[str, torch.Tensor] | None = None
+
+    @property
+    def own(self) -> Dataset:
+        return self.real
+
+    def __len__(self) -> int:
+        return len(self.real) + (0 if self.is_streamed else len(self.synthetic))
+
+
+class PairedItems(torch.utils.data.Dataset):
+    """Training items of both kinds of images, `num_items` in all; a subclass says which is at which place.
+
+    Each kind comes in epochs of its own, in each of which every image is seen once. Items are drawn from (seed, kind,
+    epoch, index).
+    """
+
+    def __init__(self, images: ImagePair, items: TrainItems, seed: int, num_items: int):
         self.images = [undecoded(images.real), undecoded(images.synthetic)]
         self.items = items
         self.seed = seed
-        self.batch_size = batch_size
-        self.num_batches = num_batches
-        self.share = images.share
+        self.num_items = num_items
 
     def __len__(self) -> int:
-        return self.num_batches * self.batch_size
-
-    def __getitem__(self, position: int) -> dict:
-        kind, rank = place_in_kind(position, self.batch_size, self.share, self.seed)
-        return self.make(kind, rank)
+        return self.num_items
 
     def make(self, kind: int, rank: int) -> dict:
         """Return the item that is the `rank`-th of its kind."""
@@ -64,32 +71,63 @@ class ReplayedItems(torch.utils.data.Dataset):
         return self.items.make(images[index], self.seed, kind, epoch, index)
 
 
-class StreamedReplayedItems(torch.utils.data.IterableDataset):
-    """`ReplayedItems` whose synthetic images come from a stream, without end; each reader makes batches of its own.
+class ReplayedItems(PairedItems):
+    """All training items of a stage, in their order: `num_batches` of `batch_size`, of which a share is synthetic.
+
+    A batch is that of an optimiser step, of all processes. Of the items of the first n, `share` are synthetic, rounded
+    down, so batches differ by one at most. They stand at random places of their batch.
+    """
+
+    def __init__(self, images: ReplayedImages, items: TrainItems, seed: int, batch_size: int, num_batches: int):
+        super().__init__(images, items, seed, num_batches * batch_size)
+        self.batch_size = batch_size
+        self.share = images.share
+        self.tells_kind = images.statistics is not None
+
+    def __getitem__(self, position: int) -> dict:
+        kind, rank = place_in_kind(position, self.batch_size, self.share, self.seed)
+        item = self.make(kind, rank)
+        return item | {"is_synthetic": kind == SYNTHETIC} if self.tells_kind else item
+
+
+class StreamedPairedItems(torch.utils.data.IterableDataset):
+    """Training items of both kinds of images, the synthetic ones from a stream, without end.
 
     Readers are the loader's workers in all processes: the items are the same at the same number of these.
     """
 
-    def __init__(
-        self, images: ReplayedImages, items: TrainItems, seed: int, batch_size: int, num_processes: int,
-        process_index: int,
-    ):  # fmt: skip
-        self.real = ReplayedItems(replace(images, synthetic=images.real), items, seed, batch_size, 0)
+    def __init__(self, images: ImagePair, items: TrainItems, seed: int, num_processes: int, process_index: int):
+        self.real = PairedItems(replace(images, synthetic=images.real), items, seed, 0)
         self.stream = StreamedTrainImages(images.synthetic, items, seed, num_processes, process_index)
 
     @property
     def max_workers(self) -> int:
         return self.stream.max_workers
 
-    def __iter__(self) -> Iterator[dict]:
+    def make_real(self, rank: int) -> dict:
+        """Return the `rank`-th real item of this reader; readers divide each epoch among them."""
         worker = torch.utils.data.get_worker_info()
         worker_index, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         reader = self.stream.process_index * num_workers + worker_index
-        num_readers = self.stream.num_processes * num_workers
-        synthetic, position, real = iter(self.stream), 0, self.real
+        return self.real.make(REAL, rank * self.stream.num_processes * num_workers + reader)
+
+
+class StreamedReplayedItems(StreamedPairedItems):
+    """`ReplayedItems` of a stream; each reader makes batches of its own."""
+
+    def __init__(
+        self, images: ReplayedImages, items: TrainItems, seed: int, batch_size: int, num_processes: int,
+        process_index: int,
+    ):  # fmt: skip
+        super().__init__(images, items, seed, num_processes, process_index)
+        self.batch_size = batch_size
+        self.share = images.share
+
+    def __iter__(self) -> Iterator[dict]:
+        synthetic, position = iter(self.stream), 0
         while True:
-            kind, rank = place_in_kind(position, real.batch_size, real.share, real.seed)
-            yield next(synthetic) if kind == SYNTHETIC else real.make(REAL, rank * num_readers + reader)
+            kind, rank = place_in_kind(position, self.batch_size, self.share, self.real.seed)
+            yield next(synthetic) if kind == SYNTHETIC else self.make_real(rank)
             position += 1
 
 

@@ -1,6 +1,7 @@
 """What people read of a run: curves, confusion matrix and calibration, a table of results and costs, the model card."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -200,10 +201,13 @@ def write_model_card(
 def _describe_method(config: dict) -> str:
     """Return the method's sentence where all of its row holds, else that flags changed it."""
     method = METHODS[config["method"]]
-    trained = {stage["name"]: stage["settings"] for stage in config["stages"]}
+    stages = {stage["name"]: stage for stage in config["stages"]}
     settings = [(stage.name, *item) for stage in method.stages for item in stage.settings.items()]
     holds = all(config.get(name) == value for name, value in method.flags.items()) and all(
-        name == "head_warmup_steps" or trained[stage][name] == value for stage, name, value in settings
+        name == "head_warmup_steps" or stages[stage]["settings"][name] == value for stage, name, value in settings
+    )
+    holds &= all(
+        stages[stage.name].get("alignment") == (stage.alignment and asdict(stage.alignment)) for stage in method.stages
     )
     return method.description if holds else "changed by flags, as told here"
 

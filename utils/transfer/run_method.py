@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from utils.data.image_set import PARTS, RealImages
 from utils.data.opened_images import open_all
 from utils.data.real_images import check_held_out, limit_held_out
+from utils.transfer.alignment import AlignedImages
 from utils.transfer.classifiers import load_classifier
 from utils.transfer.evaluation import predict
 from utils.transfer.guard import measure_usefulness
@@ -45,14 +46,17 @@ class MethodResult:
 
 
 def select_images(method: Method, real: Dataset | None, synthetic: Dataset | IterableDataset | None) -> Images:
-    """Return the images that a method's stages see, by kind: `real`, `synthetic`, `both`, `replayed`."""
+    """Return the images that a method's stages see, by kind: `real`, `synthetic`, `both`, `replayed`.
+
+    With an alignment, `real` are among them in any case.
+    """
     images = {"real": real, "synthetic": synthetic}
     if "both" in method.kinds:
         rows = mix_indices(len(real), len(synthetic), method.mix_ratio)
         images["both"] = concatenate_datasets([real, synthetic]).select(rows)
     if "replayed" in method.kinds:
         images["replayed"] = ReplayedImages(real, synthetic)
-    return {kind: images[kind] for kind in method.kinds}
+    return {kind: images[kind] for kind in method.kinds | ({"real"} if method.alignment else set())}
 
 
 def images_per_class(images: Dataset) -> float:
@@ -116,6 +120,8 @@ def run_method(
         number = "streamed" if isinstance(seen, IterableDataset) else len(seen)
         if isinstance(seen, ReplayedImages):
             seen = replace(seen, share=stage.synthetic_share)
+        if stage.alignment is not None:
+            seen = AlignedImages(images["real"], seen, stage.alignment)
         logger.info(f"{stage.name}: {stage.settings.max_steps} steps on {number} images ({stage.images})")
         with exclusive(folder):
             model, done = run_stage(

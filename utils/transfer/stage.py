@@ -13,6 +13,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -25,6 +26,7 @@ from utils.cli.run_folder import CHECKPOINTS, RunFolder
 from utils.data.image_set import PLACES
 from utils.hub.repositories import Source
 from utils.transfer.adapters import LoraSettings, add_adapter, load_adapter, save_adapter
+from utils.transfer.alignment import AlignedImages
 from utils.transfer.arguments import OF_EACH_STAGE
 from utils.transfer.classifiers import (
     list_loaded_files,
@@ -33,14 +35,16 @@ from utils.transfer.classifiers import (
     open_classifier,
     save_classifier,
 )
+from utils.transfer.domain_norm import measure_statistics
 from utils.transfer.fine_tuning import StageResult, fine_tune
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StagePlan
 from utils.transfer.model_parts import imprint_head, recalibrate_batch_norm, reset_head
-from utils.transfer.replay import ReplayedImages
+from utils.transfer.replay import ImagePair, ReplayedImages
 
 STAGE_RECORD = "stage.json"
 SETTINGS_RECORD = "stage_settings.json"
+SYNTHETIC_STATISTICS = "synthetic_statistics.safetensors"  # of BatchNorm, where it has some for each kind of images
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,9 @@ def run_stage(
         UserError: the checkpoint is no image classifier; what is to be resumed was begun with other settings or inputs;
             the settings do not go together; training diverged.
     """
-    _check_stream(stage, images)
+    own_images = images.own if isinstance(images, ImagePair) else images
+    _check_stream(stage, own_images)
+    assert stage.settings.batch_norm != "domain" or isinstance(images, ReplayedImages), "of two kinds of images only"
     settings = describe_stage(stage, images, pretrained, class_names, training_args)
     folder = stage_folder(output_dir, settings, stage_inputs(stage, start, inputs or {}))
     earlier, checkpoint = find_earlier_run(folder) if resume else (None, None)
@@ -111,13 +117,22 @@ def run_stage(
             folder.begin()
         PartialState().wait_for_everyone()
         # statistics and head, where they are those of the stage's own images
-        own_images = images.real if isinstance(images, ReplayedImages) else images
         eval_images = EvalImages(own_images, pretrained.image_processor)
         batch_size = training_args.per_device_eval_batch_size
         if stage.settings.batch_norm == "recalibrate":
             recalibrate_batch_norm(model, eval_images, training_args.device, training_args.seed, batch_size)
+        if stage.settings.batch_norm == "domain":
+            synthetic = EvalImages(images.synthetic, pretrained.image_processor)
+            statistics = measure_statistics(
+                model, synthetic, eval_images, training_args.device, training_args.seed, batch_size
+            )
+            images = dataclasses.replace(images, statistics=statistics)
+            if PartialState().is_main_process:
+                save_file(statistics, folder.path / SYNTHETIC_STATISTICS)
         if stage.head_init == "imprint":
             imprint_head(model, eval_images, batch_size)
+    elif stage.settings.batch_norm == "domain":
+        images = dataclasses.replace(images, statistics=load_file(folder.path / SYNTHETIC_STATISTICS))
     result = fine_tune(
         model, images, pretrained.image_processor, stage.settings, training_args, output_dir, validation, checkpoint
     )
@@ -131,8 +146,8 @@ def run_stage(
     return model, result
 
 
-def _is_stream(images: Dataset | IterableDataset | ReplayedImages) -> bool:
-    return isinstance(images, IterableDataset) or (isinstance(images, ReplayedImages) and images.is_streamed)
+def _is_stream(images: Dataset | IterableDataset | ImagePair) -> bool:
+    return isinstance(images, IterableDataset) or (isinstance(images, ImagePair) and images.is_streamed)
 
 
 def _check_stream(stage: StagePlan, images: Dataset | IterableDataset) -> None:
@@ -185,7 +200,8 @@ def describe_stage(
         **dataclasses.asdict(stage.settings),
         "lora": dataclasses.asdict(pretrained.lora) if pretrained.lora else None,
         **{name: trainer_settings[name] for name in OF_EACH_STAGE},
-        **({"synthetic_share": images.share} if isinstance(images, ReplayedImages) else {}),
+        **({} if stage.synthetic_share is None else {"synthetic_share": stage.synthetic_share}),
+        **(_describe_alignment(stage, images) if stage.alignment else {}),
         "mixed_precision": None if precision == "no" else precision,  # of a flag, or of accelerate launch
         "num_processes": training_args.world_size,
         "class_names": class_names,
@@ -193,9 +209,15 @@ def describe_stage(
     return json.loads(json.dumps(description))
 
 
+def _describe_alignment(stage: StagePlan, images: AlignedImages) -> dict:
+    return {"alignment": dataclasses.asdict(stage.alignment), "num_real_images": len(images.real)}
+
+
 def stage_inputs(stage: StagePlan, start: Path | None, inputs: Mapping[str, str]) -> dict[str, str]:
     """Return what tells the contents that a stage depends on from others: the model, its images, the earlier stage."""
     unused = {"real": ("synthetic_dataset",), "synthetic": PLACES}.get(stage.images, ())
+    if stage.alignment is not None:
+        unused = ()
     used = {name: identity for name, identity in inputs.items() if name not in unused}
     if start is None:
         return used
