@@ -47,6 +47,7 @@ from utils.transfer.methods import (
     METHODS,
     STAGE_1,
     StagePlan,
+    check_average,
     check_stages,
     describe_methods,
     plan_stages,
@@ -173,6 +174,7 @@ def check_arguments(args: SimpleNamespace) -> None:
         raise UserError(
             f"--streaming: not with --method {args.method.method}, which draws from both kinds of images at random."
         )
+    check_average(args.chosen_method, args.lora.use_peft)
     check_training_arguments(args.training)
 
 
@@ -241,7 +243,8 @@ def load_images(args: SimpleNamespace, source) -> tuple:
 def describe_run(args: SimpleNamespace, real, source, stages: list[StagePlan], pretrained) -> dict:
     """Return what `bridged_config.json` holds."""
     return {
-        **vars(args.method),
+        # records of methods without an average have no such entry
+        **{name: value for name, value in vars(args.method).items() if name != "average" or value is not None},
         "stages": [stage.to_dict() for stage in stages],
         "lora": vars(args.lora) if args.lora.use_peft else None,
         "base_model": absolute_if_local(args.model.model_name_or_path),
@@ -381,6 +384,8 @@ def choose_learning_rate(args: SimpleNamespace) -> str | None:
     """Set the learning rate that is not given, by what kind of model is trained; return why, None where it is given."""
     from utils.transfer.classifiers import default_learning_rates
 
+    if not args.chosen_method.takes_steps:
+        args.training.learning_rate = 0.0
     if args.training.learning_rate is not None:
         return None
     heads_alone = [
@@ -414,7 +419,7 @@ def open_model(args: SimpleNamespace, options: dict):
     pinned = vars(args.model) | {"model_revision": args.model_commit}
     pretrained = open_pretrained(**pinned, token=token, lora=settings if lora.use_peft else None)
     trial_settings = stage_settings(args.chosen_method, options, {"real": 1, "both": 1}, 1)[1]
-    rehearse(pretrained, trial_settings, args.training, any(stage.head_init == "imprint" for stage in stages))
+    rehearse(pretrained, trial_settings, args.training, {stage.head_init for stage in stages})
     return pretrained
 
 

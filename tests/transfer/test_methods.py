@@ -66,8 +66,10 @@ def test_a_method_is_its_stages_with_the_flags_in_place_of_its_row(name, flags, 
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_all_methods_but_vanilla_and_synthetic_only_take_the_same_steps(name):
-    assert sum(stage.settings.max_steps for stage in plan(name)) == {"vanilla": 30, "synthetic_only": 90}.get(name, 120)
+def test_all_methods_but_vanilla_synthetic_only_and_the_probe_take_the_same_steps(name):
+    assert sum(stage.settings.max_steps for stage in plan(name)) == {
+        "vanilla": 30, "synthetic_only": 90, "linear_probe": 0,
+    }.get(name, 120)  # fmt: skip
 
 
 def test_methods_differ_from_their_rivals_in_what_their_name_says():

@@ -203,6 +203,7 @@ def _describe_method(config: dict) -> str:
     holds = all(config.get(name) == value for name, value in method.flags.items()) and all(
         name == "head_warmup_steps" or trained[stage][name] == value for stage, name, value in settings
     )
+    holds = holds and config["stages"][-1].get("average") == method.stages[-1].average
     return method.description if holds else "changed by flags, as told here"
 
 
