@@ -121,6 +121,15 @@ def test_a_flag_wins_over_what_the_row_says_of_that_stage():
     }  # fmt: skip
 
 
+def test_a_probe_takes_no_steps_whatever_a_recipe_says_and_is_real_only():
+    # keys of a recipe that have no effect are told, not refused
+    assert outline(plan("linear_probe", max_steps=50, match_steps=True)) == [("probe", "real", "probe", None, 0)]
+    assert outline(plan("lp_ft")) == [("vanilla", "real", "probe", None, 120)]
+    real_only = [name for name in ("linear_probe", "lp_ft", "ema", "wise_ft") if not METHODS[name].uses_synthetic]
+    assert real_only == ["linear_probe", "lp_ft", "ema"]
+    check_stages(plan("linear_probe"), FLAGS | {"dataloader_drop_last": True}, {"real": 3}, 5, 1)  # no batch is needed
+
+
 def test_a_head_warmup_is_a_stage_of_its_own_with_the_rest_frozen_and_counts_as_steps():
     bridge, real = replace(BRIDGE, head_warmup_steps=5), replace(REAL, head_warmup_steps=7)
     stages = plan("bridged", bridge, real)
