@@ -10,7 +10,6 @@
 method@NAME takes another synthetic set than the first. Finished cells are kept: run the same command again to go on.
 """
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -184,9 +183,9 @@ def build_runner(
         )  # fmt: skip
     except ValueError as error:  # this machine does not have that precision
         raise UserError(str(error)) from None
-    imprint = any(stage.head_init == "imprint" for row in rows for stage in row.method.stages)
+    head_inits = {stage.head_init for row in rows for stage in row.method.stages}
     for alignment in dict.fromkeys(row.method.alignment for row in rows):
-        rehearse(pretrained, settings, training_args, imprint, alignment)
+        rehearse(pretrained, settings, training_args, head_inits, alignment)
     inputs = {"model_name_or_path": pretrained.identity}
     with named_in_record(real_args, recorded_in):
         record, of_images = identify_real_images(RealImagesRecord.from_arguments(real_args), token)
@@ -276,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             bridges = list_bridges(search_args, shared_args, runner.settings, num_synthetic)
             bridge = choose_bridge(runner, bridges, search_seeds, volumes[-1], num_workers)
             recipes = list_recipes(search_args, runner, search_args.search_shots or shots)
-            chosen = {"stage1": dataclasses.asdict(bridge)}
+            chosen = {"stage1": bridge.to_dict()}
             chosen |= choose_recipes(runner, rows, recipes, bridge, search_seeds, volumes[-1], num_workers)
             write_settings(runner.output_dir / SETTINGS, chosen)
 

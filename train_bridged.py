@@ -47,6 +47,7 @@ from utils.transfer.methods import (
     METHODS,
     STAGE_1,
     StagePlan,
+    check_average,
     check_stages,
     describe_methods,
     describe_shares,
@@ -185,6 +186,7 @@ def check_arguments(args: SimpleNamespace) -> None:
         raise UserError(
             f"--streaming: not with --method {args.method.method}, which draws from both kinds of images at random."
         )
+    check_average(args.chosen_method, args.lora.use_peft)
     check_training_arguments(args.training)
 
 
@@ -253,7 +255,8 @@ def load_images(args: SimpleNamespace, source) -> tuple:
 def describe_run(args: SimpleNamespace, real, source, stages: list[StagePlan], pretrained) -> dict:
     """Return what `bridged_config.json` holds."""
     return {
-        **vars(args.method),
+        # records of methods without an average have no such entry
+        **{name: value for name, value in vars(args.method).items() if name != "average" or value is not None},
         "stages": [stage.to_dict() for stage in stages],
         "lora": vars(args.lora) if args.lora.use_peft else None,
         "base_model": absolute_if_local(args.model.model_name_or_path),
@@ -396,6 +399,8 @@ def choose_learning_rate(args: SimpleNamespace) -> str | None:
     """
     from utils.transfer.classifiers import default_learning_rates
 
+    if not args.chosen_method.takes_steps:
+        args.training.learning_rate = 0.0
     if args.training.learning_rate is not None:
         return None
     heads_alone = [
@@ -431,8 +436,8 @@ def open_model(args: SimpleNamespace, options: dict):
     pinned = vars(args.model) | {"model_revision": args.model_commit}
     pretrained = open_pretrained(**pinned, token=token, lora=settings if lora.use_peft else None)
     trial_settings = stage_settings(args.chosen_method, options, {"real": 1, "both": 1}, 1)[1]
-    imprint = any(stage.head_init == "imprint" for stage in stages)
-    rehearse(pretrained, trial_settings, args.training, imprint, args.chosen_method.alignment)
+    head_inits = {stage.head_init for stage in stages}
+    rehearse(pretrained, trial_settings, args.training, head_inits, args.chosen_method.alignment)
     return pretrained
 
 

@@ -66,6 +66,11 @@ LACKS = {
     ),
     "with --method {method}, which has a fresh head in its only stage": ("--method vanilla", "--method bridged_keep"),
     "with --method {method}, which has no stage on both kinds of images": ("--method bridged", "--method mix_mixup"),
+    "with --method {method}, which takes no optimiser step": ("--method linear_probe", "--method lp_ft"),
+    "with --method {method}, which begins with the head of a probe": ("--method lp_ft", "--method bridged"),
+    "with --methods {methods}, which take no optimiser step": (
+        "--methods linear_probe", "--methods linear_probe vanilla",
+    ),
     "with --methods {methods}, which train on synthetic images alone": (
         "--methods synthetic_only synthetic_only@plain", "--methods synthetic_only vanilla",
     ),
@@ -115,7 +120,7 @@ def test_every_need_has_an_example_and_every_example_a_need():
 def test_a_flag_without_what_it_needs_is_one_line_and_with_it_passes(script, flag, lack, capsys):
     given, others = value_of(script, flag), CASES[script, flag, lack]
     met = " ".join(LACKS[other][1] for other in others)
-    without, with_it = (f"{flags} {met}".split() for flags in LACKS[lack])
+    without, with_it = (f"{met} {flags}".split() for flags in LACKS[lack])  # of two --method, the last counts
     line = fails(capsys, script, [*given, *without])
     assert f"error: --{flag}" in line and line.endswith(f" leave --{flag} out.")
     assert f": does nothing {lack.partition('{')[0]}" in line and "{" not in line

@@ -265,7 +265,9 @@ def test_a_stage_trains_on_a_stream_and_goes_on_from_a_checkpoint_exactly(
     assert not torch.equal(runs[0]["classifier.weight"], start["classifier.weight"])
 
 
-@pytest.mark.parametrize(("head_init", "batch_norm"), [("imprint", "frozen"), ("reset", "recalibrate")])
+@pytest.mark.parametrize(
+    ("head_init", "batch_norm"), [("imprint", "frozen"), ("probe", "frozen"), ("reset", "recalibrate")]
+)
 def test_what_needs_all_images_at_once_is_refused_for_a_stream(classifiers, images, tmp_path, head_init, batch_norm):
     plan = StagePlan("stage1", "synthetic", head_init, StageSettings(1, 1e-2, batch_norm=batch_norm))
     with pytest.raises(UserError, match="which a stream does not give"):

@@ -90,16 +90,25 @@ def test_the_card_of_each_method_says_what_was_done(method, lora, tmp_path):
     synthetic = {} if uses_synthetic else {"synthetic_dataset": None}
     card = write_classifier_card(tmp_path, config={"method": method, "lora": lora, **synthetic}, **ACCURACY)
     words = {"bridged": "bridged transfer: first", "mix": "mixed transfer", "synthetic_only": "alone (",
-             "vanilla": "plain fine-tuning"}  # fmt: skip
+             "vanilla": "plain fine-tuning", "linear_probe": "a linear probe: the network stays"}  # fmt: skip
+    of_kind = {"wise_ft": "bridged", "lp_ft": "vanilla", "ema": "vanilla"}.get(method, method)
     assert [name for name, phrase in words.items() if phrase in card.text] == [
-        next(name for name in words if method.startswith(name))
+        next(name for name in words if of_kind.startswith(name))
     ]
+    told = {
+        "wise_ft": "Its weights are averages: 50 % of those of stage2, the rest of stage1 (WiSE-FT",
+        "lp_ft": "It began with the head of a logistic regression on the pretrained network's features (LP-FT",
+        "ema": "BatchNorm train, drop path 0.3, exponential moving average of the weights with decay 0.999, less in",
+        "linear_probe": "- probe: head from logistic regression, no optimiser step",
+    }
+    assert [name for name, phrase in told.items() if phrase in card.text] == [name for name in told if name == method]
     assert f"`{method}`: {METHODS[method].description}." in card.text
     replayed = "then on real images, with 75 % synthetic ones among them ("
     assert (replayed in card.text) == method.startswith("bridged_replay")
     assert ("seen without labels (" in card.text) == (METHODS[method].alignment is not None)
     assert ("LoRA, rank 8, alpha 24" in card.text) == ("lora" in card.data.tags) == (lora is not None)
-    assert (", adapter and head; learning rate" in card.text) == (lora is not None)
+    trains_adapter = lora is not None and METHODS[method].takes_steps
+    assert (", adapter and head; learning rate" in card.text) == trains_adapter
     assert ('"user/cars-bridged", subfolder="adapter"' in card.text) == (lora is not None)
     assert "datasets/user/cars)" in card.text
     assert ("datasets/user/cars-syn)" in card.text) == uses_synthetic
@@ -130,7 +139,8 @@ def test_the_card_says_how_each_stage_began_what_it_cost_and_its_settings(head_i
     assert "Mixup 0.2, label smoothing 0.0, BatchNorm frozen" in second
     assert "no Mixup, label smoothing 0.0, BatchNorm train, drop path 0.3" in third
     told = {"reset": ("thrown away", "fresh head"), "keep": ("kept the head of the first", "head kept"),
-            "imprint": ("imprinting", "head from class means")}  # fmt: skip
+            "imprint": ("imprinting", "head from class means"),
+            "probe": ("for the second stage, by logistic regression", "head from logistic regression")}  # fmt: skip
     assert [name for name, (sentence, _) in told.items() if sentence in text] == [head_init]
     assert third.startswith(f"- stage2: {told[head_init][1]}, all layers")
 

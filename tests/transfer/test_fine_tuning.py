@@ -135,7 +135,7 @@ def make_plan(settings, name="stage1", **options) -> StagePlan:
     return StagePlan(name, "real", options.pop("head_init", "reset"), settings, **options)
 
 
-@pytest.mark.parametrize(("name", "head_inits"), [("vit", ("reset", "keep", "imprint")), ("timm", ("reset",))])
+@pytest.mark.parametrize(("name", "head_inits"), [("vit", ("reset", "keep", "imprint", "probe")), ("timm", ("reset",))])
 def test_the_second_stage_starts_from_the_firsts_features_and_a_fresh_head(
     classifiers, images, tmp_path, name, head_inits
 ):

@@ -66,8 +66,10 @@ def test_a_method_is_its_stages_with_the_flags_in_place_of_its_row(name, flags, 
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_all_methods_but_vanilla_and_synthetic_only_take_the_same_steps(name):
-    assert sum(stage.settings.max_steps for stage in plan(name)) == {"vanilla": 30, "synthetic_only": 90}.get(name, 120)
+def test_all_methods_but_vanilla_synthetic_only_and_the_probe_take_the_same_steps(name):
+    assert sum(stage.settings.max_steps for stage in plan(name)) == {
+        "vanilla": 30, "synthetic_only": 90, "linear_probe": 0,
+    }.get(name, 120)  # fmt: skip
 
 
 def test_methods_differ_from_their_rivals_in_what_their_name_says():
@@ -117,6 +119,15 @@ def test_a_flag_wins_over_what_the_row_says_of_that_stage():
     assert METHODS["bridged"].with_flags({"head_init": "keep", "mix_ratio": 3.0}).flags == {
         "head_init": "keep", "match_steps": False, "mix_ratio": None,
     }  # fmt: skip
+
+
+def test_a_probe_takes_no_steps_whatever_a_recipe_says_and_is_real_only():
+    # keys of a recipe that have no effect are told, not refused
+    assert outline(plan("linear_probe", max_steps=50, match_steps=True)) == [("probe", "real", "probe", None, 0)]
+    assert outline(plan("lp_ft")) == [("vanilla", "real", "probe", None, 120)]
+    real_only = [name for name in ("linear_probe", "lp_ft", "ema", "wise_ft") if not METHODS[name].uses_synthetic]
+    assert real_only == ["linear_probe", "lp_ft", "ema"]
+    check_stages(plan("linear_probe"), FLAGS | {"dataloader_drop_last": True}, {"real": 3}, 5, 1)  # no batch is needed
 
 
 def test_a_head_warmup_is_a_stage_of_its_own_with_the_rest_frozen_and_counts_as_steps():

@@ -21,10 +21,10 @@ SETTINGS = StageSettings(3, 1e-3, head_learning_rate_factor=None, mixup_alpha=0.
 
 @pytest.fixture
 def run(tmp_path):
-    def run(folder, settings=SETTINGS, lora=None, imprint=False, alignment=None, **flags):
+    def run(folder, settings=SETTINGS, lora=None, head_inits=(), alignment=None, **flags):
         args = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, **({"report_to": "none"} | flags))
         pretrained = Pretrained(str(folder), load_image_processor(str(folder)), {}, lora)
-        rehearse(pretrained, settings, args, imprint, alignment)
+        rehearse(pretrained, settings, args, head_inits, alignment)
 
     return run
 
@@ -85,7 +85,7 @@ def test_what_the_trainer_cannot_do_is_one_line_that_names_the_flag(run, classif
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("vit", {"imprint": True, "eval_strategy": "epoch"} | BEST),
+        ("vit", {"head_inits": ("imprint", "probe"), "eval_strategy": "epoch"} | BEST),
         ("vit", {"lora": LoraSettings(r=2), "bf16": True, "gradient_accumulation_steps": 4}),
         ("timm", {"alignment": Alignment("adversarial"), "bf16": True}),
         ("vit", {"alignment": Alignment("coral"), "lora": LoraSettings(r=2)}),

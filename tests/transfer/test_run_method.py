@@ -48,12 +48,14 @@ def run(classifiers, synthetic_dir, tmp_path):
     def run_both(name: str) -> tuple[dict, dict]:
         """Return `bridged_config.json` and `comparison.json` of one method at three and two steps."""
         bridged, compared = tmp_path / "bridged", tmp_path / "compared"
-        train_bridged.main([*shared, "--method", name, "--bridge_max_steps", "3", "--max_steps", "2", "--use_cpu",
-                            "--learning_rate", "1e-3", "--seed", "1", "--few_shot_seed", "1",
+        steps = ["--bridge_max_steps", "3", "--max_steps", "2", "--learning_rate", "1e-3"]
+        counts = ["--bridge_step_counts", "3", "--step_counts", "2", "--learning_rates", "1e-3"]
+        if not METHODS[name].takes_steps:
+            steps, counts = [], []
+        train_bridged.main([*shared, "--method", name, *steps, "--use_cpu", "--seed", "1", "--few_shot_seed", "1",
                             "--output_dir", str(bridged)])  # fmt: skip
         bridge_rate = ["--bridge_learning_rates", "1e-3"] if "synthetic" in METHODS[name].kinds else []
-        compare_transfer.main([*shared, "--methods", name, "--bridge_step_counts", "3", "--step_counts", "2",
-                               "--learning_rates", "1e-3", *bridge_rate, "--seeds", "1",
+        compare_transfer.main([*shared, "--methods", name, *counts, *bridge_rate, "--seeds", "1",
                                "--output_dir", str(compared)])  # fmt: skip
         return read_record(bridged / "bridged_config.json"), read_record(compared / "comparison.json")
 
@@ -82,3 +84,11 @@ def test_a_row_of_the_comparison_is_the_method_of_that_name(run, outputs, name):
     run(name)
     ours, theirs = outputs
     assert np.array_equal(ours, theirs)
+
+
+def test_a_linear_probe_costs_its_images_once_and_no_steps_and_has_no_recipe(run):
+    config, comparison = run("linear_probe")
+    (entry,) = comparison["summary"]
+    assert (entry["steps"], entry["images_seen"]) == (0, 6) and entry["seconds"] > 0
+    assert list(comparison["settings"]) == ["stage1"]
+    assert config["learning_rate_reason"] is None

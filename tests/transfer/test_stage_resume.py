@@ -14,7 +14,15 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from tests.transfer.builders import Killed, assert_same, kill_in_step, run_plan
-from tests.transfer.two_processes import ACCUMULATED, SEEN, SETTINGS, contiguous, pair_with_itself, train_big_batch
+from tests.transfer.two_processes import (
+    ACCUMULATED,
+    SEEN,
+    SETTINGS,
+    contiguous,
+    pair_with_itself,
+    probe,
+    train_big_batch,
+)
 from utils.cli.errors import UserError
 from utils.transfer import stage
 from utils.transfer.adapters import LoraSettings
@@ -167,6 +175,21 @@ def test_two_accumulated_batches_on_two_processes_train_as_the_big_batch(
     small = load_file(two_processes / f"{ACCUMULATED}-{seen}.safetensors")
     for key in big:
         torch.testing.assert_close(big[key], small[key], atol=1e-6, rtol=1e-4)
+
+
+def test_averages_and_probes_are_on_each_of_two_processes_those_of_one(
+    two_processes, classifiers, real_images_dir, tmp_path, monkeypatch
+):
+    pair_with_itself(monkeypatch.setattr)
+    path, images_dir = classifiers["vit"], str(real_images_dir)
+    averaged = train_big_batch(path, images_dir, tmp_path, ema_decay=0.9)
+    plain = train_big_batch(path, images_dir, tmp_path / "plain")
+    assert (averaged["classifier.weight"] - plain["classifier.weight"]).abs().max() > 1e-4
+    for name, alone in (("averaged", averaged), ("probed", probe(path, images_dir))):
+        first, second = (load_file(two_processes / f"{name}-{rank}.safetensors") for rank in range(2))
+        assert_same(first, second)
+        for key, value in alone.items():
+            torch.testing.assert_close(value, first[key], atol=1e-6, rtol=1e-4)
 
 
 def test_a_stage_killed_on_two_processes_goes_on_to_the_same_weights(two_processes):

@@ -17,7 +17,9 @@ from utils.transfer.alignment import AlignedImages
 from utils.transfer.augmentation import TrainItems
 from utils.transfer.classifiers import load_classifier, load_image_processor
 from utils.transfer.fine_tuning import StageTrainer, fine_tune
+from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import Alignment, StagePlan, StageSettings
+from utils.transfer.probe import probe_head
 from utils.transfer.replay import ReplayedImages
 from utils.transfer.synthetic_images import load_synthetic, open_synthetic
 
@@ -43,8 +45,9 @@ def pair_with_itself(setattr) -> None:
 
 
 def train_big_batch(
-    path: str, images_dir: str, folder: Path, batch_size: int = 8, accumulation: int = 1, seen: str = "real"
-) -> dict:
+    path: str, images_dir: str, folder: Path, batch_size: int = 8, accumulation: int = 1, seen: str = "real",
+    ema_decay: float | None = None,
+) -> dict:  # fmt: skip
     """Train two steps of eight images in all, by SGD without clipping, and return the weights."""
     images = load_dataset(images_dir, split="train").take(8)
     model = load_classifier(path, names_of(images), True, seed=0)
@@ -56,7 +59,7 @@ def train_big_batch(
         output_dir=str(folder), optim="sgd", max_grad_norm=0.0,
         gradient_accumulation_steps=accumulation, **OPTIONS,
     )  # fmt: skip
-    settings = StageSettings(**(vars(BIG_BATCH) | {"per_device_train_batch_size": batch_size}))
+    settings = StageSettings(**(vars(BIG_BATCH) | {"per_device_train_batch_size": batch_size, "ema_decay": ema_decay}))
     fine_tune(model, images, load_image_processor(path), settings, args, folder)
     return model.state_dict()
 
@@ -91,6 +94,14 @@ def kill_and_resume(path: str, images_dir: str, folder: Path) -> None:
         (folder / "counted.json").write_text(json.dumps(counted))
 
 
+def probe(path: str, images_dir: str) -> dict:
+    """Set a head to a probe's, whose features two processes share, and return the weights."""
+    images = load_dataset(images_dir, split="train").take(9)
+    model = load_classifier(path, names_of(images), True, seed=0)
+    probe_head(model, EvalImages(images, load_image_processor(path)), batch_size=2)
+    return model.state_dict()
+
+
 def stream(path: str, class_names: list[str], synthetic_dir: str, folder: Path) -> None:
     """Train one epoch of 18 streamed images, nine a process, and write down which ones this process took."""
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 s at the end of every epoch, against hanging remote files
@@ -121,6 +132,9 @@ def main(path: str, images_dir: str, synthetic_dir: str, folder: str) -> None:
         weights = train_big_batch(path, images_dir, folder, batch_size=2, accumulation=2, seen=seen)
         if state.is_main_process:
             save_file(contiguous(weights), folder / f"{ACCUMULATED}-{seen}.safetensors")
+    averaged, probed = train_big_batch(path, images_dir, folder, 2, 2, ema_decay=0.9), probe(path, images_dir)
+    save_file(contiguous(averaged), folder / f"averaged-{state.process_index}.safetensors")
+    save_file(contiguous(probed), folder / f"probed-{state.process_index}.safetensors")
     if state.is_main_process:
         (folder / "world.json").write_text(json.dumps([state.distributed_type.name, state.num_processes]))
 

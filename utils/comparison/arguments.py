@@ -33,6 +33,7 @@ def of_methods(is_right: Callable[[Method], bool], lack: str) -> Need:
 
 
 ON_REAL = of_methods(lambda method: method.trains_on_real, "train on synthetic images alone")
+TRAINED = of_methods(lambda method: method.takes_steps, "take no optimiser step")
 STAGE_1_STEPS = of_methods(has_stage_1_steps, "neither train on synthetic images nor take the steps of such a stage")
 
 
@@ -120,16 +121,18 @@ class SearchArguments:
         None,
         "Peak learning rates of AdamW; when not given, 2e-4 for networks with BatchNorm, 2e-5 for others "
         "(ViT, Swin, ConvNeXt).",
-        needs=[ON_REAL, OPEN],
+        needs=[ON_REAL, TRAINED, OPEN],
     )
     step_counts: list[int] | None = option(
-        None, "Steps on real images, in place of epochs; matched methods add stage 1's.", needs=[ON_REAL, OPEN]
+        None, "Steps on real images, in place of epochs; matched methods add stage 1's.", needs=[ON_REAL, TRAINED, OPEN]
     )
     num_train_epochs: float = option(
-        30.0, "Epochs over the real images.", needs=[ON_REAL, OPEN, without_flag("step_counts")]
+        30.0, "Epochs over the real images.", needs=[ON_REAL, TRAINED, OPEN, without_flag("step_counts")]
     )
     head_learning_rate_factors: list[float] | None = option(
-        None, "Head's learning rate over the rest's; 10 for a fresh head, 1 for another.", needs=[ON_REAL, OPEN]
+        None,
+        "Head's learning rate over the rest's; 10 for a fresh head, 1 for another.",
+        needs=[ON_REAL, TRAINED, OPEN],
     )
     bridge_learning_rates: list[float] | None = option(
         None,
@@ -168,7 +171,7 @@ class SharedStageArguments:
         10.0, "Head's learning rate over the rest's, on synthetic images.",
         needs=[of_stage_1("head_learning_rate_factor"), OPEN],
     )  # fmt: skip
-    mixup_alpha: float = option(0.0, "Mixup outside stage 1; 0 turns it off.", needs=[ON_REAL])
+    mixup_alpha: float = option(0.0, "Mixup outside stage 1; 0 turns it off.", needs=[ON_REAL, TRAINED])
     batch_norm: str = option("frozen", "BatchNorm statistics.", choices=ONE_KIND_NORMS)
     augmentation: str = option("robust", "Augmentation, as in train_bridged.py.", choices=AUGMENTATIONS)
     label_smoothing_factor: float = option(0.0, "Label smoothing, in [0, 1).")

@@ -67,7 +67,9 @@ def make_cell(
     if not row.method.uses_synthetic:
         row = replace(row, volume=None)
     if not row.method.uses_real:
-        num_shots, recipe = None, Recipe(0.0, 0)
+        num_shots = None
+    if not row.method.takes_recipe:
+        recipe = Recipe(0.0, 0)
     return Cell(row, num_shots, seed, recipe, bridge, split)
 
 
@@ -88,7 +90,9 @@ def plan_table(
     table = {}
     for row in rows:
         for volume in volumes if row.method.uses_synthetic else [None]:
-            recipes = {count: look_up_recipe(chosen, row, count) if row.method.uses_real else None for count in shots}
+            recipes = {
+                count: look_up_recipe(chosen, row, count) if row.method.takes_recipe else None for count in shots
+            }
             table[replace(row, volume=volume)] = {
                 count: [make_cell(replace(row, volume=volume), count, seed, recipe, bridge) for seed in seeds]
                 for count, recipe in recipes.items()

@@ -77,11 +77,11 @@ def choose_recipes(
     runner: CellRunner, rows: list[Row], recipes: dict[int | None, list[Recipe]], bridge: StageSettings,
     seeds: list[int], volume: int | None, num_workers: int,
 ) -> dict[str, dict]:  # fmt: skip
-    """Return, by method that uses real images and by shots, the recipe with the best mean validation accuracy.
+    """Return, by method with steps on real images and by shots, the recipe with the best mean validation accuracy.
 
     `recipes` maps shots to the candidates; the only one is chosen as it is.
     """
-    rows = [dataclasses.replace(row, volume=volume) for row in rows if row.method.uses_real]
+    rows = [dataclasses.replace(row, volume=volume) for row in rows if row.method.takes_recipe]
     cells = {
         (row, num_shots, recipe): [make_cell(row, num_shots, seed, recipe, bridge, "validation") for seed in seeds]
         for row in rows
@@ -122,7 +122,7 @@ def check_settings(path: str, rows: list[Row]) -> dict:
     if problem := next(filter(None, problems), None):
         raise UserError(f"--settings {path}: is no chosen_settings.json of this script ({problem}).")
     for row in rows:
-        if row.method.uses_real and not recipes_of(chosen, row):
+        if row.method.takes_recipe and not recipes_of(chosen, row):
             raise UserError(f"--settings {path}: has no recipe for '{row.label}'; it has {', '.join(methods)}.")
     return chosen
 
@@ -151,8 +151,8 @@ def read_settings(path: str, rows: list[Row], settings: StageSettings) -> dict:
         UserError: what `check_settings` raises.
     """
     chosen = check_settings(path, rows)
-    recorded = dataclasses.asdict(settings) | chosen["stage1"]
-    chosen["stage1"] = dataclasses.asdict(settings) | {name: chosen["stage1"][name] for name in SEARCHED}
+    recorded = settings.to_dict() | chosen["stage1"]
+    chosen["stage1"] = settings.to_dict() | {name: chosen["stage1"][name] for name in SEARCHED}
     others = [f"{name} {value}" for name, value in recorded.items() if value != chosen["stage1"][name]]
     if others:
         print(

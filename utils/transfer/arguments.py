@@ -83,6 +83,11 @@ OWN_STEPS = of_method(
     ),
     "takes the steps of --bridge_num_train_epochs or --bridge_max_steps",
 )
+TRAINED = of_method(lambda method: method.takes_steps, "takes no optimiser step")
+OWN_HEAD = of_method(
+    lambda method: method.stages[-1].start is not None or method.stages[-1].head_init == "reset",
+    "begins with the head of a probe",
+)
 ON_SYNTHETIC = of_method(lambda method: "synthetic" in method.kinds, "has no stage on synthetic images alone")
 ALIGNED = of_method(
     lambda method: method.alignment is not None, "aligns no features", "add --bridge_alignment adversarial or coral or "
@@ -171,20 +176,30 @@ class MethodArguments:
     )
     head_init: str | None = option(
         None,
-        "Head at the start of the second stage: fresh (the paper's), that of the first stage, or the class "
-        "means of the real images' features; the method's own when not given.",
+        "Head at the start of the second stage: fresh (the paper's), that of the first stage, the class means of "
+        "the real images' features, or a logistic regression on these; the method's own when not given.",
         choices=HEAD_INITS,
-        needs=[of_method(lambda method: method.stages[-1].start is not None, "has a fresh head in its only stage")],
+        needs=[
+            OWN_HEAD,
+            of_method(lambda method: method.stages[-1].start is not None, "has a fresh head in its only stage"),
+        ],
     )
     match_steps: bool | None = option(
         None, "Give methods of one stage the steps of both stages together; as the method says when not given.",
-        needs=[of_method(lambda method: "synthetic" not in method.kinds, "has a stage on synthetic images alone")],
+        needs=[
+            TRAINED, of_method(lambda method: "synthetic" not in method.kinds, "has a stage on synthetic images alone"),
+        ],
     )  # fmt: skip
     mix_ratio: float | None = option(
         None,
         "Synthetic images per real image in mix, above 0; those of the kind that is too few are repeated. "
         "As the method says when not given: each image once, but in mix_balanced.",
         needs=[of_method(lambda method: "both" in method.kinds, "has no stage on both kinds of images")],
+    )
+    average: float | None = option(
+        None,
+        "Average the weights of both stages: the share of the second's, above 0 and below 1 (WiSE-FT). The second has "
+        "to keep the head of the first. As the method says when not given: none, but in wise_ft.",
     )
 
 
@@ -196,20 +211,20 @@ class StageArguments:
 
     head_learning_rate: float | None = option(
         None, "Learning rate of the head; 10 x --learning_rate for a fresh head, 1 x for another.",
-        needs=[ON_REAL],
+        needs=[ON_REAL, TRAINED],
     )  # fmt: skip
     head_warmup_steps: float = option(
         0, "Steps that train the head alone first (LP-FT), 0 or more; below 1 a share of the steps.",
-        needs=[ON_REAL],
+        needs=[ON_REAL, TRAINED],
     )  # fmt: skip
-    freeze_backbone: bool = option(False, "Train the head only.", needs=[ON_REAL])
-    mixup_alpha: float = option(0.0, "Mixup's Beta parameter; 0 turns it off.", needs=[ON_REAL])
+    freeze_backbone: bool = option(False, "Train the head only.", needs=[ON_REAL, TRAINED])
+    mixup_alpha: float = option(0.0, "Mixup's Beta parameter; 0 turns it off.", needs=[ON_REAL, TRAINED])
     augmentation: str = option(
         "robust",
         "robust: crop, flip, colour and fine detail; basic: crop and flip, as run_image_classification.py; "
         "trivialaugment and randaugment: these after crop and flip.",
         choices=AUGMENTATIONS,
-        needs=[ON_REAL],
+        needs=[ON_REAL, TRAINED],
     )
     batch_norm: str = option(
         "frozen",
@@ -218,8 +233,18 @@ class StageArguments:
         choices=BATCH_NORM_MODES,
         needs=[ON_REAL],
     )
-    dropout: float | None = option(None, "Dropout in both stages, in [0, 1); the model's own when not given.")
-    drop_path_rate: float | None = option(None, "Drop path in both stages, in [0, 1); the model's own when not given.")
+    dropout: float | None = option(
+        None, "Dropout in both stages, in [0, 1); the model's own when not given.", needs=[TRAINED]
+    )
+    drop_path_rate: float | None = option(
+        None, "Drop path in both stages, in [0, 1); the model's own when not given.", needs=[TRAINED]
+    )
+    ema_decay: float | None = option(
+        None,
+        "Decay of an exponential moving average of the weights, above 0 and below 1, less in the first steps; the "
+        "last stage is evaluated and ends with it. As the method says when not given: none, but in ema.",
+        needs=[ON_REAL, TRAINED],
+    )
 
 
 @dataclass
@@ -294,7 +319,7 @@ class LoraArguments:
 
     _argument_group_name = "LoRA"
 
-    use_peft: bool = option(False, "One LoRA adapter through both stages, and the head.")
+    use_peft: bool = option(False, "One LoRA adapter through both stages, and the head.", needs=[TRAINED])
     lora_r: int = option(16, "Rank, above 0.", needs=[WITH_PEFT])
     lora_alpha: int = option(32, "Scale: the adapter counts alpha / rank.", needs=[WITH_PEFT])
     lora_dropout: float = option(0.05, "Dropout before the adapter, in [0, 1).", needs=[WITH_PEFT])
@@ -329,7 +354,7 @@ class BridgedTrainingArguments(TrainingArguments):
             ("hub_strategy", "hub_always_push"),
             [never("here, where the finished classifier is published, and nothing before")],
         ),
-        "push_to_hub": PUBLISHED, "max_steps": [OWN_STEPS], "label_smoothing_factor": [ON_REAL],
+        "push_to_hub": PUBLISHED, "max_steps": [OWN_STEPS, TRAINED], "label_smoothing_factor": [ON_REAL, TRAINED],
         "eval_steps": [with_value("eval_strategy", "steps")], "eval_delay": [EVALUATED],
         "save_steps": [with_value("save_strategy", "steps")],
         "metric_for_best_model": [EVALUATED, JUDGED], "greater_is_better": [WITH_METRIC],
@@ -352,22 +377,24 @@ class BridgedTrainingArguments(TrainingArguments):
         needs=[Need("without --no_do_train", lambda values: not values["do_train"], "add it or ")],
     )  # fmt: skip
     per_device_train_batch_size: int = option(
-        32, "Images per device and step.", needs=[of_both_stages("per_device_train_batch_size")]
+        32, "Images per device and step.", needs=[of_both_stages("per_device_train_batch_size"), TRAINED]
     )
     per_device_eval_batch_size: int = option(128, "Images per device in evaluation.", affects_result=False)
     learning_rate: float | None = option(
         None,
         "Peak learning rate of AdamW; when not given, 2e-4 for networks with BatchNorm, adapters and heads "
         "alone, 2e-5 for all weights of others (ViT, Swin, ConvNeXt).",
-        needs=[of_both_stages("learning_rate")],
+        needs=[of_both_stages("learning_rate"), TRAINED],
     )
     num_train_epochs: float = option(
         30.0, "Epochs over the real images.",
-        needs=[OWN_STEPS, Need("with --max_steps", lambda values: values["max_steps"] == -1)],
+        needs=[OWN_STEPS, TRAINED, Need("with --max_steps", lambda values: values["max_steps"] == -1)],
     )  # fmt: skip
-    weight_decay: float = option(0.01, "Weight decay.", needs=[of_both_stages("weight_decay")])
+    weight_decay: float = option(0.01, "Weight decay.", needs=[of_both_stages("weight_decay"), TRAINED])
     warmup_steps: float = option(
-        0.1, "Warm-up: steps, or below 1 a share of all steps.", needs=[WITH_WARMUP, of_both_stages("warmup_steps")]
+        0.1,
+        "Warm-up: steps, or below 1 a share of all steps.",
+        needs=[WITH_WARMUP, of_both_stages("warmup_steps"), TRAINED],
     )
     lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
     logging_steps: float = option(0.05, "Log every so many steps, or below 1 this share.", affects_result=False)

@@ -15,6 +15,7 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import get_total_norm
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, SequentialSampler, default_collate
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -23,6 +24,7 @@ from transformers.trainer_callback import ExportableState
 from utils.cli.errors import DivergedError, UserError
 from utils.transfer.alignment import AlignedImages, build_alignment
 from utils.transfer.augmentation import BatchAugmentation, StreamedTrainImages, TrainImages, TrainItems
+from utils.transfer.averaging import start_moving_average, swap_weights
 from utils.transfer.domain_norm import normalising_synthetic
 from utils.transfer.evaluation import classification_metrics
 from utils.transfer.image_format import EvalImages
@@ -40,6 +42,7 @@ from utils.transfer.training_items import training_items
 INITIAL_SCALE = 2.0**16  # of torch's GradScaler
 ALIGNMENT_FILE = "alignment.safetensors"  # of a checkpoint: the domain classifier
 NO_ALIGNMENT = "--bridge_alignment: the head of {name} is not linear on one feature vector; choose none."
+AVERAGE_NAME = "average.pt"
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,20 @@ def fine_tune(
     """
     trainer = build_trainer(model, images, image_processor, settings, training_args, output_dir, validation)
     trainer.train_to_the_end(checkpoint)
-    progress, state, stage_args = trainer.progress, trainer.state, trainer.args
-    num_gpus = 0 if stage_args.device.type == "cpu" else stage_args.world_size * max(1, stage_args.n_gpu)
+    progress, state = trainer.progress, trainer.state
     result = StageResult(
-        state.global_step, int(progress.num_images), round(progress.seconds, 2), num_gpus, state.log_history
-    )
+        state.global_step, int(progress.num_images), round(progress.seconds, 2), count_gpus(trainer.args),
+        state.log_history,
+    )  # fmt: skip
     accelerator = trainer.accelerator
     del trainer  # which is full of cycles and holds the loader's workers: what follows collects garbage
     accelerator.free_memory()
     return result
+
+
+def count_gpus(training_args: TrainingArguments) -> int:
+    """Return how many GPUs all processes have together, 0 on a CPU."""
+    return 0 if training_args.device.type == "cpu" else training_args.world_size * max(1, training_args.n_gpu)
 
 
 def build_trainer(
@@ -119,6 +127,7 @@ def build_trainer(
         freeze_batch_norm=settings.batch_norm != "train" or settings.freeze_backbone,
         head_learning_rate=settings.learning_rate * settings.head_learning_rate_factor, alignment=alignment,
         synthetic_statistics=images.statistics if isinstance(images, ReplayedImages) else None,
+        ema_decay=settings.ema_decay,
     )  # fmt: skip
     if stage_args.logging_strategy == "no":
         trainer.remove_callback(PrinterCallback)  # it prints a summary even so
@@ -147,11 +156,15 @@ class StageTrainer(Trainer):
 
     Losses are looked at when they are logged, the model before a checkpoint is written and at the end. The arguments
     have to turn `logging_nan_inf_filter` off, which would put other losses in the place of those that are not finite.
+
+    With `ema_decay` the model ends with the moving average of its weights, and it is this that is evaluated on the way.
+    Checkpoints hold both, the average in `AVERAGE_NAME`.
     """
 
     def __init__(
         self, *args, augmentation: BatchAugmentation, freeze_batch_norm: bool, head_learning_rate: float,
-        alignment: nn.Module | None = None, synthetic_statistics: Mapping[str, torch.Tensor] | None = None, **kwargs,
+        alignment: nn.Module | None = None, synthetic_statistics: Mapping[str, torch.Tensor] | None = None,
+        ema_decay: float | None = None, **kwargs,
     ):  # fmt: skip
         super().__init__(*args, **kwargs)
         self.synthetic_statistics, self.kinds_in_batch = synthetic_statistics, {}
@@ -170,6 +183,10 @@ class StageTrainer(Trainer):
         self.add_callback(self.progress)
         if isinstance(self.train_dataset, TrainImages):  # a stream counts its own epochs
             self.add_callback(EpochCallback(self.train_dataset))
+        # before accelerate wraps the model's forward pass
+        self.average = None if ema_decay is None else start_moving_average(self.model, ema_decay)
+        if self.average is not None:
+            self.add_callback(AverageCallback(self.average))
 
     def train(self, *args, **kwargs):
         with ExitStack() as stack:
@@ -181,12 +198,18 @@ class StageTrainer(Trainer):
             return super().train(*args, **kwargs)
 
     def train_to_the_end(self, checkpoint: str | None) -> None:
-        """Train all steps, or those that a checkpoint leaves; after the last one, the Trainer would do one more.
+        """Train all steps, or those that a checkpoint leaves, and take the average of the weights where there is one.
 
         Raises:
             DivergedError: the loss or the weights are not finite.
             UserError: fewer steps were taken than planned.
         """
+        self._train_all_steps(checkpoint)
+        if self.average is not None:
+            swap_weights(self.model, self.average.module)
+
+    def _train_all_steps(self, checkpoint: str | None) -> None:
+        # after the last step, the Trainer would do one more
         if checkpoint is not None:
             state = TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME)
             if state.global_step >= self.args.max_steps:
@@ -256,6 +279,21 @@ class StageTrainer(Trainer):
             f"--learning_rate {self.args.learning_rate:g}: {what} at step {self.state.global_step} of "
             f"{self.args.max_steps} in {Path(self.args.output_dir).name}; {advice}. Earlier checkpoints are kept."
         )
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Evaluate the average of the weights where there is one, for that is what the stage ends with."""
+        if self.average is None:
+            return super().evaluate(*args, **kwargs)
+        swap_weights(self.model, self.average.module)
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            swap_weights(self.model, self.average.module)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.average is not None and self.args.should_save:  # before the Trainer's state, which tells it whole
+            torch.save(self.average.state_dict(), Path(output_dir) / AVERAGE_NAME)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         self.check_finite()  # else it might take the place of a good one
@@ -356,6 +394,9 @@ class StageTrainer(Trainer):
         """Restore every tensor: the Trainer's own way leaves those whose names `from_pretrained` converts."""
         if self.alignment is not None:
             self.alignment.load_state_dict(load_file(Path(resume_from_checkpoint) / ALIGNMENT_FILE))
+        if self.average is not None:
+            path = Path(resume_from_checkpoint) / AVERAGE_NAME
+            self.average.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         if isinstance(self.model, PeftModel):
             adapter = load_peft_weights(resume_from_checkpoint, device="cpu")
             assert not set_peft_model_state_dict(self.model, adapter).unexpected_keys
@@ -400,6 +441,16 @@ class ZeroGradients(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.module.zero_grad()
+
+
+class AverageCallback(TrainerCallback):
+    """Take the weights after each step into their moving average; the same in every process."""
+
+    def __init__(self, average: AveragedModel):
+        self.average = average
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.average.update_parameters(model)
 
 
 class EpochCallback(TrainerCallback):

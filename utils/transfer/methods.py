@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from utils.cli.errors import UserError
 
-HEAD_INITS = ("reset", "keep", "imprint")
+HEAD_INITS = ("reset", "keep", "imprint", "probe")
 ONE_KIND_NORMS = ("frozen", "train", "recalibrate")
 BATCH_NORM_MODES = (*ONE_KIND_NORMS, "domain")  # the last one where a stage replays
 ALIGNMENTS = ("adversarial", "coral", "none")
@@ -47,7 +47,9 @@ class Stage:
     `settings` replace those that a stage on such images has otherwise. A stage that `is_matched` takes the steps of one
     on synthetic images besides its own. One that replays and `is_guarded` gives synthetic images what share they earn,
     measured before it begins. `mix_ratio` is synthetic images per real one, where it sees both; None takes each image
-    once. With an `alignment`, a stage on synthetic images sees the real training images too, unlabelled.
+    once. With an `alignment`, a stage on synthetic images sees the real training images too, unlabelled. `average` is
+    the share of its weights in the result, in (0, 1); the rest are those of `start`, whose head it has to keep
+    (WiSE-FT, Wortsman et al. 2022). A stage whose settings have `max_steps` 0 is its head's init alone.
     """
 
     name: str
@@ -59,6 +61,11 @@ class Stage:
     is_guarded: bool = False
     mix_ratio: float | None = None
     alignment: Alignment | None = None
+    average: float | None = None
+
+    @property
+    def takes_steps(self) -> bool:
+        return self.settings.get("max_steps") != 0
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,15 @@ class Method:
         return bool(self.kinds & {"synthetic", "both", "replayed"})
 
     @property
+    def takes_steps(self) -> bool:
+        return any(stage.takes_steps for stage in self.stages)
+
+    @property
+    def takes_recipe(self) -> bool:
+        """Whether it takes optimiser steps on real images."""
+        return self.uses_real and self.takes_steps
+
+    @property
     def mix_ratio(self) -> float | None:
         return next((stage.mix_ratio for stage in self.stages if stage.images == "both"), None)
 
@@ -98,27 +114,30 @@ class Method:
     @property
     def flags(self) -> dict:
         """What the row says for the flags of train_bridged.py that are about a method as a whole."""
+        average = self.stages[-1].average  # records of methods without one have no such entry
         return {
             "head_init": self.stages[-1].head_init,
             "match_steps": any(stage.is_matched for stage in self.stages),
             "mix_ratio": self.mix_ratio,
-        }
+        } | ({} if average is None else {"average": average})
 
     def with_flags(self, given: dict) -> "Method":
         """Return the method with the flags that are given, as name -> value, in place of what its row says.
 
         `--head_init` is for stages that start from another one, `--match_steps` for methods without a stage on
         synthetic images alone, `--mix_ratio` for stages on both kinds, `--bridge_alignment` and its weight for stages
-        on synthetic images alone.
+        on synthetic images alone, `--average` for the last stage. What a stage that takes no steps says of itself
+        stays.
         """
         stages = []
         for stage in self.stages:
             prefix = "bridge_" if stage.images == "synthetic" else ""
             kept = {name: value for name, value in stage.settings.items() if f"{prefix}{name}" not in given}
-            stage = replace(stage, settings=kept)
+            if stage.takes_steps:
+                stage = replace(stage, settings=kept)
             if stage.start is not None and "head_init" in given:
                 stage = replace(stage, head_init=given["head_init"])
-            if "synthetic" not in self.kinds and "match_steps" in given:
+            if "synthetic" not in self.kinds and "match_steps" in given and stage.takes_steps:
                 stage = replace(stage, is_matched=given["match_steps"])
             if stage.images == "both" and "mix_ratio" in given:
                 stage = replace(stage, mix_ratio=given["mix_ratio"])
@@ -129,6 +148,8 @@ class Method:
                 weighted = replace(stage.alignment, weight=given["bridge_alignment_weight"])
                 stage = replace(stage, alignment=weighted)
             stages.append(stage)
+        if "average" in given:
+            stages[-1] = replace(stages[-1], average=given["average"])
         return replace(self, stages=tuple(stages))
 
 
@@ -138,6 +159,7 @@ VANILLA = Stage("vanilla", "real")
 MATCHED = replace(VANILLA, is_matched=True)
 MIX = Stage("mix", "both", is_matched=True)
 NO_MIXUP, MIXUP = {"mixup_alpha": 0.0}, {"mixup_alpha": 0.2}
+PROBE = Stage("probe", "real", head_init="probe", settings={"max_steps": 0})
 REPLAY = replace(STAGE_2, images="replayed", head_init="keep", settings=MIXUP, is_guarded=True)
 
 METHODS = {
@@ -192,6 +214,21 @@ METHODS = {
         "mix, real images repeated until they are as many as the synthetic", (replace(MIX, mix_ratio=1.0),)
     ),
     "synthetic_only": Method("stage 1 alone", (STAGE_1,)),
+    "linear_probe": Method(
+        "logistic regression on the features of the pretrained network, which stays as it is", (PROBE,)
+    ),
+    "lp_ft": Method(
+        "vanilla_mixup from the head of linear_probe (LP-FT)",
+        (replace(MATCHED, head_init="probe", settings=MIXUP),),
+    ),
+    "wise_ft": Method(
+        "bridged_keep with the weights half way between those of both stages (WiSE-FT)",
+        (STAGE_1, replace(STAGE_2, head_init="keep", average=0.5)),
+    ),
+    "ema": Method(
+        "vanilla_mixup with an exponential moving average of the weights",
+        (replace(MATCHED, settings=MIXUP | {"ema_decay": 0.999}),),
+    ),
 }
 
 DEFAULT_METHOD = "bridged_replay"
@@ -216,7 +253,8 @@ class StageSettings:
     `head_learning_rate_factor` multiplies the learning rate for the head; to `plan_stages`, None is `HEAD_FACTOR` for a
     fresh head and 1 for another. `head_warmup_steps` train the head alone before all the rest (LP-FT, Kumar et al.
     2022): so many more steps or, below 1, this share of `max_steps`. `warmup_steps` below 1 are a share of all steps.
-    `dropout` and `drop_path_rate` are the checkpoint's own when None.
+    `dropout` and `drop_path_rate` are the checkpoint's own when None. `ema_decay`, in (0, 1), is that of a moving
+    average of the weights over the steps; None keeps those of the last step.
     """
 
     max_steps: int
@@ -234,6 +272,11 @@ class StageSettings:
     per_device_train_batch_size: int = 32
     weight_decay: float = 0.01
     warmup_steps: float = 0.1
+    ema_decay: float | None = None
+
+    def to_dict(self) -> dict:
+        """Return it as records hold it: those of before there were averages stay the same."""
+        return {name: value for name, value in asdict(self).items() if name != "ema_decay" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -241,7 +284,8 @@ class StagePlan:
     """A stage with its settings, as it is trained; `images`, `head_init` and `start` as of a `Stage`.
 
     `synthetic_share` is that of each batch, where images are replayed. `without_synthetic` is the stage in its place
-    where a guard finds that they are worth nothing; None where it is not guarded, or begins after one that is.
+    where a guard finds that they are worth nothing; None where it is not guarded, or begins after one that is. Where
+    there is an `average`, as of a `Stage`, the rest are the weights of the stage `averaged_with`.
     """
 
     name: str
@@ -253,11 +297,16 @@ class StagePlan:
     alignment: Alignment | None = None
     is_guarded: bool = False
     without_synthetic: "StagePlan | None" = None
+    average: float | None = None
+    averaged_with: str | None = None
 
     def to_dict(self) -> dict:
-        """Return it as records hold it: those of before there were shares, alignments and guards stay the same."""
-        later = {"synthetic_share": None, "alignment": None, "is_guarded": False}
+        """Return it as records hold it: what was added later only where it is used, so older records stay the same."""
+        later = {
+            "synthetic_share": None, "alignment": None, "is_guarded": False, "average": None, "averaged_with": None,
+        }  # fmt: skip
         entries = {name: value for name, value in asdict(self).items() if name != "without_synthetic"}
+        entries["settings"] = self.settings.to_dict()
         return {name: value for name, value in entries.items() if name not in later or value != later[name]}
 
 
@@ -267,8 +316,8 @@ def plan_stages(
     """Return the stages of a method, in order; the last is the result.
 
     `bridge_settings` go with synthetic images, `settings` with real ones and with both kinds together; what a row says
-    wins. A head warm-up is a stage of its own, `<name>_head`. A method that replays takes the steps of both together,
-    and divides them by the number of real images per class.
+    wins. A head warm-up is a stage of its own, `<name>_head`. A moving average is the last stage's alone. A method that
+    replays takes the steps of both together, and divides them by the number of real images per class.
     """
     stages, share = [], None
     if "replayed" in method.kinds:
@@ -280,16 +329,21 @@ def plan_stages(
         own = replace(bridge_settings if stage.images == "synthetic" else settings, **stage.settings)
         if stage.is_matched:
             own = replace(own, max_steps=own.max_steps + sum(_split_steps(bridge_settings)))
+        if stage is not method.stages[-1]:
+            own = replace(own, ema_decay=None)
         num_warmup_steps, num_steps = _split_steps(own)
         own = replace(own, max_steps=num_steps, head_warmup_steps=0)
         plan = StagePlan(
             stage.name, stage.images, stage.head_init, own, stage.start,
             share if stage.images == "replayed" else None, stage.alignment, stage.is_guarded,
+            average=stage.average, averaged_with=None if stage.average is None else stage.start,
         )  # fmt: skip
         if num_warmup_steps > 0:
-            own = replace(own, max_steps=num_warmup_steps, freeze_backbone=True)
+            own = replace(own, max_steps=num_warmup_steps, freeze_backbone=True, ema_decay=None)
             # features that stay as they are cannot be aligned
-            warmup = replace(plan, name=f"{stage.name}_head", settings=own, alignment=None)
+            warmup = replace(
+                plan, name=f"{stage.name}_head", settings=own, alignment=None, average=None, averaged_with=None
+            )
             stages += [_with_fallback(warmup), replace(plan, head_init="keep", start=warmup.name)]
         else:
             stages.append(_with_fallback(plan))
@@ -368,6 +422,7 @@ def stage_settings(
     for name in SETTINGS_OF_BOTH_STAGES:
         value = flags.get(f"bridge_{name}")
         bridge[name] = real[name] if value is None else value
+    real["ema_decay"] = flags.get("ema_decay")
     kind = "real"
     if "both" in method.kinds and not method.flags["match_steps"]:
         kind = "both"
@@ -386,6 +441,27 @@ def stage_settings(
     return build(num_images=num_images.get("synthetic", 0), **bridge), build(num_images=num_images[kind], **real)
 
 
+def check_average(method: Method, use_peft: bool) -> None:
+    """Check that the weights of a method can be averaged, if they are to be.
+
+    Raises:
+        UserError: there are no two stages that share their head, or what is trained is an adapter.
+    """
+    last = method.stages[-1]
+    if last.average is None:
+        return
+    flag = f"--average {last.average:g} (of --method wise_ft, or given)"
+    if last.start is None or last.head_init != "keep":
+        raise UserError(
+            f"{flag}: needs a second stage that begins with the head of the first; give --method bridged_keep or "
+            "--head_init keep."
+        )
+    if use_peft:
+        raise UserError(
+            f"{flag}: not with --use_peft; the mean of two adapters is not the adapter of the mean. Leave one out."
+        )
+
+
 def check_stages(
     stages: list[StagePlan], flags: dict, num_images: dict[str, int], num_classes: int, num_processes: int
 ) -> None:
@@ -396,6 +472,8 @@ def check_stages(
             for so few classes.
     """
     for stage in stages:
+        if stage.settings.max_steps == 0:  # its head's init alone
+            continue
         batch_size, number = stage.settings.per_device_train_batch_size, num_images[stage.images]
         # of these every batch is full
         is_endless = stage.images == "replayed" or stage.alignment is not None

@@ -3,7 +3,7 @@
 import dataclasses
 import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
@@ -20,6 +20,7 @@ from utils.transfer.fine_tuning import build_trainer
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import Alignment, StagePlan, StageSettings
 from utils.transfer.model_parts import imprint_head
+from utils.transfer.probe import probe_head
 from utils.transfer.stage import Pretrained, load_start
 
 CLASS_NAMES = ["first", "second"]
@@ -32,14 +33,14 @@ PROBLEMS = (
 
 
 def rehearse(
-    pretrained: Pretrained, settings: StageSettings, training_args: TrainingArguments, imprint: bool = False,
-    alignment: Alignment | None = None,
+    pretrained: Pretrained, settings: StageSettings, training_args: TrainingArguments,
+    head_inits: Collection[str] = (), alignment: Alignment | None = None,
 ) -> None:  # fmt: skip
     """Train a checkpoint for one step on two generated pictures, evaluate it, and throw it away.
 
     It is loaded and trained as a stage is, on the same device, in the same precision, with the same optimiser, but not
-    compiled. With `imprint`, a head of class means is tried too; with an `alignment`, that is. No random state is
-    changed, nothing is written.
+    compiled. Of `head_inits`, imprint and probe are tried too; so is an `alignment`. No random state is changed,
+    nothing is written.
 
     Raises:
         UserError: one of these fails; the message names the flag.
@@ -54,8 +55,10 @@ def rehearse(
             model = load_start(stage, None, pretrained, CLASS_NAMES, seed=0)
             images = list(EvalImages(pictures, pretrained.image_processor))
             predict(model, images)
-            if imprint:
+            if "imprint" in head_inits:
                 imprint_head(model, images)
+            if "probe" in head_inits:
+                probe_head(model, images)
             seen = pictures if alignment is None else AlignedImages(pictures, pictures, alignment)
             _train_one_step(model, seen, pictures, pretrained.image_processor, stage.settings, training_args, folder)
             del model

@@ -209,6 +209,7 @@ def _describe_method(config: dict) -> str:
     holds &= all(
         stages[stage.name].get("alignment") == (stage.alignment and asdict(stage.alignment)) for stage in method.stages
     )
+    holds = holds and config["stages"][-1].get("average") == method.stages[-1].average
     return method.description if holds else "changed by flags, as told here"
 
 

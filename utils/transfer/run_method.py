@@ -16,6 +16,7 @@ from utils.data.image_set import PARTS, RealImages
 from utils.data.opened_images import open_all
 from utils.data.real_images import check_held_out, limit_held_out
 from utils.transfer.alignment import AlignedImages
+from utils.transfer.averaging import average_weights
 from utils.transfer.classifiers import load_classifier
 from utils.transfer.evaluation import predict
 from utils.transfer.guard import measure_usefulness
@@ -85,6 +86,30 @@ def open_real_images(
     return opened.images
 
 
+def average_with_earlier(
+    stages: list[StagePlan], model: nn.Module, pretrained: Pretrained, class_names: list[str],
+    stage_dir: Callable[[StagePlan], Path],
+) -> StagePlan:  # fmt: skip
+    """Average the last stage's model, in place, with that of an earlier one, if this is planned; return what was done.
+
+    It is not done where a guard found synthetic images worth nothing: the last stage then began with another head.
+    """
+    last, by_name = stages[-1], {stage.name: stage for stage in stages}
+    if last.average is None:
+        return last
+    origin = last
+    while origin.start is not None and origin.name != last.averaged_with:
+        origin = by_name[origin.start]
+    if origin.name != last.averaged_with:
+        logger.info(f"The weights are not averaged with those of {last.averaged_with}, from which they do not come.")
+        return replace(last, average=None, averaged_with=None)
+    folder = stage_dir(origin) / origin.name
+    earlier = load_classifier(str(folder), class_names, False, 0, **pretrained.hub_options)
+    average_weights(model, earlier.state_dict(), last.average)
+    logger.info(f"{last.name}: its weights count {last.average:g}, those of {origin.name} {1 - last.average:g}")
+    return last
+
+
 def run_method(
     stages: list[StagePlan], images: Images, evaluated, pretrained: Pretrained, class_names: list[str],
     training_args: TrainingArguments, stage_dir: Callable[[StagePlan], Path], *, validation: Dataset | None = None,
@@ -132,6 +157,7 @@ def run_method(
         log_histories[stage.name] = done.log_history
         trained.append(stage)
         after_stage(stage, model)
+    trained[-1] = average_with_earlier(trained, model, pretrained, class_names, stage_dir)
     batch_size, num_workers = loading
     logits, labels = predict(model, evaluated, batch_size, 0 if isinstance(evaluated, list) else num_workers)
     return MethodResult(model, trained, results, log_histories, logits, labels)

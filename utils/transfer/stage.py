@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from zipfile import is_zipfile
 
+import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
@@ -36,11 +39,14 @@ from utils.transfer.classifiers import (
     save_classifier,
 )
 from utils.transfer.domain_norm import measure_statistics
-from utils.transfer.fine_tuning import StageResult, fine_tune
+from utils.transfer.fine_tuning import StageResult, count_gpus, fine_tune
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StagePlan
 from utils.transfer.model_parts import imprint_head, recalibrate_batch_norm, reset_head
+from utils.transfer.probe import choose_probed, probe_head
 from utils.transfer.replay import ImagePair, ReplayedImages
+
+logger = logging.getLogger(__name__)
 
 STAGE_RECORD = "stage.json"
 SETTINGS_RECORD = "stage_settings.json"
@@ -131,11 +137,14 @@ def run_stage(
                 save_file(statistics, folder.path / SYNTHETIC_STATISTICS)
         if stage.head_init == "imprint":
             imprint_head(model, eval_images, batch_size)
+        if stage.head_init == "probe":
+            result = _probe(model, own_images, pretrained.image_processor, training_args)
     elif stage.settings.batch_norm == "domain":
         images = dataclasses.replace(images, statistics=load_file(folder.path / SYNTHETIC_STATISTICS))
-    result = fine_tune(
-        model, images, pretrained.image_processor, stage.settings, training_args, output_dir, validation, checkpoint
-    )
+    if stage.settings.max_steps > 0:
+        result = fine_tune(
+            model, images, pretrained.image_processor, stage.settings, training_args, output_dir, validation, checkpoint
+        )
     if PartialState().is_main_process:
         if isinstance(model, PeftModel):
             save_adapter(model, folder.path)
@@ -144,6 +153,17 @@ def run_stage(
         folder.finish({"settings": settings, "result": dataclasses.asdict(result)})
     PartialState().wait_for_everyone()
     return model, result
+
+
+def _probe(model: nn.Module, images: Dataset, image_processor, training_args: TrainingArguments) -> StageResult:
+    """Set the head to a probe's, and return what a stage that is nothing else has done."""
+    started = time.perf_counter()
+    images = images.select(choose_probed(np.array(images["label"])))
+    loading = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
+    how = probe_head(model, EvalImages(images, image_processor), *loading)
+    logger.info(f"Head: {how}.")
+    seconds = round(time.perf_counter() - started, 2)
+    return StageResult(0, len(images), seconds, count_gpus(training_args), [])
 
 
 def _is_stream(images: Dataset | IterableDataset | ImagePair) -> bool:
@@ -155,6 +175,7 @@ def _check_stream(stage: StagePlan, images: Dataset | IterableDataset) -> None:
         return
     for flag, value, rest in (
         ("head_init", "imprint", "choose reset or keep"),
+        ("head_init", "probe", "choose reset or keep"),
         ("batch_norm", "recalibrate", "choose frozen or train"),
     ):
         if value in (stage.head_init, stage.settings.batch_norm):
@@ -164,7 +185,7 @@ def _check_stream(stage: StagePlan, images: Dataset | IterableDataset) -> None:
 def load_start(
     stage: StagePlan, start: Path | None, pretrained: Pretrained, class_names: list[str], seed: int
 ) -> PreTrainedModel | PeftModel:
-    """Return the model that a stage begins with, on the CPU; for `imprint`, with a fresh head still.
+    """Return the model that a stage begins with, on the CPU; for `imprint` and `probe`, with a fresh head still.
 
     `start` is the folder of an earlier stage, or None for the checkpoint itself; `seed` draws what is fresh.
     """
@@ -197,7 +218,7 @@ def describe_stage(
         "images": stage.images,
         "num_images": None if _is_stream(images) else len(images),
         "head_init": stage.head_init,
-        **dataclasses.asdict(stage.settings),
+        **stage.settings.to_dict(),
         "lora": dataclasses.asdict(pretrained.lora) if pretrained.lora else None,
         **{name: trainer_settings[name] for name in OF_EACH_STAGE},
         **({} if stage.synthetic_share is None else {"synthetic_share": stage.synthetic_share}),
