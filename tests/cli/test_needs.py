@@ -66,6 +66,7 @@ LACKS = {
     ),
     "with --method {method}, which has a fresh head in its only stage": ("--method vanilla", "--method bridged_keep"),
     "with --method {method}, which has no stage on both kinds of images": ("--method bridged", "--method mix_mixup"),
+    "with --method {method}, which aligns no features": ("--method bridged", "--method bridged_coral"),
     "with --method {method}, which takes no optimiser step": ("--method linear_probe", "--method lp_ft"),
     "with --method {method}, which begins with the head of a probe": ("--method lp_ft", "--method bridged"),
     "with --methods {methods}, which take no optimiser step": (

@@ -290,11 +290,6 @@ class StageTrainer(Trainer):
         finally:
             swap_weights(self.model, self.average.module)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.average is not None and self.args.should_save:  # before the Trainer's state, which tells it whole
-            torch.save(self.average.state_dict(), Path(output_dir) / AVERAGE_NAME)
-
     def _save_checkpoint(self, *args, **kwargs) -> None:
         self.check_finite()  # else it might take the place of a good one
         super()._save_checkpoint(*args, **kwargs)
@@ -386,9 +381,11 @@ class StageTrainer(Trainer):
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, state_dict)  # before the Trainer's state, which tells a checkpoint whole
         if self.alignment is not None and self.args.should_save:
-            save_file(self.alignment.state_dict(), Path(output_dir or self.args.output_dir) / ALIGNMENT_FILE)
+            save_file(self.alignment.state_dict(), Path(output_dir) / ALIGNMENT_FILE)
+        if self.average is not None and self.args.should_save:
+            torch.save(self.average.state_dict(), Path(output_dir) / AVERAGE_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Restore every tensor: the Trainer's own way leaves those whose names `from_pretrained` converts."""
