@@ -26,8 +26,11 @@ from utils.cli.records import COMPARISON, RUN_CONFIG, image_set_name, read_recor
 from utils.cli.run_folder import RunFolder
 from utils.comparison.arguments import GROUPS
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
+from utils.comparison.costs import add_preparation
+from utils.comparison.findings import describe_findings, list_highlights, recommend
 from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title
-from utils.comparison.report import plot_comparison, print_comparison, write_markdown
+from utils.comparison.plots import Panel, plot_comparison
+from utils.comparison.report import print_comparison, write_markdown
 from utils.comparison.search import (
     check_settings,
     choose_bridge,
@@ -38,7 +41,7 @@ from utils.comparison.search import (
     read_settings,
     write_settings,
 )
-from utils.comparison.statistics import describe_findings, stack_correct, summarise
+from utils.comparison.statistics import stack_correct, summarise
 from utils.data.arguments import check_output_outside, check_real_images_given, named_in_record
 from utils.data.image_set import RealImagesRecord
 from utils.data.real_images import identify_real_images, load_real_images, same_image_set
@@ -285,8 +288,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         # results
         baseline = next((row for name in ("vanilla_matched", "vanilla") for row in results if row.label == name), None)
         baseline_name = baseline and baseline.label
-        summary = summarise(results, baseline)
-        findings = describe_findings(stack_correct(results), baseline)
+        summary, correct = summarise(results, baseline), stack_correct(results)
+        add_preparation(summary, results, sources, seeds, comparison_args.hub_token or None)
+        findings = describe_findings(correct, baseline)
         comparison = {
             "findings": findings, "baseline": baseline_name, "seeds": seeds, "summary": summary, "settings": chosen,
             "inputs": inputs,
@@ -299,7 +303,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
             chosen_how=describe_choice(search_args.settings, chosen, search_seeds),
             command=command,
         )  # fmt: skip
-        plot_comparison(runner.output_dir / "comparison.png", summary)
+        panel = Panel(findings[0], summary, list_highlights(recommend(correct), correct))
+        plot_comparison(runner.output_dir / "comparison.png", [panel])
         write_run_config(runner.output_dir, resolve_options(groups), started)
     print_comparison(summary, findings, baseline_name)
     return comparison

@@ -138,7 +138,7 @@ def test_the_report_of_a_comparison_holds_odd_names_of_sets(tmp_path):
     card = (tmp_path / "comparison.md").read_text()
     accuracy, costs, recipes = tables(card)
     assert [row[0] for row in (accuracy[1], costs[1], recipes[1])] == [method] * 3
-    assert [len(row) for table in (accuracy, costs, recipes) for row in table] == [2, 2, 5, 5, 5, 5]
+    assert [len(row) for table in (accuracy, costs, recipes) for row in table] == [4, 4, 5, 5, 5, 5]
 
 
 def test_the_quality_section_holds_odd_class_names():
