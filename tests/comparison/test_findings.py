@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from utils.comparison.findings import describe_findings, list_highlights, recommend
+from utils.comparison import findings
+from utils.comparison.findings import list_highlights, recommend
 from utils.comparison.grid import Row
 from utils.comparison.statistics import paired_gain
 
@@ -32,6 +33,10 @@ def correct_of(accuracies: dict[Row, dict], num_seeds=3) -> dict:
     }
 
 
+def describe_findings(correct: dict, baseline: Row | None) -> list[str]:
+    return findings.describe_findings({"resnet18": correct}, baseline)
+
+
 def test_the_first_sentence_names_the_method_to_use_its_accuracy_and_its_gain_over_the_best_real_only_one():
     correct = correct_of({VANILLA: {1: 0.5}, MIXUP: {1: 0.55}, BRIDGED: {1: 0.6}, REPLAY: {1: 0.8}})
     gain = paired_gain(correct[REPLAY][1], correct[MIXUP][1])
@@ -57,6 +62,19 @@ def test_without_a_clear_gain_the_best_real_only_method_is_named_and_the_gain_th
     assert not any("overstated" in sentence for sentence in others)
     correct[REPLAY] = {16: runs(0.3)}
     assert "clearly over it (mix -20.0 [" in describe_findings(correct, VANILLA)[0]
+
+
+def test_of_several_classifiers_each_has_its_answer_first_and_what_holds_for_all_is_said_once():
+    gaining = correct_of({VANILLA: {1: 0.5}, BRIDGED: {1: 0.6}, REPLAY: {1: 0.8}}, num_seeds=1)
+    losing = correct_of({VANILLA: {1: 0.5}, BRIDGED: {1: 0.3}, REPLAY: {1: 0.4}}, num_seeds=1)
+    found = findings.describe_findings({"resnet18": gaining, "vit": losing}, VANILLA)
+    assert [sentence.split(" (")[0].split(", +")[0] for sentence in found[:4]] == [
+        "resnet18: use bridged_replay with 1 shot: 80.0 %",
+        "vit: use vanilla_matched with 1 shot: 50.0 %, no method with synthetic images gains clearly over it",
+        "resnet18: in a single run",
+        "resnet18: bridged_replay gains at 1 shot",
+    ]
+    assert [sentence.split(" ")[0] for sentence in found[4:]] == ["vit:", "vit:", "The", "The"]
 
 
 def test_two_numbers_of_images_are_one_sentence():
@@ -143,8 +161,8 @@ def test_a_picture_highlights_what_to_use_the_best_on_real_images_and_the_usual_
 
 def test_a_rival_is_not_said_to_beat_where_the_interval_is_not_known():
     right = np.ones((1, 1), bool)
-    findings = describe_findings({VANILLA: {1: ~right}, BRIDGED: {1: ~right}, MIX: {1: right}}, VANILLA)
-    assert not any("beats" in sentence for sentence in findings)
+    sentences = describe_findings({VANILLA: {1: ~right}, BRIDGED: {1: ~right}, MIX: {1: right}}, VANILLA)
+    assert not any("beats" in sentence for sentence in sentences)
 
 
 @pytest.mark.parametrize(
@@ -187,5 +205,5 @@ def test_one_seed_is_called_a_single_run():
 
 def test_a_baseline_of_fewer_steps_is_called_that():
     plain = row("vanilla")
-    findings = describe_findings(correct_of({plain: {1: 0.5}, BRIDGED: {1: 0.6}}), plain)
-    assert "over vanilla, which took fewer steps:" in findings[1]
+    sentences = describe_findings(correct_of({plain: {1: 0.5}, BRIDGED: {1: 0.6}}), plain)
+    assert "over vanilla, which took fewer steps:" in sentences[1]

@@ -6,7 +6,8 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from utils.comparison.plots import GREY, Panel, plot_comparison, spread
+from utils.comparison.grid import Row
+from utils.comparison.plots import GREY, Panel, make_panels, plot_comparison, spread
 
 METHODS = ("vanilla_matched", "mix", "bridged", "bridged_keep", "synthetic_only")
 
@@ -88,6 +89,28 @@ def test_the_title_is_the_answer_and_no_text_lies_on_another(shots, draw):
     boxes = [type(texts[0]).get_window_extent(text) for text in texts]
     assert not any(one.overlaps(other) for number, one in enumerate(boxes) for other in boxes[:number])
     assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
+
+
+def test_each_classifier_has_its_panel_and_answer(draw):
+    correct = {
+        name: {Row(label, label, "dsi"): {1: right, 4: right} for label, right in rights.items()}
+        for name, rights in (
+            ("vit", {"vanilla_matched": np.eye(1, 90, dtype=bool), "mix_mixup": np.ones((1, 90), bool)}),
+            ("resnet18", {"vanilla_matched": np.ones((1, 90), bool), "mix_mixup": np.ones((1, 90), bool)}),
+        )
+    }
+    summary = [
+        {"classifier": name, **entry} for name in correct for entry in summary_of(("vanilla_matched", "mix_mixup"))
+    ]
+    summary[-1]["mean"] = 99
+    vit, resnet = make_panels(summary, correct, ["vit: use it.", "resnet18: do not.", "vit: more."])
+    assert (vit.title, vit.highlighted) == ("vit: use it.", ["mix_mixup", "vanilla_matched"])
+    assert (resnet.title, resnet.highlighted) == ("resnet18: do not.", ["vanilla_matched"])
+    upper, lower = draw(vit, resnet).subfigs
+    assert (upper._suptitle.get_text(), lower._suptitle.get_text()) == (vit.title, resnet.title)
+    assert upper.axes[0].get_position(original=False).height > 0 and len(upper.axes) == len(lower.axes) == 1
+    drawn = [part.axes[0].get_lines()[-3].get_ydata().tolist() for part in (upper, lower)]
+    assert [max(values) for values in drawn] == [summary[3]["mean"], 99]
 
 
 def test_places_are_apart_near_their_values_and_within_the_limits():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
+from utils.comparison.classifiers import parse_classifiers
 from utils.comparison.findings import describe_findings
 from utils.comparison.grid import Row
 from utils.comparison.plots import Panel, plot_comparison
@@ -40,9 +41,12 @@ def facts():
     recipe = {"learning_rate": 1e-4, "max_steps": 30, "head_learning_rate_factor": None}
     return {
         "findings": ["Bridging loses.", "So does all else."], "seeds": [0, 1],
-        "sets": {"dsi": "user/syn", "plain": "plain-{seed}"}, "own_sets": True, "model": "timm/resnet18",
+        "sets": {"dsi": "user/syn", "plain": "plain-{seed}"}, "own_sets": True,
+        "classifiers": parse_classifiers(["timm/resnet18"]),
         "real": "user/cars",
-        "chosen": {"stage1": dataclasses.asdict(StageSettings(90, 5e-4)), "bridged": {"4": recipe, "all": recipe}},
+        "chosen": {
+            "resnet18": {"stage1": dataclasses.asdict(StageSettings(90, 5e-4)), "bridged": {"4": recipe, "all": recipe}}
+        },
         "chosen_how": "given", "command": "accelerate launch compare_transfer.py --synthetic_dataset dsi=user/syn",
     }  # fmt: skip
 
@@ -127,6 +131,37 @@ def test_costs_stand_beside_the_accuracy_in_both_tables(facts, tmp_path, capsys,
     assert "┃ generator seconds ┃" in wide and "not recorded" in wide and note in wide
 
 
+def test_several_classifiers_have_rows_recipes_and_a_stage_1_each(facts, tmp_path, capsys):
+    summaries = [with_preparation(summarise(compare(num_images=number), VANILLA)) for number in (200, 300)]
+    names = ["vit", "resnet18"]
+    summary = [{"classifier": name, **entry} for name, of_one in zip(names, summaries) for entry in of_one]
+    (chosen,) = facts["chosen"].values()
+    second = chosen | {"stage1": chosen["stage1"] | {"learning_rate": 1e-5}, "mix": {"4": chosen["bridged"]["4"]}}
+    several = {
+        "classifiers": parse_classifiers(["google/vit", "timm/resnet18"]),
+        "chosen": {"vit": chosen, "resnet18": second},
+    }
+    write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts | several)
+    card = ModelCard.load(tmp_path / "comparison.md")
+    assert card.data.base_model == ["google/vit", "timm/resnet18"]
+    rows = [(name, method) for name in names for method in ("vanilla_matched", "mix", "bridged")]
+    head, _, *accuracies = table_of(card.text, "Test accuracy")
+    assert head[:4] == ["classifier", "method", "1 shot", "4 shots"]
+    assert [tuple(row[:2]) for row in accuracies] == rows
+    assert accuracies[5][3].startswith(f"{summaries[1][5]['mean']:.1f} ± ")
+    assert [tuple(row[:2]) for row in table_of(card.text, "Costs")[2:]] == rows
+    settings = card.text.split("## Settings")[1]
+    assert "Models `google/vit`, `timm/resnet18`, real images" in settings
+    assert [tuple(line.split(" | ")[:2]) for line in settings.splitlines() if line.startswith("| ")][1:] == [
+        ("| vit", "bridged"), ("| vit", "bridged"), ("| resnet18", "mix"), ("| resnet18", "bridged"),
+        ("| resnet18", "bridged"),
+    ]  # fmt: skip
+    assert "Stage 1 of `vit`: max steps 90, learning rate 0.0005" in settings
+    assert "Stage 1 of `resnet18`: max steps 90, learning rate 1e-05" in settings
+    print_comparison(summary, facts["findings"], "vanilla_matched")
+    assert "\nresnet18: method bridged; 1 shot " in capsys.readouterr().out
+
+
 def test_costs_that_no_two_methods_share_have_no_note(facts, tmp_path):
     summary = with_preparation(summarise(compare(methods=("vanilla_matched", "bridged")), VANILLA))
     write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts)
@@ -136,7 +171,7 @@ def test_costs_that_no_two_methods_share_have_no_note(facts, tmp_path):
 def test_the_printed_table_cuts_no_number(capsys):
     results = compare(("vanilla_matched", "bridged_head_warmup"), shots=(1, 2, 4, 8, 16), volumes=(1000, 3000))
     summary = summarise(results, VANILLA)
-    findings = describe_findings(stack_correct(results), VANILLA)
+    findings = describe_findings({"resnet18": stack_correct(results)}, VANILLA)
     print_comparison(summary, findings, "vanilla_matched")
     printed = capsys.readouterr().out
     assert printed.splitlines()[0] == findings[0]

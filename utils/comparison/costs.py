@@ -6,11 +6,22 @@ from collections.abc import Iterable
 from utils.cli.errors import UserError
 from utils.cli.records import RUN_CONFIG, read_record
 from utils.comparison.grid import Row
+from utils.comparison.statistics import summarise
 from utils.hub.repositories import Source
 from utils.style.families import LEARNED_EMBEDS
 from utils.transfer.synthetic_images import FLAG, SyntheticSource, num_images
 
 GENERATOR, STYLE_TOKEN = "generator_seconds", "style_token_seconds"  # in a summary
+
+
+def summarise_all(results: dict[str, dict], baseline: Row | None, **preparation) -> list[dict]:
+    """Return the entries of all classifiers, each with its label where there are several, and all costs."""
+    summary = []
+    for label, of_one in results.items():
+        entries = summarise(of_one, baseline)
+        add_preparation(entries, of_one, **preparation)
+        summary += [{"classifier": label, **entry} for entry in entries] if len(results) > 1 else entries
+    return summary
 
 
 def add_preparation(
@@ -35,7 +46,7 @@ def add_preparation(
         }
         for entry in summary:
             if (entry["method"], entry["volume"]) == (row.label, row.volume):
-                entry |= means
+                entry.update(means)
 
 
 def describe_sharing(summary: list[dict]) -> str | None:

@@ -67,16 +67,30 @@ def _recommend_one(correct: Correct, rows: list[Row], num_shots: int | None) -> 
     return Recommendation(num_shots, use, real_only, synthetic[0], gains[synthetic[0]])
 
 
-def describe_findings(correct: Correct, baseline: Row | None) -> list[str]:
+def describe_findings(by_classifier: dict[str, Correct], baseline: Row | None) -> list[str]:
     """Return in sentences what was found, whichever way it went: first which method to use for each number of images.
 
-    `correct` is what `stack_correct` returns, `baseline` the row that the gains of the table are over. With several
-    volumes the sentences are on the largest, and on what the largest adds to the smallest. After the method to use
-    come the bridged methods, other methods that beat the best of these, and what the figures do not tell.
+    `by_classifier` has what `stack_correct` returns by the classifiers' labels, `baseline` is the row that the gains of
+    the table are over. With several volumes the sentences are on the largest, and on what the largest adds to the
+    smallest. After the method to use come the bridged methods, other methods that beat the best of these, and what the
+    figures do not tell. With several classifiers each sentence names its own, the answers for all of them come first,
+    in the order in which they were given: which classifier is best is not judged.
     """
-    recommendations = recommend(correct)
-    sentences = describe_recommendations(recommendations, correct)
-    top = largest_volume(correct)
+    answers, details, limits = [], [], []
+    for label, correct in by_classifier.items():
+        recommendations = recommend(correct)
+        answer, *reasons = describe_recommendations(recommendations, correct)
+        sentences = [*reasons, *_describe_methods(correct, baseline)]
+        if len(by_classifier) > 1:
+            answer, *sentences = (f"{label}: {_uncapitalise(sentence)}" for sentence in (answer, *sentences))
+        answers.append(answer)
+        details += sentences
+        limits += describe_limits(recommendations, correct)
+    return [*answers, *details, *dict.fromkeys(limits)]
+
+
+def _describe_methods(correct: Correct, baseline: Row | None) -> list[str]:
+    sentences, top = [], largest_volume(correct)
     bridged = [row for row in top if row.is_bridged]
     if baseline is not None and bridged:
         sentences += _describe_bridged(correct, baseline, bridged)
@@ -87,7 +101,7 @@ def describe_findings(correct: Correct, baseline: Row | None) -> list[str]:
             change = f"{bridged[0].volume} synthetic images per class instead of {smallest.volume}"
             added = _describe_gains(correct[bridged[0]], correct[smallest])
             sentences.append(f"{bridged[0].label}, {change}: {added}.")
-    return sentences + describe_limits(recommendations, correct)
+    return sentences
 
 
 def describe_recommendations(recommendations: list[Recommendation], correct: Correct) -> list[str]:
@@ -211,6 +225,10 @@ def _join(shots: list[int | None]) -> str:
     """Return `with 1, 2 and 4 shots`."""
     *others, last = shots
     return f"with {', '.join(map(str, others))} and {shots_title(last)}" if others else _with(last)
+
+
+def _uncapitalise(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
 
 
 def _capitalise(sentence: str) -> str:

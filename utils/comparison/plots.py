@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure, SubFigure
 from sklearn.isotonic import isotonic_regression
 
+from utils.comparison.findings import list_highlights, recommend
 from utils.comparison.grid import shots_title
 from utils.transfer.methods import METHODS
 
@@ -29,6 +30,17 @@ class Panel:
     title: str
     summary: list[dict]
     highlighted: Sequence[str] = ()
+
+
+def make_panels(summary: list[dict], correct: dict[str, dict], answers: list[str]) -> list[Panel]:
+    """Return what the picture shows of each classifier, below its answer."""
+    return [
+        Panel(
+            answer, [entry for entry in summary if entry.get("classifier", label) == label],
+            list_highlights(recommend(of_one), of_one),
+        )
+        for answer, (label, of_one) in zip(answers, correct.items())
+    ]  # fmt: skip
 
 
 @matplotlib.rc_context({"text.parse_math": False})  # dollars in a name are no formula

@@ -16,6 +16,7 @@ from utils.hub.cards import FUNCTIONS, code, hub_ids, text
 from utils.transfer.methods import METHODS
 
 TEMPLATE = Path(__file__).with_name("report.md.jinja")
+NAMES = ("classifier", "method")  # columns of tables
 NO_COST = "–"  # of a method without synthetic images
 # beside the accuracy, by the keys of a summary; where no method has one, there is no such column
 SHOWN_COSTS = {
@@ -35,7 +36,7 @@ def print_comparison(summary: list[dict], findings: list[str], baseline: str | N
     notes += filter(None, [describe_sharing(summary)])
     table = Table(title=title, caption=Text("\n".join(notes)) if notes else None, show_lines=True)
     for name in head:
-        table.add_column(name, justify="left" if name == "method" else "right")
+        table.add_column(name, justify="left" if name in NAMES else "right")
     for row in rows:
         table.add_row(*map(_unbroken, row))
     print_table(table, console)
@@ -49,60 +50,81 @@ def _unbroken(cell: str) -> Text:
 def write_markdown(path: str | Path, summary: list[dict], baseline: str | None, **facts) -> None:
     """Write the report: what was found, table, costs, settings; ready to be a README on the Hub.
 
-    `facts`: findings, seeds, sets (name -> path), own_sets (each seed has sets of its own), model, real, chosen (what
-    `chosen_settings.json` holds), chosen_how, command.
+    `facts`: findings, seeds, sets (name -> path), own_sets (each seed has sets of its own), classifiers (of
+    `parse_classifiers`), real, chosen (by their labels, what `chosen_settings.json` holds), chosen_how, command.
     """
     methods = list(dict.fromkeys(entry["method"] for entry in summary))
-    real, model = facts["real"], facts["model"]
+    real, models = facts["real"], hub_ids(*(classifier.name for classifier in facts["classifiers"]))
     metadata = ModelCardData(
         tags=["bridged-transfer", "image-classification", "synthetic-data"],
-        base_model=next(iter(hub_ids(model)), None),
+        base_model=models if len(models) > 1 else next(iter(models), None),
         datasets=hub_ids(real, *facts["sets"].values()) or None,
     )
-    recipes = [["method", "real images", "learning rate", "steps", "head's rate"]]
-    for method in methods:
-        for shots, entry in facts["chosen"].get(method, {}).items():
-            factor = entry["head_learning_rate_factor"]
-            rate = "10 x for a fresh head, 1 x for another" if factor is None else f"{factor:g} x"
-            shown = "all" if shots == shots_key(None) else f"{shots} a class"
-            recipes.append([method, shown, str(entry["learning_rate"]), str(entry["max_steps"]), rate])
+    stage1 = {
+        label: {key: value for key, value in chosen["stage1"].items() if value is not None}
+        for label, chosen in facts["chosen"].items()
+    }
     card = ModelCard.from_template(
         metadata, template_path=str(TEMPLATE), baseline=baseline, table=_to_markdown(_accuracy_table(summary, "<br>")),
         sharing=describe_sharing(summary),
-        costs=_to_markdown(_cost_table(summary)), recipes=_to_markdown(recipes), shots=_shots(summary),
+        costs=_to_markdown(_cost_table(summary)), recipes=_to_markdown(_recipe_table(methods, facts["chosen"])),
+        shots=_shots(summary),
         num_test_images=summary[0]["num_test_images"], methods={method: _describe(method) for method in methods},
-        stage1={key: value for key, value in facts["chosen"]["stage1"].items() if value is not None}, **facts,
-        **FUNCTIONS,
+        stage1=stage1, **facts, **FUNCTIONS,
     )  # fmt: skip
     write_text(path, f"{card}\n")
 
 
+def _recipe_table(methods: list[str], chosen: dict[str, dict]) -> list[list[str]]:
+    rows = [["method", "real images", "learning rate", "steps", "head's rate"]]
+    rows[0] = ["classifier", *rows[0]] if len(chosen) > 1 else rows[0]
+    for label, of_one in chosen.items():
+        for method in methods:
+            for shots, entry in of_one.get(method, {}).items():
+                factor = entry["head_learning_rate_factor"]
+                rate = "10 x for a fresh head, 1 x for another" if factor is None else f"{factor:g} x"
+                shown = "all" if shots == shots_key(None) else f"{shots} a class"
+                row = [method, shown, str(entry["learning_rate"]), str(entry["max_steps"]), rate]
+                rows.append([label, *row] if len(chosen) > 1 else row)
+    return rows
+
+
 def _accuracy_table(summary: list[dict], separator: str) -> list[list[str]]:
-    """Return head and rows: a row a method (and volume), a column a shot count, and costs."""
-    shots = _shots(summary)
+    """Return head and rows: a row a method (and volume), of each classifier, a column a shot count, and costs."""
     costs = [cost for cost in SHOWN_COSTS if any(cost in entry for entry in summary)]
-    rows = {}
-    for entry in summary:
-        text = f"{entry['mean']:.1f}" + ("" if entry["std"] is None else f" ± {entry['std']:.1f}")
-        if "gain" in entry:
-            gain = Gain(entry["gain"], entry["gain_low"], entry["gain_high"], entry["num_test_images"])
-            text += f"{separator}{gain}"
-        rows.setdefault(_row_title(entry), []).append(text)
-    groups = _group_by_row(summary)
-    rows = [[title, *cells, *(_span(cost, groups[title]) for cost in costs)] for title, cells in rows.items()]
-    return [["method", *map(shots_title, shots), *(SHOWN_COSTS[cost] for cost in costs)], *rows]
+    rows = []
+    for names, entries in _group_by_row(summary).items():
+        accuracies = [_describe_accuracy(entry, separator) for entry in entries]
+        rows.append([*names, *accuracies, *(_span(cost, entries) for cost in costs)])
+    return [[*_names_of(summary), *map(shots_title, _shots(summary)), *(SHOWN_COSTS[cost] for cost in costs)], *rows]
+
+
+def _describe_accuracy(entry: dict, separator: str) -> str:
+    described = f"{entry['mean']:.1f}" + ("" if entry["std"] is None else f" ± {entry['std']:.1f}")
+    if "gain" not in entry:
+        return described
+    gain = Gain(entry["gain"], entry["gain_low"], entry["gain_high"], entry["num_test_images"])
+    return f"{described}{separator}{gain}"
 
 
 def _cost_table(summary: list[dict]) -> list[list[str]]:
-    groups = _group_by_row(summary)
-    rows = [[title, *(_span(cost, group) for cost in COSTS)] for title, group in groups.items()]
-    return [["method", "steps", "images seen", "seconds", "GPU-hours"], *rows]
+    rows = [[*names, *(_span(cost, group) for cost in COSTS)] for names, group in _group_by_row(summary).items()]
+    return [[*_names_of(summary), "steps", "images seen", "seconds", "GPU-hours"], *rows]
 
 
-def _group_by_row(summary: list[dict]) -> dict[str, list[dict]]:
+def _names_of(summary: list[dict]) -> list[str]:
+    """Return the heads of the columns that name a row."""
+    return [name for name in NAMES if name in summary[0]]
+
+
+def _group_by_row(summary: list[dict]) -> dict[tuple[str, ...], list[dict]]:
+    """Return the entries of each row, by what names it: the classifier where there are several, method and volume."""
     groups = {}
     for entry in summary:
-        groups.setdefault(_row_title(entry), []).append(entry)
+        names = [entry[name] for name in _names_of(summary)]
+        if entry["volume"] is not None:
+            names[-1] += f", {volume_title(entry['volume'])}"
+        groups.setdefault(tuple(names), []).append(entry)
     return groups
 
 
@@ -117,13 +139,10 @@ def _span(cost: str, entries: list[dict]) -> str:
 
 
 def _to_markdown(rows: list[list[str]]) -> str:
-    """Return a table; the names are in its first column."""
-    head, *body = (f"| {' | '.join([text(name), *cells])} |" for name, *cells in rows)
+    """Return a table whose first columns may be names."""
+    num_names = sum(head in NAMES for head in rows[0])
+    head, *body = (f"| {' | '.join([*map(text, row[:num_names]), *row[num_names:]])} |" for row in rows)
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
-
-
-def _row_title(entry: dict) -> str:
-    return entry["method"] + ("" if entry["volume"] is None else f", {volume_title(entry['volume'])}")
 
 
 def _describe(method: str) -> str:
