@@ -113,6 +113,18 @@ def test_each_classifier_has_its_panel_and_answer(draw):
     assert [max(values) for values in drawn] == [summary[3]["mean"], 99]
 
 
+def test_a_method_has_the_same_colour_in_every_panel(draw):
+    summary = summary_of()
+    upper, lower = draw(
+        Panel("", summary, ["mix", "bridged"]), Panel("", summary, ["vanilla_matched", "bridged"])
+    ).subfigs
+    colors = [
+        {line.get_label(): line.lines[0].get_color() for line in part.axes[0].containers} for part in (upper, lower)
+    ]
+    assert colors[0]["bridged"] == colors[1]["bridged"]
+    assert len({colors[0]["mix"], colors[0]["bridged"], colors[1]["vanilla_matched"]}) == 3
+
+
 def test_places_are_apart_near_their_values_and_within_the_limits():
     values = [10.0, 50.0, 50.5, 50.6, 99.9, 100.0]
     places = spread(values, 5, 0, 100)

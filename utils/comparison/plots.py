@@ -53,14 +53,15 @@ def plot_comparison(path: str | Path, panels: list[Panel]) -> None:
     widths = [2.8 * len(_shots(panel.summary)) if len(_volumes(panel.summary)) > 1 else 0 for panel in panels]
     figure = Figure(figsize=(max(WIDTH, *widths), sum(heights)), layout="constrained")
     parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+    coloured = list(dict.fromkeys(method for panel in panels for method in _coloured(panel)))  # alike in all panels
     for part, panel in zip(parts, panels):
-        _draw_panel(part, panel)
+        _draw_panel(part, panel, coloured)
     figure.savefig(path, dpi=130)
 
 
-def _draw_panel(part: SubFigure, panel: Panel) -> None:
+def _draw_panel(part: SubFigure, panel: Panel, coloured: list[str]) -> None:
     volumes, shots = _volumes(panel.summary), _shots(panel.summary)
-    styles = _styles(_methods(panel.summary), panel.highlighted)
+    styles = _styles(panel, coloured)
     heights = _heights(panel)
     num_columns = len(shots) if len(heights) > 1 else 1
     part.suptitle(_wrap(panel.title), fontsize="medium", fontweight="bold", x=0.01, horizontalalignment="left")
@@ -107,12 +108,17 @@ def _wrap(title: str) -> str:
     return textwrap.fill(title, TITLE_LENGTH)
 
 
-def _styles(methods: list[str], highlighted: Sequence[str]) -> dict[str, dict]:
-    """Return what lines and points of each method look like; without any highlighted, all are."""
-    coloured = [method for method in methods if method in highlighted] or methods
-    styles = {}
-    for method in methods:
-        if method in coloured:
+def _coloured(panel: Panel) -> list[str]:
+    """Return the methods of a panel in colour: those that are highlighted, without any all."""
+    methods = _methods(panel.summary)
+    return [method for method in methods if method in panel.highlighted] or methods
+
+
+def _styles(panel: Panel, coloured: list[str]) -> dict[str, dict]:
+    """Return what lines and points of each method look like; `coloured` are those of all panels, by their colours."""
+    styles, in_colour = {}, _coloured(panel)
+    for method in _methods(panel.summary):
+        if method in in_colour:
             number = coloured.index(method)
             styles[method] = {
                 "color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "linewidth": 2.2,
