@@ -6,12 +6,17 @@
         --methods vanilla_matched mix bridged bridged_keep synthetic_only --volumes 500 1000 2000 --num_workers 2
     accelerate launch compare_transfer.py --synthetic_dataset 'dsi=syn-{seed}' 'plain=user/cars-plain@v1' \\
         --methods vanilla_matched bridged bridged@plain --num_shots 4 --search_learning_rate
+    accelerate launch compare_transfer.py --synthetic_dataset user/cars-syn --search_learning_rate \\
+        --model_name_or_path timm/resnet18.tv_in1k google/vit-base-patch16-224-in21k
 
-method@NAME takes another synthetic set than the first. Finished cells are kept: run the same command again to go on.
+method@NAME takes another synthetic set than the first. Several classifiers have recipes of their own each. Finished
+cells are kept: run the same command again to go on.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import transformers
@@ -23,21 +28,22 @@ from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import check_alone, public_command
 from utils.cli.records import COMPARISON, RUN_CONFIG, image_set_name, read_record, write_record, write_run_config
 from utils.cli.run_folder import RunFolder
-from utils.comparison.arguments import GROUPS
+from utils.comparison.arguments import GROUPS, SearchArguments
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
+from utils.comparison.classifiers import Classifier, parse_classifiers
+from utils.comparison.costs import summarise_all
+from utils.comparison.findings import describe_findings
 from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title
-from utils.comparison.report import plot_comparison, print_comparison, write_markdown
+from utils.comparison.plots import make_panels, plot_comparison
+from utils.comparison.report import print_comparison, write_markdown
 from utils.comparison.search import (
     check_settings,
-    choose_bridge,
-    choose_recipes,
+    choose_settings,
     describe_choice,
-    list_bridges,
-    list_recipes,
-    read_settings,
+    join_classifiers,
     write_settings,
 )
-from utils.comparison.statistics import describe_findings, stack_correct, summarise
+from utils.comparison.statistics import stack_correct
 from utils.data.arguments import check_output_outside, check_real_images_given, named_in_record
 from utils.data.image_set import RealImagesRecord
 from utils.data.real_images import identify_real_images, load_real_images, same_image_set
@@ -45,10 +51,11 @@ from utils.transfer.classifiers import default_learning_rates
 from utils.transfer.methods import StageSettings, describe_methods
 from utils.transfer.rehearsal import rehearse
 from utils.transfer.run_method import open_real_images
-from utils.transfer.stage import Pretrained, open_pretrained
+from utils.transfer.stage import open_pretrained
 from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, open_synthetic
 
 SETTINGS = "chosen_settings.json"
+BASELINES = ("vanilla_matched", "vanilla")  # the first that is compared
 OUTPUTS = (COMPARISON, "comparison.md", "comparison.png", RUN_CONFIG)
 
 
@@ -60,11 +67,12 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, i
     parser = ScriptArgumentParser(GROUPS, description=f"{__doc__}\n{describe_methods()}")
     groups = parser.parse(argv)
     check_values(resolve_options(groups))
-    _, real_args, comparison_args, search_args, _ = groups
+    model_args, real_args, comparison_args, search_args, _ = groups
+    classifiers = parse_classifiers(model_args.model_name_or_path, model_args.model_revision)
     sets = parse_synthetic_sets(comparison_args.synthetic_dataset)
     rows = parse_rows(comparison_args.methods, list(sets))
-    if search_args.settings:
-        check_settings(search_args.settings, rows)
+    for classifier in classifiers if search_args.settings else []:
+        check_settings(search_args.settings, rows, classifier.label)
     seeds = list(dict.fromkeys(comparison_args.seeds + (search_args.search_seeds or [])))
     sources = open_sources(sets, seeds, comparison_args.hub_token or None)
     given = real_args.dataset_name, real_args.train_dir
@@ -156,18 +164,20 @@ def warn_of_leaks(runner: CellRunner, num_shots: int | None) -> None:
             )
 
 
-def build_runner(
-    model_args, real_args, comparison_args, shared_args, sources: dict, rows: list[Row], recorded_in: str | None
-) -> CellRunner:
-    """Return what runs the cells, once two images have been tried on the classifier, and the real images been opened.
+def build_runners(
+    classifiers: list[Classifier], groups: list, sources: dict, rows: list[Row], recorded_in: str | None
+) -> dict[str, CellRunner]:
+    """Return what runs the cells of each classifier, by its label.
 
-    `recorded_in` is the set whose record names these.
+    Before the real images are opened, two images have been tried on every classifier. `recorded_in` is the set whose
+    record names these.
 
     Raises:
-        UserError: the classifier cannot be trained, or the images cannot be used.
+        UserError: a classifier cannot be trained, or the images cannot be used.
     """
-    token = comparison_args.hub_token or None
-    pretrained = open_pretrained(**vars(model_args), token=token)
+    model_args, real_args, comparison_args, _, shared_args = groups
+    token, trust = comparison_args.hub_token or None, model_args.trust_remote_code
+    opened = {item.label: open_pretrained(item.name, item.revision, trust, token) for item in classifiers}
     settings = StageSettings(
         max_steps=0, learning_rate=0.0, mixup_alpha=shared_args.mixup_alpha, batch_norm=shared_args.batch_norm,
         label_smoothing_factor=shared_args.label_smoothing_factor, augmentation=shared_args.augmentation,
@@ -184,26 +194,38 @@ def build_runner(
     except ValueError as error:  # this machine does not have that precision
         raise UserError(str(error)) from None
     head_inits = {stage.head_init for row in rows for stage in row.method.stages}
-    for alignment in dict.fromkeys(row.method.alignment for row in rows):
+    alignments = dict.fromkeys(row.method.alignment for row in rows)
+    for pretrained, alignment in product(opened.values(), alignments):
         rehearse(pretrained, settings, training_args, head_inits, alignment)
-    inputs = {"model_name_or_path": pretrained.identity}
+    identities = {label: pretrained.identity for label, pretrained in opened.items()}
     with named_in_record(real_args, recorded_in):
         record, of_images = identify_real_images(RealImagesRecord.from_arguments(real_args), token)
         real = load_real_images(record, token)
     real = open_real_images(real, comparison_args.max_eval_samples, print)
-    return CellRunner(
-        pretrained, real, sources, settings, training_args, Path(comparison_args.output_dir),
-        comparison_args.max_eval_samples, comparison_args.allow_missing_classes, inputs | of_images,
-    )  # fmt: skip
+    synthetic, known = {}, {}  # shared by all
+    return {
+        label: CellRunner(
+            pretrained, real, sources, settings, training_args, Path(comparison_args.output_dir),
+            comparison_args.max_eval_samples, comparison_args.allow_missing_classes,
+            {"model_name_or_path": identities[label]} | of_images, label if len(opened) > 1 else None,
+            _synthetic=synthetic, _identities=known,
+        )
+        for label, pretrained in opened.items()
+    }  # fmt: skip
 
 
-def identify_inputs(runner: CellRunner, volumes: list[int | None]) -> dict[str, str]:
+def identify_inputs(
+    classifiers: list[Classifier], runners: dict[str, CellRunner], volumes: list[int | None]
+) -> dict[str, str]:
     """Return what tells the contents of the comparison's inputs from others, by the flag and value that name them.
 
     Where a comparison in this folder had other ones, say so: its cells of these are not used.
     """
-    named = runner.real.record.to_dict() | {"model_name_or_path": runner.pretrained.name}
-    inputs = {f"--{flag} {named[flag]}": identity for flag, identity in runner.shared_inputs.items()}
+    inputs = {}
+    for classifier in classifiers:
+        runner = runners[classifier.label]
+        named = runner.real.record.to_dict() | {"model_name_or_path": classifier.given}
+        inputs |= {f"--{flag} {named[flag]}": identity for flag, identity in runner.shared_inputs.items()}
     for source in runner.sources.values():
         inputs[f"--synthetic_dataset {source.name}"] = runner.identity_of(source, volumes[-1])
     path = runner.output_dir / COMPARISON
@@ -219,16 +241,19 @@ def identify_inputs(runner: CellRunner, volumes: list[int | None]) -> dict[str, 
     return inputs
 
 
-def fill_in_learning_rates(search_args, pretrained: Pretrained) -> None:
-    """Set the learning rates that are not given by the kind of classifier, and say so."""
+def fill_in_learning_rates(search_args: SearchArguments, runner: CellRunner) -> SearchArguments:
+    """Return the search with the learning rates that are not given, by the kind of classifier, and say so."""
     if search_args.settings or (search_args.learning_rates and search_args.bridge_learning_rates):
-        return
-    rates = default_learning_rates(pretrained.name, **pretrained.hub_options)
-    search_args.learning_rates = search_args.learning_rates or [rates.real]
-    search_args.bridge_learning_rates = search_args.bridge_learning_rates or [rates.synthetic]
+        return search_args
+    rates = default_learning_rates(runner.pretrained.name, **runner.pretrained.hub_options)
     print(
-        f"Learning rates where none is given: {rates.real:g} on real, {rates.synthetic:g} on synthetic images; "
-        f"{rates.reason}."
+        f"Learning rates{runner.of_classifier} where none is given: {rates.real:g} on real, {rates.synthetic:g} on "
+        f"synthetic images; {rates.reason}."
+    )
+    return dataclasses.replace(
+        search_args,
+        learning_rates=search_args.learning_rates or [rates.real],
+        bridge_learning_rates=search_args.bridge_learning_rates or [rates.synthetic],
     )
 
 
@@ -245,62 +270,69 @@ def run_table(runner: CellRunner, table: dict, num_workers: int) -> dict[Row, di
 def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
     groups, sources, recorded_in = parse_arguments(argv)
-    model_args, real_args, comparison_args, search_args, shared_args = groups
+    model_args, _, comparison_args, search_args, shared_args = groups
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     num_workers, seeds = comparison_args.num_workers, comparison_args.seeds
     if num_workers == 1:
         use_one_gpu(0, visible_gpus())
-    sets = parse_synthetic_sets(comparison_args.synthetic_dataset)
+    output_dir, sets = Path(comparison_args.output_dir), parse_synthetic_sets(comparison_args.synthetic_dataset)
     rows = parse_rows(comparison_args.methods, list(sets))
     shots = sorted(comparison_args.num_shots) if comparison_args.num_shots else [None]
     volumes = sorted(comparison_args.volumes) if comparison_args.volumes else [None]
 
-    # model and data
-    runner = build_runner(model_args, real_args, comparison_args, shared_args, sources, rows, recorded_in)
-    fill_in_learning_rates(search_args, runner.pretrained)
-    runner.check(rows, shots, volumes)
-    warn_of_leaks(runner, shots[0])
-    inputs = identify_inputs(runner, volumes)
+    # models and data
+    classifiers = parse_classifiers(model_args.model_name_or_path, model_args.model_revision)
+    runners = build_runners(classifiers, groups, sources, rows, recorded_in)
+    searches = {label: fill_in_learning_rates(search_args, runner) for label, runner in runners.items()}
+    first = next(iter(runners.values()))
+    first.check(rows, shots, volumes)
+    warn_of_leaks(first, shots[0])
+    inputs = identify_inputs(classifiers, runners, volumes)
 
-    # recipes
     command = public_command("compare_transfer.py", argv)
-    runner.output_dir.mkdir(parents=True, exist_ok=True)
-    with saying_how_to_go_on(runner.output_dir, lambda: f"finished cells are kept; go on with: {command}"):
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with saying_how_to_go_on(output_dir, lambda: f"finished cells are kept; go on with: {command}"):
+        # recipes
         search_seeds = search_args.search_seeds or seeds[:1]
-        if search_args.settings:
-            chosen = read_settings(search_args.settings, rows, runner.settings)
-        else:
-            num_synthetic = len(runner.load_synthetic(next(iter(sources.values())), volumes[-1]))
-            bridges = list_bridges(search_args, shared_args, runner.settings, num_synthetic)
-            bridge = choose_bridge(runner, bridges, search_seeds, volumes[-1], num_workers)
-            recipes = list_recipes(search_args, runner, search_args.search_shots or shots)
-            chosen = {"stage1": bridge.to_dict()}
-            chosen |= choose_recipes(runner, rows, recipes, bridge, search_seeds, volumes[-1], num_workers)
-            write_settings(runner.output_dir / SETTINGS, chosen)
+        chosen = {
+            label: choose_settings(
+                runner, label, rows, searches[label], shared_args, shots, search_seeds, volumes[-1], num_workers
+            )
+            for label, runner in runners.items()
+        }
+        if not search_args.settings:
+            write_settings(output_dir / SETTINGS, chosen)
 
         # cells
-        results = run_table(runner, plan_table(rows, shots, seeds, volumes, chosen), num_workers)
+        results = {}
+        for label, runner in runners.items():
+            results[label] = run_table(runner, plan_table(rows, shots, seeds, volumes, chosen[label]), num_workers)
+            runner.release_images()
 
         # results
-        baseline = next((row for name in ("vanilla_matched", "vanilla") for row in results if row.label == name), None)
+        correct = {label: stack_correct(of_one) for label, of_one in results.items()}
+        baseline = next((row for name in BASELINES for row in results[classifiers[0].label] if row.label == name), None)
         baseline_name = baseline and baseline.label
-        summary = summarise(results, baseline)
-        findings = describe_findings(stack_correct(results), baseline)
-        comparison = {
-            "findings": findings, "baseline": baseline_name, "seeds": seeds, "summary": summary, "settings": chosen,
-            "inputs": inputs,
-        }  # fmt: skip
-        write_record(runner.output_dir / COMPARISON, comparison)
-        write_markdown(
-            runner.output_dir / "comparison.md", summary, baseline_name,
-            findings=findings, seeds=seeds, sets=sets, own_sets="{seed}" in "".join(sets.values()),
-            model=model_args.model_name_or_path, real=runner.real.record.name, chosen=chosen,
-            chosen_how=describe_choice(search_args.settings, chosen, search_seeds),
-            command=command,
+        summary = summarise_all(
+            results, baseline, sources=sources, seeds=seeds, token=comparison_args.hub_token or None
         )  # fmt: skip
-        plot_comparison(runner.output_dir / "comparison.png", summary)
-        write_run_config(runner.output_dir, resolve_options(groups), started)
+        findings = describe_findings(correct, baseline)
+        comparison = {
+            "findings": findings, "baseline": baseline_name, "seeds": seeds, "summary": summary,
+            "settings": join_classifiers(chosen), "inputs": inputs,
+        }  # fmt: skip
+        write_record(output_dir / COMPARISON, comparison)
+        write_markdown(
+            output_dir / "comparison.md", summary, baseline_name,
+            findings=findings, seeds=seeds, sets=sets, own_sets="{seed}" in "".join(sets.values()),
+            classifiers=classifiers, real=first.real.record.name, chosen=chosen,
+            chosen_how=describe_choice(search_args.settings, chosen, search_seeds), command=command,
+        )  # fmt: skip
+        plot_comparison(output_dir / "comparison.png", make_panels(summary, correct, findings))
+        if len(searches) == 1:  # of several, each has learning rates of its own
+            groups[groups.index(search_args)] = searches[classifiers[0].label]
+        write_run_config(output_dir, resolve_options(groups), started)
     print_comparison(summary, findings, baseline_name)
     return comparison
 

@@ -348,7 +348,8 @@ def main(argv=None) -> dict:
             if report_quality is not None:  # it loads the set, which takes a card that counts its images
                 report_quality()
                 write_card(shards, record, command, hub_target, hub_token)
-            run = write_run_config(output_dir, options, started)
+            partial = {} if num_drawn == plan.num_images else {"num_drawn": num_drawn}  # the seconds are of these alone
+            run = write_run_config(output_dir, options, started, **partial)
             results = {
                 "num_images": plan.num_images, "num_drawn": num_drawn, "num_redraws": record["num_redraws"],
                 "images_per_second": num_drawn / seconds if num_drawn else 0.0, "seconds": run["seconds"],

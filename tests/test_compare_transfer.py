@@ -95,7 +95,7 @@ def test_a_killed_comparison_goes_on_and_stage_1_is_trained_once(finished):
     assert {settings.max_steps for settings, _, folder in trained if folder.name == "vanilla"} == {3}
     assert read_record(output_dir / "comparison.json")["summary"] == comparison["summary"]
     assert (output_dir / "comparison.png").is_file()
-    assert cards.text(comparison["findings"][0]) in (output_dir / "comparison.md").read_text(encoding="utf-8")
+    assert cards.text(comparison["findings"][0], None) in (output_dir / "comparison.md").read_text(encoding="utf-8")
     assert not list((output_dir / "work").iterdir()), "weights of cells are not kept"
     entry = comparison["summary"][2]
     assert (entry["method"], entry["num_shots"]) == ("bridged", 1)
@@ -169,6 +169,75 @@ def test_the_precision_of_a_flag_or_of_the_launch_is_that_of_every_cell(run, tmp
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     run(tmp_path, "--num_shots", "1", "--methods", "bridged")
     assert precisions[2:] == ["no", "no"], "cells and stages of another precision are not taken for these"
+
+
+@pytest.fixture(scope="module")
+def two(run, classifiers, tmp_path_factory):
+    """A comparison of two classifiers of different architectures, and its folder."""
+    output_dir = tmp_path_factory.mktemp("two")
+    flags = "--methods", "vanilla_matched", "bridged", "--model_name_or_path", classifiers["vit"], classifiers["resnet"]
+    return output_dir, run(output_dir, *flags)
+
+
+def test_of_two_classifiers_each_has_what_it_has_alone(two, finished, run, classifiers, tmp_path):
+    output_dir, comparison = two
+    _, of_vit, _ = finished
+    flags = "--methods", "vanilla_matched", "bridged", "--model_name_or_path", classifiers["resnet"]
+    of_resnet = run(tmp_path, *flags)
+    alone = [{"classifier": "vit", **entry} for entry in without_seconds(of_vit)["summary"]]
+    alone = [entry for entry in alone if entry["method"] in ("vanilla_matched", "bridged")]
+    alone += [{"classifier": "resnet", **entry} for entry in without_seconds(of_resnet)["summary"]]
+    assert without_seconds(comparison)["summary"] == alone
+    assert {path.name for path in (tmp_path / "cells").iterdir()} < {
+        path.name for path in (output_dir / "cells").iterdir()
+    }
+    assert len(list((output_dir / "stage1").iterdir())) == 2
+    assert [sentence.split(":")[0] for sentence in comparison["findings"][:2]] == ["vit", "resnet"]
+    settings = comparison["settings"]["classifiers"]
+    rates = {label: (chosen["stage1"]["learning_rate"], chosen["bridged"]["1"]["learning_rate"])
+             for label, chosen in settings.items()}  # fmt: skip
+    assert rates == {"vit": (5e-5, 2e-5), "resnet": (5e-4, 2e-4)}, "by the kind of each"
+    assert settings["resnet"] == of_resnet["settings"]
+    inputs = {flag for flag in comparison["inputs"] if flag.startswith("--model")}
+    assert inputs == {f"--model_name_or_path {classifiers[name]}" for name in ("vit", "resnet")}
+
+
+def test_records_of_one_classifier_are_as_before_and_of_several_name_them(two, finished, classifiers):
+    (of_two, _), (of_one, comparison, _) = two, finished
+    options = read_record(of_one / "run_config.json")["options"]
+    assert options["model_name_or_path"] == classifiers["vit"]
+    assert (options["learning_rates"], options["bridge_learning_rates"]) == ([2e-5], [5e-5])
+    assert "classifier" not in comparison["summary"][0] and "stage1" in comparison["settings"]
+    assert "stage1" in read_record(of_one / "chosen_settings.json")
+    options = read_record(of_two / "run_config.json")["options"]
+    assert options["model_name_or_path"] == [classifiers["vit"], classifiers["resnet"]]
+    assert options["learning_rates"] is None
+    assert set(read_record(of_two / "chosen_settings.json")["classifiers"]) == {"vit", "resnet"}
+
+
+def test_recipes_of_two_classifiers_train_the_same_cells_again(two, run, classifiers, monkeypatch):
+    output_dir, comparison = two
+    trained = trainings(monkeypatch)
+    flags = ["--methods", "vanilla_matched", "bridged", "--settings", str(output_dir / "chosen_settings.json")]
+    assert run(output_dir, *flags, "--model_name_or_path", classifiers["vit"], classifiers["resnet"]) == comparison
+    alone = run(output_dir, *flags, "--model_name_or_path", classifiers["resnet"])
+    assert alone["settings"] == comparison["settings"]["classifiers"]["resnet"] and not trained
+
+
+def test_each_classifier_is_searched_and_errors_name_it(run, classifiers, tmp_path, monkeypatch):
+    monkeypatch.setattr(CellRunner, "result", lambda self, cell: RIGHT | {
+        "accuracy": float(cell.recipe.learning_rate == {"vit": 1e-3, "resnet": 1e-4}[self.classifier])
+    })  # fmt: skip
+    models = ["--model_name_or_path", classifiers["vit"], classifiers["resnet"]]
+    run(tmp_path, *models, "--learning_rates", "1e-4", "1e-3")
+    chosen = read_record(tmp_path / "chosen_settings.json")["classifiers"]
+    assert {label: of_one["bridged"]["1"]["learning_rate"] for label, of_one in chosen.items()} == {
+        "vit": 1e-3, "resnet": 1e-4,
+    }  # fmt: skip
+    monkeypatch.undo()
+    diverge(monkeypatch, lambda cell: cell.row.name == "bridged")
+    with pytest.raises(UserError, match="the loss is nan .in the cell 'bridged, 1 shot, seed 0' of vit.$"):
+        run(tmp_path / "out", *models)
 
 
 def pretrained_of(name):
@@ -552,6 +621,11 @@ def test_a_revision_goes_with_the_path_of_its_set(monkeypatch, tmp_path):
         (["--learning_rates", "1e-4", "1e-3", "--search_learning_rate"], "searches around one value, --learning_rates"),
         (["--settings", "x.json", "--search_learning_rate"], "--search_learning_rate: does nothing with --settings"),
         (["--settings", "pyproject.toml"], "pyproject.toml: cannot be read as a record"),
+        (
+            ["--model_name_or_path", "a/b", "c/d", "--model_revision", "v1"],
+            "^--model_revision v1: does nothing with several --model_name_or_path; write MODEL@REVISION for each",
+        ),
+        (["--model_name_or_path", "a/b", "a/b"], "--model_name_or_path a/b a/b: a value is there twice"),
         (["--methods", "bridged@other"], "--methods bridged@other: no synthetic set 'other'"),
     ],
 )

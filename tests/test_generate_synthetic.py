@@ -103,7 +103,7 @@ def test_records_and_card_name_sources_and_counts(finished_set, token_dir, real_
     assert card.data.license == "unknown"
     assert card.data.dataset_info["splits"][0]["num_examples"] == 21
     assert f"--learned_embeds {token_dir}" in card.text
-    assert (finished_set / "run_config.json").is_file()
+    assert "num_drawn" not in json.loads((finished_set / "run_config.json").read_text()), "it drew all of them"
     assert np.asarray(PILImage.open(finished_set / "preview.png")).shape[0] == 3 * 100  # rows are classes
 
 
@@ -117,6 +117,7 @@ def test_resume_after_lost_and_torn_shards_is_byte_identical(copied_set, options
     (copied_set / "data/.train-00099.parquet.tmp").write_bytes(b"left over")
     results = main([*options, "--output_dir", str(copied_set)])
     assert results["num_drawn"] == 8 + 5
+    assert json.loads((copied_set / "run_config.json").read_text())["num_drawn"] == 8 + 5
     assert shard_hashes(copied_set) == before
     assert not list(copied_set.glob("data/.*"))
     monkeypatch.setattr(AutoPipelineForText2Image, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))

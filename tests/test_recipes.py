@@ -59,7 +59,8 @@ def test_the_command_in_a_recipe_parses_and_gives_the_values_of_the_recipe(recip
     script, flags = split_command(next(line for line in lines if ".py " in line).removeprefix("#"))
     assert flags[0] == f"recipes/{recipe}.yaml"
     parsed, values = parse_flags(script, flags), read_recipe(recipe)
-    assert {key: parsed[key] for key in values} == values
+    for key, value in values.items():
+        assert parsed[key] in (value, [value]), "a flag of several values may have a single one in a recipe"
 
 
 @pytest.mark.parametrize("name", SETS)

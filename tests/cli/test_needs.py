@@ -51,6 +51,7 @@ LACKS = {
     "with --guidance_scale {guidance_scale}, which is no guidance": (
         "--guidance_scale 0.5 1", "--guidance_scale 1 2",
     ),
+    "with several --model_name_or_path": ("--model_name_or_path x y", "--model_name_or_path x"),
     "where nothing is searched": ("--learning_rates 1e-3", "--bridge_learning_rates 1e-3 1e-4"),
     "with --method {method}, which trains on synthetic images alone": ("--method synthetic_only", "--method mix"),
     "with --method {method}, which has no stage on synthetic images alone": ("--method mix", "--method synthetic_only"),

@@ -1,13 +1,15 @@
 import dataclasses
 
 import numpy as np
-import PIL.Image
 import pytest
 from huggingface_hub import ModelCard
 
+from utils.comparison.classifiers import parse_classifiers
+from utils.comparison.findings import describe_findings
 from utils.comparison.grid import Row
-from utils.comparison.report import plot_comparison, print_comparison, write_markdown
-from utils.comparison.statistics import describe_findings, pack_correct, stack_correct, summarise
+from utils.comparison.plots import Panel, plot_comparison
+from utils.comparison.report import print_comparison, write_markdown
+from utils.comparison.statistics import pack_correct, stack_correct, summarise
 from utils.transfer.methods import StageSettings
 
 
@@ -39,9 +41,12 @@ def facts():
     recipe = {"learning_rate": 1e-4, "max_steps": 30, "head_learning_rate_factor": None}
     return {
         "findings": ["Bridging loses.", "So does all else."], "seeds": [0, 1],
-        "sets": {"dsi": "user/syn", "plain": "plain-{seed}"}, "own_sets": True, "model": "timm/resnet18",
+        "sets": {"dsi": "user/syn", "plain": "plain-{seed}"}, "own_sets": True,
+        "classifiers": parse_classifiers(["timm/resnet18"]),
         "real": "user/cars",
-        "chosen": {"stage1": dataclasses.asdict(StageSettings(90, 5e-4)), "bridged": {"4": recipe, "all": recipe}},
+        "chosen": {
+            "resnet18": {"stage1": dataclasses.asdict(StageSettings(90, 5e-4)), "bridged": {"4": recipe, "all": recipe}}
+        },
         "chosen_how": "given", "command": "accelerate launch compare_transfer.py --synthetic_dataset dsi=user/syn",
     }  # fmt: skip
 
@@ -68,7 +73,7 @@ def test_the_tables_hold_the_figures_of_the_summary(facts, tmp_path):
     write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts)
     text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
     head, _, *rows = table_of(text, "Test accuracy")
-    assert head == ["method", "1 shot", "4 shots"]
+    assert head == ["method", "1 shot", "4 shots", "steps", "seconds per run"]
     assert [row[0] for row in rows] == ["vanilla_matched", "mix, 500 a class", "mix, 1000 a class",
                                         "bridged, 500 a class", "bridged, 1000 a class"]  # fmt: skip
     entry = next(
@@ -89,13 +94,84 @@ def test_one_seed_and_no_baseline_leave_out_what_there_is_not(facts, tmp_path):
     write_markdown(tmp_path / "comparison.md", summary, None, **facts | {"seeds": [0]})
     text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
     assert "±" not in text and "gain" not in text and "one seed" in text
-    assert table_of(text, "Test accuracy")[0] == ["method", "all images"]
+    assert table_of(text, "Test accuracy")[0] == ["method", "all images", "steps", "seconds per run"]
+
+
+def test_long_findings_are_whole_in_the_report(facts, tmp_path):
+    findings = ["Use it " + "again and " * 30 + "again.", "Or " + "not, " * 60 + "at all."]
+    summary = summarise(compare(), VANILLA)
+    write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts | {"findings": findings})
+    text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert all(sentence in text for sentence in findings)
+
+
+def with_preparation(summary: list[dict]) -> list[dict]:
+    """Return a summary as `add_preparation` leaves it: mix by a set that has no style token, and no seconds."""
+    costs = {"mix": {"generator_seconds": None}, "bridged": {"generator_seconds": 1234.4, "style_token_seconds": 60.0}}
+    return [entry | costs.get(entry["method"], {}) for entry in summary]
+
+
+def test_costs_stand_beside_the_accuracy_in_both_tables(facts, tmp_path, capsys, monkeypatch):
+    summary = with_preparation(summarise(compare(), VANILLA))
+    write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts)
+    text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    head, _, *rows = table_of(text, "Test accuracy")
+    assert head[3:] == ["steps", "seconds per run", "generator seconds", "style token seconds"]
+    assert [row[3:] for row in rows] == [
+        ["90", "2", "–", "–"], ["90", "2", "not recorded", "–"], ["90", "2", "1,234", "60"],
+    ]  # fmt: skip
+    note = "The seconds of generator and style token are spent once and shared by all methods with synthetic images."
+    assert f"\n\n{note}\n\n" in text
+    print_comparison(summary, facts["findings"], "vanilla_matched")
+    narrow = capsys.readouterr().out
+    assert "; steps 90; seconds per run 2; generator seconds 1,234; style token seconds 60\n" in narrow
+    monkeypatch.setenv("COLUMNS", "150")
+    print_comparison(summary, facts["findings"], "vanilla_matched")
+    wide = capsys.readouterr().out
+    assert "┃ generator seconds ┃" in wide and "not recorded" in wide and note in wide
+
+
+def test_several_classifiers_have_rows_recipes_and_a_stage_1_each(facts, tmp_path, capsys):
+    summaries = [with_preparation(summarise(compare(num_images=number), VANILLA)) for number in (200, 300)]
+    names = ["vit", "resnet18"]
+    summary = [{"classifier": name, **entry} for name, of_one in zip(names, summaries) for entry in of_one]
+    (chosen,) = facts["chosen"].values()
+    second = chosen | {"stage1": chosen["stage1"] | {"learning_rate": 1e-5}, "mix": {"4": chosen["bridged"]["4"]}}
+    several = {
+        "classifiers": parse_classifiers(["google/vit", "timm/resnet18"]),
+        "chosen": {"vit": chosen, "resnet18": second},
+    }
+    write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts | several)
+    card = ModelCard.load(tmp_path / "comparison.md")
+    assert card.data.base_model == ["google/vit", "timm/resnet18"]
+    rows = [(name, method) for name in names for method in ("vanilla_matched", "mix", "bridged")]
+    head, _, *accuracies = table_of(card.text, "Test accuracy")
+    assert head[:4] == ["classifier", "method", "1 shot", "4 shots"]
+    assert [tuple(row[:2]) for row in accuracies] == rows
+    assert accuracies[5][3].startswith(f"{summaries[1][5]['mean']:.1f} ± ")
+    assert [tuple(row[:2]) for row in table_of(card.text, "Costs")[2:]] == rows
+    settings = card.text.split("## Settings")[1]
+    assert "Models `google/vit`, `timm/resnet18`, real images" in settings
+    assert [tuple(line.split(" | ")[:2]) for line in settings.splitlines() if line.startswith("| ")][1:] == [
+        ("| vit", "bridged"), ("| vit", "bridged"), ("| resnet18", "mix"), ("| resnet18", "bridged"),
+        ("| resnet18", "bridged"),
+    ]  # fmt: skip
+    assert "Stage 1 of `vit`: max steps 90, learning rate 0.0005" in settings
+    assert "Stage 1 of `resnet18`: max steps 90, learning rate 1e-05" in settings
+    print_comparison(summary, facts["findings"], "vanilla_matched")
+    assert "\nresnet18: method bridged; 1 shot " in capsys.readouterr().out
+
+
+def test_costs_that_no_two_methods_share_have_no_note(facts, tmp_path):
+    summary = with_preparation(summarise(compare(methods=("vanilla_matched", "bridged")), VANILLA))
+    write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts)
+    assert "spent once" not in (tmp_path / "comparison.md").read_text(encoding="utf-8")
 
 
 def test_the_printed_table_cuts_no_number(capsys):
     results = compare(("vanilla_matched", "bridged_head_warmup"), shots=(1, 2, 4, 8, 16), volumes=(1000, 3000))
     summary = summarise(results, VANILLA)
-    findings = describe_findings(stack_correct(results), VANILLA)
+    findings = describe_findings({"resnet18": stack_correct(results)}, VANILLA)
     print_comparison(summary, findings, "vanilla_matched")
     printed = capsys.readouterr().out
     assert printed.splitlines()[0] == findings[0]
@@ -111,7 +187,7 @@ def test_intervals_that_are_not_known_are_words_in_every_table(num_seeds, facts,
     summary = summarise(compare(num_seeds=num_seeds, num_images=1), VANILLA)
     print_comparison(summary, ["It cannot be judged."], "vanilla_matched")
     write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts)
-    plot_comparison(tmp_path / "comparison.png", summary)
+    plot_comparison(tmp_path / "comparison.png", [Panel("", summary)])
     text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
     printed = capsys.readouterr().out
     for shown in (text, printed):
@@ -120,40 +196,7 @@ def test_intervals_that_are_not_known_are_words_in_every_table(num_seeds, facts,
     assert "on 1 test image;" in text
 
 
-@pytest.mark.parametrize(
-    "shots, volumes, num_panels", [((1, 4, 16), (None,), 1), ((None,), (None,), 1), ((1, 4), (500, 1000), 3)]
-)
-def test_the_plot_has_a_panel_for_shots_and_one_a_shot_count_for_volumes(
-    shots, volumes, num_panels, tmp_path, monkeypatch
-):
-    drawn = []
-    from matplotlib.figure import Figure
-
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
-    summary = summarise(compare(shots=shots, volumes=volumes), VANILLA)
-    plot_comparison(tmp_path / "comparison.png", summary)
-    assert PIL.Image.open(tmp_path / "comparison.png").size[0] >= 1000
-    axes = drawn[0].axes
-    assert len(axes) == num_panels
-    if shots == (None,):
-        assert [text.get_text() for text in axes[0].get_yticklabels()] == ["bridged", "mix", "vanilla_matched"]
-        return
-    means = [line.get_ydata().tolist() for line in axes[0].get_lines()]
-    last = [entry for entry in summary if entry["method"] == "bridged" and entry["volume"] == volumes[-1]]
-    assert [entry["mean"] for entry in last] in means
-    for axis, num_shots in zip(axes[1:], shots):
-        entries = [entry for entry in summary if entry["num_shots"] == num_shots and entry["method"] == "mix"]
-        assert [entry["mean"] for entry in entries] in [list(line.get_ydata()) for line in axis.get_lines()]
-
-
 def test_brackets_in_names_of_sets_are_printed_as_they_are(capsys):
     summary = summarise(compare(methods=("vanilla_matched", "bridged@[red]set")), VANILLA)
     print_comparison(summary, ["bridged@[red]set gains."], "vanilla_matched")
     assert capsys.readouterr().out.count("bridged@[red]set") == 2
-
-
-def test_dollars_in_names_of_sets_are_drawn_as_they_are(tmp_path):
-    summary = summarise(compare(methods=("vanilla_matched", "bridged@$\\x$")), VANILLA)
-    plot_comparison(tmp_path / "comparison.png", summary)
-    assert (tmp_path / "comparison.png").is_file()

@@ -4,9 +4,9 @@ import pytest
 
 import compare_transfer
 from utils.cli.errors import UserError
-from utils.cli.records import write_record
+from utils.cli.records import read_record, write_record
 from utils.comparison.grid import Row
-from utils.comparison.search import check_settings, read_settings
+from utils.comparison.search import check_settings, read_settings, write_settings
 from utils.transfer.methods import StageSettings
 
 STAGE_1 = {"max_steps": 9, "learning_rate": 1e-4, "head_learning_rate_factor": 10.0, "mixup_alpha": 0.2}
@@ -43,6 +43,36 @@ def test_a_malformed_file_is_one_line_before_the_synthetic_set_is_looked_for(cha
     write_record(path, GOOD | changed)
     with pytest.raises(UserError, match=rf"^--settings \S+: is no chosen_settings.json of this script \(.*{problem}"):
         compare_transfer.main(["--synthetic_dataset", "nowhere", "--methods", "bridged", "--settings", str(path)])
+
+
+def test_recipes_of_several_classifiers_are_found_by_their_labels(tmp_path):
+    path = tmp_path / "chosen.json"
+    other = GOOD | {"stage1": STAGE_1 | {"max_steps": 5}}
+    write_record(path, {"classifiers": {"vit": GOOD, "resnet18": other}})
+    rows = [Row("bridged", "bridged", "dsi")]
+    assert check_settings(str(path), rows, "vit") == GOOD
+    settings = read_settings(str(path), rows, StageSettings(0, 0.0), "resnet18")
+    assert settings["stage1"]["max_steps"] == 5
+    arguments = ["--synthetic_dataset", "nowhere", "--methods", "bridged", "--settings", str(path)]
+    with pytest.raises(UserError, match="has no recipes for the classifier 'swin'; it has vit, resnet18.$"):
+        compare_transfer.main([*arguments, "--model_name_or_path", "user/vit", "user/swin"])
+    write_record(path, {"classifiers": {"vit": GOOD, "resnet18": without(GOOD, "stage1")}})
+    with pytest.raises(UserError, match="is no chosen_settings.json of this script .stage1 is None"):
+        compare_transfer.main([*arguments, "--model_name_or_path", "user/vit", "user/resnet18"])
+    write_record(path, {"classifiers": [GOOD]})
+    with pytest.raises(UserError, match="is no chosen_settings.json of this script .classifiers must map names to"):
+        compare_transfer.main(arguments)
+    # recipes of one classifier are for any
+    write_record(path, GOOD)
+    assert check_settings(str(path), rows, "swin") == check_settings(str(path), rows) == GOOD
+
+
+def test_what_is_written_for_one_classifier_is_as_before(tmp_path):
+    chosen = GOOD | {"stage1": STAGE_1 | {"weight_decay": 0.5}}
+    write_settings(tmp_path / "one.json", {"vit": chosen})
+    assert read_record(tmp_path / "one.json") == GOOD
+    write_settings(tmp_path / "two.json", {"vit": chosen, "swin": chosen})
+    assert read_record(tmp_path / "two.json") == {"classifiers": {"vit": GOOD, "swin": GOOD}}
 
 
 def test_a_missing_file_or_method_is_told_before_the_synthetic_set_is_looked_for(tmp_path):

@@ -10,6 +10,7 @@ from markdown_it import MarkdownIt
 from tests.style.test_card import write_style_card
 from tests.synthesis.test_card import UNKNOWN, write_set_card
 from tests.transfer.test_card import write_classifier_card
+from utils.comparison.classifiers import parse_classifiers
 from utils.comparison.report import write_markdown
 from utils.hub.cards import END, License, code, fence, save_card, text
 from utils.synthesis.finishing import quality_section
@@ -132,13 +133,13 @@ def test_the_report_of_a_comparison_holds_odd_names_of_sets(tmp_path):
     recipe = {"learning_rate": 0.1, "max_steps": 3, "head_learning_rate_factor": 1.0}
     write_markdown(
         tmp_path / "comparison.md", [entry], "vanilla", findings=[f"`{method}` gains [0.5, 2.0]"], seeds=[0],
-        sets={"a|b": "/sets/`x`"}, own_sets=False, model="m|1", real="# r",
-        chosen={method: {"all": recipe}, "stage1": {}}, chosen_how="given", command="the command",
+        sets={"a|b": "/sets/`x`"}, own_sets=False, classifiers=parse_classifiers(["m|1"]), real="# r",
+        chosen={"m|1": {method: {"all": recipe}, "stage1": {}}}, chosen_how="given", command="the command",
     )  # fmt: skip
     card = (tmp_path / "comparison.md").read_text()
     accuracy, costs, recipes = tables(card)
     assert [row[0] for row in (accuracy[1], costs[1], recipes[1])] == [method] * 3
-    assert [len(row) for table in (accuracy, costs, recipes) for row in table] == [2, 2, 5, 5, 5, 5]
+    assert [len(row) for table in (accuracy, costs, recipes) for row in table] == [4, 4, 5, 5, 5, 5]
 
 
 def test_the_quality_section_holds_odd_class_names():

@@ -1,9 +1,9 @@
 """The argument groups of compare_transfer.py."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
-from utils.cli.options import Need, option, without_flag
+from utils.cli.options import Need, absolute_if_local, option, without_flag
 from utils.data.arguments import RealDataArguments
 from utils.transfer.arguments import ModelArguments, default_num_workers, has_stage_1_steps
 from utils.transfer.methods import AUGMENTATIONS, METHODS, ONE_KIND_NORMS, Method
@@ -67,6 +67,30 @@ SEARCH = Need(
     ),
     "add --search_learning_rate, or several values of a flag, or ",
 )
+
+
+ONE_MODEL = Need(
+    "with several --model_name_or_path",
+    lambda values: len(values["model_name_or_path"]) == 1, "write MODEL@REVISION for each and ",
+)  # fmt: skip
+
+
+@dataclass
+class ComparedModelArguments(ModelArguments):
+    """The pretrained classifiers; the methods are compared on each of them."""
+
+    _inherited_needs = {"model_revision": [ONE_MODEL]}
+
+    model_name_or_path: list[str] = option(
+        [ModelArguments.model_name_or_path],
+        "Pretrained image classifiers of transformers or timm: model ids on the Hub, which may end in @REVISION, or "
+        "folders.",
+    )
+
+    def to_dict(self) -> dict:
+        """Return flag -> value as records hold them: one classifier as its name."""
+        names = [absolute_if_local(name) for name in self.model_name_or_path]
+        return asdict(self) | {"model_name_or_path": names if len(names) > 1 else names[0]}
 
 
 @dataclass
@@ -188,4 +212,4 @@ class SharedStageArguments:
 
 
 # in the order of --help
-GROUPS = (ModelArguments, ComparedImagesArguments, ComparisonArguments, SearchArguments, SharedStageArguments)
+GROUPS = (ComparedModelArguments, ComparedImagesArguments, ComparisonArguments, SearchArguments, SharedStageArguments)

@@ -47,7 +47,7 @@ class CellRunner:
 
     `settings` has what recipes and methods leave open, `shared_inputs` what told the contents of model and real images
     from others before these were loaded. Several runners, in as many processes, may share `output_dir`:
-    each cell and each stage 1 has a lock, and is run once.
+    each cell and each stage 1 has a lock, and is run once. `classifier` names `pretrained` where there are others too.
     """
 
     pretrained: Pretrained
@@ -59,6 +59,7 @@ class CellRunner:
     max_eval_samples: int | None = None
     allow_missing_classes: bool = False
     shared_inputs: dict[str, str] = field(default_factory=dict)
+    classifier: str | None = None
     _items: dict = field(default_factory=dict)
     _synthetic: dict = field(default_factory=dict)
     _identities: dict = field(default_factory=dict)
@@ -79,13 +80,22 @@ class CellRunner:
                     results = self._run(cell)
                     self._check_unchanged(cell)
                 except UserError as error:
-                    message = f"{error} (in the cell '{cell.title}')"
+                    message = f"{error} (in the cell '{cell.title}'{self.of_classifier})"
                     if not isinstance(error, DivergedError) or cell.split != "validation":
                         raise UserError(message) from None
                     results = {"accuracy": None, "diverged": message}
                 write_record(path, {"settings": self._cell_settings(cell), "results": results})
                 gc.collect()  # a Trainer is full of cycles
         return read_record(path)["results"]
+
+    @property
+    def of_classifier(self) -> str:
+        """The end of a message: ` of <classifier>` where there are several."""
+        return f" of {self.classifier}" if self.classifier else ""
+
+    def release_images(self) -> None:
+        """Free the memory of the images that cells are evaluated on."""
+        self._items.clear()
 
     def plan(self, cell: Cell) -> list[StagePlan]:
         """Return the stages of a cell."""
@@ -272,7 +282,9 @@ def run_cells(runner: CellRunner, cells: list[Cell], num_workers: int, descripti
     cells = list(dict.fromkeys(cells))
     results = {cell: runner.result(cell) for cell in cells if runner.path(cell).exists()}
     waiting = [cell for cell in cells if cell not in results]
-    with tqdm(total=len(cells), initial=len(results), unit="cell", desc=description) as progress:
+    with tqdm(
+        total=len(cells), initial=len(results), unit="cell", desc=f"{description}{runner.of_classifier}"
+    ) as progress:
         if num_workers == 1:
             for cell in waiting:
                 progress.set_postfix_str(cell.title)

@@ -1,23 +1,27 @@
-"""What people look at after a comparison: table, plots, and a Markdown report."""
+"""What people read after a comparison: the table on the terminal, and a Markdown report."""
 
 from pathlib import Path
 
-import matplotlib
 from huggingface_hub import ModelCard, ModelCardData
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from utils.cli.records import write_text
+from utils.cli.tables import print_table
+from utils.comparison.costs import GENERATOR, STYLE_TOKEN, describe_sharing
 from utils.comparison.grid import shots_key, shots_title, volume_title
 from utils.comparison.statistics import COSTS, Gain
 from utils.hub.cards import FUNCTIONS, code, hub_ids, text
 from utils.transfer.methods import METHODS
 
 TEMPLATE = Path(__file__).with_name("report.md.jinja")
-MARKERS = "osD^vPX*<>hp"
+NAMES = ("classifier", "method")  # columns of tables
+NO_COST = "–"  # of a method without synthetic images
+# beside the accuracy, by the keys of a summary; where no method has one, there is no such column
+SHOWN_COSTS = {
+    "steps": "steps", "seconds": "seconds per run", GENERATOR: "generator seconds", STYLE_TOKEN: "style token seconds",
+}  # fmt: skip
 
 
 def print_comparison(summary: list[dict], findings: list[str], baseline: str | None) -> None:
@@ -28,84 +32,117 @@ def print_comparison(summary: list[dict], findings: list[str], baseline: str | N
         console.print(Text(sentence), soft_wrap=True)  # Text: brackets in names and intervals are no markup
     num_seeds = summary[0]["num_seeds"]
     title = f"test accuracy, %, {'one seed' if num_seeds == 1 else f'mean ± deviation over {num_seeds} seeds'}"
-    table = Table(
-        title=title, caption=baseline and f"below it the gain over {baseline} [95 % interval]", show_lines=True
-    )
+    notes = [f"below it the gain over {baseline} [95 % interval]"] if baseline else []
+    notes += filter(None, [describe_sharing(summary)])
+    table = Table(title=title, caption=Text("\n".join(notes)) if notes else None, show_lines=True)
     for name in head:
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in NAMES else "right")
     for row in rows:
-        table.add_row(*map(Text, row))
-    # as wide as it must be: a cut or folded number is worse than a broken line
-    console.width = max(console.width, Console(width=10_000).measure(table).maximum)
-    console.print(table)
+        table.add_row(*map(_unbroken, row))
+    print_table(table, console)
+
+
+def _unbroken(cell: str) -> Text:
+    """Return a cell whose lines are broken nowhere else: a folded number is hard to read."""
+    return Text(cell, no_wrap=True)
 
 
 def write_markdown(path: str | Path, summary: list[dict], baseline: str | None, **facts) -> None:
     """Write the report: what was found, table, costs, settings; ready to be a README on the Hub.
 
-    `facts`: findings, seeds, sets (name -> path), own_sets (each seed has sets of its own), model, real, chosen (what
-    `chosen_settings.json` holds), chosen_how, command.
+    `facts`: findings, seeds, sets (name -> path), own_sets (each seed has sets of its own), classifiers (of
+    `parse_classifiers`), real, chosen (by their labels, what `chosen_settings.json` holds), chosen_how, command.
     """
     methods = list(dict.fromkeys(entry["method"] for entry in summary))
-    real, model = facts["real"], facts["model"]
+    real, models = facts["real"], hub_ids(*(classifier.name for classifier in facts["classifiers"]))
     metadata = ModelCardData(
         tags=["bridged-transfer", "image-classification", "synthetic-data"],
-        base_model=next(iter(hub_ids(model)), None),
+        base_model=models if len(models) > 1 else next(iter(models), None),
         datasets=hub_ids(real, *facts["sets"].values()) or None,
     )
-    recipes = [["method", "real images", "learning rate", "steps", "head's rate"]]
-    for method in methods:
-        for shots, entry in facts["chosen"].get(method, {}).items():
-            factor = entry["head_learning_rate_factor"]
-            rate = "10 x for a fresh head, 1 x for another" if factor is None else f"{factor:g} x"
-            shown = "all" if shots == shots_key(None) else f"{shots} a class"
-            recipes.append([method, shown, str(entry["learning_rate"]), str(entry["max_steps"]), rate])
+    stage1 = {
+        label: {key: value for key, value in chosen["stage1"].items() if value is not None}
+        for label, chosen in facts["chosen"].items()
+    }
     card = ModelCard.from_template(
         metadata, template_path=str(TEMPLATE), baseline=baseline, table=_to_markdown(_accuracy_table(summary, "<br>")),
-        costs=_to_markdown(_cost_table(summary)), recipes=_to_markdown(recipes), shots=_shots(summary),
+        sharing=describe_sharing(summary),
+        costs=_to_markdown(_cost_table(summary)), recipes=_to_markdown(_recipe_table(methods, facts["chosen"])),
+        shots=_shots(summary),
         num_test_images=summary[0]["num_test_images"], methods={method: _describe(method) for method in methods},
-        stage1={key: value for key, value in facts["chosen"]["stage1"].items() if value is not None}, **facts,
-        **FUNCTIONS,
+        stage1=stage1, **facts, **FUNCTIONS,
     )  # fmt: skip
     write_text(path, f"{card}\n")
 
 
+def _recipe_table(methods: list[str], chosen: dict[str, dict]) -> list[list[str]]:
+    rows = [["method", "real images", "learning rate", "steps", "head's rate"]]
+    rows[0] = ["classifier", *rows[0]] if len(chosen) > 1 else rows[0]
+    for label, of_one in chosen.items():
+        for method in methods:
+            for shots, entry in of_one.get(method, {}).items():
+                factor = entry["head_learning_rate_factor"]
+                rate = "10 x for a fresh head, 1 x for another" if factor is None else f"{factor:g} x"
+                shown = "all" if shots == shots_key(None) else f"{shots} a class"
+                row = [method, shown, str(entry["learning_rate"]), str(entry["max_steps"]), rate]
+                rows.append([label, *row] if len(chosen) > 1 else row)
+    return rows
+
+
 def _accuracy_table(summary: list[dict], separator: str) -> list[list[str]]:
-    """Return head and rows: a row a method (and volume), a column a shot count."""
-    shots = _shots(summary)
-    rows = {}
-    for entry in summary:
-        text = f"{entry['mean']:.1f}" + ("" if entry["std"] is None else f" ± {entry['std']:.1f}")
-        if "gain" in entry:
-            gain = Gain(entry["gain"], entry["gain_low"], entry["gain_high"], entry["num_test_images"])
-            text += f"{separator}{gain}"
-        rows.setdefault(_row_title(entry), []).append(text)
-    return [["method", *map(shots_title, shots)], *([title, *cells] for title, cells in rows.items())]
+    """Return head and rows: a row a method (and volume), of each classifier, a column a shot count, and costs."""
+    costs = [cost for cost in SHOWN_COSTS if any(cost in entry for entry in summary)]
+    rows = []
+    for names, entries in _group_by_row(summary).items():
+        accuracies = [_describe_accuracy(entry, separator) for entry in entries]
+        rows.append([*names, *accuracies, *(_span(cost, entries) for cost in costs)])
+    return [[*_names_of(summary), *map(shots_title, _shots(summary)), *(SHOWN_COSTS[cost] for cost in costs)], *rows]
+
+
+def _describe_accuracy(entry: dict, separator: str) -> str:
+    described = f"{entry['mean']:.1f}" + ("" if entry["std"] is None else f" ± {entry['std']:.1f}")
+    if "gain" not in entry:
+        return described
+    gain = Gain(entry["gain"], entry["gain_low"], entry["gain_high"], entry["num_test_images"])
+    return f"{described}{separator}{gain}"
 
 
 def _cost_table(summary: list[dict]) -> list[list[str]]:
-    entries = {}
+    rows = [[*names, *(_span(cost, group) for cost in COSTS)] for names, group in _group_by_row(summary).items()]
+    return [[*_names_of(summary), "steps", "images seen", "seconds", "GPU-hours"], *rows]
+
+
+def _names_of(summary: list[dict]) -> list[str]:
+    """Return the heads of the columns that name a row."""
+    return [name for name in NAMES if name in summary[0]]
+
+
+def _group_by_row(summary: list[dict]) -> dict[tuple[str, ...], list[dict]]:
+    """Return the entries of each row, by what names it: the classifier where there are several, method and volume."""
+    groups = {}
     for entry in summary:
-        entries.setdefault(_row_title(entry), []).append(entry)
-    rows = [[title, *(_span([entry[cost] for entry in group]) for cost in COSTS)] for title, group in entries.items()]
-    return [["method", "steps", "images seen", "seconds", "GPU-hours"], *rows]
+        names = [entry[name] for name in _names_of(summary)]
+        if entry["volume"] is not None:
+            names[-1] += f", {volume_title(entry['volume'])}"
+        groups.setdefault(tuple(names), []).append(entry)
+    return groups
 
 
-def _span(values: list[float | None]) -> str:
+def _span(cost: str, entries: list[dict]) -> str:
+    values = [entry.get(cost, NO_COST) for entry in entries]
+    if NO_COST in values:
+        return NO_COST
     if None in values:
-        return "not measured"
+        return "not measured" if cost in COSTS else "not recorded"
     texts = [f"{value:,.3f}" if value < 1 else f"{value:,.0f}" for value in (min(values), max(values))]
     return texts[0] if texts[0] == texts[1] else " to ".join(texts)
 
 
 def _to_markdown(rows: list[list[str]]) -> str:
-    """Return a table; the names are in its first column."""
-    head, *body = (f"| {' | '.join([text(name), *cells])} |" for name, *cells in rows)
+    """Return a table whose first columns may be names."""
+    num_names = sum(head in NAMES for head in rows[0])
+    head, *body = (f"| {' | '.join([*map(text, row[:num_names]), *row[num_names:]])} |" for row in rows)
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
-
-
-def _row_title(entry: dict) -> str:
-    return entry["method"] + ("" if entry["volume"] is None else f", {volume_title(entry['volume'])}")
 
 
 def _describe(method: str) -> str:
@@ -115,98 +152,3 @@ def _describe(method: str) -> str:
 
 def _shots(summary: list[dict]) -> list[int | None]:
     return list(dict.fromkeys(entry["num_shots"] for entry in summary))
-
-
-@matplotlib.rc_context({"text.parse_math": False})  # dollars in a name are no formula
-def plot_comparison(path: str | Path, summary: list[dict]) -> None:
-    """Draw accuracy over shots (a point a method with one shot count) and, where there are several, over volumes.
-
-    Dotted lines are methods without synthetic images.
-    """
-    volumes = sorted({entry["volume"] for entry in summary if entry["volume"] is not None})
-    shots = _shots(summary)
-    styles = _styles(list(dict.fromkeys(entry["method"] for entry in summary)))
-    num_panels = len(shots) if len(volumes) > 1 else 0
-    heights = [5 if len(shots) > 1 else 1.5 + 0.4 * len(styles), 4][: 1 + bool(num_panels)]
-    figure = Figure(figsize=(max(10, 2.8 * num_panels), sum(heights)), layout="constrained")
-    grid = figure.add_gridspec(len(heights), max(num_panels, 1), height_ratios=heights)
-
-    axis = figure.add_subplot(grid[0, :])
-    top = [entry for entry in summary if entry["volume"] in (None, *volumes[-1:])]
-    if len(shots) == 1:
-        _plot_points(axis, top, styles)
-    else:
-        _plot_over_shots(axis, top, styles, shots)
-    if volumes:
-        axis.set_title(f"{volumes[-1]} synthetic images a class")
-    panels = grid[1, :].subgridspec(1, num_panels).subplots(sharey=True, squeeze=False)[0] if num_panels else []
-    for axis, num_shots in zip(panels, shots):
-        entries = [entry for entry in summary if entry["num_shots"] == num_shots]
-        _plot_over_volume(axis, entries, styles, volumes)
-        axis.set(title=shots_title(num_shots), ylabel="test accuracy, %" if axis is panels[0] else "")
-    if len(shots) > 1 or num_panels:  # the points have their names beside them
-        handles = [Line2D([], [], **style) for style in styles.values()]
-        figure.legend(handles=handles, loc="outside right upper")  # the axes have no corner that is always free
-    figure.savefig(path, dpi=130)
-
-
-def _styles(methods: list[str]) -> dict[str, dict]:
-    colors = matplotlib.colormaps["tab10" if len(methods) <= 10 else "tab20"].colors
-    return {
-        method: {
-            "color": colors[index % len(colors)],
-            "marker": MARKERS[index % len(MARKERS)],
-            "linestyle": "-" if method.startswith("bridged") else "--",
-            "label": method,
-        }
-        for index, method in enumerate(methods)
-    }
-
-
-def _plot_points(axis, entries: list[dict], styles: dict[str, dict]) -> None:
-    for position, entry in enumerate(reversed(entries)):
-        style = styles[entry["method"]]
-        axis.errorbar(entry["mean"], position, xerr=entry["std"] or 0, capsize=3, markersize=8, **style)
-        if entry["std"] is not None:
-            places = [position] * entry["num_seeds"]
-            axis.plot(entry["values"], places, "|", color=style["color"], markersize=12, alpha=0.6)
-    axis.set_yticks(range(len(entries)), [entry["method"] for entry in reversed(entries)])
-    what = "bars: standard deviation over seeds, ticks: each seed" if entries[0]["std"] is not None else "one seed"
-    axis.set(xlabel=f"test accuracy, %, {shots_title(entries[0]['num_shots'])} ({what})")
-    axis.set_ylim(-0.6, len(entries) - 0.4)
-    axis.grid(alpha=0.3, axis="x")
-
-
-def _plot_over_shots(axis, entries: list[dict], styles: dict[str, dict], shots: list[int]) -> None:
-    for method, style in styles.items():
-        _plot_line(axis, [entry for entry in entries if entry["method"] == method], "num_shots", style, styles)
-    _set_log_ticks(axis, shots)
-    what = " (bars: standard deviation over seeds)" if entries[0]["std"] is not None else ""
-    axis.set(xlabel="real images per class", ylabel=f"test accuracy, %{what}")
-
-
-def _plot_over_volume(axis, entries: list[dict], styles: dict[str, dict], volumes: list[int]) -> None:
-    for method, style in styles.items():
-        mine = [entry for entry in entries if entry["method"] == method]
-        if mine[0]["volume"] is None:
-            axis.axhline(mine[0]["mean"], color=style["color"], linestyle=":")
-        else:
-            _plot_line(axis, mine, "volume", style, styles)
-    _set_log_ticks(axis, volumes)
-    axis.set(xlabel="synthetic images a class")
-
-
-def _plot_line(axis, entries: list[dict], key: str, style: dict, styles: dict[str, dict]) -> None:
-    entries = sorted(entries, key=lambda entry: entry[key])
-    # beside each other, else the error bars hide one another
-    shift = 2 ** (0.04 * (list(styles).index(style["label"]) - (len(styles) - 1) / 2))
-    places = [entry[key] * shift for entry in entries]
-    means, spreads = [entry["mean"] for entry in entries], [entry["std"] or 0 for entry in entries]
-    axis.errorbar(places, means, spreads, capsize=3, **style)
-
-
-def _set_log_ticks(axis, values: list[int]) -> None:
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(values, values)
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)

@@ -14,6 +14,7 @@ from utils.comparison.cells import CellRunner, run_cells
 from utils.comparison.grid import Cell, Recipe, Row, make_cell, rates_around, recipes_of, shots_key, shots_title
 from utils.transfer.methods import StageSettings, steps_per_epoch
 
+CLASSIFIERS = "classifiers"  # the key of a chosen_settings.json that has recipes for several
 LOST = [-1.0]  # the accuracies of a candidate that diverged
 SEARCHED = ("max_steps", "learning_rate", "head_learning_rate_factor", "mixup_alpha")  # of stage 1, by `list_bridges`
 STAGE_SETTINGS = tuple(field.name for field in dataclasses.fields(StageSettings))
@@ -25,6 +26,21 @@ WANTED = {
     "head_learning_rate_factor": ("a number above 0, or null", lambda value: 0 < value <= MAX_FLOAT),
     "mixup_alpha": ("a number, 0 or above", lambda value: 0 <= value <= MAX_FLOAT),
 }
+
+
+def choose_settings(
+    runner: CellRunner, label: str, rows: list[Row], search_args, shared_args, shots: list[int | None],
+    seeds: list[int], volume: int | None, num_workers: int,
+) -> dict:  # fmt: skip
+    """Return the recipes of a classifier as chosen_settings.json holds them, read from one or searched."""
+    if search_args.settings:
+        return read_settings(search_args.settings, rows, runner.settings, label)
+    num_synthetic = len(runner.load_synthetic(next(iter(runner.sources.values())), volume))
+    bridges = list_bridges(search_args, shared_args, runner.settings, num_synthetic)
+    bridge = choose_bridge(runner, bridges, seeds, volume, num_workers)
+    recipes = list_recipes(search_args, runner, search_args.search_shots or shots)
+    chosen = choose_recipes(runner, rows, recipes, bridge, seeds, volume, num_workers)
+    return {"stage1": bridge.to_dict()} | chosen
 
 
 def list_bridges(search_args, shared_args, settings: StageSettings, num_images: int) -> list[StageSettings]:
@@ -70,7 +86,8 @@ def choose_bridge(
     cells = {
         bridge: [make_cell(row, None, seed, None, bridge, "validation") for seed in seeds] for bridge in candidates
     }
-    return choose_best(_score(runner, cells, num_workers, "search of stage 1"), "stage 1 (--bridge_learning_rates)")[0]
+    scores = _score(runner, cells, num_workers, "search of stage 1")
+    return choose_best(scores, f"stage 1 (--bridge_learning_rates){runner.of_classifier}")[0]
 
 
 def choose_recipes(
@@ -95,23 +112,54 @@ def choose_recipes(
         recipe, accuracy = candidates[0], None
         if len(candidates) > 1:
             scores_here = {recipe: scores[row, num_shots, recipe] for recipe in candidates}
-            recipe, accuracy = choose_best(scores_here, f"{row.label} with {shots_title(num_shots)}")
+            what = f"{row.label} with {shots_title(num_shots)}{runner.of_classifier}"
+            recipe, accuracy = choose_best(scores_here, what)
         chosen[row.label][shots_key(num_shots)] = dataclasses.asdict(recipe) | {"validation_accuracy": accuracy}
     return chosen
 
 
-def write_settings(path: Path, chosen: dict) -> None:
-    """Write a chosen_settings.json: of stage 1, which has all settings in `chosen`, those that were searched."""
-    write_record(path, chosen | {"stage1": {name: chosen["stage1"][name] for name in SEARCHED}})
+def write_settings(path: Path, chosen: dict[str, dict]) -> None:
+    """Write a chosen_settings.json: of stage 1, which has all settings in `chosen`, those that were searched.
+
+    `chosen` maps the labels of classifiers to what was chosen for each; with several, so does the file.
+    """
+    searched = {
+        label: of_one | {"stage1": {name: of_one["stage1"][name] for name in SEARCHED}}
+        for label, of_one in chosen.items()
+    }
+    write_record(path, join_classifiers(searched))
 
 
-def check_settings(path: str, rows: list[Row]) -> dict:
-    """Return what a chosen_settings.json holds, every value of it checked.
+def join_classifiers(chosen: dict[str, dict]) -> dict:
+    """Return what records hold for settings by classifier: of a single one, its settings."""
+    return {CLASSIFIERS: chosen} if len(chosen) > 1 else next(iter(chosen.values()))
+
+
+def split_classifiers(chosen: dict) -> dict[str | None, dict]:
+    """Return the settings by classifier of what `join_classifiers` returned, a single one as None."""
+    return chosen.get(CLASSIFIERS, {None: chosen})
+
+
+def check_settings(path: str, rows: list[Row], classifier: str | None = None) -> dict:
+    """Return what a chosen_settings.json holds for a classifier, by its label, every value of it checked.
+
+    A file with the recipes of one classifier is for any.
 
     Raises:
-        UserError: it is no such file, or has no recipe for a method.
+        UserError: it is no such file, or has no recipe for the classifier or for a method.
     """
     chosen = read_record(path)
+    if CLASSIFIERS in chosen:
+        by_label = chosen[CLASSIFIERS]
+        if not isinstance(by_label, dict) or not all(isinstance(of_one, dict) for of_one in by_label.values()):
+            raise UserError(
+                f"--settings {path}: is no chosen_settings.json of this script ({CLASSIFIERS} must map names to "
+                "recipes)."
+            )
+        if classifier not in by_label:
+            names = ", ".join(by_label)
+            raise UserError(f"--settings {path}: has no recipes for the classifier '{classifier}'; it has {names}.")
+        chosen = by_label[classifier]
     problems = [_find_problem("stage1", chosen.get("stage1"), SEARCHED, STAGE_SETTINGS)]
     methods = {name: by_shots for name, by_shots in chosen.items() if name != "stage1"}
     for name, by_shots in methods.items():
@@ -142,15 +190,15 @@ def _find_problem(where: str, part: object, names: Sequence[str], known: Sequenc
     return f"{where} has an unknown {unknown[0]}" if unknown else None
 
 
-def read_settings(path: str, rows: list[Row], settings: StageSettings) -> dict:
-    """Return what a chosen_settings.json holds, checked; what is not searched in stage 1 is as in `settings`.
+def read_settings(path: str, rows: list[Row], settings: StageSettings, classifier: str | None = None) -> dict:
+    """Return what a chosen_settings.json holds for a classifier; what is not searched in stage 1 is as in `settings`.
 
     Where older files, which hold all of stage 1, have other values for that, one line says so.
 
     Raises:
         UserError: what `check_settings` raises.
     """
-    chosen = check_settings(path, rows)
+    chosen = check_settings(path, rows, classifier)
     recorded = settings.to_dict() | chosen["stage1"]
     chosen["stage1"] = settings.to_dict() | {name: chosen["stage1"][name] for name in SEARCHED}
     others = [f"{name} {value}" for name, value in recorded.items() if value != chosen["stage1"][name]]
@@ -162,15 +210,22 @@ def read_settings(path: str, rows: list[Row], settings: StageSettings) -> dict:
     return chosen
 
 
-def describe_choice(settings_path: str | None, chosen: dict, seeds: list[int]) -> str:
-    """Return how the recipes were chosen, to follow 'recipes were'."""
+def describe_choice(settings_path: str | None, chosen: dict[str, dict], seeds: list[int]) -> str:
+    """Return how the recipes of each classifier were chosen, to follow 'recipes were'."""
     if settings_path is not None:
         return f"taken from `{settings_path}`"
-    entries = [entry for name, by_shots in chosen.items() if name != "stage1" for entry in by_shots.values()]
+    entries = [
+        entry
+        for of_one in chosen.values()
+        for name, by_shots in of_one.items()
+        if name != "stage1"
+        for entry in by_shots.values()
+    ]
     if all(entry["validation_accuracy"] is None for entry in entries):
         return "given, not searched for"
     numbers = ", ".join(map(str, seeds))
-    return f"chosen on the validation images of seed {numbers}, for every method from the same candidates"
+    each = " for each classifier" if len(chosen) > 1 else ""
+    return f"chosen{each} on the validation images of seed {numbers}, for every method from the same candidates"
 
 
 def _score(runner: CellRunner, cells: dict[object, list[Cell]], num_workers: int, what: str) -> dict:

@@ -1,4 +1,4 @@
-"""What a comparison says: gains paired by seed and test image, their intervals, and sentences. No torch."""
+"""What a comparison measures: accuracies, costs, gains paired by seed and test image, their intervals. No torch."""
 
 import base64
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from utils.comparison.grid import Row, shots_title
+from utils.comparison.grid import Row
 
 CONFIDENCE = 0.95
 COSTS = ("steps", "images_seen", "seconds", "gpu_hours")
@@ -125,63 +125,3 @@ def mean_costs(results: list[dict]) -> dict:
         values = [value for result in results for key, value in result.items() if key.endswith(f"_{cost}")]
         costs[cost] = None if not values or None in values else sum(values) / len(results)
     return costs
-
-
-def describe_findings(correct: dict[Row, dict], baseline: Row | None) -> list[str]:
-    """Return in sentences what was found, whichever way it went; the first is on the first bridged method.
-
-    `correct` is what `stack_correct` returns.
-    With several volumes it speaks of the largest, and of what the largest adds to the smallest. Sentences on other
-    methods that beat the best bridged one follow.
-    """
-    if baseline is None:
-        return ["No vanilla run among the methods: nothing to compare with."]
-    top = _largest_volume(correct)
-    bridged = [row for row in top if row.is_bridged]
-    if not bridged:
-        return [f"No bridged method was run; gains are over {baseline.label}."]
-    num_seeds = len(next(iter(correct[baseline].values())))
-    scope = f"Over {num_seeds} seeds" if num_seeds > 1 else "In a single run (one seed)"
-    against = baseline.label if baseline.label == "vanilla_matched" else f"{baseline.label}, which took fewer steps"
-    described = [f"{row.label} {_describe_gains(correct[row], correct[baseline])}." for row in bridged]
-    sentences = [f"{scope}, in points of accuracy [95 % interval] over {against}: {described[0]}", *described[1:]]
-    sentences += _describe_rivals(correct, [row for row in top if not row.is_bridged and row != baseline], bridged)
-    smallest = min((row for row in correct if row.label == bridged[0].label), key=lambda row: row.volume or 0)
-    if smallest != bridged[0]:
-        change = f"{bridged[0].volume} synthetic images a class in place of {smallest.volume}"
-        sentences.append(f"{bridged[0].label}, {change}: {_describe_gains(correct[bridged[0]], correct[smallest])}.")
-    if num_seeds == 1:
-        sentences.append("The intervals cover the draw of the test images, not the luck of this one seed.")
-    return sentences
-
-
-def _largest_volume(correct: dict[Row, dict]) -> list[Row]:
-    largest = {row.label: row for row in sorted(correct, key=lambda row: row.volume or 0)}
-    return [row for row in correct if largest[row.label] == row]
-
-
-def _describe_gains(by_shots: dict, others: dict) -> str:
-    """Return `gains at 1 shot (+9.1 [8.0, 10.2]); makes no clear difference ...`, by verdict."""
-    parts = {}
-    for num_shots, right in by_shots.items():
-        gain = paired_gain(right, others[num_shots])
-        parts.setdefault(gain.verdict, []).append(f"{_at(num_shots)} ({gain})")
-    return "; ".join(f"{verdict} {', '.join(gains)}" for verdict, gains in parts.items())
-
-
-def _describe_rivals(correct: dict[Row, dict], rivals: list[Row], bridged: list[Row]) -> list[str]:
-    sentences = []
-    for rival in rivals:
-        parts = []
-        for num_shots, right in correct[rival].items():
-            best = max(bridged, key=lambda row, shots=num_shots: correct[row][shots].mean())
-            lead = paired_gain(right, correct[best][num_shots])
-            if lead.verdict == "gains":
-                parts.append(f"{best.label} {_at(num_shots)} ({lead})")
-        if parts:
-            sentences.append(f"{rival.label} beats the best bridged method: {', '.join(parts)}.")
-    return sentences
-
-
-def _at(num_shots: int | None) -> str:
-    return "with all images" if num_shots is None else f"at {shots_title(num_shots)}"

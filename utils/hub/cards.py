@@ -35,9 +35,9 @@ UNKNOWN = "unknown"
 NO_LICENSE = (None, "", UNKNOWN, [], [UNKNOWN])
 
 
-def text(value: object) -> str:
-    """Return a value as a line of Markdown, in a sentence, a heading, a list or a cell of a table."""
-    return SPECIAL.sub(_escape, _line(value)).replace("<", "&lt;").replace(">", "&gt;")
+def text(value: object, max_length: int | None = MAX_LENGTH) -> str:
+    """Return a value as a line of Markdown, in a sentence, a heading, a list or a cell of a table; longer ones cut."""
+    return SPECIAL.sub(_escape, _line(value, max_length)).replace("<", "&lt;").replace(">", "&gt;")
 
 
 def code(value: object) -> str:
@@ -64,9 +64,9 @@ def python_string(value: str) -> str:
 FUNCTIONS = {"text": text, "code": code, "fence": fence, "python_string": python_string, "shell_word": shlex.quote}
 
 
-def _line(value: object) -> str:
+def _line(value: object, max_length: int | None = MAX_LENGTH) -> str:
     line = " ".join(str(value).split())
-    return line if len(line) <= MAX_LENGTH else f"{line[: MAX_LENGTH - 1]}…"
+    return line if max_length is None or len(line) <= max_length else f"{line[: max_length - 1]}…"
 
 
 def _escape(match: re.Match) -> str:

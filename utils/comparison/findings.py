@@ -1,0 +1,235 @@
+"""What a comparison says, in sentences: which method to use for each number of images, and what the others did.
+
+The method with the best test accuracy is named together with its gain on the same test images: of many methods, the
+best one's gain is likely overstated. The search's validation accuracies could not choose in its place: they are of one
+seed, of the shots that were searched, and themselves the best of several recipes; a sentence says so instead. No torch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils.comparison.grid import Row, shots_title
+from utils.comparison.statistics import Gain, paired_gain
+
+USUAL = ("bridged", "mix")  # the paper's method, and the plainest other one
+Correct = dict[Row, dict[int | None, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The method to use for one number of images, and why.
+
+    `use` is the method with the best mean accuracy of those with synthetic images whose gain over `real_only` is clear,
+    else `real_only`; None where that cannot be judged. `real_only` is the best method without synthetic images.
+    `synthetic` is the one of `gain`: `use`, or the best of those that do not gain clearly. What was not run is None.
+    `leader` has a higher mean than `use`, but no clear gain.
+    """
+
+    num_shots: int | None
+    use: Row | None
+    real_only: Row | None
+    synthetic: Row | None = None
+    gain: Gain | None = None
+    leader: Row | None = None
+
+
+def recommend(correct: Correct) -> list[Recommendation]:
+    """Return what to use for each number of images; `correct` is what `stack_correct` returns.
+
+    With several volumes, the methods with synthetic images are compared at the largest.
+    """
+    top = largest_volume(correct)
+    return [_recommend_one(correct, top, num_shots) for num_shots in correct[top[0]]]
+
+
+def _recommend_one(correct: Correct, rows: list[Row], num_shots: int | None) -> Recommendation:
+    def mean(row: Row) -> float:
+        return correct[row][num_shots].mean()
+
+    # at a tie, the one of as many steps as the others
+    real_only = max(
+        (row for row in rows if not row.method.uses_synthetic),
+        key=lambda row: (mean(row), row.method.flags["match_steps"]), default=None,
+    )  # fmt: skip
+    synthetic = sorted((row for row in rows if row.method.uses_synthetic), key=mean, reverse=True)
+    if real_only is None:
+        return Recommendation(num_shots, synthetic[0], None, synthetic[0])
+    if not synthetic:
+        return Recommendation(num_shots, real_only, real_only)
+    gains = {row: paired_gain(correct[row][num_shots], correct[real_only][num_shots]) for row in synthetic}
+    clear = next((row for row in synthetic if gains[row].verdict == "gains"), None)
+    if clear is not None:
+        leader = synthetic[0] if mean(synthetic[0]) > mean(clear) else None
+        return Recommendation(num_shots, clear, real_only, clear, gains[clear], leader)
+    is_judged = all(gain.low is not None or gain.mean <= 0 for gain in gains.values())
+    use = real_only if is_judged else None
+    return Recommendation(num_shots, use, real_only, synthetic[0], gains[synthetic[0]])
+
+
+def describe_findings(by_classifier: dict[str, Correct], baseline: Row | None) -> list[str]:
+    """Return in sentences what was found, whichever way it went: first which method to use for each number of images.
+
+    `by_classifier` has what `stack_correct` returns by the classifiers' labels, `baseline` is the row that the gains of
+    the table are over. With several volumes the sentences are on the largest, and on what the largest adds to the
+    smallest. After the method to use come the bridged methods, other methods that beat the best of these, and what the
+    figures do not tell. With several classifiers each sentence names its own, the answers for all of them come first,
+    in the order in which they were given: which classifier is best is not judged.
+    """
+    answers, details, limits = [], [], []
+    for label, correct in by_classifier.items():
+        recommendations = recommend(correct)
+        answer, *reasons = describe_recommendations(recommendations, correct)
+        sentences = [*reasons, *_describe_methods(correct, baseline)]
+        if len(by_classifier) > 1:
+            answer, *sentences = (f"{label}: {_uncapitalise(sentence)}" for sentence in (answer, *sentences))
+        answers.append(answer)
+        details += sentences
+        limits += describe_limits(recommendations, correct)
+    return [*answers, *details, *dict.fromkeys(limits)]
+
+
+def _describe_methods(correct: Correct, baseline: Row | None) -> list[str]:
+    sentences, top = [], largest_volume(correct)
+    bridged = [row for row in top if row.is_bridged]
+    if baseline is not None and bridged:
+        sentences += _describe_bridged(correct, baseline, bridged)
+    sentences += _describe_rivals(correct, [row for row in top if not row.is_bridged and row != baseline], bridged)
+    if bridged:
+        smallest = min((row for row in correct if row.label == bridged[0].label), key=lambda row: row.volume or 0)
+        if smallest != bridged[0]:
+            change = f"{bridged[0].volume} synthetic images per class instead of {smallest.volume}"
+            added = _describe_gains(correct[bridged[0]], correct[smallest])
+            sentences.append(f"{bridged[0].label}, {change}: {added}.")
+    return sentences
+
+
+def describe_recommendations(recommendations: list[Recommendation], correct: Correct) -> list[str]:
+    """Return which method to use, and what it gains: in one sentence, of more than two numbers of images one for each.
+
+    The first of several names the method for every number of images.
+    """
+    parts = [_describe_one(item, correct[_shown(item)][item.num_shots].mean()) for item in recommendations]
+    if len(parts) <= 2:
+        return [f"{_capitalise('; '.join(parts))}."]
+    choices: dict[Row | None, list] = {}
+    for item in recommendations:
+        choices.setdefault(item.use, []).append(item.num_shots)
+    unknown = choices.pop(None, [])
+    answers = [f"use {', '.join(f'{_name(row)} {_join(shots)}' for row, shots in choices.items())}"] if choices else []
+    answers += [f"{_join(unknown)} it cannot be judged which method to use"] if unknown else []
+    return [f"{_capitalise('; '.join(answers))}.", *(f"{_capitalise(part)}." for part in parts)]
+
+
+def _describe_one(item: Recommendation, accuracy: float) -> str:
+    """Return e.g. `use mix with 1 shot: 72.5 %, +19.0 points [17.1, 20.9] over vanilla_mixup, the best without ...`."""
+    at, percent = _with(item.num_shots), f"{100 * accuracy:.1f} %"
+    if item.real_only is None:
+        return (
+            f"use {_name(item.use)} {at}: {percent}, the best here; no method was run on real images alone, so what "
+            "synthetic images gain is not known"
+        )
+    if item.synthetic is None:
+        return f"use {item.use.label} {at}: {percent}; no method with synthetic images was run"
+    if item.use is None:
+        return (
+            f"{at} it cannot be judged whether synthetic images help: {_name(item.synthetic)} {percent}, {item.gain} "
+            f"over {item.real_only.label}"
+        )
+    if item.use == item.real_only:
+        return (
+            f"use {item.use.label} {at}: {percent}, no method with synthetic images gains clearly over it "
+            f"({_name(item.synthetic)} {item.gain})"
+        )
+    gain = f"{item.gain.mean:+.1f} points [{item.gain.low:.1f}, {item.gain.high:.1f}]"
+    over = f"{item.real_only.label}, the best without synthetic images"
+    leader = "" if item.leader is None else f" ({item.leader.label} has a higher mean, but does not gain clearly)"
+    return f"use {_name(item.use)} {at}: {percent}, {gain} over {over}{leader}"
+
+
+def describe_limits(recommendations: list[Recommendation], correct: Correct) -> list[str]:
+    """Return what the figures do not tell: the choice on the test images, and the luck of a single seed."""
+    limits = []
+    num_synthetic = sum(row.method.uses_synthetic for row in largest_volume(correct))
+    if num_synthetic > 1 and any(item.gain and item.use == item.synthetic for item in recommendations):
+        limits.append(
+            f"The method to use was chosen among {num_synthetic} with synthetic images on the same test images, so its "
+            "gain is likely overstated."
+        )
+    if len(next(iter(next(iter(correct.values())).values()))) == 1:
+        limits.append("The intervals cover the draw of the test images, not the luck of this one seed.")
+    return limits
+
+
+def list_highlights(recommendations: list[Recommendation], correct: Correct) -> list[str]:
+    """Return the methods that a picture makes stand out: those to use, the best on real images, and the usual ones."""
+    labels = dict.fromkeys(item.use.label for item in recommendations if item.use)
+    labels |= dict.fromkeys(item.real_only.label for item in recommendations if item.real_only)
+    return [*labels, *(row.label for row in largest_volume(correct) if row.label in USUAL and row.label not in labels)]
+
+
+def largest_volume(correct: Correct) -> list[Row]:
+    """Return the rows without those of a smaller volume than another of their method."""
+    largest = {row.label: row for row in sorted(correct, key=lambda row: row.volume or 0)}
+    return [row for row in correct if largest[row.label] == row]
+
+
+def _describe_bridged(correct: Correct, baseline: Row, bridged: list[Row]) -> list[str]:
+    num_seeds = len(next(iter(correct[baseline].values())))
+    scope = f"Over {num_seeds} seeds" if num_seeds > 1 else "In a single run (one seed)"
+    against = baseline.label if baseline.label == "vanilla_matched" else f"{baseline.label}, which took fewer steps"
+    first, *others = (f"{row.label} {_describe_gains(correct[row], correct[baseline])}." for row in bridged)
+    return [f"{scope}, in points of accuracy [95 % interval] over {against}: {first}", *others]
+
+
+def _describe_gains(by_shots: dict, others: dict) -> str:
+    """Return `gains at 1 shot (+9.1 [8.0, 10.2]); makes no clear difference ...`, by verdict."""
+    parts = {}
+    for num_shots, right in by_shots.items():
+        gain = paired_gain(right, others[num_shots])
+        parts.setdefault(gain.verdict, []).append(f"{_at(num_shots)} ({gain})")
+    return "; ".join(f"{verdict} {', '.join(gains)}" for verdict, gains in parts.items())
+
+
+def _describe_rivals(correct: Correct, rivals: list[Row], bridged: list[Row]) -> list[str]:
+    sentences = []
+    for rival in rivals if bridged else []:
+        parts = []
+        for num_shots, right in correct[rival].items():
+            best = max(bridged, key=lambda row, shots=num_shots: correct[row][shots].mean())
+            lead = paired_gain(right, correct[best][num_shots])
+            if lead.verdict == "gains":
+                parts.append(f"{best.label} {_at(num_shots)} ({lead})")
+        if parts:
+            sentences.append(f"{rival.label} beats the best bridged method: {', '.join(parts)}.")
+    return sentences
+
+
+def _shown(item: Recommendation) -> Row:
+    return item.use or item.synthetic
+
+
+def _name(row: Row) -> str:
+    return row.label if row.volume is None else f"{row.label} ({row.volume} synthetic images per class)"
+
+
+def _at(num_shots: int | None) -> str:
+    return "with all images" if num_shots is None else f"at {shots_title(num_shots)}"
+
+
+def _with(num_shots: int | None) -> str:
+    return f"with {shots_title(num_shots)}"
+
+
+def _join(shots: list[int | None]) -> str:
+    """Return `with 1, 2 and 4 shots`."""
+    *others, last = shots
+    return f"with {', '.join(map(str, others))} and {shots_title(last)}" if others else _with(last)
+
+
+def _uncapitalise(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
+
+
+def _capitalise(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
