@@ -414,7 +414,7 @@ def test_flags_on_what_is_not_searched_hold_for_every_method_whatever_the_settin
     run(tmp_path / "first")
     path = tmp_path / "first" / "chosen_settings.json"
     flags = "--weight_decay", "0.3", "--augmentation", "basic", "--per_device_train_batch_size", "4"
-    full = dataclasses.asdict(StageSettings(7, 1e-3, 5.0, mixup_alpha=0.4, weight_decay=0.1))
+    full = StageSettings(7, 1e-3, 5.0, mixup_alpha=0.4, weight_decay=0.1).to_dict()
     write_record(tmp_path / "old.json", read_record(path) | {"stage1": full})
     for settings in (path, tmp_path / "old.json"):
         stages.clear()

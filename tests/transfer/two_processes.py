@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -48,18 +49,21 @@ def train_big_batch(
     path: str, images_dir: str, folder: Path, batch_size: int = 8, accumulation: int = 1, seen: str = "real",
     ema_decay: float | None = None,
 ) -> dict:  # fmt: skip
-    """Train two steps of eight images in all, by SGD without clipping, and return the weights."""
+    """Train two steps (aligned: four) of eight images in all, by SGD without clipping, and return the weights."""
     images = load_dataset(images_dir, split="train").take(8)
     model = load_classifier(path, names_of(images), True, seed=0)
     if seen == "replayed":
         images = ReplayedImages(images, load_dataset(images_dir, split="test"), share=0.3)
     elif seen == "aligned":
-        images = AlignedImages(images, load_dataset(images_dir, split="test"), Alignment("adversarial", 5.0))
+        images = AlignedImages(images, load_dataset(images_dir, split="test"), Alignment("adversarial", 20.0))
     args = TrainingArguments(
         output_dir=str(folder), optim="sgd", max_grad_norm=0.0,
         gradient_accumulation_steps=accumulation, **OPTIONS,
     )  # fmt: skip
     settings = StageSettings(**(vars(BIG_BATCH) | {"per_device_train_batch_size": batch_size, "ema_decay": ema_decay}))
+    if seen == "aligned":
+        # the first step has a rate of 0, so the third is the first on which a changed domain classifier acts
+        settings = replace(settings, max_steps=4, head_learning_rate_factor=10.0)
     fine_tune(model, images, load_image_processor(path), settings, args, folder)
     return model.state_dict()
 
