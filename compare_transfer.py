@@ -7,6 +7,8 @@
     accelerate launch compare_transfer.py --synthetic_dataset 'dsi=syn-{seed}' 'plain=user/cars-plain@v1' \\
         --methods vanilla_matched bridged bridged@plain --num_shots 4 --search_learning_rate
 
+    accelerate launch compare_transfer.py --synthetic_dataset photos-syn --num_folds 5 --num_repeats 2
+
 method@NAME takes another synthetic set than the first. Finished cells are kept: run the same command again to go on.
 """
 
@@ -26,7 +28,8 @@ from utils.cli.records import COMPARISON, RUN_CONFIG, image_set_name, read_recor
 from utils.cli.run_folder import RunFolder
 from utils.comparison.arguments import GROUPS
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
-from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title
+from utils.comparison.folds import check_fold_values, choose_seeds, describe_protocol, list_tested
+from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title, source_key
 from utils.comparison.report import plot_comparison, print_comparison, write_markdown
 from utils.comparison.search import (
     check_settings,
@@ -40,8 +43,8 @@ from utils.comparison.search import (
 )
 from utils.comparison.statistics import describe_findings, stack_correct, summarise
 from utils.data.arguments import check_output_outside, check_real_images_given, named_in_record
-from utils.data.image_set import RealImagesRecord
-from utils.data.real_images import identify_real_images, load_real_images, same_image_set
+from utils.data.image_set import PARTS, RealImagesRecord
+from utils.data.real_images import identify_real_images, load_for_folds, load_real_images, same_image_set
 from utils.transfer.classifiers import default_learning_rates
 from utils.transfer.methods import StageSettings, describe_methods
 from utils.transfer.rehearsal import rehearse
@@ -53,7 +56,7 @@ SETTINGS = "chosen_settings.json"
 OUTPUTS = (COMPARISON, "comparison.md", "comparison.png", RUN_CONFIG)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, int], SyntheticSource], str | None]:
+def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple, SyntheticSource], str | None]:
     """Return the argument groups, with what the first synthetic set's record says for flags not given, and the sets.
 
     Last comes the name of that set where its record names the real images, None where a flag does.
@@ -66,15 +69,18 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, i
     rows = parse_rows(comparison_args.methods, list(sets))
     if search_args.settings:
         check_settings(search_args.settings, rows)
+    num_folds = comparison_args.num_folds
+    if num_folds is not None:
+        comparison_args.seeds = choose_seeds(comparison_args.seeds, comparison_args.num_repeats, parser.given)
     seeds = list(dict.fromkeys(comparison_args.seeds + (search_args.search_seeds or [])))
-    sources = open_sources(sets, seeds, comparison_args.hub_token or None)
+    sources = open_sources(sets, seeds, comparison_args.hub_token or None, num_folds)
     given = real_args.dataset_name, real_args.train_dir
     first = next(iter(sources.values()))
     recorded, recorded_in = first.record["real_images"], first.name if given == (None, None) else None
     if given == (None, None):
         check_records(list(sources.values()))
     if given == (None, None) or (recorded and same_image_set(recorded, *given)):
-        not_ours = ("num_shots", "few_shot_seed", "max_train_samples")  # the comparison draws subsets of its own
+        not_ours = ("num_shots", "few_shot_seed", "max_train_samples", "fold", "fold_seed")  # the comparison draws subsets of its own
         parser.fill_in([real_args], {name: value for name, value in recorded.items() if name not in not_ours})
     with named_in_record(real_args, recorded_in):
         check_real_images_given(real_args)
@@ -99,6 +105,7 @@ def check_values(values: dict) -> None:
     for name in ("learning_rates", "bridge_learning_rates"):
         if values["search_learning_rate"] and len(values[name] or []) > 1:
             raise UserError(f"--search_learning_rate: searches around one value, --{name} has {len(values[name])}.")
+    check_fold_values(values)
     other_shots = set(values["search_shots"] or []) - set(values["num_shots"] or [])
     if other_shots:
         raise UserError(f"--search_shots {min(other_shots)}: not among --num_shots, whose recipes are searched.")
@@ -106,14 +113,20 @@ def check_values(values: dict) -> None:
 
 
 def open_sources(
-    sets: dict[str, str], seeds: list[int], token: str | None = None
-) -> dict[tuple[str, int], SyntheticSource]:
-    """Return the synthetic sets by name and few-shot seed; each is opened once, so all seeds get the same commit.
+    sets: dict[str, str], seeds: list[int], token: str | None = None, num_folds: int | None = None
+) -> dict[tuple, SyntheticSource]:
+    """Return the synthetic sets by name, few-shot seed and, with folds, fold; each is opened once, at one commit.
 
     Raises:
         UserError: a set is not there.
     """
-    paths = {(name, seed): path.replace("{seed}", str(seed)) for name, path in sets.items() for seed in seeds}
+    folds = [None] if num_folds is None else [f"{number}/{num_folds}" for number in range(1, num_folds + 1)]
+    paths = {
+        source_key(name, seed, fold): path.replace("{seed}", str(seed)).replace("{fold}", str(fold).partition("/")[0])
+        for name, path in sets.items()
+        for seed in seeds
+        for fold in folds
+    }
     opened = {}
     for path in dict.fromkeys(paths.values()):
         name, _, revision = (path, "", "") if Path(path).is_dir() else path.partition("@")
@@ -144,6 +157,8 @@ def check_records(sources: list[SyntheticSource]) -> None:
 def warn_of_leaks(runner: CellRunner, num_shots: int | None) -> None:
     """Say which style tokens saw real images outside the smallest few-shot subset of their seed."""
     record = runner.real.record
+    if runner.folds is not None:  # `describe_protocol` says so
+        return
     for (_, seed), source in runner.sources.items():
         recorded = source.record["real_images"]
         if not recorded or not same_image_set(recorded, record.dataset_name, record.train_dir):
@@ -189,11 +204,16 @@ def build_runner(
     inputs = {"model_name_or_path": pretrained.identity}
     with named_in_record(real_args, recorded_in):
         record, of_images = identify_real_images(RealImagesRecord.from_arguments(real_args), token)
-        real = load_real_images(record, token)
-    real = open_real_images(real, comparison_args.max_eval_samples, print)
+        if comparison_args.num_folds is None:
+            folds, real, parts = None, load_real_images(record, token), PARTS
+        else:
+            folds = load_for_folds(record, comparison_args.num_folds, token)
+            real, parts = folds.images, ("train",)
+    real = open_real_images(real, comparison_args.max_eval_samples, print, parts)
+    folds = folds and dataclasses.replace(folds, images=real)
     return CellRunner(
         pretrained, real, sources, settings, training_args, Path(comparison_args.output_dir),
-        comparison_args.max_eval_samples, comparison_args.allow_missing_classes, inputs | of_images,
+        comparison_args.max_eval_samples, comparison_args.allow_missing_classes, inputs | of_images, folds,
     )  # fmt: skip
 
 
@@ -262,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     runner.check(rows, shots, volumes)
     warn_of_leaks(runner, shots[0])
     inputs = identify_inputs(runner, volumes)
+    protocol = describe_protocol(runner, seeds, shots, search_args.settings) if runner.folds is not None else []
 
     # recipes
     command = public_command("compare_transfer.py", argv)
@@ -280,24 +301,28 @@ def main(argv: Sequence[str] | None = None) -> dict:
             write_settings(runner.output_dir / SETTINGS, chosen)
 
         # cells
-        results = run_table(runner, plan_table(rows, shots, seeds, volumes, chosen), num_workers)
+        folds = [None] if runner.folds is None else runner.folds.names
+        results = run_table(runner, plan_table(rows, shots, seeds, volumes, chosen, folds), num_workers)
 
         # results
         baseline = next((row for name in ("vanilla_matched", "vanilla") for row in results if row.label == name), None)
         baseline_name = baseline and baseline.label
-        summary = summarise(results, baseline)
-        findings = describe_findings(stack_correct(results), baseline)
+        correct = stack_correct(results, runner.folds and list_tested(runner, seeds), len(runner.real.train))
+        summary = summarise(results, baseline, correct)
+        findings = describe_findings(correct, baseline) + protocol
         comparison = {
             "findings": findings, "baseline": baseline_name, "seeds": seeds, "summary": summary, "settings": chosen,
             "inputs": inputs,
         }  # fmt: skip
+        if runner.folds is not None:
+            comparison |= {"num_folds": runner.folds.num_folds, "num_repeats": len(seeds), "protocol": protocol}
         write_record(runner.output_dir / COMPARISON, comparison)
         write_markdown(
             runner.output_dir / "comparison.md", summary, baseline_name,
             findings=findings, seeds=seeds, sets=sets, own_sets="{seed}" in "".join(sets.values()),
             model=model_args.model_name_or_path, real=runner.real.record.name, chosen=chosen,
             chosen_how=describe_choice(search_args.settings, chosen, search_seeds),
-            command=command,
+            command=command, num_folds=comparison_args.num_folds,
         )  # fmt: skip
         plot_comparison(runner.output_dir / "comparison.png", summary)
         write_run_config(runner.output_dir, resolve_options(groups), started)

@@ -26,8 +26,8 @@ def print_comparison(summary: list[dict], findings: list[str], baseline: str | N
     console = Console(markup=False, emoji=False)
     for sentence in findings:
         console.print(Text(sentence), soft_wrap=True)  # Text: brackets in names and intervals are no markup
-    num_seeds = summary[0]["num_seeds"]
-    title = f"test accuracy, %, {'one seed' if num_seeds == 1 else f'mean ± deviation over {num_seeds} seeds'}"
+    num_runs, runs = _count_runs(summary)
+    title = f"test accuracy, %, {'one seed' if num_runs == 1 else f'mean ± deviation over {num_runs} {runs}'}"
     table = Table(
         title=title, caption=baseline and f"below it the gain over {baseline} [95 % interval]", show_lines=True
     )
@@ -44,7 +44,7 @@ def write_markdown(path: str | Path, summary: list[dict], baseline: str | None, 
     """Write the report: what was found, table, costs, settings; ready to be a README on the Hub.
 
     `facts`: findings, seeds, sets (name -> path), own_sets (each seed has sets of its own), model, real, chosen (what
-    `chosen_settings.json` holds), chosen_how, command.
+    `chosen_settings.json` holds), chosen_how, command; of folds also num_folds.
     """
     methods = list(dict.fromkeys(entry["method"] for entry in summary))
     real, model = facts["real"], facts["model"]
@@ -113,6 +113,11 @@ def _describe(method: str) -> str:
     return METHODS[name].description + (f"; synthetic set {code(synthetic)}" if synthetic else "")
 
 
+def _count_runs(summary: list[dict]) -> tuple[int, str]:
+    """Return how many runs a mean is over, and what these are."""
+    return len(summary[0]["values"]), "folds" if "num_folds" in summary[0] else "seeds"
+
+
 def _shots(summary: list[dict]) -> list[int | None]:
     return list(dict.fromkeys(entry["num_shots"] for entry in summary))
 
@@ -168,10 +173,12 @@ def _plot_points(axis, entries: list[dict], styles: dict[str, dict]) -> None:
         style = styles[entry["method"]]
         axis.errorbar(entry["mean"], position, xerr=entry["std"] or 0, capsize=3, markersize=8, **style)
         if entry["std"] is not None:
-            places = [position] * entry["num_seeds"]
+            places = [position] * len(entry["values"])
             axis.plot(entry["values"], places, "|", color=style["color"], markersize=12, alpha=0.6)
     axis.set_yticks(range(len(entries)), [entry["method"] for entry in reversed(entries)])
-    what = "bars: standard deviation over seeds, ticks: each seed" if entries[0]["std"] is not None else "one seed"
+    _, runs = _count_runs(entries)
+    bars = f"bars: standard deviation over {runs}, ticks: each {runs[:-1]}"
+    what = bars if entries[0]["std"] is not None else "one seed"
     axis.set(xlabel=f"test accuracy, %, {shots_title(entries[0]['num_shots'])} ({what})")
     axis.set_ylim(-0.6, len(entries) - 0.4)
     axis.grid(alpha=0.3, axis="x")
@@ -181,7 +188,7 @@ def _plot_over_shots(axis, entries: list[dict], styles: dict[str, dict], shots: 
     for method, style in styles.items():
         _plot_line(axis, [entry for entry in entries if entry["method"] == method], "num_shots", style, styles)
     _set_log_ticks(axis, shots)
-    what = " (bars: standard deviation over seeds)" if entries[0]["std"] is not None else ""
+    what = f" (bars: standard deviation over {_count_runs(entries)[1]})" if entries[0]["std"] is not None else ""
     axis.set(xlabel="real images per class", ylabel=f"test accuracy, %{what}")
 
 
