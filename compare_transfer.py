@@ -28,6 +28,7 @@ from utils.cli.records import COMPARISON, RUN_CONFIG, image_set_name, read_recor
 from utils.cli.run_folder import RunFolder
 from utils.comparison.arguments import GROUPS
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
+from utils.comparison.fold_sets import check_fold_sets, check_folds, list_steps, make_fold_sets
 from utils.comparison.folds import check_fold_values, choose_seeds, describe_protocol, list_tested
 from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title, source_key
 from utils.comparison.report import plot_comparison, print_comparison, write_markdown
@@ -73,22 +74,54 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple, Synth
     if num_folds is not None:
         comparison_args.seeds = choose_seeds(comparison_args.seeds, comparison_args.num_repeats, parser.given)
     seeds = list(dict.fromkeys(comparison_args.seeds + (search_args.search_seeds or [])))
-    sources = open_sources(sets, seeds, comparison_args.hub_token or None, num_folds)
+    token = comparison_args.hub_token or None
+    if comparison_args.token_per_fold:  # first: what the records of the sets say is read next
+        prepare_fold_sets(sets, real_args, comparison_args)
+    sources = open_sources(sets, seeds, token, num_folds)
     given = real_args.dataset_name, real_args.train_dir
     first = next(iter(sources.values()))
     recorded, recorded_in = first.record["real_images"], first.name if given == (None, None) else None
     if given == (None, None):
         check_records(list(sources.values()))
     if given == (None, None) or (recorded and same_image_set(recorded, *given)):
-        not_ours = ("num_shots", "few_shot_seed", "max_train_samples", "fold", "fold_seed")  # the comparison draws subsets of its own
+        not_ours = (
+            "num_shots",
+            "few_shot_seed",
+            "max_train_samples",
+            "fold",
+            "fold_seed",
+        )  # the comparison draws subsets of its own
         parser.fill_in([real_args], {name: value for name, value in recorded.items() if name not in not_ours})
     with named_in_record(real_args, recorded_in):
         check_real_images_given(real_args)
-    check_output_outside(comparison_args.output_dir, real_args)
-    RunFolder(
-        Path(comparison_args.output_dir), "a comparison", {}, COMPARISON, traces=("cells", "stage1"), outputs=OUTPUTS
-    ).check_writable()
+    check_output(comparison_args.output_dir, real_args)
     return list(groups), sources, recorded_in
+
+
+def check_output(output_dir: str, real_args) -> None:
+    """Check that results can be written, and are not among the images.
+
+    Raises:
+        UserError: not so.
+    """
+    check_output_outside(output_dir, real_args)
+    RunFolder(
+        Path(output_dir), "a comparison", {}, COMPARISON, traces=("cells", "stage1"), outputs=OUTPUTS
+    ).check_writable()
+
+
+def prepare_fold_sets(sets: dict[str, str], real_args, comparison_args) -> None:
+    """Make the style tokens and synthetic sets of the folds, once all has been checked that can be.
+
+    Raises:
+        UserError: the folds cannot be made of the images; a step failed.
+    """
+    seeds, num_folds, token = comparison_args.seeds, comparison_args.num_folds, comparison_args.hub_token or None
+    check_fold_sets(sets, seeds, real_args)
+    check_output(comparison_args.output_dir, real_args)
+    check_folds(real_args, num_folds, token)
+    recipes = comparison_args.dsi_recipe, comparison_args.synthesis_recipe
+    make_fold_sets(list_steps(sets, seeds, num_folds, real_args, *recipes), Path(comparison_args.output_dir), token)
 
 
 def check_values(values: dict) -> None:

@@ -69,6 +69,7 @@ SEARCH = Need(
 
 
 FOLDS = with_flag("num_folds")
+PER_FOLD = with_flag("token_per_fold")
 NO_FOLDS = without_flag("num_folds")  # which test on all training images, and choose nothing on others
 
 
@@ -122,6 +123,16 @@ class ComparisonArguments:
         "are the flags', or those of --settings.",
     )
     num_repeats: int = option(1, "Repeats of the folds, each drawn by its own seed.", needs=[FOLDS])
+    token_per_fold: bool = option(
+        False,
+        "First learn a style token of each fold's training part, and draw its synthetic set, by train_dsi.py and "
+        "generate_synthetic.py; --synthetic_dataset names where: 'syn-{fold}', with repeats 'syn-{seed}-{fold}'.",
+        needs=[FOLDS],
+    )
+    dsi_recipe: str | None = option(None, "Recipe of train_dsi.py, for its other flags.", needs=[PER_FOLD])
+    synthesis_recipe: str | None = option(
+        None, "Recipe of generate_synthetic.py, for its other flags.", needs=[PER_FOLD]
+    )
     volumes: list[int] | None = option(
         None, "Synthetic images per class, the smaller among the larger; all of them when not given.",
         needs=[STAGE_1_STEPS],

@@ -139,7 +139,9 @@ class CellRunner:
             raise UserError(f"--num_shots {most}: a class of the real set has only {smallest} training images.")
         most = max(volume or 0 for volume in volumes)
         used = {row.synthetic for row in rows if row.method.uses_synthetic}
-        sources = {(source.name, source.revision): source for (name, *_), source in self.sources.items() if name in used}
+        sources = {
+            (source.name, source.revision): source for (name, *_), source in self.sources.items() if name in used
+        }
         for source in sources.values():  # several seeds may share one
             images = self.load_synthetic(source)
             open_synthetic(images, source.name, skip_bad_images=False)

@@ -63,7 +63,9 @@ def describe_protocol(runner: CellRunner, seeds: list[int], shots: list[int | No
     few = "" if shots == [None] else ", of which the shots are drawn"
     recipes = "Recipes are given, the same in every fold, and not searched on these images"
     if settings is not None:
-        recipes = f"Recipes are from {settings}, the same in every fold; chosen on some of these images, they favour them"
+        recipes = (
+            f"Recipes are from {settings}, the same in every fold; chosen on some of these images, they favour them"
+        )
     return [
         f"{num_folds} folds{repeats} over {num_images:,} images: every image is tested {times}, by models that have "
         f"trained on other folds only ({numbers} images{few}). A repeat's seed draws its folds, shots and training.",
@@ -73,7 +75,7 @@ def describe_protocol(runner: CellRunner, seeds: list[int], shots: list[int | No
 
 
 def _describe_leaks(runner: CellRunner, num_shots: int | None) -> list[str]:
-    """Return a sentence for each set whose style token saw images that its folds test on, or beyond the fewest shots."""
+    """Return a sentence for each set whose style token saw images that are tested on, or beyond the fewest shots."""
     rows, record = runner.real.train_indices, runner.real.record
     seen, tested, beyond = {}, {}, {}
     for (name, seed, fold), source in runner.sources.items():

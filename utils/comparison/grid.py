@@ -139,7 +139,9 @@ def parse_rows(methods: list[str], set_names: list[str]) -> list[Row]:
 
 
 def parse_synthetic_sets(values: list[str]) -> dict[str, str]:
-    """Return name -> path (which may hold `{seed}` and `{fold}`) for values like `NAME=PATH`, or one bare path (named `dsi`).
+    """Return name -> path (which may hold `{seed}` and `{fold}`) for values like `NAME=PATH`.
+
+    One bare path has the name `dsi`.
 
     Raises:
         UserError: several paths of which one has no name, or a name twice.

@@ -1,4 +1,4 @@
-"""Stratified folds of the training images: each image is tested once, by a model that was trained on the other folds."""
+"""Stratified folds of the training images: each image is tested once, by a model trained on the other folds."""
 
 from dataclasses import dataclass, replace
 

@@ -60,8 +60,8 @@ def load_real_images(record: RealImagesRecord, token: str | None = None) -> Real
     """Load a labelled image set and split it.
 
     A part that no split serves for is carved off the training images, class by class, before shots are drawn: test a
-    tenth of the whole, validation `train_val_split`. With the record's `fold` the test part is that fold of the training
-    images, whatever part the set has for it.
+    tenth of the whole, validation `train_val_split`. With the record's `fold` the test part is that fold of the
+    training images, whatever part the set has for it.
 
     Raises:
         UserError: what `load_labelled_splits` raises; too few images for the shots, or none left to train on.
@@ -225,6 +225,25 @@ def _list_doubts(real: RealImages) -> list[str]:
                 f"{named(trained & ~tested)}); per-class means cover only these."
             )
     return doubts
+
+
+def describe_small_parts(real_images: RealImages, fewest: int = 5) -> str | None:
+    """Return a line on validation and test parts with fewer images than that of some class, None where there is none.
+
+    Of a class without any, `remarks` tells.
+    """
+    small = []
+    for part in ("validation", "test"):
+        counts = np.bincount(np.asarray(getattr(real_images, part)["label"], int))
+        smallest = int(min(counts[counts > 0], default=fewest))
+        if smallest < fewest:
+            small.append(f"the {part} part has {smallest} image{'s' * (smallest > 1)} of its smallest class")
+    if not small:
+        return None
+    return (
+        f"Warning: {' and '.join(small)}, too few to judge by; `compare_transfer.py --num_folds 5` tests on every "
+        "training image once."
+    )
 
 
 def limit_held_out(real_images: RealImages, max_images: int | None) -> RealImages:
