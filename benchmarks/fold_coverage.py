@@ -154,7 +154,7 @@ def measure(case: Case, features: dict[str, Features], num_draws: int) -> dict[s
 def main():
     parser = make_parser(__doc__)
     parser.add_argument("--runs_dir", type=Path, default=DEMO / "runs-full", help="where `make demo-full` has its sets")
-    parser.add_argument("--num_draws", type=int, default=1000, help="data sets that are drawn for each case")
+    parser.add_argument("--num_draws", type=int, default=400, help="data sets that are drawn for each case")
     args = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
