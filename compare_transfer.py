@@ -9,6 +9,8 @@
     accelerate launch compare_transfer.py --synthetic_dataset user/cars-syn --search_learning_rate \\
         --model_name_or_path timm/resnet18.tv_in1k google/vit-base-patch16-224-in21k
 
+    accelerate launch compare_transfer.py --synthetic_dataset photos-syn --num_folds 5 --num_repeats 2
+
 method@NAME takes another synthetic set than the first. Several classifiers have recipes of their own each. Finished
 cells are kept: run the same command again to go on.
 """
@@ -33,7 +35,9 @@ from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_g
 from utils.comparison.classifiers import Classifier, parse_classifiers
 from utils.comparison.costs import summarise_all
 from utils.comparison.findings import describe_findings
-from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title
+from utils.comparison.fold_sets import check_fold_sets, check_folds, list_steps, make_fold_sets
+from utils.comparison.folds import check_fold_values, choose_seeds, describe_protocol, list_tested
+from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title, source_key
 from utils.comparison.plots import make_panels, plot_comparison
 from utils.comparison.report import print_comparison, write_markdown
 from utils.comparison.search import (
@@ -45,8 +49,8 @@ from utils.comparison.search import (
 )
 from utils.comparison.statistics import stack_correct
 from utils.data.arguments import check_output_outside, check_real_images_given, named_in_record
-from utils.data.image_set import RealImagesRecord
-from utils.data.real_images import identify_real_images, load_real_images, same_image_set
+from utils.data.image_set import PARTS, RealImagesRecord
+from utils.data.real_images import identify_real_images, load_for_folds, load_real_images, same_image_set
 from utils.transfer.classifiers import default_learning_rates
 from utils.transfer.methods import StageSettings, describe_methods
 from utils.transfer.rehearsal import rehearse
@@ -59,7 +63,7 @@ BASELINES = ("vanilla_matched", "vanilla")  # the first that is compared
 OUTPUTS = (COMPARISON, "comparison.md", "comparison.png", RUN_CONFIG)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, int], SyntheticSource], str | None]:
+def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple, SyntheticSource], str | None]:
     """Return the argument groups, with what the first synthetic set's record says for flags not given, and the sets.
 
     Last comes the name of that set where its record names the real images, None where a flag does.
@@ -73,23 +77,58 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple[str, i
     rows = parse_rows(comparison_args.methods, list(sets))
     for classifier in classifiers if search_args.settings else []:
         check_settings(search_args.settings, rows, classifier.label)
+    num_folds = comparison_args.num_folds
+    if num_folds is not None:
+        comparison_args.seeds = choose_seeds(comparison_args.seeds, comparison_args.num_repeats, parser.given)
     seeds = list(dict.fromkeys(comparison_args.seeds + (search_args.search_seeds or [])))
-    sources = open_sources(sets, seeds, comparison_args.hub_token or None)
+    token = comparison_args.hub_token or None
+    if comparison_args.token_per_fold:  # first: what the records of the sets say is read next
+        prepare_fold_sets(sets, real_args, comparison_args)
+    sources = open_sources(sets, seeds, token, num_folds)
     given = real_args.dataset_name, real_args.train_dir
     first = next(iter(sources.values()))
     recorded, recorded_in = first.record["real_images"], first.name if given == (None, None) else None
     if given == (None, None):
         check_records(list(sources.values()))
     if given == (None, None) or (recorded and same_image_set(recorded, *given)):
-        not_ours = ("num_shots", "few_shot_seed", "max_train_samples")  # the comparison draws subsets of its own
+        not_ours = (
+            "num_shots",
+            "few_shot_seed",
+            "max_train_samples",
+            "fold",
+            "fold_seed",
+        )  # the comparison draws subsets of its own
         parser.fill_in([real_args], {name: value for name, value in recorded.items() if name not in not_ours})
     with named_in_record(real_args, recorded_in):
         check_real_images_given(real_args)
-    check_output_outside(comparison_args.output_dir, real_args)
-    RunFolder(
-        Path(comparison_args.output_dir), "a comparison", {}, COMPARISON, traces=("cells", "stage1"), outputs=OUTPUTS
-    ).check_writable()
+    check_output(comparison_args.output_dir, real_args)
     return list(groups), sources, recorded_in
+
+
+def check_output(output_dir: str, real_args) -> None:
+    """Check that results can be written, and are not among the images.
+
+    Raises:
+        UserError: not so.
+    """
+    check_output_outside(output_dir, real_args)
+    RunFolder(
+        Path(output_dir), "a comparison", {}, COMPARISON, traces=("cells", "stage1"), outputs=OUTPUTS
+    ).check_writable()
+
+
+def prepare_fold_sets(sets: dict[str, str], real_args, comparison_args) -> None:
+    """Make the style tokens and synthetic sets of the folds, once all has been checked that can be.
+
+    Raises:
+        UserError: the folds cannot be made of the images; a step failed.
+    """
+    seeds, num_folds, token = comparison_args.seeds, comparison_args.num_folds, comparison_args.hub_token or None
+    check_fold_sets(sets, seeds, real_args)
+    check_output(comparison_args.output_dir, real_args)
+    check_folds(real_args, num_folds, token)
+    recipes = comparison_args.dsi_recipe, comparison_args.synthesis_recipe
+    make_fold_sets(list_steps(sets, seeds, num_folds, real_args, *recipes), Path(comparison_args.output_dir), token)
 
 
 def check_values(values: dict) -> None:
@@ -106,6 +145,7 @@ def check_values(values: dict) -> None:
     for name in ("learning_rates", "bridge_learning_rates"):
         if values["search_learning_rate"] and len(values[name] or []) > 1:
             raise UserError(f"--search_learning_rate: searches around one value, --{name} has {len(values[name])}.")
+    check_fold_values(values)
     other_shots = set(values["search_shots"] or []) - set(values["num_shots"] or [])
     if other_shots:
         raise UserError(f"--search_shots {min(other_shots)}: not among --num_shots, whose recipes are searched.")
@@ -113,14 +153,20 @@ def check_values(values: dict) -> None:
 
 
 def open_sources(
-    sets: dict[str, str], seeds: list[int], token: str | None = None
-) -> dict[tuple[str, int], SyntheticSource]:
-    """Return the synthetic sets by name and few-shot seed; each is opened once, so all seeds get the same commit.
+    sets: dict[str, str], seeds: list[int], token: str | None = None, num_folds: int | None = None
+) -> dict[tuple, SyntheticSource]:
+    """Return the synthetic sets by name, few-shot seed and, with folds, fold; each is opened once, at one commit.
 
     Raises:
         UserError: a set is not there.
     """
-    paths = {(name, seed): path.replace("{seed}", str(seed)) for name, path in sets.items() for seed in seeds}
+    folds = [None] if num_folds is None else [f"{number}/{num_folds}" for number in range(1, num_folds + 1)]
+    paths = {
+        source_key(name, seed, fold): path.replace("{seed}", str(seed)).replace("{fold}", str(fold).partition("/")[0])
+        for name, path in sets.items()
+        for seed in seeds
+        for fold in folds
+    }
     opened = {}
     for path in dict.fromkeys(paths.values()):
         name, _, revision = (path, "", "") if Path(path).is_dir() else path.partition("@")
@@ -151,6 +197,8 @@ def check_records(sources: list[SyntheticSource]) -> None:
 def warn_of_leaks(runner: CellRunner, num_shots: int | None) -> None:
     """Say which style tokens saw real images outside the smallest few-shot subset of their seed."""
     record = runner.real.record
+    if runner.folds is not None:  # `describe_protocol` says so
+        return
     for (_, seed), source in runner.sources.items():
         recorded = source.record["real_images"]
         if not recorded or not same_image_set(recorded, record.dataset_name, record.train_dir):
@@ -200,14 +248,19 @@ def build_runners(
     identities = {label: pretrained.identity for label, pretrained in opened.items()}
     with named_in_record(real_args, recorded_in):
         record, of_images = identify_real_images(RealImagesRecord.from_arguments(real_args), token)
-        real = load_real_images(record, token)
-    real = open_real_images(real, comparison_args.max_eval_samples, print)
+        if comparison_args.num_folds is None:
+            folds, real, parts = None, load_real_images(record, token), PARTS
+        else:
+            folds = load_for_folds(record, comparison_args.num_folds, token)
+            real, parts = folds.images, ("train",)
+    real = open_real_images(real, comparison_args.max_eval_samples, print, parts)
+    folds = folds and dataclasses.replace(folds, images=real)
     synthetic, known = {}, {}  # shared by all
     return {
         label: CellRunner(
             pretrained, real, sources, settings, training_args, Path(comparison_args.output_dir),
             comparison_args.max_eval_samples, comparison_args.allow_missing_classes,
-            {"model_name_or_path": identities[label]} | of_images, label if len(opened) > 1 else None,
+            {"model_name_or_path": identities[label]} | of_images, label if len(opened) > 1 else None, folds,
             _synthetic=synthetic, _identities=known,
         )
         for label, pretrained in opened.items()
@@ -289,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     first.check(rows, shots, volumes)
     warn_of_leaks(first, shots[0])
     inputs = identify_inputs(classifiers, runners, volumes)
+    protocol = describe_protocol(first, seeds, shots, search_args.settings) if first.folds is not None else []
 
     command = public_command("compare_transfer.py", argv)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -305,29 +359,34 @@ def main(argv: Sequence[str] | None = None) -> dict:
             write_settings(output_dir / SETTINGS, chosen)
 
         # cells
-        results = {}
+        folds, results = [None] if first.folds is None else first.folds.names, {}
         for label, runner in runners.items():
-            results[label] = run_table(runner, plan_table(rows, shots, seeds, volumes, chosen[label]), num_workers)
+            table = plan_table(rows, shots, seeds, volumes, chosen[label], folds)
+            results[label] = run_table(runner, table, num_workers)
             runner.release_images()
 
         # results
-        correct = {label: stack_correct(of_one) for label, of_one in results.items()}
+        tested = first.folds and list_tested(first, seeds)
+        correct = {label: stack_correct(of_one, tested, len(first.real.train)) for label, of_one in results.items()}
         baseline = next((row for name in BASELINES for row in results[classifiers[0].label] if row.label == name), None)
         baseline_name = baseline and baseline.label
         summary = summarise_all(
-            results, baseline, sources=sources, seeds=seeds, token=comparison_args.hub_token or None
+            results, correct, baseline, sources=sources, seeds=seeds, token=comparison_args.hub_token or None
         )  # fmt: skip
-        findings = describe_findings(correct, baseline)
+        findings = describe_findings(correct, baseline) + protocol
         comparison = {
             "findings": findings, "baseline": baseline_name, "seeds": seeds, "summary": summary,
             "settings": join_classifiers(chosen), "inputs": inputs,
         }  # fmt: skip
+        if first.folds is not None:
+            comparison |= {"num_folds": first.folds.num_folds, "num_repeats": len(seeds), "protocol": protocol}
         write_record(output_dir / COMPARISON, comparison)
         write_markdown(
             output_dir / "comparison.md", summary, baseline_name,
             findings=findings, seeds=seeds, sets=sets, own_sets="{seed}" in "".join(sets.values()),
             classifiers=classifiers, real=first.real.record.name, chosen=chosen,
             chosen_how=describe_choice(search_args.settings, chosen, search_seeds), command=command,
+            num_folds=comparison_args.num_folds,
         )  # fmt: skip
         plot_comparison(output_dir / "comparison.png", make_panels(summary, correct, findings))
         if len(searches) == 1:  # of several, each has learning rates of its own

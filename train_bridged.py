@@ -213,11 +213,14 @@ def load_images(args: SimpleNamespace, source) -> tuple:
         UserError: the images do not go together, are damaged, or a stream's epochs cannot be counted.
     """
     from utils.data.opened_images import open_synthetic
+    from utils.data.real_images import describe_small_parts
     from utils.transfer.run_method import select_images
     from utils.transfer.synthetic_images import count_leaked_images, load_synthetic, num_images
 
     real, synthetic, method = load_real(args), None, args.chosen_method
     counts = {"real": len(real.train)}
+    if small := describe_small_parts(real):
+        logger.warning(small)
     if source is not None:
         limit, streaming = args.synthetic.max_synthetic_samples_per_class, args.synthetic.streaming
         synthetic = load_synthetic(

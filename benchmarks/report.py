@@ -14,7 +14,7 @@ from rich.markdown import Markdown
 from utils.cli.records import package_versions
 
 FOLDER = Path(__file__).parent
-INTRO = "# Speed and memory of {script}.py\n\nWritten by `make bench`; every figure is measured, none typed in.\n"
+INTRO = "# {what} of {script}.py\n\nWritten by `make bench`; every figure is measured, none typed in.\n"
 
 
 def format_table(rows: list[dict[str, str]]) -> str:
@@ -37,16 +37,16 @@ def name_machine() -> str:
     return f"{torch.cuda.get_device_name()} and {machine}" if torch.cuda.is_available() else machine
 
 
-def publish_section(script: str, title: str, body: str, is_trial: bool = False) -> None:
+def publish_section(script: str, title: str, body: str, is_trial: bool = False, what: str = "Speed and memory") -> None:
     """Print a section, and put it into the report on `script` unless it is a trial's."""
     Console(width=120).print(Markdown(f"## {title}\n\n{body}"))
     if not is_trial:
-        write_section(script, title, body)
+        write_section(script, title, body, what)
 
 
-def write_section(script: str, title: str, body: str) -> None:
+def write_section(script: str, title: str, body: str, what: str = "Speed and memory") -> None:
     """Put a section into the report on `script` (its name without .py), in the place of one with the same title."""
-    path, intro = FOLDER / f"{script}.md", INTRO.format(script=script)
+    path, intro = FOLDER / f"{script}.md", INTRO.format(script=script, what=what)
     report = path.read_text() if path.exists() else intro
     _, *sections = report.split("\n## ")
     by_title = {section.partition("\n")[0]: section for section in sections}

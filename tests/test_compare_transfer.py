@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import compare_transfer
+from tests.command_lines import parse_flags
 from utils.cli.errors import DivergedError, UserError
 from utils.cli.records import GENERATION_CONFIG, read_record, write_record
+from utils.cli.step_runner import StepRunner
 from utils.comparison import cells
 from utils.comparison.cells import CellRunner
 from utils.comparison.grid import Recipe, Row, make_cell, plan_cell
@@ -20,7 +22,7 @@ from utils.data.real_images import load_real_images
 from utils.hub import cards
 from utils.transfer import stage
 from utils.transfer.methods import METHODS, StageSettings
-from utils.transfer.run_method import select_images
+from utils.transfer.run_method import MethodResult, select_images
 from utils.transfer.stage import Pretrained
 from utils.transfer.synthetic_images import open_synthetic
 
@@ -653,3 +655,172 @@ def test_launched_processes_and_sets_without_settings_or_for_other_images_are_re
     write_record(other / GENERATION_CONFIG, record | {"real_images": {**record["real_images"], "dataset_name": "a/b"}})
     with pytest.raises(UserError, match="was made for 'a/b', .* give --dataset_name or --train_dir"):
         run(tmp_path / "out", "--synthetic_dataset", f"a={synthetic_dir}", f"b={other}")
+
+
+FOLD_FLAGS = ("--num_folds", "4", "--methods", "vanilla_matched", "bridged", "synthetic_only")
+
+
+@pytest.fixture
+def run_folds(classifiers, synthetic_dir):
+    """Run compare_transfer.py with four folds into a folder; return its results."""
+
+    def run_folds(output_dir, *flags, synthetic=synthetic_dir) -> dict:
+        steps = ["--bridge_step_counts", "2", "--step_counts", "1"]
+        return compare_transfer.main(
+            ["--synthetic_dataset", str(synthetic), "--model_name_or_path", classifiers["vit"], *FOLD_FLAGS, *steps,
+             "--output_dir", str(output_dir), *flags]
+        )  # fmt: skip
+
+    return run_folds
+
+
+@pytest.mark.parametrize("shots", [None, 2])
+def test_every_image_is_tested_once_a_repeat_by_a_model_that_saw_none_of_its_fold(
+    run_folds, real_images_dir, tmp_path, monkeypatch, shots
+):
+    seen, whole = [], load_real_images(RealImagesRecord(str(real_images_dir), train_val_split=0.01))
+    every = [image.tobytes() for part in (whole.train, whole.validation) for image in part["image"]]
+    assert len(set(every)) == 60
+
+    def run_method(stages, images, evaluated, *args, **kwargs):
+        tested = [item["pixel_values"].numpy().tobytes() for item in evaluated]
+        seen.append((pixels(images["real"]) if "real" in images else None, tested, len(evaluated)))
+        logits = np.eye(3)[[item["labels"] for item in evaluated]]
+        return MethodResult(
+            None, [], {"vanilla_steps": 1}, {}, logits, np.array([item["labels"] for item in evaluated])
+        )
+
+    monkeypatch.setattr(cells, "run_method", run_method)
+    comparison = run_folds(tmp_path, "--num_repeats", "2", *(["--num_shots", str(shots)] if shots else []))
+    assert len(seen) == 3 * 2 * 4
+    of_vanilla = [(trained, tested) for trained, tested, _ in seen[::3]]
+    for repeat in (of_vanilla[:4], of_vanilla[4:]):
+        assert (
+            len({image for _, tested in repeat for image in tested}) == sum(len(tested) for _, tested in repeat) == 60
+        )
+    assert {len(trained) for trained, _ in of_vanilla} == {45 if shots is None else 6}
+    # which images were tested, by the scripts' own loading of that fold
+    for number, (trained, _) in enumerate(of_vanilla):
+        record = RealImagesRecord(str(real_images_dir), fold=f"{number % 4 + 1}/4", fold_seed=number // 4)
+        assert not set(trained) & set(pixels(load_real_images(record).test))
+    assert comparison["seeds"] == [0, 1] and comparison["num_folds"] == 4
+    (first, *_) = comparison["summary"]
+    assert first["values"] == [100.0] * 8 and first["num_test_images"] == 60
+
+
+def test_folds_are_named_their_cells_kept_and_workers_give_the_same(run_folds, tmp_path, monkeypatch, capsys):
+    trained, flags = trainings(monkeypatch), ("--num_folds", "2", "--methods", "vanilla_matched", "bridged")
+    comparison = run_folds(tmp_path / "alone", *flags)
+    assert len([folder for *_, folder in trained if folder.name == "stage1"]) == 1, "the set is the same in every fold"
+    names = sorted(path.name for path in (tmp_path / "alone" / "cells").iterdir())
+    assert len(names) == 4 and names[0].startswith("bridged-allshots-seed0-fold1of2-test-")
+    settings = read_record(tmp_path / "alone" / "cells" / names[0])["settings"]
+    assert (settings["real_images"]["fold"], settings["real_images"]["fold_seed"]) == ("1/2", 0)
+    protocol = (
+        "2 folds over 60 images: every image is tested once, by models that have trained on other folds only (30 "
+    )
+    printed = capsys.readouterr().out
+    report = (tmp_path / "alone" / "comparison.md").read_text(encoding="utf-8")
+    assert protocol in printed and protocol in report and protocol in comparison["protocol"][0]
+    assert "over 2 folds" in report and "mean ± deviation over 2 folds" in " ".join(printed.split())
+    assert "not searched on these images" in report and "style token of" not in report
+    count = len(trained)
+    assert run_folds(tmp_path / "alone", *flags) == comparison and len(trained) == count
+    beside = run_folds(tmp_path / "beside", *flags, "--num_workers", "2")
+    assert without_seconds(beside) == without_seconds(comparison)
+
+
+def test_test_images_that_a_style_token_has_seen_are_told(run_folds, make_synthetic_dir, tmp_path, monkeypatch, capsys):
+    fake_results_of_folds(monkeypatch)
+    whole = make_synthetic_dir("whole", train_indices=list(range(60)))
+    comparison = run_folds(tmp_path / "out", "--num_shots", "2", synthetic=whole)
+    (line,) = [line for line in comparison["findings"] if "style token" in line and "tested on" in line]
+    assert line.startswith("The style token of dsi has seen all images that the models with its images are tested on")
+    (beyond,) = [line for line in comparison["findings"] if "do not train on" in line]
+    assert "up to 39 real images that the runs with 2 shots" in beyond
+    for printed in (capsys.readouterr().out, (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")):
+        assert line in printed.replace("\\", "")
+    # one set for each fold, whose token has seen that fold's training part
+    for number in range(1, 5):
+        record = RealImagesRecord(str(whole_dir_of(whole)), fold=f"{number}/4", fold_seed=0)
+        rows = load_real_images(record).train_indices.tolist()
+        folder = make_synthetic_dir(f"set-{number}", train_indices=rows)
+        shutil.copytree(folder, tmp_path / f"set-{number}")
+    comparison = run_folds(tmp_path / "per-fold", synthetic=tmp_path / "set-{fold}")
+    assert not any("style token" in line for line in comparison["findings"])
+
+
+def whole_dir_of(synthetic) -> str:
+    return read_record(synthetic / GENERATION_CONFIG)["real_images"]["dataset_name"]
+
+
+def fake_results_of_folds(monkeypatch) -> None:
+    def result(self, cell):
+        _, tested = self.folds.split(cell.fold, cell.seed)
+        return pack_correct(np.arange(len(tested)) % 2 == 0) | {"accuracy": 0.5}
+
+    monkeypatch.setattr(CellRunner, "result", result)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_folds", "1"], "--num_folds 1: must be 2 or above"),
+        (["--num_folds", "21"], "21 folds: class '.*' has 20 images, .*; take 20 folds or fewer"),
+        (["--num_shots", "16"], "--num_shots 16: a class of the real set has only 15 training images"),
+        (["--num_repeats", "2", "--seeds", "4"], "--num_repeats 2: --seeds has 1, must be one for each repeat"),
+        (
+            ["--learning_rates", "1e-4", "1e-3"],
+            "--learning_rates: searches on validation images, of which --num_folds 4",
+        ),
+        (["--search_learning_rate"], "--search_learning_rate: searches on validation images"),
+        (["--max_eval_samples", "6"], "--max_eval_samples 6: does nothing with --num_folds"),
+        (["--test_split", "test"], "--test_split test: does nothing with --num_folds"),
+        (["--token_per_fold"], "--token_per_fold: makes the synthetic sets of which --synthetic_dataset has '{fold}'"),
+        (["--token_per_fold", "--synthetic_dataset", "x-{fold}", "--num_repeats", "2"], "must have '{seed}' too"),
+        (["--token_per_fold", "--synthetic_dataset", "x-{fold}"], "--dataset_name is missing"),
+    ],
+)
+def test_what_does_not_go_with_folds_is_one_line(flags, message, run_folds, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run_folds(tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sets_of_folds_without_folds_are_one_line(run, tmp_path):
+    with pytest.raises(UserError, match="--synthetic_dataset set-{fold}: '{fold}' needs --num_folds"):
+        run(tmp_path / "out", synthetic="set-{fold}")
+
+
+def test_token_per_fold_runs_both_scripts_with_the_fold_and_its_set_is_compared(
+    run_folds, make_synthetic_dir, real_images_dir, tmp_path, monkeypatch
+):
+    ran = []
+
+    def run_step(self, step):
+        ran.append(step)
+        if "generate_synthetic.py" in step.command[0]:
+            fold = ran[-2].command[ran[-2].command.index("--fold") + 1]
+            rows = load_real_images(RealImagesRecord(str(real_images_dir), fold=fold)).train_indices
+            shutil.copytree(make_synthetic_dir(step.name, train_indices=rows.tolist()), step.finished.parent)
+
+    monkeypatch.setattr(StepRunner, "run", run_step)
+    fake_results_of_folds(monkeypatch)
+    flags = ["--token_per_fold", "--dataset_name", str(real_images_dir), "--dsi_recipe", "dsi.yaml", "--no_random_flip"]
+    comparison = run_folds(tmp_path / "out", *flags, synthetic=tmp_path / "syn-{seed}-{fold}")
+    assert not any("style token" in line for line in comparison["findings"])
+    learn, draw = ran[2].command, ran[3].command
+    assert Path(learn[0]).name == "train_dsi.py" and learn[1] == "dsi.yaml" and len(ran) == 8
+    for flag, value in (("--fold", "2/4"), ("--fold_seed", "0"), ("--dataset_name", str(real_images_dir)),
+                        ("--random_flip", "false"), ("--output_dir", f"{tmp_path}/syn-0-2-style")):  # fmt: skip
+        assert learn[learn.index(flag) + 1] == value
+    assert draw[draw.index("--learned_embeds") + 1] == f"{tmp_path}/syn-0-2-style"
+    parse_flags("train_dsi.py", list(learn[2:]))
+    parse_flags("generate_synthetic.py", list(draw[1:]))
+
+    def fail(self, step):
+        raise RuntimeError(f"{step.name} failed, see x.log; the same make command goes on from here")
+
+    monkeypatch.setattr(StepRunner, "run", fail)
+    with pytest.raises(UserError, match="--token_per_fold: style token .* failed, see x.log; the same command goes on"):
+        run_folds(tmp_path / "out", *flags, synthetic=tmp_path / "syn-{seed}-{fold}")

@@ -93,6 +93,8 @@ def assert_same_weights(one, other):
 def test_few_images_with_a_fresh_head_are_told_of_the_kept_one(run, caplog):
     run("fresh", "--num_shots", "4", "--method", "bridged")
     assert "With 12 real images of 3 classes --head_init keep is likely to be better" in caplog.text
+    lines = [record.message for record in caplog.records if "compare_transfer.py --num_folds" in record.message]
+    assert len(lines) == 1 and "of its smallest class, too few to judge by" in lines[0]
     caplog.clear()
     run("many", "--num_shots", "5", "--method", "bridged")
     run("kept", "--num_shots", "4", "--method", "bridged", "--head_init", "keep")

@@ -15,6 +15,8 @@ from tests.conftest import CLASS_NAMES, read_rows, save_class_folders
 from tests.style.pipelines import change_config, change_scheduler
 from utils.cli.errors import UserError
 from utils.cli.records import read_record
+from utils.data.image_set import RealImagesRecord
+from utils.data.real_images import load_for_folds
 from utils.style import monitor, token
 from utils.style.base_models import BaseModel
 
@@ -78,6 +80,17 @@ def test_the_record_holds_what_the_next_step_needs(run_dsi, tiny_pipeline_dir, r
     for name in ("README.md", "training.png", "run_config.json"):
         assert (tmp_path / "style" / name).stat().st_size > 100
     assert "style.png" not in (tmp_path / "style" / "README.md").read_text()
+
+
+def test_a_token_of_a_fold_has_seen_none_of_its_test_images_and_says_so_in_its_record(
+    run_dsi, real_images_dir, tmp_path
+):
+    run_dsi(fold="2/4", fold_seed=1)
+    record = read_record(tmp_path / "style" / "dsi_config.json")
+    assert (record["real_images"]["fold"], record["real_images"]["fold_seed"]) == ("2/4", 1)
+    folds = load_for_folds(RealImagesRecord(str(real_images_dir)), 4)
+    trained, tested = folds.split("2/4", 1)
+    assert set(record["train_indices"]) <= set(trained) and not set(record["train_indices"]) & set(tested)
 
 
 MEAN, STD, SCALE = [-0.4, 0.3, 0.2, -0.1], [0.8, 1.2, 0.5, 2.0], 0.5

@@ -10,6 +10,11 @@ from utils.cli.options import list_needs
 # what a flag lacks, without its values -> flags with which it does nothing, flags with which it does something
 LACKS = {
     "without --use_peft": ("", "--use_peft"),
+    "without --num_folds": ("", "--num_folds 5"),
+    "with --num_folds": ("--num_folds 5", ""),
+    "without --token_per_fold": ("", "--num_folds 5 --token_per_fold"),
+    "without --fold": ("", "--dataset_name x --fold 1/5"),
+    "with --fold, which tests on training images": ("--fold 1/5", ""),
     "without --push_to_hub": ("", "--push_to_hub"),
     "without --torch_compile": ("", "--torch_compile"),
     "without --quality_report": ("", "--quality_report"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from utils.comparison.findings import describe_findings
 from utils.comparison.grid import Row
 from utils.comparison.statistics import mean_costs, pack_correct, paired_gain, stack_correct, summarise
 
@@ -137,3 +138,102 @@ def test_costs_are_those_of_all_stages_averaged_over_seeds():
     seeds = [{"stage1_gpu_hours": 1.0, "stage2_gpu_hours": 0.5}, {"stage1_gpu_hours": 2.0, "stage2_gpu_hours": 0.5}]
     assert mean_costs(seeds)["gpu_hours"] == 2.0
     assert mean_costs([*seeds, {"stage1_gpu_hours": None}])["gpu_hours"] is None
+
+
+def folds_of(differences, num_folds, seed=0):
+    """Return `(folds, images)` bool of two methods, masked where a fold does not test, with these differences."""
+    num_repeats, num_images = differences.shape
+    rng, ours = np.random.default_rng(seed), []
+    for repeat in range(num_repeats):
+        for tested in np.array_split(rng.permutation(num_images), num_folds):
+            run = np.ma.masked_all(num_images, int)
+            run[tested] = differences[repeat, tested]
+            ours.append(run)
+    gains = np.ma.stack(ours)
+    return (gains > 0), (gains < 0)
+
+
+@pytest.mark.parametrize("num_repeats", [1, 3])
+def test_interval_of_folds_adds_the_images_variance_and_the_corrected_one_of_the_models(num_repeats):
+    """Sums written out, where folds differ by more than the images' noise."""
+    rng = np.random.default_rng(1)
+    num_images, num_folds = 40, 4
+    ours, theirs = folds_of(rng.integers(-1, 2, (num_repeats, num_images)), num_folds)
+    for run in range(num_repeats):
+        tested = np.flatnonzero(~np.ma.getmaskarray(ours)[run * num_folds])
+        ours[run * num_folds, tested], theirs[run * num_folds, tested] = True, False
+    runs = [
+        [100 * (int(a) - int(b)) for a, b in zip(ours[run].compressed(), theirs[run].compressed())]
+        for run in range(num_repeats * num_folds)
+    ]
+    by_image = [[] for _ in range(num_images)]
+    for run, values in enumerate(runs):
+        for image, value in zip(np.flatnonzero(~np.ma.getmaskarray(ours)[run]), values):
+            by_image[image].append(value)
+    assert {len(values) for values in by_image} == {num_repeats}, "every image is tested once in each repeat"
+    images = [sum(values) / len(values) for values in by_image]
+    mean = sum(images) / num_images
+    of_images = sum((value - mean) ** 2 for value in images) / (num_images - 1) / num_images
+    fold_means = [sum(values) / len(values) for values in runs]
+    noise = sum((value - middle) ** 2 for values, middle in zip(runs, fold_means) for value in values)
+    noise /= num_repeats * (num_images - num_folds)
+    between = 0
+    for repeat in range(num_repeats):
+        of_repeat = fold_means[repeat * num_folds : (repeat + 1) * num_folds]
+        middle = sum(of_repeat) / num_folds
+        between += sum((value - middle) ** 2 for value in of_repeat) / (num_folds - 1) / num_repeats
+    model = between - noise / (num_images / num_folds)
+    assert model > 0
+    model *= 1 / (num_repeats * num_folds) + 10 / 30  # test over training images
+    freedom = (of_images + model) ** 2 / (of_images**2 / (num_images - 1) + model**2 / (num_repeats * (num_folds - 1)))
+    half = stats.t.ppf(0.975, freedom) * (of_images + model) ** 0.5
+    gain = paired_gain(ours, theirs)
+    assert (gain.mean, gain.low, gain.high) == pytest.approx((mean, mean - half, mean + half))
+
+
+def test_interval_of_folds_that_agree_is_students_t_over_the_images():
+    differences = np.tile([1, 0, -1, 1], 10)[None]
+    ours, theirs = np.ma.masked_all((2, 40), bool), np.ma.masked_all((2, 40), bool)
+    for fold, tested in enumerate((slice(0, 20), slice(20, 40))):  # the same values in each
+        ours[fold, tested], theirs[fold, tested] = (differences > 0)[0, tested], (differences < 0)[0, tested]
+    gain, expected = paired_gain(ours, theirs), stats.ttest_1samp(100 * differences[0], 0).confidence_interval(0.95)
+    assert (gain.low, gain.high) == pytest.approx((expected.low, expected.high))
+    equal = paired_gain(ours, ours)
+    assert (equal.mean, equal.low, equal.high) == (0, 0, 0)
+    unknown = paired_gain(ours | True, ours & False)
+    assert (unknown.mean, unknown.low) == (100, None)
+
+
+def test_interval_of_folds_covers_the_truth_where_models_differ_and_the_naive_one_does_not():
+    """400 sets of 100 images, 5 folds x 3 repeats; images and models differ at random, the true gain is 0."""
+    rng, held, naive = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        images, ours = rng.normal(0, 0.5, 100), []
+        for _ in range(3):
+            for tested in np.array_split(rng.permutation(100), 5):
+                run = np.ma.masked_all(100, int)
+                run[tested] = np.rint(images[tested] + rng.normal(0, 0.05) + rng.normal(0, 0.3, len(tested))).clip(
+                    -1, 1
+                )
+                ours.append(run)
+        gains = np.ma.stack(ours)
+        gain, means = paired_gain(gains > 0, gains < 0), 100 * gains.mean(1)
+        held += gain.low <= 0 <= gain.high
+        naive += abs(means.mean()) <= stats.t.ppf(0.975, 14) * means.std(ddof=1) / 15**0.5
+    assert 0.93 <= held / 400 <= 0.99 and naive / 400 < 0.9
+
+
+def test_summary_of_folds_has_their_accuracies_and_the_mean_over_images():
+    tested = [np.array([0, 2, 4]), np.array([1, 3])]
+    right = [pack_correct(np.array([True, True, False])), pack_correct(np.array([False, False]))]
+    results = {
+        VANILLA: {None: right},
+        BRIDGED: {None: [pack_correct(np.ones(3, bool)), pack_correct(np.ones(2, bool))]},
+    }
+    correct = stack_correct(results, tested, 5)
+    vanilla, bridged = summarise(results, VANILLA, correct)
+    assert vanilla["values"] == pytest.approx([200 / 3, 0]) and vanilla["mean"] == pytest.approx(40)
+    assert (vanilla["num_folds"], vanilla["num_seeds"], vanilla["num_test_images"]) == (2, 1, 5)
+    assert bridged["gain"] == pytest.approx(60) and bridged["gain_low"] < 60
+    assert any("Over 2 folds, in points of accuracy" in line for line in describe_findings({"": correct}, VANILLA))
+    json.dumps([vanilla, bridged], allow_nan=False)

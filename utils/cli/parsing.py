@@ -26,7 +26,7 @@ RANGES = (
     ("above 0", lambda value: value > 0, (
         # real and synthetic images
         "num_shots", "max_train_samples", "max_synthetic_samples_per_class", "mix_ratio", "max_eval_samples", "volumes",
-        "search_shots", "max_images_per_class", "num_pairs",
+        "search_shots", "max_images_per_class", "num_pairs", "num_repeats",
         # training
         "learning_rate", "bridge_learning_rate", "head_learning_rate", "bridge_head_learning_rate", "learning_rates",
         "bridge_learning_rates", "head_learning_rate_factors", "bridge_head_learning_rate_factor", "num_train_epochs",
@@ -41,6 +41,7 @@ RANGES = (
         # drawing
         "num_images_per_class", "guidance_scale", "num_inference_steps", "images_per_shard",
     )),
+    ("2 or above", lambda value: value >= 2, ("num_folds",)),
     ("0 or above", lambda value: value >= 0, (
         "mixup_alpha", "bridge_mixup_alpha", "bridge_mixup_alphas", "weight_decay", "bridge_weight_decay",
         "warmup_steps", "bridge_warmup_steps", "lr_warmup_steps",
@@ -56,7 +57,7 @@ RANGES = (
     )),
     ("above 0 and below 1", lambda value: 0 < value < 1, ("train_val_split", "average", "ema_decay")),
     ("0 or above, and below 2**32", lambda value: 0 <= value < 2**32, (  # what NumPy takes as a seed
-        "seed", "data_seed", "few_shot_seed", "seeds", "search_seeds",
+        "seed", "data_seed", "few_shot_seed", "fold_seed", "seeds", "search_seeds",
     )),
     ("above 0, or left out to train for epochs", lambda value: value > 0 or value == -1, ("max_steps",)),
     ("from 1 to 100", lambda value: 1 <= value <= 100, ("image_quality",)),

@@ -1,9 +1,9 @@
 """The argument groups of compare_transfer.py."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import Field, asdict, dataclass, field
 
-from utils.cli.options import Need, absolute_if_local, option, without_flag
+from utils.cli.options import Need, absolute_if_local, option, with_flag, without_flag
 from utils.data.arguments import RealDataArguments
 from utils.transfer.arguments import ModelArguments, default_num_workers, has_stage_1_steps
 from utils.transfer.methods import AUGMENTATIONS, METHODS, ONE_KIND_NORMS, Method
@@ -12,7 +12,7 @@ DEFAULT_METHODS = [
     "vanilla", "vanilla_matched", "mix", "bridged", "bridged_keep", "bridged_imprint", "bridged_no_mixup",
     "synthetic_only",
 ]  # fmt: skip
-SEARCHED = (
+SEARCHED = (  # of which several values are a search
     "learning_rates", "step_counts", "head_learning_rate_factors", "bridge_learning_rates", "bridge_step_counts",
     "bridge_mixup_alphas",
 )  # fmt: skip
@@ -93,10 +93,26 @@ class ComparedModelArguments(ModelArguments):
         return asdict(self) | {"model_name_or_path": names if len(names) > 1 else names[0]}
 
 
+FOLDS = with_flag("num_folds")
+PER_FOLD = with_flag("token_per_fold")
+NO_FOLDS = without_flag("num_folds")  # which test on all training images, and choose nothing on others
+
+
+def without_folds(name: str) -> Field:
+    """Return the field of a flag on real images that does nothing where there are folds."""
+    known = RealDataArguments.__dataclass_fields__[name]
+    return field(default=known.default, metadata={**known.metadata, "needs": [NO_FOLDS]})
+
+
 @dataclass
 class ComparedImagesArguments(RealDataArguments):
     """The labelled real images, of which the comparison draws its own subsets; the synthetic set's when not given."""
 
+    validation_split: str | None = without_folds("validation_split")
+    test_split: str | None = without_folds("test_split")
+    train_val_split: float = without_folds("train_val_split")
+    fold: str | None = field(default=None, init=False)
+    fold_seed: int = field(default=0, init=False)
     num_shots: int | None = field(default=None, init=False)
     few_shot_seed: int = field(default=0, init=False)
     max_train_samples: int | None = field(default=None, init=False)
@@ -111,7 +127,8 @@ class ComparisonArguments:
     synthetic_dataset: list[str] = option(
         [],
         "Synthetic sets, NAME=PATH or one bare path (folder, or data set id, which may end in @REVISION); "
-        "'{seed}' in a path stands for the few-shot seed, as a style token is learned from that seed's images.",
+        "'{seed}' in a path stands for the few-shot seed, as a style token is learned from that seed's images, and "
+        "'{fold}' for the number of the fold, from 1.",
     )
     allow_missing_classes: bool = option(False, "Accept synthetic sets that lack some of the real set's classes.")
     methods: list[str] = option(
@@ -119,13 +136,34 @@ class ComparisonArguments:
         f"Rows of the table: {', '.join(METHODS)}; method@NAME takes another synthetic set than the first.",
     )
     num_shots: list[int] | None = option(None, "Real images per class; all of them when not given.", needs=[ON_REAL])
-    seeds: list[int] = option([0, 1, 2], "Seeds of shots and training, one run each.")
+    seeds: list[int] = option(
+        [0, 1, 2],
+        "Seeds of shots and training, one run each; with --num_folds one for each repeat, which also draws its folds "
+        "(0, 1, ... when not given).",
+    )
+    num_folds: int | None = option(
+        None,
+        "Stratified cross-validation with so many folds, for few images: all of the training split are used, each is "
+        "tested once by a model that has seen none of its fold, and no part is held out. Nothing is searched: recipes "
+        "are the flags', or those of --settings.",
+    )
+    num_repeats: int = option(1, "Repeats of the folds, each drawn by its own seed.", needs=[FOLDS])
+    token_per_fold: bool = option(
+        False,
+        "First learn a style token of each fold's training part, and draw its synthetic set, by train_dsi.py and "
+        "generate_synthetic.py; --synthetic_dataset names where: 'syn-{fold}', with repeats 'syn-{seed}-{fold}'.",
+        needs=[FOLDS],
+    )
+    dsi_recipe: str | None = option(None, "Recipe of train_dsi.py, for its other flags.", needs=[PER_FOLD])
+    synthesis_recipe: str | None = option(
+        None, "Recipe of generate_synthetic.py, for its other flags.", needs=[PER_FOLD]
+    )
     volumes: list[int] | None = option(
         None, "Synthetic images per class, the smaller among the larger; all of them when not given.",
         needs=[STAGE_1_STEPS],
     )  # fmt: skip
     max_eval_samples: int | None = option(
-        None, "Use so many validation and test images, evenly spread; all when not given."
+        None, "Use so many validation and test images, evenly spread; all when not given.", needs=[NO_FOLDS]
     )
     num_workers: int = option(1, "Processes that run cells side by side; they share cores, and GPUs in turn.")
     output_dir: str = option("comparison", "Output folder; finished cells in it are kept.")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from filelock import FileLock
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -26,7 +27,8 @@ from utils.cli.errors import DivergedError, UserError
 from utils.cli.records import read_record, write_record
 from utils.comparison.grid import Cell, Row, fingerprint, plan_cell, shots_key
 from utils.comparison.statistics import pack_correct
-from utils.data.image_set import PLACES, RealImages
+from utils.data.folds import Folds
+from utils.data.image_set import PLACES, RealImages, RealImagesRecord
 from utils.data.opened_images import open_synthetic
 from utils.data.real_images import identify_real_images
 from utils.data.splits import balanced_indices
@@ -43,8 +45,9 @@ _runner: "CellRunner | None" = None  # of a worker process
 
 @dataclass
 class CellRunner:
-    """What all cells share. `sources` maps (name of a synthetic set, seed) to the set.
+    """What all cells share. `sources` maps (name of a synthetic set, seed), and fold where there are, to the set.
 
+    With `folds`, `real` are their images: all in its training part, of which each cell tests on a fold.
     `settings` has what recipes and methods leave open, `shared_inputs` what told the contents of model and real images
     from others before these were loaded. Several runners, in as many processes, may share `output_dir`:
     each cell and each stage 1 has a lock, and is run once. `classifier` names `pretrained` where there are others too.
@@ -52,7 +55,7 @@ class CellRunner:
 
     pretrained: Pretrained
     real: RealImages
-    sources: dict[tuple[str, int], SyntheticSource]
+    sources: dict[tuple, SyntheticSource]
     settings: StageSettings
     training_args: TrainingArguments
     output_dir: Path
@@ -60,6 +63,7 @@ class CellRunner:
     allow_missing_classes: bool = False
     shared_inputs: dict[str, str] = field(default_factory=dict)
     classifier: str | None = None
+    folds: Folds | None = None
     _items: dict = field(default_factory=dict)
     _synthetic: dict = field(default_factory=dict)
     _identities: dict = field(default_factory=dict)
@@ -103,7 +107,11 @@ class CellRunner:
 
     @cached_property
     def _images_per_class(self) -> float:
-        return images_per_class(self.real.train)
+        return images_per_class(self.real.train.select(self.few_shot_rows(None, 0, self.first_fold)))
+
+    @property
+    def first_fold(self) -> str | None:
+        return self.folds and self.folds.names[0]
 
     def path(self, cell: Cell) -> Path:
         """Return the file with a cell's result, which is there once the cell is finished."""
@@ -112,7 +120,10 @@ class CellRunner:
             parts.append(f"{shots_key(cell.num_shots)}shots")
         if cell.row.volume is not None:
             parts.append(f"{cell.row.volume}volume")
-        parts += [f"seed{cell.seed}", cell.split, fingerprint(self._cell_settings(cell))]
+        parts.append(f"seed{cell.seed}")
+        if cell.fold is not None:
+            parts.append(f"fold{cell.fold.replace('/', 'of')}")
+        parts += [cell.split, fingerprint(self._cell_settings(cell))]
         return self.output_dir / "cells" / f"{'-'.join(parts)}.json"
 
     def bridge_dir(self, cell: Cell) -> Path | None:
@@ -132,13 +143,17 @@ class CellRunner:
         Raises:
             UserError: one of them does not fit, or a synthetic image is damaged.
         """
-        smallest = _smallest_class(self.real.train)
+        draws = {(seed, *fold) for _, seed, *fold in self.sources}
+        trained = [self.real.train.select(self.few_shot_rows(None, *draw)) for draw in draws]
+        smallest = min(map(_smallest_class, trained))
         most = max(count or 0 for count in shots)
         if most > smallest:
             raise UserError(f"--num_shots {most}: a class of the real set has only {smallest} training images.")
         most = max(volume or 0 for volume in volumes)
         used = {row.synthetic for row in rows if row.method.uses_synthetic}
-        sources = {(source.name, source.revision): source for (name, _), source in self.sources.items() if name in used}
+        sources = {
+            (source.name, source.revision): source for (name, *_), source in self.sources.items() if name in used
+        }
         for source in sources.values():  # several seeds may share one
             images = self.load_synthetic(source)
             open_synthetic(images, source.name, skip_bad_images=False)
@@ -157,10 +172,14 @@ class CellRunner:
             )  # fmt: skip
         return self._synthetic[key]
 
-    def few_shot_rows(self, num_shots: int | None, seed: int) -> np.ndarray:
-        """Return the rows of `real.train` that `load_real_images` gives for these shots; None is all."""
+    def few_shot_rows(self, num_shots: int | None, seed: int, fold: str | None = None) -> np.ndarray:
+        """Return the rows of `real.train` that `load_real_images` gives for these shots; None is all.
+
+        With a fold they are those of its training part.
+        """
         labels = np.asarray(self.real.train["label"])
-        return balanced_indices(labels, num_shots and num_shots * len(np.unique(labels)), seed)
+        rows = np.arange(len(labels)) if fold is None else self.folds.split(fold, seed)[0]
+        return rows[balanced_indices(labels[rows], num_shots and num_shots * len(np.unique(labels[rows])), seed)]
 
     def _cell_settings(self, cell: Cell) -> dict:
         """Return all that decides a cell's result."""
@@ -176,6 +195,9 @@ class CellRunner:
             settings |= self._synthetic_settings(cell) | {"mix_ratio": cell.row.method.mix_ratio}
         return settings
 
+    def _record(self, cell: Cell) -> RealImagesRecord:
+        return self.real.record if cell.fold is None else self.folds.record(cell.fold, cell.seed)
+
     def _shared_settings(self, cell: Cell) -> dict:
         precision = self.training_args.mixed_precision
         settings = {
@@ -189,11 +211,11 @@ class CellRunner:
     def _real_settings(self, cell: Cell) -> dict:
         num_shots = shots_key(cell.num_shots) if cell.row.method.uses_real else None
         return {
-            "num_shots": num_shots, "real_images": self.real.record.to_dict(), **self._contents(cell, PLACES),
+            "num_shots": num_shots, "real_images": self._record(cell).to_dict(), **self._contents(cell, PLACES),
         }  # fmt: skip
 
     def _synthetic_settings(self, cell: Cell) -> dict:
-        source = self.sources[cell.row.synthetic, cell.seed]
+        source = self.sources[cell.source]
         # what a folder's record says of a set that grew does not matter where only its first images are used
         described = dataclasses.asdict(source) if source.revision else self.inputs(cell)["synthetic_dataset"]
         return {"synthetic_dataset": described, "volume": cell.row.volume}
@@ -202,7 +224,7 @@ class CellRunner:
         """Return what tells the contents of a cell's inputs from others, by flag, as they were when first looked at."""
         if not cell.row.method.uses_synthetic:
             return self.shared_inputs
-        source = self.sources[cell.row.synthetic, cell.seed]
+        source = self.sources[cell.source]
         return self.shared_inputs | {"synthetic_dataset": self.identity_of(source, cell.row.volume)}
 
     def identity_of(self, source: SyntheticSource, volume: int | None) -> str:
@@ -216,7 +238,7 @@ class CellRunner:
         _, inputs = identify_real_images(self.real.record, self.pretrained.hub_options.get("token"))
         inputs["model_name_or_path"] = self.pretrained.identity
         if cell.row.method.uses_synthetic:
-            source = self.sources[cell.row.synthetic, cell.seed]
+            source = self.sources[cell.source]
             inputs["synthetic_dataset"] = identify_synthetic(source, cell.row.volume)
         return inputs
 
@@ -239,12 +261,13 @@ class CellRunner:
         work_dir = self.output_dir / "work" / self.path(cell).stem
         shutil.rmtree(work_dir, ignore_errors=True)  # of a run that was killed
         method, shared_dir = cell.row.method, self.bridge_dir(cell)
-        real = self.real.train.select(self.few_shot_rows(cell.num_shots, cell.seed)) if method.uses_real else None
-        synthetic = None
+        real, synthetic = None, None
+        if method.uses_real:
+            real = self.real.train.select(self.few_shot_rows(cell.num_shots, cell.seed, cell.fold))
         if method.uses_synthetic:
-            synthetic = self.load_synthetic(self.sources[cell.row.synthetic, cell.seed], cell.row.volume)
+            synthetic = self.load_synthetic(self.sources[cell.source], cell.row.volume)
         done = run_method(
-            self.plan(cell), select_images(method, real, synthetic), self._eval_items(cell.split),
+            self.plan(cell), select_images(method, real, synthetic), self._eval_items(cell),
             self.pretrained, self.real.class_names, dataclasses.replace(self.training_args, seed=cell.seed),
             lambda stage: shared_dir if stage.images == "synthetic" else work_dir,
             resume=True, inputs=self.inputs(cell),
@@ -259,13 +282,18 @@ class CellRunner:
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / f"{name}.lock")
 
-    def _eval_items(self, split: str) -> EvalImages | list[dict]:
-        """Return the images of a part for evaluation: their items in memory where these are not too large."""
+    def _eval_items(self, cell: Cell) -> EvalImages | Subset | list[dict]:
+        """Return the images that a cell is judged on: their items in memory where these are not too large."""
+        split = cell.split if cell.fold is None else "train"
         if split not in self._items:
             images = EvalImages(getattr(self.real, split), self.pretrained.image_processor)
             num_bytes = len(images) * images[0]["pixel_values"].nbytes
             self._items[split] = list(images) if num_bytes <= MAX_BYTES_IN_MEMORY else images
-        return self._items[split]
+        items = self._items[split]
+        if cell.fold is None:
+            return items
+        _, tested = self.folds.split(cell.fold, cell.seed)
+        return [items[place] for place in tested] if isinstance(items, list) else Subset(items, tested)
 
 
 def _smallest_class(images: Dataset) -> int:

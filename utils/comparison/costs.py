@@ -14,18 +14,23 @@ from utils.transfer.synthetic_images import FLAG, SyntheticSource, num_images
 GENERATOR, STYLE_TOKEN = "generator_seconds", "style_token_seconds"  # in a summary
 
 
-def summarise_all(results: dict[str, dict], baseline: Row | None, **preparation) -> list[dict]:
-    """Return the entries of all classifiers, each with its label where there are several, and all costs."""
+def summarise_all(
+    results: dict[str, dict], correct: dict[str, dict], baseline: Row | None, **preparation
+) -> list[dict]:
+    """Return the entries of all classifiers, each with its label where there are several, and all costs.
+
+    `correct` has by classifier what `stack_correct` makes of its results.
+    """
     summary = []
     for label, of_one in results.items():
-        entries = summarise(of_one, baseline)
+        entries = summarise(of_one, baseline, correct[label])
         add_preparation(entries, of_one, **preparation)
         summary += [{"classifier": label, **entry} for entry in entries] if len(results) > 1 else entries
     return summary
 
 
 def add_preparation(
-    summary: list[dict], rows: Iterable[Row], sources: dict[tuple[str, int], SyntheticSource], seeds: list[int],
+    summary: list[dict], rows: Iterable[Row], sources: dict[tuple, SyntheticSource], seeds: list[int],
     token: str | None = None,
 ) -> None:  # fmt: skip
     """Add to entries of methods with synthetic images what these took to make, in seconds, a mean over the seeds' sets.
@@ -38,7 +43,11 @@ def add_preparation(
     for row in rows:
         if not row.method.uses_synthetic:
             continue
-        sets = {(source.name, source.revision): source for source in (sources[row.synthetic, seed] for seed in seeds)}
+        sets = {
+            (source.name, source.revision): source
+            for (name, seed, *_), source in sources.items()
+            if name == row.synthetic and seed in seeds
+        }
         costs = {GENERATOR: [_share(measured[key][GENERATOR], known[key], row.volume) for key in sets]}
         costs[STYLE_TOKEN] = [measured[key][STYLE_TOKEN] for key in sets if STYLE_TOKEN in measured[key]]
         means = {

@@ -175,8 +175,9 @@ def largest_volume(correct: Correct) -> list[Row]:
 
 
 def _describe_bridged(correct: Correct, baseline: Row, bridged: list[Row]) -> list[str]:
-    num_seeds = len(next(iter(correct[baseline].values())))
-    scope = f"Over {num_seeds} seeds" if num_seeds > 1 else "In a single run (one seed)"
+    runs = next(iter(correct[baseline].values()))
+    what = "folds" if isinstance(runs, np.ma.MaskedArray) else "seeds"
+    scope = f"Over {len(runs)} {what}" if len(runs) > 1 else "In a single run (one seed)"
     against = baseline.label if baseline.label == "vanilla_matched" else f"{baseline.label}, which took fewer steps"
     first, *others = (f"{row.label} {_describe_gains(correct[row], correct[baseline])}." for row in bridged)
     return [f"{scope}, in points of accuracy [95 % interval] over {against}: {first}", *others]

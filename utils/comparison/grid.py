@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from utils.cli.errors import UserError
@@ -44,6 +45,7 @@ class Cell:
     """One training run, complete in itself; `split` is what it is judged on.
 
     `num_shots` None is all real images, or none for a method that uses none; `bridge` are the settings of stage 1.
+    `fold`, such as `2/5`, is the part of the images on which it is tested, and not trained.
     """
 
     row: Row
@@ -52,17 +54,25 @@ class Cell:
     recipe: Recipe
     bridge: StageSettings
     split: str = "test"
+    fold: str | None = None
 
     @property
     def title(self) -> str:
         shots = [shots_title(self.num_shots)] if self.row.method.uses_real else []
         volume = [] if self.row.volume is None else [volume_title(self.row.volume)]
-        return ", ".join([self.row.label, *shots, *volume, f"seed {self.seed}"])
+        fold = [] if self.fold is None else [f"fold {self.fold}"]
+        return ", ".join([self.row.label, *shots, *volume, f"seed {self.seed}", *fold])
+
+    @property
+    def source(self) -> tuple:
+        """What names its synthetic set among the `sources` of a `CellRunner`."""
+        return source_key(self.row.synthetic, self.seed, self.fold)
 
 
 def make_cell(
-    row: Row, num_shots: int | None, seed: int, recipe: Recipe | None, bridge: StageSettings, split: str = "test"
-) -> Cell:
+    row: Row, num_shots: int | None, seed: int, recipe: Recipe | None, bridge: StageSettings, split: str = "test",
+    fold: str | None = None,
+) -> Cell:  # fmt: skip
     """Return a cell without what its method does not use, so that equal runs are equal cells."""
     if not row.method.uses_synthetic:
         row = replace(row, volume=None)
@@ -70,7 +80,12 @@ def make_cell(
         num_shots = None
     if not row.method.takes_recipe:
         recipe = Recipe(0.0, 0)
-    return Cell(row, num_shots, seed, recipe, bridge, split)
+    return Cell(row, num_shots, seed, recipe, bridge, split, fold)
+
+
+def source_key(name: str, seed: int, fold: str | None = None) -> tuple:
+    """Return (name, seed), or (name, seed, fold) where there are folds."""
+    return (name, seed) if fold is None else (name, seed, fold)
 
 
 def plan_cell(cell: Cell, settings: StageSettings, images_per_class: float | None = None) -> list[StagePlan]:
@@ -83,9 +98,13 @@ def plan_cell(cell: Cell, settings: StageSettings, images_per_class: float | Non
 
 
 def plan_table(
-    rows: list[Row], shots: list[int | None], seeds: list[int], volumes: list[int | None], chosen: dict
-) -> dict[Row, dict[int | None, list[Cell]]]:
-    """Return the cells of the test table by row and shots, one a seed; `chosen` is what chosen_settings.json holds."""
+    rows: list[Row], shots: list[int | None], seeds: list[int], volumes: list[int | None], chosen: dict,
+    folds: Sequence[str | None] = (None,),
+) -> dict[Row, dict[int | None, list[Cell]]]:  # fmt: skip
+    """Return the cells of the test table by row and shots, one for each seed, or for each of its folds in turn.
+
+    `chosen` is what chosen_settings.json holds.
+    """
     bridge = StageSettings(**chosen["stage1"])
     table = {}
     for row in rows:
@@ -94,7 +113,11 @@ def plan_table(
                 count: look_up_recipe(chosen, row, count) if row.method.takes_recipe else None for count in shots
             }
             table[replace(row, volume=volume)] = {
-                count: [make_cell(replace(row, volume=volume), count, seed, recipe, bridge) for seed in seeds]
+                count: [
+                    make_cell(replace(row, volume=volume), count, seed, recipe, bridge, fold=fold)
+                    for seed in seeds
+                    for fold in folds
+                ]
                 for count, recipe in recipes.items()
             }
     return table
@@ -120,7 +143,9 @@ def parse_rows(methods: list[str], set_names: list[str]) -> list[Row]:
 
 
 def parse_synthetic_sets(values: list[str]) -> dict[str, str]:
-    """Return name -> path (which may hold `{seed}`) for values like `NAME=PATH`, or one bare path (named `dsi`).
+    """Return name -> path (which may hold `{seed}` and `{fold}`) for values like `NAME=PATH`.
+
+    One bare path has the name `dsi`.
 
     Raises:
         UserError: several paths of which one has no name, or a name twice.

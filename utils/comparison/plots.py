@@ -12,6 +12,7 @@ from sklearn.isotonic import isotonic_regression
 
 from utils.comparison.findings import list_highlights, recommend
 from utils.comparison.grid import shots_title
+from utils.comparison.statistics import count_runs
 from utils.transfer.methods import METHODS
 
 COLORS = [color for number, color in enumerate(matplotlib.colormaps["tab10"].colors) if number != 7]  # without grey
@@ -145,12 +146,14 @@ def _plot_points(axis, entries: list[dict], styles: dict[str, dict]) -> None:
         style = styles[entry["method"]]
         axis.errorbar(entry["mean"], position, xerr=entry["std"] or 0, label=entry["method"], **style)
         if entry["std"] is not None:
-            places = [position] * entry["num_seeds"]
+            places = [position] * len(entry["values"])
             axis.plot(entry["values"], places, "|", color=style["color"], markersize=12, alpha=0.6)
     axis.set_yticks(range(len(entries)), [_shorten(entry["method"]) for entry in reversed(entries)])
     for label, entry in zip(axis.get_yticklabels(), reversed(entries)):
         label.set(**_text_style(styles[entry["method"]]))
-    what = "bars: standard deviation over seeds, ticks: each seed" if entries[0]["std"] is not None else "one seed"
+    _, runs = count_runs(entries)
+    bars = f"bars: standard deviation over {runs}, ticks: each {runs[:-1]}"
+    what = bars if entries[0]["std"] is not None else "one seed"
     axis.set(xlabel=f"test accuracy, %, {shots_title(entries[0]['num_shots'])} ({what})")
     axis.set_ylim(-0.6, len(entries) - 0.4)
     axis.grid(alpha=0.3, axis="x")
@@ -160,7 +163,9 @@ def _plot_over_shots(axis, entries: list[dict], styles: dict[str, dict], shots: 
     for method, style in styles.items():
         _plot_line(axis, [entry for entry in entries if entry["method"] == method], "num_shots", style, styles)
     _set_log_ticks(axis, shots)
-    what = " (bars: standard deviation over seeds)" if entries[0]["std"] is not None else ", one seed"
+    what = (
+        f" (bars: standard deviation over {count_runs(entries)[1]})" if entries[0]["std"] is not None else ", one seed"
+    )
     axis.set(xlabel="real images per class", ylabel=f"test accuracy, %{what}")
     last = {entry["method"]: entry["mean"] for entry in entries if entry["num_shots"] == shots[-1]}
     _label_lines(axis, last, styles, height)

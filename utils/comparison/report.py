@@ -11,7 +11,7 @@ from utils.cli.records import write_text
 from utils.cli.tables import print_table
 from utils.comparison.costs import GENERATOR, STYLE_TOKEN, describe_sharing
 from utils.comparison.grid import shots_key, shots_title, volume_title
-from utils.comparison.statistics import COSTS, Gain
+from utils.comparison.statistics import COSTS, Gain, count_runs
 from utils.hub.cards import FUNCTIONS, code, hub_ids, text
 from utils.transfer.methods import METHODS
 
@@ -30,8 +30,8 @@ def print_comparison(summary: list[dict], findings: list[str], baseline: str | N
     console = Console(markup=False, emoji=False)
     for sentence in findings:
         console.print(Text(sentence), soft_wrap=True)  # Text: brackets in names and intervals are no markup
-    num_seeds = summary[0]["num_seeds"]
-    title = f"test accuracy, %, {'one seed' if num_seeds == 1 else f'mean ± deviation over {num_seeds} seeds'}"
+    num_runs, runs = count_runs(summary)
+    title = f"test accuracy, %, {'one seed' if num_runs == 1 else f'mean ± deviation over {num_runs} {runs}'}"
     notes = [f"below it the gain over {baseline} [95 % interval]"] if baseline else []
     notes += filter(None, [describe_sharing(summary)])
     table = Table(title=title, caption=Text("\n".join(notes)) if notes else None, show_lines=True)
@@ -51,7 +51,8 @@ def write_markdown(path: str | Path, summary: list[dict], baseline: str | None, 
     """Write the report: what was found, table, costs, settings; ready to be a README on the Hub.
 
     `facts`: findings, seeds, sets (name -> path), own_sets (each seed has sets of its own), classifiers (of
-    `parse_classifiers`), real, chosen (by their labels, what `chosen_settings.json` holds), chosen_how, command.
+    `parse_classifiers`), real, chosen (by their labels, what `chosen_settings.json` holds), chosen_how, command; of
+    folds also num_folds.
     """
     methods = list(dict.fromkeys(entry["method"] for entry in summary))
     real, models = facts["real"], hub_ids(*(classifier.name for classifier in facts["classifiers"]))

@@ -61,7 +61,7 @@ def list_recipes(search_args, runner: CellRunner, shots: list[int | None]) -> di
     batch_size = runner.settings.per_device_train_batch_size
     recipes = {}
     for num_shots in shots:
-        num_images = len(runner.few_shot_rows(num_shots, seed=0))
+        num_images = len(runner.few_shot_rows(num_shots, 0, runner.first_fold))
         steps = search_args.step_counts or [epoch_steps(search_args.num_train_epochs, num_images, batch_size)]
         grid = product(rates, steps, search_args.head_learning_rate_factors or [None])
         recipes[num_shots] = [Recipe(*values) for values in grid]
@@ -81,7 +81,7 @@ def choose_bridge(
     """
     if len(candidates) == 1:
         return candidates[0]
-    set_name, _ = next(iter(runner.sources))
+    set_name, *_ = next(iter(runner.sources))
     row = Row("synthetic_only", "synthetic_only", set_name, volume)
     cells = {
         bridge: [make_cell(row, None, seed, None, bridge, "validation") for seed in seeds] for bridge in candidates

@@ -1,6 +1,7 @@
 """The flags that name the labelled real images, and the check that they name one set. Opens no image."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ WITH_SHOTS = Need(
     lambda values: any(values.get(name) for name in OF_SHOTS),
     "add one or ",
 )
+
+OF_FOLD = Need(
+    "without --fold", lambda values: bool(values.get("fold") or values.get("synthetic_dataset")), "add it or "
+)
+NO_FOLD = Need("with --fold, which tests on training images", lambda values: not values.get("fold"))
 
 
 @dataclass
@@ -47,6 +53,7 @@ class RealDataArguments:
         None,
         "Split or slice for the test, such as 'train[80%%:]' (default: test, testing, eval or evaluation; "
         "else that of validation; else a tenth, carved off).",
+        needs=[NO_FOLD],
     )
     train_val_split: float = option(
         0.1, "Share of the training images, above 0 and below 1, carved off where no split is for validation."
@@ -62,6 +69,25 @@ class RealDataArguments:
         True, "Train on mirrored images too; false where left is not right (text, signs, arrows)."
     )
     skip_bad_images: bool = option(False, "Leave damaged images out and count them (default: an error).")
+    fold: str | None = option(
+        None,
+        "K/N, such as 1/5: test on the K-th of N stratified folds of the training images, and train on the others, as "
+        "one fold of compare_transfer.py --num_folds N does; a test part of the set's own is not used.",
+    )
+    fold_seed: int = option(0, "Which images the folds are.", needs=[OF_FOLD])
+
+
+def parse_fold(text: str) -> tuple[int, int]:
+    """Return (2, 5) for `2/5`, the second of five folds.
+
+    Raises:
+        UserError: it is not written so, or there is no such fold.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, num_folds = map(int, match.groups()) if match else (0, 0)
+    if num_folds < 2 or not 1 <= number <= num_folds:
+        raise UserError(f"--fold {text}: must be K/N, the K-th of N folds, such as 1/5; N is 2 or above.")
+    return number, num_folds
 
 
 def check_real_images_given(real_data: RealDataArguments) -> None:
@@ -81,6 +107,8 @@ def check_real_images_given(real_data: RealDataArguments) -> None:
             "give one of them."
         )
     check_ranges(vars(real_data))
+    if real_data.fold is not None:
+        parse_fold(real_data.fold)
     if real_data.train_dir is not None:
         for name in ("dataset_config_name", "dataset_revision", "train_split", "validation_split", "test_split"):
             value = getattr(real_data, name)

@@ -28,7 +28,11 @@ class RealImagesRecord(RealDataArguments):
         return cls(**values | {name: absolute_if_local(values[name]) for name in PLACES})
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """Return the record as JSON holds it; that of a set without folds says nothing of them."""
+        record = asdict(self)
+        if self.fold is None:
+            del record["fold"], record["fold_seed"]
+        return record
 
 
 @dataclass(frozen=True)

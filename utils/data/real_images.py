@@ -11,6 +11,7 @@ from utils.cli.errors import UserError
 from utils.data.class_folders import CARD, has_card_with_data, load_folder_set, read_local_set, read_train_dirs
 from utils.data.class_names import list_names, near_equal_names
 from utils.data.columns import find_columns, is_labelled, standardise, unify_labels
+from utils.data.folds import Folds, split_fold
 from utils.data.image_set import PARTS, PLACES, Part, RealImages, RealImagesRecord
 from utils.data.opened_images import content_places
 from utils.data.splits import TEST_SHARE, assign_splits, balanced_indices, carve, evenly_spaced, select
@@ -59,7 +60,8 @@ def load_real_images(record: RealImagesRecord, token: str | None = None) -> Real
     """Load a labelled image set and split it.
 
     A part that no split serves for is carved off the training images, class by class, before shots are drawn: test a
-    tenth of the whole, validation `train_val_split`.
+    tenth of the whole, validation `train_val_split`. With the record's `fold` the test part is that fold of the
+    training images, whatever part the set has for it.
 
     Raises:
         UserError: what `load_labelled_splits` raises; too few images for the shots, or none left to train on.
@@ -68,6 +70,9 @@ def load_real_images(record: RealImagesRecord, token: str | None = None) -> Real
     record, images, parts = found.record, dict(found.images), dict(found.parts)
     whole, rows = images["train"], parts["train"].rows
     labels, kept = np.asarray(whole["label"]), np.arange(len(whole))
+    if record.fold is not None:
+        kept, tested = split_fold(labels, record.fold, record.fold_seed, found.class_names)
+        images["test"], parts["test"] = whole.select(tested), Part(parts["train"].split, rows[tested], is_carved=True)
     carved = [part for part in ("test", "validation") if part not in images]
     places, end = content_places(whole) if carved else None, 0.0
     for part in carved:
@@ -82,7 +87,31 @@ def load_real_images(record: RealImagesRecord, token: str | None = None) -> Real
     kept = kept[_training_subset(labels[kept], found.class_names, record)]
     images["train"], parts["train"] = whole.select(kept), replace(parts["train"], rows=rows[kept])
     real = RealImages(**images, class_names=found.class_names, record=record, parts=parts)
-    return replace(real, remarks=(_describe_parts(real, found.unused), *_list_doubts(real)))
+    unused = found.unused | ({} if record.fold is None else count_images(found, "test"))
+    return replace(real, remarks=(_describe_parts(real, unused), *_list_doubts(real)))
+
+
+def load_for_folds(record: RealImagesRecord, num_folds: int, token: str | None = None) -> Folds:
+    """Load all images of the training split as folds; none is carved off, and other splits are not used.
+
+    Raises:
+        UserError: what `load_labelled_splits` raises; a class has fewer images than there are folds.
+    """
+    found = load_labelled_splits(record, token)
+    whole, part = found.images["train"], found.parts["train"]
+    none, nothing = whole.select([]), replace(part, rows=part.rows[:0], is_carved=True)
+    parts = {"train": part, "validation": nothing, "test": nothing}
+    real = RealImages(whole, none, none, found.class_names, found.record, parts)
+    folds = Folds(real, num_folds, part.rows, np.asarray(whole["label"]))
+    folds.split(folds.names[0], 0)
+    unused = found.unused | count_images(found, "validation", "test")
+    remark = f"{record.name}: {len(whole):,} images (split '{part.split}') in {num_folds} folds{_list_unused(unused)}."
+    return replace(folds, images=replace(real, remarks=(remark, *_list_doubts(real))))
+
+
+def count_images(found: LabelledSplits, *parts: str) -> dict[str, int]:
+    """Return how many images those of some parts have that are splits, by what names the split."""
+    return {found.parts[part].split: len(found.parts[part].rows) for part in parts if part in found.parts}
 
 
 def identify_real_images(record: RealImagesRecord, token: str | None = None) -> tuple[RealImagesRecord, dict[str, str]]:
@@ -146,9 +175,15 @@ def _describe_parts(real: RealImages, unused: dict[str, int]) -> str:
     for part in PARTS:
         source = real.parts[part]
         how = f"carved off '{source.split}'" if source.is_carved else f"split '{source.split}'"
+        if part == "test" and real.record.fold is not None:
+            how = f"fold {real.record.fold} of '{source.split}'"
         listed.append(f"{part} {len(source.rows):,} images ({how})")
+    return f"{real.record.name}: {', '.join(listed)}{_list_unused(unused)}."
+
+
+def _list_unused(unused: dict[str, int]) -> str:
     left = ", ".join(f"'{split}' ({number:,} images)" for split, number in unused.items())
-    return f"{real.record.name}: {', '.join(listed)}{f'; not used: {left}' if left else ''}."
+    return f"; not used: {left}" if left else ""
 
 
 def _list_doubts(real: RealImages) -> list[str]:
@@ -190,6 +225,25 @@ def _list_doubts(real: RealImages) -> list[str]:
                 f"{named(trained & ~tested)}); per-class means cover only these."
             )
     return doubts
+
+
+def describe_small_parts(real_images: RealImages, fewest: int = 5) -> str | None:
+    """Return a line on validation and test parts with fewer images than that of some class, None where there is none.
+
+    Of a class without any, `remarks` tells.
+    """
+    small = []
+    for part in ("validation", "test"):
+        counts = np.bincount(np.asarray(getattr(real_images, part)["label"], int))
+        smallest = int(min(counts[counts > 0], default=fewest))
+        if smallest < fewest:
+            small.append(f"the {part} part has {smallest} image{'s' * (smallest > 1)} of its smallest class")
+    if not small:
+        return None
+    return (
+        f"Warning: {' and '.join(small)}, too few to judge by; `compare_transfer.py --num_folds 5` tests on every "
+        "training image once."
+    )
 
 
 def limit_held_out(real_images: RealImages, max_images: int | None) -> RealImages:

@@ -1,0 +1,105 @@
+"""Cross-validation in a comparison: how seeds and folds go together, and what is to be said of it."""
+
+from collections.abc import Mapping
+from itertools import product
+
+from utils.cli.errors import UserError
+from utils.comparison.arguments import SEARCHED
+from utils.comparison.cells import CellRunner
+from utils.comparison.grid import shots_title
+from utils.data.real_images import same_image_set
+from utils.transfer.synthetic_images import count_leaked_images
+
+PLACEHOLDER = "{fold}"
+
+
+def check_fold_values(values: Mapping[str, object]) -> None:
+    """Check flag -> value as far as they are on folds.
+
+    Raises:
+        UserError: sets of folds without folds, or a search with them.
+    """
+    if values["num_folds"] is None:
+        if with_fold := [path for path in values["synthetic_dataset"] if PLACEHOLDER in path]:
+            raise UserError(f"--synthetic_dataset {with_fold[0]}: '{PLACEHOLDER}' needs --num_folds.")
+        return
+    searched = ["search_learning_rate"] if values["search_learning_rate"] else []
+    searched += [name for name in SEARCHED if len(values[name] or []) > 1]
+    if searched:
+        raise UserError(
+            f"--{searched[0]}: searches on validation images, of which --num_folds {values['num_folds']} leaves none; "
+            "give one value of each flag, or --settings."
+        )
+
+
+def choose_seeds(seeds: list[int], num_repeats: int, given: set[str]) -> list[int]:
+    """Return the seeds of the repeats, one for each; `given` are the names of the flags that are.
+
+    Raises:
+        UserError: there are more seeds than repeats, or fewer.
+    """
+    if "seeds" not in given:
+        return list(range(num_repeats))
+    if "num_repeats" in given and len(seeds) != num_repeats:
+        raise UserError(
+            f"--num_repeats {num_repeats}: --seeds has {len(seeds)}, must be one for each repeat; leave out one of the "
+            "two flags."
+        )
+    return seeds
+
+
+def list_tested(runner: CellRunner, seeds: list[int]) -> list:
+    """Return the places in `real.train` that are tested, by seed and then by fold."""
+    return [runner.folds.split(fold, seed)[1] for seed, fold in product(seeds, runner.folds.names)]
+
+
+def describe_protocol(runner: CellRunner, seeds: list[int], shots: list[int | None], settings: str | None) -> list[str]:
+    """Return in sentences how images were trained and tested on, and which of these the style tokens had seen."""
+    num_images, num_folds = len(runner.real.train), runner.folds.num_folds
+    trained = sorted({num_images - len(tested) for tested in list_tested(runner, seeds)})
+    repeats = "" if len(seeds) == 1 else f" x {len(seeds)} repeats"
+    times = {1: "once", 2: "twice"}.get(len(seeds), f"{len(seeds)} times")
+    numbers = " to ".join(f"{number:,}" for number in dict.fromkeys([trained[0], trained[-1]]))
+    few = "" if shots == [None] else ", of which the shots are drawn"
+    recipes = "Recipes are given, the same in every fold, and not searched on these images"
+    if settings is not None:
+        recipes = (
+            f"Recipes are from {settings}, the same in every fold; chosen on some of these images, they favour them"
+        )
+    return [
+        f"{num_folds} folds{repeats} over {num_images:,} images: every image is tested {times}, by models that have "
+        f"trained on other folds only ({numbers} images{few}). A repeat's seed draws its folds, shots and training.",
+        f"{recipes}.",
+        *_describe_leaks(runner, shots[0]),
+    ]
+
+
+def _describe_leaks(runner: CellRunner, num_shots: int | None) -> list[str]:
+    """Return a sentence for each set whose style token saw images that are tested on, or beyond the fewest shots."""
+    rows, record = runner.real.train_indices, runner.real.record
+    seen, tested, beyond = {}, {}, {}
+    for (name, seed, fold), source in runner.sources.items():
+        recorded = source.record["real_images"]
+        if not recorded or not same_image_set(recorded, record.dataset_name, record.train_dir):
+            continue
+        trained_here, tested_here = runner.folds.split(fold, seed)
+        num_elsewhere = count_leaked_images(source.record, rows)
+        num_seen = count_leaked_images(source.record, rows[trained_here]) - num_elsewhere
+        shots = rows[runner.few_shot_rows(num_shots, seed, fold)]
+        seen[name] = seen.get(name, 0) + num_seen
+        tested[name] = tested.get(name, 0) + len(tested_here)
+        beyond[name] = max(beyond.get(name, 0), count_leaked_images(source.record, shots) - num_seen)
+    sentences = []
+    for name in seen:
+        if seen[name]:
+            number = "all" if seen[name] == tested[name] else f"{seen[name]:,} of the {tested[name]:,}"
+            sentences.append(
+                f"The style token of {name} has seen {number} images that the models with its images are tested on: "
+                "their gains may be too good; --token_per_fold learns one for each fold."
+            )
+        if beyond[name]:
+            sentences.append(
+                f"The style token of {name} has seen up to {beyond[name]:,} real images that the runs with "
+                f"{shots_title(num_shots)} do not train on: vanilla has seen fewer."
+            )
+    return sentences
