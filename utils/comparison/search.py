@@ -201,7 +201,7 @@ def read_settings(path: str, rows: list[Row], settings: StageSettings, classifie
     chosen = check_settings(path, rows, classifier)
     recorded = settings.to_dict() | chosen["stage1"]
     chosen["stage1"] = settings.to_dict() | {name: chosen["stage1"][name] for name in SEARCHED}
-    others = [f"{name} {value}" for name, value in recorded.items() if value != chosen["stage1"][name]]
+    others = [f"{name} {value}" for name, value in recorded.items() if value != chosen["stage1"].get(name)]
     if others:
         print(
             f"Warning: --settings {path}: its stage 1 was searched with {', '.join(others)}; the values of this run "

@@ -331,6 +331,8 @@ def plan_stages(
             own = replace(own, max_steps=own.max_steps + sum(_split_steps(bridge_settings)))
         if stage is not method.stages[-1]:
             own = replace(own, ema_decay=None)
+        if not stage.takes_steps:  # of which nothing else counts
+            own = StageSettings(0, 0.0, batch_norm=own.batch_norm)
         num_warmup_steps, num_steps = _split_steps(own)
         own = replace(own, max_steps=num_steps, head_warmup_steps=0)
         plan = StagePlan(
