@@ -66,6 +66,9 @@ LACKS = {
     ),
     "with --method {method}, which has a fresh head in its only stage": ("--method vanilla", "--method bridged_keep"),
     "with --method {method}, which has no stage on both kinds of images": ("--method bridged", "--method mix_mixup"),
+    "with --method {method}, which aligns no features": (
+        "--method bridged_coral --bridge_alignment none", "--method bridged --bridge_alignment coral",
+    ),
     "with --methods {methods}, which train on synthetic images alone": (
         "--methods synthetic_only synthetic_only@plain", "--methods synthetic_only vanilla",
     ),

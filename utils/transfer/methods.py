@@ -150,7 +150,7 @@ METHODS = {
         "of real images",
         (STAGE_1, replace(STAGE_2, images="replayed", head_init="keep", settings=MIXUP)),
     ),
-    "bridged_replay_domain_norm": Method(
+    "bridged_domain_norm": Method(
         "bridged_replay whose stage 2 normalises each kind of images with BatchNorm statistics of its own",
         (
             STAGE_1,
