@@ -33,7 +33,7 @@ def stages():
     ],
 )  # fmt: skip
 def test_the_share_falls_with_what_synthetic_images_are_worth_against_a_probe(stages, synthetic, probe, share):
-    guarded = Usefulness(30, synthetic, probe).guard(stages[1])
+    guarded = Usefulness(30, 6, synthetic, probe).guard(stages[1])
     assert guarded.synthetic_share == pytest.approx(share)
     assert (guarded.start, guarded.head_init) == (("stage1", "keep") if share else (None, "reset"))
     # a fresh head is trained faster than the rest, one that is kept is not
@@ -44,7 +44,7 @@ def test_the_share_falls_with_what_synthetic_images_are_worth_against_a_probe(st
 def test_what_is_left_out_of_a_head_warmup_is_left_out_of_the_stage_after_it():
     settings = StageSettings(6, 1e-4, head_warmup_steps=0.5)
     _, warmup, stage = plan_stages(METHODS["bridged_replay"], StageSettings(6, 1e-3), settings, 2)
-    useless = Usefulness(30, 0.1, 0.9)
+    useless = Usefulness(30, 6, 0.1, 0.9)
     guarded = [useless.guard(warmup), useless.guard(stage)]
     assert [(stage.start, stage.head_init, stage.synthetic_share) for stage in guarded] == [
         (None, "reset", 0.0), ("stage2_head", "keep", 0.0),
@@ -61,8 +61,8 @@ def test_what_is_left_out_of_a_head_warmup_is_left_out_of_the_stage_after_it():
     ],
 )
 def test_the_finding_says_what_was_measured_and_done(synthetic, probe, shares, words):
-    finding = Usefulness(160, synthetic, probe).results(*shares)["guard_finding"]
-    assert finding.startswith(f"Synthetic images alone give {synthetic:.0%} on 160 of your images")
+    finding = Usefulness(160, 73, synthetic, probe).results(*shares)["guard_finding"]
+    assert finding.startswith(f"73 steps on synthetic images alone give {synthetic:.0%} on 160 of your images")
     assert finding.endswith(words)
 
 
@@ -82,8 +82,8 @@ class TellsRed(nn.Module):
 def test_both_accuracies_are_those_of_the_real_images(classifiers, images):
     base = load_classifier(classifiers["resnet"], ["a", "b", "c"], True, 0)
     processor = load_image_processor(classifiers["resnet"])
-    measured = measure_usefulness(TellsRed(), base, images, processor)
-    assert (measured.num_images, measured.synthetic_accuracy) == (12, pytest.approx(1 / 3))
+    measured = measure_usefulness(TellsRed(), 7, base, images, processor)
+    assert (measured.num_images, measured.num_steps, measured.synthetic_accuracy) == (12, 7, pytest.approx(1 / 3))
     features, labels = extract_features(base, EvalImages(images, processor))
     hits = cross_validated_hits(features, labels)
     assert measured.probe_accuracy == hits.mean()
@@ -111,7 +111,7 @@ def test_single_images_of_a_class_leave_nothing_to_compare_with():
 
 @pytest.mark.parametrize("is_useful", [True, False])
 def test_the_guard_decides_and_is_recorded(classifiers, synthetic_dir, tmp_path, monkeypatch, capsys, is_useful):
-    measured = Usefulness(6, 0.9 if is_useful else 0.1, 0.9)
+    measured = Usefulness(6, 3, 0.9 if is_useful else 0.1, 0.9)
     monkeypatch.setattr("utils.transfer.run_method.measure_usefulness", lambda *args: measured)
     flags = ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["resnet"],
              "--num_shots", "2", "--method", "bridged_replay", "--bridge_max_steps", "3", "--max_steps", "2",
@@ -130,6 +130,6 @@ def test_the_guard_decides_and_is_recorded(classifiers, synthetic_dir, tmp_path,
 
 
 def test_an_unguarded_row_takes_its_share_whatever_the_images_are_worth(stages):
-    unguarded = plan_stages(METHODS["bridged_replay_unguarded"], StageSettings(6, 1e-3), StageSettings(6, 1e-4), 2)
+    unguarded = plan_stages(METHODS["bridged_unguarded"], StageSettings(6, 1e-3), StageSettings(6, 1e-4), 2)
     assert replace(stages[1], is_guarded=False, without_synthetic=None) == unguarded[1]
     assert "is_guarded" not in unguarded[1].to_dict()

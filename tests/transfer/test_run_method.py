@@ -13,7 +13,7 @@ from utils.transfer import run_method as run_method_module
 from utils.transfer.methods import METHODS, STAGE_1, STAGE_2, Method
 
 pytest_plugins = ["tests.transfer.fixtures"]
-NAMES = ["bridged_head_warmup", "bridged_recalibrate", "bridged_replay_domain_norm", "bridged_adversarial",
+NAMES = ["bridged_head_warmup", "bridged_recalibrate", "bridged_domain_norm", "bridged_adversarial",
          "bridged_coral", "mix_balanced", "vanilla_mixup"]  # fmt: skip
 NEW = Method(
     "a first stage, the head alone, then all of it",

@@ -25,10 +25,13 @@ MAX_IMAGES = 10_000
 
 @dataclass(frozen=True)
 class Usefulness:
-    """What was measured on `num_images` real training images: accuracies in [0, 1]. `probe_accuracy` is None where each
-    class has one image, so that nothing is left to test a probe on."""
+    """Accuracies in [0, 1] on `num_images` real training images, one of them after `num_steps` on synthetic images.
+
+    `probe_accuracy` is None where half of the classes have one image, so that nothing is left to test a probe on.
+    """
 
     num_images: int
+    num_steps: int
     synthetic_accuracy: float
     probe_accuracy: float | None = None
 
@@ -55,7 +58,10 @@ class Usefulness:
 
         `guard_finding` is all of it in a sentence.
         """
-        finding = f"Synthetic images alone give {self.synthetic_accuracy:.0%} on {self.num_images} of your images"
+        finding = (
+            f"{self.num_steps} steps on synthetic images alone give {self.synthetic_accuracy:.0%} on {self.num_images} "
+            "of your images"
+        )
         if self.probe_accuracy is None:
             finding += f"; with one of a class there is nothing to compare with: their share stays {planned:.0%}."
         else:
@@ -72,13 +78,13 @@ class Usefulness:
 
 
 def measure_usefulness(
-    bridged: nn.Module, pretrained: nn.Module, real: Dataset, image_processor, batch_size: int = 128,
+    bridged: nn.Module, num_steps: int, pretrained: nn.Module, real: Dataset, image_processor, batch_size: int = 128,
     num_workers: int = 0,
 ) -> Usefulness:  # fmt: skip
-    """Return how right the model of stage 1 is on real training images, and a probe of the pretrained features.
+    """Return how right the model of stage 1, of `num_steps`, is on real training images, and a probe of the features.
 
-    Both are measured on the same images, at most `MAX_IMAGES_PER_CLASS` of each class; a probe has no opinion on
-    classes with one image, which count as wrong.
+    The probe is of the features of `pretrained`, and is cross-validated. Both are measured on the same images, at most
+    `MAX_IMAGES_PER_CLASS` of each class.
     """
     labels = np.array(real["label"])
     number = min(MAX_IMAGES, MAX_IMAGES_PER_CLASS * len(np.unique(labels)))
@@ -87,4 +93,4 @@ def measure_usefulness(
     features, _ = extract_features(pretrained, images, batch_size, num_workers)
     hits = cross_validated_hits(features, labels)
     accuracy = float((logits.argmax(1) == labels).mean())
-    return Usefulness(len(images), accuracy, None if hits is None else float(hits.mean()))
+    return Usefulness(len(images), num_steps, accuracy, None if hits is None else float(hits.mean()))

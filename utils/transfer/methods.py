@@ -175,10 +175,10 @@ METHODS = {
         "of real images, and the second with what synthetic ones turn out to be worth",
         (STAGE_1, REPLAY),
     ),
-    "bridged_replay_unguarded": Method(
+    "bridged_unguarded": Method(
         "bridged_replay whatever the synthetic images are worth", (STAGE_1, replace(REPLAY, is_guarded=False))
     ),
-    "bridged_replay_domain_norm": Method(
+    "bridged_domain_norm": Method(
         "bridged_replay whose stage 2 normalises each kind of images with BatchNorm statistics of its own",
         (STAGE_1, replace(REPLAY, settings=MIXUP | {"batch_norm": "domain"})),
     ),

@@ -135,7 +135,12 @@ def run_method(
             if usefulness is None:
                 base = load_classifier(pretrained.name, class_names, True, training_args.seed, **pretrained.hub_options)
                 usefulness = measure_usefulness(
-                    model, base, images["replayed"].real, pretrained.image_processor, *loading
+                    model,
+                    sum(done.settings.max_steps for done in trained),
+                    base,
+                    images["replayed"].real,
+                    pretrained.image_processor,
+                    *loading,
                 )
             planned, stage = stage.synthetic_share, usefulness.guard(stage)
             results |= usefulness.results(planned, stage.synthetic_share)
