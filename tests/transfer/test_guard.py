@@ -54,15 +54,15 @@ def test_what_is_left_out_of_a_head_warmup_is_left_out_of_the_stage_after_it():
 @pytest.mark.parametrize(
     ("synthetic", "probe", "shares", "words"),
     [
-        (0.54, 0.61, (0.27, 0.09), "a probe of real ones 61%: their share is cut from 27% to 9%."),
-        (0.7, 0.61, (0.27, 0.27), "a probe of real ones 61%: their share stays 27%."),
+        (0.54, 0.61, (0.27, 0.09), "a probe of real ones 61 %: their share is cut from 27 % to 9 %."),
+        (0.7, 0.61, (0.27, 0.27), "a probe of real ones 61 %: their share stays 27 %."),
         (0.1, 0.61, (0.27, 0.0), "they are left out, and their stage with them."),
-        (0.7, None, (0.86, 0.86), "nothing to compare with: their share stays 86%."),
+        (0.7, None, (0.86, 0.86), "nothing to compare with: their share stays 86 %."),
     ],
 )
 def test_the_finding_says_what_was_measured_and_done(synthetic, probe, shares, words):
     finding = Usefulness(160, 73, synthetic, probe).results(*shares)["guard_finding"]
-    assert finding.startswith(f"73 steps on synthetic images alone give {synthetic:.0%} on 160 of your images")
+    assert finding.startswith(f"73 steps on synthetic images alone give {100 * synthetic:.0f} % on 160 of your images")
     assert finding.endswith(words)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from utils.data.splits import balanced_indices
 from utils.transfer.evaluation import predict
 from utils.transfer.image_format import EvalImages
-from utils.transfer.methods import StagePlan
+from utils.transfer.methods import StagePlan, percent
 from utils.transfer.probe import cross_validated_hits, extract_features
 
 # accuracy after stage 1 over the probe's: below the first synthetic images have no share, from the second on all
@@ -59,18 +59,20 @@ class Usefulness:
         `guard_finding` is all of it in a sentence.
         """
         finding = (
-            f"{self.num_steps} steps on synthetic images alone give {self.synthetic_accuracy:.0%} on {self.num_images} "
+            f"{self.num_steps} steps on synthetic images alone give {percent(self.synthetic_accuracy)} on {self.num_images} "
             "of your images"
         )
         if self.probe_accuracy is None:
-            finding += f"; with one of a class there is nothing to compare with: their share stays {planned:.0%}."
+            finding += f"; with one of a class there is nothing to compare with: their share stays {percent(planned)}."
         else:
-            finding += f", a probe of real ones {self.probe_accuracy:.0%}: "
+            finding += f", a probe of real ones {percent(self.probe_accuracy)}: "
             if guarded == 0:
                 finding += "they are left out, and their stage with them."
             else:
                 is_cut = guarded < planned
-                finding += f"their share {f'is cut from {planned:.0%} to' if is_cut else 'stays'} {guarded:.0%}."
+                finding += (
+                    f"their share {f'is cut from {percent(planned)} to' if is_cut else 'stays'} {percent(guarded)}."
+                )
         measured = {f"guard_{name}": value for name, value in asdict(self).items()}
         return measured | {
             "guard_planned_share": planned, "guard_synthetic_share": guarded, "guard_finding": finding,

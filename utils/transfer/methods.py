@@ -369,9 +369,14 @@ def describe_shares(stages: list[StagePlan], images_per_class: float) -> str:
     num_steps = sum(stage.settings.max_steps for stage in stages)
     share = stages[0].settings.max_steps / num_steps
     return (
-        f"{images_per_class:g} real images per class: {share:.0%} of the steps on synthetic images, then "
-        f"{1 - share:.0%} on real ones with {stages[-1].synthetic_share:.0%} synthetic among them"
+        f"{images_per_class:g} real images per class: {percent(share)} of the steps on synthetic images, then "
+        f"{percent(1 - share)} on real ones with {percent(stages[-1].synthetic_share)} synthetic among them"
     )
+
+
+def percent(share: float) -> str:
+    """Return a share in [0, 1] as `27 %`."""
+    return f"{100 * share:.0f} %"
 
 
 def _split_steps(settings: StageSettings) -> tuple[int, int]:
