@@ -59,8 +59,8 @@ class Usefulness:
         `guard_finding` is all of it in a sentence.
         """
         finding = (
-            f"{self.num_steps} steps on synthetic images alone give {percent(self.synthetic_accuracy)} on {self.num_images} "
-            "of your images"
+            f"{self.num_steps} steps on synthetic images alone give {percent(self.synthetic_accuracy)} on "
+            f"{self.num_images} of your images"
         )
         if self.probe_accuracy is None:
             finding += f"; with one of a class there is nothing to compare with: their share stays {percent(planned)}."
