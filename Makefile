@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make install    .venv with everything (PYTHON=python3.12 to choose; 3.11 or newer)"
 	@echo "make demo       the whole pipeline on real images, on two CPU cores, in minutes"
-	@echo "make demo-full  the table of the README: an hour and a half, resumes when run again"
+	@echo "make demo-full  the table of the README: up to two hours, resumes when run again"
 	@echo "make reproduce  RECIPE=cars MODEL=resnet18: the paper's experiment, resumable; DRY_RUN=1 prints what it takes"
 	@echo "                (RECIPE: recipes/sets.yaml; MODEL: recipes/models.yaml; NUM_IMAGES=1000 CONTROL=1 CONFIG=...)"
 	@echo "make check-recipes  whether the recipes' image sets on the Hub are as the recipes say; needs a network, no images"

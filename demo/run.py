@@ -13,7 +13,7 @@ from utils.cli.records import ALL_RESULTS, DSI_CONFIG, RUN_CONFIG
 from utils.cli.step_runner import NUM_LANES, Step, StepRunner
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_SEEDS = 3
+NUM_SEEDS, NUM_SEEDS_FULL = 3, 5
 LAUNCH = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 LAUNCH += ["--num_cpu_threads_per_process", "1"]
 PICTURES = {
@@ -98,13 +98,13 @@ def print_ending(runner: StepRunner, seconds: float) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="the README's table: 1-16 shots, all methods, a search")
+    parser.add_argument("--full", action="store_true", help="the README's table: 1 to 200 shots, five seeds, all methods, a search")
     args = parser.parse_args()
     started = time.time()
     runs_dir = Path("demo/runs-full" if args.full else "demo/runs")
-    num_steps, images_per_class = (200, 100) if args.full else (100, 60)
+    num_steps, images_per_class, num_seeds = (200, 100, NUM_SEEDS_FULL) if args.full else (100, 60, NUM_SEEDS)
     runner = StepRunner(ROOT, runs_dir, LAUNCH, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-    styles_and_sets = [style_and_set(runs_dir, seed, num_steps, images_per_class) for seed in range(NUM_SEEDS)]
+    styles_and_sets = [style_and_set(runs_dir, seed, num_steps, images_per_class) for seed in range(num_seeds)]
     others = [step for steps in styles_and_sets[1:] for step in steps]
     first = [
         *styles_and_sets[0],
@@ -114,7 +114,7 @@ def main():
     ]
     sets, recipe = [f"dsi={runs_dir / 'synthetic-{seed}'}"], "demo/recipes/compare.yaml"
     if args.full:
-        others += [draw_set(runs_dir, seed, images_per_class, with_token=False) for seed in range(1, NUM_SEEDS)]
+        others += [draw_set(runs_dir, seed, images_per_class, with_token=False) for seed in range(1, num_seeds)]
         sets, recipe = [*sets, f"plain={runs_dir / 'plain-{seed}'}"], "demo/recipes/compare_full.yaml"
     runner.side_by_side(first, others)
     runner.run(compare(runs_dir, recipe, sets), show=True)
