@@ -148,7 +148,7 @@ def check_real_alone(args: SimpleNamespace) -> None:
     if args.method.match_steps and args.bridge.bridge_max_steps is None:
         raise UserError(
             f"--match_steps (of --method {args.method.method}, or given): give --synthetic_dataset or "
-            "--bridge_max_steps, the steps to match."
+            "--bridge_max_steps, the steps to match, or --no_match_steps."
         )
     if args.real.dataset_name is None and args.real.train_dir is None:
         raise UserError(

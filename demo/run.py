@@ -98,7 +98,9 @@ def print_ending(runner: StepRunner, seconds: float) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="the README's table: 1 to 200 shots, five seeds, all methods, a search")
+    parser.add_argument(
+        "--full", action="store_true", help="the README's table: 1 to 200 shots, five seeds, all methods, a search"
+    )
     args = parser.parse_args()
     started = time.time()
     runs_dir = Path("demo/runs-full" if args.full else "demo/runs")

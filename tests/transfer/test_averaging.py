@@ -109,7 +109,7 @@ def test_a_head_warmup_is_averaged_with_the_first_stage_and_after_a_guard_not_at
     guarded = METHODS["bridged_replay"].with_flags({"average": 0.5})
     first, last = plan_stages(guarded, EMA, EMA, images_per_class=4)
     assert (last.average, last.averaged_with) == (0.5, "stage1")
-    useless = Usefulness(10, 5, 0.1, 0.9).guard(last)
+    useless = Usefulness(10, 3, 5, 0.1, 0.9).guard(last)
     assert useless.synthetic_share == 0
     # no weight is read
     done = run_method.average_with_earlier([first, useless], None, None, CLASS_NAMES, None)

@@ -9,7 +9,7 @@ from utils.transfer.arguments import ModelArguments, default_num_workers, has_st
 from utils.transfer.methods import AUGMENTATIONS, METHODS, ONE_KIND_NORMS, Method
 
 DEFAULT_METHODS = [
-    "vanilla", "vanilla_matched", "mix", "bridged", "bridged_keep", "bridged_imprint", "bridged_no_mixup",
+    "vanilla", "vanilla_matched", "vanilla_mixup", "linear_probe", "mix", "bridged", "bridged_keep", "bridged_replay",
     "synthetic_only",
 ]  # fmt: skip
 SEARCHED = (  # of which several values are a search

@@ -11,8 +11,9 @@ import numpy as np
 
 from utils.comparison.grid import Row, shots_title
 from utils.comparison.statistics import Gain, paired_gain
+from utils.transfer.methods import DEFAULT_METHOD
 
-USUAL = ("bridged", "mix")  # the paper's method, and the plainest other one
+USUAL = ("bridged", DEFAULT_METHOD, "mix")  # the paper's method, ours, and the plainest other one
 Correct = dict[Row, dict[int | None, np.ndarray]]
 
 

@@ -135,7 +135,7 @@ def _span(cost: str, entries: list[dict]) -> str:
         return NO_COST
     if None in values:
         return "not measured" if cost in COSTS else "not recorded"
-    texts = [f"{value:,.3f}" if value < 1 else f"{value:,.0f}" for value in (min(values), max(values))]
+    texts = [f"{value:,.3f}" if 0 < value < 1 else f"{value:,.0f}" for value in (min(values), max(values))]
     return texts[0] if texts[0] == texts[1] else " to ".join(texts)
 
 

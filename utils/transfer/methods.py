@@ -355,7 +355,9 @@ def plan_stages(
 def _with_fallback(stage: StagePlan) -> StagePlan:
     if not stage.is_guarded:
         return stage
-    fallback = replace(stage, start=None, head_init="reset", synthetic_share=0.0)
+    head_init = "reset" if stage.head_init == "keep" else stage.head_init
+    settings = replace(stage.settings, batch_norm="frozen") if stage.settings.batch_norm == "domain" else stage.settings
+    fallback = replace(stage, start=None, head_init=head_init, settings=settings, synthetic_share=0.0)
     return replace(stage, without_synthetic=_with_head_factor(fallback))
 
 
@@ -367,10 +369,12 @@ def replayed_share(images_per_class: float) -> float:
 def describe_shares(stages: list[StagePlan], images_per_class: float) -> str:
     """Return in words what stages that replay make of a number of real images per class."""
     num_steps = sum(stage.settings.max_steps for stage in stages)
-    share = stages[0].settings.max_steps / num_steps
+    num_first = sum(stage.settings.max_steps for stage in stages if stage.images == "synthetic")
+    images = "image" if images_per_class == 1 else "images"
     return (
-        f"{images_per_class:g} real images per class: {percent(share)} of the steps on synthetic images, then "
-        f"{percent(1 - share)} on real ones with {percent(stages[-1].synthetic_share)} synthetic among them"
+        f"{images_per_class:g} real {images} per class (median): of {num_steps} steps {num_first} on "
+        f"synthetic images alone, then {num_steps - num_first} on batches of real images with "
+        f"{percent(stages[-1].synthetic_share)} synthetic ones"
     )
 
 

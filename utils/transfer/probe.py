@@ -87,18 +87,21 @@ def build_probe(inverse_regularisation: float = INVERSE_REGULARISATION) -> Pipel
     return make_pipeline(Normalizer(), LogisticRegression(C=inverse_regularisation, max_iter=MAX_ITERATIONS))
 
 
-def cross_validated_hits(features: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
-    """Return which images `(n,)` bool a probe gets right that was fitted on the others; None where it cannot be told.
+def cross_validated_predictions(features: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
+    """Return what `(n,)` a probe predicts that was fitted on the other images; None where it cannot be told.
 
-    The images are divided into as many folds as half of the classes have images, at most `MAX_FOLDS`. It cannot be
-    told where half of the classes have one image, or where there is a single class.
+    The images are divided into as many folds as half of the classes have images, at most `MAX_FOLDS`; a class that has
+    one image is not known to the probe that predicts it. It cannot be told where half of the classes have one image, or
+    where there is a single class.
     """
     counts = list(Counter(labels.tolist()).values())
     num_folds = min(MAX_FOLDS, int(np.median(counts)))
     if num_folds < 2 or len(counts) < 2:
         return None
     folds = StratifiedKFold(num_folds, shuffle=True, random_state=0)
-    return cross_val_predict(build_probe(), features, labels, cv=folds) == labels
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")
+        return cross_val_predict(build_probe(), features, labels, cv=folds)
 
 
 def choose_probed(labels: np.ndarray, number: int = MAX_FITTED_IMAGES) -> np.ndarray:

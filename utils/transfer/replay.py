@@ -44,7 +44,7 @@ class ReplayedImages(ImagePair):
         return self.real
 
     def __len__(self) -> int:
-        return len(self.real) + (0 if self.is_streamed else len(self.synthetic))
+        return len(self.real) + (0 if self.is_streamed or self.share == 0 else len(self.synthetic))
 
 
 class PairedItems(torch.utils.data.Dataset):

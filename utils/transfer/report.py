@@ -129,8 +129,8 @@ def print_results(title: str, results: dict) -> None:
             table.add_row(name, _describe_leep(key, results))
     console = Console()
     print_table(table, console)
-    if "guard_finding" in results:
-        console.print(results["guard_finding"], highlight=False)
+    if "guard" in results:
+        console.print(results["guard"]["finding"], highlight=False)
     stages = [name for name in (*stage_names(), "total") if f"{name}_steps" in results]
     if stages:
         print_table(_cost_table(stages, results), console)

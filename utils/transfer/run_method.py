@@ -101,7 +101,10 @@ def average_with_earlier(
     while origin.start is not None and origin.name != last.averaged_with:
         origin = by_name[origin.start]
     if origin.name != last.averaged_with:
-        logger.info(f"The weights are not averaged with those of {last.averaged_with}, from which they do not come.")
+        logger.info(
+            f"--average {last.average:g} does nothing: synthetic images were left out, so the weights do not come from "
+            f"{last.averaged_with}."
+        )
         return replace(last, average=None, averaged_with=None)
     folder = stage_dir(origin) / origin.name
     earlier = load_classifier(str(folder), class_names, False, 0, **pretrained.hub_options)
@@ -132,27 +135,26 @@ def run_method(
     loading = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
     for stage in stages:
         if stage.is_guarded:
-            if usefulness is None:
+            is_first = usefulness is None
+            if is_first:
                 base = load_classifier(pretrained.name, class_names, True, training_args.seed, **pretrained.hub_options)
+                num_steps = sum(done.settings.max_steps for done in trained)
                 usefulness = measure_usefulness(
-                    model,
-                    sum(done.settings.max_steps for done in trained),
-                    base,
-                    images["replayed"].real,
-                    pretrained.image_processor,
-                    *loading,
+                    model, num_steps, base, images["replayed"], pretrained.image_processor, *loading
                 )
             planned, stage = stage.synthetic_share, usefulness.guard(stage)
-            results |= usefulness.results(planned, stage.synthetic_share)
-            logger.info(results["guard_finding"])
+            results["guard"] = usefulness.results(planned, stage.synthetic_share)
+            if is_first:
+                logger.info(results["guard"]["finding"])
         start = next((stage_dir(earlier) / earlier.name for earlier in stages if earlier.name == stage.start), None)
         folder, seen = stage_dir(stage) / stage.name, images[stage.images]
-        number = "streamed" if isinstance(seen, IterableDataset) else len(seen)
         if isinstance(seen, ReplayedImages):
             seen = replace(seen, share=stage.synthetic_share)
+        number = "streamed" if isinstance(seen, IterableDataset) else len(seen)
         if stage.alignment is not None:
             seen = AlignedImages(images["real"], seen, stage.alignment)
-        logger.info(f"{stage.name}: {stage.settings.max_steps} steps on {number} images ({stage.images})")
+        kind = "real" if stage.synthetic_share == 0 else stage.images
+        logger.info(f"{stage.name}: {stage.settings.max_steps} steps on {number} images ({kind})")
         with exclusive(folder):
             model, done = run_stage(
                 stage, start, seen, pretrained, class_names, training_args, folder,
