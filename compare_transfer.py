@@ -34,7 +34,7 @@ from utils.comparison.arguments import GROUPS, SearchArguments
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
 from utils.comparison.classifiers import Classifier, parse_classifiers
 from utils.comparison.costs import summarise_all
-from utils.comparison.findings import describe_findings
+from utils.comparison.findings import describe_findings, describe_guards
 from utils.comparison.fold_sets import check_fold_sets, check_folds, list_steps, make_fold_sets
 from utils.comparison.folds import check_fold_values, choose_seeds, describe_protocol, list_tested
 from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title, source_key
@@ -373,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         summary = summarise_all(
             results, correct, baseline, sources=sources, seeds=seeds, token=comparison_args.hub_token or None
         )  # fmt: skip
-        findings = describe_findings(correct, baseline) + protocol
+        findings = describe_findings(correct, baseline) + describe_guards(results) + protocol
         comparison = {
             "findings": findings, "baseline": baseline_name, "seeds": seeds, "summary": summary,
             "settings": join_classifiers(chosen), "inputs": inputs,

@@ -565,8 +565,8 @@ def test_without_shots_all_images_are_taken_for_the_default_epochs(classifiers, 
          "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path)]
     )  # fmt: skip
     names = {cell.row.name for cell in asked}
-    assert names == {"vanilla", "vanilla_matched", "mix", "bridged", "bridged_keep", "bridged_imprint",
-                     "bridged_no_mixup", "synthetic_only"}  # fmt: skip
+    assert names == {"vanilla", "vanilla_matched", "vanilla_mixup", "linear_probe", "mix", "bridged", "bridged_keep",
+                     "bridged_replay", "synthetic_only"}  # fmt: skip
     bridged = [cell for cell in asked if cell.row.name == "bridged"]
     assert sorted((cell.seed, cell.row.volume) for cell in bridged) == [
         (seed, volume) for seed in range(3) for volume in (2, 4)

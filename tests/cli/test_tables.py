@@ -34,7 +34,7 @@ def test_a_wide_console_has_a_table_and_a_narrow_one_lines(printed):
     assert "┃ image set      ┃ images ┃" in printed(80)
     assert printed(30) == (
         "all images\nTextures (DTD): images 3,334; steps (1, 2) 15,625, 3,150; [a], b\n"
-        "Cars: images 48,144; steps (1, 2) 30,625, 6,900\nof one, GPU\n"
+        "Cars: images 48,144; steps (1, 2) 30,625, 6,900\nof one GPU\n"
     )
     assert printed(30, title=None).startswith("image set\nTextures")
 

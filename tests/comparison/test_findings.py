@@ -207,3 +207,11 @@ def test_a_baseline_of_fewer_steps_is_called_that():
     plain = row("vanilla")
     sentences = describe_findings(correct_of({plain: {1: 0.5}, BRIDGED: {1: 0.6}}), plain)
     assert "over vanilla, which took fewer steps:" in sentences[1]
+
+
+def test_what_a_guard_left_out_is_counted():
+    kept, dropped = {"guard": {"synthetic_share": 0.2}}, {"guard": {"synthetic_share": 0.0}}
+    results = {"a": {REPLAY: {1: [kept, kept], 4: [kept, dropped], None: [dropped, dropped]}, MIX: {1: [{}, {}]}}}
+    sentence = "bridged_replay left the synthetic images out in 1 of 2 runs with 4 shots, 2 of 2 runs with all images."
+    assert findings.describe_guards(results) == [sentence]
+    assert findings.describe_guards(results | {"b": {MIX: {1: [{}]}}}) == [f"a: {sentence}"]

@@ -138,6 +138,8 @@ def test_costs_are_those_of_all_stages_averaged_over_seeds():
     seeds = [{"stage1_gpu_hours": 1.0, "stage2_gpu_hours": 0.5}, {"stage1_gpu_hours": 2.0, "stage2_gpu_hours": 0.5}]
     assert mean_costs(seeds)["gpu_hours"] == 2.0
     assert mean_costs([*seeds, {"stage1_gpu_hours": None}])["gpu_hours"] is None
+    # what a guard counts is no cost
+    assert mean_costs([{"stage1_steps": 3, "stage2_steps": 2, "guard": {"num_steps": 3}}])["steps"] == 5
 
 
 def folds_of(differences, num_folds, seed=0):

@@ -22,13 +22,13 @@ def print_table(table: Table, console: Console) -> None:
         console.print(table)
         return
 
-    def plain(cell: str | Text) -> str:
+    def plain(cell: str | Text, separator: str = ", ") -> str:
         text = cell if isinstance(cell, Text) else console.render_str(cell)
-        return ", ".join(text.plain.splitlines())
+        return separator.join(text.plain.splitlines())
 
     first, *heads = (plain(column.header) for column in table.columns)
     lines = [plain(table.title) if table.title else first]
     for name, *cells in zip(*(map(plain, column.cells) for column in table.columns)):
         lines.append(f"{name}: " + "; ".join(f"{head} {cell}".strip() for head, cell in zip(heads, cells) if cell))
-    lines += [plain(table.caption)] if table.caption else []
+    lines += [plain(table.caption, " ")] if table.caption else []
     console.print(Text("\n".join(lines)), soft_wrap=True)

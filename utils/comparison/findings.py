@@ -162,6 +162,26 @@ def describe_limits(recommendations: list[Recommendation], correct: Correct) -> 
     return limits
 
 
+def describe_guards(results: dict[str, dict[Row, dict]]) -> list[str]:
+    """Return in sentences which methods left synthetic images out, and how often; `results` are those of the runs."""
+    sentences = []
+    for label, by_row in results.items():
+        for row, by_shots in by_row.items():
+            dropped = {
+                num_shots: sum(run.get("guard", {}).get("synthetic_share") == 0 for run in runs)
+                for num_shots, runs in by_shots.items()
+            }
+            parts = [
+                f"{number} of {len(by_shots[num_shots])} runs {_with(num_shots)}"
+                for num_shots, number in dropped.items()
+                if number
+            ]
+            if parts:
+                where = f"{label}: " if len(results) > 1 else ""
+                sentences.append(f"{where}{_name(row)} left the synthetic images out in {', '.join(parts)}.")
+    return sentences
+
+
 def list_highlights(recommendations: list[Recommendation], correct: Correct) -> list[str]:
     """Return the methods that a picture makes stand out: those to use, the best on real images, and the usual ones."""
     labels = dict.fromkeys(item.use.label for item in recommendations if item.use)

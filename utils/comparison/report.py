@@ -32,7 +32,7 @@ def print_comparison(summary: list[dict], findings: list[str], baseline: str | N
         console.print(Text(sentence), soft_wrap=True)  # Text: brackets in names and intervals are no markup
     num_runs, runs = count_runs(summary)
     title = f"test accuracy, %, {'one seed' if num_runs == 1 else f'mean ± deviation over {num_runs} {runs}'}"
-    notes = [f"below it the gain over {baseline} [95 % interval]"] if baseline else []
+    notes = [f"Below it the gain over {baseline} [95 % interval]."] if baseline else []
     notes += filter(None, [describe_sharing(summary)])
     table = Table(title=title, caption=Text("\n".join(notes)) if notes else None, show_lines=True)
     for name in head:
