@@ -143,9 +143,9 @@ class ComparisonArguments:
     )
     num_folds: int | None = option(
         None,
-        "Stratified cross-validation with so many folds, for few images: all of the training split are used, each is "
-        "tested once by a model that has seen none of its fold, and no part is held out. Nothing is searched: recipes "
-        "are the flags', or those of --settings.",
+        "Folds of a stratified cross-validation, for few images: every image of the training split is tested once, by "
+        "a model that has seen none of its fold, and no part is held out. Nothing is searched: recipes come from the "
+        "flags or from --settings.",
     )
     num_repeats: int = option(1, "Repeats of the folds, each drawn by its own seed.", needs=[FOLDS])
     token_per_fold: bool = option(
