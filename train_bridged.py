@@ -240,9 +240,13 @@ def load_images(args: SimpleNamespace, source) -> tuple:
                 logger.warning(remark)
         num_leaked = count_leaked_images(source.record, real.train_indices)
         if num_leaked and method.uses_synthetic:
+            tested = ""
+            if real.record.fold:
+                number = len(set(source.record["train_indices"]) & set(real.parts["test"].rows))
+                tested = f", {number} of them test images of --fold {real.record.fold}" if number else ""
             logger.warning(
                 f"Warning: the style token has seen {num_leaked} real images outside the {len(real.train)} that this "
-                "run trains on, so a method without synthetic images has seen fewer real images."
+                f"run trains on{tested}, so a method without synthetic images has seen fewer real images."
             )
     images = select_images(method, real.train, synthetic)
     counts |= {kind: len(seen) for kind, seen in images.items() if kind in ("both", "replayed")}

@@ -101,6 +101,16 @@ def test_few_images_with_a_fresh_head_are_told_of_the_kept_one(run, caplog):
     assert "--head_init keep is likely" not in caplog.text
 
 
+def test_a_fold_that_tests_on_images_which_the_token_has_seen_says_so(run, make_synthetic_dir, caplog):
+    whole = make_synthetic_dir("whole", train_indices=list(range(60)))
+    run("folded", "--fold", "1/2", synthetic=whole)
+    (line,) = [record.message for record in caplog.records if "the style token has seen" in record.message]
+    assert line == (
+        "Warning: the style token has seen 54 real images outside the 6 that this run trains on, 6 of them test images "
+        "of --fold 1/2, so a method without synthetic images has seen fewer real images."
+    )
+
+
 def test_a_synthetic_set_with_its_classes_in_another_order_gives_the_same_classifier(run, synthetic_dir, tmp_path):
     order = [2, 0, 1]  # the set's label 0 is called what the real set calls label 2
     permuted = tmp_path / "permuted"

@@ -61,16 +61,16 @@ def test_without_a_clear_gain_the_best_real_only_method_is_named_and_the_gain_th
     )
     assert not any("overstated" in sentence for sentence in others)
     correct[REPLAY] = {16: runs(0.3)}
-    assert "clearly over it (mix -20.0 [" in describe_findings(correct, VANILLA)[0]
+    assert "mix, the best with synthetic images, loses -20.0 [" in describe_findings(correct, VANILLA)[0]
 
 
 def test_of_several_classifiers_each_has_its_answer_first_and_what_holds_for_all_is_said_once():
     gaining = correct_of({VANILLA: {1: 0.5}, BRIDGED: {1: 0.6}, REPLAY: {1: 0.8}}, num_seeds=1)
     losing = correct_of({VANILLA: {1: 0.5}, BRIDGED: {1: 0.3}, REPLAY: {1: 0.4}}, num_seeds=1)
     found = findings.describe_findings({"resnet18": gaining, "vit": losing}, VANILLA)
-    assert [sentence.split(" (")[0].split(", +")[0] for sentence in found[:4]] == [
+    assert [sentence.split(" (")[0].split(", +")[0].split(" -10")[0] for sentence in found[:4]] == [
         "resnet18: use bridged_replay with 1 shot: 80.0 %",
-        "vit: use vanilla_matched with 1 shot: 50.0 %, no method with synthetic images gains clearly over it",
+        "vit: use vanilla_matched with 1 shot: 50.0 %; bridged_replay, the best with synthetic images, loses",
         "resnet18: in a single run",
         "resnet18: bridged_replay gains at 1 shot",
     ]
@@ -89,7 +89,13 @@ def test_of_more_numbers_of_images_the_first_sentence_has_the_answers_and_each_h
     gaining = {1: 0.7, 2: 0.6, 4: 0.7, None: 0.8}
     correct = correct_of({VANILLA: shots, MIX: gaining, REPLAY: gaining | {2: 0.7, 4: 0.5}})
     first, *sentences = describe_findings(correct, VANILLA)
-    assert first == "Use mix with 1 and 4 shots, bridged_replay with 2 shots, vanilla_matched with all images."
+    gains = [
+        paired_gain(correct[row][shots], correct[VANILLA][shots]) for row, shots in ((MIX, 1), (MIX, 4), (REPLAY, 2))
+    ]
+    assert first == (
+        f"Use mix with 1 ({gains[0]}) and 4 shots ({gains[1]}), bridged_replay with 2 shots ({gains[2]}), "
+        "vanilla_matched with all images; in parentheses what is gained over the best method without synthetic images."
+    )
     assert [sentence.split(":")[0] for sentence in sentences[:4]] == [
         "Use mix with 1 shot", "Use bridged_replay with 2 shots", "Use mix with 4 shots",
         "Use vanilla_matched with all images",
@@ -135,7 +141,18 @@ def test_what_cannot_be_judged_is_not_recommended():
     assert "bridged cannot be judged at 1 shot (+100.0 [not known: one test image])" in second
     several = {VANILLA: {1: runs(0.5), 2: theirs, 4: theirs}, BRIDGED: {1: runs(0.9), 2: ours, 4: ours}}
     assert describe_findings(several, VANILLA)[0] == (
-        "Use bridged with 1 shot; with 2 and 4 shots it cannot be judged which method to use."
+        f"Use bridged with 1 shot ({paired_gain(runs(0.9), runs(0.5))}); with 2 and 4 shots it cannot be judged which "
+        "method to use; in parentheses what is gained over the best method without synthetic images."
+    )
+
+
+def test_a_clear_loss_is_called_one():
+    correct = correct_of({VANILLA: {16: 0.8}, MIX: {16: 0.4}, BRIDGED: {16: 0.5}})
+    loss = paired_gain(correct[BRIDGED][16], correct[VANILLA][16])
+    assert loss.verdict == "loses"
+    first, *_ = describe_findings(correct, VANILLA)
+    assert first == (
+        f"Use vanilla_matched with 16 shots: 80.0 %; bridged, the best with synthetic images, loses {loss}."
     )
 
 

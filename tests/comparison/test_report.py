@@ -89,6 +89,14 @@ def test_the_tables_hold_the_figures_of_the_summary(facts, tmp_path):
     assert "| bridged | all | 0.0001 | 30 |" in settings
 
 
+@pytest.mark.parametrize("method", ["bridged", "bridged_replay"])
+def test_that_replay_divides_the_steps_anew_is_said_where_it_is_so(method, facts, tmp_path):
+    summary = summarise(compare(("vanilla_matched", method)), VANILLA)
+    write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts)
+    text = (tmp_path / "comparison.md").read_text()
+    assert ("methods that replay synthetic images divide the steps" in text) == (method == "bridged_replay")
+
+
 def test_one_seed_and_no_baseline_leave_out_what_there_is_not(facts, tmp_path):
     summary = summarise(compare(methods=("mix", "bridged"), shots=(None,), num_seeds=1), None)
     write_markdown(tmp_path / "comparison.md", summary, None, **facts | {"seeds": [0]})

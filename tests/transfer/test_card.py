@@ -23,7 +23,7 @@ from utils.style.base_models import BaseModel
 from utils.transfer.adapters import LoraSettings, add_adapter, save_merged
 from utils.transfer.classifiers import load_classifier, load_image_processor
 from utils.transfer.methods import HEAD_INITS, METHODS, StageSettings, plan_stages
-from utils.transfer.report import add_totals, write_model_card
+from utils.transfer.report import _describe_method, add_totals, write_model_card
 
 pytest_plugins = ["tests.transfer.fixtures"]
 
@@ -121,6 +121,18 @@ def test_the_card_says_that_a_flag_changed_the_alignment_of_a_row(method, alignm
     text = write_classifier_card(tmp_path, config={"method": method, "bridge_alignment": alignment}).text
     assert f"`{method}`: changed by flags" in text
     assert ("(covariances, Sun and Saenko 2016, weight 1.0)" in text) == (alignment == "coral")
+
+
+def test_what_a_guard_took_back_is_not_called_a_flag():
+    method = METHODS["bridged_domain_norm"]
+    *_, last = plan_stages(method, StageSettings(20, 0.002), StageSettings(10, 0.001), images_per_class=2)
+    config = {"method": "bridged_domain_norm", **method.flags, "stages": [{"name": "stage1"}, last.to_dict()]}
+    assert _describe_method(config) == method.description
+    config["stages"][-1] = last.without_synthetic.to_dict()
+    assert config["stages"][-1]["settings"]["batch_norm"] == "frozen"
+    assert _describe_method(config) == method.description
+    config["stages"][-1]["settings"]["mixup_alpha"] = 0.4
+    assert _describe_method(config) == "changed by flags, as told here"
 
 
 @pytest.mark.parametrize("head_init", HEAD_INITS)

@@ -80,8 +80,11 @@ def test_the_classifier_has_the_statistics_of_real_images_and_learns_other_weigh
     torch.testing.assert_close(*alike, rtol=1e-3, atol=1e-5)  # without synthetic images they are the same
 
 
-def test_a_network_without_batch_norm_is_trained_as_ever(run):
-    assert_same(run("domain", "vit", "domain"), run("frozen", "vit", "frozen"))
+def test_a_network_without_batch_norm_is_trained_as_ever_and_that_is_said(run, caplog):
+    trained_as_ever = run("frozen", "vit", "frozen")
+    assert "BatchNorm" not in caplog.text
+    assert_same(run("domain", "vit", "domain"), trained_as_ever)
+    assert "--batch_norm domain: " in caplog.text and "has no BatchNorm; no effect." in caplog.text
 
 
 @pytest.mark.parametrize("name", ["resnet", "timm"])

@@ -5,7 +5,9 @@ best one's gain is likely overstated. The search's validation accuracies could n
 seed, of the shots that were searched, and themselves the best of several recipes; a sentence says so instead. No torch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -108,7 +110,8 @@ def _describe_methods(correct: Correct, baseline: Row | None) -> list[str]:
 def describe_recommendations(recommendations: list[Recommendation], correct: Correct) -> list[str]:
     """Return which method to use, and what it gains: in one sentence, of more than two numbers of images one for each.
 
-    The first of several names the method for every number of images.
+    The first of several names the method for every number of images, with what it gains over the best without synthetic
+    images.
     """
     parts = [_describe_one(item, correct[_shown(item)][item.num_shots].mean()) for item in recommendations]
     if len(parts) <= 2:
@@ -117,8 +120,12 @@ def describe_recommendations(recommendations: list[Recommendation], correct: Cor
     for item in recommendations:
         choices.setdefault(item.use, []).append(item.num_shots)
     unknown = choices.pop(None, [])
-    answers = [f"use {', '.join(f'{_name(row)} {_join(shots)}' for row, shots in choices.items())}"] if choices else []
+    gains = {item.num_shots: item.gain for item in recommendations if item.use and item.use == item.synthetic}
+    answers = [f"use {', '.join(f'{_name(row)} {_join(shots, gains)}' for row, shots in choices.items())}"]
+    answers = answers if choices else []
     answers += [f"{_join(unknown)} it cannot be judged which method to use"] if unknown else []
+    if any(gains.values()):
+        answers.append("in parentheses what is gained over the best method without synthetic images")
     return [f"{_capitalise('; '.join(answers))}.", *(f"{_capitalise(part)}." for part in parts)]
 
 
@@ -138,6 +145,9 @@ def _describe_one(item: Recommendation, accuracy: float) -> str:
             f"over {item.real_only.label}"
         )
     if item.use == item.real_only:
+        if item.gain.verdict == "loses":
+            worse = f"{_name(item.synthetic)}, the best with synthetic images, loses {item.gain}"
+            return f"use {item.use.label} {at}: {percent}; {worse}"
         return (
             f"use {item.use.label} {at}: {percent}, no method with synthetic images gains clearly over it "
             f"({_name(item.synthetic)} {item.gain})"
@@ -243,10 +253,11 @@ def _with(num_shots: int | None) -> str:
     return f"with {shots_title(num_shots)}"
 
 
-def _join(shots: list[int | None]) -> str:
-    """Return `with 1, 2 and 4 shots`."""
-    *others, last = shots
-    return f"with {', '.join(map(str, others))} and {shots_title(last)}" if others else _with(last)
+def _join(shots: list[int | None], gains: Mapping[int | None, Gain] = MappingProxyType({})) -> str:
+    """Return `with 1, 2 and 4 shots`, with the gains that there are: `with 1 (+9.1 [8.0, 10.2]) and 4 shots`."""
+    *others, last = ((num_shots, f" ({gain})" if (gain := gains.get(num_shots)) else "") for num_shots in shots)
+    listed = ", ".join(f"{num_shots}{gain}" for num_shots, gain in others)
+    return f"with {listed} and {shots_title(last[0])}{last[1]}" if others else f"{_with(last[0])}{last[1]}"
 
 
 def _uncapitalise(sentence: str) -> str:

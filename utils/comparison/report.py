@@ -13,7 +13,7 @@ from utils.comparison.costs import GENERATOR, STYLE_TOKEN, describe_sharing
 from utils.comparison.grid import shots_key, shots_title, volume_title
 from utils.comparison.statistics import COSTS, Gain, count_runs
 from utils.hub.cards import FUNCTIONS, code, hub_ids, text
-from utils.transfer.methods import METHODS
+from utils.transfer.methods import METHODS, Method
 
 TEMPLATE = Path(__file__).with_name("report.md.jinja")
 NAMES = ("classifier", "method")  # columns of tables
@@ -71,7 +71,7 @@ def write_markdown(path: str | Path, summary: list[dict], baseline: str | None, 
         costs=_to_markdown(_cost_table(summary)), recipes=_to_markdown(_recipe_table(methods, facts["chosen"])),
         shots=_shots(summary),
         num_test_images=summary[0]["num_test_images"], methods={method: _describe(method) for method in methods},
-        stage1=stage1, **facts, **FUNCTIONS,
+        replays=any("replayed" in _method(method).kinds for method in methods), stage1=stage1, **facts, **FUNCTIONS,
     )  # fmt: skip
     write_text(path, f"{card}\n")
 
@@ -147,8 +147,12 @@ def _to_markdown(rows: list[list[str]]) -> str:
 
 
 def _describe(method: str) -> str:
-    name, _, synthetic = method.partition("@")
-    return METHODS[name].description + (f"; synthetic set {code(synthetic)}" if synthetic else "")
+    synthetic = method.partition("@")[2]
+    return _method(method).description + (f"; synthetic set {code(synthetic)}" if synthetic else "")
+
+
+def _method(label: str) -> Method:
+    return METHODS[label.partition("@")[0]]
 
 
 def _shots(summary: list[dict]) -> list[int | None]:

@@ -171,8 +171,8 @@ METHODS = {
         "bridged with a head of class means of features", (STAGE_1, replace(STAGE_2, head_init="imprint"))
     ),
     "bridged_replay": Method(
-        "bridged with the head of stage 1, and synthetic images among the real ones; both shares fall with the number "
-        "of real images, and the second with what synthetic ones turn out to be worth",
+        "bridged with the head of stage 1, Mixup 0.2 in both stages, and synthetic images among the real ones; both "
+        "shares fall with the number of real images, and the second with what synthetic ones turn out to be worth",
         (STAGE_1, REPLAY),
     ),
     "bridged_unguarded": Method(

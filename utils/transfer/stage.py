@@ -42,7 +42,7 @@ from utils.transfer.domain_norm import measure_statistics
 from utils.transfer.fine_tuning import StageResult, count_gpus, fine_tune
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StagePlan
-from utils.transfer.model_parts import imprint_head, recalibrate_batch_norm, reset_head
+from utils.transfer.model_parts import batch_norm_modules, imprint_head, recalibrate_batch_norm, reset_head
 from utils.transfer.probe import choose_probed, probe_head
 from utils.transfer.replay import ImagePair, ReplayedImages
 
@@ -118,6 +118,8 @@ def run_stage(
         finished = dataclasses.replace(stage, head_init="keep")
         return load_start(finished, folder.path, pretrained, class_names, head_seed), StageResult(**earlier)
     model = load_start(stage, start, pretrained, class_names, head_seed)
+    if stage.settings.batch_norm != "frozen" and not batch_norm_modules(model):
+        warn_once(f"Warning: --batch_norm {stage.settings.batch_norm}: {pretrained.name} has no BatchNorm; no effect.")
     if checkpoint is None:
         if PartialState().is_main_process:
             folder.begin()
