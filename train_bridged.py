@@ -443,34 +443,48 @@ def open_model(args: SimpleNamespace, options: dict):
     pinned = vars(args.model) | {"model_revision": args.model_commit}
     pretrained = open_pretrained(**pinned, token=token, lora=settings if lora.use_peft else None)
     trial_settings = stage_settings(args.chosen_method, options, {"real": 1, "both": 1}, 1)[1]
-    head_inits = {stage.head_init for stage in stages}
+    head_inits = {stage.head_init for stage in stages}  # what a guard chooses is tried by it
     rehearse(pretrained, trial_settings, args.training, head_inits, args.chosen_method.alignment)
     return pretrained
 
 
-def plan_run(args: SimpleNamespace, options: dict, real, num_images: dict[str, int]) -> list[StagePlan]:
-    """Return the stages that are to be trained, and say how images are shared out where that is by their number.
+def plan_run(
+    args: SimpleNamespace, options: dict, real, images: dict, num_images: dict[str, int], pretrained
+) -> tuple[list[StagePlan], dict]:
+    """Return the stages that are to be trained, and what a guard measured; say how images are shared out if they are.
 
     Raises:
         UserError: what `check_stages` raises.
     """
+    from utils.transfer.guard import guard_stages
     from utils.transfer.run_method import images_per_class
 
-    num_processes, number = args.training.world_size, images_per_class(real.train)
-    settings = stage_settings(args.chosen_method, options, num_images, num_processes)
-    stages = plan_stages(args.chosen_method, *settings, number)
-    check_stages(stages, options, num_images, len(real.class_names), num_processes)
+    training_args, number = args.training, images_per_class(real.train)
+    settings = stage_settings(args.chosen_method, options, num_images, training_args.world_size)
+    plan = partial(plan_stages, args.chosen_method, *settings, number)
+    stages, guard = plan(), {}
+    check_stages(stages, options, num_images, len(real.class_names), training_args.world_size)
+    if stages[-1].guarded_by_probe:
+        loading = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
+        stages, guard = guard_stages(
+            lambda weight: plan(weight=weight), images["replayed"], pretrained, real.class_names, training_args.seed,
+            *loading,
+        )  # fmt: skip
     if "replayed" in args.chosen_method.kinds:
         logger.info(f"{describe_shares(stages, number)} (--method {args.method.method}; the paper's is bridged).")
-    return stages
+    return stages, guard
 
 
-def measure_leep(args: SimpleNamespace, pretrained, train_images, results: dict, stage: StagePlan, model) -> None:
-    """Put LEEP of the checkpoint and of stage 1's model into `results`, after that stage, else after the first."""
+def measure_leep(
+    args: SimpleNamespace, pretrained, train_images, names: list[str], results: dict, stage: StagePlan, model
+) -> None:
+    """Put LEEP of the checkpoint and of stage 1's model into `results`, after that stage, else after the first.
+
+    `names` are those of the stages.
+    """
     from utils.transfer.evaluation import leep_results
     from utils.transfer.image_format import EvalImages
 
-    names = [stage.name for stage in args.chosen_method.stages]
     has_stage_1 = STAGE_1.name in names
     is_measured = has_stage_1 if args.training.leep is None else args.training.leep
     if is_measured and stage.name == (STAGE_1.name if has_stage_1 else names[0]):
@@ -543,7 +557,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     # images and stages
     real, images, num_images = load_images(args, source)
-    stages = plan_run(args, options, real, num_images)
+    stages, guard = plan_run(args, options, real, images, num_images, pretrained)
 
     # training
     with folder.working(command := public_command("train_bridged.py", argv)):
@@ -555,14 +569,16 @@ def main(argv: Sequence[str] | None = None) -> dict:
         done = run_method(
             stages, images, EvalImages(real.test, pretrained.image_processor), pretrained, real.class_names,
             training_args, lambda stage: folder.path, validation=real.validation, resume=resume, inputs=inputs,
-            after_stage=partial(measure_leep, args, pretrained, real.train, leep),
+            after_stage=partial(measure_leep, args, pretrained, real.train, [stage.name for stage in stages], leep),
         )  # fmt: skip
 
         # results: the one time that the test images are read
-        results = add_totals(leep | done.results, list(done.log_histories)) | test_metrics(done.logits, done.labels)
+        results = add_totals(leep | guard | done.results, list(done.log_histories)) | test_metrics(
+            done.logits, done.labels
+        )
         if is_main_process:
             folder.check_unchanged(partial(identify_inputs, args, source))
-            config = describe_run(args, real, source, done.stages, pretrained) | {"learning_rate_reason": rate_reason}
+            config = describe_run(args, real, source, stages, pretrained) | {"learning_rate_reason": rate_reason}
             model_id = hub_target.repo_id if hub_target else folder.path.resolve().name
             write_results(args, model_id, pretrained, config, results, done, command)
             folder.write_run_config(started)

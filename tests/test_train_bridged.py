@@ -75,7 +75,7 @@ def test_a_set_whose_token_saw_no_mirrored_images_trains_on_none_in_either_stage
         CropAndFlip, "__init__", lambda self, *args: (init(self, *args), mirrors.append(self.random_flip))[0]
     )
     with blank_figures():
-        run("out", synthetic=unmirrored_dir)
+        run("out", "--method", "bridged_unguarded", synthetic=unmirrored_dir)
     assert mirrors == [False, False, False]  # of the trial run and of both stages
     config = read_record(tmp_path / "out" / "bridged_config.json")
     assert [stage["settings"]["random_flip"] for stage in config["stages"]] == [False, False]
@@ -127,7 +127,7 @@ def test_a_synthetic_set_with_its_classes_in_another_order_gives_the_same_classi
 
 def test_every_method_takes_the_same_real_images_and_says_what_it_cost(run, tmp_path):
     results = {
-        "bridged": run("bridged", "--head_warmup_steps", "1"),
+        "bridged": run("bridged", "--method", "bridged_unguarded", "--head_warmup_steps", "1"),
         "vanilla": run("vanilla", "--method", "vanilla", "--match_steps", "--head_warmup_steps", "1"),
         "mix": run("mix", "--method", "mix", "--mix_ratio", "1", "--match_steps"),
         "synthetic_only": run("synthetic_only", "--method", "synthetic_only", small=SMALL_STAGE_1),
@@ -154,7 +154,8 @@ class Killed(BaseException):
         ("utils.transfer.fine_tuning.StageTrainer", "training_step", 3, "bridged"),  # in stage 1, after a checkpoint
         ("utils.transfer.stage", "fine_tune", 2, "bridged"),  # between the stages
         ("utils.transfer.fine_tuning.StageTrainer", "training_step", 5, "bridged"),  # in stage 2
-        ("utils.transfer.fine_tuning.StageTrainer", "training_step", 5, "bridged_replay"),
+        ("utils.transfer.fine_tuning.StageTrainer", "training_step", 5, "bridged_replay"),  # without stage 1
+        ("utils.transfer.fine_tuning.StageTrainer", "training_step", 5, "bridged_unguarded"),
         ("utils.transfer.fine_tuning.StageTrainer", "training_step", 3, "bridged_adversarial"),
         ("utils.transfer.report", "write_model_card", 1, "bridged"),  # after the last stage
     ],
@@ -209,10 +210,10 @@ def test_a_streamed_set_trains_for_the_epochs_that_its_record_counts(classifiers
     write_record(streamed / GENERATION_CONFIG, record | {"num_images": 18, "num_images_per_class": 6})
     results = train_bridged.main(flags)
     assert (results["stage1_steps"], results["stage1_images_seen"]) == (10, 40)  # of a stream every batch is full
-    flags[flags.index("synthetic_only")] = "bridged_replay"
+    flags[flags.index("synthetic_only")] = "bridged_unguarded"
     results = train_bridged.main([*flags, "--max_steps", "4", "--overwrite_output_dir"])
     assert (results["stage1_steps"], results["stage2_steps"], results["stage2_images_seen"]) == (7, 7, 28)
-    flags[flags.index("bridged_replay")] = "synthetic_only"
+    flags[flags.index("bridged_unguarded")] = "synthetic_only"
     results = train_bridged.main([*flags, "--bridge_alignment", "adversarial", "--overwrite_output_dir"])
     assert (results["stage1_steps"], results["stage1_images_seen"]) == (10, 80)  # as many real ones, unlabelled
     stages = read_record(tmp_path / "out" / "bridged_config.json")["stages"]

@@ -16,11 +16,10 @@ from tests.transfer.test_stage_resume import Killed, assert_same, kill_in_step
 from tests.transfer.two_processes import contiguous
 from utils.cli.errors import UserError
 from utils.cli.records import read_record
-from utils.transfer import run_method, stage
+from utils.transfer import stage
 from utils.transfer.averaging import average_weights, warmed_up_decay
 from utils.transfer.classifiers import load_classifier, load_image_processor
 from utils.transfer.fine_tuning import StageTrainer, build_trainer
-from utils.transfer.guard import Usefulness
 from utils.transfer.methods import METHODS, StagePlan, StageSettings, plan_stages
 from utils.transfer.stage import describe_stage
 
@@ -102,18 +101,10 @@ def test_a_flag_gives_another_share_and_the_rest_has_no_entries_of_it(run):
     }  # fmt: skip
 
 
-def test_a_head_warmup_is_averaged_with_the_first_stage_and_after_a_guard_not_at_all(run):
+def test_a_head_warmup_is_averaged_with_the_first_stage(run):
     folder = run("--method", "wise_ft", "--head_warmup_steps", "1")
     first, last, found = (weights_of(folder / part)["classifier.1.weight"] for part in ("stage1", "stage2", "."))
     torch.testing.assert_close(found, (first + last) / 2)
-    guarded = METHODS["bridged_replay"].with_flags({"average": 0.5})
-    first, last = plan_stages(guarded, EMA, EMA, images_per_class=4)
-    assert (last.average, last.averaged_with) == (0.5, "stage1")
-    useless = Usefulness(10, 3, 5, 0.1, 0.9).guard(last)
-    assert useless.synthetic_share == 0
-    # no weight is read
-    done = run_method.average_with_earlier([first, useless], None, None, CLASS_NAMES, None)
-    assert (done.average, done.averaged_with) == (None, None)
 
 
 SHARE = r"--average 0\.5 \(of --method wise_ft, or given\): "

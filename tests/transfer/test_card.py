@@ -124,13 +124,11 @@ def test_the_card_says_that_a_flag_changed_the_alignment_of_a_row(method, alignm
 
 
 def test_what_a_guard_took_back_is_not_called_a_flag():
-    method = METHODS["bridged_domain_norm"]
-    *_, last = plan_stages(method, StageSettings(20, 0.002), StageSettings(10, 0.001), images_per_class=2)
-    config = {"method": "bridged_domain_norm", **method.flags, "stages": [{"name": "stage1"}, last.to_dict()]}
-    assert _describe_method(config) == method.description
-    config["stages"][-1] = last.without_synthetic.to_dict()
-    assert config["stages"][-1]["settings"]["batch_norm"] == "frozen"
-    assert _describe_method(config) == method.description
+    method, settings = METHODS["bridged_domain_norm"], (StageSettings(20, 0.002), StageSettings(10, 0.001))
+    config = {"method": "bridged_domain_norm", **method.flags}
+    for weight in (1.0, 0.5, 0.0):
+        config["stages"] = [stage.to_dict() for stage in plan_stages(method, *settings, 2, weight)]
+        assert _describe_method(config) == method.description
     config["stages"][-1]["settings"]["mixup_alpha"] = 0.4
     assert _describe_method(config) == "changed by flags, as told here"
 

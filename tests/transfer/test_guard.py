@@ -5,132 +5,153 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from datasets import concatenate_datasets
 from torch import nn
 
 import train_bridged
 from utils.cli.records import read_record
+from utils.transfer import guard
 from utils.transfer.classifiers import load_classifier, load_image_processor
-from utils.transfer.guard import Usefulness, measure_usefulness
+from utils.transfer.guard import Usefulness, guard_stages, measure_usefulness
 from utils.transfer.image_format import EvalImages
-from utils.transfer.methods import METHODS, StageSettings, plan_stages
+from utils.transfer.methods import METHODS, StageSettings, plan_stages, with_fresh_head
 from utils.transfer.probe import build_probe, cross_validated_predictions, extract_features
 from utils.transfer.replay import ReplayedImages
+from utils.transfer.stage import open_pretrained
 
 pytest_plugins = ["tests.transfer.fixtures"]
 
 
-@pytest.fixture
-def stages():
-    """The stages of bridged_replay at two images per class, of which three quarters are synthetic."""
-    return plan_stages(METHODS["bridged_replay"], StageSettings(6, 1e-3), StageSettings(6, 1e-4, None), 2)
+def plan(weight=1.0, name="bridged_replay", flags=None, **settings):
+    """Return stages of 12 steps at two images per class, of which three quarters are planned to be synthetic."""
+    real = StageSettings(6, 1e-4, None, **settings)
+    return plan_stages(METHODS[name].with_flags(flags or {}), StageSettings(6, 1e-3), real, 2, weight)
+
+
+def outline(stages):
+    return [(stage.name, stage.start, stage.head_init, stage.settings.max_steps) for stage in stages]
 
 
 @pytest.mark.parametrize(
-    ("synthetic", "probe", "share"),
+    ("synthetic", "probe", "joint", "weight"),
     [
-        (0.6, 0.6, 0.75), (0.9, 0.6, 0.75), (0.4, None, 0.75),  # as planned
-        (0.5, 0.6, 0.6),  # half of the odds, 3 to 1
-        (0.4, 0.6, 0.0), (0.1, 0.6, 0.0), (0.0, 0.0, 0.0),
-        (1 / 3, None, 0.0), (0.3, 0.2, 0.0),  # no better than guessing
+        (0.6, 0.6, 0.7, 1.0), (0.4, None, None, 1.0),  # as planned
+        (0.5, 0.6, 0.63, 0.5), (0.2 + 1 / 3, 0.6, 0.615, 0.25),
+        (0.5, 0.6, 0.6, 0.0), (0.9, 0.6, 0.5, 0.0),
+        (1 / 3, None, None, 0.0), (0.3, 0.2, 0.9, 0.0),  # no better than guessing
     ],
 )  # fmt: skip
-def test_the_share_falls_with_what_synthetic_images_are_worth_against_a_probe(stages, synthetic, probe, share):
-    guarded = Usefulness(30, 3, 6, synthetic, probe).guard(stages[1])
-    assert guarded.synthetic_share == pytest.approx(share)
-    assert (guarded.start, guarded.head_init) == (("stage1", "keep") if share else (None, "reset"))
-    # a fresh head is trained faster than the rest, one that is kept is not
-    assert guarded.settings.head_learning_rate_factor == (1.0 if share else 10.0)
-    assert guarded.settings.max_steps == stages[1].settings.max_steps
+def test_synthetic_images_count_what_they_add_to_a_probe(synthetic, probe, joint, weight):
+    assert Usefulness(30, 3, synthetic, probe, joint).weight == pytest.approx(weight, abs=1e-4)
 
 
-def test_what_is_left_out_of_a_head_warmup_is_left_out_of_the_stage_after_it():
-    settings = StageSettings(6, 1e-4, head_warmup_steps=0.5)
-    _, warmup, stage = plan_stages(METHODS["bridged_replay"], StageSettings(6, 1e-3), settings, 2)
-    useless = Usefulness(30, 3, 6, 0.1, 0.9)
-    guarded = [useless.guard(warmup), useless.guard(stage)]
-    assert [(stage.start, stage.head_init, stage.synthetic_share) for stage in guarded] == [
-        (None, "reset", 0.0), ("stage2_head", "keep", 0.0),
-    ]  # fmt: skip
+def test_shares_and_steps_of_both_stages_fall_with_the_weight():
+    for weight, share, num_first in ((1.0, 0.75, 6), (0.5, 0.6, 6), (0.1, 0.6 / 2.6, 3)):
+        stages = plan(weight)
+        assert outline(stages) == [
+            ("stage1", None, "reset", num_first), ("stage2", "stage1", "keep", 12 - num_first),
+        ]  # fmt: skip
+        assert stages[1].synthetic_share == pytest.approx(share)
+
+
+def test_without_synthetic_images_all_steps_are_on_real_ones_from_the_head_of_a_probe():
+    (stage,) = plan(0.0)
+    assert outline([stage]) == [("stage2", None, "probe", 12)]
+    assert stage.synthetic_share == 0 and stage.settings.mixup_alpha == 0.2
+    assert stage.settings.head_learning_rate_factor == 1.0
+    assert with_fresh_head(stage).settings.head_learning_rate_factor == 10.0
+    warmup, stage = plan(0.0, head_warmup_steps=0.5)
+    assert outline([warmup, stage]) == [("stage2_head", None, "probe", 6), ("stage2", "stage2_head", "keep", 6)]
+    # what no synthetic image made is kept
+    for head_init in ("imprint", "probe", "reset"):
+        assert outline(plan(0.0, flags={"head_init": head_init})) == [("stage2", None, head_init, 12)]
+    assert plan(0.0, "bridged_domain_norm")[0].settings.batch_norm == "frozen"
+    assert plan(0.0, flags={"average": 0.5})[0].average is None
 
 
 @pytest.mark.parametrize(
-    ("synthetic", "probe", "shares", "words"),
+    ("usefulness", "shares", "words"),
     [
-        (
-            0.54,
-            0.61,
-            (0.27, 0.09),
-            "a probe fitted on real ones on 61 %: the synthetic share of each batch is cut from 27 % to 9 %.",
-        ),
-        (0.7, 0.61, (0.27, 0.27), "on 61 %: the synthetic share of each batch stays 27 %."),
-        (
-            0.3,
-            0.61,
-            (0.27, 0.0),
-            "on 61 %: synthetic images are left out, with what was learned from them, and these steps are lost.",
-        ),
-        (
-            0.1,
-            0.61,
-            (0.27, 0.0),
-            "no better than guessing (do the synthetic images have the right labels?), so synthetic "
-            "images are left out, with what was learned from them, and these steps are lost.",
-        ),
-        (
-            0.7,
-            None,
-            (0.86, 0.86),
-            "with one real image per class, no probe can be tested: the synthetic share of each batch stays 86 %.",
-        ),
+        ((0.54, 0.61, 0.63), (0.27, 0.09),
+         "on other real ones on 61 %, on both together +2.0 points: their share is cut from 27 % to 9 %."),
+        ((0.7, 0.61, 0.7), (0.27, 0.27), "on both together +9.0 points: their share stays 27 %."),
+        ((0.3, 0.61, 0.6), (0.27, 0.0), "on both together -1.0 points: synthetic images are left out."),
+        ((0.1, 0.61, 0.7), (0.27, 0.0), "points: no better than guessing (do the synthetic images have the right "
+         "labels?), so synthetic images are left out."),
+        ((0.7,), (0.86, 0.86), "with one real image per class, no other can be tested: their share stays 86 %."),
     ],
-)
-def test_the_finding_says_what_was_measured_and_done(synthetic, probe, shares, words):
-    finding = Usefulness(160, 10, 73, synthetic, probe).results(*shares)["finding"]
+)  # fmt: skip
+def test_the_finding_says_what_was_measured_and_done(usefulness, shares, words):
+    finding = Usefulness(160, 10, *usefulness).results(*shares)["finding"]
     assert finding.startswith(
-        f"After 73 steps on synthetic images alone, the network is right on {100 * synthetic:.0f} % of 160 of"
+        "A probe of the pretrained features, fitted on synthetic images alone, is right on "
+        f"{100 * usefulness[0]:.0f} % of 160 of your images"
     )
     assert finding.endswith(words)
 
 
-class TellsRed(nn.Module):
-    """A classifier that is right on class 0 alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(1, 3)
-        self.config = type("Config", (), {"num_labels": 3, "name_or_path": "red"})
-        self.dtype = torch.float32
-
-    def forward(self, pixel_values):
-        return type("Output", (), {"logits": torch.eye(3)[torch.zeros(len(pixel_values), dtype=torch.int64)]})
-
-
-def test_both_accuracies_are_those_of_the_real_images(classifiers, images):
-    base = load_classifier(classifiers["resnet"], ["a", "b", "c"], True, 0)
+@pytest.fixture
+def measure(classifiers, images):
+    """Return `measure_usefulness` of a network on real images, `images` by default, and synthetic ones."""
     processor = load_image_processor(classifiers["resnet"])
-    measured = measure_usefulness(TellsRed(), 7, base, ReplayedImages(images, images), processor)
-    assert (measured.num_images, measured.num_steps, measured.synthetic_accuracy) == (12, 7, pytest.approx(1 / 3))
+    base = load_classifier(classifiers["resnet"], ["a", "b", "c"], True, 0)
+
+    def measure(synthetic, real=images, share=0.5):
+        return measure_usefulness(base, ReplayedImages(real, synthetic), share, processor)
+
+    return measure
+
+
+def test_accuracies_are_those_of_probes_on_real_images_that_they_have_not_seen(measure, classifiers, images):
+    measured = measure(images)
+    assert (measured.num_images, measured.num_classes) == (12, 3)
+    assert measured.synthetic_accuracy > 0.9  # of images that it was fitted on
+    base, processor = (
+        load_classifier(classifiers["resnet"], ["a", "b", "c"], True, 0),
+        load_image_processor(classifiers["resnet"]),
+    )
     features, labels = extract_features(base, EvalImages(images, processor))
     hits = cross_validated_predictions(features, labels) == labels
     assert measured.probe_accuracy == hits.mean()
+    # the tested images themselves are among the synthetic ones here
+    assert measured.joint_accuracy > measured.probe_accuracy
     others = np.random.default_rng(0).permutation(labels)
     assert hits.mean() > 0.5 > (cross_validated_predictions(features, others) == others).mean()
     # of images that a probe has seen it is right on all: these it has not
     assert build_probe(1e6).fit(features, labels).score(features, labels) == 1.0
 
 
-def test_classes_without_synthetic_images_are_not_judged_and_every_class_counts_the_same(classifiers, images):
-    base, processor = (
-        load_classifier(classifiers["resnet"], ["a", "b", "c"], True, 0),
-        load_image_processor(classifiers["resnet"]),
-    )
+def test_images_with_wrong_labels_add_nothing(measure, images):
+    labels = (np.array(images["label"]) + 1) % 3
+    wrong = images.remove_columns("label").add_column("label", labels.tolist(), feature=images.features["label"])
+    measured = measure(wrong, share=0.9)
+    assert measured.synthetic_accuracy < 0.1 and measured.is_guessing and measured.weight == 0
+    assert measured.joint_accuracy < measured.probe_accuracy
+
+
+def test_images_beside_weigh_as_much_as_their_share(images):
+    """Of two images in one place, the probe takes the side of those that weigh more."""
+    features, labels = np.repeat(np.eye(3), 4, 0) + 0.0, np.repeat(np.arange(3), 4)
+    wrong = np.eye(3), np.array([1, 2, 0])
+    for weight, is_right in ((0.5, True), (2.0, False)):
+        predictions = cross_validated_predictions(features, labels, (*wrong, weight))
+        assert ((predictions == labels) == is_right).all()
+
+
+def test_classes_without_synthetic_images_are_not_judged_and_every_class_counts_the_same(measure, images):
     labels = np.array(images["label"])
-    some = images.select(np.flatnonzero(labels < 2))
-    measured = measure_usefulness(TellsRed(), 7, base, ReplayedImages(images, some), processor)
-    assert (measured.num_images, measured.num_classes, measured.synthetic_accuracy) == (8, 2, 0.5)
+    measured = measure(images.select(np.flatnonzero(labels < 2)))
+    assert (measured.num_images, measured.num_classes, measured.synthetic_accuracy) == (8, 2, 1.0)
     uneven = images.select([*np.flatnonzero(labels == 0), *np.flatnonzero(labels == 1)[:2]])
-    measured = measure_usefulness(TellsRed(), 7, base, ReplayedImages(uneven, images), processor)
-    assert (measured.num_images, measured.synthetic_accuracy) == (6, 0.5)
+    measured = measure(images.select(np.flatnonzero(labels != 1)), uneven)
+    assert (measured.num_images, measured.num_classes) == (4, 1)
+    red = images.select(np.flatnonzero(labels == 0)), images.select(np.flatnonzero(labels == 1)[:1])
+    measured = measure(concatenate_datasets([*red]), uneven)
+    assert (measured.num_images, measured.num_classes) == (6, 2)
+
+
+def test_of_a_stream_its_first_images_are_measured(measure, images):
+    assert measure(images.to_iterable_dataset()) == measure(images)
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit"])
@@ -152,39 +173,43 @@ def test_single_images_of_a_class_leave_nothing_to_compare_with():
 
 @pytest.mark.parametrize("is_useful", [True, False])
 def test_the_guard_decides_and_is_recorded(classifiers, synthetic_dir, tmp_path, monkeypatch, capsys, is_useful):
-    measured = Usefulness(6, 3, 3, 0.9 if is_useful else 0.1, 0.9)
-    monkeypatch.setattr("utils.transfer.run_method.measure_usefulness", lambda *args: measured)
+    measured = Usefulness(6, 3, 0.9, 0.8, 0.9 if is_useful else 0.7)
+    monkeypatch.setattr(guard, "measure_usefulness", lambda *args: measured)
     flags = ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["resnet"],
              "--num_shots", "2", "--method", "bridged_replay", "--bridge_max_steps", "3", "--max_steps", "2",
              "--use_cpu", "--output_dir", str(tmp_path)]  # fmt: skip
     results = train_bridged.main(flags)
     config = read_record(tmp_path / "bridged_config.json")
-    stage = config["stages"][-1]
-    assert (stage["start"], stage["synthetic_share"]) == (("stage1", 0.75) if is_useful else (None, 0.0))
-    assert results["guard"]["synthetic_share"] == stage["synthetic_share"]
+    assert [(stage["name"], stage["start"], stage["head_init"]) for stage in config["stages"]] == (
+        [("stage1", None, "reset"), ("stage2", "stage1", "keep")] if is_useful else [("stage2", None, "probe")]
+    )
+    assert results["guard"]["synthetic_share"] == config["stages"][-1]["synthetic_share"] == 0.75 * is_useful
+    assert results["total_steps"] == 5
     assert results["guard"]["finding"] in " ".join(capsys.readouterr().out.split())
     card = (tmp_path / "README.md").read_text()
     assert results["guard"]["finding"].replace("your images", "the real training images") in card
-    # the classifier of no synthetic images at all is that of stage 2's steps on real ones from the pretrained weights
-    before = (tmp_path / "stage2" / "stage_settings.json").read_text()
-    assert (classifiers["resnet"] in before) == (not is_useful)
+    assert ("with 75 % synthetic ones among them" in card) == is_useful
+    assert ("the synthetic images" in card and "were tried first, and left out" in card) == (not is_useful)
 
 
-def test_what_no_synthetic_image_made_is_kept_without_them(stages):
-    useless = Usefulness(30, 3, 6, 0.1, 0.9)
-    for head_init in ("imprint", "probe"):
-        stage = plan_stages(
-            METHODS["bridged_replay"].with_flags({"head_init": head_init}),
-            StageSettings(6, 1e-3),
-            StageSettings(6, 1e-4),
-            2,
-        )[1]
-        assert (useless.guard(stage).start, useless.guard(stage).head_init) == (None, head_init)
-    stage = plan_stages(METHODS["bridged_domain_norm"], StageSettings(6, 1e-3), StageSettings(6, 1e-4), 2)[1]
-    assert useless.guard(stage).settings.batch_norm == "frozen"
+def test_a_network_that_cannot_have_the_head_of_a_probe_begins_with_a_fresh_one(
+    classifiers, images, monkeypatch, caplog
+):
+    monkeypatch.setattr(guard, "measure_usefulness", lambda *args: Usefulness(6, 3, 0.9, 0.8, 0.7))
+    pretrained = open_pretrained(classifiers["resnet"], None, False, None)
+    kinds = ReplayedImages(images, images)
+    stages, _ = guard_stages(plan, kinds, pretrained, ["a", "b", "c"], 0)
+    assert outline(stages) == [("stage2", None, "probe", 12)]
+    some = ReplayedImages(images.select(np.flatnonzero(np.array(images["label"]) < 2)), images)  # a class has none
+    stages, _ = guard_stages(plan, some, pretrained, ["a", "b", "c"], 0)
+    assert outline(stages) == [("stage2", None, "reset", 12)]
+    assert stages[0].settings.head_learning_rate_factor == 10.0
+    caplog.set_level("INFO", "utils")
+    guard_stages(lambda weight: plan(weight, flags={"average": 0.5}), kinds, pretrained, ["a", "b", "c"], 0)
+    assert "--average 0.5 does nothing: synthetic images were left out." in caplog.text
 
 
-def test_an_unguarded_row_takes_its_share_whatever_the_images_are_worth(stages):
-    unguarded = plan_stages(METHODS["bridged_unguarded"], StageSettings(6, 1e-3), StageSettings(6, 1e-4), 2)
-    assert replace(stages[1], is_guarded=False, without_synthetic=None) == unguarded[1]
-    assert "is_guarded" not in unguarded[1].to_dict()
+def test_an_unguarded_row_takes_its_share_whatever_the_images_are_worth():
+    unguarded = plan(name="bridged_unguarded")
+    assert [replace(stage, guarded_by_probe=False) for stage in plan()] == unguarded
+    assert "guarded_by_probe" not in unguarded[1].to_dict()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from utils.data.opened_images import open_synthetic
 from utils.data.real_images import identify_real_images
 from utils.data.splits import balanced_indices
 from utils.transfer.evaluation import classification_metrics
+from utils.transfer.guard import guard_stages
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StagePlan, StageSettings
 from utils.transfer.run_method import images_per_class, run_method, select_images
@@ -101,9 +102,9 @@ class CellRunner:
         """Free the memory of the images that cells are evaluated on."""
         self._items.clear()
 
-    def plan(self, cell: Cell) -> list[StagePlan]:
-        """Return the stages of a cell."""
-        return plan_cell(cell, self.settings, self._images_per_class)
+    def plan(self, cell: Cell, weight: float = 1.0) -> list[StagePlan]:
+        """Return the stages of a cell; `weight` is that of synthetic images, where a guard has measured it."""
+        return plan_cell(cell, self.settings, self._images_per_class, weight)
 
     @cached_property
     def _images_per_class(self) -> float:
@@ -266,16 +267,24 @@ class CellRunner:
             real = self.real.train.select(self.few_shot_rows(cell.num_shots, cell.seed, cell.fold))
         if method.uses_synthetic:
             synthetic = self.load_synthetic(self.sources[cell.source], cell.row.volume)
+        planned, images, guard = self.plan(cell), select_images(method, real, synthetic), {}
+        stages = planned
+        if planned[-1].guarded_by_probe:
+            loading = self.training_args.per_device_eval_batch_size, self.training_args.dataloader_num_workers
+            stages, guard = guard_stages(
+                partial(self.plan, cell), images["replayed"], self.pretrained, self.real.class_names, cell.seed,
+                *loading,
+            )  # fmt: skip
         done = run_method(
-            self.plan(cell), select_images(method, real, synthetic), self._eval_items(cell),
+            stages, images, self._eval_items(cell),
             self.pretrained, self.real.class_names, dataclasses.replace(self.training_args, seed=cell.seed),
-            lambda stage: shared_dir if stage.images == "synthetic" else work_dir,
+            lambda stage: shared_dir if stage.images == "synthetic" and stage in planned else work_dir,
             resume=True, inputs=self.inputs(cell),
             exclusive=lambda folder: self._lock(f"{folder.parent.name}-{folder.name}"),
         )  # fmt: skip
         shutil.rmtree(work_dir, ignore_errors=True)
         metrics = classification_metrics(done.logits, done.labels)
-        return done.results | metrics | pack_correct(done.logits.argmax(1) == done.labels)
+        return guard | done.results | metrics | pack_correct(done.logits.argmax(1) == done.labels)
 
     def _lock(self, name: str) -> FileLock:
         folder = self.output_dir / "locks"

@@ -88,13 +88,15 @@ def source_key(name: str, seed: int, fold: str | None = None) -> tuple:
     return (name, seed) if fold is None else (name, seed, fold)
 
 
-def plan_cell(cell: Cell, settings: StageSettings, images_per_class: float | None = None) -> list[StagePlan]:
+def plan_cell(
+    cell: Cell, settings: StageSettings, images_per_class: float | None = None, weight: float = 1.0
+) -> list[StagePlan]:
     """Return the stages of a cell; `settings` has what its recipe and its method leave open.
 
-    `images_per_class` are the real ones where a cell takes all of them.
+    `images_per_class` are the real ones where a cell takes all of them; `weight` is as in `plan_stages`.
     """
     of_recipe = replace(settings, **asdict(cell.recipe))
-    return plan_stages(cell.row.method, cell.bridge, of_recipe, cell.num_shots or images_per_class)
+    return plan_stages(cell.row.method, cell.bridge, of_recipe, cell.num_shots or images_per_class, weight)
 
 
 def plan_table(

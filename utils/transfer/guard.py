@@ -1,42 +1,50 @@
-"""The guard of replay: how far synthetic images help on one's own images, measured before real ones are trained on.
+"""The guard of replay: what synthetic images add to one's own, measured before anything is trained on either.
 
-The model of stage 1 has seen none of the real training images, so its accuracy on them says honestly, at any number of
-images, what the synthetic ones are worth. What the real ones are worth without them, a probe of the pretrained
-features says, cross-validated on the same images.
+A probe of the pretrained features is fitted on real images alone, and on these with the synthetic ones beside them, at
+the weight that replay would give them; both are tested, cross-validated, on real images that they have not seen. That
+takes the features of some images, whatever is trained later and for how many steps.
 """
 
-from dataclasses import asdict, dataclass, replace
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from sklearn.metrics import recall_score
-from torch import nn
 
 from utils.data.splits import balanced_indices
-from utils.transfer.evaluation import classification_metrics, predict
+from utils.transfer.classifiers import load_classifier
 from utils.transfer.image_format import EvalImages
-from utils.transfer.methods import StagePlan, percent
-from utils.transfer.probe import cross_validated_predictions, extract_features
+from utils.transfer.methods import StagePlan, percent, with_fresh_head
+from utils.transfer.probe import build_probe, can_probe, cross_validated_predictions, extract_features
 from utils.transfer.replay import ReplayedImages
 
-# accuracy after stage 1 over the probe's: below the first synthetic images have no share, from the second on all
-USELESS, USEFUL = 2 / 3, 1.0
-MAX_IMAGES_PER_CLASS = 50  # on these the accuracies are measured, of at most so many images in all:
-MAX_IMAGES = 10_000
+logger = logging.getLogger(__name__)
+
+# what the probe has to gain, in accuracy, for the synthetic images to have the whole share that replay plans
+WHOLE_GAIN = 0.06
+# images that are measured: real and synthetic ones of each class, and of either kind in all
+MAX_REAL_PER_CLASS, MAX_SYNTHETIC_PER_CLASS, MAX_IMAGES = 50, 100, 5_000
 
 
 @dataclass(frozen=True)
 class Usefulness:
-    """Accuracies, means over `num_classes` classes in [0, 1], on `num_images` real training images.
+    """Accuracies of probes on `num_images` real training images, means over `num_classes` classes in [0, 1].
 
-    `synthetic_accuracy` is that of the network after `num_steps` on synthetic images alone, `probe_accuracy` that of a
-    probe; None where half of the classes have one image, so that nothing is left to test a probe on.
+    `synthetic_accuracy` is that of one fitted on synthetic images alone, `probe_accuracy` of one on other real images,
+    `joint_accuracy` of one on both; the last two are None where half of the classes have one image, so that no other
+    is left to fit a probe on.
     """
 
     num_images: int
     num_classes: int
-    num_steps: int
     synthetic_accuracy: float
     probe_accuracy: float | None = None
+    joint_accuracy: float | None = None
 
     @property
     def is_guessing(self) -> bool:
@@ -44,26 +52,15 @@ class Usefulness:
 
     @property
     def weight(self) -> float:
-        """What the synthetic images count, in [0, 1]: replayed images do so with it times the odds of their share."""
+        """What the synthetic images count, in [0, 1]: their share gets it times the odds that are planned."""
         if self.is_guessing:
             return 0.0
         if self.probe_accuracy is None:
             return 1.0
-        ratio = self.synthetic_accuracy / max(self.probe_accuracy, 1 / self.num_images)
-        return round(float(np.clip((ratio - USELESS) / (USEFUL - USELESS), 0.0, 1.0)), 4)
-
-    def guard(self, stage: StagePlan) -> StagePlan:
-        """Return a stage with the share that the synthetic images earn.
-
-        Where that is none, it begins as if there had been no synthetic images.
-        """
-        share = stage.synthetic_share
-        guarded = self.weight * share / (self.weight * share + 1 - share)
-        start = stage if guarded > 0 or stage.without_synthetic is None else stage.without_synthetic
-        return replace(start, synthetic_share=guarded)
+        return round(float(np.clip((self.joint_accuracy - self.probe_accuracy) / WHOLE_GAIN, 0.0, 1.0)), 4)
 
     def results(self, planned: float, guarded: float) -> dict:
-        """Return what results say of it, and of a stage that it guarded: its share planned, and the one that was given.
+        """Return what results say of it, of the share that was planned, and of the one that it leaves.
 
         `finding` is all of it in words.
         """
@@ -71,44 +68,99 @@ class Usefulness:
         return asdict(self) | shares | {"finding": f"{self._describe()}: {self._conclude(planned, guarded)}."}
 
     def _describe(self) -> str:
-        measured = (
-            f"After {self.num_steps} steps on synthetic images alone, the network is right on "
-            f"{percent(self.synthetic_accuracy)} of {self.num_images} of your images"
+        alone = (
+            "A probe of the pretrained features, fitted on synthetic images alone, is right on "
+            f"{percent(self.synthetic_accuracy)}"
         )
+        images = f"of {self.num_images} of your images"
         if self.probe_accuracy is None:
-            return f"{measured}; with one real image per class, no probe can be tested"
-        return f"{measured}, a probe fitted on real ones on {percent(self.probe_accuracy)}"
+            return f"{alone} {images}; with one real image per class, no other can be tested"
+        added = 100 * (self.joint_accuracy - self.probe_accuracy)
+        return (
+            f"{alone} {images}, on other real ones on {percent(self.probe_accuracy)}, on both together {added:+.1f} "
+            "points"
+        )
 
     def _conclude(self, planned: float, guarded: float) -> str:
         if guarded == 0:
-            left_out = "synthetic images are left out, with what was learned from them, and these steps are lost"
             doubt = "no better than guessing (do the synthetic images have the right labels?), so "
-            return f"{doubt if self.is_guessing else ''}{left_out}"
+            return f"{doubt if self.is_guessing else ''}synthetic images are left out"
         change = f"is cut from {percent(planned)} to" if guarded < planned else "stays"
-        return f"the synthetic share of each batch {change} {percent(guarded)}"
+        return f"their share {change} {percent(guarded)}"
+
+
+def guard_stages(
+    plan: Callable[[float], list[StagePlan]], images: ReplayedImages, pretrained, class_names: list[str], seed: int,
+    batch_size: int = 128, num_workers: int = 0,
+) -> tuple[list[StagePlan], dict]:  # fmt: skip
+    """Return the stages of `plan`, which `plan_stages` makes for a weight, at what the images are worth, and results.
+
+    Without synthetic images the first stage begins with the head of a probe where the network can have one, else with
+    a fresh one.
+    """
+    planned = plan(1.0)
+    base = load_classifier(pretrained.name, class_names, True, seed, **pretrained.hub_options)
+    share = planned[-1].synthetic_share
+    usefulness = measure_usefulness(base, images, share, pretrained.image_processor, batch_size, num_workers)
+    stages = plan(usefulness.weight)
+    if stages[0].head_init == "probe" and planned[-1].head_init == "keep":
+        real = EvalImages(images.real, pretrained.image_processor)
+        if not can_probe(base, torch.as_tensor(real[0]["pixel_values"]), np.array(images.real["label"])):
+            stages = [with_fresh_head(stages[0]), *stages[1:]]
+    results = usefulness.results(share, stages[-1].synthetic_share)
+    if PartialState().is_main_process:
+        logger.info(results["finding"])
+    if planned[-1].average is not None and stages[-1].average is None:
+        logger.info(f"--average {planned[-1].average:g} does nothing: synthetic images were left out.")
+    return stages, {"guard": results}
 
 
 def measure_usefulness(
-    bridged: nn.Module, num_steps: int, pretrained: nn.Module, images: ReplayedImages, image_processor,
-    batch_size: int = 128, num_workers: int = 0,
-) -> Usefulness:  # fmt: skip
-    """Return how right the model of stage 1, of `num_steps`, is on real training images, and a probe of the features.
+    base, images: ReplayedImages, share: float, image_processor, batch_size: int = 128, num_workers: int = 0
+) -> Usefulness:
+    """Return how right probes of the features of `base` are on real training images; `share` is that of replay.
 
-    The probe is of the features of `pretrained`, and is cross-validated. Both are measured on the same images: those of
-    classes that have synthetic images (of a stream, all), at most `MAX_IMAGES_PER_CLASS` of each.
+    Judged are classes that have synthetic images. Features are extracted by all processes, the first one fits.
     """
+    synthetic = _choose_synthetic(images)
     labels = np.array(images.real["label"])
-    judged = np.arange(len(labels))
-    if not images.is_streamed:
-        judged = np.flatnonzero(np.isin(labels, np.unique(images.synthetic["label"])))
-    number = min(MAX_IMAGES, MAX_IMAGES_PER_CLASS * len(np.unique(labels[judged])))
+    judged = np.flatnonzero(np.isin(labels, np.unique(synthetic["label"])))
+    number = min(MAX_IMAGES, MAX_REAL_PER_CLASS * len(np.unique(labels[judged])))
     real = images.real.select(judged[balanced_indices(labels[judged], number, seed=0)])
-    eval_images = EvalImages(real, image_processor)
-    logits, labels = predict(bridged, eval_images, batch_size, num_workers)
-    features, _ = extract_features(pretrained, eval_images, batch_size, num_workers)
-    predictions, num_classes = cross_validated_predictions(features, labels), len(np.unique(labels))
-    accuracy = classification_metrics(logits, labels)["mean_per_class_accuracy"]
-    probe_accuracy = (
-        None if predictions is None else recall_score(labels, predictions, average="macro", zero_division=0)
-    )
-    return Usefulness(len(real), num_classes, num_steps, accuracy, probe_accuracy)
+    loading = image_processor, batch_size, num_workers
+    (features, labels), (others, other_labels) = (_extract(base, kind, *loading) for kind in (real, synthetic))
+    found = [None]
+    if PartialState().is_main_process:
+        found = [_measure(features, labels, others, other_labels, share)]
+    broadcast_object_list(found)  # not fitted by each: they share cores, and must take the same stages
+    return found[0]
+
+
+def _choose_synthetic(images: ReplayedImages) -> Dataset:
+    if images.is_streamed:
+        number = min(MAX_IMAGES, MAX_SYNTHETIC_PER_CLASS * len(np.unique(images.real["label"])))
+        return Dataset.from_list(list(images.synthetic.take(number)), features=images.synthetic.features)
+    labels = np.array(images.synthetic["label"])
+    number = min(MAX_IMAGES, MAX_SYNTHETIC_PER_CLASS * len(np.unique(labels)))
+    return images.synthetic.select(balanced_indices(labels, number, seed=0))
+
+
+def _extract(base, images: Dataset, image_processor, batch_size: int, num_workers: int):
+    return extract_features(base, EvalImages(images, image_processor), batch_size, num_workers)
+
+
+def _measure(
+    features: np.ndarray, labels: np.ndarray, others: np.ndarray, other_labels: np.ndarray, share: float
+) -> Usefulness:
+    def accuracy(predictions: np.ndarray | None) -> float | None:
+        if predictions is None:
+            return None
+        return float(recall_score(labels, predictions, average="macro", zero_division=0, labels=np.unique(labels)))
+
+    alone = build_probe().fit(others, other_labels).predict(features) if len(np.unique(other_labels)) > 1 else None
+    beside = others, other_labels, share / (1 - share)
+    return Usefulness(
+        len(labels), len(np.unique(labels)), accuracy(alone) if alone is not None else 1.0,
+        accuracy(cross_validated_predictions(features, labels)),
+        accuracy(cross_validated_predictions(features, labels, beside)),
+    )  # fmt: skip

@@ -45,11 +45,12 @@ class Stage:
     `images` is `real`, `synthetic`, `both`, or `replayed`: real ones with a share of synthetic ones in each batch.
     `start` is the stage whose weights it takes (None: the pretrained checkpoint), `head_init` one of `HEAD_INITS`.
     `settings` replace those that a stage on such images has otherwise. A stage that `is_matched` takes the steps of one
-    on synthetic images besides its own. One that replays and `is_guarded` gives synthetic images what share they earn,
-    measured before it begins. `mix_ratio` is synthetic images per real one, where it sees both; None takes each image
-    once. With an `alignment`, a stage on synthetic images sees the real training images too, unlabelled. `average` is
-    the share of its weights in the result, in (0, 1); the rest are those of `start`, whose head it has to keep
-    (WiSE-FT, Wortsman et al. 2022). A stage whose settings have `max_steps` 0 is its head's init alone.
+    on synthetic images besides its own. One that replays and is `guarded_by_probe` gives synthetic images what share
+    they earn, measured before the first stage begins. `mix_ratio` is synthetic images per real one, where it sees both;
+    None takes each image once. With an `alignment`, a stage on synthetic images sees the real training images too,
+    unlabelled. `average` is the share of its weights in the result, in (0, 1); the rest are those of `start`, whose
+    head it has to keep (WiSE-FT, Wortsman et al. 2022). A stage whose settings have `max_steps` 0 is its head's init
+    alone.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Stage:
     head_init: str = "reset"
     settings: dict = field(default_factory=dict)
     is_matched: bool = False
-    is_guarded: bool = False
+    guarded_by_probe: bool = False
     mix_ratio: float | None = None
     alignment: Alignment | None = None
     average: float | None = None
@@ -112,6 +113,19 @@ class Method:
         return next((stage.alignment for stage in self.stages if stage.alignment is not None), None)
 
     @property
+    def without_synthetic(self) -> "Method":
+        """The method where a guard finds its synthetic images worth nothing: real ones, from the head of a probe.
+
+        A head that needs no synthetic images is kept. The kind of the stages stays `replayed`, with a share of 0.
+        """
+        stages = []
+        for stage in self.stages:
+            if stage.images != "synthetic":
+                head_init = "probe" if stage.head_init == "keep" else stage.head_init
+                stages.append(replace(stage, start=None, head_init=head_init, average=None))
+        return replace(self, stages=tuple(stages))
+
+    @property
     def flags(self) -> dict:
         """What the row says for the flags of train_bridged.py that are about a method as a whole."""
         average = self.stages[-1].average  # records of methods without one have no such entry
@@ -160,7 +174,7 @@ MATCHED = replace(VANILLA, is_matched=True)
 MIX = Stage("mix", "both", is_matched=True)
 NO_MIXUP, MIXUP = {"mixup_alpha": 0.0}, {"mixup_alpha": 0.2}
 PROBE = Stage("probe", "real", head_init="probe", settings={"max_steps": 0})
-REPLAY = replace(STAGE_2, images="replayed", head_init="keep", settings=MIXUP, is_guarded=True)
+REPLAY = replace(STAGE_2, images="replayed", head_init="keep", settings=MIXUP, guarded_by_probe=True)
 
 METHODS = {
     "bridged": Method(
@@ -176,7 +190,7 @@ METHODS = {
         (STAGE_1, REPLAY),
     ),
     "bridged_unguarded": Method(
-        "bridged_replay whatever the synthetic images are worth", (STAGE_1, replace(REPLAY, is_guarded=False))
+        "bridged_replay whatever the synthetic images are worth", (STAGE_1, replace(REPLAY, guarded_by_probe=False))
     ),
     "bridged_domain_norm": Method(
         "bridged_replay whose stage 2 normalises each kind of images with BatchNorm statistics of its own",
@@ -283,9 +297,8 @@ class StageSettings:
 class StagePlan:
     """A stage with its settings, as it is trained; `images`, `head_init` and `start` as of a `Stage`.
 
-    `synthetic_share` is that of each batch, where images are replayed. `without_synthetic` is the stage in its place
-    where a guard finds that they are worth nothing; None where it is not guarded, or begins after one that is. Where
-    there is an `average`, as of a `Stage`, the rest are the weights of the stage `averaged_with`.
+    `synthetic_share` is that of each batch, where images are replayed. Where there is an `average`, as of a `Stage`,
+    the rest are the weights of the stage `averaged_with`.
     """
 
     name: str
@@ -295,38 +308,43 @@ class StagePlan:
     start: str | None = None
     synthetic_share: float | None = None
     alignment: Alignment | None = None
-    is_guarded: bool = False
-    without_synthetic: "StagePlan | None" = None
+    guarded_by_probe: bool = False
     average: float | None = None
     averaged_with: str | None = None
 
     def to_dict(self) -> dict:
         """Return it as records hold it: what was added later only where it is used, so older records stay the same."""
         later = {
-            "synthetic_share": None, "alignment": None, "is_guarded": False, "average": None, "averaged_with": None,
+            "synthetic_share": None, "alignment": None, "guarded_by_probe": False, "average": None,
+            "averaged_with": None,
         }  # fmt: skip
-        entries = {name: value for name, value in asdict(self).items() if name != "without_synthetic"}
-        entries["settings"] = self.settings.to_dict()
+        entries = asdict(self) | {"settings": self.settings.to_dict()}
         return {name: value for name, value in entries.items() if name not in later or value != later[name]}
 
 
 def plan_stages(
-    method: Method, bridge_settings: StageSettings, settings: StageSettings, images_per_class: float | None = None
-) -> list[StagePlan]:
+    method: Method, bridge_settings: StageSettings, settings: StageSettings, images_per_class: float | None = None,
+    weight: float = 1.0,
+) -> list[StagePlan]:  # fmt: skip
     """Return the stages of a method, in order; the last is the result.
 
     `bridge_settings` go with synthetic images, `settings` with real ones and with both kinds together; what a row says
     wins. A head warm-up is a stage of its own, `<name>_head`. A moving average is the last stage's alone. A method that
-    replays takes the steps of both together, and divides them by the number of real images per class.
+    replays takes the steps of both together, and divides them by the number of real images per class and the `weight`
+    of the synthetic ones, in [0, 1]: that of a guard. At 0 it takes all of them on real images.
     """
     stages, share = [], None
     if "replayed" in method.kinds:
-        share = replayed_share(images_per_class)
+        share = replayed_share(images_per_class, weight)
         num_steps = bridge_settings.max_steps + settings.max_steps
-        bridge_settings = replace(bridge_settings, max_steps=max(1, round(min(share, 0.5) * num_steps)))
-        settings = replace(settings, max_steps=max(1, num_steps - bridge_settings.max_steps))
+        num_first = max(1, round(min(share, 0.5) * num_steps)) if share > 0 else 0
+        bridge_settings = replace(bridge_settings, max_steps=num_first)
+        settings = replace(settings, max_steps=max(1, num_steps - num_first))
+        method = method if share > 0 else method.without_synthetic
     for stage in method.stages:
         own = replace(bridge_settings if stage.images == "synthetic" else settings, **stage.settings)
+        if share == 0 and own.batch_norm == "domain":  # there is no other domain
+            own = replace(own, batch_norm="frozen")
         if stage.is_matched:
             own = replace(own, max_steps=own.max_steps + sum(_split_steps(bridge_settings)))
         if stage is not method.stages[-1]:
@@ -337,7 +355,7 @@ def plan_stages(
         own = replace(own, max_steps=num_steps, head_warmup_steps=0)
         plan = StagePlan(
             stage.name, stage.images, stage.head_init, own, stage.start,
-            share if stage.images == "replayed" else None, stage.alignment, stage.is_guarded,
+            share if stage.images == "replayed" else None, stage.alignment, stage.guarded_by_probe,
             average=stage.average, averaged_with=None if stage.average is None else stage.start,
         )  # fmt: skip
         if num_warmup_steps > 0:
@@ -346,24 +364,15 @@ def plan_stages(
             warmup = replace(
                 plan, name=f"{stage.name}_head", settings=own, alignment=None, average=None, averaged_with=None
             )
-            stages += [_with_fallback(warmup), replace(plan, head_init="keep", start=warmup.name)]
+            stages += [warmup, replace(plan, head_init="keep", start=warmup.name)]
         else:
-            stages.append(_with_fallback(plan))
+            stages.append(plan)
     return [_with_head_factor(stage) for stage in stages]
 
 
-def _with_fallback(stage: StagePlan) -> StagePlan:
-    if not stage.is_guarded:
-        return stage
-    head_init = "reset" if stage.head_init == "keep" else stage.head_init
-    settings = replace(stage.settings, batch_norm="frozen") if stage.settings.batch_norm == "domain" else stage.settings
-    fallback = replace(stage, start=None, head_init=head_init, settings=settings, synthetic_share=0.0)
-    return replace(stage, without_synthetic=_with_head_factor(fallback))
-
-
-def replayed_share(images_per_class: float) -> float:
-    """Return the share of synthetic images at so many real ones per class, in (0, 1)."""
-    return REPLAY_IMAGES / (REPLAY_IMAGES + images_per_class)
+def replayed_share(images_per_class: float, weight: float = 1.0) -> float:
+    """Return the share of synthetic images at so many real ones per class, in [0, 1), where they weigh so much."""
+    return weight * REPLAY_IMAGES / (weight * REPLAY_IMAGES + images_per_class)
 
 
 def describe_shares(stages: list[StagePlan], images_per_class: float) -> str:
@@ -371,10 +380,12 @@ def describe_shares(stages: list[StagePlan], images_per_class: float) -> str:
     num_steps = sum(stage.settings.max_steps for stage in stages)
     num_first = sum(stage.settings.max_steps for stage in stages if stage.images == "synthetic")
     images = "image" if images_per_class == 1 else "images"
+    real = f"{images_per_class:g} real {images} per class (median)"
+    if num_first == 0:
+        return f"{real}: all {num_steps} steps on real images"
     return (
-        f"{images_per_class:g} real {images} per class (median): of {num_steps} steps {num_first} on "
-        f"synthetic images alone, then {num_steps - num_first} on batches of real images with "
-        f"{percent(stages[-1].synthetic_share)} synthetic ones"
+        f"{real}: of {num_steps} steps {num_first} on synthetic images alone, then {num_steps - num_first} on batches "
+        f"of real images with {percent(stages[-1].synthetic_share)} synthetic ones"
     )
 
 
@@ -389,6 +400,13 @@ def _split_steps(settings: StageSettings) -> tuple[int, int]:
         num_steps = int(settings.head_warmup_steps * settings.max_steps)
         return num_steps, settings.max_steps - num_steps
     return int(settings.head_warmup_steps), settings.max_steps
+
+
+def with_fresh_head(stage: StagePlan) -> StagePlan:
+    """Return a stage that begins with a fresh head in place of one that was to be made."""
+    return _with_head_factor(
+        replace(stage, head_init="reset", settings=replace(stage.settings, head_learning_rate_factor=None))
+    )
 
 
 def _with_head_factor(stage: StagePlan) -> StagePlan:

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_predict
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer
 from torch import nn
@@ -87,21 +87,34 @@ def build_probe(inverse_regularisation: float = INVERSE_REGULARISATION) -> Pipel
     return make_pipeline(Normalizer(), LogisticRegression(C=inverse_regularisation, max_iter=MAX_ITERATIONS))
 
 
-def cross_validated_predictions(features: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
+def cross_validated_predictions(
+    features: np.ndarray, labels: np.ndarray, beside: tuple[np.ndarray, np.ndarray, float] | None = None
+) -> np.ndarray | None:
     """Return what `(n,)` a probe predicts that was fitted on the other images; None where it cannot be told.
 
     The images are divided into as many folds as half of the classes have images, at most `MAX_FOLDS`; a class that has
     one image is not known to the probe that predicts it. It cannot be told where half of the classes have one image, or
-    where there is a single class.
+    where there is a single class. `beside` are features and labels that every probe is fitted on too, and how much they
+    weigh, all together, against its own images.
     """
     counts = list(Counter(labels.tolist()).values())
     num_folds = min(MAX_FOLDS, int(np.median(counts)))
     if num_folds < 2 or len(counts) < 2:
         return None
-    folds = StratifiedKFold(num_folds, shuffle=True, random_state=0)
+    predictions = np.empty_like(labels)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")
-        return cross_val_predict(build_probe(), features, labels, cv=folds)
+        folds = list(StratifiedKFold(num_folds, shuffle=True, random_state=0).split(features, labels))
+    for fitted, tested in folds:
+        fitted_features, fitted_labels, weights = features[fitted], labels[fitted], np.ones(len(fitted))
+        if beside is not None:
+            others, other_labels, weight = beside
+            fitted_features = np.concatenate([fitted_features, others])
+            fitted_labels = np.concatenate([fitted_labels, other_labels])
+            weights = np.concatenate([weights, np.full(len(others), weight * len(fitted) / len(others))])
+        probe = build_probe().fit(fitted_features, fitted_labels, logisticregression__sample_weight=weights)
+        predictions[tested] = probe.predict(features[tested])
+    return predictions
 
 
 def choose_probed(labels: np.ndarray, number: int = MAX_FITTED_IMAGES) -> np.ndarray:
@@ -147,6 +160,18 @@ def probe_head(model: PreTrainedModel | PeftModel, images, batch_size: int = 128
     return f"logistic regression on the features of {len(labels):,} images, {how}"
 
 
+def can_probe(model: PreTrainedModel | PeftModel, pixel_values: torch.Tensor, labels: np.ndarray) -> bool:
+    """Return whether `probe_head` can set the head of a model on images with these labels, of which one is given."""
+    if len(np.unique(labels)) < max(2, base_classifier(model).config.num_labels):
+        return False
+    try:
+        _find_linear_head(model, pixel_values)
+    except UserError:
+        return False
+    return True
+
+
+@torch.no_grad()
 def _find_linear_head(model: PreTrainedModel | PeftModel, pixel_values: torch.Tensor) -> nn.Linear:
     """Return the head, once it is seen in one image that the logits are what it makes of one feature vector."""
     heads = [model.get_submodule(name) for name in head_module_names(model)]

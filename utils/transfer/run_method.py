@@ -19,7 +19,6 @@ from utils.transfer.alignment import AlignedImages
 from utils.transfer.averaging import average_weights
 from utils.transfer.classifiers import load_classifier
 from utils.transfer.evaluation import predict
-from utils.transfer.guard import measure_usefulness
 from utils.transfer.methods import Method, StagePlan, mix_indices
 from utils.transfer.replay import ReplayedImages
 from utils.transfer.stage import Pretrained, run_stage
@@ -31,15 +30,13 @@ Images = Mapping[str, Dataset | IterableDataset]
 
 @dataclass(frozen=True)
 class MethodResult:
-    """A trained classifier, its stages and what they did, and its outputs on the images that it was evaluated on.
+    """A trained classifier, what its stages did, and its outputs on the images that it was evaluated on.
 
-    `stages` are those planned, with what a guard made of them. `results` maps `<stage>_<cost>` to steps, images seen,
-    seconds and GPU-hours, and holds what a guard measured; `log_histories` maps stages to the Trainer's logs. `logits`
-    is `(n, classes)`, `labels` `(n,)`.
+    `results` maps `<stage>_<cost>` to steps, images seen, seconds and GPU-hours, `log_histories` stages to the
+    Trainer's logs. `logits` is `(n, classes)`, `labels` `(n,)`.
     """
 
     model: nn.Module
-    stages: list[StagePlan]
     results: dict
     log_histories: dict[str, list[dict]]
     logits: np.ndarray
@@ -89,28 +86,16 @@ def open_real_images(
 def average_with_earlier(
     stages: list[StagePlan], model: nn.Module, pretrained: Pretrained, class_names: list[str],
     stage_dir: Callable[[StagePlan], Path],
-) -> StagePlan:  # fmt: skip
-    """Average the last stage's model, in place, with that of an earlier one, if this is planned; return what was done.
-
-    It is not done where a guard found synthetic images worth nothing: the last stage then began with another head.
-    """
-    last, by_name = stages[-1], {stage.name: stage for stage in stages}
+) -> None:  # fmt: skip
+    """Average the last stage's model, in place, with that of an earlier one, if this is planned."""
+    last = stages[-1]
     if last.average is None:
-        return last
-    origin = last
-    while origin.start is not None and origin.name != last.averaged_with:
-        origin = by_name[origin.start]
-    if origin.name != last.averaged_with:
-        logger.info(
-            f"--average {last.average:g} does nothing: synthetic images were left out, so the weights do not come from "
-            f"{last.averaged_with}."
-        )
-        return replace(last, average=None, averaged_with=None)
+        return
+    origin = next(stage for stage in stages if stage.name == last.averaged_with)
     folder = stage_dir(origin) / origin.name
     earlier = load_classifier(str(folder), class_names, False, 0, **pretrained.hub_options)
     average_weights(model, earlier.state_dict(), last.average)
     logger.info(f"{last.name}: its weights count {last.average:g}, those of {origin.name} {1 - last.average:g}")
-    return last
 
 
 def run_method(
@@ -131,21 +116,8 @@ def run_method(
     Raises:
         UserError: what `run_stage` and `predict` raise.
     """
-    model, usefulness, trained, results, log_histories = None, None, [], {}, {}
-    loading = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
+    model, results, log_histories = None, {}, {}
     for stage in stages:
-        if stage.is_guarded:
-            is_first = usefulness is None
-            if is_first:
-                base = load_classifier(pretrained.name, class_names, True, training_args.seed, **pretrained.hub_options)
-                num_steps = sum(done.settings.max_steps for done in trained)
-                usefulness = measure_usefulness(
-                    model, num_steps, base, images["replayed"], pretrained.image_processor, *loading
-                )
-            planned, stage = stage.synthetic_share, usefulness.guard(stage)
-            results["guard"] = usefulness.results(planned, stage.synthetic_share)
-            if is_first:
-                logger.info(results["guard"]["finding"])
         start = next((stage_dir(earlier) / earlier.name for earlier in stages if earlier.name == stage.start), None)
         folder, seen = stage_dir(stage) / stage.name, images[stage.images]
         if isinstance(seen, ReplayedImages):
@@ -162,9 +134,8 @@ def run_method(
             )  # fmt: skip
         results |= {f"{stage.name}_{cost}": value for cost, value in done.summary().items()}
         log_histories[stage.name] = done.log_history
-        trained.append(stage)
         after_stage(stage, model)
-    trained[-1] = average_with_earlier(trained, model, pretrained, class_names, stage_dir)
-    batch_size, num_workers = loading
+    average_with_earlier(stages, model, pretrained, class_names, stage_dir)
+    batch_size, num_workers = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
     logits, labels = predict(model, evaluated, batch_size, 0 if isinstance(evaluated, list) else num_workers)
-    return MethodResult(model, trained, results, log_histories, logits, labels)
+    return MethodResult(model, results, log_histories, logits, labels)
