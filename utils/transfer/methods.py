@@ -185,12 +185,12 @@ METHODS = {
         "bridged with a head of class means of features", (STAGE_1, replace(STAGE_2, head_init="imprint"))
     ),
     "bridged_replay": Method(
-        "bridged with the head of stage 1, Mixup 0.2 in both stages, and synthetic images among the real ones; both "
-        "shares fall with the number of real images, and the second with what synthetic ones turn out to be worth",
+        "bridged with the head of stage 1, Mixup 0.2 in both stages, and synthetic images among the real ones; their "
+        "share in both stages falls with the number of real images, and with how little they add to these",
         (STAGE_1, REPLAY),
     ),
     "bridged_unguarded": Method(
-        "bridged_replay whatever the synthetic images are worth", (STAGE_1, replace(REPLAY, guarded_by_probe=False))
+        "bridged_replay whatever the synthetic images add", (STAGE_1, replace(REPLAY, guarded_by_probe=False))
     ),
     "bridged_domain_norm": Method(
         "bridged_replay whose stage 2 normalises each kind of images with BatchNorm statistics of its own",
