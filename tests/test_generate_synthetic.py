@@ -254,6 +254,37 @@ def test_labels_are_those_of_classes_without_excluded_ones_in_any_case():
         find_labels(["JAY"], None, ["Jay", "jay"])
 
 
+def test_guidance_zero_is_one(finished_set, options, tmp_path):
+    main([*options, "--guidance_scale", "0", "--output_dir", str(tmp_path / "set")])
+    rows = read_rows(tmp_path / "set")
+    assert {row["guidance_scale"] for row in rows} == {1.0}
+    assert main([*options, "--guidance_scale", "1", "--output_dir", str(tmp_path / "set")])["num_drawn"] == 0
+
+
+def test_an_interval_of_guidance_is_recorded_and_draws_other_images(finished_set, options, tmp_path):
+    flags = [*options, "--output_dir", str(tmp_path / "set")]
+    main([*flags, "--guidance_interval", "0", "0.5"])
+    assert json.loads((finished_set / "generation_config.json").read_text())["settings"]["guidance_interval"] is None
+    settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
+    assert settings["guidance_interval"] == [0.0, 0.5]
+    assert "| `[0.0, 0.5]` |" in (tmp_path / "set/README.md").read_text()
+    assert all(
+        mine["image"]["bytes"] != theirs["image"]["bytes"]
+        for mine, theirs in zip(read_rows(tmp_path / "set"), read_rows(finished_set))
+    )
+    with pytest.raises(UserError, match=re.escape("guidance_interval was [0.0, 0.5], now None")):
+        main(flags)
+
+
+def test_a_generator_whose_guidance_is_an_input_takes_no_interval(tiny_flux_pipeline_dir, tmp_path):
+    (tmp_path / "names.txt").write_text("apple_pie\n")
+    flags = ["--pretrained_model_name_or_path", str(tiny_flux_pipeline_dir), "--class_names_file",
+             str(tmp_path / "names.txt"), "--resolution", "48", "--output_dir", str(tmp_path / "set")]  # fmt: skip
+    with pytest.raises(UserError, match="--guidance_interval 0.2 0.8: not with .* of Stable Diffusion 1.x and 2.x, St"):
+        main([*flags, "--guidance_interval", "0.2", "0.8"])
+    assert not (tmp_path / "set").exists()
+
+
 def test_several_guidance_scales_are_recorded_and_are_those_drawn_with(finished_set, options, tmp_path):
     main([*options, "--guidance_scale", "3", "7", "--output_dir", str(tmp_path / "set")])
     rows, of_one_scale = read_rows(tmp_path / "set"), read_rows(finished_set)
@@ -537,6 +568,11 @@ def test_the_quality_report_is_part_of_the_card_until_the_set_grows(copied_set, 
     (["--learned_embeds", "{nameless}"], "has no class names"),
     (["--learned_embeds", "{token}", "--resolution", "44"], "--resolution 44: must be a multiple of 8"),
     (["--learned_embeds", "{token}", "--max_redraws", "64"], "--max_redraws 64: must be at most 63"),
+    (["--learned_embeds", "{token}", "--guidance_scale", "-1"], "--guidance_scale -1.0: must be 0 or above"),
+    (["--learned_embeds", "{token}", "--guidance_interval", "0.8", "0.2"], "must be two shares of the steps, from 0"),
+    (["--learned_embeds", "{token}", "--guidance_interval", "0", "0.2", "1"], "must be two shares of the steps, from"),
+    (["--learned_embeds", "{token}", "--guidance_interval", "0", "1.5"], "--guidance_interval 0.0 1.5: must be two"),
+    (["--learned_embeds", "{token}", "--guidance_interval", "0", "0.5", "--guidance_scale", "0"], "is no guidance"),
     (["--learned_embeds", "{token}", "--num_images_per_class", "20000000"], "at most 11,184,810 for 3 classes"),
     (["--learned_embeds", "{token}", "--classes", "red_sqare"], "no such class, did you mean red_square?"),
     (["--learned_embeds", "{token}", "--prompts_file", "x", "--prompt_set", "diverse"], "does nothing with --prompts_"),

@@ -2,6 +2,7 @@
 
 import logging
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -216,6 +217,50 @@ def test_compiled_model_is_not_compiled_again_for_batches_and_guidance_scales(ti
     sampler.draw(PROMPTS, [6, 7, 8], 3.0)
     sampler.draw(PROMPTS[:2], SEEDS[:2], 2.5)
     assert counters["stats"]["unique_graphs"] == num_graphs
+
+
+def record_passes(sampler) -> list[int]:
+    """Return the sizes of the batches that the denoiser of a sampler with an interval sees from now on."""
+    forward, sizes = sampler.interval._forward, []
+    sampler.interval._forward = lambda sample, *args, **kwargs: (
+        sizes.append(len(sample)), forward(sample, *args, **kwargs)
+    )[1]  # fmt: skip
+    return sizes
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_with_an_interval_other_steps_see_half_a_batch_and_are_drawn_as_without_guidance(kind, request):
+    def draw(interval, scale=4.0):
+        sampler = Sampler(
+            load(request.getfixturevalue(kind)), resolution=32, num_inference_steps=4, num_at_a_time=3,
+            negative_prompt="ugly", guidance_interval=interval,
+        )  # fmt: skip
+        sizes = record_passes(sampler) if interval else []
+        return sampler.draw(PROMPTS, SEEDS, scale)[0], sizes
+
+    (everywhere, _), (nowhere, _) = draw(None), draw(None, 1.0)
+    whole, sizes = draw((0.0, 1.0))
+    assert sizes == [6, 6, 6, 6] and (whole == everywhere).all()
+    middle, sizes = draw((0.25, 0.75))
+    assert sizes == [3, 6, 6, 3]
+    assert (middle != everywhere).any() and (middle != nowhere).any()
+    never, sizes = draw((0.9, 1.0))  # after the last step
+    assert sizes == [3, 3, 3, 3]
+    assert_same(never, nowhere)
+    unguided, sizes = draw((0.25, 0.75), 1.0)
+    assert sizes == [3, 3, 3, 3] and (unguided == nowhere).all()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "guided"), [("HeunDiscreteScheduler", [6] * 4 + [3] * 3), ("DDIMScheduler", [6, 6, 3, 3])]
+)
+def test_an_interval_is_of_all_passes_also_where_a_step_takes_two(scheduler, guided, pipe):
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    sampler = Sampler(pipe, resolution=32, num_inference_steps=4, num_at_a_time=3, guidance_interval=(0.0, 0.5))
+    sizes = record_passes(sampler)
+    for _ in range(2):  # each call begins anew
+        sampler.draw(PROMPTS, SEEDS, 4.0)
+    assert sizes == 2 * guided
 
 
 def flat(value: float, place=None, other: float = 0.0) -> torch.Tensor:

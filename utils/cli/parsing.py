@@ -39,14 +39,14 @@ RANGES = (
         "checkpoints_total_limit", "validation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor",
         "ddp_bucket_cap_mb", "ddp_timeout", "num_workers",
         # drawing
-        "num_images_per_class", "guidance_scale", "num_inference_steps", "images_per_shard",
+        "num_images_per_class", "num_inference_steps", "images_per_shard",
     )),
     ("2 or above", lambda value: value >= 2, ("num_folds",)),
     ("0 or above", lambda value: value >= 0, (
         "mixup_alpha", "bridge_mixup_alpha", "bridge_mixup_alphas", "weight_decay", "bridge_weight_decay",
         "warmup_steps", "bridge_warmup_steps", "lr_warmup_steps",
         "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "eval_delay", "dataloader_num_workers",
-        "num_validation_images", "max_redraws",
+        "num_validation_images", "max_redraws", "guidance_scale",
     )),
     ("0 or above, and whole from 1 on", lambda value: value >= 0 and (value < 1 or value == int(value)), (
         "head_warmup_steps", "bridge_head_warmup_steps",

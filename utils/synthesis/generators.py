@@ -4,13 +4,14 @@ import inspect
 from functools import cached_property
 
 from utils.cli.errors import UserError
-from utils.style.families import OWN_SCHEDULER
+from utils.style.families import FAMILIES, OWN_SCHEDULER
 from utils.style.saved_pipelines import SavedPipeline, open_pipeline, refuse_class
 
 # what the sampler passes to a pipeline besides the prompts
 CALL_ARGUMENTS = {"height", "width", "num_inference_steps", "guidance_scale", "generator", "output_type"}
 # this one draws noise for the whole batch from a generator of its own, so that images depend on their neighbours
 UNFIT_SCHEDULERS = {"DPMSolverSDEScheduler"}
+GUIDANCE_INTERVAL = "guidance_interval"  # among a set's settings
 
 
 class Generator(SavedPipeline):
@@ -28,6 +29,11 @@ class Generator(SavedPipeline):
         if self.family.negative_prompts is not None:
             return self.family.negative_prompts
         return "negative_prompt" in self.call_parameters and "true_cfg_scale" not in self.call_parameters
+
+    @property
+    def takes_guidance_interval(self) -> bool:
+        """Whether guidance is a second half of each batch, which can be left out of some steps."""
+        return self.family.negative_prompts is True and not self.denoiser_config.get("time_cond_proj_dim")
 
     @cached_property
     def resolution_step(self) -> int:
@@ -55,6 +61,13 @@ class Generator(SavedPipeline):
             )
         if negative_prompt and not self.takes_negative_prompt:
             raise UserError(f"--negative_prompt '{negative_prompt}': {self.pipeline_class} takes none; leave it out.")
+        interval = settings.get(GUIDANCE_INTERVAL)
+        if interval is not None and not self.takes_guidance_interval:
+            titles = ", ".join(family.title for family in FAMILIES.values() if family.negative_prompts)
+            raise UserError(
+                f"--guidance_interval {' '.join(map(str, interval))}: not with {self.source.name}, whose guidance "
+                f"cannot be left out of some steps; that of {titles} can, where the scale is no input of the denoiser."
+            )
         self.check_scheduler(settings["scheduler"], settings["num_inference_steps"])
         _ = self.variants
 

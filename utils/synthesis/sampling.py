@@ -15,7 +15,8 @@ from utils.cli.errors import UserError
 from utils.style.families import FAMILIES, OTHER, OWN_SCHEDULER, WITH_STYLE_TOKENS, Family
 from utils.style.saved_pipelines import PROBLEMS
 from utils.style.token import load_learned_embeds
-from utils.synthesis.generators import Generator
+from utils.synthesis.generators import GUIDANCE_INTERVAL, Generator
+from utils.synthesis.guidance import GuidanceInterval
 from utils.synthesis.sources import Sources, StyleToken
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,8 @@ class Sampler:
 
     def __init__(
         self, pipe: DiffusionPipeline, *, resolution: int, num_inference_steps: int, num_at_a_time: int,
-        negative_prompt: str = "", compile_model: bool = False, compile_backend: str = "inductor",
+        negative_prompt: str = "", guidance_interval: tuple[float, float] | None = None, compile_model: bool = False,
+        compile_backend: str = "inductor",
     ):  # fmt: skip
         self.pipe = pipe
         self.negative_prompt = negative_prompt
@@ -167,7 +169,9 @@ class Sampler:
         if compile_model:
             # Inductor's `freezing` is no faster on a CPU, and costs a copy of the weights
             denoiser = pipe.components["unet" if "unet" in pipe.components else "transformer"]
-            denoiser.compile(backend=compile_backend, dynamic=False)
+            denoiser.forward = torch.compile(denoiser.forward, backend=compile_backend, dynamic=False)
+        # outside what is compiled: it counts steps
+        self.interval = GuidanceInterval(pipe, *guidance_interval) if guidance_interval else None
 
     def draw(self, prompts: list[str], seeds: list[int], guidance_scale: float) -> tuple[np.ndarray, list[str | None]]:
         """Return the pixels of images, uint8 `(batch, height, width, 3)`, and what is wrong with each, None if nothing.
@@ -202,6 +206,8 @@ class Sampler:
     @torch.inference_mode()
     def _call(self, prompts: list[str], seeds: list[int], guidance_scale: float) -> tuple[torch.Tensor, list[bool]]:
         """Return pixels `(batch, 3, height, width)` in [0, 1] on the device, and the safety checker's flags."""
+        if self.interval is not None:
+            self.interval.begin(guidance_scale > 1)
         with _quiet():
             output = self.pipe(
                 **self._prompt_arguments(prompts, guidance_scale), **self.settings, guidance_scale=guidance_scale,
@@ -237,7 +243,7 @@ def load_sampler(sources: Sources, settings: dict, accelerator: Accelerator) -> 
     names = ("resolution", "num_inference_steps", "negative_prompt")
     return Sampler(
         pipe, **{name: settings[name] for name in names}, num_at_a_time=settings["batch_size"],
-        compile_model=settings["torch_compile"],
+        guidance_interval=settings.get(GUIDANCE_INTERVAL), compile_model=settings["torch_compile"],
     )  # fmt: skip
 
 
