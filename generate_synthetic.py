@@ -14,7 +14,7 @@ Run the same command again after an interruption, or with a larger --num_images_
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from utils.cli.errors import UserError, run_script, saying_how_to_go_on
 from utils.cli.options import Need, option, resolve_options, with_flag, with_value, without_flag
@@ -27,7 +27,9 @@ from utils.data.name_doctor import check_strict, diagnose, print_findings, write
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_folder
 from utils.hub.targets import TO_PUBLISH, HubArguments, open_target
+from utils.synthesis.few_steps import NO_GUIDANCE
 from utils.synthesis.generators import GUIDANCE_INTERVAL
+from utils.synthesis.lora import LORA, open_lora
 from utils.synthesis.output_folder import (
     PUBLISHED_FILES,
     began_without,
@@ -37,14 +39,20 @@ from utils.synthesis.output_folder import (
 )
 from utils.synthesis.plan import GUIDANCE_SHARES, MAX_REDRAWS, GenerationPlan
 from utils.synthesis.prompts import PROMPT_SETS, Prompts, check_prompts_fit, make_prompts
-from utils.synthesis.sources import GENERATOR_CONTENTS, Sources, find_labels, read_plain_sources, read_token_sources
+from utils.synthesis.sources import (
+    GENERATOR_CONTENTS,
+    SCHEDULER_CONFIG,
+    Sources,
+    find_labels,
+    read_plain_sources,
+    read_token_sources,
+)
 
 # what decides, besides sources and prompts, what image number n is; num_images_per_class only says how many there are
 SETTINGS = (
     "guidance_scale", "num_inference_steps", "negative_prompt", "seed", "batch_size", "torch_compile",
     "images_per_shard", "image_format", "image_quality",
 )  # fmt: skip
-NO_GUIDANCE = 1.0
 WITH_TOKEN = [with_flag("learned_embeds")]
 WITH_IMAGES = Need(
     "without --dataset_name or --train_dir",
@@ -70,6 +78,12 @@ class SourceArguments:
         None, "Without --learned_embeds: a text-to-image pipeline, a repository id or a folder."
     )
     revision: str | None = option(None, "Branch, tag or commit of that pipeline.")
+    lora: str | None = option(
+        None, "LoRA adapter of the generator, fused: ID_OR_FOLDER[/FILE.safetensors][:SCALE], such as "
+        "latent-consistency/lcm-lora-sdv1-5. One that is distilled for few steps (LCM, Hyper-SD, Lightning, TCD, DMD2, "
+        "PCM, Turbo) brings its scheduler, steps and guidance, where the flags for them are not given.",
+    )  # fmt: skip
+    lora_revision: str | None = option(None, "Branch, tag or commit of the adapter.", needs=[with_flag("lora")])
 
 
 @dataclass
@@ -129,11 +143,13 @@ class SamplingArguments:
         None, "LOW HIGH: guidance only from this share of the steps to that one, such as 0.2 0.8; a step without takes "
         "half the time.", needs=[GUIDED],
     )  # fmt: skip
-    num_inference_steps: int = option(25, "Denoising steps per image.")
+    num_inference_steps: int = option(
+        25, "Denoising steps per image; with a generator or adapter distilled for few steps its own number."
+    )
     scheduler: str | None = option(
         None, "Scheduler class of diffusers; 'default' is the pipeline's own. When not given, "
         "DPMSolverMultistepScheduler for Stable Diffusion 1.x, 2.x and XL, the pipeline's own for others, and for "
-        "those of them that are distilled for few steps or trained with other noise (EDM).",
+        "those of them that are distilled for few steps or trained with other noise (EDM); an adapter may bring one.",
     )  # fmt: skip
     resolution: int | None = option(None, "Pixels a side, a multiple of 8; the token's or generator's when not given.")
     seed: int = option(0, "Seed of all images.")
@@ -255,7 +271,11 @@ def make_plan(
 def collect_settings(sources: Sources, plan: GenerationPlan, prompt_settings: dict, precision: str, options: dict):
     """Return all that decides what image number n is: a folder holds images of one such collection."""
     source, output = sources.generator.source, (options["output_dir"], options["overwrite_output_dir"])
-    later = {GUIDANCE_INTERVAL: options[GUIDANCE_INTERVAL]}
+    few_steps = sources.few_steps if options["scheduler"] is None else None
+    later = {
+        GUIDANCE_INTERVAL: options[GUIDANCE_INTERVAL], LORA: sources.lora and sources.lora.to_dict(),
+        SCHEDULER_CONFIG: few_steps and few_steps.scheduler_config or None,
+    }  # fmt: skip
     later = {name: value for name, value in later.items() if value is not None or not began_without(name, *output)}
     # those of a repository are told by its commit
     if source.is_local and not began_without(GENERATOR_CONTENTS, *output):
@@ -266,17 +286,23 @@ def collect_settings(sources: Sources, plan: GenerationPlan, prompt_settings: di
         "class_names": sources.class_names, "prompt_nouns": sources.prompt_nouns,
         "classes": [sources.class_names[label] for label in plan.labels], **prompt_settings,
         "resolution": options["resolution"] or sources.resolution,
-        "scheduler": options["scheduler"] or sources.generator.default_scheduler,
+        "scheduler": options["scheduler"] or sources.default_scheduler,
         "mixed_precision": precision, **{name: options[name] for name in SETTINGS}, **plan.guidance_settings,
     }  # fmt: skip
 
 
+def choose_sampling(sources: Sources, sampling_args: SamplingArguments, given: set[str]) -> str:
+    """Set the flags that are not given to what suits a generator distilled for few steps; return a line on it."""
+    if sources.few_steps is None:
+        return ""
+    values = {name: value for name, value in vars(sampling_args).items() if name in given}
+    chosen, line = sources.few_steps.choose(values)
+    vars(sampling_args).update(chosen)
+    return line
+
+
 def print_notes(sources: Sources, labels: tuple[int, ...], findings: list, given: set[str]) -> None:
-    """Print what to know before images are drawn: steps that do not suit the generator, odd class names, those left
-    out."""
-    advice = sources.generator.few_steps_advice(given)
-    if advice is not None:
-        print(f"WARNING: {advice}")
+    """Print what to know before images are drawn: odd class names, those left out."""
     print_findings(findings)
     if "exclude_classes" in given and "classes" not in given:
         left_out = [name for label, name in enumerate(sources.class_names) if label not in labels]
@@ -320,6 +346,10 @@ def main(argv=None) -> dict:
 
     # What image number n is drawn from
     sources = read_sources(source_args, data_args, prompt_args.class_names_file, output_dir, hub_token)
+    if source_args.lora is not None:
+        sources = replace(sources, lora=open_lora(source_args.lora, source_args.lora_revision, hub_token))
+        sources.lora.check(sources.generator)
+    sampling_note = choose_sampling(sources, sampling_args, given)
     labels = find_labels(prompt_args.classes, prompt_args.exclude_classes, sources.class_names)
     findings = diagnose(*sources.names_of(labels), sources.chosen_nouns)
     if prompt_args.strict_class_names:
@@ -345,6 +375,8 @@ def main(argv=None) -> dict:
     check_prompts_fit(sources.generator, prompts.longest(), *sources.placeholder, prompts.flag)
     report_quality = open_quality_report(output_args, sources.real_images, source_args.learned_embeds, hub_token)
     if accelerator.is_main_process:
+        if sampling_note:
+            print(f"{sampling_note}.")
         print_notes(sources, labels, findings, given)
         if prompt_args.write_class_names is not None:
             write_class_names(prompt_args.write_class_names, sources.class_names, sources.prompt_nouns, findings)

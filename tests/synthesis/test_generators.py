@@ -37,7 +37,7 @@ def test_what_a_generator_takes_is_known_before_it_loads(
     assert generator.takes_negative_prompt is takes_negative_prompt
     assert generator.native_resolution == resolution  # latents a side times two, the tiny VAE's scale
     generator.check_scheduler(scheduler, 25)
-    assert generator.few_steps_advice(set()) is None
+    assert generator.few_steps is None
     # at full size the resolution goes in steps of a patch
     full = open_folder(copy_pipeline(kind, vae={"block_out_channels": [128, 256, 512, 512]}))
     assert full.resolution_step == step
@@ -66,7 +66,7 @@ def test_another_pipeline_is_an_error_that_lists_the_supported(kind, copy_pipeli
 
 
 @pytest.mark.parametrize(("kind", "scheduler", "listed"), [
-    ("tiny_pipeline_dir", "FlowMatchEulerDiscreteScheduler", "default, DDIMScheduler, .*UniPCMultistepScheduler"),
+    ("tiny_pipeline_dir", "FlowMatchEulerDiscreteScheduler", "default, DDIMScheduler, .*LCM.*UniPCMultistepScheduler"),
     ("tiny_pipeline_dir", "DPMSolverSDEScheduler", "default, DDIMScheduler"),
     ("tiny_sd3_pipeline_dir", "DPMSolverMultistepScheduler", "default, FlowMatchEulerDiscreteScheduler.$"),
     ("tiny_flux_pipeline_dir", "Mine", "default, FlowMatchEulerDiscreteScheduler.$"),
@@ -79,9 +79,9 @@ def test_scheduler_that_does_not_fit_is_an_error_that_lists_the_others(kind, sch
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 TURBO = {**SD, "prediction_type": "epsilon", "timestep_spacing": "trailing"}
-ODD = {  # scheduler class, its config, settings of the U-Net, what suits
-    "sdxl-turbo": ("EulerAncestralDiscreteScheduler", TURBO, {}, "--num_inference_steps 4 --guidance_scale 1 is rec"),
-    "lcm": ("LCMScheduler", SD, {"time_cond_proj_dim": 32}, "--num_inference_steps 4 is recommended"),
+ODD = {  # scheduler class, its config, settings of the U-Net, flags that suit
+    "sdxl-turbo": ("EulerAncestralDiscreteScheduler", TURBO, {}, {"num_inference_steps": 4, "guidance_scale": [1.0]}),
+    "lcm": ("LCMScheduler", SD, {"time_cond_proj_dim": 32}, {"num_inference_steps": 4}),
     "playground": ("EDMDPMSolverMultistepScheduler", {"sigma_data": 0.5, "prediction_type": "epsilon"}, {}, None),
     "cosxl": ("EDMEulerScheduler", {"sigma_data": 1.0, "prediction_type": "v_prediction"}, {}, None),
     "rectified flow": ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, {}, None),
@@ -99,26 +99,30 @@ def test_a_distilled_or_differently_trained_generator_keeps_its_scheduler(name, 
     generator = open_folder(folder)
     assert generator.default_scheduler == "default"
     generator.check_scheduler(generator.default_scheduler, 25)
-    advice = generator.few_steps_advice(set())
-    assert advice is None if suited is None else f": {suited}" in advice and "looks distilled for few steps" in advice
+    few_steps = generator.few_steps
+    assert few_steps is None if suited is None else few_steps.flags == suited
+    assert few_steps is None or "looks distilled for few steps" in few_steps.why
     pipe = load_pipeline(generator, None, generator.default_scheduler, torch.float32, CPU)
     assert type(pipe.scheduler).__name__ == class_name
     pixels, problems = Sampler(pipe, resolution=32, num_inference_steps=2, num_at_a_time=2).draw(["a", "b"], [0, 1], 3)
     assert (pixels.shape, problems) == ((2, 32, 32, 3), [None, None])
 
 
-@pytest.mark.parametrize(("given", "suited"), [
-    ([], "--num_inference_steps 4 --guidance_scale 1"),
-    (["--num_inference_steps", "25"], "--guidance_scale 1"),  # the default, but asked for
-    (["--num_inference_steps", "2", "--guidance_scale", "1"], None),
+@pytest.mark.parametrize(("given", "chosen", "warned"), [
+    ([], "--num_inference_steps 4 --guidance_scale 1", None),
+    (["--num_inference_steps", "25"], "--guidance_scale 1", "--num_inference_steps 25"),
+    (["--num_inference_steps", "2", "--guidance_scale", "1"], None, None),
 ])  # fmt: skip
-def test_the_script_advises_once_on_what_is_not_given(given, suited, copy_pipeline, tmp_path, capsys):
+def test_a_distilled_generator_gets_what_suits_it_and_that_is_said_once(
+    given, chosen, warned, copy_pipeline, tmp_path, capsys
+):
     change_scheduler(folder := copy_pipeline(), "EulerDiscreteScheduler", TURBO)
     (tmp_path / "names.txt").write_text("dog\n")
     main(["--pretrained_model_name_or_path", str(folder), "--class_names_file", str(tmp_path / "names.txt"),
           "--batch_size", "1", "--dry_run", *given])  # fmt: skip
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: ")]
-    assert [f"'trailing'): {suited} is recommended." in line for line in lines] == [True] * bool(suited)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "'trailing')" in line]
+    assert [line.startswith(f"{chosen}, as --pretrained_model") for line in lines] == [True] * bool(chosen)
+    assert [f"WARNING: {warned}: known to draw noise" in line for line in lines] == [bool(warned)] * bool(chosen)
 
 
 def test_more_steps_than_the_scheduler_has_are_an_error(copy_pipeline):

@@ -9,7 +9,8 @@ from utils.style.families import FAST_SCHEDULER
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # samplers of consistency models, which serve nothing else
-FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
+CONSISTENCY_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+FEW_STEP_SCHEDULERS = (*CONSISTENCY_SCHEDULERS, "FlowMatchLCMScheduler")
 # with timestep_spacing "trailing" those of sd-turbo, sdxl-turbo and SDXL-Lightning
 EULER_SCHEDULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 
@@ -130,11 +131,11 @@ class OwnScheduler:
         alphas, others = (getattr(made, "alphas_cumprod", None) for made in (self.scheduler, self.make(class_name)))
         return alphas is None or others is None or _are_close(alphas, others)
 
-    def make(self, class_name: str):
-        """Return a scheduler of another class with this one's config, as diffusers makes it."""
+    def make(self, class_name: str, **config):
+        """Return a scheduler of another class with this one's config but for `config`, as diffusers makes it."""
         import diffusers
 
-        return getattr(diffusers, class_name).from_config(self.scheduler.config)
+        return getattr(diffusers, class_name).from_config(self.scheduler.config, **config)
 
 
 def check_scheduler_class(entry: object, prefix: str) -> str:

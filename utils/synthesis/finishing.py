@@ -16,6 +16,7 @@ from utils.cli.records import GENERATION_CONFIG, image_set_name, read_record, wr
 from utils.data.name_doctor import Finding, write_class_names
 from utils.hub.cards import FUNCTIONS, License, common_license, hub_ids, read_licenses, save_card
 from utils.hub.targets import Target
+from utils.synthesis.lora import LORA
 from utils.synthesis.output_folder import CLASS_NAMES, PREVIEW, QUALITY_RECORD, report_removed
 from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.shards import Shards, synthetic_features
@@ -84,7 +85,9 @@ def write_card(shards: Shards, record: dict, command: str, hub_target: Target | 
         UserError: a card is there whose metadata are malformed.
     """
     generator, real = record["generator"], record["real_images"]
-    sources = [(generator["id"], "model", generator["revision"])]
+    lora, sources = record["settings"].get(LORA), [(generator["id"], "model", generator["revision"])]
+    if lora is not None:
+        sources.append((lora["id"], "model", lora["revision"]))
     if real is not None:
         sources.append((image_set_name(real), "dataset", real["dataset_revision"]))
     path = shards.output_dir / QUALITY_RECORD
@@ -113,12 +116,13 @@ def write_dataset_card(
         UserError: that card's metadata are malformed.
     """
     output_dir = Path(output_dir)
+    models = hub_ids(record["generator"]["id"], (record["settings"].get(LORA) or {}).get("id"))
     num_bytes = sum(path.stat().st_size for path in output_dir.glob("data/train-*.parquet"))
     metadata = DatasetCardData(
         **common_license(licenses.values()).to_metadata(),
         task_categories=["image-classification"],
         tags=["synthetic", "bridged-transfer", "diffusers"],
-        base_model=next(iter(hub_ids(record["generator"]["id"])), None),
+        base_model=models if len(models) > 1 else next(iter(models), None),
     )
     split = SplitInfo("train", num_bytes=num_bytes, num_examples=record["num_images"])
     sizes = {"dataset_size": num_bytes, "download_size": num_bytes}

@@ -1,11 +1,14 @@
 """Generators: any text-to-image pipeline of diffusers; what it takes is read from its configs before it loads."""
 
 import inspect
+from dataclasses import replace
 from functools import cached_property
 
 from utils.cli.errors import UserError
 from utils.style.families import FAMILIES, OWN_SCHEDULER
 from utils.style.saved_pipelines import SavedPipeline, open_pipeline, refuse_class
+from utils.style.schedulers import CONSISTENCY_SCHEDULERS
+from utils.synthesis.few_steps import NO_GUIDANCE, FewSteps, find_few_steps
 
 # what the sampler passes to a pipeline besides the prompts
 CALL_ARGUMENTS = {"height", "width", "num_inference_steps", "guidance_scale", "generator", "output_type"}
@@ -79,6 +82,8 @@ class Generator(SavedPipeline):
         """
         own = self.scheduler
         compatible = {kind.__name__ for kind in type(own.scheduler)._get_compatibles()}
+        if self.family.scales_model_input:  # made from any config with the noise of DDPM
+            compatible |= set(CONSISTENCY_SCHEDULERS)
         fitting = [OWN_SCHEDULER, *sorted(compatible - UNFIT_SCHEDULERS)]
         if scheduler not in fitting:
             raise UserError(
@@ -92,16 +97,17 @@ class Generator(SavedPipeline):
         if self.family.scales_model_input:
             self._try_scheduler(scheduler, num_inference_steps)
 
-    def few_steps_advice(self, given: set[str]) -> str | None:
-        """Return what flags suit a distilled generator, of those that are not `given`; None for others."""
-        signs, suited = self.scheduler.signs_of_distillation, {"num_inference_steps": 4, "guidance_scale": 1}
-        if self.denoiser_config.get("time_cond_proj_dim"):  # there the scale is an input, and no value leaves it out
-            del suited["guidance_scale"]
-        flags = [f"--{name} {value}" for name, value in suited.items() if name not in given]
-        if signs is None or not flags:
-            return None
-        named = f"{self.source.flag} {self.source.name}"
-        return f"{named} looks distilled for few steps ({signs}): {' '.join(flags)} is recommended."
+    @cached_property
+    def few_steps(self) -> FewSteps | None:
+        """How the generator is sampled if it is distilled for few steps, by its configs or its name on the Hub."""
+        named = None if self.source.is_local else find_few_steps(self.source.name)
+        signs = self.scheduler.signs_of_distillation
+        if signs is None:
+            return named and replace(named, scheduler=OWN_SCHEDULER, scheduler_config={})
+        number = named.num_inference_steps if named else 4
+        takes_scale = self.denoiser_config.get("time_cond_proj_dim")  # as an input, and no value leaves it out
+        why = f"{self.source.flag} {self.source.name} looks distilled for few steps ({signs})"
+        return FewSteps(why, num_inference_steps=number, guidance_scale=None if takes_scale else NO_GUIDANCE)
 
     def _try_scheduler(self, scheduler: str, num_inference_steps: int) -> None:
         """Make one step with a scheduler as Stable Diffusion's pipelines do: not all that they load work in them."""

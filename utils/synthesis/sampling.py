@@ -17,7 +17,8 @@ from utils.style.saved_pipelines import PROBLEMS
 from utils.style.token import load_learned_embeds
 from utils.synthesis.generators import GUIDANCE_INTERVAL, Generator
 from utils.synthesis.guidance import GuidanceInterval
-from utils.synthesis.sources import Sources, StyleToken
+from utils.synthesis.lora import LoraAdapter
+from utils.synthesis.sources import SCHEDULER_CONFIG, Sources, StyleToken
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +32,17 @@ Embeddings = dict[str, torch.Tensor]
 
 
 def load_pipeline(
-    generator: Generator, token: StyleToken | None, scheduler: str, dtype: torch.dtype, device: torch.device
-) -> DiffusionPipeline:
+    generator: Generator, token: StyleToken | None, scheduler: str, dtype: torch.dtype, device: torch.device,
+    lora: LoraAdapter | None = None, scheduler_config: dict | None = None,
+) -> DiffusionPipeline:  # fmt: skip
     """Return the pipeline with the style token in its vocabulary and the scheduler built from its own config.
+
+    An adapter is fused into its weights. `scheduler_config` are changes to that config.
 
     Its VAE is in float32 where it overflows in float16. A safety checker stays. Only safetensors are loaded.
 
     Raises:
-        UserError: a part of the pipeline cannot be loaded; the token does not fit it.
+        UserError: a part of the pipeline cannot be loaded; token or adapter do not fit it.
     """
     source = generator.source
     if token is not None and not generator.family.takes_style_tokens:
@@ -61,10 +65,13 @@ def load_pipeline(
     if "vae" in dtypes:
         for part in pipe.vae.children():
             part.register_forward_pre_hook(_in_float32)
+    if lora is not None:
+        with _quiet():
+            lora.fuse(pipe)
     if token is not None:
         _add_style_token(pipe, generator.family, token)
     if scheduler != OWN_SCHEDULER:
-        pipe.scheduler = generator.scheduler.make(scheduler)
+        pipe.scheduler = generator.scheduler.make(scheduler, **(scheduler_config or {}))
     return pipe.to(device)
 
 
@@ -239,7 +246,10 @@ class Sampler:
 def load_sampler(sources: Sources, settings: dict, accelerator: Accelerator) -> Sampler:
     """Load the generator with the style token onto this process's device; `settings` are those of the set."""
     dtype = DTYPES[accelerator.mixed_precision]
-    pipe = load_pipeline(sources.generator, sources.token, settings["scheduler"], dtype, accelerator.device)
+    pipe = load_pipeline(
+        sources.generator, sources.token, settings["scheduler"], dtype, accelerator.device, sources.lora,
+        settings.get(SCHEDULER_CONFIG),
+    )  # fmt: skip
     names = ("resolution", "num_inference_steps", "negative_prompt")
     return Sampler(
         pipe, **{name: settings[name] for name in names}, num_at_a_time=settings["batch_size"],

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from utils.cli.errors import UserError
@@ -13,10 +14,12 @@ from utils.data.arguments import RealDataArguments
 from utils.data.class_names import match_class_names, prompt_nouns, read_class_names, read_class_names_file
 from utils.data.prompts import DSI_TEMPLATE, PLAIN_TEMPLATE
 from utils.hub.repositories import open_source
-from utils.style.families import LEARNED_EMBEDS
+from utils.style.families import LEARNED_EMBEDS, OWN_SCHEDULER
+from utils.synthesis.few_steps import FewSteps
 from utils.synthesis.generators import Generator, open_generator
+from utils.synthesis.lora import LORA, LoraAdapter
 
-GENERATOR_CONTENTS = "generator_contents"  # among a set's settings
+GENERATOR_CONTENTS, SCHEDULER_CONFIG = "generator_contents", "scheduler_config"  # among a set's settings
 TOKEN = "a style token of train_dsi.py"
 
 
@@ -41,7 +44,8 @@ class Sources:
     """Everything the images depend on besides the sampling settings.
 
     `chosen_nouns` are the classes whose noun comes from --class_names_file. `real_images` is the record of the real
-    set, None when only its class names are known; `train_indices` are the rows of it that the token has seen.
+    set, None when only its class names are known; `train_indices` are the rows of it that the token has seen. `lora`
+    is an adapter of the generator.
     """
 
     generator: Generator
@@ -53,6 +57,20 @@ class Sources:
     prompt_templates: list[str]
     token: StyleToken | None = None
     train_indices: list[int] | None = None
+    lora: LoraAdapter | None = None
+
+    @cached_property
+    def few_steps(self) -> FewSteps | None:
+        """How the generator wants to be sampled, with its adapter; None where it is not distilled for few steps."""
+        few_steps = self.lora and self.lora.few_steps
+        if few_steps and not self.generator.family.scales_model_input:  # flow matching has schedulers of its own
+            few_steps = replace(few_steps, scheduler=OWN_SCHEDULER, scheduler_config={}, guidance_scale=None)
+        return few_steps or self.generator.few_steps
+
+    @property
+    def default_scheduler(self) -> str:
+        own = self.few_steps is None or self.few_steps.scheduler == OWN_SCHEDULER
+        return self.generator.default_scheduler if own else self.few_steps.scheduler
 
     @property
     def placeholder(self) -> tuple[str | None, int]:
@@ -68,6 +86,8 @@ class Sources:
         now = {GENERATOR_CONTENTS: self.generator.identity}
         if self.token is not None:
             now["learned_embeds_sha256"] = _sha256(self.token.path)
+        if self.lora is not None:
+            now[LORA] = self.lora.to_dict() | {"sha256": _sha256(self.lora.path)}
         for name, value in now.items():
             if settings.get(name, value) != value:
                 raise UserError(

@@ -1,0 +1,159 @@
+"""LoRA adapters of a generator: found, pinned, checked before a model loads, fused, recorded."""
+
+import functools
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from generate_synthetic import main
+from tests.style.pipelines import publish
+from tests.synthesis.test_sampling import PROMPTS, SEEDS, assert_same, draw_alone
+from tests.synthesis.tokens import open_folder, shard_hashes
+from utils.cli.errors import UserError
+from utils.synthesis.lora import open_lora
+from utils.synthesis.sampling import Sampler, load_pipeline
+
+pytest_plugins = ["tests.synthesis.fixtures", "tests.local_hub.fixtures"]
+KINDS = ["tiny_pipeline_dir", "tiny_xl_pipeline_dir", "tiny_sd3_pipeline_dir"]
+WEIGHTS = "pytorch_lora_weights.safetensors"
+CPU = torch.device("cpu")
+
+
+def save_lora(pipeline_dir, folder):
+    """Write what diffusers' scripts write: a large random adapter of the denoiser's attention."""
+    pipe = DiffusionPipeline.from_pretrained(pipeline_dir)
+    part = "unet" if "unet" in pipe.components else "transformer"
+    denoiser = pipe.components[part]
+    denoiser.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v"]))
+    torch.manual_seed(0)
+    for name, parameter in denoiser.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter)
+    type(pipe).save_lora_weights(folder, **{f"{part}_lora_layers": get_peft_model_state_dict(denoiser)})
+    return folder
+
+
+@pytest.fixture
+def lora_dir(tiny_pipeline_dir, tmp_path):
+    return save_lora(tiny_pipeline_dir, tmp_path / "lcm-lora")
+
+
+@pytest.fixture
+def flags(tiny_pipeline_dir, tmp_path):
+    (tmp_path / "names.txt").write_text("dog\ncat\n")
+    return ["--pretrained_model_name_or_path", str(tiny_pipeline_dir), "--class_names_file",
+            str(tmp_path / "names.txt"), "--num_images_per_class", "2", "--batch_size", "2", "--image_format", "png",
+            "--output_dir", str(tmp_path / "set")]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_are_those_that_the_pipeline_draws_with_the_adapter(kind, request, tmp_path):
+    folder = request.getfixturevalue(kind)
+    lora = open_lora(f"{save_lora(folder, tmp_path / 'lora')}:0.5", None, None)
+    lora.check(open_folder(folder))
+    pipe = load_pipeline(open_folder(folder), None, "default", torch.float32, CPU, lora)
+    pixels, _ = Sampler(pipe, resolution=32, num_inference_steps=2, num_at_a_time=3).draw(PROMPTS, SEEDS, 4.0)
+    assert not hasattr(pipe.components.get("unet", pipe.components.get("transformer")), "peft_config")
+    user = DiffusionPipeline.from_pretrained(folder)
+    without = draw_alone(user, PROMPTS[0], SEEDS[0], guidance_scale=4.0)
+    user.load_lora_weights(tmp_path / "lora", adapter_name="a")
+    user.set_adapters(["a"], [0.5])
+    for prompt, seed, drawn in zip(PROMPTS, SEEDS, pixels):
+        assert_same(drawn, draw_alone(user, prompt, seed, guidance_scale=4.0))
+    assert abs(without - pixels[0]).max() > 5
+
+
+def test_a_distilled_adapter_brings_its_scheduler_steps_and_guidance(flags, lora_dir, tmp_path, capsys, monkeypatch):
+    made, step = [], LCMScheduler.step
+
+    @functools.wraps(step)  # the pipeline looks at what it takes
+    def count(self, *args, **kwargs):
+        made.append(len(args[2]))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(LCMScheduler, "step", count)
+    main([*flags, "--lora", f"{lora_dir}:0.8"])
+    assert made == [1] + [2] * 4 * 2  # a trial, and four steps of two batches
+    captured = capsys.readouterr()
+    assert "--num_inference_steps 4 --guidance_scale 1, as the name lcm-lora says." in captured.out
+    assert "No LoRA keys" not in captured.err
+    settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
+    chosen = {"scheduler": "LCMScheduler", "num_inference_steps": 4, "guidance_scale": [1]}
+    assert settings == settings | chosen
+    lora = settings["lora"]
+    assert (lora["id"], lora["revision"], lora["filename"], lora["scale"]) == (str(lora_dir), None, WEIGHTS, 0.8)
+    assert "with the LoRA adapter" in (tmp_path / "set/README.md").read_text()
+    before = shard_hashes(tmp_path / "set")
+    (tmp_path / "set/data/train-00000.parquet").unlink()
+    main([*flags, "--lora", f"{lora_dir}:0.8"])
+    assert shard_hashes(tmp_path / "set") == before
+    for other in (["--lora", f"{lora_dir}:0.7"], []):
+        with pytest.raises(UserError, match="was made with other settings .*lora was"):
+            main([*flags, *other])
+    assert shard_hashes(tmp_path / "set") == before
+
+
+def test_flags_win_over_what_the_adapter_wants(flags, lora_dir, tmp_path, capsys):
+    main([*flags, "--lora", str(lora_dir), "--scheduler", "DDIMScheduler", "--num_inference_steps", "3"])
+    out = capsys.readouterr().out
+    assert "--guidance_scale 1, as the name" in out
+    assert out.count("WARNING: --scheduler DDIMScheduler: known to draw noise") == 1
+    settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
+    assert settings == settings | {"scheduler": "DDIMScheduler", "num_inference_steps": 3, "scheduler_config": None}
+
+
+def test_an_adapter_may_say_itself_how_it_is_sampled(tiny_pipeline_dir, flags, tmp_path, capsys):
+    folder = save_lora(tiny_pipeline_dir, tmp_path / "mine")
+    own = {"scheduler": "DDIMScheduler", "num_inference_steps": 3, "scheduler_config": {"timestep_spacing": "leading"}}
+    (folder / "sampling.json").write_text(json.dumps(own))
+    main([*flags, "--lora", str(folder)])
+    assert "--num_inference_steps 3 --guidance_scale 1, as its sampling.json says." in capsys.readouterr().out
+    settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
+    assert settings["scheduler_config"] == {"timestep_spacing": "leading"}
+    (folder / "sampling.json").write_text('{"steps": 3}')
+    with pytest.raises(UserError, match="^--lora .*mine: its sampling.json is none"):
+        main([*flags, "--lora", str(folder)])
+
+
+def test_an_adapter_of_a_repository_is_pinned_and_named_by_file(lora_dir, tiny_pipeline_dir, local_hub):
+    shutil.copy(lora_dir / WEIGHTS, lora_dir / "Hyper-SD15-2steps-lora.safetensors")
+    commit = publish(local_hub, "user/loras", lora_dir)
+    lora = open_lora("user/loras/Hyper-SD15-2steps-lora.safetensors:0.9", None, None)
+    assert (lora.source.name, lora.source.revision, lora.scale) == ("user/loras", commit, 0.9)
+    assert (lora.filename, lora.few_steps.num_inference_steps) == ("Hyper-SD15-2steps-lora.safetensors", 2)
+    assert open_lora("user/loras", None, None).filename == WEIGHTS
+    (lora_dir / WEIGHTS).rename(lora_dir / "a.safetensors")
+    with pytest.raises(UserError, match="has 2 files of weights .*; name one, as in --lora "):
+        open_lora(str(lora_dir), None, None)
+
+
+def test_what_cannot_be_fused_is_an_error_before_a_model_loads(
+    lora_dir, flags, tiny_xl_pipeline_dir, tmp_path, monkeypatch
+):
+    from diffusers import AutoPipelineForText2Image
+
+    monkeypatch.setattr(AutoPipelineForText2Image, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))
+    other = save_lora(tiny_xl_pipeline_dir, tmp_path / "xl")
+    (pickled := tmp_path / "pickled").mkdir()
+    (pickled / "pytorch_lora_weights.bin").write_bytes(b"x")
+    (empty := tmp_path / "empty").mkdir()
+    (torn := tmp_path / "torn").mkdir()
+    (torn / WEIGHTS).write_bytes((lora_dir / WEIGHTS).read_bytes()[:100])
+    (model := tmp_path / "model").mkdir()
+    save_file({"unet.weight": torch.zeros(2, 2)}, model / WEIGHTS)
+    for value, message in (
+        (str(other), "is for a model whose text is 40 wide, that of .* is 16; choose an adapter"),
+        (str(pickled), "has weights as pickles only"), (str(empty), "has no .safetensors file"),
+        (str(torn), "cannot be read as safetensors"), (str(model), "has no weights of a LoRA adapter"),
+        ("no such thing", "neither an existing folder"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"^--lora .*{message}"):
+            main([*flags, "--lora", value])
+    with pytest.raises(UserError, match="--lora_revision main: does nothing without --lora"):
+        main([*flags, "--lora_revision", "main"])
+    assert not (tmp_path / "set").exists()
