@@ -64,7 +64,10 @@ class TokenArguments:
 
     placeholder_token: str = option("<dsi-style>", "The token's name, new to the tokenizer.")
     num_vectors: int = option(1, "Embedding rows of the token, 1 or more.")
-    initializer_token: str = option("style", "Word (one token) whose embedding is the start.")
+    initializer_token: str = option(
+        "auto", "Word (one token) whose embedding is the start; auto takes that of a few words with the lowest loss, "
+        "and begins again from the next if the token has learned nothing after a tenth of the steps.",
+    )  # fmt: skip
     prompt_templates: list[str] | None = option(
         None, f"Prompts with {{class}} and {{token}}; each image of a step draws one. '{DSI_TEMPLATE}' when not given."
     )
@@ -95,7 +98,11 @@ class TrainingArguments:
     overwrite_output_dir: bool = option(False, "Start from scratch where there is a token.", affects_result=False)
     train_batch_size: int = option(8, "Images per process and forward pass.")
     gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step, 1 or more.")
-    max_train_steps: int = option(20_000, "Optimiser steps; the default is the paper's.")
+    max_train_steps: int = option(20_000, "Optimiser steps, at most; the default is the paper's.")
+    early_stopping: bool = option(
+        True, "End where the loss on held-out images with fixed noise has not improved beyond its own noise for three "
+        "twentieths of --max_train_steps.",
+    )  # fmt: skip
     learning_rate: float = option(5e-4, "Peak learning rate of AdamW, above 0.")
     lr_scheduler: str = option("constant", "Schedule.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = option(
@@ -319,21 +326,23 @@ def train(steps, denoiser, state, monitor, accelerator, training_args: TrainingA
 
     from utils.style.style_images import micro_batches
 
-    loader = DataLoader(
-        steps, sampler=range(state.step, training_args.max_train_steps), batch_size=None,
-        num_workers=training_args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda",
-    )  # fmt: skip
-    for batch in monitor.watch(loader):
-        for part in micro_batches(batch, accelerator.gradient_accumulation_steps):
-            with accelerator.accumulate(denoiser.encoder):
-                loss = denoising_loss(part, denoiser)
-                accelerator.backward(loss)
-                state.optimizer.step()
-                if accelerator.sync_gradients:
-                    state.lr_scheduler.step()
-                state.optimizer.zero_grad()
-            monitor.add_loss(loss)
-        monitor.end_step()
+    while not monitor.is_over:  # again from step 0 where the token learned nothing from a word
+        loader = DataLoader(
+            steps, sampler=range(state.step, training_args.max_train_steps), batch_size=None,
+            num_workers=training_args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda",
+        )  # fmt: skip
+        for batch in monitor.watch(loader):
+            for part in micro_batches(batch, accelerator.gradient_accumulation_steps):
+                with accelerator.accumulate(denoiser.encoder):
+                    loss = denoising_loss(part, denoiser)
+                    accelerator.backward(loss)
+                    state.optimizer.step()
+                    if accelerator.sync_gradients:
+                        state.lr_scheduler.step()
+                    state.optimizer.zero_grad()
+                monitor.add_loss(loss)
+            if not monitor.end_step():
+                break
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -352,14 +361,21 @@ def main(argv: Sequence[str] | None = None) -> dict:
     from utils.style.checkpoints import TrainingState, find_checkpoint
     from utils.style.monitor import BeforeAfter, HealthCheck, Monitor
     from utils.style.style_images import load_latents, load_style_images
-    from utils.style.token import Denoiser, PromptEncoder, add_placeholder_tokens, save_learned_embeds
+    from utils.style.token import (
+        Denoiser,
+        PromptEncoder,
+        add_placeholder_tokens,
+        find_initializers,
+        save_learned_embeds,
+    )
 
     # Tokenizers, images and prompts: everything that can be wrong, before a model loads
     checkpoint = find_checkpoint(folder, monitoring_args.resume_from_checkpoint)
     accelerator = start_accelerator(training_args, monitoring_args)
     noise_scheduler, tokenizers = base_model.load_noise_scheduler(), base_model.load_tokenizers()
     token, num_vectors = token_args.placeholder_token, token_args.num_vectors
-    initializer_ids = add_placeholder_tokens(tokenizers, token, num_vectors, token_args.initializer_token)
+    words = find_initializers(tokenizers, token_args.initializer_token)
+    add_placeholder_tokens(tokenizers, token, num_vectors)
     images = load_style_images(real_images, hub_args.hub_token)
     accelerator.print("\n".join(images.real.remarks))
     nouns, prompt_ids = prepare_prompts(tokenizers, images.real.class_names, templates, token_args, accelerator.device)
@@ -373,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     # The only parameters: the token's rows
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     unet = base_model.load_unet(dtype).to(accelerator.device)
-    encoder = PromptEncoder(base_model.load_text_encoders(dtype), tokenizers, num_vectors, initializer_ids)
+    encoder = PromptEncoder(base_model.load_text_encoders(dtype), tokenizers, num_vectors, next(iter(words.values())))
     optimizer, lr_scheduler = prepare_optimizer(encoder.rows, training_args)
     prompt_encoder, optimizer = accelerator.prepare(encoder, optimizer)
     denoiser = Denoiser(base_model, unet, noise_scheduler, encoder, prompt_ids, resolution, dtype)
@@ -393,7 +409,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         BeforeAfter(denoiser, images.real.train, nouns, num_columns) if num_columns else None,
         learning_rate=training_args.learning_rate, max_train_steps=training_args.max_train_steps,
         validation_steps=monitoring_args.validation_steps, checkpointing_steps=monitoring_args.checkpointing_steps,
-        checkpoints_total_limit=monitoring_args.checkpoints_total_limit,
+        checkpoints_total_limit=monitoring_args.checkpoints_total_limit, words=words,
+        early_stopping=training_args.early_stopping,
     )  # fmt: skip
     with folder.working(command := public_command("train_dsi.py", argv)):
         monitor.begin(checkpoint)
@@ -403,7 +420,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
             folder.check_unchanged(lambda: identify_inputs(groups, base_model, real_images)[1])
             record = describe_token(
                 base_model, images.real, nouns, templates, placeholder_token=token, num_vectors=num_vectors,
-                initializer_token=token_args.initializer_token, resolution=resolution,
+                initializer_token=state.initializer, initializer_losses=state.initializer_losses,
+                num_restarts=state.num_restarts, resolution=resolution, num_train_steps=state.step,
                 max_train_steps=training_args.max_train_steps, health=health, held_out_losses=state.held_out_losses,
             )  # fmt: skip
             save_learned_embeds(folder.path, row_names, encoder.rows)

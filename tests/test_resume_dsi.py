@@ -14,7 +14,7 @@ from tests.conftest import CLASS_NAMES, read_rows, save_class_folders
 from tests.processes import start_script
 from utils.cli.errors import Interrupted, UserError
 from utils.cli.records import RUN_CONFIG, read_record, write_record
-from utils.style import checkpoints, monitor
+from utils.style import checkpoints, monitor, token
 
 pytest_plugins = ["tests.style.fixtures"]
 FLAGS = {"max_train_steps": 7, "checkpointing_steps": 2, "gradient_accumulation_steps": 2, "lr_scheduler": "cosine"}
@@ -87,6 +87,21 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_left_alone(
         assert torch.equal(*rows)
     assert sorted(path.name for path in style.glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert {path.name for path in style.iterdir() if path.name.startswith(".")} == set()
+
+
+@pytest.mark.parametrize("call", [12, 24, 36])  # passes: with the first word, the second, after its checkpoint
+def test_a_run_that_began_again_from_another_word_is_resumed_exactly(run_dsi, kill, call, monkeypatch, tmp_path):
+    monkeypatch.setattr(token, "INITIALIZER_WORDS", ("style", "s"))
+    flags = {"max_train_steps": 25, "learning_rate": 1e-12, "checkpointing_steps": 8}
+    run_dsi(**flags, output_dir=tmp_path / "alone")
+    kill(train_dsi, "denoising_loss", call)
+    with pytest.raises(Killed):
+        run_dsi(**flags)
+    run_dsi(**flags, resume_from_checkpoint="latest")
+    alone, resumed = (read_record(tmp_path / name / "dsi_config.json") for name in ("alone", "style"))
+    assert alone == resumed
+    assert alone["num_restarts"] == 1
+    assert all(map(torch.equal, read_rows(tmp_path / "alone"), read_rows(tmp_path / "style")))
 
 
 def test_a_checkpoint_by_its_path_is_gone_on_from_in_another_folder(run_dsi, tmp_path):

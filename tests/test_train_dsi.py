@@ -214,6 +214,53 @@ def test_a_token_that_cannot_learn_is_said_plainly_also_in_the_card(run_dsi, cap
     assert "This token learned nothing" in (tmp_path / "style" / "README.md").read_text()
 
 
+def test_the_word_with_the_lowest_loss_is_the_start_and_the_next_one_where_it_teaches_nothing(
+    run_dsi, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(token, "INITIALIZER_WORDS", ("style", "s", "z"))
+    alone = {word: run_dsi(output_dir=tmp_path / f"of-{word}", initializer_token=word) for word in ("style", "s", "z")}
+    losses = {word: health["loss_untrained_token"] for word, health in alone.items()}
+    best, second, last = sorted(losses, key=losses.get)
+    capsys.readouterr()
+    run_dsi()
+    assert f"The token begins from '{best}' (losses: {best} {losses[best]:.4f}, {second} " in capsys.readouterr().out
+    record = read_record(tmp_path / "style" / "dsi_config.json")
+    assert (record["initializer_token"], record["num_restarts"]) == (best, 0)
+    assert record["initializer_losses"] == {word: losses[word] for word in (best, second, last)}
+    assert all(map(torch.equal, read_rows(tmp_path / "style"), read_rows(tmp_path / f"of-{best}")))
+
+    flags = {"max_train_steps": 25, "learning_rate": 1e-12, "checkpointing_steps": 5, "output_dir": tmp_path / "again"}
+    health = run_dsi(**flags)
+    printed = capsys.readouterr().out
+    assert f"The token learned nothing from '{best}' in 20 steps: it begins again from '{second}'." in printed
+    assert f"nothing from '{second}' in 20 steps: it begins again from '{last}'" in printed
+    assert printed.count("begins again") == 2
+    record = read_record(tmp_path / "again" / "dsi_config.json")
+    assert (record["initializer_token"], record["num_restarts"]) == (last, 2)
+    assert record["num_train_steps"] == len(health["loss_history"]) == 25
+    assert health["loss_untrained_token"] == losses[last]
+    run_dsi(**flags | {"output_dir": tmp_path / "alone", "initializer_token": last})
+    assert all(map(torch.equal, read_rows(tmp_path / "again"), read_rows(tmp_path / "alone")))
+    traces = sorted(path.name for path in (tmp_path / "again").glob("checkpoint-*"))
+    assert traces == [f"checkpoint-{step}" for step in (10, 15, 20, 5)]
+
+
+def test_training_ends_early_where_the_loss_has_levelled_off_and_goes_on_if_asked(
+    run_dsi, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(monitor, "is_clear_gain", lambda gain: True)
+    monkeypatch.setattr(monitor, "has_levelled_off", lambda looks: len(looks) > 2)
+    health = run_dsi(max_train_steps=40)
+    assert len(health["loss_history"]) == 20
+    assert "Training ends at step 20 of 40: the loss on " in capsys.readouterr().out
+    record = read_record(tmp_path / "style" / "dsi_config.json")
+    assert (record["num_train_steps"], record["max_train_steps"]) == (20, 40)
+    assert list(record["held_out_losses"]) == ["10", "20"]
+    assert "in 20 steps of at most 40, after which" in (tmp_path / "style" / "README.md").read_text()
+    health = run_dsi(max_train_steps=40, early_stopping=False, output_dir=tmp_path / "whole")
+    assert len(health["loss_history"]) == 40
+
+
 def test_class_folders_train_and_a_damaged_image_is_an_error_or_left_out_and_counted(run_dsi, tmp_path, capsys):
     class_folders = save_class_folders(tmp_path / "photos", {"cat": 6, "dog": 6})
     flags = {"dataset_name": None, "train_dir": class_folders, "output_dir": tmp_path / "whole"}
@@ -364,7 +411,7 @@ def test_a_finished_token_is_not_overwritten_unasked(run_dsi, tmp_path, capsys):
     assert "is finished, nothing is done again" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds a style token made with other options \\(seed was 0, now 5\\)"):
         run_dsi(seed=5)
-    with pytest.raises(UserError, match="initializer_token was style"):
+    with pytest.raises(UserError, match="initializer_token was auto"):
         run_dsi(initializer_token="s")
     assert (tmp_path / "style" / "learned_embeds.safetensors").read_bytes() == before
     (tmp_path / "style" / "style.png").touch()

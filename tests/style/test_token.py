@@ -4,6 +4,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from utils.cli.errors import UserError
+from utils.style import token
 from utils.style.base_models import open_base_model
 from utils.style.token import (
     Denoiser,
@@ -11,6 +12,7 @@ from utils.style.token import (
     PromptIds,
     add_placeholder_tokens,
     check_prompt_lengths,
+    find_initializers,
     norm_in_vocabulary,
     save_learned_embeds,
     unet_arguments,
@@ -24,7 +26,8 @@ def spliced(folder, num_vectors=1):
     """Return a prompt encoder with untrained rows, and the tokenizers."""
     base_model = open_base_model(str(folder), "--model")
     tokenizers = base_model.load_tokenizers()
-    initializer_ids = add_placeholder_tokens(tokenizers, "<s>", num_vectors, "style")
+    initializer_ids = find_initializers(tokenizers, "style")["style"]
+    add_placeholder_tokens(tokenizers, "<s>", num_vectors)
     return PromptEncoder(
         base_model.load_text_encoders(torch.float32), tokenizers, num_vectors, initializer_ids
     ), tokenizers
@@ -39,6 +42,15 @@ def with_random_rows(encoder):
 
 def prompt_ids(tokenizers, *prompts):
     return PromptIds.tokenize(tokenizers, list(prompts), ["a", "b"], "cpu")
+
+
+def test_words_for_auto_are_those_that_are_one_token(tiny_xl_pipeline_dir, monkeypatch):
+    tokenizers = open_base_model(str(tiny_xl_pipeline_dir), "--model").load_tokenizers()
+    assert list(find_initializers(tokenizers, "auto")) == ["style"]  # the only word that the tiny tokenizer has
+    assert [len(ids) for ids in find_initializers(tokenizers, "s").values()] == [2]
+    monkeypatch.setattr(token, "INITIALIZER_WORDS", ("photo", "image"))
+    with pytest.raises(UserError, match="^--initializer_token auto: none of photo, image is one token of this base"):
+        find_initializers(tokenizers, "auto")
 
 
 def test_a_spliced_token_starts_as_its_initializer_and_changes_no_other_prompt(tiny_pipeline_dir):

@@ -3,6 +3,7 @@
 What a step trains on is a function of its number (`TrainingSteps`), so no random state is kept.
 """
 
+import copy
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,10 @@ from utils.style.token import load_learned_embeds, save_learned_embeds
 
 TRAINING_STATE, STATE_RECORD = "training_state.safetensors", "training_state.json"
 # what the state's record says of how far training is, and with what
-PROGRESS = ("options", "inputs", "base_model", "images_per_step", "step", "loss_history", "held_out_losses")
+PROGRESS = (
+    "options", "inputs", "base_model", "images_per_step", "step", "loss_history", "held_out_losses", "looks",
+    "initializer_losses", "num_restarts",
+)  # fmt: skip
 
 
 @dataclass
@@ -28,7 +32,8 @@ class TrainingState:
 
     `row_names` are those in the file, `inputs` tells images, prompts and VAE from others, `base_model` its contents,
     `images_per_step` counts all processes, `held_out_losses` has the fixed-noise losses that were measured on the way,
-    by step.
+    by step, and `looks` those of each image. `initializer_losses` maps the words that the token may begin from to the
+    losses with them, the best first; `num_restarts` of them taught it nothing.
     """
 
     row_names: list[str]
@@ -43,6 +48,31 @@ class TrainingState:
     step: int = 0
     loss_history: list[float] = field(default_factory=list)
     held_out_losses: dict[str, float] = field(default_factory=dict)
+    looks: list[list[float]] = field(default_factory=list)
+    initializer_losses: dict[str, float] = field(default_factory=dict)
+    num_restarts: int = 0
+
+    def __post_init__(self):
+        self._at_start = copy.deepcopy((self.optimizer.state_dict(), self.lr_scheduler.state_dict()))
+
+    @property
+    def initializer(self) -> str:
+        """The word that the token began from."""
+        return list(self.initializer_losses)[self.num_restarts]
+
+    @property
+    def num_words_left(self) -> int:
+        return len(self.initializer_losses) - self.num_restarts - 1
+
+    def begin_again(self) -> None:
+        """Go back to the first step, for the next word; the rows are the caller's."""
+        self.num_restarts += 1
+        self.step = 0
+        for history in (self.loss_history, self.held_out_losses, self.looks):
+            history.clear()
+        optimizer_state, scheduler_state = copy.deepcopy(self._at_start)
+        self.optimizer.load_state_dict(optimizer_state)
+        self.lr_scheduler.load_state_dict(scheduler_state)
 
     def save(self, folder: RunFolder, total_limit: int | None = None) -> Path:
         """Write `checkpoint-<step>`, whole or not at all, then remove the oldest beyond `total_limit`.
@@ -83,7 +113,9 @@ class TrainingState:
             UserError: it was made from other images or another base model, or with another number of processes.
         """
         record = read_record(checkpoint / STATE_RECORD)
-        progress = {"base_model": self.base_model} | record["progress"]  # earlier versions did not note it
+        # earlier versions did not note these
+        later = {"base_model": self.base_model, "looks": [], "initializer_losses": {}, "num_restarts": 0}
+        progress = later | record["progress"]
         if (progress["inputs"], progress["base_model"]) != (self.inputs, self.base_model):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint}: the images, the prompts or the base model have changed; give "

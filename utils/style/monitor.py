@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from diffusers import DPMSolverMultistepScheduler
 from matplotlib import rc_context
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from utils.cli.errors import DivergedError
-from utils.cli.run_folder import RunFolder
+from utils.cli.run_folder import RunFolder, remove_folder
 from utils.data.images import centre_square
 from utils.style.card import ARMS, STYLE_PICTURE, TRAINING_PICTURE
 from utils.style.checkpoints import TrainingState
@@ -27,6 +28,11 @@ from utils.style.token import PIPELINE_NAMES, Conditioning, Denoiser, norm_in_vo
 
 LOGGING_STEPS = 10  # each time the CPU waits for a GPU
 NUM_TIMESTEPS = 8
+# looks whether the token still learns: over all steps, and steps between two of them at least
+NUM_LOOKS, MIN_STEPS_BETWEEN_LOOKS = 20, 10
+LOOKS_OF_A_WORD = 2  # before the next word is tried
+WINDOW = 3  # looks without a gain before training ends
+MIN_GAIN = 0.02  # of what was gained before
 # those of generate_synthetic.py
 NUM_INFERENCE_STEPS = 25
 GUIDANCE_SCALE = 3.0
@@ -38,7 +44,9 @@ PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 class Monitor:
     """What the training loop reports to; everything that is checked, shown, logged or saved on the way happens here.
 
-    `before_after` is drawn in the main process only. Steps are the optimiser's.
+    `before_after` is drawn in the main process only. Steps are the optimiser's. `words` are those that the token may
+    begin from, with their ids: of several the one with the lowest loss is taken, and the next one if a tenth of the
+    steps taught the token nothing. With `early_stopping` training ends where `has_levelled_off` says so.
     """
 
     accelerator: Accelerator
@@ -51,22 +59,47 @@ class Monitor:
     validation_steps: int
     checkpointing_steps: int
     checkpoints_total_limit: int | None
+    words: dict[str, list[int]]
+    early_stopping: bool
+    is_over: bool = field(default=False, init=False)
     health: dict = field(default_factory=dict, init=False)
     _losses: list[torch.Tensor] = field(default_factory=list, init=False)  # since they were last collected
     _bar: tqdm | None = field(default=None, init=False)
 
     def begin(self, checkpoint: Path | None) -> None:
-        """Go on from a checkpoint, if there is one; make the folder that of this run, and tell the trackers.
+        """Go on from a checkpoint, if there is one, else from a word; make the folder this run's; tell the trackers.
 
         Raises:
             UserError: what `TrainingState.load` raises; nothing is written then.
         """
         if checkpoint is not None:
             self.state.load(checkpoint)
+        rows = [values.detach().clone() for values in self.state.rows]
+        self.state.initializer_losses = self.state.initializer_losses or self._rank_words()
+        self._begin_from_word()
+        if checkpoint is not None:
+            for values, trained in zip(self.state.rows, rows):
+                values.data.copy_(trained)
         if self.accelerator.is_main_process:
             self.folder.begin(keep_traces=checkpoint is not None)
         options = {name: str(value) for name, value in self.folder.options.items()}
         self.accelerator.init_trackers("train_dsi", options)
+
+    def _rank_words(self) -> dict[str, float]:
+        """Return the loss with each word in the token's place, the lowest first."""
+        losses = {}
+        for word, ids in self.words.items():
+            self.health_check.encoder.begin_from(ids)
+            losses[word] = round(self.health_check.measure_token().mean().item(), 5)
+        [ranked] = broadcast_object_list([dict(sorted(losses.items(), key=lambda item: item[1]))])
+        if len(ranked) > 1:
+            listed = ", ".join(f"{word} {loss:.4f}" for word, loss in ranked.items())
+            self.accelerator.print(f"The token begins from '{next(iter(ranked))}' (losses: {listed}).")
+        return ranked
+
+    def _begin_from_word(self) -> None:
+        self.health_check.encoder.begin_from(self.words[self.state.initializer])
+        self.health_check.measure_start()
 
     def watch(self, loader: DataLoader) -> tqdm:
         """Return the steps of `loader` behind a progress bar."""
@@ -80,23 +113,66 @@ class Monitor:
         """Take the loss of a forward pass; nothing waits for it yet."""
         self._losses.append(loss.detach())
 
-    def end_step(self) -> None:
-        """Count a step, and do what is due after it.
+    def end_step(self) -> bool:
+        """Count a step, and do what is due after it; return whether the next one follows it.
+
+        If not, training is over, or begins again from another word.
 
         Raises:
             DivergedError: a loss, or the token, is no longer finite.
         """
         self.state.step += 1
         step = self.state.step
-        is_last = step == self.max_train_steps
-        validates = is_last or step % self.validation_steps == 0
-        saves = not is_last and step % self.checkpointing_steps == 0
-        if validates or saves or step % LOGGING_STEPS == 0:
+        self.is_over = step == self.max_train_steps
+        looks = not self.is_over and step % self._steps_between_looks == 0
+        validates, saves = step % self.validation_steps == 0, step % self.checkpointing_steps == 0
+        if self.is_over or looks or validates or saves or step % LOGGING_STEPS == 0:
             self._collect_losses()
-        if validates:
+        if looks and not self._look():
+            return False
+        if self.is_over or validates:
             self._validate()
-        if saves and self.accelerator.is_main_process:
+        if saves and not self.is_over and self.accelerator.is_main_process:
             self.state.save(self.folder, self.checkpoints_total_limit)
+        return not self.is_over
+
+    @property
+    def _steps_between_looks(self) -> int:
+        return max(MIN_STEPS_BETWEEN_LOOKS, self.max_train_steps // NUM_LOOKS)
+
+    def _look(self) -> bool:
+        """See whether the token still learns; return False where it begins again from another word."""
+        may_begin_again = len(self.state.looks) < LOOKS_OF_A_WORD and self.state.num_words_left > 0
+        if not (self.early_stopping or may_begin_again):
+            return True
+        start, step = self.health_check.losses["untrained_token"], self.state.step
+        losses = self.health_check.measure_token()
+        self.state.looks.append(losses.tolist())
+        self.state.held_out_losses[str(step)] = round(losses.mean().item(), 5)
+        has_learned = is_clear_gain(start - losses)
+        is_again = may_begin_again and len(self.state.looks) == LOOKS_OF_A_WORD and not has_learned
+        is_level = self.early_stopping and has_learned and has_levelled_off([start.tolist(), *self.state.looks])
+        [(is_again, self.is_over)] = broadcast_object_list([(is_again, is_level)])  # processes must not part
+        if is_again:
+            self._begin_again()
+        elif self.is_over:
+            self.accelerator.print(
+                f"Training ends at step {step} of {self.max_train_steps}: the loss on {self.health_check.name} has not "
+                f"improved beyond its noise for {WINDOW * self._steps_between_looks} steps (--no_early_stopping goes "
+                "on)."
+            )
+        return not is_again
+
+    def _begin_again(self) -> None:
+        word, step = self.state.initializer, self.state.step
+        self.state.begin_again()
+        self._begin_from_word()
+        if self.accelerator.is_main_process:
+            for checkpoint in self.folder.find_traces():  # of the word before
+                remove_folder(checkpoint)
+        self.accelerator.print(
+            f"The token learned nothing from '{word}' in {step} steps: it begins again from '{self.state.initializer}'."
+        )
 
     def _collect_losses(self) -> None:
         """Reduce the losses since the last call over the processes; check, show and log them."""
@@ -163,25 +239,32 @@ class Monitor:
 class HealthCheck:
     """Did the token learn? Its denoising loss on fixed images, timesteps and noise: only prompts differ between arms.
 
-    The loss without a token and that with the untrained token are measured at once. `latents` are the held-out images'.
+    The loss without a token is measured at once, that with the untrained token when it has begun (`measure_start`).
+    `latents` are the held-out images'.
     """
 
     def __init__(self, denoiser: Denoiser, images: StyleImages, latents: Latents, batch_size: int):
         labels = images.held_out["label"]
         self.denoiser = denoiser
+        self.encoder = denoiser.encoder
         self.latents = denoiser.base_model.scale_latents(latents.mean(torch.arange(len(labels))))
         self.name = images.held_out_name
         self.batch_size = batch_size
         self.ids_with_token = denoiser.prompt_ids.training[labels]  # the first template's
-        self.losses = {
-            "no_token": self._losses(denoiser.prompt_ids.plain[labels]),
-            "untrained_token": self._losses(self.ids_with_token),
-        }
+        self.losses = {"no_token": self._losses(denoiser.prompt_ids.plain[labels])}
+
+    def measure_token(self) -> torch.Tensor:
+        """Return each image's loss `(images,)` with the token as it is now."""
+        return self._losses(self.ids_with_token)
+
+    def measure_start(self) -> None:
+        """Measure the token as it is now as the untrained one."""
+        self.losses["untrained_token"] = self.measure_token()
 
     def measure(self) -> dict:
         """Return the figures of the token as it is now, as `dsi_config.json` holds them."""
         return {
-            **judge(self.losses | {"trained_token": self._losses(self.ids_with_token)}),
+            **judge(self.losses | {"trained_token": self.measure_token()}),
             "images": self.name,
             "num_images": len(self.latents),
             "embeddings": [norm_in_vocabulary(style_token) for style_token in self.denoiser.encoder.style_tokens],
@@ -214,12 +297,35 @@ def judge(losses: dict[str, torch.Tensor]) -> dict:
     It learned when the images' losses fall, against the untrained token, by more than two standard errors.
     """
     gain = losses["untrained_token"] - losses["trained_token"]
-    standard_error = gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
     return {
         **{f"loss_{arm}": round(losses[arm].mean().item(), 5) for arm in ARMS},
-        "gain_standard_error": round(standard_error, 5),
-        "token_learned": gain.mean().item() > 2 * standard_error,
+        "gain_standard_error": round(_standard_error(gain), 5),
+        "token_learned": is_clear_gain(gain),
     }
+
+
+def is_clear_gain(gain: torch.Tensor) -> bool:
+    """Return whether the mean of images' gains `(images,)` is more than two standard errors."""
+    return gain.mean().item() > 2 * _standard_error(gain)
+
+
+def has_levelled_off(looks: list[list[float]]) -> bool:
+    """Return whether the last `WINDOW` looks gained nothing that counts over the best of those before.
+
+    A look has each image's loss, the first one is of the untrained token. What counts is more than two standard errors
+    over images, and more than `MIN_GAIN` of all that was gained before: of very many images any gain is clear.
+    """
+    if len(looks) <= WINDOW:
+        return False
+    looks = torch.tensor(looks)
+    means = looks.mean(1)
+    before, now = looks[means[:-WINDOW].argmin()], looks[len(looks) - WINDOW + means[-WINDOW:].argmin()]
+    gain, so_far = before - now, looks[0] - before
+    return not is_clear_gain(gain) or gain.mean() <= MIN_GAIN * so_far.mean()
+
+
+def _standard_error(gain: torch.Tensor) -> float:
+    return gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
 
 
 class BeforeAfter:

@@ -14,35 +14,49 @@ from utils.data.prompts import token_text
 from utils.style.base_models import BaseModel
 from utils.style.families import LEARNED_EMBEDS, ROW_NAMES
 
+AUTO = "auto"  # the value of --initializer_token with which the word is chosen by its loss
+INITIALIZER_WORDS = ("photo", "image", "picture", "style", "painting", "drawing", "object")
 # name -> tensor, batch first: `encoder_hidden_states` (batch, length, dim); Stable Diffusion XL: `text_embeds` as well
 Conditioning = dict[str, torch.Tensor]
 # what a pipeline's call names them
 PIPELINE_NAMES = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
 
 
-def add_placeholder_tokens(
-    tokenizers: list, placeholder_token: str, num_vectors: int, initializer_token: str
-) -> list[int]:
-    """Add the placeholder's tokens to each tokenizer, named as `load_textual_inversion` does.
-
-    Return the initializer's id in each.
+def find_initializers(tokenizers: list, initializer_token: str) -> dict[str, list[int]]:
+    """Return the words that a token may begin from, each with its id in every tokenizer: the one, or those for `auto`.
 
     Raises:
-        UserError: the placeholder is in the vocabulary already or not found in a prompt; the initializer is not
-            exactly one token.
+        UserError: the word is not exactly one token; of those for `auto` none is.
+    """
+    is_auto = initializer_token == AUTO
+    found = {}
+    for word in INITIALIZER_WORDS if is_auto else (initializer_token,):
+        ids = [tokenizer.encode(word, add_special_tokens=False) for tokenizer in tokenizers]
+        if all(len(each) == 1 for each in ids):
+            found[word] = [number for [number] in ids]
+        elif not is_auto:
+            number = max(map(len, ids))
+            raise UserError(f"--initializer_token {word}: is {number} tokens, must be one, such as 'style'.")
+    if not found:
+        raise UserError(
+            f"--initializer_token {AUTO}: none of {', '.join(INITIALIZER_WORDS)} is one token of this base model; give "
+            "a word that is."
+        )
+    return found
+
+
+def add_placeholder_tokens(tokenizers: list, placeholder_token: str, num_vectors: int) -> None:
+    """Add the placeholder's tokens to each tokenizer, named as `load_textual_inversion` does.
+
+    Raises:
+        UserError: the placeholder is in the vocabulary already or not found in a prompt.
     """
     names = [name for name in token_text(placeholder_token, num_vectors).split(" ") if name]
-    initializer_ids = []
     for tokenizer in tokenizers:
         taken = [name for name in names if name in tokenizer.get_vocab()]
         if taken:
             raise UserError(
                 f"--placeholder_token {placeholder_token}: the tokenizer has {taken[0]} already; choose another."
-            )
-        ids = tokenizer.encode(initializer_token, add_special_tokens=False)
-        if len(ids) != 1:
-            raise UserError(
-                f"--initializer_token {initializer_token}: is {len(ids)} tokens, must be one, such as 'style'."
             )
         tokenizer.add_tokens(names)
         new_ids = list(range(len(tokenizer) - num_vectors, len(tokenizer)))
@@ -51,8 +65,6 @@ def add_placeholder_tokens(
                 f"--placeholder_token '{placeholder_token}': the tokenizer does not find it in a prompt; choose "
                 "something like '<my-style>', without spaces."
             )
-        initializer_ids += ids
-    return initializer_ids
 
 
 def check_prompt_lengths(tokenizers: list, prompts: list[str]) -> None:
@@ -131,6 +143,12 @@ class PromptEncoder(nn.Module):
     def rows(self) -> list[nn.Parameter]:
         """The trained parameters, `(num_vectors, dim)` float32 for each text encoder."""
         return [style_token.rows for style_token in self.style_tokens]
+
+    @torch.no_grad()
+    def begin_from(self, initializer_ids: list[int]) -> None:
+        """Set all rows to a word's; `initializer_ids` has its id for each text encoder."""
+        for style_token, number in zip(self.style_tokens, initializer_ids, strict=True):
+            style_token.rows.copy_(style_token.table.weight[number].float().expand_as(style_token.rows))
 
     def forward(self, input_ids: torch.Tensor) -> Conditioning:
         """Encode token ids `(batch, encoders, length)` as the base model's own pipeline does."""
