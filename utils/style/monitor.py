@@ -94,7 +94,7 @@ class Monitor:
         [ranked] = broadcast_object_list([dict(sorted(losses.items(), key=lambda item: item[1]))])
         if len(ranked) > 1:
             listed = ", ".join(f"{word} {loss:.4f}" for word, loss in ranked.items())
-            self.accelerator.print(f"The token begins from '{next(iter(ranked))}' (losses: {listed}).")
+            self._say(f"The token begins from '{next(iter(ranked))}' (losses: {listed}).")
         return ranked
 
     def _begin_from_word(self) -> None:
@@ -156,7 +156,7 @@ class Monitor:
         if is_again:
             self._begin_again()
         elif self.is_over:
-            self.accelerator.print(
+            self._say(
                 f"Training ends at step {step} of {self.max_train_steps}: the loss on {self.health_check.name} has not "
                 f"improved beyond its noise for {WINDOW * self._steps_between_looks} steps (--no_early_stopping goes "
                 "on)."
@@ -170,9 +170,13 @@ class Monitor:
         if self.accelerator.is_main_process:
             for checkpoint in self.folder.find_traces():  # of the word before
                 remove_folder(checkpoint)
-        self.accelerator.print(
+        self._say(
             f"The token learned nothing from '{word}' in {step} steps: it begins again from '{self.state.initializer}'."
         )
+
+    def _say(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(line)  # above the bar
 
     def _collect_losses(self) -> None:
         """Reduce the losses since the last call over the processes; check, show and log them."""
