@@ -215,10 +215,10 @@ def check_interval(interval: list[float] | None) -> None:
     Raises:
         UserError: it is not.
     """
-    if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1):
+    if interval is not None and (len(interval) != 2 or interval[0] >= interval[1]):
         raise UserError(
-            f"--guidance_interval {' '.join(map(str, interval))}: must be two shares of the steps, from 0 to 1, the "
-            "lower one first, such as 0.2 0.8."
+            f"--guidance_interval {' '.join(map(str, interval))}: must be two shares of the steps, the lower one "
+            "first, such as 0.2 0.8."
         )
 
 

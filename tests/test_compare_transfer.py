@@ -686,9 +686,7 @@ def test_every_image_is_tested_once_a_repeat_by_a_model_that_saw_none_of_its_fol
         tested = [item["pixel_values"].numpy().tobytes() for item in evaluated]
         seen.append((pixels(images["real"]) if "real" in images else None, tested, len(evaluated)))
         logits = np.eye(3)[[item["labels"] for item in evaluated]]
-        return MethodResult(
-            None, [], {"vanilla_steps": 1}, {}, logits, np.array([item["labels"] for item in evaluated])
-        )
+        return MethodResult(None, {"vanilla_steps": 1}, {}, logits, np.array([item["labels"] for item in evaluated]))
 
     monkeypatch.setattr(cells, "run_method", run_method)
     comparison = run_folds(tmp_path, "--num_repeats", "2", *(["--num_shots", str(shots)] if shots else []))

@@ -16,6 +16,7 @@ LACKS = {
     "without --fold": ("", "--dataset_name x --fold 1/5"),
     "with --fold, which tests on training images": ("--fold 1/5", ""),
     "without --push_to_hub": ("", "--push_to_hub"),
+    "without --lora": ("", "--lora x"),
     "without --torch_compile": ("", "--torch_compile"),
     "without --quality_report": ("", "--quality_report"),
     "without --learned_embeds": ("", "--learned_embeds x"),

@@ -116,7 +116,7 @@ def test_every_boolean_of_every_script_is_on_by_its_name_and_off_by_no_before_it
     ("flag", "value", "message"),
     [
         ("learning_rate", 0.0, "must be above 0."),
-        ("guidance_scale", [3.0, 0.0], "must be above 0."),
+        ("guidance_scale", [3.0, -1.0], "must be 0 or above."),
         ("max_steps", 0, "must be above 0, or left out to train for epochs."),
         ("head_warmup_steps", 1.5, "must be 0 or above, and whole from 1 on."),
         ("max_steps", -2, "must be above 0, or left out to train for epochs."),

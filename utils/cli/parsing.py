@@ -55,6 +55,7 @@ RANGES = (
         "label_smoothing_factor", "bridge_label_smoothing_factor", "dropout", "drop_path_rate", "lora_dropout",
         "adam_beta1", "adam_beta2",
     )),
+    ("from 0 to 1", lambda value: 0 <= value <= 1, ("guidance_interval",)),
     ("above 0 and below 1", lambda value: 0 < value < 1, ("train_val_split", "average", "ema_decay")),
     ("0 or above, and below 2**32", lambda value: 0 <= value < 2**32, (  # what NumPy takes as a seed
         "seed", "data_seed", "few_shot_seed", "fold_seed", "seeds", "search_seeds",
