@@ -116,13 +116,13 @@ class Method:
     def without_synthetic(self) -> "Method":
         """The method where a guard finds its synthetic images worth nothing: real ones, from the head of a probe.
 
-        A head that needs no synthetic images is kept. The kind of the stages stays `replayed`, with a share of 0.
+        A head that needs no synthetic images is kept.
         """
         stages = []
         for stage in self.stages:
             if stage.images != "synthetic":
                 head_init = "probe" if stage.head_init == "keep" else stage.head_init
-                stages.append(replace(stage, start=None, head_init=head_init, average=None))
+                stages.append(replace(stage, images="real", start=None, head_init=head_init, average=None))
         return replace(self, stages=tuple(stages))
 
     @property
@@ -355,7 +355,7 @@ def plan_stages(
         own = replace(own, max_steps=num_steps, head_warmup_steps=0)
         plan = StagePlan(
             stage.name, stage.images, stage.head_init, own, stage.start,
-            share if stage.images == "replayed" else None, stage.alignment, stage.guarded_by_probe,
+            share if stage.images == "replayed" or share == 0 else None, stage.alignment, stage.guarded_by_probe,
             average=stage.average, averaged_with=None if stage.average is None else stage.start,
         )  # fmt: skip
         if num_warmup_steps > 0:

@@ -46,7 +46,7 @@ class MethodResult:
 def select_images(method: Method, real: Dataset | None, synthetic: Dataset | IterableDataset | None) -> Images:
     """Return the images that a method's stages see, by kind: `real`, `synthetic`, `both`, `replayed`.
 
-    With an alignment, `real` are among them in any case.
+    With an alignment, or where synthetic images may be left out, `real` are among them in any case.
     """
     images = {"real": real, "synthetic": synthetic}
     if "both" in method.kinds:
@@ -54,7 +54,8 @@ def select_images(method: Method, real: Dataset | None, synthetic: Dataset | Ite
         images["both"] = concatenate_datasets([real, synthetic]).select(rows)
     if "replayed" in method.kinds:
         images["replayed"] = ReplayedImages(real, synthetic)
-    return {kind: images[kind] for kind in method.kinds | ({"real"} if method.alignment else set())}
+    sees_real = method.alignment is not None or "replayed" in method.kinds
+    return {kind: images[kind] for kind in method.kinds | ({"real"} if sees_real else set())}
 
 
 def images_per_class(images: Dataset) -> float:
@@ -125,8 +126,7 @@ def run_method(
         number = "streamed" if isinstance(seen, IterableDataset) else len(seen)
         if stage.alignment is not None:
             seen = AlignedImages(images["real"], seen, stage.alignment)
-        kind = "real" if stage.synthetic_share == 0 else stage.images
-        logger.info(f"{stage.name}: {stage.settings.max_steps} steps on {number} images ({kind})")
+        logger.info(f"{stage.name}: {stage.settings.max_steps} steps on {number} images ({stage.images})")
         with exclusive(folder):
             model, done = run_stage(
                 stage, start, seen, pretrained, class_names, training_args, folder,
