@@ -1,11 +1,13 @@
 """The guard of replay: what share synthetic images get by what they are worth, and that a stage takes it."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from datasets import concatenate_datasets
+from safetensors.torch import load_file
 from torch import nn
 
 import train_bridged
@@ -190,6 +192,42 @@ def test_the_guard_decides_and_is_recorded(classifiers, synthetic_dir, tmp_path,
     assert results["guard"]["finding"].replace("your images", "the real training images") in card
     assert ("with 75 % synthetic ones among them" in card) == is_useful
     assert ("the synthetic images" in card and "were tried first, and left out" in card) == (not is_useful)
+
+
+def test_left_out_images_leave_the_classifier_of_lp_ft(classifiers, synthetic_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "measure_usefulness", lambda *args: Usefulness(6, 3, 0.9, 0.8, 0.7))
+    for method in ("bridged_replay", "lp_ft"):
+        train_bridged.main(
+            ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["resnet"], "--num_shots",
+             "2", "--method", method, "--bridge_max_steps", "3", "--max_steps", "2", "--use_cpu", "--output_dir",
+             str(tmp_path / method)]
+        )  # fmt: skip
+    ours, theirs = (load_file(tmp_path / method / "model.safetensors") for method in ("bridged_replay", "lp_ft"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_share_of_less_than_one_image_of_a_batch_is_none(classifiers, images, monkeypatch):
+    kinds, pretrained = ReplayedImages(images, images), open_pretrained(classifiers["resnet"], None, False, None)
+
+    def guard_at(images_per_class):
+        settings = StageSettings(6, 1e-3), StageSettings(6, 1e-4)
+        make = partial(plan_stages, METHODS["bridged_replay"], *settings, images_per_class)
+        return guard_stages(lambda weight: make(weight=weight), kinds, pretrained, ["a", "b", "c"], 0)
+
+    # with 32 images a batch, a thirty-second: at n = 6 a weight of 1 / 31
+    for gain, is_left_out in ((0.06 / 30, False), (0.06 / 32, True)):
+        measured = Usefulness(6, 3, 0.9, 0.5, 0.5 + gain)
+        monkeypatch.setattr(guard, "measure_usefulness", lambda *args, measured=measured: measured)
+        stages, found = guard_at(6)
+        assert (len(stages) == 1) == (found["guard"]["synthetic_share"] == 0) == is_left_out
+    monkeypatch.setattr(guard, "measure_usefulness", lambda *_: pytest.fail("measured in vain"))
+    stages, found = guard_at(187)
+    assert [stage.images for stage in stages] == ["real"]
+    assert found["guard"]["finding"] == (
+        "Beside so many real images less than one image of a batch would be synthetic: they are left out."
+    )
+    with pytest.raises(pytest.fail.Exception):
+        guard_at(185)
 
 
 def test_a_network_that_cannot_have_the_head_of_a_probe_begins_with_a_fresh_one(
