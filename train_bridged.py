@@ -58,7 +58,7 @@ from utils.transfer.methods import (
 
 logger = logging.getLogger(__name__)
 
-# up to so many real images a class the head of stage 1 beat a fresh one (README, the demo's comparison)
+# up to so many real images a class the head of stage 1 beat a fresh one (docs/results.md)
 MAX_IMAGES_FOR_KEPT_HEAD = 4
 LEEP_RESULTS = ("leep_pretrained", "leep_bridged", "leep_num_images", "leep_num_source_classes")
 # the classifier itself, no stage and no training state
