@@ -273,7 +273,7 @@ def collect_settings(sources: Sources, plan: GenerationPlan, prompt_settings: di
     source, output = sources.generator.source, (options["output_dir"], options["overwrite_output_dir"])
     few_steps = sources.few_steps if options["scheduler"] is None else None
     later = {
-        GUIDANCE_INTERVAL: options[GUIDANCE_INTERVAL], LORA: sources.lora and sources.lora.to_dict(),
+        GUIDANCE_INTERVAL: options[GUIDANCE_INTERVAL], **(sources.lora.to_dict() if sources.lora else {LORA: None}),
         SCHEDULER_CONFIG: few_steps and few_steps.scheduler_config or None,
     }  # fmt: skip
     later = {name: value for name, value in later.items() if value is not None or not began_without(name, *output)}

@@ -34,11 +34,13 @@ LCM = FewSteps("it says", "LCMScheduler")
 
 
 def test_flags_that_are_not_given_get_what_suits_and_that_is_said():
-    assert LCM.choose({}) == (
-        {"num_inference_steps": 4, "guidance_scale": [1.0]}, "--num_inference_steps 4 --guidance_scale 1, as it says"
-    )  # fmt: skip
+    flags, line = LCM.choose({})
+    assert flags == {"num_inference_steps": 4, "guidance_scale": [1.0]}
+    assert line == "--scheduler LCMScheduler --num_inference_steps 4 --guidance_scale 1, as it says"
     chosen, line = LCM.choose({"num_inference_steps": 8, "seed": 3})
-    assert (chosen, line) == ({"guidance_scale": [1.0]}, "--guidance_scale 1, as it says")
+    assert (chosen, line) == (
+        {"guidance_scale": [1.0]}, "--scheduler LCMScheduler --guidance_scale 1, as it says"
+    )  # fmt: skip
     assert LCM.choose({"num_inference_steps": 2, "guidance_scale": [1.0], "scheduler": "LCMScheduler"}) == ({}, "")
     assert "guidance_scale" not in FewSteps("it says", guidance_scale=None).choose({})[0]
 

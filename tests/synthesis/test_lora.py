@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 
 import pytest
@@ -78,22 +79,28 @@ def test_a_distilled_adapter_brings_its_scheduler_steps_and_guidance(flags, lora
 
     monkeypatch.setattr(LCMScheduler, "step", count)
     main([*flags, "--lora", f"{lora_dir}:0.8"])
-    assert made == [1] + [2] * 4 * 2  # a trial, and four steps of two batches
+    assert made == [1, 1] + [2] * 4 * 2  # trials, and four steps of two batches
     captured = capsys.readouterr()
-    assert "--num_inference_steps 4 --guidance_scale 1, as the name lcm-lora says." in captured.out
+    assert (
+        "--scheduler LCMScheduler --num_inference_steps 4 --guidance_scale 1, as the name lcm-lora says."
+        in captured.out
+    )
     assert "No LoRA keys" not in captured.err
     settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
     chosen = {"scheduler": "LCMScheduler", "num_inference_steps": 4, "guidance_scale": [1]}
     assert settings == settings | chosen
-    lora = settings["lora"]
-    assert (lora["id"], lora["revision"], lora["filename"], lora["scale"]) == (str(lora_dir), None, WEIGHTS, 0.8)
+    lora = {"lora": str(lora_dir), "lora_revision": None, "lora_filename": WEIGHTS, "lora_scale": 0.8}
+    assert settings == settings | lora
     assert "with the LoRA adapter" in (tmp_path / "set/README.md").read_text()
     before = shard_hashes(tmp_path / "set")
     (tmp_path / "set/data/train-00000.parquet").unlink()
     main([*flags, "--lora", f"{lora_dir}:0.8"])
     assert shard_hashes(tmp_path / "set") == before
-    for other in (["--lora", f"{lora_dir}:0.7"], []):
-        with pytest.raises(UserError, match="was made with other settings .*lora was"):
+    for other, difference in (
+        (["--lora", f"{lora_dir}:0.7"], "lora_scale was 0.8, now 0.7"),
+        ([], "lora was .*, now None"),
+    ):
+        with pytest.raises(UserError, match=f"was made with other settings .*{difference}"):
             main([*flags, *other])
     assert shard_hashes(tmp_path / "set") == before
 
@@ -115,9 +122,44 @@ def test_an_adapter_may_say_itself_how_it_is_sampled(tiny_pipeline_dir, flags, t
     assert "--num_inference_steps 3 --guidance_scale 1, as its sampling.json says." in capsys.readouterr().out
     settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
     assert settings["scheduler_config"] == {"timestep_spacing": "leading"}
-    (folder / "sampling.json").write_text('{"steps": 3}')
-    with pytest.raises(UserError, match="^--lora .*mine: its sampling.json is none"):
-        main([*flags, "--lora", str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        (
+            '{"steps": 3}',
+            "must be a mapping with no other keys than scheduler, num_inference_steps, guidance_scale, sch",
+        ),
+        ("[1]", "must be a mapping"),
+        ('{"num_inference_steps": "four"}', "has num_inference_steps 'four'; must be a whole number above 0"),
+        ('{"num_inference_steps": 2.5}', "has num_inference_steps 2.5; must be"),
+        ('{"num_inference_steps": true}', "has num_inference_steps True; must be"),
+        ('{"num_inference_steps": -1}', "has num_inference_steps -1; must be"),
+        ('{"guidance_scale": "high"}', "has guidance_scale 'high'; must be a number, 0 or above, or null"),
+        ('{"guidance_scale": -3}', "has guidance_scale -3; must be"),
+        ('{"guidance_scale": NaN}', "has guidance_scale nan; must be"),
+        ('{"scheduler_config": "x"}', "has scheduler_config 'x'; must be a mapping"),
+        ('{"scheduler": "FooScheduler"}', "wants --scheduler FooScheduler: does not fit"),
+        ('{"scheduler": "DDIMScheduler", "scheduler_config": {"timestep_spacing": "sideways"}}', "which does not work"),
+        ('{"scheduler": "LCMScheduler", "num_inference_steps": 5000}', "wants --num_inference_steps 5000: not with"),
+    ],
+)
+def test_a_bad_sampling_file_is_one_line_before_a_model_loads(values, message, lora_dir, flags, tmp_path, monkeypatch):
+    from diffusers import AutoPipelineForText2Image
+
+    monkeypatch.setattr(AutoPipelineForText2Image, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))
+    (lora_dir / "sampling.json").write_text(values)
+    with pytest.raises(UserError, match=f"^--lora .*lcm-lora: .*{re.escape(message)}"):
+        main([*flags, "--lora", str(lora_dir)])
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("scale", ["0", "-1", "abc", "", "nan"])
+def test_a_scale_that_is_none_is_said(scale, lora_dir):
+    with pytest.raises(UserError, match="the scale behind the colon must be a number above 0, such as .*lcm-lora:0.8"):
+        open_lora(f"{lora_dir}:{scale}", None, None)
 
 
 def test_an_adapter_of_a_repository_is_pinned_and_named_by_file(lora_dir, tiny_pipeline_dir, local_hub):

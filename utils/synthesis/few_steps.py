@@ -34,7 +34,8 @@ class FewSteps:
         Where given ones are known to draw noise or burnt images, the line says so.
         """
         chosen = {name: value for name, value in self.flags.items() if name not in given}
-        parts = [f"{_as_flags(chosen)}, as {self.why}"] if chosen else []
+        scheduler = {} if self.scheduler == OWN_SCHEDULER or "scheduler" in given else {"scheduler": self.scheduler}
+        parts = [f"{_as_flags(scheduler | chosen)}, as {self.why}"] if scheduler or chosen else []
         unfit = {name: given[name] for name in ("num_inference_steps", "guidance_scale") if self._is_unfit(name, given)}
         if "scheduler" in given and self.scheduler not in (OWN_SCHEDULER, given["scheduler"]):
             unfit["scheduler"] = given["scheduler"]

@@ -85,9 +85,9 @@ def write_card(shards: Shards, record: dict, command: str, hub_target: Target | 
         UserError: a card is there whose metadata are malformed.
     """
     generator, real = record["generator"], record["real_images"]
-    lora, sources = record["settings"].get(LORA), [(generator["id"], "model", generator["revision"])]
-    if lora is not None:
-        sources.append((lora["id"], "model", lora["revision"]))
+    settings, sources = record["settings"], [(generator["id"], "model", generator["revision"])]
+    if settings.get(LORA) is not None:
+        sources.append((settings[LORA], "model", settings["lora_revision"]))
     if real is not None:
         sources.append((image_set_name(real), "dataset", real["dataset_revision"]))
     path = shards.output_dir / QUALITY_RECORD
@@ -116,7 +116,7 @@ def write_dataset_card(
         UserError: that card's metadata are malformed.
     """
     output_dir = Path(output_dir)
-    models = hub_ids(record["generator"]["id"], (record["settings"].get(LORA) or {}).get("id"))
+    models = hub_ids(record["generator"]["id"], record["settings"].get(LORA))
     num_bytes = sum(path.stat().st_size for path in output_dir.glob("data/train-*.parquet"))
     metadata = DatasetCardData(
         **common_license(licenses.values()).to_metadata(),

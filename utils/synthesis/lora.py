@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from utils.cli.errors import UserError
 from utils.cli.options import absolute_if_local
 from utils.hub.repositories import Source, open_source
+from utils.style.families import OWN_SCHEDULER
 from utils.style.saved_pipelines import PROBLEMS
 from utils.synthesis.few_steps import FewSteps, find_few_steps
 from utils.synthesis.generators import Generator
@@ -19,7 +21,16 @@ from utils.synthesis.generators import Generator
 LORA = "lora"  # among a set's settings
 WEIGHTS = "pytorch_lora_weights.safetensors"  # what diffusers writes
 SAMPLING = "sampling.json"  # beside the weights, of an adapter that says itself how it is sampled
-SCALE = re.compile(r"(?P<name>.+):(?P<scale>\d+\.?\d*|\.\d+)")
+# what a sampling.json may have, what its values must be, and the test
+SAMPLING_VALUES = {
+    "scheduler": ("the name of a scheduler class", lambda value: isinstance(value, str)),
+    "num_inference_steps": ("a whole number above 0", lambda value: type(value) is int and value > 0),
+    "guidance_scale": (
+        "a number, 0 or above, or null",
+        lambda value: value is None or type(value) in (int, float) and 0 <= value < float("inf"),
+    ),
+    "scheduler_config": ("a mapping", lambda value: isinstance(value, dict)),
+}
 TEXT_LAYER = re.compile(r"attn2.to_k\W?(lora_A|lora_down|lora\.down|lora_linear_layer\.down)|attn2_to_k\.lora_down")
 MAX_LISTED = 8
 
@@ -37,8 +48,8 @@ class LoraAdapter:
     def to_dict(self) -> dict:
         """Return it as records hold it."""
         return {
-            "id": absolute_if_local(self.source.name), "revision": self.source.revision, "filename": self.filename,
-            "sha256": self.sha256, "scale": self.scale,
+            LORA: absolute_if_local(self.source.name), "lora_revision": self.source.revision,
+            "lora_filename": self.filename, "lora_sha256": self.sha256, "lora_scale": self.scale,
         }  # fmt: skip
 
     @cached_property
@@ -55,10 +66,18 @@ class LoraAdapter:
             return find_few_steps(self.filename) or find_few_steps(
                 Path(self.source.name).name if self.source.is_local else self.source.name
             )
+        prefix = f"{self.source.flag} {self.source.name}: its {SAMPLING}"
         try:
-            return FewSteps(f"its {SAMPLING} says", **json.loads(self.source.file(path).read_text()))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{self.source.flag} {self.source.name}: its {SAMPLING} is none ({error}).") from None
+            values = json.loads(self.source.file(path).read_text())
+        except ValueError as error:
+            raise UserError(f"{prefix} cannot be read as JSON ({error}).") from None
+        if not isinstance(values, dict) or values.keys() - SAMPLING_VALUES.keys():
+            raise UserError(f"{prefix} must be a mapping with no other keys than {', '.join(SAMPLING_VALUES)}.")
+        for name, value in values.items():
+            wanted, is_right = SAMPLING_VALUES[name]
+            if not is_right(value):
+                raise UserError(f"{prefix} has {name} {value!r}; must be {wanted}.")
+        return FewSteps(f"its {SAMPLING} says", **values)
 
     def check(self, generator: Generator) -> None:
         """Check that it is for this generator, as far as its file tells without loading either.
@@ -82,6 +101,24 @@ class LoraAdapter:
                 f"{prefix} is for a model whose text is {min(widths)} wide, that of {generator.source.name} is "
                 f"{wanted}; choose an adapter for this generator."
             )
+        if self.few_steps is not None and generator.family.scales_model_input:
+            self._check_sampling(generator, self.few_steps)
+
+    def _check_sampling(self, generator: Generator, few_steps: FewSteps) -> None:
+        """Raise where what the adapter brings does not fit the generator; a flag would be blamed otherwise."""
+        prefix = f"{self.source.flag} {self.source.name}: wants"
+        try:
+            generator.check_scheduler(few_steps.scheduler, few_steps.num_inference_steps)
+            if few_steps.scheduler != OWN_SCHEDULER:
+                made = generator.scheduler.make(few_steps.scheduler, **few_steps.scheduler_config)
+                made.set_timesteps(few_steps.num_inference_steps)
+        except UserError as error:
+            raise UserError(f"{prefix} {error}") from None
+        except (ValueError, TypeError, LookupError) as error:
+            raise UserError(
+                f"{prefix} a {few_steps.scheduler} with {few_steps.scheduler_config} and "
+                f"{few_steps.num_inference_steps} steps, which does not work ({error})."
+            ) from None
 
     def fuse(self, pipe) -> None:
         """Add it to the weights of a pipeline.
@@ -106,8 +143,15 @@ def open_lora(value: str, revision: str | None, token: str | None) -> LoraAdapte
     Raises:
         UserError: there is none, or several of which none is named.
     """
-    match = SCALE.fullmatch(value)
-    name, scale = (match["name"], float(match["scale"])) if match else (value, 1.0)
+    name, colon, scale = value.rpartition(":")
+    if not colon or Path(value).exists():
+        name, scale = value, "1"
+    try:
+        number = float(scale)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(f"--lora {value}: the scale behind the colon must be a number above 0, such as {name}:0.8.")
     filename = None
     if name.endswith(".safetensors"):
         parts = PurePosixPath(name).parts
@@ -116,7 +160,7 @@ def open_lora(value: str, revision: str | None, token: str | None) -> LoraAdapte
     source = open_source(name, "--lora", revision=revision, token=token)
     filename = filename or _find_file(source)
     path = source.file(filename)
-    return LoraAdapter(source, filename, scale, path, hashlib.sha256(path.read_bytes()).hexdigest())
+    return LoraAdapter(source, filename, number, path, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def _find_file(source: Source) -> str:

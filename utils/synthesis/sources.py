@@ -17,7 +17,7 @@ from utils.hub.repositories import open_source
 from utils.style.families import LEARNED_EMBEDS, OWN_SCHEDULER
 from utils.synthesis.few_steps import FewSteps
 from utils.synthesis.generators import Generator, open_generator
-from utils.synthesis.lora import LORA, LoraAdapter
+from utils.synthesis.lora import LoraAdapter
 
 GENERATOR_CONTENTS, SCHEDULER_CONFIG = "generator_contents", "scheduler_config"  # among a set's settings
 TOKEN = "a style token of train_dsi.py"
@@ -87,7 +87,7 @@ class Sources:
         if self.token is not None:
             now["learned_embeds_sha256"] = _sha256(self.token.path)
         if self.lora is not None:
-            now[LORA] = self.lora.to_dict() | {"sha256": _sha256(self.lora.path)}
+            now["lora_sha256"] = _sha256(self.lora.path)
         for name, value in now.items():
             if settings.get(name, value) != value:
                 raise UserError(

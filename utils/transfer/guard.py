@@ -69,25 +69,29 @@ class Usefulness:
         return asdict(self) | shares | {"finding": f"{self._describe()}: {self._conclude(planned, guarded)}."}
 
     def _describe(self) -> str:
-        alone = (
-            "A probe of the pretrained features, fitted on synthetic images alone, is right on "
-            f"{percent(self.synthetic_accuracy)}"
-        )
-        images = f"of {self.num_images} of your images"
+        images = f"{self.num_images} of your images ({self.num_classes} classes)"
+        alone = percent(self.synthetic_accuracy)
         if self.probe_accuracy is None:
-            return f"{alone} {images}; with one real image per class, no other can be tested"
+            return (
+                f"A probe of the pretrained features that is fitted on synthetic images is right on {alone} of "
+                f"{images}; with one real image per class no other can be tested"
+            )
         added = 100 * (self.joint_accuracy - self.probe_accuracy)
         return (
-            f"{alone} {images}, on other real ones on {percent(self.probe_accuracy)}, on both together {added:+.1f} "
-            "points"
+            f"A probe of the pretrained features is right on {percent(self.probe_accuracy)} of {images} when it is "
+            f"fitted on the others, on {alone} when on synthetic images alone, on {percent(self.joint_accuracy)} when "
+            f"on both ({added:+.1f} points)"
         )
 
     def _conclude(self, planned: float, guarded: float) -> str:
+        if self.is_guessing:
+            return (
+                "synthetic images alone are no better than guessing (do they have the right labels?), and are left out"
+            )
         if guarded == 0:
-            doubt = "no better than guessing (do the synthetic images have the right labels?), so "
-            return f"{doubt if self.is_guessing else ''}synthetic images are left out"
+            return "synthetic images are left out"
         change = f"is cut from {percent(planned)} to" if guarded < planned else "stays"
-        return f"their share {change} {percent(guarded)}"
+        return f"the share of synthetic images {change} {percent(guarded)}"
 
 
 def guard_stages(
@@ -118,8 +122,12 @@ def guard_stages(
             stages = [with_fresh_head(stages[0]), *stages[1:]]
     if PartialState().is_main_process:
         logger.info(results["finding"])
-    if planned[-1].average is not None and stages[-1].average is None:
-        logger.info(f"--average {planned[-1].average:g} does nothing: synthetic images were left out.")
+        for flag, was, now in (
+            ("average", planned[-1].average, stages[-1].average),
+            ("batch_norm", planned[-1].settings.batch_norm, stages[-1].settings.batch_norm),
+        ):
+            if was != now:
+                logger.info(f"--{flag} {was} does nothing: synthetic images were left out.")
     return stages, {"guard": results}
 
 
