@@ -420,9 +420,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             folder.check_unchanged(lambda: identify_inputs(groups, base_model, real_images)[1])
             record = describe_token(
                 base_model, images.real, nouns, templates, placeholder_token=token, num_vectors=num_vectors,
-                initializer_token=state.initializer, initializer_losses=state.initializer_losses,
-                num_restarts=state.num_restarts, resolution=resolution, num_train_steps=state.step,
-                max_train_steps=training_args.max_train_steps, health=health, held_out_losses=state.held_out_losses,
+                resolution=resolution, max_train_steps=training_args.max_train_steps, health=health, **state.describe(),
             )  # fmt: skip
             save_learned_embeds(folder.path, row_names, encoder.rows)
             monitor.plot_training()

@@ -64,6 +64,13 @@ class TrainingState:
     def num_words_left(self) -> int:
         return len(self.initializer_losses) - self.num_restarts - 1
 
+    def describe(self) -> dict:
+        """Return what a token's record holds of how it was trained."""
+        return {
+            "initializer_token": self.initializer, "initializer_losses": self.initializer_losses,
+            "num_restarts": self.num_restarts, "num_train_steps": self.step, "held_out_losses": self.held_out_losses,
+        }  # fmt: skip
+
     def begin_again(self) -> None:
         """Go back to the first step, for the next word; the rows are the caller's."""
         self.num_restarts += 1

@@ -8,7 +8,6 @@ takes the features of some images, whatever is trained later and for how many st
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -103,14 +102,13 @@ def guard_stages(
     A share of less than one image in a batch is none. Without synthetic images the first stage begins with the head of
     a probe where the network can have one, else with a fresh one.
     """
-    load_base = partial(load_classifier, pretrained.name, class_names, True, seed, **pretrained.hub_options)
+    base = load_classifier(pretrained.name, class_names, True, seed, **pretrained.hub_options)
     planned = plan(1.0)
     share, images_per_batch = planned[-1].synthetic_share, planned[-1].settings.per_device_train_batch_size
     if share * images_per_batch < 1:
         finding = "Beside so many real images less than one image of a batch would be synthetic: they are left out."
         stages, results = plan(0.0), {"planned_share": share, "synthetic_share": 0.0, "finding": finding}
     else:
-        base = load_base()
         usefulness = measure_usefulness(base, images, share, pretrained.image_processor, batch_size, num_workers)
         stages = plan(usefulness.weight)
         if stages[-1].synthetic_share * images_per_batch < 1:
@@ -118,7 +116,7 @@ def guard_stages(
         results = usefulness.results(share, stages[-1].synthetic_share)
     if stages[0].head_init == "probe" and planned[-1].head_init == "keep":
         real = EvalImages(images.real, pretrained.image_processor)
-        if not can_probe(load_base(), torch.as_tensor(real[0]["pixel_values"]), np.array(images.real["label"])):
+        if not can_probe(base, torch.as_tensor(real[0]["pixel_values"]), np.array(images.real["label"])):
             stages = [with_fresh_head(stages[0]), *stages[1:]]
     if PartialState().is_main_process:
         logger.info(results["finding"])
