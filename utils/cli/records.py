@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from utils.cli.errors import UserError
+from utils.cli.threads import chosen_num_threads
 
 SCHEMA_VERSION = 1
 
@@ -90,12 +91,13 @@ def write_run_config(output_dir: str | Path, options: dict, started: float, **fa
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    threads = {} if chosen_num_threads() is None else {"num_threads": chosen_num_threads()}
     record = {
         **facts,
         "options": options,
         "versions": package_versions(),
         "code_commit": code_commit(),
-        "hardware": {"device": device, "num_cpus": os.cpu_count(), "platform": platform.platform()},
+        "hardware": {"device": device, "num_cpus": os.cpu_count(), "platform": platform.platform()} | threads,
         "seconds": round(time.time() - started, 1),
         "peak_memory_gib": peak_memory_gib(),
     }
