@@ -1,6 +1,7 @@
 """The JSON records that connect the steps: one module writes and reads all of them."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -27,8 +28,25 @@ PACKAGES = ("torch", "torchvision", "transformers", "diffusers", "datasets", "ac
 
 
 def write_record(path: str | Path, record: dict) -> None:
-    """Write `record` with its schema version as JSON, whole or not at all."""
-    write_text(path, json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=2) + "\n")
+    """Write `record` with its schema version as JSON, whole or not at all.
+
+    JSON has no NaN and no infinity: such a number becomes null, as what is not known is.
+    """
+    record = {"schema_version": SCHEMA_VERSION, **record}
+    try:
+        text = json.dumps(record, indent=2, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_without_nan(json.loads(json.dumps(record))), indent=2, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def _without_nan(value: object) -> object:
+    """Return what JSON holds with None for each number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -41,7 +59,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_record(path: str | Path) -> dict:
-    """Return a record without its schema version.
+    """Return a record without its schema version; NaN is read where an earlier version wrote it.
 
     Raises:
         UserError: the file is no record, or was written by a newer version of these scripts.

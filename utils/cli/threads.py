@@ -8,7 +8,7 @@ from utils.cli.processes import warn_once
 
 NUM_THREADS = "OMP_NUM_THREADS"
 WAIT_POLICY = "OMP_WAIT_POLICY"
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # as torch and the launchers of MPI tell how many processes they have started on this machine
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 
@@ -88,7 +88,7 @@ def _limit() -> int:
     """
     cores = float(os.cpu_count() or 1)
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = OWN_GROUP.read_text().splitlines()
         group = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
     except (OSError, StopIteration):  # not Linux, or the first version of control groups
         return math.ceil(cores)
