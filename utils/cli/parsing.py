@@ -159,7 +159,7 @@ class ScriptArgumentParser(HfArgumentParser):
         return namespace, unknown
 
     def _check_switches(self, argv: Sequence[str]) -> None:
-        """Raise where the command line says both yes and no, as in --flag true --no_flag; of numbers, the last holds."""
+        """Raise where the command line says yes and no, as --flag and --no_flag do; of other flags, the last holds."""
         said: dict[str, dict[bool, str]] = {}
         for word, following in zip(argv, [*argv[1:], "--"]):
             flag, has_value, value = word.partition("=")
