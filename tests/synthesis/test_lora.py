@@ -260,3 +260,20 @@ def test_of_an_adapter_of_another_architecture_our_line_alone_is_said(lora_dir, 
         for library in loggers:
             library.removeHandler(handler)
     assert said == []
+
+
+def test_an_adapter_of_the_hub_is_fused_in_every_process_of_a_launch(
+    lora_dir, flags, local_hub, run_with_hub, tmp_path
+):
+    commit = publish(local_hub, "user/loras", lora_dir)
+    flags = [*flags, "--images_per_shard", "2", "--lora", "user/loras"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--main_process_port", "0",
+              "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    done = run_with_hub([*launch, "generate_synthetic.py", *flags], check=True, ACCELERATE_USE_CPU="true")
+    settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
+    assert settings["lora"] == "user/loras" and settings["lora_revision"] == commit
+    assert "as the name user/loras says" not in done.stdout  # which does not tell of few steps
+    hashes = shard_hashes(tmp_path / "set")
+    assert len(hashes) == 2
+    main([*flags, "--output_dir", str(tmp_path / "alone")])
+    assert shard_hashes(tmp_path / "alone") == hashes
