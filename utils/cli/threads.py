@@ -41,7 +41,7 @@ def num_threads(num_processes: int) -> int:
 
     Those of MPI may be bound to cores of their own already: then there are no others to share.
     """
-    share = min(len(_own_cores()), _limit() // num_processes, (os.cpu_count() or 1) // num_processes)
+    share = min(len(_own_cores()), _limit() // num_processes)
     given = os.environ.get(NUM_THREADS, "").partition(",")[0]  # after the comma come nested teams'
     return max(1, min(share, int(given)) if given.isdecimal() else share)
 
