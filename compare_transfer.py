@@ -22,7 +22,6 @@ from itertools import product
 from pathlib import Path
 
 import transformers
-from transformers import TrainingArguments
 
 from utils.cli.errors import UserError, run_script, saying_how_to_go_on
 from utils.cli.options import resolve_options
@@ -30,6 +29,7 @@ from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import check_alone, public_command
 from utils.cli.records import COMPARISON, RUN_CONFIG, image_set_name, read_record, write_record, write_run_config
 from utils.cli.run_folder import RunFolder
+from utils.cli.threads import report_threads
 from utils.comparison.arguments import GROUPS, SearchArguments
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
 from utils.comparison.classifiers import Classifier, parse_classifiers
@@ -232,6 +232,8 @@ def build_runners(
         random_flip=real_args.random_flip, per_device_train_batch_size=shared_args.per_device_train_batch_size,
         weight_decay=shared_args.weight_decay,
     )  # fmt: skip
+    from transformers import TrainingArguments  # imported late: it loads torch
+
     try:
         training_args = TrainingArguments(
             output_dir=str(Path(comparison_args.output_dir) / "work"), per_device_eval_batch_size=128,
@@ -327,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     num_workers, seeds = comparison_args.num_workers, comparison_args.seeds
+    report_threads("cuda" if visible_gpus() else "cpu", num_workers)
     if num_workers == 1:
         use_one_gpu(0, visible_gpus())
     output_dir, sets = Path(comparison_args.output_dir), parse_synthetic_sets(comparison_args.synthetic_dataset)

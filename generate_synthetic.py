@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from utils.cli.errors import UserError, run_script, saying_how_to_go_on
 from utils.cli.options import Need, option, resolve_options, with_flag, with_value, without_flag
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import public_command
+from utils.cli.processes import keeping_output, public_command
 from utils.cli.records import write_run_config
 from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given, named_in_record
 from utils.data.class_names import list_names
@@ -387,7 +387,7 @@ def main(argv=None) -> dict:
         shards.check_no_foreign_files()
 
     command = public_command("generate_synthetic.py", argv)
-    go_on = f"{command} --no_overwrite_output_dir" if folder.overwrite else command
+    go_on = keeping_output(command) if folder.overwrite else command
     with saying_how_to_go_on(output_dir, lambda: f"{shards.describe_progress()}; go on with: {go_on}"):
         begin_set(folder, plan, sources)
         uploading = nullcontext()

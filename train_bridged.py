@@ -37,6 +37,7 @@ from utils.cli.records import (
     write_record,
 )
 from utils.cli.run_folder import RunFolder
+from utils.cli.threads import report_threads
 from utils.data.arguments import check_output_outside, check_real_images_given, named_in_record
 from utils.data.class_names import match_labels
 from utils.hub.cards import check_card
@@ -290,6 +291,7 @@ def set_up_logging(training_args: BridgedTrainingArguments) -> bool:
     # joins the processes, and must be the first to do so: a bare PartialState would take CPU processes for single ones
     is_main_process = training_args.process_index == 0
     check_joined(training_args.world_size)
+    report_threads(training_args.device.type)
     for ours in (logger, logging.getLogger("utils")):
         ours.setLevel(logging.INFO if is_main_process else logging.ERROR)
     return is_main_process

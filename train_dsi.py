@@ -27,6 +27,7 @@ from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import check_joined, public_command
 from utils.cli.records import DSI_CONFIG, read_record
 from utils.cli.run_folder import CHECKPOINTS, RunFolder
+from utils.cli.threads import report_threads
 from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given
 from utils.data.class_names import prompt_nouns, read_class_names_file
 from utils.data.prompts import (
@@ -254,6 +255,7 @@ def start_accelerator(training_args: TrainingArguments, monitoring_args: Monitor
     except ValueError as error:  # fp16 without a GPU, bf16 on one that has none
         raise UserError(f"--mixed_precision {training_args.mixed_precision}: {error}") from None
     check_joined(accelerator.num_processes)
+    report_threads(accelerator.device.type)
     set_seed(training_args.seed)
     return accelerator
 

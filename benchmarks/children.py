@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from utils.cli.threads import WAIT_POLICY
+
 BAR = re.compile(r"([^\r\n:|]+): +\d+%\|[^|]*\| +(\d+)/(\d+) ")
 MEMORY_FIELDS = ("VmHWM", "RssAnon", "RssFile")
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -60,6 +62,8 @@ def gpu_column(peaks: dict[str, float]) -> dict[str, str]:
 def run_child(command: list[str], log_path: Path, environment: dict[str, str]) -> Child:
     """Run `command` to its end, with `environment` on top of this process's; its output goes to a log.
 
+    How threads wait is left to the command: our scripts choose it, and others are to run as a user starts them.
+
     Raises:
         RuntimeError: it failed.
     """
@@ -67,7 +71,8 @@ def run_child(command: list[str], log_path: Path, environment: dict[str, str]) -
     before: dict[str, float] = {}
     peaks: dict[str, float] = {}
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | environment)
+    inherited = {name: value for name, value in os.environ.items() if name != WAIT_POLICY}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=inherited | environment)
     bars: dict[tuple[str, int], list[Tick]] = {}
     reader = threading.Thread(target=read_bars, args=(process.stdout.fileno(), log_path, started, bars))
     reader.start()

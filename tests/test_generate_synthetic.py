@@ -27,7 +27,7 @@ from tests.local_hub.faults import Fault
 from tests.style.pipelines import change_config
 from tests.synthesis.tokens import PLACEHOLDER, save_token, shard_hashes
 from utils.cli.errors import UserError
-from utils.cli.processes import public_command
+from utils.cli.processes import public_command, warn_once
 from utils.data.prompts import token_text
 from utils.hub import growing, targets
 from utils.synthesis import runner
@@ -658,3 +658,28 @@ def test_a_set_of_an_earlier_version_that_noted_no_contents_grows(own_token, opt
         main([*flags, "--num_images_per_class", "3"])
     assert main(flags)["num_drawn"] > 0
     assert "generator_contents" not in json.loads((tmp_path / "set" / "generation_config.json").read_text())["settings"]
+
+
+def test_a_folder_in_which_no_image_was_drawn_is_taken_by_other_settings(options, tmp_path, monkeypatch, caplog):
+    flags = [*options, "--output_dir", str(tmp_path / "set")]
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="out of paint"):
+        patch.setattr(Runner, "_draw_batch", lambda *_: (_ for _ in ()).throw(UserError("out of paint")))
+        main(flags)
+    assert (tmp_path / "set" / "generation_config.json").exists()
+    warn_once.cache_clear()
+    # fewer than were to be drawn, too
+    results = main([*flags, "--seed", "1", "--guidance_scale", "1", "--num_images_per_class", "1"])
+    [line] = [message for message in caplog.messages if "no image" in message]
+    assert line.startswith(f"--output_dir {tmp_path / 'set'}: no image was drawn in it yet; from now on it has ")
+    assert line.endswith("other settings (guidance_scale was [3.0], now [1.0]; seed was 0, now 1).")
+    assert results["num_drawn"] == len(load_dataset(str(tmp_path / "set"), split="train")) == 3
+    record = json.loads((tmp_path / "set" / "generation_config.json").read_text())
+    assert record["settings"]["seed"] == 1 and record["num_images"] == 3
+    with pytest.raises(UserError, match="was made with other settings"):
+        main([*flags, "--num_images_per_class", "1"])
+
+
+def test_a_finished_set_whose_shards_are_elsewhere_keeps_its_folder(copied_set, options):
+    shutil.rmtree(copied_set / "data")
+    with pytest.raises(UserError, match="was made with other settings"):
+        main([*options, "--output_dir", str(copied_set), "--seed", "1"])

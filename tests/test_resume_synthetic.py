@@ -83,6 +83,16 @@ def test_a_killed_run_goes_on_to_the_very_same_set(die_at, num_finished, many_sh
     assert len(load_dataset(str(tmp_path / "set"), split="train")) == 21
 
 
+def test_a_killed_run_with_an_interval_of_guidance_goes_on_to_the_very_same_set(many_shards, whole, tmp_path):
+    argv = [*many_shards, "--num_inference_steps", "3", "--guidance_interval", "0.3", "0.7"]
+    status, _, errors = run([*argv, "--output_dir", str(tmp_path / "killed")], tmp_path, die_at="draw 5 0")
+    assert status == -signal.SIGKILL, errors[-2000:]
+    assert 0 < main([*argv, "--output_dir", str(tmp_path / "killed")])["num_drawn"] < 21
+    main([*argv, "--output_dir", str(tmp_path / "alone")])
+    assert shard_hashes(tmp_path / "killed") == shard_hashes(tmp_path / "alone")
+    assert not set(shard_hashes(tmp_path / "alone").values()) & set(whole.values())
+
+
 def test_a_run_that_is_asked_to_end_says_how_it_goes_on(many_shards, whole, tmp_path):
     argv = [*many_shards, "--output_dir", str(tmp_path / "set"), "--num_images_per_class", "700"]
     child = start_script(CHILD, argv, tmp_path, DIE_AT="nowhere 0 0")

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parent.parent
 TEXTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md", "demo/README.md")]
 TEXTS += sorted((ROOT / "docs").glob("*.md"))
 # of accelerate, pip and other programs
-FOREIGN_FLAGS = {"--multi_gpu", "--num_processes", "--machine_rank", "--config_file"}
+FOREIGN_FLAGS = {
+    "--multi_gpu", "--num_processes", "--machine_rank", "--config_file", "--cpu", "--num_cpu_threads_per_process"
+}  # fmt: skip
 
 of_every_text = pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 

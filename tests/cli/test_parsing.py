@@ -149,3 +149,25 @@ def test_a_value_out_of_range_is_found_before_the_dataclass_acts_on_it():
 
     with pytest.raises(UserError, match="^--save_steps 0: must be above 0"):
         ScriptArgumentParser(Acting).parse(["--save_steps", "0"])
+
+
+def test_every_boolean_of_every_script_is_refused_where_it_is_said_to_be_on_and_off():
+    for script, parser in script_parsers().items():
+        for name in {action.dest for action in parser._actions if action.type is string_to_bool}:
+            dashed = name.replace("_", "-")
+            for words, message in [
+                ([f"--{name}", "true", f"--no_{name}"], f"--{name} true: not together with --no_{name};"),
+                ([f"--no-{dashed}", f"--{name}"], f"--{name}: not together with --no-{dashed};"),
+                ([f"--{name}=yes", f"--{dashed}", "0"], f"--{name}=yes: not together with --{dashed} 0;"),
+            ]:
+                with pytest.raises(UserError) as error:
+                    parser.parse(words)
+                assert str(error.value) == f"{message} give one of the two.", script
+
+
+def test_a_boolean_may_be_said_twice_and_flags_win_over_a_recipe(tmp_path):
+    (recipe := tmp_path / "r.yaml").write_text("flip: true\n")
+    assert not parse(str(recipe), "--no_flip").flip
+    assert not parse("--flip", "false", "--no_flip", "--steps", "1", "--steps", "2").flip
+    with pytest.raises(UserError, match="^--flip: Truthy value expected: got maybe"):
+        parse("--flip", "maybe", "--no_flip")

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -36,3 +37,16 @@ def test_run_config_holds_options_and_versions_but_no_access_token(tmp_path):
     assert {"torch", "diffusers", "transformers"} <= set(record["versions"])
     assert record["peak_memory_gib"] > 0
     assert "hf_secret" not in text
+
+
+def test_a_record_is_strictly_json_and_old_ones_with_nan_are_read(tmp_path):
+    def refuse(constant):
+        pytest.fail(f"{constant} is not JSON")
+
+    values = {"a": [1.5, float("nan")], "b": {"c": float("inf"), "d": (-float("inf"), "NaN")}, "e": None}
+    write_record(path := tmp_path / "r.json", values)
+    as_read = {"a": [1.5, None], "b": {"c": None, "d": [None, "NaN"]}, "e": None}
+    assert json.loads(path.read_text(), parse_constant=refuse) == {"schema_version": 1} | as_read
+    assert read_record(path) == as_read
+    path.write_text('{"schema_version": 1, "a": NaN}')
+    assert math.isnan(read_record(path)["a"])

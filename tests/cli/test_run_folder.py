@@ -9,6 +9,7 @@ import pytest
 from utils.cli.errors import UserError
 from utils.cli.options import free_options, option
 from utils.cli.parsing import ScriptArgumentParser
+from utils.cli.processes import keeping_output
 from utils.cli.records import RUN_CONFIG, read_record
 from utils.cli.run_folder import RunFolder
 from utils.transfer.arguments import BridgedTrainingArguments
@@ -124,3 +125,9 @@ def test_how_to_go_on_takes_no_flag_that_would_start_from_scratch(unfinished):
         "checkpoint-10 is kept; go on with: accelerate launch x.py recipe.yaml --a 1 --resume_from_checkpoint latest "
         "--no_overwrite_output_dir"
     )
+
+
+@pytest.mark.parametrize("words", ["--overwrite_output_dir", "--overwrite-output-dir true", "--overwrite_output_dir=1"])
+def test_a_command_that_goes_on_overwrites_nothing_and_is_otherwise_the_same(words):
+    command = f"accelerate launch x.py recipe.yaml {words} --a 'b c' --d"
+    assert keeping_output(command) == "accelerate launch x.py recipe.yaml --a 'b c' --d --no_overwrite_output_dir"

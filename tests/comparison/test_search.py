@@ -1,5 +1,7 @@
 """A chosen_settings.json that a person may have edited: read before any model, its errors one line each."""
 
+import json
+
 import pytest
 
 import compare_transfer
@@ -40,7 +42,7 @@ def without(mapping: dict, name: str) -> dict:
 )  # fmt: skip
 def test_a_malformed_file_is_one_line_before_the_synthetic_set_is_looked_for(changed, problem, tmp_path):
     path = tmp_path / "chosen.json"
-    write_record(path, GOOD | changed)
+    path.write_text(json.dumps({"schema_version": 1, **GOOD, **changed}))  # `write_record` writes no NaN
     with pytest.raises(UserError, match=rf"^--settings \S+: is no chosen_settings.json of this script \(.*{problem}"):
         compare_transfer.main(["--synthetic_dataset", "nowhere", "--methods", "bridged", "--settings", str(path)])
 

@@ -236,3 +236,14 @@ def test_code_in_a_repository_is_not_run(copy_pipeline):
     with pytest.raises(UserError, match="^--model .*copied: its pipeline cannot be loaded"):
         load_pipeline(open_folder(folder), None, "default", torch.float32, CPU)
     assert not (folder / "ran").exists()
+
+
+def test_a_number_of_steps_that_a_scheduler_turns_into_nan_is_refused(copy_pipeline):
+    folder = copy_pipeline()
+    # noise as that of the demo's generator, which leaves next to nothing of an image
+    noise = {"beta_schedule": "squaredcos_cap_v2", "beta_start": 0.0001, "beta_end": 0.02}
+    change_scheduler(folder, "DDIMScheduler", noise | {"num_train_timesteps": 1000, "timestep_spacing": "trailing"})
+    generator = open_folder(folder)
+    generator.check_scheduler("KDPM2AncestralDiscreteScheduler", 12)
+    with pytest.raises(UserError, match=r"^--num_inference_steps 4: not with the KDPM2Anc.* \(its timesteps are NaN\)"):
+        generator.check_scheduler("KDPM2AncestralDiscreteScheduler", 4)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import re
 import shutil
 
@@ -9,12 +10,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from generate_synthetic import main
 from tests.style.pipelines import publish
 from tests.synthesis.test_sampling import PROMPTS, SEEDS, assert_same, draw_alone
-from tests.synthesis.tokens import open_folder, shard_hashes
+from tests.synthesis.tokens import open_folder, save_token, shard_hashes
 from utils.cli.errors import UserError
 from utils.synthesis.lora import open_lora
 from utils.synthesis.sampling import Sampler, load_pipeline
@@ -199,3 +200,80 @@ def test_what_cannot_be_fused_is_an_error_before_a_model_loads(
     with pytest.raises(UserError, match="--lora_revision main: does nothing without --lora"):
         main([*flags, "--lora_revision", "main"])
     assert not (tmp_path / "set").exists()
+
+
+def change_weights(path, change) -> None:
+    weights = load_file(path)
+    save_file(weights | {name: change(value.clone()) for name, value in list(weights.items())[:1]}, path)
+
+
+def with_nan(value: torch.Tensor) -> torch.Tensor:
+    value.view(-1)[-1] = torch.nan
+    return value
+
+
+@pytest.mark.parametrize("number", [torch.nan, -torch.inf])
+def test_an_adapter_with_a_weight_that_is_no_number_is_found_before_a_model_loads(
+    number, lora_dir, flags, tmp_path, monkeypatch
+):
+    from diffusers import AutoPipelineForText2Image
+
+    monkeypatch.setattr(AutoPipelineForText2Image, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))
+    change_weights(lora_dir / WEIGHTS, lambda value: with_nan(value).nan_to_num(number))
+    with pytest.raises(UserError, match=r"^--lora .*lcm-lora/\S+: has NaN or infinite weights \(unet\..*\): the"):
+        main([*flags, "--lora", str(lora_dir)])
+    assert not (tmp_path / "set").exists()
+
+
+def test_weights_that_are_no_numbers_are_found_before_an_image_is_drawn(
+    lora_dir, flags, copy_pipeline, real_images_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Sampler, "draw", lambda *_: pytest.fail("drew an image"))
+    # finite by itself, and not with this scale
+    with pytest.raises(UserError, match=r"^--lora \S+lcm-lora:1e\+38: with it the unet has NaN or infinite"):
+        main([*flags, "--lora", f"{lora_dir}:1e38"])
+    broken = copy_pipeline()
+    change_weights(broken / "vae/diffusion_pytorch_model.safetensors", with_nan)
+    with pytest.raises(
+        UserError, match="^--pretrained_model_name_or_path .*: its vae has NaN or infinite weights in float32"
+    ):
+        main([*flags, "--pretrained_model_name_or_path", str(broken)])
+    token = save_token(tmp_path / "style", flags[1], real_images_dir)
+    change_weights(token / "learned_embeds.safetensors", with_nan)
+    with pytest.raises(UserError, match="^--learned_embeds .*style: has NaN or infinite embeddings"):
+        main(["--learned_embeds", str(token), *flags[4:]])
+
+
+def test_of_an_adapter_of_another_architecture_our_line_alone_is_said(lora_dir, flags):
+    weights = load_file(lora_dir / WEIGHTS)
+    others = {name: torch.zeros(2, 7) for name in weights if "to_q.lora_A" in name}
+    save_file(weights | others, lora_dir / WEIGHTS)
+    said = []
+    (handler := logging.Handler()).emit = lambda record: said.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("diffusers", "peft", "transformers")]
+    for library in loggers:
+        library.addHandler(handler)
+    try:
+        with pytest.raises(UserError, match="^--lora .*pytorch_lora_weights.safetensors does not fit a StableDiff"):
+            main([*flags, "--lora", str(lora_dir)])
+    finally:
+        for library in loggers:
+            library.removeHandler(handler)
+    assert said == []
+
+
+def test_an_adapter_of_the_hub_is_fused_in_every_process_of_a_launch(
+    lora_dir, flags, local_hub, run_with_hub, tmp_path
+):
+    commit = publish(local_hub, "user/loras", lora_dir)
+    flags = [*flags, "--images_per_shard", "2", "--lora", "user/loras"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--main_process_port", "0",
+              "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    done = run_with_hub([*launch, "generate_synthetic.py", *flags], check=True, ACCELERATE_USE_CPU="true")
+    settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
+    assert settings["lora"] == "user/loras" and settings["lora_revision"] == commit
+    assert "as the name user/loras says" not in done.stdout  # which does not tell of few steps
+    hashes = shard_hashes(tmp_path / "set")
+    assert len(hashes) == 2
+    main([*flags, "--output_dir", str(tmp_path / "alone")])
+    assert shard_hashes(tmp_path / "alone") == hashes

@@ -252,15 +252,23 @@ def test_with_an_interval_other_steps_see_half_a_batch_and_are_drawn_as_without_
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "guided"), [("HeunDiscreteScheduler", [6] * 4 + [3] * 3), ("DDIMScheduler", [6, 6, 3, 3])]
-)
+    ("scheduler", "guided"),
+    [
+        ("HeunDiscreteScheduler", [6] * 4 + [3] * 3), ("KDPM2DiscreteScheduler", [6] * 4 + [3] * 3),
+        ("DDIMScheduler", [6, 6, 3, 3]), ("LCMScheduler", [6, 6, 3, 3]), ("UniPCMultistepScheduler", [6, 6, 3, 3]),
+    ],
+)  # fmt: skip
 def test_an_interval_is_of_all_passes_also_where_a_step_takes_two(scheduler, guided, pipe):
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
-    sampler = Sampler(pipe, resolution=32, num_inference_steps=4, num_at_a_time=3, guidance_interval=(0.0, 0.5))
+    size = {"resolution": 32, "num_inference_steps": 4, "num_at_a_time": 3}
+    unguided, _ = Sampler(pipe, **size).draw(PROMPTS, SEEDS, 1.0)
+    sampler = Sampler(pipe, **size, guidance_interval=(0.0, 0.5))
     sizes = record_passes(sampler)
-    for _ in range(2):  # each call begins anew
-        sampler.draw(PROMPTS, SEEDS, 4.0)
+    first, again = (sampler.draw(PROMPTS, SEEDS, 4.0)[0] for _ in range(2))  # each call begins anew
     assert sizes == 2 * guided
+    assert (first == again).all() and (first != unguided).any()
+    sampler.interval.low, sampler.interval.high = 0.99, 1.0  # after the last pass
+    assert_same(sampler.draw(PROMPTS, SEEDS, 4.0)[0], unguided)
 
 
 def flat(value: float, place=None, other: float = 0.0) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from utils.cli.errors import UserError
 from utils.cli.options import list_needs
@@ -118,6 +119,7 @@ class ScriptArgumentParser(HfArgumentParser):
         actions = (self._option_string_actions.get(word.partition("=")[0]) for word in argv)
         self._typed = {action.dest for action in actions if action is not None}
         self.given |= self._typed
+        self._check_switches(argv)
         try:
             *instances, unknown = self.parse_args_into_dataclasses(
                 argv, look_for_args_file=False, return_remaining_strings=True
@@ -155,6 +157,25 @@ class ScriptArgumentParser(HfArgumentParser):
         check_ranges(vars(namespace))
         self.check_needs(vars(namespace))
         return namespace, unknown
+
+    def _check_switches(self, argv: Sequence[str]) -> None:
+        """Raise where the command line says yes and no, as --flag and --no_flag do; of other flags, the last holds."""
+        said: dict[str, dict[bool, str]] = {}
+        for word, following in zip(argv, [*argv[1:], "--"]):
+            flag, has_value, value = word.partition("=")
+            action = self._option_string_actions.get(flag)
+            if action is None or not (action.type is string_to_bool or action.const is False):
+                continue
+            if action.nargs != 0 and not has_value and not following.startswith("-"):
+                flag, value = f"{flag} {following}", following
+            try:
+                switch = string_to_bool(value) if value else bool(action.const)
+            except argparse.ArgumentTypeError:  # told by argparse
+                continue
+            of_flag = said.setdefault(action.dest, {})
+            of_flag[switch] = f"{flag}={value}" if has_value else flag
+            if len(of_flag) == 2:
+                raise UserError(f"{of_flag[True]}: not together with {of_flag[False]}; give one of the two.")
 
     def check_needs(self, values: Mapping[str, object]) -> None:
         """Check that each given flag in `values` can do something; what is off as by default asks for nothing.

@@ -12,6 +12,7 @@ from utils.cli.errors import UserError
 logger = logging.getLogger(__name__)
 
 RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate asks for them
+OVERWRITE_FLAGS = ("--overwrite_output_dir", "--overwrite-output-dir")
 TOKEN_FLAGS = ("--hub_token", "--hub-token")  # HfArgumentParser takes both spellings
 
 
@@ -67,3 +68,13 @@ def public_command(script: str, argv: Sequence[str] | None) -> str:
             word = f"{flag}=..."
         hidden.append(word)
     return shlex.join(["accelerate", "launch", script, *hidden])
+
+
+def keeping_output(command: str) -> str:
+    """Return a command of `public_command` that goes on in its folder, where that or its recipe would overwrite it."""
+    words, kept = shlex.split(command), []
+    for previous, word in zip([None, *words], words):
+        is_value = previous in OVERWRITE_FLAGS and not word.startswith("--")
+        if not is_value and word.partition("=")[0] not in OVERWRITE_FLAGS:
+            kept.append(word)
+    return shlex.join([*kept, "--no_overwrite_output_dir"])

@@ -1,6 +1,7 @@
 """The JSON records that connect the steps: one module writes and reads all of them."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -11,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from utils.cli.errors import UserError
+from utils.cli.threads import chosen_num_threads
 
 SCHEMA_VERSION = 1
 
@@ -26,8 +28,25 @@ PACKAGES = ("torch", "torchvision", "transformers", "diffusers", "datasets", "ac
 
 
 def write_record(path: str | Path, record: dict) -> None:
-    """Write `record` with its schema version as JSON, whole or not at all."""
-    write_text(path, json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=2) + "\n")
+    """Write `record` with its schema version as JSON, whole or not at all.
+
+    JSON has no NaN and no infinity: such a number becomes null, as what is not known is.
+    """
+    record = {"schema_version": SCHEMA_VERSION, **record}
+    try:
+        text = json.dumps(record, indent=2, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_without_nan(json.loads(json.dumps(record))), indent=2, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def _without_nan(value: object) -> object:
+    """Return what JSON holds with None for each number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -40,7 +59,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_record(path: str | Path) -> dict:
-    """Return a record without its schema version.
+    """Return a record without its schema version; NaN is read where an earlier version wrote it.
 
     Raises:
         UserError: the file is no record, or was written by a newer version of these scripts.
@@ -90,12 +109,13 @@ def write_run_config(output_dir: str | Path, options: dict, started: float, **fa
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    threads = {} if chosen_num_threads() is None else {"num_threads": chosen_num_threads()}
     record = {
         **facts,
         "options": options,
         "versions": package_versions(),
         "code_commit": code_commit(),
-        "hardware": {"device": device, "num_cpus": os.cpu_count(), "platform": platform.platform()},
+        "hardware": {"device": device, "num_cpus": os.cpu_count(), "platform": platform.platform()} | threads,
         "seconds": round(time.time() - started, 1),
         "peak_memory_gib": peak_memory_gib(),
     }

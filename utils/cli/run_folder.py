@@ -9,7 +9,7 @@ from pathlib import Path
 
 from utils.cli.errors import UserError, saying_how_to_go_on
 from utils.cli.options import REVISIONS, differing_options
-from utils.cli.processes import warn_once
+from utils.cli.processes import keeping_output, warn_once
 from utils.cli.records import (
     BRIDGED_CONFIG,
     COMPARISON,
@@ -188,7 +188,7 @@ class RunFolder:
             if traces := self.find_traces():
                 kept = f"{traces[-1].name} is kept"
                 go_on += resume if resume not in command else ""
-                go_on += " --no_overwrite_output_dir" if self.overwrite else ""  # of flags, the last one holds
+                go_on = keeping_output(go_on) if self.overwrite else go_on
             return f"{kept}; go on with: {go_on}"
 
         with saying_how_to_go_on(self.path, advise):

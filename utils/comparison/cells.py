@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from utils.cli.errors import DivergedError, UserError
 from utils.cli.records import read_record, write_record
+from utils.cli.threads import num_threads
 from utils.comparison.grid import Cell, Row, fingerprint, plan_cell, shots_key
 from utils.comparison.statistics import pack_correct
 from utils.data.folds import Folds
@@ -389,7 +390,7 @@ def _start_worker(runner: CellRunner, numbers, num_workers: int, gpus: list[str]
     logging.set_verbosity(verbosity)
     logging.disable_progress_bar()  # theirs would run across that of the cells
     use_one_gpu(numbers.get(), gpus)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_workers))
+    torch.set_num_threads(num_threads(num_workers))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
 from utils.cli.processes import num_launched
+from utils.cli.threads import num_cores
 from utils.data.image_files import UNREADABLE_KINDS, unreadable_kind
 from utils.data.image_set import PARTS, RealImages
 from utils.data.images import TOO_LARGE, describe_error, describe_reading, to_rgb
 
-NUM_THREADS = min(16, os.cpu_count() or 1)
+NUM_THREADS = min(16, num_cores())
 Result = TypeVar("Result")
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
+from utils.cli.threads import num_cores
 from utils.data.images import centre_square, to_model_range
 
 logger = logging.getLogger(__name__)
@@ -221,7 +222,7 @@ def _load_batches(images: Dataset, rows: range, resolution: int) -> Iterator[tor
         square = centre_square(Image().decode_example(image), resolution)
         return torch.from_numpy(to_model_range([square]))
 
-    with ThreadPoolExecutor(min(os.cpu_count(), 8)) as pool:
+    with ThreadPoolExecutor(min(num_cores(), 8)) as pool:
         starts = range(0, len(rows), BATCH_SIZE)
         # map starts its calls at once, the generator makes it only when asked: one batch is ahead
         batches = (pool.map(load, images[rows[start : start + BATCH_SIZE]]["image"]) for start in starts)

@@ -118,6 +118,8 @@ class Generator(SavedPipeline):
         made = self.scheduler.make(class_name)
         try:
             made.set_timesteps(num_inference_steps)
+            if made.timesteps.isnan().any():  # of KDPM2, where few steps begin from pure noise
+                raise ValueError("its timesteps are NaN")
         except ValueError as error:
             raise UserError(
                 f"--num_inference_steps {num_inference_steps}: not with the {class_name} of {self.source.name} "

@@ -80,20 +80,26 @@ class LoraAdapter:
         return FewSteps(f"its {SAMPLING} says", **values)
 
     def check(self, generator: Generator) -> None:
-        """Check that it is for this generator, as far as its file tells without loading either.
+        """Check that it is for this generator, as far as its file tells without loading that.
 
         Raises:
-            UserError: it is no adapter, or was made for text of another width.
+            UserError: it is no adapter, was made for text of another width, or has NaN or infinite weights.
         """
         prefix = f"{self.source.flag} {self.source.name}/{self.filename}:"
         try:
             with safe_open(self.path, "pt") as weights:
                 keys = weights.keys()
                 shapes = {key: weights.get_slice(key).get_shape() for key in keys}
+                broken = next((key for key in keys if not weights.get_tensor(key).float().isfinite().all()), None)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{prefix} cannot be read as safetensors ({error}).") from None
         if not any("lora" in key.lower() for key in shapes):
             raise UserError(f"{prefix} has no weights of a LoRA adapter.")
+        if broken is not None:
+            raise UserError(
+                f"{prefix} has NaN or infinite weights ({broken}): the file is damaged, or its training diverged; "
+                "choose another adapter."
+            )
         widths = {shape[-1] for key, shape in shapes.items() if TEXT_LAYER.search(key)}
         wanted = generator.denoiser_config.get("cross_attention_dim")
         if isinstance(wanted, int) and widths and widths != {wanted}:

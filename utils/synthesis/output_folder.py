@@ -10,6 +10,7 @@ from pathlib import Path
 
 from utils.cli.errors import UserError
 from utils.cli.options import absolute_if_local
+from utils.cli.processes import warn_once
 from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, package_versions, read_record
 from utils.cli.run_folder import RunFolder, check_writable
 from utils.synthesis.plan import GenerationPlan
@@ -31,7 +32,8 @@ PUBLISHED_FILES = (SHARD_FILES, *RECORDS, "README.md")
 def open_output_folder(output_dir: str, settings: dict, num_images_per_class: int, overwrite: bool) -> RunFolder:
     """Return the folder, after a check that images of these settings may be added: it is new, or was made with them.
 
-    A folder without its record counts as made with these settings if its shards were.
+    A folder without its record counts as made with these settings if its shards were. One that was begun, but in which
+    no image has been drawn, is taken.
 
     Raises:
         UserError: it was made with other settings (unless `overwrite`), holds more images, or is no synthetic set.
@@ -52,7 +54,15 @@ def open_output_folder(output_dir: str, settings: dict, num_images_per_class: in
     elif overwrite or not folder.is_begun:
         return folder
     else:
-        if differing := folder.differing_options():
+        differing = folder.differing_options()
+        if is_without_images(folder.path):
+            if differing:
+                warn_once(
+                    f"--output_dir {folder.path}: no image was drawn in it yet; from now on it has other settings "
+                    f"({'; '.join(differing)})."
+                )
+            return folder
+        if differing:
             raise UserError(
                 f"--output_dir {folder.path}: was made with other settings ({'; '.join(differing)}); "
                 "name another folder, or replace it with --overwrite_output_dir."
@@ -64,6 +74,12 @@ def open_output_folder(output_dir: str, settings: dict, num_images_per_class: in
             "can only grow; name another folder."
         )
     return folder
+
+
+def is_without_images(output_dir: str | Path) -> bool:
+    """Return whether a set was begun in a folder, and ended before its first shard was there."""
+    path = Path(output_dir)
+    return not (path / RUN_CONFIG).exists() and not any(path.glob(SHARD_FILES))
 
 
 def _count_without_record(folder: Path, settings: dict) -> int:
@@ -91,7 +107,8 @@ def read_footer(path: Path) -> tuple[dict, int] | None:
 def began_without(setting: str, output_dir: str, overwrite: bool) -> bool:
     """Return whether a set is there to go on with of an earlier version, which had no such setting."""
     path = Path(output_dir) / GENERATION_CONFIG
-    return not overwrite and path.exists() and setting not in read_record(path)["settings"]
+    is_there = not overwrite and path.exists() and not is_without_images(output_dir)
+    return is_there and setting not in read_record(path)["settings"]
 
 
 def settings_fingerprint(settings: dict) -> str:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
 from utils.cli.processes import check_joined
+from utils.cli.threads import report_threads
 from utils.synthesis.output_folder import STATE_DIR, report_removed
 from utils.synthesis.plan import PlannedImage
 from utils.synthesis.sampling import Sampler, load_sampler
@@ -54,6 +55,7 @@ def start_accelerator(mixed_precision: str | None) -> Accelerator:
     except ValueError as error:  # fp16 without a GPU, bf16 on one that has none
         raise UserError(f"--mixed_precision {precision}: {error}") from None
     check_joined(accelerator.num_processes)
+    report_threads(accelerator.device.type)
     return accelerator
 
 

@@ -19,13 +19,14 @@ from PIL import Image as PILImage
 
 from utils.cli.errors import UserError
 from utils.cli.records import write_text
+from utils.cli.threads import num_cores
 from utils.synthesis.output_folder import CHECKSUMS, DATA_DIR, FOOTER_KEY, STATE_DIR, read_footer
 from utils.synthesis.plan import GenerationPlan
 
 logger = logging.getLogger(__name__)
 
 ROW_GROUP_SIZE = 100  # rows that a reader of a stream must load at a time
-NUM_THREADS = min(16, os.cpu_count() or 1)
+NUM_THREADS = min(16, num_cores())
 
 
 def synthetic_features(class_names: list[str]) -> Features:

@@ -1,6 +1,5 @@
 """The argument groups of train_bridged.py; flags of stage 1 begin with bridge_."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ from transformers import TrainingArguments
 
 from utils.cli.errors import UserError
 from utils.cli.options import Need, option, with_flag, with_value, without_flag
+from utils.cli.threads import num_cores, num_local_processes
 from utils.data.arguments import RealDataArguments
 from utils.hub.targets import TO_PUBLISH
 from utils.transfer.methods import (
@@ -333,7 +333,7 @@ def default_num_workers() -> int:
     """Return how many processes read images ahead: on a CPU none, which would take its cores away."""
     import torch
 
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = num_cores() // num_local_processes()
     return max(0, min(MAX_WORKERS, cores - 1)) if torch.accelerator.is_available() else 0
 
 

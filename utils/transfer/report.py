@@ -229,8 +229,8 @@ def _eval_results(dataset_name: str, split: str | None, results: dict) -> list[E
         EvalResult(
             task_type="image-classification", dataset_type=folder_or_repository, dataset_split=split,
             dataset_name=Path(folder_or_repository).name, metric_type=metric, metric_name=metric_name,
-            metric_value=round(float(results[f"test_{metric}"]), 4),
+            metric_value=round(float(value), 4),
         )
         for metric, metric_name in METRIC_NAMES.items()
-        if math.isfinite(results.get(f"test_{metric}", math.nan))
+        if (value := results.get(f"test_{metric}")) is not None and math.isfinite(value)
     ]  # fmt: skip
