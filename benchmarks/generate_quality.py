@@ -131,7 +131,7 @@ def main(argv=None) -> list[Result]:
         for setting in settings
     ]
     draw_sets(sets, args.num_workers)
-    torch.set_num_threads(args.num_workers)
+    torch.set_num_threads(1)  # more would wait for each other where workers run
     judge = open_judge(args.real_images, args.classifier, work_dir, args.num_images_per_class, args.max_eval_samples)
     for each in sets:
         judge.measure(each)

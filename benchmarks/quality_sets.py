@@ -17,7 +17,7 @@ from utils.cli.contents import describe_files, list_files
 from utils.cli.records import DSI_CONFIG, RUN_CONFIG, read_record, write_record
 from utils.comparison.grid import fingerprint
 
-SETS_PER_LOOP = 4  # sets that are drawn between two timings of the loop
+SETS_PER_LOOP = 6  # sets that are drawn between two timings of the loop
 LOOP_CLASSES = NOUNS[:4]
 # what the demo says of batches and files; not how it samples, which may change with what is found here
 SHARED_FLAGS = ("batch_size", "images_per_shard", "image_format")

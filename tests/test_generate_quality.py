@@ -197,7 +197,7 @@ def test_a_whole_run_draws_measures_and_trains_and_then_does_nothing_twice(
     first = generate_quality.main(flags)
     assert names_of(first) == ["loop", "dpm-4"]
     loop = first[0]
-    assert loop.gain == Gain(0.0, 0.0, 0.0, 30) and all(
+    assert loop.gain == Gain(0.0, 0.0, 0.0, 8) and all(
         0 <= result.accuracy <= 100 and result.frechet > 0 for result in first
     )
     printed = capsys.readouterr().out
