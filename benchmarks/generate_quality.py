@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.commands import make_parser
 from benchmarks.quality_plot import draw_results
-from benchmarks.quality_scores import SCORES, Judge, open_judge, train_classifiers
+from benchmarks.quality_scores import CHOSEN_SETTINGS, SCORES, Judge, open_judge, train_classifiers
 from benchmarks.quality_sets import SETS_PER_LOOP, SetToDraw, draw_sets
 from benchmarks.quality_settings import (
     LOOP,
@@ -79,6 +79,8 @@ def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[Setting]]:
         token = args.style_tokens.replace("{seed}", str(seed))
         if not (Path(token) / DSI_CONFIG).exists():
             parser.error(f"--style_tokens {args.style_tokens}: {token} has no {DSI_CONFIG}; name style tokens.")
+    if not (args.classifier / "config.json").exists():  # sooner than after the sets
+        parser.error(f"--classifier {args.classifier}: has no config.json; `make install` makes the demo's.")
     for setting in lacking:
         print(f"{setting.name} is left out: its adapter {setting.flags['lora']} is not there.")
     return args, settings
@@ -141,7 +143,7 @@ def main(argv=None) -> list[Result]:
     answer, reason = describe_choice(results)
     method = METHOD.format(
         seeds=" ".join(map(str, args.seeds)), num_images=sets[0].num_images, num_workers=args.num_workers,
-        sets_per_loop=SETS_PER_LOOP, num_real=len(judge.real.validation), num_steps=args.max_steps or 90,
+        sets_per_loop=SETS_PER_LOOP, num_real=len(judge.real.validation), num_steps=args.max_steps or read_record(CHOSEN_SETTINGS)["stage1"]["max_steps"],
     )  # fmt: skip
     flags = "\n".join(f"- `{setting.name}`: `{' '.join(setting.words)}`" for setting in settings)
     picture = (work_dir if args.small else FOLDER) / PICTURE

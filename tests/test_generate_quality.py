@@ -102,7 +102,8 @@ def test_rows_whose_adapter_is_not_there_are_left_out_and_told(monkeypatch, tmp_
     monkeypatch.setattr(quality_settings, "ROOT", tmp_path)
     chosen, lacking = select_settings(["lcm-4", "dpm-6"])
     assert names_of_settings(chosen) == ["loop", "dpm-6"] and names_of_settings(lacking) == ["lcm-4"]
-    generate_quality.parse_arguments(["--settings", "lcm-4"])
+    (tmp_path / "config.json").touch()
+    generate_quality.parse_arguments(["--settings", "lcm-4", "--classifier", str(tmp_path)])
     assert capsys.readouterr().out == "lcm-4 is left out: its adapter demo/generator_lcm is not there.\n"
     (tmp_path / "demo" / "generator_lcm").mkdir(parents=True)
     chosen, lacking = select_settings(None)
@@ -116,6 +117,7 @@ def names_of_settings(settings):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--settings", "dpm-5"], "--settings dpm-5: unknown; there are loop, ddim-12,"),
     (["--style_tokens", "none-{seed}"], "--style_tokens none-{seed}: none-0 has no dsi_config.json; name style"),
+    (["--classifier", "none"], "--classifier none: has no config.json; `make install` makes the demo's."),
     (["--num_workers", "0"], "--num_workers 0: must be at least 1."),
     (["--seeds", "1", "1"], "--seeds 1 1: a seed is there twice."),
 ])  # fmt: skip
