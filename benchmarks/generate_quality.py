@@ -141,9 +141,10 @@ def main(argv=None) -> list[Result]:
     results, floor = collect_results(sets, judge, correct)
 
     answer, reason = describe_choice(results)
+    num_steps = args.max_steps or read_record(CHOSEN_SETTINGS)["stage1"]["max_steps"]
     method = METHOD.format(
         seeds=" ".join(map(str, args.seeds)), num_images=sets[0].num_images, num_workers=args.num_workers,
-        sets_per_loop=SETS_PER_LOOP, num_real=len(judge.real.validation), num_steps=args.max_steps or read_record(CHOSEN_SETTINGS)["stage1"]["max_steps"],
+        sets_per_loop=SETS_PER_LOOP, num_real=len(judge.real.validation), num_steps=num_steps,
     )  # fmt: skip
     flags = "\n".join(f"- `{setting.name}`: `{' '.join(setting.words)}`" for setting in settings)
     picture = (work_dir if args.small else FOLDER) / PICTURE
