@@ -221,8 +221,8 @@ def test_compiled_model_is_not_compiled_again_for_batches_and_guidance_scales(ti
 
 def record_passes(sampler) -> list[int]:
     """Return the sizes of the batches that the denoiser of a sampler with an interval sees from now on."""
-    forward, sizes = sampler.interval._forward, []
-    sampler.interval._forward = lambda sample, *args, **kwargs: (
+    forward, sizes = sampler.interval.forward, []
+    sampler.interval.forward = lambda sample, *args, **kwargs: (
         sizes.append(len(sample)), forward(sample, *args, **kwargs)
     )[1]  # fmt: skip
     return sizes

@@ -76,7 +76,7 @@ def make_quality_report(
             "model": {"id": model.name, "revision": model.revision, "num_features": feature_model.num_features},
             "max_images_per_class": max_images_per_class,
             "num_images": {name: {"used": len(part.rows), "all": part.num_all} for name, part in parts.items()},
-            "distance": _measure_distances(raw, parts),
+            "distance": measure_distances(raw, parts),
             **_measure_classes(units, parts, class_names),
         }
         duplicates, similarities, positions = _find_duplicates(
@@ -105,7 +105,7 @@ def _find_centre(train: np.ndarray, model: Source) -> np.ndarray:
     return centre
 
 
-def _measure_distances(raw: dict[str, np.ndarray], parts: dict[str, Part]) -> dict:
+def measure_distances(raw: dict[str, np.ndarray], parts: dict[str, Part]) -> dict:
     """Return the distances to the real training images of synthetic and of held-out images, as many of each class."""
     rows, floor_rows = matched_rows(parts["synthetic"].labels, parts["held_out"].labels)
     # classes of which no synthetic images are wanted would count as distance

@@ -7,6 +7,11 @@ from diffusers import DiffusionPipeline
 from torch.utils._pytree import tree_map_only
 
 
+def find_denoiser(pipe: DiffusionPipeline) -> torch.nn.Module:
+    """Return the U-Net or transformer of a pipeline."""
+    return pipe.components["unet" if "unet" in pipe.components else "transformer"]
+
+
 class GuidanceInterval:
     """Leaves the unconditional half out of a pipeline's passes before `low` and from `high` on, of its steps in [0, 1].
 
@@ -21,8 +26,8 @@ class GuidanceInterval:
     def __init__(self, pipe: DiffusionPipeline, low: float, high: float):
         self.pipe, self.low, self.high = pipe, low, high
         self._num_passes: int | None = None  # of this call so far; None where it is not guided at all
-        denoiser = pipe.components["unet" if "unet" in pipe.components else "transformer"]
-        self._forward: Callable = denoiser.forward
+        denoiser = find_denoiser(pipe)
+        self.forward: Callable = denoiser.forward
         denoiser.forward = self._pass
 
     def begin(self, is_guided: bool) -> None:
@@ -32,14 +37,14 @@ class GuidanceInterval:
     def _pass(self, sample: torch.Tensor | None = None, *args, **kwargs):
         sample = kwargs.pop("hidden_states") if sample is None else sample
         if self._num_passes is None or self._is_guided_step():
-            return self._forward(sample, *args, **kwargs)
+            return self.forward(sample, *args, **kwargs)
         both, half = len(sample), len(sample) // 2
 
         def conditional(values: torch.Tensor) -> torch.Tensor:
             return values[half:] if values.ndim > 0 and len(values) == both else values
 
         sample, args, kwargs = tree_map_only(torch.Tensor, conditional, (sample, args, kwargs))
-        output = self._forward(sample, *args, **kwargs)
+        output = self.forward(sample, *args, **kwargs)
         return tree_map_only(torch.Tensor, lambda half: torch.cat([half, half]), output)
 
     def _is_guided_step(self) -> bool:

@@ -16,7 +16,7 @@ from utils.style.families import FAMILIES, OTHER, OWN_SCHEDULER, WITH_STYLE_TOKE
 from utils.style.saved_pipelines import PROBLEMS
 from utils.style.token import load_learned_embeds
 from utils.synthesis.generators import GUIDANCE_INTERVAL, Generator
-from utils.synthesis.guidance import GuidanceInterval
+from utils.synthesis.guidance import GuidanceInterval, find_denoiser
 from utils.synthesis.lora import LoraAdapter
 from utils.synthesis.sources import SCHEDULER_CONFIG, Sources, StyleToken
 
@@ -203,7 +203,7 @@ class Sampler:
                 part.to(memory_format=torch.channels_last)
         if compile_model:
             # Inductor's `freezing` is no faster on a CPU, and costs a copy of the weights
-            denoiser = pipe.components["unet" if "unet" in pipe.components else "transformer"]
+            denoiser = find_denoiser(pipe)
             denoiser.forward = torch.compile(denoiser.forward, backend=compile_backend, dynamic=False)
         # outside what is compiled: it counts steps
         self.interval = GuidanceInterval(pipe, *guidance_interval) if guidance_interval else None
