@@ -1,30 +1,12 @@
 """The precision that is taken where none is given, and what is said of it."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 
 from utils.cli.precision import allow_tf32, choose_precision, device_precision, precision_of, recorded_precision
 from utils.cli.records import RUN_CONFIG, write_record
 
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """Let torch have a GPU, and say whether it computes in bfloat16."""
-
-    def have(bf16: bool) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-        monkeypatch.setattr(torch.cuda, "device", lambda number: nullcontext())
-        # emulated, every GPU has it
-        monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bf16
-        )
-        monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-
-    return have
+pytest_plugins = ["tests.cli.fixtures"]
 
 
 def test_a_cpu_computes_in_float32_and_says_nothing(monkeypatch):

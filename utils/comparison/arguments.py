@@ -5,7 +5,7 @@ from dataclasses import Field, asdict, dataclass, field
 from pathlib import Path
 
 from utils.cli.options import Need, absolute_if_local, option, with_flag, without_flag
-from utils.cli.precision import choose_precision, device_precision
+from utils.cli.precision import TITLES, choose_precision, device_precision
 from utils.cli.records import read_record
 from utils.data.arguments import RealDataArguments
 from utils.transfer.arguments import ModelArguments, default_num_workers, has_stage_1_steps
@@ -265,15 +265,18 @@ def set_precision(shared_args: SharedStageArguments, output_dir: str, given: set
     """
     if given & {"bf16", "fp16"}:
         return None
-    cells = next(Path(output_dir, "cells").glob("*.json"), None)
-    there = None if cells is None else read_record(cells)["settings"].get("mixed_precision", "no")
-    own, use_cpu = device_precision(shared_args.use_cpu), shared_args.use_cpu
-    recorded = there if own != "no" else None
-    precision, line = choose_precision(None, recorded, output_dir, use_cpu=use_cpu, to_change="--no_bf16 is float32")
+    cells = Path(output_dir, "cells").glob("*.json")
+    there = sorted({read_record(cell)["settings"].get("mixed_precision", "no") for cell in cells})
+    own = device_precision(shared_args.use_cpu)
+    recorded = there[0] if there and own not in ("no", *there) else None
+    precision, line = choose_precision(
+        None, recorded, output_dir, use_cpu=shared_args.use_cpu, to_change="--no_bf16 is float32"
+    )
     if line is not None and precision != "no":
         setattr(shared_args, precision, True)
-    if there not in (None, precision):
-        return f"The cells in {output_dir} are of precision {there}: they are run again in {precision}."
+    if there and precision not in there:
+        before, now = (TITLES.get(name, name) for name in (there[0], precision))
+        return f"The cells in {output_dir} are of {before}: they are run again in {now}."
     return line
 
 
