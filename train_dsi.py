@@ -355,15 +355,17 @@ def divide_steps(unet, training_args: TrainingArguments):
 
 def accumulate_gradients(batch: dict, denoiser, micro_batching, accelerator):
     """Add the gradients of this process's share of a step, a micro-batch after another; return its loss."""
+    import torch
+
     from utils.style.style_images import micro_batches
 
-    num_images = len(batch["labels"])
-    losses = []
-    for part in micro_batches(batch, micro_batching.num_parts(num_images)):
-        loss = denoising_loss(part, denoiser) / (num_images / len(part["labels"]))
-        accelerator.backward(loss)
-        losses.append(loss.detach())
-    return sum(losses)
+    num_images, losses = len(batch["labels"]), []
+    parts = micro_batches(batch, micro_batching.num_parts(num_images))
+    for part in parts:
+        loss, size = denoising_loss(part, denoiser), len(part["labels"])
+        accelerator.backward(loss / (num_images / size))
+        losses.append(loss.detach() * (size * len(parts) / num_images))  # parts may differ by one image
+    return torch.stack(losses).mean()
 
 
 def train(steps, denoiser, state, monitor, accelerator, training_args: TrainingArguments) -> None:

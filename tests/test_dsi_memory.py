@@ -53,6 +53,7 @@ def assert_close(first, second) -> None:
 @pytest.mark.parametrize(("flags", "limit", "from_call", "sizes"), [
     ({}, 2, 1, [6, 3, 1]),  # in the first step
     ({}, 3, 3, [6, 6, 6, 3]),  # in the third step
+    ({"train_batch_size": 5}, 2, 1, [5, 2, 2, 1]),  # into parts of different size
     ({"train_batch_size": 3, "gradient_accumulation_steps": 2}, 1, 4, [3, 3, 3, 3, 1]),  # in the middle of one
 ])  # fmt: skip
 def test_a_step_is_the_same_in_smaller_parts_and_that_is_told_and_recorded(

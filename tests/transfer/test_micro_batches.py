@@ -72,6 +72,7 @@ def assert_close(first: dict, second: dict) -> None:
     ("vit", "real", {}, 3, 1, False),
     ("resnet", "real", {}, 1, 3, True),
     ("timm", "replayed", {}, 2, 2, True),
+    ("resnet", "domain", {}, 3, 1, False),  # each part knows which of its images are synthetic
     ("vit", "adversarial", {}, 6, 1, True),  # pairs: twice as many images go through the model
     ("vit", "real", {"gradient_accumulation_steps": 2}, 3, 4, True),  # in the second batch of a step
     ("vit", "real", {}, 0.5, 2, False),  # not without gradient checkpointing
@@ -80,14 +81,16 @@ def assert_close(first: dict, second: dict) -> None:
 def test_a_step_is_the_same_in_smaller_parts_and_that_is_told_and_recorded(
     run, images, real_images_dir, tmp_path, caplog, name, kind, options, limit, from_call, in_backward
 ):
-    test_images, seen = load_dataset(str(real_images_dir), split="test"), images
-    if kind == "replayed":
+    test_images, seen, plan = load_dataset(str(real_images_dir), split="test"), images, PLAN
+    if kind == "domain":
+        plan = replace(PLAN, settings=replace(SETTINGS, batch_norm="domain"))
+    if kind in ("replayed", "domain"):
         seen = ReplayedImages(images, test_images, share=0.3)
     elif kind == "adversarial":
         seen = AlignedImages(images, test_images, Alignment("adversarial", 1.0))
-    whole, whole_result = run("whole", name, seen=seen, **options)
+    whole, whole_result = run("whole", name, plan, seen, **options)
     with limit_memory(CLASSES[name], limit, from_call=from_call, in_backward=in_backward) as sizes:
-        divided, result = run("divided", name, seen=seen, **options)
+        divided, result = run("divided", name, plan, seen, **options)
     assert_close(whole, divided)
     assert losses(result) == pytest.approx(losses(whole_result), rel=1e-4)
     assert (result.num_steps, result.num_images_seen) == (whole_result.num_steps, whole_result.num_images_seen)
@@ -99,7 +102,7 @@ def test_a_step_is_the_same_in_smaller_parts_and_that_is_told_and_recorded(
     assert "from now on 3, with gradients accumulated: a step stays the same." in caplog.text
     records = [json.loads((tmp_path / one / "stage.json").read_text())["result"] for one in ("whole", "divided")]
     assert "fitted" not in records[0] and records[1]["fitted"] == expected
-    loaded, loaded_result = run("divided", name, seen=seen, resume=True, **options)
+    loaded, loaded_result = run("divided", name, plan, seen, resume=True, **options)
     assert_same(divided, loaded)
     assert loaded_result == result
 
@@ -121,6 +124,12 @@ def test_a_step_that_failed_has_changed_nothing(run, monkeypatch, caplog, name, 
     known, _ = run("known", name, plan)
     assert_same(known, divided)
     assert any(not torch.allclose(whole[key], divided[key], atol=1e-4) for key in whole)
+
+
+def test_covariances_are_those_of_each_part_and_that_is_told(run, images, caplog):
+    with limit_memory(CLASSES["vit"], 6):
+        run("stage", seen=AlignedImages(images, images, Alignment("coral", 1.0)))
+    assert "a step has the same images, but the covariances of the alignment are those of each part." in caplog.text
 
 
 def test_a_killed_stage_goes_on_with_what_worked(run, monkeypatch, tmp_path):

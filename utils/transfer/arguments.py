@@ -347,7 +347,7 @@ class BridgedTrainingArguments(TrainingArguments):
         "push_to_hub", "hub_*", "log_*", "logging_*", "eval_*", "save_*", "trackio_*", "project", "run_name", "debug",
         "disable_tqdm", "skip_memory_metrics", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics",
         "metric_for_best_model", "greater_is_better", "dataloader_pin_memory", "dataloader_persistent_workers",
-        "dataloader_prefetch_factor", "torch_empty_cache_steps", "ddp_timeout", "local_rank",
+        "dataloader_prefetch_factor", "torch_empty_cache_steps", "ddp_timeout", "local_rank", "auto_find_batch_size",
     )  # fmt: skip
     _inherited_needs = {
         **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), TO_PUBLISH),
