@@ -30,7 +30,7 @@ from utils.cli.processes import check_alone, public_command
 from utils.cli.records import COMPARISON, RUN_CONFIG, image_set_name, read_record, write_record, write_run_config
 from utils.cli.run_folder import RunFolder
 from utils.cli.threads import report_threads
-from utils.comparison.arguments import GROUPS, SearchArguments
+from utils.comparison.arguments import GROUPS, SearchArguments, set_precision
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
 from utils.comparison.classifiers import Classifier, parse_classifiers
 from utils.comparison.costs import summarise_all
@@ -63,10 +63,11 @@ BASELINES = ("vanilla_matched", "vanilla")  # the first that is compared
 OUTPUTS = (COMPARISON, "comparison.md", "comparison.png", RUN_CONFIG)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple, SyntheticSource], str | None]:
+def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple, SyntheticSource], str | None, set[str]]:
     """Return the argument groups, with what the first synthetic set's record says for flags not given, and the sets.
 
-    Last comes the name of that set where its record names the real images, None where a flag does.
+    Then come the name of that set where its record names the real images, None where a flag does, and the names of the
+    flags that are given.
     """
     parser = ScriptArgumentParser(GROUPS, description=f"{__doc__}\n{describe_methods()}")
     groups = parser.parse(argv)
@@ -102,7 +103,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple, Synth
     with named_in_record(real_args, recorded_in):
         check_real_images_given(real_args)
     check_output(comparison_args.output_dir, real_args)
-    return list(groups), sources, recorded_in
+    return list(groups), sources, recorded_in, parser.given
 
 
 def check_output(output_dir: str, real_args) -> None:
@@ -324,7 +325,7 @@ def run_table(runner: CellRunner, table: dict, num_workers: int) -> dict[Row, di
 
 def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
-    groups, sources, recorded_in = parse_arguments(argv)
+    groups, sources, recorded_in, given = parse_arguments(argv)
     model_args, _, comparison_args, search_args, shared_args = groups
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -332,6 +333,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     report_threads("cuda" if visible_gpus() else "cpu", num_workers)
     if num_workers == 1:
         use_one_gpu(0, visible_gpus())
+    if line := set_precision(shared_args, comparison_args.output_dir, given):
+        print(line)
     output_dir, sets = Path(comparison_args.output_dir), parse_synthetic_sets(comparison_args.synthetic_dataset)
     rows = parse_rows(comparison_args.methods, list(sets))
     shots = sorted(comparison_args.num_shots) if comparison_args.num_shots else [None]

@@ -35,6 +35,7 @@ from utils.synthesis.output_folder import (
     began_without,
     begin_set,
     open_output_folder,
+    recorded_setting,
     settings_fingerprint,
 )
 from utils.synthesis.plan import GUIDANCE_SHARES, MAX_REDRAWS, GenerationPlan
@@ -156,7 +157,8 @@ class SamplingArguments:
     batch_size: int = option(16, "Images that a process draws at a time.")
     mixed_precision: str | None = option(
         None,
-        "Precision of the generator; when not given, what accelerate launch says, else bf16 on a GPU that has it.",
+        "Precision of the generator; when not given, what accelerate launch says, else bf16 on a GPU that has it, fp16 "
+        "on another, float32 on a CPU; no is float32.",
         choices=["no", "fp16", "bf16"],
     )
     torch_compile: bool = option(False, "Compile the denoiser: minutes first, then faster.")
@@ -367,7 +369,8 @@ def main(argv=None) -> dict:
     from utils.synthesis.shards import Shards
 
     # Everything that can be wrong, before a model loads
-    accelerator, options = start_accelerator(sampling_args.mixed_precision), resolve_options(groups)
+    there = recorded_setting("mixed_precision", output_dir, output_args.overwrite_output_dir)
+    accelerator, options = start_accelerator(sampling_args.mixed_precision, there, output_dir), resolve_options(groups)
     settings = collect_settings(sources, plan, prompt_settings, accelerator.mixed_precision, options)
     folder = open_output_folder(output_dir, settings, plan.num_images_per_class, output_args.overwrite_output_dir)
     check_card(folder.path / "README.md")

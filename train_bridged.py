@@ -43,7 +43,7 @@ from utils.data.class_names import match_labels
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_finished, publish_folder
 from utils.hub.targets import open_target
-from utils.transfer.arguments import GROUPS, BridgedTrainingArguments, check_training_arguments
+from utils.transfer.arguments import GROUPS, BridgedTrainingArguments, check_training_arguments, set_precision
 from utils.transfer.methods import (
     METHODS,
     STAGE_1,
@@ -114,6 +114,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
     args.real_images_from = recorded_in if is_recorded else None
     args.model_commit, args.real_record = args.model.model_revision, None  # until the inputs are looked at
     check_arguments(args)
+    if training_args.do_train and not training_args.dry_run and (line := set_precision(training_args, parser.given)):
+        warn_once(line)
     if not training_args.dry_run:
         check_output_outside(training_args.output_dir, args.real)
     return args, source

@@ -12,7 +12,6 @@ in every prompt (bridged transfer, arXiv 2403.19866).
 """
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from utils.cli.contents import describe_files
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import free_options, option, resolve_options, with_flag, with_value
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import check_joined, public_command
+from utils.cli.precision import allow_tf32, choose_precision, precision_of, recorded_precision
+from utils.cli.processes import check_joined, public_command, warn_once
 from utils.cli.records import DSI_CONFIG, read_record
 from utils.cli.run_folder import CHECKPOINTS, RunFolder
 from utils.cli.threads import report_threads
@@ -97,7 +97,7 @@ class TrainingArguments:
 
     output_dir: str = option("dsi-style", "Folder for the token, its record and its card.", affects_result=False)
     overwrite_output_dir: bool = option(False, "Start from scratch where there is a token.", affects_result=False)
-    train_batch_size: int = option(8, "Images per process and forward pass.")
+    train_batch_size: int = option(8, "Images per process and forward pass; where memory is short, they are divided.")
     gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step, 1 or more.")
     max_train_steps: int = option(20_000, "Optimiser steps, at most; the default is the paper's.")
     early_stopping: bool = option(
@@ -110,10 +110,13 @@ class TrainingArguments:
         0, "Steps of linear warm-up, 0 or more.", needs=[with_value("lr_scheduler", *LR_SCHEDULERS[1:])]
     )
     mixed_precision: str | None = option(
-        None, "Of the frozen model; the token is float32. What `accelerate launch` says when not given.",
+        None, "Of the frozen model; the token is float32. When not given, what `accelerate launch` says, else bf16 on "
+        "a GPU that has it, fp16 on another, float32 on a CPU; no is float32.",
         choices=("no", "fp16", "bf16"),
     )  # fmt: skip
-    gradient_checkpointing: bool = option(False, "Less memory, about a third slower.")
+    gradient_checkpointing: bool = option(
+        False, "Less memory, about a third slower; turned on where one image at a time does not fit."
+    )
     torch_compile: bool = option(False, "Compile the U-Net: minutes first, then faster.")
     torch_compile_backend: str = option("inductor", "Backend of torch.compile.", needs=[with_flag("torch_compile")])
     dataloader_num_workers: int = option(0, "Processes that prepare steps ahead, 0 or more.", affects_result=False)
@@ -157,10 +160,28 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
     if image_args.resolution is not None and image_args.resolution % 8:
         raise UserError(f"--resolution {image_args.resolution}: must be a multiple of 8.")
     check_real_images_given(data_args)
-    # part of the options of a run: a checkpoint is not gone on from in another precision
-    training_args.mixed_precision = training_args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     read_templates(token_args)
+    set_precision(training_args, monitoring_args)
     return groups
+
+
+def set_precision(training_args: TrainingArguments, monitoring_args: MonitoringArguments) -> None:
+    """Set the precision, part of a run's options: a checkpoint is not gone on from in another one. Say what is chosen.
+
+    Raises:
+        UserError: what is in the output folder is no record.
+    """
+    folder, resume, recorded = training_args.output_dir, monitoring_args.resume_from_checkpoint, None
+    if resume not in (None, "latest"):
+        from utils.style.checkpoints import STATE_RECORD  # takes seconds
+
+        if (path := Path(resume) / STATE_RECORD).is_file():
+            folder, recorded = resume, precision_of(read_record(path)["progress"]["options"])
+    elif not training_args.overwrite_output_dir:
+        recorded = recorded_precision(folder)
+    training_args.mixed_precision, line = choose_precision(training_args.mixed_precision, recorded, folder)
+    if line:
+        warn_once(line)
 
 
 def read_templates(token_args: TokenArguments) -> list[str]:
@@ -246,7 +267,6 @@ def start_accelerator(training_args: TrainingArguments, monitoring_args: Monitor
     try:
         accelerator = Accelerator(
             mixed_precision=training_args.mixed_precision,
-            gradient_accumulation_steps=training_args.gradient_accumulation_steps,
             log_with=None if tracker == "none" else tracker,
             project_config=ProjectConfiguration(folder, logging_dir=str(Path(folder) / "logs")),
             # processes wait for each other while images are encoded and pictures drawn
@@ -256,6 +276,8 @@ def start_accelerator(training_args: TrainingArguments, monitoring_args: Monitor
         raise UserError(f"--mixed_precision {training_args.mixed_precision}: {error}") from None
     check_joined(accelerator.num_processes)
     report_threads(accelerator.device.type)
+    accelerator.gradient_accumulation_steps = 1  # the loop accumulates, whatever `accelerate launch` says
+    allow_tf32(accelerator.device)
     set_seed(training_args.seed)
     return accelerator
 
@@ -322,27 +344,52 @@ def prepare_steps(latents, images, num_templates: int, noise_scheduler, accelera
     )  # fmt: skip
 
 
+def divide_steps(unet, training_args: TrainingArguments):
+    """Return how many images go through the U-Net at a time: `--train_batch_size`, fewer where memory is short."""
+    from utils.cli.memory import MicroBatching
+
+    enable = None if training_args.gradient_checkpointing else unet.enable_gradient_checkpointing
+    advice = "lower --resolution, choose a smaller base model, or take a GPU with more memory."
+    return MicroBatching(
+        training_args.train_batch_size, f"--train_batch_size {training_args.train_batch_size}", advice, enable
+    )
+
+
+def accumulate_gradients(batch: dict, denoiser, micro_batching, accelerator):
+    """Add the gradients of this process's share of a step, a micro-batch after another; return its loss."""
+    import torch
+
+    from utils.style.style_images import micro_batches
+
+    num_images, losses = len(batch["labels"]), []
+    parts = micro_batches(batch, micro_batching.num_parts(num_images))
+    for part in parts:
+        loss, size = denoising_loss(part, denoiser), len(part["labels"])
+        accelerator.backward(loss / (num_images / size))
+        losses.append(loss.detach() * (size * len(parts) / num_images))  # parts may differ by one image
+    return torch.stack(losses).mean()
+
+
 def train(steps, denoiser, state, monitor, accelerator, training_args: TrainingArguments) -> None:
     """Move the token's rows from the step that `state` is at to the last; the monitor is told of all that happens."""
     from torch.utils.data import DataLoader
 
-    from utils.style.style_images import micro_batches
-
+    micro_batching, optimizer = state.micro_batching, state.optimizer
     while not monitor.is_over:  # again from step 0 where the token learned nothing from a word
         loader = DataLoader(
             steps, sampler=range(state.step, training_args.max_train_steps), batch_size=None,
             num_workers=training_args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda",
         )  # fmt: skip
         for batch in monitor.watch(loader):
-            for part in micro_batches(batch, accelerator.gradient_accumulation_steps):
-                with accelerator.accumulate(denoiser.encoder):
-                    loss = denoising_loss(part, denoiser)
-                    accelerator.backward(loss)
-                    state.optimizer.step()
-                    if accelerator.sync_gradients:
-                        state.lr_scheduler.step()
-                    state.optimizer.zero_grad()
-                monitor.add_loss(loss)
+            attempt = partial(accumulate_gradients, batch, denoiser, micro_batching, accelerator)
+            loss = micro_batching.run(attempt, undo=optimizer.zero_grad)
+            if accelerator.num_processes > 1:  # not by DDP: a process that runs out of memory must not leave it waiting
+                for rows in state.rows:
+                    rows.grad = accelerator.reduce(rows.grad, "mean")
+            optimizer.step()
+            state.lr_scheduler.step()
+            optimizer.zero_grad()
+            monitor.add_loss(loss)
             if not monitor.end_step():
                 break
 
@@ -393,9 +440,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     unet = base_model.load_unet(dtype).to(accelerator.device)
     encoder = PromptEncoder(base_model.load_text_encoders(dtype), tokenizers, num_vectors, next(iter(words.values())))
     optimizer, lr_scheduler = prepare_optimizer(encoder.rows, training_args)
-    prompt_encoder, optimizer = accelerator.prepare(encoder, optimizer)
+    encoder, optimizer = accelerator.prepare_model(encoder, evaluation_mode=True), accelerator.prepare(optimizer)
     denoiser = Denoiser(base_model, unet, noise_scheduler, encoder, prompt_ids, resolution, dtype)
-    trained = dataclasses.replace(denoiser, unet=prepare_unet(unet, training_args), encoder=prompt_encoder)
+    trained = dataclasses.replace(denoiser, unet=prepare_unet(unet, training_args))
 
     # Step n is a function of the seed and n, so a checkpoint needs the rows and the optimiser only
     steps = prepare_steps(latents, images, len(templates), noise_scheduler, accelerator, training_args)
@@ -403,6 +450,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     state = TrainingState(
         row_names, encoder.rows, optimizer, lr_scheduler, accelerator.scaler, options=folder.options,
         inputs=prompt_ids.key(latents_key), base_model=base_model.identity, images_per_step=steps.images_per_step,
+        micro_batching=divide_steps(unet, training_args),
     )  # fmt: skip
     # measured and drawn on the way, and now with the untrained token: always the same images, noise and classes
     num_columns = monitoring_args.num_validation_images if accelerator.is_main_process else 0

@@ -93,6 +93,7 @@ NEVER = {
     "here, where all real images are looked at, as they are",
     "here, where the finished classifier is published, and nothing before",
     "here, where workers stay as long as a stage lasts",
+    "here, where a batch goes through the model in parts when memory is short",
 }
 CASES = {
     (script, field.name, need.lack): [other.lack for other in needs if other is not need]
@@ -142,7 +143,9 @@ def test_flags_without_use_in_a_script_are_refused_and_not_in_its_help(capsys):
         assert f"--{flag} " not in script_parsers()["quality_report.py"].format_help()
 
 
-@pytest.mark.parametrize("flag", ["hub_strategy", "hub_always_push", "dataloader_persistent_workers"])
+@pytest.mark.parametrize(
+    "flag", ["hub_strategy", "hub_always_push", "dataloader_persistent_workers", "auto_find_batch_size"]
+)
 def test_flags_of_the_trainer_that_stages_set_themselves_are_refused(flag, capsys):
     flags = [*value_of("train_bridged.py", flag), "--push_to_hub", "--dataloader_num_workers", "2"]
     assert ": does nothing here, where" in fails(capsys, "train_bridged.py", flags)

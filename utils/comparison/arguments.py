@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, field
+from pathlib import Path
 
 from utils.cli.options import Need, absolute_if_local, option, with_flag, without_flag
+from utils.cli.precision import TITLES, choose_precision, device_precision
+from utils.cli.records import read_record
 from utils.data.arguments import RealDataArguments
 from utils.transfer.arguments import ModelArguments, default_num_workers, has_stage_1_steps
 from utils.transfer.methods import AUGMENTATIONS, METHODS, ONE_KIND_NORMS, Method
@@ -240,13 +243,41 @@ class SharedStageArguments:
     per_device_train_batch_size: int = option(32, "Images per step.")
     weight_decay: float = option(0.01, "Weight decay.")
     use_cpu: bool = option(False, "Train on the CPU, even where there is a GPU.")
-    bf16: bool = option(False, "Train in bfloat16 mixed precision.")
-    fp16: bool = option(False, "Train in float16 mixed precision.")
+    bf16: bool = option(
+        False, "Train in bfloat16 mixed precision; when neither is given, on a GPU that has it; --no_bf16 is float32."
+    )
+    fp16: bool = option(False, "Train in float16 mixed precision; when neither is given, on other GPUs.")
     dataloader_num_workers: int = option(
         default_num_workers,
         "Processes that read images ahead for each cell, as in train_bridged.py.",
         affects_result=False,
     )
+
+
+def set_precision(shared_args: SharedStageArguments, output_dir: str, given: set[str]) -> str | None:
+    """Set the precision of all cells where no flag does, and return the line that says what was chosen.
+
+    `given` are the names of the flags that are given. Cells in `output_dir` are gone on with in their precision,
+    except on a CPU, which takes float32.
+
+    Raises:
+        UserError: what is there is no record.
+    """
+    if given & {"bf16", "fp16"}:
+        return None
+    cells = Path(output_dir, "cells").glob("*.json")
+    there = sorted({read_record(cell)["settings"].get("mixed_precision", "no") for cell in cells})
+    own = device_precision(shared_args.use_cpu)
+    recorded = there[0] if there and own not in ("no", *there) else None
+    precision, line = choose_precision(
+        None, recorded, output_dir, use_cpu=shared_args.use_cpu, to_change="--no_bf16 is float32"
+    )
+    if line is not None and precision != "no":
+        setattr(shared_args, precision, True)
+    if there and precision not in there:
+        before, now = (TITLES.get(name, name) for name in (there[0], precision))
+        return f"The cells in {output_dir} are of {before}: they are run again in {now}."
+    return line
 
 
 # in the order of --help

@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor, AutoModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from utils.cli.errors import UserError
+from utils.cli.precision import allow_tf32
 from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.data.class_names import match_labels
 from utils.data.image_set import RealImages, RealImagesRecord
@@ -132,12 +133,13 @@ class FeatureModel:
     """A backbone without its classification head, and the image processor that belongs to it."""
 
     def __init__(self, source: Source, device: str | torch.device):
-        """Load the model in float32.
+        """Load the model in float32, so that figures of one report and another can be compared.
 
         Raises:
             UserError: it has no image processor, is no image model, or lacks weights that its features depend on.
         """
         self.device = torch.device(device)
+        allow_tf32(self.device)
         options = source.load_options()
         with source.reading("has no usable image processor", also=(ValueError, KeyError)):
             self.image_processor = AutoImageProcessor.from_pretrained(source.name, **options)

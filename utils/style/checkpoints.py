@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from utils.cli.errors import UserError
+from utils.cli.memory import MicroBatching
 from utils.cli.options import REVISIONS, differing_options
 from utils.cli.records import read_record, write_record
 from utils.cli.run_folder import RunFolder, remove_folder
@@ -19,6 +20,7 @@ from utils.style.families import LEARNED_EMBEDS
 from utils.style.token import load_learned_embeds, save_learned_embeds
 
 TRAINING_STATE, STATE_RECORD = "training_state.safetensors", "training_state.json"
+FITTED = "fitted_to_memory"  # in the state's record: what had to change for want of memory, if anything
 # what the state's record says of how far training is, and with what
 PROGRESS = (
     "options", "inputs", "base_model", "images_per_step", "step", "loss_history", "held_out_losses", "looks",
@@ -33,7 +35,8 @@ class TrainingState:
     `row_names` are those in the file, `inputs` tells images, prompts and VAE from others, `base_model` its contents,
     `images_per_step` counts all processes, `held_out_losses` has the fixed-noise losses that were measured on the way,
     by step, and `looks` those of each image. `initializer_losses` maps the words that the token may begin from to the
-    losses with them, the best first; `num_restarts` of them taught it nothing.
+    losses with them, the best first; `num_restarts` of them taught it nothing. What `micro_batching` had to change for
+    want of memory is part of the state.
     """
 
     row_names: list[str]
@@ -45,6 +48,7 @@ class TrainingState:
     inputs: str
     base_model: str
     images_per_step: int
+    micro_batching: MicroBatching
     step: int = 0
     loss_history: list[float] = field(default_factory=list)
     held_out_losses: dict[str, float] = field(default_factory=dict)
@@ -69,6 +73,7 @@ class TrainingState:
         return {
             "initializer_token": self.initializer, "initializer_losses": self.initializer_losses,
             "num_restarts": self.num_restarts, "num_train_steps": self.step, "held_out_losses": self.held_out_losses,
+            **self.micro_batching.state(),
         }  # fmt: skip
 
     def begin_again(self) -> None:
@@ -100,6 +105,7 @@ class TrainingState:
         save_file(tensors, temporary / TRAINING_STATE)
         record = {
             "progress": {name: getattr(self, name) for name in PROGRESS},
+            **self._fitted(),
             "param_groups": optimizer_state["param_groups"],
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
@@ -112,6 +118,10 @@ class TrainingState:
             for earlier in folder.find_traces()[:-total_limit]:
                 remove_folder(earlier)
         return final
+
+    def _fitted(self) -> dict:
+        fitted = self.micro_batching.state()
+        return {FITTED: fitted} if fitted else {}
 
     def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint.
@@ -146,6 +156,7 @@ class TrainingState:
             self.scaler.load_state_dict(record["scaler"])
         for name in PROGRESS:
             setattr(self, name, progress[name])
+        self.micro_batching.restore(record.get(FITTED, {}))
 
 
 def find_checkpoint(folder: RunFolder, resume: str | None) -> Path | None:

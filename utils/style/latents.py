@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
+from utils.cli.memory import run_in_parts
 from utils.cli.threads import num_cores
 from utils.data.images import centre_square, to_model_range
 
@@ -32,6 +33,7 @@ BATCH_SIZE = 16  # batches are cut within a shard: its bytes are the same whiche
 # Half the disk of float32. Rounding to 1/2000 of a value is nothing beside the noise of training, and every standard
 # deviation fits: diffusers clamps the log variance to at most 20.
 DTYPE = torch.float16
+TOO_LARGE = "--resolution: out of memory while one image at a time is encoded; lower it."
 
 
 def latent_key(image_digests: Sequence[str], resolution: int, vae_identity: str, num_copies: int) -> str:
@@ -232,13 +234,19 @@ def _load_batches(images: Dataset, rows: range, resolution: int) -> Iterator[tor
 
 def _encode_batches(vae, batches: Iterator[torch.Tensor], num_copies: int, progress: tqdm) -> dict[str, torch.Tensor]:
     """Return `mean` and `std` of the posteriors, `(copies, images, channels, height, width)` on the CPU."""
-    moments = {"mean": [], "std": []}
+    moments, size = {"mean": [], "std": []}, BATCH_SIZE
     for pixel_values in batches:
         pixel_values = pixel_values.to(vae.device, vae.dtype)
-        copies = [pixel_values, pixel_values.flip(-1)][:num_copies]
-        posteriors = [vae.encode(copy).latent_dist for copy in copies]
+
+        def encode(part: slice, pixel_values: torch.Tensor = pixel_values) -> dict[str, torch.Tensor]:
+            copies = [pixel_values[part], pixel_values[part].flip(-1)][:num_copies]
+            posteriors = [vae.encode(copy).latent_dist for copy in copies]
+            values = {name: [getattr(posterior, name) for posterior in posteriors] for name in moments}
+            return {name: torch.stack(of_copies).to("cpu", DTYPE) for name, of_copies in values.items()}
+
+        encoded, size = run_in_parts(encode, len(pixel_values), size, TOO_LARGE)
         for name, parts in moments.items():
-            parts.append(torch.stack([getattr(posterior, name) for posterior in posteriors]).to("cpu", DTYPE))
+            parts += [part[name] for part in encoded]
         progress.update(len(pixel_values))
     moments = {name: torch.cat(parts, dim=1) for name, parts in moments.items()}
     if not all(value.isfinite().all() for value in moments.values()):

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from utils.cli.errors import DivergedError
+from utils.cli.memory import run_in_parts
 from utils.cli.run_folder import RunFolder, remove_folder
 from utils.data.images import centre_square
 from utils.style.card import ARMS, STYLE_PICTURE, TRAINING_PICTURE
@@ -36,6 +37,7 @@ MIN_GAIN = 0.02  # of what was gained before
 # those of generate_synthetic.py
 NUM_INFERENCE_STEPS = 25
 GUIDANCE_SCALE = 3.0
+TOO_LARGE = "--resolution: out of memory with one image at a time, without gradients; lower it."
 # how the trackers that take pictures are given one
 PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 
@@ -110,7 +112,7 @@ class Monitor:
         return self._bar
 
     def add_loss(self, loss: torch.Tensor) -> None:
-        """Take the loss of a forward pass; nothing waits for it yet."""
+        """Take the loss of a step; nothing waits for it yet."""
         self._losses.append(loss.detach())
 
     def end_step(self) -> bool:
@@ -181,7 +183,7 @@ class Monitor:
     def _collect_losses(self) -> None:
         """Reduce the losses since the last call over the processes; check, show and log them."""
         history = self.state.loss_history
-        per_step = torch.stack(self._losses).view(-1, self.accelerator.gradient_accumulation_steps).mean(1)
+        per_step = torch.stack(self._losses)
         self._losses.clear()
         losses = self.accelerator.reduce(per_step, "mean").tolist()
         history += losses
@@ -283,16 +285,19 @@ class HealthCheck:
         num_train_timesteps = self.denoiser.noise_scheduler.config.num_train_timesteps
         generator, device = torch.Generator().manual_seed(0), self.denoiser.device
         noise = [torch.randn(self.latents.shape, generator=generator) for _ in range(NUM_TIMESTEPS)]
-        losses = torch.empty(NUM_TIMESTEPS, len(self.latents))
-        for start in range(0, len(self.latents), self.batch_size):
-            part = slice(start, start + self.batch_size)
+
+        def measure(part: slice) -> torch.Tensor:
             latents, conditioning = self.latents[part].to(device), self.denoiser.encoder(input_ids[part])
+            losses = torch.empty(NUM_TIMESTEPS, len(latents))
             for i in range(NUM_TIMESTEPS):
                 timestep = int((i + 0.5) * num_train_timesteps / NUM_TIMESTEPS)
                 timesteps = torch.full((len(latents),), timestep, device=device)
                 model_pred, target = self.denoiser.predict(latents, noise[i][part].to(device), timesteps, conditioning)
-                losses[i, part] = F.mse_loss(model_pred, target, reduction="none").mean((1, 2, 3)).cpu()
-        return losses.mean(0)
+                losses[i] = F.mse_loss(model_pred, target, reduction="none").mean((1, 2, 3)).cpu()
+            return losses
+
+        losses, self.batch_size = run_in_parts(measure, len(self.latents), self.batch_size, TOO_LARGE)
+        return torch.cat(losses, dim=1).mean(0)
 
 
 def judge(losses: dict[str, torch.Tensor]) -> dict:

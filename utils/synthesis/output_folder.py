@@ -111,6 +111,12 @@ def began_without(setting: str, output_dir: str, overwrite: bool) -> bool:
     return is_there and setting not in read_record(path)["settings"]
 
 
+def recorded_setting(setting: str, output_dir: str, overwrite: bool) -> object:
+    """Return a setting of the set that is there to go on with, None where there is none."""
+    path = Path(output_dir) / GENERATION_CONFIG
+    return None if overwrite or not path.exists() else read_record(path)["settings"].get(setting)
+
+
 def settings_fingerprint(settings: dict) -> str:
     """Return the hash of all that decides what an image is."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

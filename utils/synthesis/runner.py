@@ -1,7 +1,6 @@
 """Shards drawn one after another: bad images are drawn again, and encoding and writing run beside the sampling."""
 
 import io
-import os
 import threading
 import time
 from collections import Counter
@@ -13,14 +12,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
-from utils.cli.processes import check_joined
+from utils.cli.precision import allow_tf32, choose_precision
+from utils.cli.processes import check_joined, warn_once
 from utils.cli.threads import report_threads
 from utils.synthesis.output_folder import STATE_DIR, report_removed
 from utils.synthesis.plan import PlannedImage
@@ -35,18 +34,17 @@ SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_AT_THE_END = 0.1
 
 
-def start_accelerator(mixed_precision: str | None) -> Accelerator:
-    """Return the `Accelerator`: which process this is, on which device, in which precision.
+def start_accelerator(mixed_precision: str | None, recorded: str | None = None, folder: str = "") -> Accelerator:
+    """Return the `Accelerator`: which process this is, on which device, in which precision; say what was chosen.
 
-    That is the one asked for here or of `accelerate launch`, else bf16 where there is a GPU that has it.
+    `recorded` is the precision of the set that is in `folder` already.
 
     Raises:
         UserError: the device does not have it; what `check_joined` raises.
     """
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    precision = mixed_precision or launched
-    if mixed_precision is None and launched == "no" and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-        precision = "bf16"
+    precision, line = choose_precision(mixed_precision, recorded, folder)
+    if line:
+        warn_once(line)
     try:
         # one process may still draw its last shard, or send it, when the others are done
         accelerator = Accelerator(
@@ -56,6 +54,7 @@ def start_accelerator(mixed_precision: str | None) -> Accelerator:
         raise UserError(f"--mixed_precision {precision}: {error}") from None
     check_joined(accelerator.num_processes)
     report_threads(accelerator.device.type)
+    allow_tf32(accelerator.device)
     return accelerator
 
 

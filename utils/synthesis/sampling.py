@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, AutoPipelineForText2Image, DiffusionPipeline, UNet2DConditionModel
 
 from utils.cli.errors import UserError
+from utils.cli.memory import try_in_memory
 from utils.style.families import FAMILIES, OTHER, OWN_SCHEDULER, WITH_STYLE_TOKENS, Family
 from utils.style.saved_pipelines import PROBLEMS
 from utils.style.token import load_learned_embeds
@@ -231,12 +232,13 @@ class Sampler:
     def _try_to_draw(self, prompts: list[str], seeds: list[int], guidance_scale: float):
         """Return pixels and problems of at most `num_at_a_time` images, None where that is too many for the memory."""
         size, padding = len(prompts), self.num_at_a_time - len(prompts)
-        try:
+
+        def draw() -> tuple[np.ndarray, list[str | None]]:
             pixels, flags = self._call(prompts + prompts[-1:] * padding, seeds + seeds[-1:] * padding, guidance_scale)
             levels, problems = find_problems(pixels[:size], flags[:size])
             return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy(), problems
-        except torch.OutOfMemoryError:
-            return None  # and with the error go the references to what filled the memory
+
+        return try_in_memory(draw)
 
     @torch.inference_mode()
     def _call(self, prompts: list[str], seeds: list[int], guidance_scale: float) -> tuple[torch.Tensor, list[bool]]:
@@ -267,8 +269,6 @@ class Sampler:
         fewer = self.num_at_a_time // 2
         logger.warning("Out of memory with %d images at a time: from now on %d.", self.num_at_a_time, fewer)
         self.num_at_a_time = fewer
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
 
 
 def load_sampler(sources: Sources, settings: dict, accelerator: Accelerator) -> Sampler:

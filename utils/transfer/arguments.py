@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from utils.cli.errors import UserError
 from utils.cli.options import Need, option, with_flag, with_value, without_flag
+from utils.cli.precision import choose_precision, recorded_precision
 from utils.cli.threads import num_cores, num_local_processes
 from utils.data.arguments import RealDataArguments
 from utils.hub.targets import TO_PUBLISH
@@ -346,7 +347,7 @@ class BridgedTrainingArguments(TrainingArguments):
         "push_to_hub", "hub_*", "log_*", "logging_*", "eval_*", "save_*", "trackio_*", "project", "run_name", "debug",
         "disable_tqdm", "skip_memory_metrics", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics",
         "metric_for_best_model", "greater_is_better", "dataloader_pin_memory", "dataloader_persistent_workers",
-        "dataloader_prefetch_factor", "torch_empty_cache_steps", "ddp_timeout", "local_rank",
+        "dataloader_prefetch_factor", "torch_empty_cache_steps", "ddp_timeout", "local_rank", "auto_find_batch_size",
     )  # fmt: skip
     _inherited_needs = {
         **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), TO_PUBLISH),
@@ -361,6 +362,7 @@ class BridgedTrainingArguments(TrainingArguments):
         "adam_beta1": [of_optim(*WITHOUT_ADAM)], "adam_beta2": [of_optim(*WITHOUT_ADAM)],
         "adam_epsilon": [of_optim(*WITHOUT_ADAM, *LIONS)],
         "run_name": [WITH_TRACKER],
+        "auto_find_batch_size": [never("here, where a batch goes through the model in parts when memory is short")],
         "project": [with_value("report_to", "trackio", "all")],
         "dataloader_persistent_workers": [never("here, where workers stay as long as a stage lasts")],
         "dataloader_prefetch_factor": [WITH_WORKERS],
@@ -420,6 +422,27 @@ class BridgedTrainingArguments(TrainingArguments):
     max_eval_samples: int | None = option(
         None, "Use so many validation and test images, evenly spread; all when not given."
     )
+
+
+def set_precision(training_args: BridgedTrainingArguments, given: set[str]) -> str | None:
+    """Set the precision where no flag does, part of a run's options; return the line that says what was chosen.
+
+    `given` are the names of the flags that are given.
+
+    Raises:
+        UserError: what is in the output folder is no record.
+    """
+    if given & {"bf16", "fp16"}:
+        return None
+    folder, start = training_args.output_dir, training_args.overwrite_output_dir
+    recorded = None if start else recorded_precision(folder)
+    precision, line = choose_precision(
+        None, recorded, folder, use_cpu=training_args.use_cpu, to_change="--no_bf16 is float32"
+    )
+    if line is not None and precision != "no":  # else of a flag, of accelerate launch, or float32
+        setattr(training_args, precision, True)
+        training_args.mixed_precision = precision
+    return line
 
 
 # in the order of --help

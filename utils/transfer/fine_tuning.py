@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -17,18 +17,21 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, SequentialSampler, default_collate
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from utils.cli.errors import DivergedError, UserError
-from utils.transfer.alignment import AlignedImages, build_alignment
+from utils.cli.memory import SAME_STEP, MicroBatching, is_out_of_memory
+from utils.cli.precision import allow_tf32
+from utils.transfer.alignment import AlignedImages, CovarianceDistance, build_alignment
 from utils.transfer.augmentation import BatchAugmentation, StreamedTrainImages, TrainImages, TrainItems
 from utils.transfer.averaging import start_moving_average, swap_weights
 from utils.transfer.domain_norm import normalising_synthetic
 from utils.transfer.evaluation import classification_metrics
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StageSettings
+from utils.transfer.micro_batches import ADVICE, MicroBatchTrainer
 from utils.transfer.model_parts import (
     base_classifier,
     batch_norm_modules,
@@ -43,23 +46,32 @@ INITIAL_SCALE = 2.0**16  # of torch's GradScaler
 ALIGNMENT_FILE = "alignment.safetensors"  # of a checkpoint: the domain classifier
 NO_ALIGNMENT = "--bridge_alignment: the head of {name} is not linear on one feature vector; choose none."
 AVERAGE_NAME = "average.pt"
+FITTED = "fitted_to_memory"  # in a checkpoint's state
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What one stage did, all its runs together; `log_history` is the Trainer's. `num_gpus` is 0 on a CPU."""
+    """What one stage did, all its runs together; `log_history` is the Trainer's. `num_gpus` is 0 on a CPU.
+
+    `fitted` is what had to change for want of memory, of `MicroBatching.state`.
+    """
 
     num_steps: int
     num_images_seen: int
     seconds: float
     num_gpus: int
     log_history: list[dict]
+    fitted: dict = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """Return it as records hold it: where memory was enough, without `fitted`."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "fitted" or value}
 
     def summary(self) -> dict:
         """Return what a table shows of it; GPU-hours are None without a GPU."""
         return {
             "steps": self.num_steps, "images_seen": self.num_images_seen, "seconds": self.seconds,
-            "gpu_hours": round(self.num_gpus * self.seconds / 3600, 4) if self.num_gpus else None,
+            "gpu_hours": round(self.num_gpus * self.seconds / 3600, 4) if self.num_gpus else None, **self.fitted,
         }  # fmt: skip
 
 
@@ -82,7 +94,7 @@ def fine_tune(
     progress, state = trainer.progress, trainer.state
     result = StageResult(
         state.global_step, int(progress.num_images), round(progress.seconds, 2), count_gpus(trainer.args),
-        state.log_history,
+        state.log_history, trainer.micro_batching.state(),
     )  # fmt: skip
     accelerator = trainer.accelerator
     del trainer  # which is full of cycles and holds the loader's workers: what follows collects garbage
@@ -107,6 +119,8 @@ def build_trainer(
     # channels last: 1.8 times as fast for convolutions on a CPU, without effect on other layers
     model.to(memory_format=torch.channels_last)
     stage_args = _stage_arguments(settings, training_args, output_dir)
+    if stage_args.tf32 is None:
+        allow_tf32(stage_args.device)
     items = TrainItems(image_processor, settings.augmentation, settings.mixup_alpha, settings.random_flip)
     alignment = None
     if isinstance(images, AlignedImages):
@@ -151,11 +165,13 @@ def _stage_arguments(
     )  # fmt: skip
 
 
-class StageTrainer(Trainer):
+class StageTrainer(MicroBatchTrainer):
     """A Trainer that augments batches, counts the images that it trained on in `progress`, and ends where it diverges.
 
     Losses are looked at when they are logged, the model before a checkpoint is written and at the end. The arguments
     have to turn `logging_nan_inf_filter` off, which would put other losses in the place of those that are not finite.
+
+    Where memory is short, a batch is augmented as a whole, and goes through the model in parts.
 
     With `ema_decay` the model ends with the moving average of its weights, and it is this that is evaluated on the way.
     Checkpoints hold both, the average in `AVERAGE_NAME`.
@@ -179,7 +195,8 @@ class StageTrainer(Trainer):
         self.frozen_modules = batch_norm_modules(self.model) if freeze_batch_norm else []
         self.head_learning_rate = head_learning_rate
         self.last_inputs = None
-        self.progress = StageProgress()
+        self.micro_batching = self._plan_micro_batches()
+        self.progress = StageProgress(self.micro_batching)
         self.add_callback(self.progress)
         if isinstance(self.train_dataset, TrainImages):  # a stream counts its own epochs
             self.add_callback(EpochCallback(self.train_dataset))
@@ -187,6 +204,24 @@ class StageTrainer(Trainer):
         self.average = None if ema_decay is None else start_moving_average(self.model, ema_decay)
         if self.average is not None:
             self.add_callback(AverageCallback(self.average))
+
+    def _plan_micro_batches(self) -> MicroBatching:
+        model, parts = base_classifier(self.model), []
+        enable = None
+        if model.supports_gradient_checkpointing and not self.args.gradient_checkpointing:
+            enable = partial(model.gradient_checkpointing_enable, {"use_reentrant": False})
+        if self._trained_batch_norm:
+            parts.append("BatchNorm's statistics are")
+            enable = None  # what is computed once more would count twice in them
+        if isinstance(self.alignment, CovarianceDistance):
+            parts.append("the covariances of the alignment are")
+        caveat = f"a step has the same images, but {' and '.join(parts)} those of each part" if parts else SAME_STEP
+        flag = f"--per_device_train_batch_size {self.args.per_device_train_batch_size}"
+        return MicroBatching(self._train_batch_size, flag, ADVICE, enable, caveat)
+
+    @property
+    def _trained_batch_norm(self) -> list[nn.Module]:
+        return [module for module in batch_norm_modules(self.model) if module not in self.frozen_modules]
 
     def train(self, *args, **kwargs):
         with ExitStack() as stack:
@@ -223,6 +258,13 @@ class StageTrainer(Trainer):
         except DivergedError:
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes progress bar and tracker
             raise
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self.micro_batching.refuse(
+                "beside the forward and backward pass: for the optimiser, or in an evaluation "
+                f"(--per_device_eval_batch_size {self.args.per_device_eval_batch_size})"
+            ) from None
         except UserError as error:  # a worker of the loader puts its traceback before the message
             raise UserError(str(error).rpartition("UserError: ")[2]) from None
         self.check_finite(training_loss)
@@ -322,14 +364,32 @@ class StageTrainer(Trainer):
             self.progress.num_images = self.progress.num_images + num_seen
         return batches, num_images
 
+    def trained_modules(self) -> list[nn.Module]:
+        return [self.model] if self.alignment is None else [self.model, self.alignment]
+
+    def changing_buffers(self) -> list[torch.Tensor]:
+        return [buffer for module in self._trained_batch_norm for buffer in module.buffers()]
+
+    def try_alone(self, *args) -> None:
+        self.align, wrapped = self.alignment, self.align  # its gradients, too, would wait for other processes
+        super().try_alone(*args)
+        self.align = wrapped
+
+    def augment(self, batch: dict) -> dict[str, torch.Tensor]:
+        inputs = self._prepare_inputs(batch)
+        with self.compute_loss_context_manager():
+            beside = {"is_synthetic": inputs["is_synthetic"]} if "is_synthetic" in inputs else {}
+            if "real" in inputs:
+                beside["real"] = self._augment_unlabelled(inputs["real"])
+            return self.augmentation(inputs) | beside
+
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training:
-            real = inputs.get("real")
-            self.kinds_in_batch["is_synthetic"] = inputs.get("is_synthetic")
-            inputs = self.augmentation(inputs)
+            real, is_synthetic = inputs.pop("real", None), inputs.pop("is_synthetic", None)
+            self.kinds_in_batch["is_synthetic"] = is_synthetic
             self.last_inputs = dict(inputs)  # the labels of the other one are taken out
             if real is not None:
-                inputs["pixel_values"] = torch.cat([inputs["pixel_values"], self._augment_unlabelled(real)])
+                inputs["pixel_values"] = torch.cat([inputs["pixel_values"], real])
             # here, because training_step calls model.train() after every callback
             for module in self.frozen_modules:
                 module.eval()
@@ -406,9 +466,10 @@ class StageTrainer(Trainer):
 
 
 class StageProgress(TrainerCallback, ExportableState):
-    """Seconds and images of a stage over all its runs: checkpoints keep them."""
+    """Seconds and images of a stage over all its runs, and what fitted in memory: checkpoints keep them."""
 
-    def __init__(self):
+    def __init__(self, micro_batching: MicroBatching | None = None):
+        self.micro_batching = micro_batching
         self.num_images = 0
         self.seconds_before = 0.0
         self.started = None
@@ -425,9 +486,13 @@ class StageProgress(TrainerCallback, ExportableState):
         """Take over what a checkpoint's state kept; a fresh state keeps nothing."""
         earlier = state.stateful_callbacks[type(self).__name__]["attributes"]
         self.num_images, self.seconds_before = earlier["num_images"], earlier["seconds_before"]
+        if self.micro_batching is not None:
+            self.micro_batching.restore(earlier.get(FITTED, {}))
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": {"num_images": int(self.num_images), "seconds_before": self.seconds}}
+        fitted = self.micro_batching.state() if self.micro_batching is not None else {}
+        attributes = {"num_images": int(self.num_images), "seconds_before": self.seconds}
+        return {"args": {}, "attributes": attributes | ({FITTED: fitted} if fitted else {})}
 
 
 class ZeroGradients(TrainerCallback):

@@ -152,7 +152,7 @@ def run_stage(
             save_adapter(model, folder.path)
         else:
             save_classifier(model, pretrained.image_processor, folder.path)
-        folder.finish({"settings": settings, "result": dataclasses.asdict(result)})
+        folder.finish({"settings": settings, "result": result.to_dict()})
     PartialState().wait_for_everyone()
     return model, result
 

@@ -1,0 +1,67 @@
+"""What shows on a CUDA GPU only: the memory that is free after an error, and the precision it computes in."""
+
+import pytest
+import torch
+from torch import nn
+
+from utils.cli.memory import MicroBatching, try_in_memory
+from utils.cli.precision import allow_tf32, device_precision
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")]
+
+
+def test_after_an_attempt_that_ran_out_of_memory_what_it_held_is_free():
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    def attempt():
+        held = [torch.empty(2**28, dtype=torch.uint8, device="cuda")]
+        while True:
+            held.append(torch.empty(2**32, dtype=torch.uint8, device="cuda"))
+
+    assert try_in_memory(attempt) is None
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+
+
+def test_a_step_that_does_not_fit_is_divided_and_has_the_same_gradients():
+    torch.manual_seed(0)
+    layers = [layer for n in range(8) for layer in (nn.Conv2d(32 if n else 3, 32, 3, padding=1), nn.SiLU())]
+    model, images = nn.Sequential(*layers).cuda(), torch.randn(32, 3, 256, 256)
+
+    def accumulate(size: int) -> bool:
+        for part in images.split(size):
+            (model(part.cuda()).square().sum() / len(images)).backward()
+        return True
+
+    def gradients() -> list[torch.Tensor]:
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    accumulate(32)
+    expected = gradients()
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    accumulate(8)
+    needed = torch.cuda.max_memory_reserved()
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    micro_batching = MicroBatching(32, "--batch 32", "buy more.")
+    torch.cuda.set_per_process_memory_fraction(1.3 * needed / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        micro_batching.run(lambda: accumulate(micro_batching.size), model.zero_grad)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert micro_batching.size in (4, 8)
+    for one, other in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2 * other.abs().max().item())
+
+
+def test_the_device_has_a_precision_of_its_own_and_float32_is_multiplied_in_tf32(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert device_precision() == ("bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16")
+    before = torch.get_float32_matmul_precision()
+    try:
+        allow_tf32("cuda")
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
