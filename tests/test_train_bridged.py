@@ -1,5 +1,6 @@
 import os
 import pkgutil
+import re
 import shutil
 import signal
 import subprocess
@@ -416,6 +417,26 @@ def test_a_dry_run_looks_at_the_images_and_writes_nothing(tmp_path, make_synthet
     with pytest.raises(UserError, match="missing: blue-stripe; extra: suv"):
         train_bridged.main([*real, "--synthetic_dataset", str(renamed)])
     assert {path.name for path in tmp_path.iterdir()} == {"real"}
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "words"),
+    [
+        ("vit", "--gradient_checkpointing", r"at batch 32, [\d.]+ without --gradient_checkpointing"),
+        ("vit", "--use_peft --bf16 --dataloader_num_workers 1", r"at batch 32, [\d.]+ with --gradient_checkpointing"),
+        ("timm", "--method bridged_coral --freeze_backbone", "training, 32 images at a time and as many real"),
+        ("resnet", "--per_device_train_batch_size 4", r"at batch 4; [\d.]+ are free on this machine"),
+    ],
+)
+def test_a_dry_run_tells_what_is_needed(model, flags, words, run, tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    needs = run("out", *flags.split(), "--dry_run", model=model)
+    printed = caplog.text + capsys.readouterr().out
+    assert re.search(words, printed)
+    assert re.search(r"Time: [\d,]+ images in \d+ steps of .*stage2, [\d.e+]+/s: ", printed)
+    assert "Arrow copy" in printed or "classifier, stages and checkpoints" in printed
+    assert needs["hours"] > 0 and needs["images_per_second"] > 0 and needs["disk_bytes"] > 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_error_is_one_line_with_exit_status_2(tmp_path):
