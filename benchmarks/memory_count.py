@@ -5,6 +5,7 @@
 The base models are built from their published configurations without weights. See docs/memory.md.
 """
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -15,12 +16,14 @@ from transformers import CLIPTextConfig
 
 from benchmarks.commands import make_parser
 from benchmarks.pipelines import SD15
-from benchmarks.report import format_table, publish_section
+from benchmarks.report import format_table
 from train_dsi import denoising_loss
-from utils.forecast.report import gib
+from utils.forecast.report import Phase, gib
 from utils.style.base_models import BaseModel, open_base_model
 from utils.style.forecast import DsiRun, count_encoding, count_pictures, count_training
 
+DOCS = Path(__file__).parents[1] / "docs" / "memory.md"
+BEGIN, END = "<!-- begin: python -m benchmarks.memory_count -->", "<!-- end -->"
 BATCH_SIZES = (1, 2, 4, 8, 16)
 RESOLUTIONS = (512, 1024)
 CLIP_L = {
@@ -59,6 +62,12 @@ TEXT_ENCODERS = {
         },
     ],
 }  # fmt: skip
+# of U-Net and text encoders, as the repositories' weights have them
+NUM_PARAMETERS = {
+    "1.5": [859_520_964, 123_060_480],
+    "2.1": [865_910_724, 340_387_840],
+    "XL": [2_567_463_684, 123_060_480, 694_659_840],
+}
 BODY = (
     "GiB that the device must have free, with a margin of 5 % and half a GiB, in bfloat16 or float16 where no "
     "precision is named: frozen weights in half precision, the token's rows in float32. *ck* is with gradient "
@@ -96,17 +105,27 @@ def count_rows(
 ) -> list[dict[str, str]]:
     """Return the rows of the table of a base model at a resolution: without and with gradient checkpointing."""
     title = f"{name}, {resolution} px{', float32' if dtype == torch.float32 else ''}"
-    rows = []
+    one, two = (DsiRun(resolution, number, dtype) for number in (1, 2))
+    encoding, rows = gib(count_encoding(base_model, one).needed), []
     for is_checkpointed in (False, True):
-        runs = [DsiRun(resolution, number, dtype) for number in batch_sizes]
-        phases = [count_training(base_model, run, is_checkpointed, denoising_loss) for run in runs]
-        row = {"base model": f"{title}{', ck' if is_checkpointed else ''}"}
-        row["weights"] = gib(phases[0].weights)
-        row |= {f"batch {run.batch_size}": gib(phase.needed) for run, phase in zip(runs, phases)}
-        row["encoding"] = gib(count_encoding(base_model, runs[0]).needed)
-        row["pictures"] = gib(count_pictures(base_model, runs[0], phases[0].weights).needed)
+        first, second = (count_training(base_model, run, is_checkpointed, denoising_loss) for run in (one, two))
+        row = {"base model": f"{title}{', ck' if is_checkpointed else ''}", "weights": gib(first.weights)}
+        row |= {f"batch {number}": gib(at_batch(first, second, number).needed) for number in batch_sizes}
+        row |= {"encoding": encoding, "pictures": gib(count_pictures(base_model, one, first.weights).needed)}
         rows.append(row)
     return rows
+
+
+def at_batch(first: Phase, second: Phase, number: int) -> Phase:
+    """Return a step's memory at a batch size, from those at 1 and 2: each image adds as much as the second did."""
+    added = second.activations - first.activations
+    return dataclasses.replace(first, activations=first.activations + (number - 1) * added)
+
+
+def write_table(text: str, path: Path = DOCS) -> None:
+    """Put a text between the two marks of a file, in the place of what is there."""
+    begin, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    path.write_text(f"{begin}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def main():
@@ -120,7 +139,10 @@ def main():
                 rows += count_rows(name, base_model, resolution, sizes)
             if name == "1.5":
                 rows += count_rows(name, base_model, RESOLUTIONS[0], sizes, torch.float32)
-    publish_section("train_dsi", "Memory on a GPU, counted", f"{BODY}\n\n{format_table(rows)}", args.small)
+    text = f"{BODY}\n\n{format_table(rows)}"
+    print(text)
+    if not args.small:
+        write_table(text)
 
 
 if __name__ == "__main__":
