@@ -403,14 +403,16 @@ def test_images_that_cannot_be_used_are_found_before_training(splits, change, me
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_looks_at_the_images_and_writes_nothing(tmp_path, make_synthetic_dir, capsys, monkeypatch):
+@pytest.mark.parametrize("flag", ["--audit", "--dry_run"])
+def test_an_audit_looks_at_the_images_and_writes_nothing(flag, tmp_path, make_synthetic_dir, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_image_set(tmp_path / "real", {"train": 10, "test": 3})
-    real = ["--dataset_name", str(tmp_path / "real"), "--dry_run"]
+    real = ["--dataset_name", str(tmp_path / "real"), flag]
     assert "images that do not open" not in train_bridged.main(real)
     rewrite_train_split(tmp_path / "real", tear_row_1)
     found = train_bridged.main(real)
     assert found["images that do not open"] == 1
+    assert ("needed_bytes" in found) == (flag == "--dry_run")  # None: the default model is out of the tests' reach
     assert "row 1" in capsys.readouterr().out
     train_bridged.main([*real, "--synthetic_dataset", str(make_synthetic_dir())])
     renamed = make_synthetic_dir("other", ["red_square", "green circle", "suv"])
