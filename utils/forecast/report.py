@@ -113,7 +113,7 @@ def print_forecast(
         say(f"Memory: {memory.describe(*device)}")
         _print_phases(memory)
     for time in times:
-        rate = UNKNOWN if time.per_second is None else f"{time.per_second:.3g}/s"
+        rate = UNKNOWN if time.per_second is None else f"{_three_digits(time.per_second)}/s"
         hours = UNKNOWN if time.hours is None else describe_hours(time.hours)
         number = "" if time.number is None else f"{time.number:,} "
         say(f"Time: {number}{time.what}, {rate}: {hours}.")
@@ -126,6 +126,10 @@ def print_forecast(
         "hours": None if None in known or not times else sum(known),
         "disk_bytes": None if None in sizes else sum(sizes),
     }
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _print_phases(memory: MemoryForecast) -> None:
