@@ -8,7 +8,8 @@
     accelerate launch train_bridged.py --dataset_name user/cars --method vanilla
     accelerate launch train_bridged.py --synthetic_dataset user/cars-syn --resume_from_checkpoint latest
     accelerate launch train_bridged.py --output_dir cars-syn-bridged_replay --no_do_train --do_eval
-    accelerate launch train_bridged.py --train_dir photos --dry_run
+    accelerate launch train_bridged.py --train_dir photos --audit
+    accelerate launch train_bridged.py --synthetic_dataset user/cars-syn --dry_run
 
 The real images, their columns and their few-shot subset come from the record in the synthetic set; flags win.
 """
@@ -102,7 +103,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
             synthetic_args.synthetic_dataset, synthetic_args.synthetic_dataset_revision, training_args.hub_token
         )
         recorded = source.record["real_images"]  # None: made for a list of class names
-    elif not training_args.dry_run:
+    elif not only_looks(training_args):
         check_real_alone(args)
     if recorded and (given == (None, None) or same_image_set(recorded, *given)):
         parser.fill_in([args.real], recorded)
@@ -114,11 +115,16 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
     args.real_images_from = recorded_in if is_recorded else None
     args.model_commit, args.real_record = args.model.model_revision, None  # until the inputs are looked at
     check_arguments(args)
-    if training_args.do_train and not training_args.dry_run and (line := set_precision(training_args, parser.given)):
+    if training_args.do_train and not training_args.audit and (line := set_precision(training_args, parser.given)):
         warn_once(line)
-    if not training_args.dry_run:
+    if not only_looks(training_args):
         check_output_outside(training_args.output_dir, args.real)
     return args, source
+
+
+def only_looks(training_args: BridgedTrainingArguments) -> bool:
+    """Return whether nothing is trained and written."""
+    return training_args.audit or training_args.dry_run
 
 
 def read_finished(args: SimpleNamespace) -> dict:
@@ -299,8 +305,8 @@ def set_up_logging(training_args: BridgedTrainingArguments) -> bool:
     return is_main_process
 
 
-def check_data(args: SimpleNamespace, source) -> dict:
-    """Print what is wrong with the real images, for `--dry_run`, and return how often.
+def look_at_run(args: SimpleNamespace, source) -> dict:
+    """Print what is wrong with the real images and return how often; with `--dry_run` what the run needs, too.
 
     Raises:
         UserError: there are no such images, or the synthetic set has other classes.
@@ -313,19 +319,80 @@ def check_data(args: SimpleNamespace, source) -> dict:
     is_main_process = set_up_logging(args.training)
     token = args.training.hub_token or None
     with named_in_record(args.real, args.real_images_from):
-        real = load_real_images(RealImagesRecord.from_arguments(args.real), token)
+        record = RealImagesRecord.from_arguments(args.real)
+        disk = list_disk(args, source, record) if args.training.dry_run else []  # before it is filled
+        real = load_real_images(record, token)
     for remark in real.remarks:
         logger.info(remark)
+    synthetic = None
     if source is not None:
         allowed = args.synthetic.allow_missing_classes
-        load_synthetic(
-            source, real.class_names, token=token, allow_missing_classes=allowed, streaming=args.synthetic.streaming
-        )
+        synthetic = load_synthetic(
+            source, real.class_names, args.synthetic.max_synthetic_samples_per_class, token=token,
+            allow_missing_classes=allowed, streaming=args.synthetic.streaming,
+        )  # fmt: skip
+    needs = show_needs(args, source, real, synthetic, disk) if args.training.dry_run else {}
     if not is_main_process:
         return {}
     audit = audit_images(real)
     print_audit(audit, real.record.name)
-    return {finding.what: finding.number for finding in list_findings(audit)}
+    return {finding.what: finding.number for finding in list_findings(audit)} | needs
+
+
+def list_disk(args: SimpleNamespace, source, record) -> list:
+    """Return what loading the real images and the synthetic set writes to the disk."""
+    from utils.forecast.inputs import data_set_disk, real_set_disk
+    from utils.hub.repositories import Source
+    from utils.transfer.synthetic_images import FLAG
+
+    token = args.training.hub_token or None
+    disk = real_set_disk(record, token)
+    if source is not None and not args.synthetic.streaming:
+        disk += data_set_disk(Source(source.name, FLAG, "dataset", source.revision, token))
+    return disk
+
+
+def show_needs(args: SimpleNamespace, source, real, synthetic, disk: list) -> dict:
+    """Print what the run needs in memory, time and disk, and return it; a line says why something is unknown."""
+    from utils.forecast.memory import available_bytes
+    from utils.forecast.report import print_forecast
+    from utils.transfer.classifiers import open_classifier
+    from utils.transfer.forecast import classifier_disk, forecast_memory, forecast_time, outputs_disk
+
+    training_args, memory, times = args.training, None, []
+    try:
+        token = training_args.hub_token or None
+        classifier = open_classifier(args.model.model_name_or_path, args.model.model_revision, token)
+        args.model_commit, disk = classifier.revision, [*disk, *classifier_disk(classifier)]
+        choose_learning_rate(args)
+        pretrained, stages = open_checkpoint(args), plan_ahead(args, source, real, synthetic)
+        if args.chosen_method.takes_steps:
+            memory = forecast_memory(pretrained, len(real.class_names), stages, training_args)
+            times = [forecast_time(pretrained, real, stages, training_args, is_known=are_steps_known(args, source))]
+            disk.append(outputs_disk(memory.training, len(stages), training_args))
+    except UserError as error:
+        logger.warning(f"Not all of what the run needs is known: {error}")
+    return print_forecast(memory, available_bytes(training_args.device), times, disk, logger.info)
+
+
+def are_steps_known(args: SimpleNamespace, source) -> bool:
+    """Return whether the steps of all stages are known: those on synthetic images depend on the set, or are given."""
+    method, is_given = args.chosen_method, args.bridge.bridge_max_steps is not None
+    return source is not None or is_given or not (method.uses_synthetic or args.method.match_steps)
+
+
+def plan_ahead(args: SimpleNamespace, source, real, synthetic) -> list[StagePlan]:
+    """Return the stages that would be trained, without a guard's measurement."""
+    from utils.transfer.run_method import images_per_class
+    from utils.transfer.synthetic_images import num_images
+
+    number = 0
+    if source is not None:
+        limit = args.synthetic.max_synthetic_samples_per_class
+        number = num_images(source, limit) or 0 if args.synthetic.streaming else len(synthetic)
+    counts = {"real": len(real.train), "synthetic": number, "both": len(real.train) + number}
+    settings = stage_settings(args.chosen_method, resolve_options(args.groups), counts, args.training.world_size)
+    return plan_stages(args.chosen_method, *settings, images_per_class(real.train))
 
 
 def evaluate_finished(args: SimpleNamespace) -> dict:
@@ -431,21 +498,30 @@ def choose_learning_rate(args: SimpleNamespace) -> str | None:
     return rates.reason
 
 
+def open_checkpoint(args: SimpleNamespace):
+    """Return the checkpoint that is to be adapted, without its weights.
+
+    Raises:
+        UserError: there is no such classifier.
+    """
+    from utils.transfer.adapters import LoraSettings
+    from utils.transfer.stage import open_pretrained
+
+    lora = args.lora
+    settings = LoraSettings(lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
+    pinned = vars(args.model) | {"model_revision": args.model_commit}
+    return open_pretrained(**pinned, token=args.training.hub_token or None, lora=settings if lora.use_peft else None)
+
+
 def open_model(args: SimpleNamespace, options: dict):
     """Return the checkpoint that is to be adapted, after a trial run of two images.
 
     Raises:
         UserError: there is no such classifier, or it cannot be trained as the flags say.
     """
-    from utils.transfer.adapters import LoraSettings
     from utils.transfer.rehearsal import rehearse
-    from utils.transfer.stage import open_pretrained
 
-    lora, stages = args.lora, args.chosen_method.stages
-    settings = LoraSettings(lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules)
-    token = args.training.hub_token or None
-    pinned = vars(args.model) | {"model_revision": args.model_commit}
-    pretrained = open_pretrained(**pinned, token=token, lora=settings if lora.use_peft else None)
+    pretrained, stages = open_checkpoint(args), args.chosen_method.stages
     trial_settings = stage_settings(args.chosen_method, options, {"real": 1, "both": 1}, 1)[1]
     head_inits = {stage.head_init for stage in stages}  # what a guard chooses is tried by it
     rehearse(pretrained, trial_settings, args.training, head_inits, args.chosen_method.alignment)
@@ -524,8 +600,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
     args, source = parse_arguments(argv)
     training_args = args.training
-    if training_args.dry_run:
-        return check_data(args, source)
+    if only_looks(training_args):
+        return look_at_run(args, source)
     if not training_args.do_train:
         return evaluate_finished(args)
 

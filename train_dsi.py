@@ -2,6 +2,7 @@
 
     accelerate launch train_dsi.py --dataset_name user/cars --output_dir cars-style --push_to_hub
     accelerate launch train_dsi.py --train_dir photos --num_shots 16 --few_shot_seed 0 --max_train_steps 5000
+    accelerate launch train_dsi.py --dataset_name user/cars --dry_run
     accelerate launch train_dsi.py --dataset_name user/cars --resume_from_checkpoint latest
     accelerate launch train_dsi.py --dataset_name user/cars --resolution 1024 --mixed_precision bf16 \\
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --gradient_checkpointing
@@ -96,6 +97,10 @@ class TrainingArguments:
     _argument_group_name = "training"
 
     output_dir: str = option("dsi-style", "Folder for the token, its record and its card.", affects_result=False)
+    dry_run: bool = option(
+        False, "Show what the run needs in memory, time and disk, after two steps with random weights; train nothing.",
+        affects_result=False,
+    )  # fmt: skip
     overwrite_output_dir: bool = option(False, "Start from scratch where there is a token.", affects_result=False)
     train_batch_size: int = option(8, "Images per process and forward pass; where memory is short, they are divided.")
     gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step, 1 or more.")
@@ -394,11 +399,65 @@ def train(steps, denoiser, state, monitor, accelerator, training_args: TrainingA
                 break
 
 
+def show_needs(groups: list, base_model, real_images, templates: list[str]) -> dict:
+    """Print what the run needs, for `--dry_run`, and return it; its real images are loaded, and nothing is written.
+
+    Raises:
+        UserError: what loading the images and checking the prompts raise.
+    """
+    import torch
+
+    from utils.data.real_images import load_real_images
+    from utils.forecast.inputs import real_set_disk
+    from utils.forecast.memory import available_bytes
+    from utils.forecast.report import TimeForecast, print_forecast
+    from utils.style import forecast
+    from utils.style.style_images import latents_folder
+    from utils.style.token import add_placeholder_tokens, find_initializers
+
+    _, data_args, token_args, image_args, training_args, monitoring_args, hub_args = groups
+    accelerator = start_accelerator(training_args, monitoring_args)
+    disk = [*forecast.base_model_disk(base_model), *real_set_disk(real_images, hub_args.hub_token)]
+    tokenizers = base_model.load_tokenizers()
+    find_initializers(tokenizers, token_args.initializer_token)
+    add_placeholder_tokens(tokenizers, token_args.placeholder_token, token_args.num_vectors)
+    real = load_real_images(real_images, hub_args.hub_token)
+    accelerator.print("\n".join(real.remarks))
+    prepare_prompts(tokenizers, real.class_names, templates, token_args, accelerator.device)
+    run = forecast.DsiRun(
+        image_args.resolution or base_model.native_resolution, training_args.train_batch_size,
+        {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32),
+        token_args.num_vectors, 2 if data_args.random_flip else 1, monitoring_args.num_validation_images > 0,
+    )  # fmt: skip
+    memory = forecast.forecast_memory(base_model, run, training_args.gradient_checkpointing, denoising_loss)
+    num_encoded = len(real.train) * run.num_copies
+    num_seen = training_args.max_train_steps * training_args.train_batch_size * accelerator.num_processes
+    times = [
+        TimeForecast(
+            f"images are encoded{' (mirrored ones too)' if data_args.random_flip else ''}", num_encoded,
+            forecast.time_encoding(base_model, run, accelerator),
+        ),
+        TimeForecast(
+            f"images in {training_args.max_train_steps:,} steps, or fewer with --early_stopping",
+            num_seen * training_args.gradient_accumulation_steps,
+            forecast.time_training(
+                base_model, run, partial(prepare_unet, training_args=training_args), denoising_loss, accelerator
+            ),
+        ),
+    ]  # fmt: skip
+    disk.append(forecast.latents_disk(base_model, run, len(real.train), latents_folder(image_args.latent_cache_dir)))
+    if not accelerator.is_main_process:
+        return {}
+    return print_forecast(memory, available_bytes(accelerator.device), times, disk)
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
     groups = parse_arguments(argv)
     model_args, data_args, token_args, image_args, training_args, monitoring_args, hub_args = groups
     base_model, real_images, templates, inputs = open_inputs(groups)
+    if training_args.dry_run:
+        return show_needs(groups, base_model, real_images, templates)
     folder, is_finished, hub_target = open_folder(groups, inputs)
     if is_finished:
         publish_finished(folder.path, hub_target, PUBLISHED_FILES)

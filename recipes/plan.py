@@ -12,15 +12,20 @@ from utils.cli.parsing import read_mapping
 from utils.cli.tables import print_table
 from utils.comparison.grid import parse_rows, rates_around
 from utils.data.arguments import RealDataArguments
+from utils.forecast.costs import GIB, folder_bytes, hours_of, latent_bytes
 from utils.transfer.methods import StageSettings, steps_per_epoch
 
 RECIPES = Path(__file__).resolve().parent
 RATES = RECIPES / "rates.yaml"
+RESOLUTION = 512  # of the recipes' base model, Stable Diffusion 1.5
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One image set with one classifier; hours are those of one GPU, `*_steps` optimiser steps."""
+    """One image set with one classifier; hours are those of one GPU, `*_steps` optimiser steps.
+
+    `disk_gib` is of the synthetic images, the Arrow copy that training makes of them, and the latents of the real ones.
+    """
 
     title: str
     num_classes: int
@@ -104,8 +109,10 @@ def make_plan(name: str, model: str, rates: dict, num_images_per_class: int, con
     compared_images = count_compared_images(
         compare, compare["bridge_num_train_epochs"] * num_synthetic, compare["num_train_epochs"] * num_real
     )
-    sampling_rate = 3600 * rates["sampling_image_steps_per_second"]
-    training_rate = 3600 * rates["training_images_per_second"][model]
+    training_rate = rates["training_images_per_second"][model]
+    num_dsi_images = dsi["max_train_steps"] * dsi["train_batch_size"]
+    disk = folder_bytes(num_drawn, rates["bytes_per_image"], is_read=True)
+    disk += latent_bytes(num_real, dsi.get("resolution", RESOLUTION), num_copies=2)
     return Plan(
         facts["title"],
         facts["num_classes"],
@@ -114,11 +121,13 @@ def make_plan(name: str, model: str, rates: dict, num_images_per_class: int, con
         dsi["max_train_steps"],
         bridged["bridge_num_train_epochs"] * steps_per_epoch(num_synthetic, batch_size),
         bridged["num_train_epochs"] * steps_per_epoch(num_real, batch_size),
-        dsi_hours=dsi["max_train_steps"] * dsi["train_batch_size"] / rates["dsi_images_per_second"] / 3600,
-        synthetic_hours=num_drawn * synthetic["num_inference_steps"] / sampling_rate,
-        bridged_hours=(bridge_images + real_images) / training_rate,
-        comparison_hours=compared_images / training_rate,
-        disk_gib=num_drawn * rates["bytes_per_image"] / 2**30,
+        dsi_hours=hours_of(num_dsi_images, rates["dsi_images_per_second"]),
+        synthetic_hours=hours_of(
+            num_drawn * synthetic["num_inference_steps"], rates["sampling_image_steps_per_second"]
+        ),
+        bridged_hours=hours_of(bridge_images + real_images, training_rate),
+        comparison_hours=hours_of(compared_images, training_rate),
+        disk_gib=disk / GIB,
     )
 
 

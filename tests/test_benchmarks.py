@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 
 import train_dsi
-from benchmarks import generate_overhead, generate_scan, generate_speed, peer_loop, report
+from benchmarks import generate_overhead, generate_scan, generate_speed, memory_count, peer_loop, report
 from benchmarks.children import Child, Tick, read_bars, run_child
 from benchmarks.commands import environment_of, our_command
 from benchmarks.drawing import DRAWING_BAR, NOUNS, Case, demo_case, quick_case
 from benchmarks.generate_speed import Program, Run
 from benchmarks.pipelines import QUICK, SCALED, SD15, drawing_cost
+from utils.style.base_models import open_base_model
+from utils.style.forecast import DsiRun, build_encoder, build_unet, count_training
 from utils.synthesis.shards import Shards
 
 BAR = """
@@ -92,6 +94,30 @@ def test_an_image_of_stable_diffusions_size_costs_what_was_counted(tmp_path):
     (tmp_path / "text_encoder" / "config.json").write_text('{"max_position_embeddings": 77}')
     assert drawing_cost(tmp_path, 25, 3.0) == pytest.approx(42.7e12, rel=0.01)
     assert drawing_cost(tmp_path, 25, 1.0) == pytest.approx((42.7e12 - 2.51e12) / 2 + 2.51e12, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "sizes"), memory_count.NUM_PARAMETERS.items())
+def test_the_base_models_whose_memory_is_counted_have_their_published_sizes(name, sizes, tmp_path):
+    """Numbers of weights of the U-Net and of the text encoders, beside a token's row in each."""
+    base_model = memory_count.write_configs(name, tmp_path / "model")
+    run = DsiRun(512, 1, torch.float32)
+    with torch.device("meta"):
+        unet, encoder = build_unet(base_model, run.dtype), build_encoder(base_model, run)
+    counted = [unet, *encoder.text_encoders]
+    rows = [0, *(style_token.rows.numel() for style_token in encoder.style_tokens)]
+    assert [model.num_parameters() - row for model, row in zip(counted, rows, strict=True)] == sizes
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_each_image_of_a_batch_adds_as_much_memory(is_checkpointed, tiny_xl_pipeline_dir):
+    base_model = open_base_model(str(tiny_xl_pipeline_dir), "--pretrained_model_name_or_path")
+    first, second, fifth = (
+        count_training(base_model, DsiRun(32, number, torch.bfloat16), is_checkpointed, train_dsi.denoising_loss)
+        for number in (1, 2, 5)
+    )
+    counted = memory_count.at_batch(first, second, 5)
+    assert counted.activations == pytest.approx(fifth.activations, rel=0.01)
+    assert fifth.activations > 3 * first.activations
 
 
 def test_a_section_takes_the_place_of_the_one_before_and_leaves_the_others(tmp_path, monkeypatch):

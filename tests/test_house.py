@@ -7,7 +7,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # the ground first; rooms on one floor do not import each other
-FLOORS = (("cli",), ("hub",), ("data",), ("style",), ("synthesis",), ("quality", "transfer"), ("comparison",))
+FLOORS = (
+    ("cli",),
+    ("hub",),
+    ("data",),
+    ("forecast",),
+    ("style",),
+    ("synthesis",),
+    ("quality", "transfer"),
+    ("comparison",),
+)
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

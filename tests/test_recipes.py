@@ -287,7 +287,9 @@ def test_a_plan_counts_images_and_hours():
     assert control.synthetic_hours == pytest.approx(2 * plan.synthetic_hours)
     assert control.comparison_hours > plan.comparison_hours
     larger = make_plan("cars", "resnet18", RATES, 3000)
-    assert larger.disk_gib == pytest.approx(3 * plan.disk_gib)
+    latents = 7330 * 2 * 2 * 2 * 4 * 64 * 64  # two copies, mean and deviation, float16
+    assert plan.disk_gib * 2**30 == pytest.approx(2 * 196_000 * 108_000 + latents)  # the images, and their Arrow copy
+    assert larger.disk_gib * 2**30 == pytest.approx(3 * 2 * 196_000 * 108_000 + latents)
     assert make_plan("flowers", "resnet18", RATES, 1).num_real == 1020  # has a validation part of its own
     fewer = make_plan("caltech101", "resnet18", RATES, 1000)  # of one class nothing is drawn
     assert (fewer.num_classes, fewer.num_synthetic) == (102, 101_000)

@@ -12,6 +12,7 @@ pytest_plugins = ["tests.transfer.fixtures", "tests.synthesis.fixtures"]
 OF_SETS = {
     "train_bridged.py": "--synthetic_dataset {set} --model_name_or_path {model} --use_cpu",
     "train_bridged.py, dry run": "--synthetic_dataset {set} --dry_run",
+    "train_bridged.py, audit": "--synthetic_dataset {set} --audit",
     "quality_report.py": "--synthetic_dataset {set} --model_name_or_path {model}",
     "compare_transfer.py": "--synthetic_dataset {set} --model_name_or_path {model} --use_cpu",
 }

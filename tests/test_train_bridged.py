@@ -1,5 +1,6 @@
 import os
 import pkgutil
+import re
 import shutil
 import signal
 import subprocess
@@ -402,20 +403,42 @@ def test_images_that_cannot_be_used_are_found_before_training(splits, change, me
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_looks_at_the_images_and_writes_nothing(tmp_path, make_synthetic_dir, capsys, monkeypatch):
+@pytest.mark.parametrize("flag", ["--audit", "--dry_run"])
+def test_an_audit_looks_at_the_images_and_writes_nothing(flag, tmp_path, make_synthetic_dir, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_image_set(tmp_path / "real", {"train": 10, "test": 3})
-    real = ["--dataset_name", str(tmp_path / "real"), "--dry_run"]
+    real = ["--dataset_name", str(tmp_path / "real"), flag]
     assert "images that do not open" not in train_bridged.main(real)
     rewrite_train_split(tmp_path / "real", tear_row_1)
     found = train_bridged.main(real)
     assert found["images that do not open"] == 1
+    assert ("needed_bytes" in found) == (flag == "--dry_run")  # None: the default model is out of the tests' reach
     assert "row 1" in capsys.readouterr().out
     train_bridged.main([*real, "--synthetic_dataset", str(make_synthetic_dir())])
     renamed = make_synthetic_dir("other", ["red_square", "green circle", "suv"])
     with pytest.raises(UserError, match="missing: blue-stripe; extra: suv"):
         train_bridged.main([*real, "--synthetic_dataset", str(renamed)])
     assert {path.name for path in tmp_path.iterdir()} == {"real"}
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "words"),
+    [
+        ("vit", "--gradient_checkpointing", r"at batch 32, [\d.]+ without --gradient_checkpointing"),
+        ("vit", "--use_peft --bf16 --dataloader_num_workers 1", r"at batch 32, [\d.]+ with --gradient_checkpointing"),
+        ("timm", "--method bridged_coral --freeze_backbone", "training, 32 images at a time and as many real"),
+        ("resnet", "--per_device_train_batch_size 4", r"at batch 4; [\d.]+ are free on this machine"),
+    ],
+)
+def test_a_dry_run_tells_what_is_needed(model, flags, words, run, tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    needs = run("out", *flags.split(), "--dry_run", model=model)
+    printed = caplog.text + capsys.readouterr().out
+    assert re.search(words, printed)
+    assert re.search(r"Time: [\d,]+ images in \d+ steps of .*stage2, [\d.e+]+/s: ", printed)
+    assert "Arrow copy" in printed or "classifier, stages and checkpoints" in printed
+    assert needs["hours"] > 0 and needs["images_per_second"] > 0 and needs["disk_bytes"] > 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_error_is_one_line_with_exit_status_2(tmp_path):

@@ -1,6 +1,7 @@
 """train_dsi.py end to end, in process, on tiny models of the real classes."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -418,3 +419,13 @@ def test_a_finished_token_is_not_overwritten_unasked(run_dsi, tmp_path, capsys):
     run_dsi(seed=5, overwrite_output_dir=True)
     assert not (tmp_path / "style" / "style.png").exists()  # of the token that was replaced
     assert (tmp_path / "style" / "learned_embeds.safetensors").read_bytes() != before
+
+
+def test_a_dry_run_tells_what_is_needed_and_writes_nothing(run_dsi, tmp_path, capsys):
+    needs = run_dsi(dry_run=True, train_batch_size=3, max_train_steps=50)
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "style").exists() and not (tmp_path / "latents").exists()
+    assert re.search(r"Memory: needs about [\d.]+ GiB at batch 3, [\d.]+ with --gradient_checkpointing; [\d.]+ are "
+                     r"free on this machine\.", printed)  # fmt: skip
+    assert "150 images in 50 steps" in printed and "latent cache" in printed
+    assert needs["hours"] > 0 and needs["images_per_second"] > 0

@@ -27,6 +27,7 @@ LACKS = {
     "without --no_do_train": ("", "--no_do_train"),
     "with --no_do_train": ("--no_do_train", ""),
     "with --dry_run": ("--dry_run", ""),
+    "with --audit": ("--audit", ""),
     "with --classes": ("--classes x", ""),
     "with --prompts_file": ("--prompts_file x", ""),
     "with --max_steps": ("--max_steps 5", ""),

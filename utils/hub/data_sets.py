@@ -46,11 +46,9 @@ def load_data_set(source: Source, config_name: str | None = None, split: str | N
 
 def _build(source: Source, config_name: str | None, is_all_asked: bool) -> DatasetDict:
     """Have `datasets` read a set; warn where that leaves out images though all are asked for."""
-    where, cache_dir = f"{source.flag} {source.name}", _cache_dir(source)
+    where = f"{source.flag} {source.name}"
     try:
-        builder = datasets.load_dataset_builder(
-            source.name, config_name, cache_dir=cache_dir, revision=source.revision, token=source.token
-        )  # fmt: skip
+        builder, cache_dir = open_builder(source, config_name)
         builder.download_and_prepare()
         loaded = builder.as_dataset()
         if builder.name in ("parquet", "arrow"):
@@ -70,6 +68,18 @@ def _build(source: Source, config_name: str | None, is_all_asked: bool) -> Datas
     if is_all_asked and builder.name == "imagefolder" and is_main_process():
         _warn_of_images_left_out(loaded, builder, source)
     return loaded
+
+
+def open_builder(source: Source, config_name: str | None) -> tuple[datasets.DatasetBuilder, str | None]:
+    """Return what reads a set, once it is asked to, and the cache folder that is a local folder's alone.
+
+    Files are listed and a card is read; no image is.
+    """
+    cache_dir = _cache_dir(source)
+    builder = datasets.load_dataset_builder(
+        source.name, config_name, cache_dir=cache_dir, revision=source.revision, token=source.token
+    )
+    return builder, cache_dir
 
 
 def list_data_files(folder: str) -> list[str]:

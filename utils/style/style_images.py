@@ -67,6 +67,11 @@ def _some_rows(images: Dataset) -> np.ndarray:
     return np.random.default_rng(0).permutation(len(images))[:NUM_HELD_OUT_IMAGES]
 
 
+def latents_folder(cache_dir: str | Path | None = None) -> Path:
+    """Return where latents are kept: `cache_dir`, in the Hugging Face cache without one."""
+    return Path(cache_dir or Path(constants.HF_HOME) / "bridged-transfer" / "latents")
+
+
 def load_latents(
     base_model: BaseModel, images: StyleImages, resolution: int, random_flip: bool, cache_dir: str | Path | None,
     device: torch.device,
@@ -75,8 +80,11 @@ def load_latents(
 
     Of training images those of the mirrored ones are among them with `random_flip`.
     """
-    cache_dir = cache_dir or Path(constants.HF_HOME) / "bridged-transfer" / "latents"
-    settings = {"cache_dir": cache_dir, "resolution": resolution, "vae_identity": base_model.vae_identity}
+    settings = {
+        "cache_dir": latents_folder(cache_dir),
+        "resolution": resolution,
+        "vae_identity": base_model.vae_identity,
+    }
     cache = LatentCache(image_digests=images.digests, num_copies=2 if random_flip else 1, **settings)
     held_out_cache = LatentCache(image_digests=images.held_out_digests, num_copies=1, **settings)
     flag = "train_dir" if images.real.record.train_dir is not None else "dataset_name"

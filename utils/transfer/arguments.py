@@ -123,7 +123,11 @@ WITH_TRACKER = Need("with --report_to none", lambda values: values["report_to"] 
 WITH_WORKERS = Need(
     "with --dataloader_num_workers 0", lambda values: values["dataloader_num_workers"] > 0, "give more or "
 )
-PUBLISHED = [without_flag("dry_run"), Need("with --no_do_train", lambda values: values["do_train"])]
+PUBLISHED = [
+    without_flag("dry_run"),
+    without_flag("audit"),
+    Need("with --no_do_train", lambda values: values["do_train"]),
+]
 
 
 @dataclass
@@ -372,7 +376,14 @@ class BridgedTrainingArguments(TrainingArguments):
         None, "Output folder; '<synthetic set>-<method>' when not given.", affects_result=False
     )
     overwrite_output_dir: bool = option(False, "Start from scratch where there is a result.", affects_result=False)
-    dry_run: bool = option(False, "Look for damaged images, copies and leaks between splits; train and write nothing.")
+    audit: bool = option(
+        False, "Look for damaged images, copies and leaks between splits; train and write nothing.",
+        affects_result=False,
+    )  # fmt: skip
+    dry_run: bool = option(
+        False, "Show what --audit finds, and what the run needs in memory, time and disk, after two steps with random "
+        "weights; train and write nothing.",
+    )  # fmt: skip
     do_train: bool = option(True, "Train, then evaluate on the test images once.")
     do_eval: bool = option(
         False, "With --no_do_train: evaluate the finished classifier in --output_dir.", affects_result=False,

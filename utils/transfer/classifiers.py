@@ -164,6 +164,27 @@ def load_classifier(
     return model
 
 
+def build_classifier(
+    name: str, num_classes: int, device: str | torch.device = "meta", *, dropout: float | None = None,
+    drop_path_rate: float | None = None, **hub_options,
+) -> PreTrainedModel:  # fmt: skip
+    """Return a checkpoint's architecture as a classifier, with random float32 weights, on the meta device with none.
+
+    Raises:
+        UserError: the checkpoint's config cannot be read, is no image classifier's, or has no such dropout.
+    """
+    config = _load_config(name, **hub_options)
+    config.num_labels = num_classes
+    if config.model_type == "timm_wrapper":
+        config.label_names = list(map(str, range(num_classes)))
+    for flag, rate in (("dropout", dropout), ("drop_path_rate", drop_path_rate)):
+        if rate is not None:
+            _set_rate(config, flag, rate)
+    config.dtype = torch.float32
+    with _reading(name, NO_CLASSIFIER, **hub_options):
+        return _build_without_weights(config, device, **hub_options)
+
+
 def _check_loaded(name: str, model: PreTrainedModel, missing: set[str]) -> None:
     """Say which weights besides the head a checkpoint lacks, which are random; refuse one that lacks most of them."""
     if not missing:
@@ -213,12 +234,13 @@ def _load_config(name: str, **hub_options) -> PreTrainedConfig:
 
 
 def _build_without_weights(
-    config: PreTrainedConfig, revision: str | None = None, trust_remote_code: bool = False, **_
-) -> PreTrainedModel:
+    config: PreTrainedConfig, device: str | torch.device = "meta", *, revision: str | None = None,
+    trust_remote_code: bool = False, **_,
+) -> PreTrainedModel:  # fmt: skip
     code = {}
     if trust_remote_code and AutoModelForImageClassification.__name__ in getattr(config, "auto_map", {}):
         code = {"trust_remote_code": True, "code_revision": revision}
-    with torch.device("meta"):  # shapes without memory
+    with torch.device(device):  # meta: shapes without memory
         return AutoModelForImageClassification.from_config(config, **code)
 
 

@@ -48,10 +48,10 @@ def rehearse(
     stage = StagePlan("rehearsal", "real", "reset", dataclasses.replace(settings, max_steps=1))
     with _nothing_left(training_args.device), TemporaryDirectory() as folder:
         pictures = _generate_pictures(2 * training_args.world_size)
-        with _naming(f"--report_to {' '.join(training_args.report_to)}"):
+        with naming(f"--report_to {' '.join(training_args.report_to)}"):
             for callback in get_reporting_integration_callbacks(training_args.report_to):
                 callback()
-        with _naming(f"--model_name_or_path {pretrained.name}", "a trial run of two RGB images fails"):
+        with naming(f"--model_name_or_path {pretrained.name}", "a trial run of two RGB images fails"):
             model = load_start(stage, None, pretrained, CLASS_NAMES, seed=0)
             images = list(EvalImages(pictures, pretrained.image_processor))
             predict(model, images)
@@ -68,25 +68,18 @@ def _train_one_step(
     model, images: Dataset | AlignedImages, pictures: Dataset, image_processor, settings: StageSettings, training_args,
     folder: str,
 ) -> None:  # fmt: skip
-    trial_args = dataclasses.replace(
-        training_args,
-        per_device_eval_batch_size=2, gradient_accumulation_steps=1, dataloader_drop_last=False,
-        dataloader_num_workers=0, dataloader_prefetch_factor=None, lr_scheduler_type="constant",
-        lr_scheduler_kwargs=None, save_strategy="no", eval_strategy="no", eval_on_start=False, logging_strategy="no",
-        logging_first_step=False, metric_for_best_model=None, greater_is_better=None, report_to="none",
-        disable_tqdm=True, torch_compile=False, torch_compile_backend=None, torch_compile_mode=None,
-    )  # fmt: skip
+    trial_args = trial_arguments(training_args)
     # the head's own learning rate may be left open until a stage is planned
     settings = dataclasses.replace(
         settings, per_device_train_batch_size=2, warmup_steps=0, head_learning_rate_factor=1.0
     )
     precision = training_args.mixed_precision  # of a flag, or of accelerate launch
-    with _naming("training flags" if precision == "no" else f"--{precision}"):
+    with naming("training flags" if precision == "no" else f"--{precision}"):
         trainer = build_trainer(model, images, image_processor, settings, trial_args, folder, pictures)
-    with _naming(f"--optim {training_args.optim.value}"):
+    with naming(f"--optim {training_args.optim.value}"):
         trainer.create_optimizer()
     schedule = training_args.lr_scheduler_type
-    with _naming(f"--lr_scheduler_type {schedule.value} (--lr_scheduler_kwargs {training_args.lr_scheduler_kwargs})"):
+    with naming(f"--lr_scheduler_type {schedule.value} (--lr_scheduler_kwargs {training_args.lr_scheduler_kwargs})"):
         get_scheduler(
             schedule, trainer.optimizer, num_warmup_steps=0, num_training_steps=NUM_STEPS,
             scheduler_specific_kwargs=training_args.lr_scheduler_kwargs,
@@ -94,6 +87,18 @@ def _train_one_step(
     trainer.train()
     if training_args.eval_strategy != "no":
         trainer.evaluate()
+
+
+def trial_arguments(training_args: TrainingArguments) -> TrainingArguments:
+    """Return the arguments of a trial run: nothing is saved, evaluated, logged, compiled or read ahead."""
+    return dataclasses.replace(
+        training_args,
+        per_device_eval_batch_size=2, gradient_accumulation_steps=1, dataloader_drop_last=False,
+        dataloader_num_workers=0, dataloader_prefetch_factor=None, lr_scheduler_type="constant",
+        lr_scheduler_kwargs=None, save_strategy="no", eval_strategy="no", eval_on_start=False, logging_strategy="no",
+        logging_first_step=False, metric_for_best_model=None, greater_is_better=None, report_to="none",
+        disable_tqdm=True, torch_compile=False, torch_compile_backend=None, torch_compile_mode=None,
+    )  # fmt: skip
 
 
 def _generate_pictures(number: int) -> Dataset:
@@ -104,7 +109,7 @@ def _generate_pictures(number: int) -> Dataset:
 
 
 @contextmanager
-def _naming(flag: str, what: str = "") -> Iterator[None]:
+def naming(flag: str, what: str = "") -> Iterator[None]:
     """Turn what a library raises into an error of one line that names a flag."""
     try:
         yield

@@ -1,0 +1,159 @@
+"""What a run needs, as it is printed before it begins: memory by its phases, time, disk."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from utils.cli.tables import print_table
+from utils.forecast.costs import GIB, DiskUse, hours_of
+from utils.forecast.memory import CONTEXT, MARGIN, needed_bytes
+
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run and the bytes that it holds on the device at its highest."""
+
+    what: str
+    weights: int
+    activations: int
+    gradients: int = 0
+    optimizer: int = 0
+
+    @property
+    def needed(self) -> int:
+        """What the device must have free for it, with the margin of `needed_bytes`."""
+        return needed_bytes(self.weights + self.activations + self.gradients + self.optimizer)
+
+
+@dataclass(frozen=True)
+class MemoryForecast:
+    """The memory of a run: its training, the other phases, and training with checkpoints the other way round.
+
+    `other_way` is None where the model has no gradient checkpointing. `batch_size` is of images in a forward pass,
+    `batch_flag` the flag that sets it.
+    """
+
+    training: Phase
+    others: list[Phase]
+    other_way: Phase | None
+    is_checkpointed: bool
+    batch_size: int
+    batch_flag: str
+
+    @property
+    def needed(self) -> int:
+        return max(phase.needed for phase in (self.training, *self.others))
+
+    def describe(self, available: int, device: str) -> str:
+        """Return in one line what is needed and what there is, and where that is too little what to do.
+
+        `device` has {} in the place of the GiB.
+        """
+        line = f"needs about {gib(self.training.needed)} GiB at batch {self.batch_size}"
+        if self.other_way is not None:
+            way = "without" if self.is_checkpointed else "with"
+            line += f", {gib(self.other_way.needed)} {way} --gradient_checkpointing"
+        line += f"; {device.format(gib(available))}."
+        more = [phase for phase in self.others if phase.needed > max(self.training.needed, available)]
+        for phase in more:
+            line += f" More than that: {phase.what}, {gib(phase.needed)} GiB."
+        if self.training.needed > available:
+            if self.other_way is not None and not self.is_checkpointed and self.other_way.needed <= available:
+                line += " Too little: add --gradient_checkpointing."
+            else:
+                line += f" Too little: lower {self.batch_flag} and raise --gradient_accumulation_steps."
+        return line
+
+
+@dataclass(frozen=True)
+class TimeForecast:
+    """How long a run takes: images of a kind, how many of them, and how many a second of all processes together.
+
+    What is not known is None.
+    """
+
+    what: str
+    number: int | None
+    per_second: float | None
+
+    @property
+    def hours(self) -> float | None:
+        return None if None in (self.per_second, self.number) else hours_of(self.number, self.per_second)
+
+
+def gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f}"
+
+
+def with_unit(num_bytes: int) -> str:
+    """Return a size as `1.5 GiB` or `12 MiB`."""
+    if num_bytes >= GIB / 10:
+        return f"{gib(num_bytes)} GiB"
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 / 10 else f"{num_bytes / 2**10:.1f} KiB"
+
+
+def describe_hours(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 3600:.0f} s"
+
+
+def print_forecast(
+    memory: MemoryForecast | None, device: tuple[int, str], times: list[TimeForecast], disk: list[DiskUse],
+    say: Callable[[str], None] = print,
+) -> dict:  # fmt: skip
+    """Print what a run needs, and return it: `needed_bytes`, `images_per_second`, `hours`, `disk_bytes`.
+
+    `device` is of `available_bytes`. The rate is that of the last kind of images; what is unknown is None.
+    """
+    if memory is not None:
+        say(f"Memory: {memory.describe(*device)}")
+        _print_phases(memory)
+    for time in times:
+        rate = UNKNOWN if time.per_second is None else f"{_three_digits(time.per_second)}/s"
+        hours = UNKNOWN if time.hours is None else describe_hours(time.hours)
+        number = "" if time.number is None else f"{time.number:,} "
+        say(f"Time: {number}{time.what}, {rate}: {hours}.")
+    _print_disk(disk, say)
+    known = [time.hours for time in times]
+    sizes = [use.num_bytes for use in disk]
+    return {
+        "needed_bytes": None if memory is None else memory.needed,
+        "images_per_second": times[-1].per_second if times else None,
+        "hours": None if None in known or not times else sum(known),
+        "disk_bytes": None if None in sizes else sum(sizes),
+    }
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _print_phases(memory: MemoryForecast) -> None:
+    title = f"memory of the device, by what runs (needed: {MARGIN:.0%} more, and {gib(CONTEXT)} GiB for the context)"
+    table = Table("phase", "weights", "activations", "gradients", "optimiser", "needed", title=title)
+    for phase in (memory.training, *memory.others):
+        parts = phase.weights, phase.activations, phase.gradients, phase.optimizer, phase.needed
+        table.add_row(phase.what, *map(with_unit, parts))
+    print_table(table, Console())
+
+
+def _print_disk(disk: list[DiskUse], say: Callable[[str], None]) -> None:
+    if not disk:
+        return
+    table = Table("what is written", "size", "where", "free there", title="disk, of what is not there yet")
+    for use in disk:
+        size = UNKNOWN if use.num_bytes is None else with_unit(use.num_bytes)
+        table.add_row(use.what, size, str(Path(use.folder)), with_unit(use.free))
+    print_table(table, Console())
+    known = [use.num_bytes for use in disk if use.num_bytes is not None]
+    line = f"Disk: {with_unit(sum(known))} in all"
+    line += f", and what is unknown ({len(disk) - len(known)})." if len(known) < len(disk) else "."
+    for number in {use.disk for use in disk}:
+        uses = [use for use in disk if use.disk == number]
+        if sum(use.num_bytes or 0 for use in uses) > uses[0].free:
+            line += f" The disk of {uses[0].folder} has too little free; HF_HOME says where downloads and copies go."
+    say(line)
