@@ -77,6 +77,7 @@ quality: install
 generator: install
 	$(BIN)/python demo/build/data.py
 	$(BIN)/python demo/build/generator.py
+	$(BIN)/python demo/build/few_steps.py
 
 clean-demo:
 	rm -rf demo/runs demo/runs-full

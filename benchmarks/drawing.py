@@ -10,7 +10,7 @@ from benchmarks.commands import python_command
 from benchmarks.pipelines import DEMO_DIR, QUICK, SD15, save_pipeline
 
 SCRIPT = Path(__file__).parents[1] / "generate_synthetic.py"
-RECIPE = Path(__file__).parents[1] / "demo" / "recipes" / "generate.yaml"
+RECIPE = Path(__file__).parents[1] / "demo" / "recipes" / "generate_full.yaml"
 DRAWING_BAR = "synthetic images"
 NOUNS = ("shirt", "trouser", "pullover", "dress", "coat", "sandal", "bag", "sneaker", "boot", "hat")
 # `--multi_gpu` is how accelerate starts several processes on a CPU as well

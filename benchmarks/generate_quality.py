@@ -37,7 +37,6 @@ from utils.comparison.statistics import paired_gain
 DEMO = ROOT / "demo"
 TITLE = "Quality per second: steps, guidance and solver"
 PICTURE = "generate_quality.png"
-NUM_STYLE_STEPS = 200
 METHOD = (
     "The demo's generator and prompts, a style token for each seed ({seeds}), {num_images} images a set, each drawn by "
     "`generate_synthetic.py` on one thread, {num_workers} at a time. The plain loop (`benchmarks/peer_loop.py`, DDIM "
@@ -91,7 +90,7 @@ def get_tokens(args: argparse.Namespace) -> dict[int, Path]:
     if args.style_tokens:
         return {seed: Path(args.style_tokens.replace("{seed}", str(seed))) for seed in args.seeds}
     runner = StepRunner(ROOT, args.output_dir, LAUNCH, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-    lanes = [[style_and_set(args.output_dir, seed, NUM_STYLE_STEPS, 1)[0]] for seed in args.seeds]
+    lanes = [[style_and_set(args.output_dir, seed, 1, "_full")[0]] for seed in args.seeds]
     runner.side_by_side(*(lanes if args.num_workers > 1 else [sum(lanes, [])]))
     return {seed: args.output_dir / f"style-{seed}" for seed in args.seeds}
 

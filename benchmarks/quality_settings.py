@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 GUIDANCE, NO_GUIDANCE = 1.2, 1.0
 INTERVAL = "0.2 0.8"
 UNIPC = "UniPCMultistepScheduler"
-LCM_ADAPTER = "demo/generator_lcm"
+ADAPTER = "demo/few_steps"  # distilled for three steps without guidance
 MAX_FRECHET_ABOVE = 0.05  # of the loop's setting
 LOOP_FLAGS = {"scheduler": OWN_SCHEDULER, "num_inference_steps": 12, "guidance_scale": GUIDANCE}
 
@@ -68,8 +68,12 @@ SETTINGS = (
     *_rows("unipc", "UniPC", UNIPC, (8, 6, 4), GUIDANCE),
     *_rows("unipc", "UniPC", UNIPC, (8, 6, 4), NO_GUIDANCE),
     *(
-        Setting(f"lcm-{number}", "LCM adapter, no guidance", {"lora": LCM_ADAPTER, "num_inference_steps": number})
+        Setting(f"adapter-{number}", "distilled adapter, no guidance", {"lora": ADAPTER, "num_inference_steps": number})
         for number in (4, 3, 2)
+    ),
+    Setting(
+        "adapter-3-lcm", "distilled adapter, no guidance, LCM",
+        {"lora": ADAPTER, "num_inference_steps": 3, "scheduler": "LCMScheduler"},
     ),
 )  # fmt: skip
 

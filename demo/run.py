@@ -25,21 +25,24 @@ PICTURES = {
 }
 
 
-def style_and_set(runs_dir: Path, seed: int, num_steps: int, images_per_class: int) -> list[Step]:
-    """Return the steps that learn a few-shot seed's style from its 1-shot images, and draw a set in it."""
+def style_and_set(runs_dir: Path, seed: int, images_per_class: int, suffix: str = "") -> list[Step]:
+    """Return the steps that learn a few-shot seed's style from its 1-shot images, and draw a set in it.
+
+    `suffix` is that of the recipes' names.
+    """
     style = runs_dir / f"style-{seed}"
     return [
         Step(
             f"style token, seed {seed}", "ten real images, one of each class, become one token",
             style / DSI_CONFIG,
-            ("train_dsi.py", "demo/recipes/dsi.yaml", "--few_shot_seed", str(seed), "--seed", str(seed),
-             "--max_train_steps", str(num_steps), "--output_dir", str(style), "--overwrite_output_dir"),
+            ("train_dsi.py", f"demo/recipes/dsi{suffix}.yaml", "--few_shot_seed", str(seed), "--seed", str(seed),
+             "--output_dir", str(style), "--overwrite_output_dir"),
         ),
-        draw_set(runs_dir, seed, images_per_class),
+        draw_set(runs_dir, seed, images_per_class, suffix),
     ]  # fmt: skip
 
 
-def draw_set(runs_dir: Path, seed: int, images_per_class: int, with_token: bool = True) -> Step:
+def draw_set(runs_dir: Path, seed: int, images_per_class: int, suffix: str = "", with_token: bool = True) -> Step:
     """Return the step that draws a set of a seed; without the token it is the control, of the same generator."""
     if with_token:
         kind, folder, flags = "synthetic", "synthetic", ()
@@ -50,8 +53,9 @@ def draw_set(runs_dir: Path, seed: int, images_per_class: int, with_token: bool 
     images = runs_dir / f"{folder}-{seed}"
     return Step(
         f"{kind} set, seed {seed}", why, images / RUN_CONFIG,
-        ("generate_synthetic.py", "demo/recipes/generate.yaml", "--learned_embeds", str(runs_dir / f"style-{seed}"),
-         *flags, "--seed", str(seed), "--num_images_per_class", str(images_per_class), "--output_dir", str(images)),
+        ("generate_synthetic.py", f"demo/recipes/generate{suffix}.yaml", "--learned_embeds",
+         str(runs_dir / f"style-{seed}"), *flags, "--seed", str(seed), "--num_images_per_class", str(images_per_class),
+         "--output_dir", str(images)),
     )  # fmt: skip
 
 
@@ -104,20 +108,20 @@ def main():
     args = parser.parse_args()
     started = time.time()
     runs_dir = Path("demo/runs-full" if args.full else "demo/runs")
-    num_steps, images_per_class, num_seeds = (200, 100, NUM_SEEDS_FULL) if args.full else (100, 60, NUM_SEEDS)
+    images_per_class, num_seeds, suffix = (100, NUM_SEEDS_FULL, "_full") if args.full else (60, NUM_SEEDS, "")
     runner = StepRunner(ROOT, runs_dir, LAUNCH, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-    styles_and_sets = [style_and_set(runs_dir, seed, num_steps, images_per_class) for seed in range(num_seeds)]
+    styles_and_sets = [style_and_set(runs_dir, seed, images_per_class, suffix) for seed in range(num_seeds)]
     others = [step for steps in styles_and_sets[1:] for step in steps]
     first = [
         *styles_and_sets[0],
-        draw_set(runs_dir, 0, images_per_class if args.full else 20, with_token=False),
+        draw_set(runs_dir, 0, images_per_class if args.full else 20, suffix, with_token=False),
         style_figures(runs_dir),
         train_bridged(runs_dir),
     ]
-    sets, recipe = [f"dsi={runs_dir / 'synthetic-{seed}'}"], "demo/recipes/compare.yaml"
+    sets, recipe = [f"dsi={runs_dir / 'synthetic-{seed}'}"], f"demo/recipes/compare{suffix}.yaml"
     if args.full:
-        others += [draw_set(runs_dir, seed, images_per_class, with_token=False) for seed in range(1, num_seeds)]
-        sets, recipe = [*sets, f"plain={runs_dir / 'plain-{seed}'}"], "demo/recipes/compare_full.yaml"
+        others += [draw_set(runs_dir, seed, images_per_class, suffix, with_token=False) for seed in range(1, num_seeds)]
+        sets += [f"plain={runs_dir / 'plain-{seed}'}"]
     runner.side_by_side(first, others)
     runner.run(compare(runs_dir, recipe, sets), show=True)
     print_ending(runner, time.time() - started)

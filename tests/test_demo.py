@@ -10,6 +10,7 @@ from datasets import load_dataset
 import generate_synthetic
 import train_dsi
 from demo.style_figures import as_array, border_brightness, saturation
+from utils.cli.records import GENERATION_CONFIG, read_record
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,14 +52,14 @@ def test_a_style_token_moves_the_images_towards_the_real_ones(seed, in_root, tmp
     style = tmp_path / "style"
     seeds = ["--seed", str(seed), "--few_shot_seed", str(seed)]
     health = train_dsi.main(
-        ["demo/recipes/dsi.yaml", "--max_train_steps", "100", "--lr_warmup_steps", "5", "--output_dir", str(style),
+        ["demo/recipes/dsi_full.yaml", "--max_train_steps", "100", "--lr_warmup_steps", "5", "--output_dir", str(style),
          "--num_validation_images", "0", *seeds]
     )  # fmt: skip
     figures = {}
     for use_token in ("true", "false"):
         images = tmp_path / f"images-{use_token}"
         generate_synthetic.main(
-            ["demo/recipes/generate.yaml", "--learned_embeds", str(style), "--use_style_token", use_token,
+            ["demo/recipes/generate_full.yaml", "--learned_embeds", str(style), "--use_style_token", use_token,
              "--num_images_per_class", "5", "--seed", str(seed), "--output_dir", str(images)]
         )  # fmt: skip
         pixels = as_array(load_dataset(str(images), split="train"))
@@ -83,3 +84,23 @@ def test_the_token_lowers_the_loss_of_images_that_it_has_not_seen(in_root, tmp_p
     assert health["token_learned"]
     assert health["loss_trained_token"] < 0.9 * health["loss_untrained_token"]
     assert health["loss_trained_token"] < health["loss_no_token"]
+
+
+def test_three_steps_with_the_adapter_draw_what_twelve_guided_ones_do(in_root, tmp_path):
+    def draw(name: str, *flags: str) -> np.ndarray:
+        flags = ["--num_images_per_class", "3", "--batch_size", "30", "--image_format", "png", *flags]
+        generate_synthetic.main(
+            ["--pretrained_model_name_or_path", "demo/generator", "--dataset_name", "demo/fashion-mnist",
+             "--scheduler", "default", "--output_dir", str(tmp_path / name), *flags]
+        )  # fmt: skip
+        return as_array(load_dataset(str(tmp_path / name), split="train")).astype(float)
+
+    three_steps = ["--num_inference_steps", "3", "--guidance_scale", "1"]
+    guided = draw("guided", "--num_inference_steps", "12", "--guidance_scale", "1.2")
+    errors = {
+        name: np.abs(draw(name, *flags) - guided).mean()
+        for name, flags in (("with", ["--lora", "demo/few_steps"]), ("without", three_steps))
+    }
+    recorded = read_record(tmp_path / "with" / GENERATION_CONFIG)["settings"]
+    assert recorded["num_inference_steps"] == 3 and recorded["guidance_scale"] == [1.0]
+    assert errors["with"] < 0.6 * errors["without"]

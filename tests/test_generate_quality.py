@@ -100,12 +100,12 @@ def test_every_row_has_its_own_name_and_flags_that_the_script_has():
 
 def test_rows_whose_adapter_is_not_there_are_left_out_and_told(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(quality_settings, "ROOT", tmp_path)
-    chosen, lacking = select_settings(["lcm-4", "dpm-6"])
-    assert names_of_settings(chosen) == ["loop", "dpm-6"] and names_of_settings(lacking) == ["lcm-4"]
+    chosen, lacking = select_settings(["adapter-4", "dpm-6"])
+    assert names_of_settings(chosen) == ["loop", "dpm-6"] and names_of_settings(lacking) == ["adapter-4"]
     (tmp_path / "config.json").touch()
-    generate_quality.parse_arguments(["--settings", "lcm-4", "--classifier", str(tmp_path)])
-    assert capsys.readouterr().out == "lcm-4 is left out: its adapter demo/generator_lcm is not there.\n"
-    (tmp_path / "demo" / "generator_lcm").mkdir(parents=True)
+    generate_quality.parse_arguments(["--settings", "adapter-4", "--classifier", str(tmp_path)])
+    assert capsys.readouterr().out == "adapter-4 is left out: its adapter demo/few_steps is not there.\n"
+    (tmp_path / "demo" / "few_steps").mkdir(parents=True)
     chosen, lacking = select_settings(None)
     assert chosen == list(SETTINGS) and lacking == []
 
@@ -137,7 +137,10 @@ def test_the_table_marks_what_is_taken_and_ends_with_real_images():
 
 
 def test_the_picture_names_every_line_and_point_of_both_panels(tmp_path):
-    results = [LOOP_RESULT, *(make_result(name, BY_NAME[name].num_steps / 4) for name in ("dpm-8", "dpm-6", "lcm-2"))]
+    results = [
+        LOOP_RESULT,
+        *(make_result(name, BY_NAME[name].num_steps / 4) for name in ("dpm-8", "dpm-6", "adapter-2")),
+    ]
     figure = draw_results(results, "Take dpm-8")
     for axis in figure.axes:
         texts = {text.get_text() for text in axis.texts}

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from diffusers.utils import convert_state_dict_to_diffusers
 from fashion_mnist import CLASS_NAMES, DEFAULT_IDX_DIR, GENERATOR_PART, read_idx
 from generator import PLAIN_PROMPT, Shapes, captions, cosine_schedule, cpu_name, encode
 from peft import LoraConfig
@@ -161,8 +160,7 @@ def main():
         (args.output_dir / "training_log.json").write_text(json.dumps({"settings": settings, "log": records}, indent=1))
 
     def save(unet):
-        state_dict = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-        half = {name: tensor.half() for name, tensor in state_dict.items()}
+        half = {name: tensor.half() for name, tensor in get_peft_model_state_dict(unet).items()}
         StableDiffusionPipeline.save_lora_weights(args.output_dir, unet_lora_layers=half)
 
     distil(pipe, latents, styles, shapes.labels, args, log, save)

@@ -262,6 +262,18 @@ def test_of_an_adapter_of_another_architecture_our_line_alone_is_said(lora_dir, 
     assert said == []
 
 
+def test_layers_that_a_file_of_mixed_names_leaves_out_are_counted(lora_dir, flags, caplog, recwarn):
+    def renamed(name: str) -> str:
+        return name.replace("lora_A", "lora.down").replace("lora_B", "lora.up") if "to_q" in name else name
+
+    save_file({renamed(name): value for name, value in load_file(lora_dir / WEIGHTS).items()}, lora_dir / WEIGHTS)
+    num_layers = sum("to_q.lora.down" in name for name in load_file(lora_dir / WEIGHTS))
+    main([*flags, "--lora", str(lora_dir)])
+    (line,) = {record.getMessage() for record in caplog.records if "--lora" in record.getMessage()}
+    assert f": left out of {num_layers} layers (" in line
+    assert not any("PEFT" in str(warning.message) for warning in recwarn)
+
+
 def test_an_adapter_of_the_hub_is_fused_in_every_process_of_a_launch(
     lora_dir, flags, local_hub, run_with_hub, tmp_path
 ):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from utils.cli.errors import UserError
 from utils.cli.options import absolute_if_local
+from utils.cli.processes import warn_once
 from utils.hub.repositories import Source, open_source
 from utils.style.families import OWN_SCHEDULER
 from utils.style.saved_pipelines import PROBLEMS
@@ -33,6 +35,7 @@ SAMPLING_VALUES = {
 }
 TEXT_LAYER = re.compile(r"attn2.to_k\W?(lora_A|lora_down|lora\.down|lora_linear_layer\.down)|attn2_to_k\.lora_down")
 MAX_LISTED = 8
+INCONSISTENT, LAYER_NAME = "an inconsistency was discovered", re.compile(r"'([\w.]+)'")  # of peft's warning
 
 
 @dataclass(frozen=True)
@@ -127,13 +130,15 @@ class LoraAdapter:
             ) from None
 
     def fuse(self, pipe) -> None:
-        """Add it to the weights of a pipeline.
+        """Add it to the weights of a pipeline, and warn where layers of it have names that are not taken.
 
         Raises:
             UserError: it does not fit the pipeline.
         """
         with self.source.reading(f"{self.filename} does not fit a {type(pipe).__name__}", also=PROBLEMS):
-            pipe.load_lora_weights(str(self.path.parent), weight_name=self.path.name)
+            with warnings.catch_warnings(record=True) as caught:
+                pipe.load_lora_weights(str(self.path.parent), weight_name=self.path.name)
+            self._pass_on(caught)
             if not pipe.get_list_adapters():
                 raise UserError(
                     f"{self.source.flag} {self.source.name}/{self.filename}: has no weights for any part of a "
@@ -141,6 +146,18 @@ class LoraAdapter:
                 )
             pipe.fuse_lora(lora_scale=self.scale)
             pipe.unload_lora_weights()
+
+    def _pass_on(self, caught: list[warnings.WarningMessage]) -> None:
+        """Say in one line what peft says in pages, that layers are left out; warn of all else as it is."""
+        for warning in caught:
+            if INCONSISTENT not in str(warning.message):
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+                continue
+            layers = LAYER_NAME.findall(str(warning.message))
+            warn_once(
+                f"{self.source.flag} {self.source.name}/{self.filename}: left out of {len(layers)} layers ("
+                f"{layers[0]}, ...), as the file mixes two ways of naming weights. Save it in one of them."
+            )
 
 
 def open_lora(value: str, revision: str | None, token: str | None) -> LoraAdapter:
