@@ -56,8 +56,8 @@ def write_photos(folder: Path, num_images: int, num_distinct: int | None = None)
 
     for split, number in {"train": num_images, "validation": 8, "test": NUM_TEST_IMAGES}.items():
         labels = [index % len(CLASS_NAMES) for index in range(number)]
-        rows = [(photo(label), label) for label in labels[:num_distinct]]
-        write_shard(folder, f"{split}-00000", [rows[index % len(rows)] for index in range(number)], CLASS_NAMES)
+        photos = [(photo(label), label) for label in labels[:num_distinct]]
+        write_shard(folder, f"{split}-00000", [photos[index % len(photos)] for index in range(number)], CLASS_NAMES)
     return folder
 
 

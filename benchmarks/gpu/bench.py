@@ -69,6 +69,7 @@ class Bench:
         if not folder.exists():
             unfinished = self.work_dir / f"pipeline-{self.part}"  # of a part that was ended, it stays unfinished
             save_pipeline(self.shape, unfinished, self.device, torch.bfloat16).rename(folder)
+            self.free_memory()
         return folder
 
     @cached_property
@@ -115,10 +116,15 @@ class Bench:
         # scripts that run in this process leave the state of their `Accelerator`
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
+        self.free_memory()
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def free_memory(self) -> None:
+        """Give back what this process holds of the device without need: commands that it runs have less otherwise."""
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
 
     def wait(self) -> float:
         """Return the time, once the device has done all that it was given."""

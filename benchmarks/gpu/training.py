@@ -1,11 +1,14 @@
 """Training on a GPU: a style token and classifiers, beside others' scripts, and memory against its count."""
 
+import os
 import shutil
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +51,8 @@ def dsi(bench: Bench) -> None:
     with bench.measuring("memory, as --dry_run foretells it"):
         bench.need(20)
         work_dir = bench.own_dir("forecast")
-        needs = train_dsi.main([*dsi_speed.ours(cases[0], work_dir)[2:], "--dry_run=True"])
+        with redirect_stdout(sys.stderr):
+            needs = train_dsi.main([*dsi_speed.ours(cases[0], work_dir)[2:], "--dry_run=True"])
         rate = "unknown" if needs["images_per_second"] is None else f"{needs['images_per_second']:.1f}"
         bench.tell(
             f"--dry_run of train_dsi.py, batch {cases[0].batch_size}", f"{gib(needs['needed_bytes'])} GiB with a "
@@ -94,7 +98,7 @@ def describe(child: Child) -> str:
 
 def classifiers(bench: Bench) -> None:
     """Train ResNet-18 and ViT-B/16 from JPEG with train_bridged.py, and with transformers' script where it is given."""
-    num_workers = 0 if bench.is_tiny else max(1, torch.get_num_threads() - 2)
+    num_workers = 0 if bench.is_tiny else max(1, len(os.sched_getaffinity(0)) - 2)
     cases = fine_tuning_cases.make_cases(
         bench.work_dir, bench.device, bench.is_tiny, num_workers, 8 if bench.is_tiny else NUM_DISTINCT
     )
@@ -113,7 +117,8 @@ def classifiers(bench: Bench) -> None:
         with bench.measuring(f"{case.name}, as --dry_run foretells it"):
             bench.need(15)
             argv = [*fine_tuning_speed.ours(case, bench.own_dir(f"{name}-forecast"))[2:], "--dry_run=True"]
-            needs = train_bridged.main(argv)
+            with redirect_stdout(sys.stderr):
+                needs = train_bridged.main(argv)
             bench.tell(f"{case.name}, --dry_run", f"{gib(needs['needed_bytes'])} GiB with a margin")
 
 
@@ -190,7 +195,6 @@ class GpuUse:
 def memory(bench: Bench) -> None:
     """Run a step of a token's training at several batch sizes; what the allocator gave out, and what was counted."""
     base_model = open_base_model(str(bench.pipeline_dir), "--pretrained_model_name_or_path")
-    accelerator = Accelerator(mixed_precision=bench.precision, cpu=not bench.is_cuda)
     for is_checkpointed in (False, True):
         arguments = train_dsi.TrainingArguments(gradient_checkpointing=is_checkpointed)
         for size in (1,) if bench.is_tiny else BATCH_SIZES:
@@ -198,24 +202,25 @@ def memory(bench: Bench) -> None:
             name = f"DSI step, batch {size}{', checkpointed' if is_checkpointed else ''}"
             step = partial(
                 forecast.time_training, base_model, run, partial(train_dsi.prepare_unet, training_args=arguments),
-                train_dsi.denoising_loss, accelerator,
+                train_dsi.denoising_loss,
             )  # fmt: skip
             count = partial(forecast.count_training, base_model, run, is_checkpointed, train_dsi.denoising_loss)
             compare_memory(bench, name, step, count)
     run = forecast.DsiRun(bench.shape.resolution, 1, bench.dtype)
     compare_memory(
-        bench, "VAE encoding, one image", partial(forecast.time_encoding, base_model, run, accelerator),
+        bench, "VAE encoding, one image", partial(forecast.time_encoding, base_model, run),
         partial(count_one_encoding, base_model, run),
     )  # fmt: skip
 
 
 def compare_memory(
-    bench: Bench, name: str, compute: Callable[[], float | None], count: Callable[[], forecast.Phase]
+    bench: Bench, name: str, compute: Callable[[Accelerator], float | None], count: Callable[[], forecast.Phase]
 ) -> None:
     """Compute something at its real size, and count it; `compute` returns images/s, None where memory is too small."""
     with bench.measuring(name):
         bench.need(8)
-        rate, phase = compute(), count()
+        rate = compute(Accelerator(mixed_precision=bench.precision, cpu=not bench.is_cuda))
+        phase = count()
         counted = phase.weights + phase.activations + phase.gradients + phase.optimizer
         if rate is None:
             raise LeftOutError(f"it does not fit; counted are {gib(counted)} GiB")
