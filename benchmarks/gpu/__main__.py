@@ -95,7 +95,7 @@ def run_all(args: argparse.Namespace, work_dir: Path, output_dir: Path, command:
         titles = {part.name: part.title for part in parts}
         write_report(output_dir / "gpu.md", read_lines(results_path), titles, intro)
 
-    budget = Budget(60 * args.minutes - SECONDS_TO_CLEAN_UP, started)
+    budget = Budget(60 * args.minutes - SECONDS_TO_CLEAN_UP, started, sum(part.share for part in parts))
     environment = {"TMPDIR": str(work_dir), "HF_HOME": str(work_dir / "hf-home"), "HF_HUB_OFFLINE": "1"}
     environment |= {"TORCHINDUCTOR_CACHE_DIR": str(work_dir / "compiled"), "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"} if args.device == "cpu" else {}

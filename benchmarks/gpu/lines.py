@@ -62,10 +62,10 @@ class Line:
 
 
 def append_line(path: Path, line: Line) -> None:
-    """Print a line, and add it to a JSON lines file, whole: the process may be ended at any time."""
-    print(f"[{line.part}] {line}", flush=True)
+    """Add a line to a JSON lines file, whole, then print it: the process may be ended at any time."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(line)) + "\n")
+    print(f"[{line.part}] {line}", flush=True)
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -87,10 +87,11 @@ def write_report(path: Path, lines: Sequence[Line], titles: dict[str, str], intr
 
 
 def _format_targets(lines: Sequence[Line]) -> str:
-    by_target = {line.target: line for line in lines if line.target is not None}
     rows = ["| | wanted | measured | |", "| --- | --- | --- | --- |"]
     for name, target in TARGETS.items():
-        line = by_target.get(name)
-        measured = target.describe(line.values[name]) if line else NOT_MEASURED
-        rows.append(f"| {target.title} | {target.describe()} | {measured} | {line and line.verdict or ''} |")
+        measured, verdict = NOT_MEASURED, ""
+        if own := [line for line in lines if line.target == name]:
+            worst = (max if target.is_upper else min)(own, key=lambda line, name=name: line.values[name])
+            measured, verdict = target.describe(worst.values[name]), worst.verdict or ""
+        rows.append(f"| {target.title} | {target.describe()} | {measured} | {verdict} |")
     return "\n".join(rows)

@@ -35,8 +35,8 @@ def lacks_disk(work_dir: Path, gib: float) -> str | None:
 class Part:
     """A function of `benchmarks.gpu` that takes a `Bench`, in a process of its own.
 
-    `share` is its part of the time, relative to the others'. It needs `modules`, and at full size
-    `gib_on_disk` in the working folder.
+    `share` is the most that it may take of the time limit. All together may be more than one: then the last parts may
+    have no time left. It needs `modules`, and at full size `gib_on_disk` in the working folder.
     """
 
     name: str
@@ -57,34 +57,35 @@ class Part:
 
 WITH_PIPELINE = {"modules": ("diffusers", "transformers"), "gib_on_disk": 4.0}
 PARTS = (
-    Part("machine", "surroundings", "Machine", 4),
-    Part("parity", "checks", "CPU against GPU, bfloat16 against float32", 10, **WITH_PIPELINE),
-    Part("generation", "drawing", "Generation beside a plain loop", 26, **WITH_PIPELINE),
-    Part("dsi", "training", "Learning a style token", 20, **WITH_PIPELINE),
-    Part("tests", "surroundings", "Tests that need a GPU", 6, ("pytest",)),
-    Part("small_cards", "checks", "Memory of smaller cards: what is halved", 10, **WITH_PIPELINE),
-    Part("classifiers", "training", "Classifiers from JPEG", 18, ("transformers",), 4.0),
-    Part("memory", "training", "Memory against its count", 8, **WITH_PIPELINE),
-    Part("resume", "checks", "Resuming", 5, ("diffusers", "transformers")),
-    Part("variants", "drawing", "Ways to draw", 20, **WITH_PIPELINE),
+    Part("machine", "surroundings", "Machine", 0.06),
+    Part("parity", "checks", "CPU against GPU, bfloat16 against float32", 0.14, **WITH_PIPELINE),
+    Part("generation", "drawing", "Generation beside a plain loop", 0.35, **WITH_PIPELINE),
+    Part("dsi", "training", "Learning a style token", 0.3, **WITH_PIPELINE),
+    Part("tests", "surroundings", "Tests that need a GPU", 0.1, ("pytest",)),
+    Part("small_cards", "checks", "Memory of smaller cards: what is halved", 0.15, **WITH_PIPELINE),
+    Part("classifiers", "training", "Classifiers from JPEG", 0.3, ("transformers",), 4.0),
+    Part("memory", "training", "Memory against its count", 0.12, **WITH_PIPELINE),
+    Part("resume", "checks", "Resuming", 0.08, ("diffusers", "transformers")),
+    Part("variants", "drawing", "Ways to draw", 0.3, **WITH_PIPELINE),
 )
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The time of the run. What a part leaves goes to all after it."""
+    """The time of the run. `shares` is the sum of its parts': where it is below one, each may take more."""
 
     seconds: float
     started: float
+    shares: float = 1.0
     clock: Callable[[], float] = time.time
 
     @property
     def left(self) -> float:
         return self.started + self.seconds - self.clock()
 
-    def limit(self, part: Part, later: list[Part]) -> float:
-        """Return the seconds that a part may take, before those that come `later`."""
-        return self.left * part.share / (part.share + sum(other.share for other in later))
+    def limit(self, part: Part) -> float:
+        """Return the seconds that a part may take."""
+        return min(self.left, self.seconds * part.share / min(1, self.shares))
 
 
 def run_parts(
@@ -95,9 +96,9 @@ def run_parts(
 
     `make_command` takes a part and the `time.time()` of its end.
     """
-    for number, part in enumerate(parts):
+    for part in parts:
         tell = partial(_tell, results_path, part)
-        limit = budget.limit(part, parts[number + 1 :])
+        limit = budget.limit(part)
         if (reason := part.lacks(work_dir, is_tiny)) is not None:
             tell("all", reason, LEFT_OUT)
         elif limit < MIN_SECONDS:

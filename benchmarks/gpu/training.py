@@ -29,7 +29,7 @@ from utils.style.base_models import open_base_model
 NUM_DISTINCT = 256  # photographs that are drawn; decoding them again takes as long as others
 WARMUP_SHARE = 0.2  # of the steps, in which the GPU's use does not count
 MILLISECONDS_BETWEEN_LOOKS = 100
-BATCH_SIZES = (1, 4, 8, 16)
+BATCH_SIZES = (4, 8, 16)
 
 
 def dsi(bench: Bench) -> None:
