@@ -6,21 +6,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import children
+from benchmarks import children, dsi_speed, fine_tuning_cases, fine_tuning_speed
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import lines as gpu_lines
 from benchmarks.gpu import parts as gpu_parts
+from benchmarks.gpu import training
 from benchmarks.gpu.bench import Bench, LeftOutError
 from benchmarks.gpu.checks import relative_error
 from benchmarks.gpu.lines import FAILED, LEFT_OUT, MEASURED, TARGETS, Line, append_line, read_lines, write_report
 from benchmarks.gpu.parts import PARTS, Budget, Part, run_parts
 from benchmarks.gpu.training import GpuUse
-from benchmarks.pipelines import TINY, save_pipeline
+from benchmarks.pipelines import TINY, Cost, save_pipeline
 
 WORKS, FAILS, HANGS = (
     "print('seen')",
@@ -218,10 +220,72 @@ def test_the_gpus_use_is_that_of_the_steps():
         GpuUse(is_cuda=False).idle_share(0, 1)
 
 
+THEIR_DSI = """
+import sys, time
+from tqdm import tqdm
+flags = dict(flag.removeprefix("--").split("=", 1) for flag in sys.argv[1:])
+assert flags["train_batch_size"] == "2", flags
+for _ in tqdm(range(int(flags["max_train_steps"])), desc="Steps", mininterval=0):
+    time.sleep(0.02)
+"""
+THEIR_TRAINER = """
+import json, pathlib, sys
+check_min_version("5.0.0") if False else None
+flags = dict(flag.removeprefix("--").split("=", 1) for flag in sys.argv[1:])
+folder = pathlib.Path(flags["output_dir"])
+folder.mkdir()
+(folder / "train_results.json").write_text(json.dumps({"train_runtime": 4.0}))
+"""
+
+
+def write_checkout(folder: Path, name: str, text: str) -> Path:
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text(text)
+    return folder
+
+
+def test_diffusers_script_is_run_from_its_checkout(bench, tmp_path):
+    cost, child = Cost(1, 1), children.Child(1.0, {"device": 0.0}, {})
+    case = dsi_speed.Case("", tmp_path, cost, tmp_path, tmp_path, 32, batch_size=2, measured_steps=10)
+    checkout = write_checkout(tmp_path / "checkout", dsi_speed.THEIR_SCRIPT, THEIR_DSI)
+    here = replace(bench, diffusers=checkout)
+    training.compare_dsi(here, case, (1000.0, child), is_first=True)
+    [line] = read_lines(bench.results_path)
+    assert 1000 / line.values["dsi_diffusers"] == pytest.approx(2 / 0.02, rel=0.3)
+    assert line.target == "dsi_diffusers"
+    with pytest.raises(LeftOutError, match="has no examples"):
+        training.compare_dsi(replace(bench, diffusers=tmp_path), case, None, is_first=True)
+
+
+def test_transformers_script_is_run_from_its_checkout(bench, tmp_path):
+    child = children.Child(1.0, {"device": 0.0}, {})
+    case = fine_tuning_cases.Case("ResNet", tmp_path, tmp_path, 8, 10, 0, 1e-3)
+    checkout = write_checkout(tmp_path / "checkout", fine_tuning_speed.THEIR_SCRIPT, THEIR_TRAINER)
+    training.compare_classifier(replace(bench, transformers=checkout), case, "resnet18", (30.0, child))
+    [line] = read_lines(bench.results_path)
+    assert line.values["resnet18_transformers"] == pytest.approx(30 / (8 * 10 / 4))
+    assert (line.target, line.verdict) == ("resnet18_transformers", "reached")
+
+
+def test_what_is_foretold_stands_beside_what_was_measured(bench):
+    child = children.Child(1.0, {"device": 2048.0}, {})
+
+    def main(argv: list[str]) -> dict:
+        assert argv == ["--a=1", "--dry_run=True"]
+        print("a table")
+        return {"needed_bytes": 3 * 2**30, "images_per_second": None}
+
+    training.compare_forecast(bench, "a", main, ["python", "script.py", "--a=1"], (7.0, child))
+    [line] = read_lines(bench.results_path)
+    assert line.text == "needs 3.0 GiB with its margin, unknown images/s; measured: 2.0 GiB, 7.0 images/s"
+
+
 def test_what_nvidia_smi_does_not_know_is_no_use():
     use = GpuUse(is_cuda=False)
-    use.read(["12\n", "[N/A]\n", "\n", "100\n"])
+    began = "2026/11/28 16:20:44.500"
+    use.read([f"{began}, 12\n", f"{began}, [N/A]\n", "\n", "no devices\n", "2026/11/28 16:21:44.750, 100\n"])
     assert [percent for _, percent in use.looks] == [12, 100]
+    assert use.looks[1][0] - use.looks[0][0] == pytest.approx(60.25)
 
 
 def test_a_bar_without_a_description_is_read():

@@ -117,14 +117,13 @@ class Bench:
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
         self.free_memory()
-        if self.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
 
     def free_memory(self) -> None:
-        """Give back what this process holds of the device without need: commands that it runs have less otherwise."""
+        """Give back what this process holds of the device without need, and begin to measure its peak from here."""
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def wait(self) -> float:
         """Return the time, once the device has done all that it was given."""

@@ -142,7 +142,7 @@ def classifier_step(bench: Bench) -> Callable[[str, torch.dtype], Results]:
 
     def compute(device: str, dtype: torch.dtype) -> Results:
         model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).to(device).train()
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(pixel_values=images.to(device)).logits
         loss = torch.nn.functional.cross_entropy(logits.float(), torch.arange(8, device=device))
         loss.backward()

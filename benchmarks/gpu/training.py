@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -37,31 +38,46 @@ def dsi(bench: Bench) -> None:
     cases = dsi_speed.gpu_cases(bench.work_dir, bench.is_tiny, bench.pipeline_dir)
     if bench.is_tiny:
         cases = [replace(cases[0], measured_steps=10)]
-    speeds = {}
+    measured = {}
     for case in cases:
         with bench.measuring(f"train_dsi.py, batch {case.batch_size}"):
             bench.need(20)
-            speeds[case] = time_dsi(bench, case, is_first=case == cases[0])
+            measured[case] = time_dsi(bench, case, is_first=case == cases[0])
     if bench.diffusers is None:
         bench.tell("diffusers' script", "--diffusers CHECKOUT is not given", "left out")
     for case in cases if bench.diffusers else []:
         with bench.measuring(f"diffusers' script, batch {case.batch_size}"):
             bench.need(30)
-            compare_dsi(bench, case, speeds.get(case), is_first=case == cases[0])
-    with bench.measuring("memory, as --dry_run foretells it"):
-        bench.need(20)
-        work_dir = bench.own_dir("forecast")
-        with redirect_stdout(sys.stderr):
-            needs = train_dsi.main([*dsi_speed.ours(cases[0], work_dir)[2:], "--dry_run=True"])
-        rate = "unknown" if needs["images_per_second"] is None else f"{needs['images_per_second']:.1f}"
-        bench.tell(
-            f"--dry_run of train_dsi.py, batch {cases[0].batch_size}", f"{gib(needs['needed_bytes'])} GiB with a "
-            f"margin, {rate} samples/s", **needs,
-        )  # fmt: skip
+            compare_dsi(bench, case, measured.get(case), is_first=case == cases[0])
+    for case in cases:
+        with bench.measuring(f"--dry_run of train_dsi.py, batch {case.batch_size}"):
+            bench.need(20)
+            argv = dsi_speed.ours(case, bench.own_dir(f"forecast-{case.batch_size}"))
+            compare_forecast(
+                bench, f"--dry_run of train_dsi.py, batch {case.batch_size}", train_dsi.main, argv, measured.get(case)
+            )
 
 
-def time_dsi(bench: Bench, case: dsi_speed.Case, is_first: bool) -> float:
-    """Return the samples/s of train_dsi.py. The first of several batch sizes is the default, and has the target."""
+def compare_forecast(
+    bench: Bench, name: str, main: Callable, command: list[str], measured: tuple[float, Child] | None
+) -> None:
+    """Say what `--dry_run` of a script foretells, beside the speed and the process that were measured."""
+    with redirect_stdout(sys.stderr):
+        needs = main([*command[2:], "--dry_run=True"])
+    rate = "unknown" if needs["images_per_second"] is None else f"{needs['images_per_second']:.1f}"
+    text = f"needs {gib(needs['needed_bytes'])} GiB with its margin, {rate} images/s"
+    if measured is not None:
+        speed, child = measured
+        device = f"{child.peaks['device'] / 1024:.1f} GiB, " if child.peaks["device"] else ""
+        text += f"; measured: {device}{speed:.1f} images/s"
+    bench.tell(name, text, needed_bytes=needs["needed_bytes"], images_per_second=needs["images_per_second"])
+
+
+def time_dsi(bench: Bench, case: dsi_speed.Case, is_first: bool) -> tuple[float, Child]:
+    """Return the samples/s of train_dsi.py, and its process.
+
+    The first of several batch sizes is the default, and has the target.
+    """
     work_dir, name = bench.own_dir(f"ours-{case.batch_size}"), f"train_dsi.py, batch {case.batch_size}"
     child = run_child(dsi_speed.ours(case, work_dir), work_dir / "ours.log", bench.environment)
     speed = case.samples_per_second(child, TRAINING_BAR)
@@ -69,19 +85,20 @@ def time_dsi(bench: Bench, case: dsi_speed.Case, is_first: bool) -> float:
     share = 100 * speed * case.cost.unet / bench.rate
     text = f"{share:.0f} % of {bench.rate / 1e12:.3g} TFLOP/s"
     bench.tell(f"{name}, of the matrix rate", text, target="dsi_share" if is_first else None, dsi_share=share)
-    return speed
+    return speed, child
 
 
-def compare_dsi(bench: Bench, case: dsi_speed.Case, speed: float | None, is_first: bool) -> None:
+def compare_dsi(bench: Bench, case: dsi_speed.Case, measured: tuple[float, Child] | None, is_first: bool) -> None:
     script = find_script(bench.diffusers, "--diffusers", dsi_speed.THEIR_SCRIPT)
     work_dir = bench.own_dir(f"theirs-{case.batch_size}")
     child = run_child(dsi_speed.theirs(script, case, work_dir), work_dir / "theirs.log", bench.environment)
     theirs = case.samples_per_second(child, dsi_speed.THEIR_BAR)
-    if speed is None:
+    if measured is None:
         raise LeftOutError(f"ours failed; theirs has {theirs:.1f} samples/s")
+    ratio = measured[0] / theirs
     bench.tell(
-        f"beside diffusers' script, batch {case.batch_size}", f"{speed / theirs:.2f} times its {theirs:.1f} samples/s; "
-        f"{describe(child)}", target="dsi_diffusers" if is_first else None, dsi_diffusers=speed / theirs,
+        f"beside diffusers' script, batch {case.batch_size}", f"{ratio:.2f} times its {theirs:.1f} samples/s; "
+        f"{describe(child)}", target="dsi_diffusers" if is_first else None, dsi_diffusers=ratio,
     )  # fmt: skip
 
 
@@ -104,29 +121,27 @@ def classifiers(bench: Bench) -> None:
     )
     for case in cases:
         name = "resnet18" if case == cases[0] else "vit_b16"
-        speed = None
+        measured = None
         with bench.measuring(case.name):
             bench.need(20)
-            speed = time_classifier(bench, case, name)
+            measured = time_classifier(bench, case, name)
         if bench.transformers is None:
             bench.tell(f"{case.name}, run_image_classification.py", "--transformers CHECKOUT is not given", "left out")
         else:
             with bench.measuring(f"{case.name}, beside run_image_classification.py"):
                 bench.need(25)
-                compare_classifier(bench, case, name, speed)
-        with bench.measuring(f"{case.name}, as --dry_run foretells it"):
+                compare_classifier(bench, case, name, measured)
+        with bench.measuring(f"{case.name}, --dry_run"):
             bench.need(15)
-            argv = [*fine_tuning_speed.ours(case, bench.own_dir(f"{name}-forecast"))[2:], "--dry_run=True"]
-            with redirect_stdout(sys.stderr):
-                needs = train_bridged.main(argv)
-            bench.tell(f"{case.name}, --dry_run", f"{gib(needs['needed_bytes'])} GiB with a margin")
+            argv = fine_tuning_speed.ours(case, bench.own_dir(f"{name}-forecast"))
+            compare_forecast(bench, f"{case.name}, --dry_run", train_bridged.main, argv, measured)
 
 
-def time_classifier(bench: Bench, case: fine_tuning_cases.Case, name: str) -> float:
-    """Return the images/s of train_bridged.py, and say how much of the time the GPU was idle."""
+def time_classifier(bench: Bench, case: fine_tuning_cases.Case, name: str) -> tuple[float, Child]:
+    """Return the images/s of train_bridged.py and its process, and say how much of the time the GPU was idle."""
     work_dir = bench.own_dir(name)
     with GpuUse(bench.is_cuda) as use:
-        started = time.perf_counter()
+        started = time.time()
         speed, child = fine_tuning_speed.train_ours(case, work_dir, bench.environment)
     bench.tell(case.name, f"{speed:.0f} images/s; {describe(child)}", images_per_second=speed, peaks=child.peaks)
     with bench.measuring(f"{case.name}, GPU idle"):
@@ -137,20 +152,23 @@ def time_classifier(bench: Bench, case: fine_tuning_cases.Case, name: str) -> fl
         bench.tell(f"{case.name}, GPU idle", f"{idle:.0f} % of the time, by nvidia-smi", target=target, **{
             f"{name}_idle": idle
         })  # fmt: skip
-    return speed
+    return speed, child
 
 
-def compare_classifier(bench: Bench, case: fine_tuning_cases.Case, name: str, speed: float | None) -> None:
+def compare_classifier(
+    bench: Bench, case: fine_tuning_cases.Case, name: str, measured: tuple[float, Child] | None
+) -> None:
     script = find_script(bench.transformers, "--transformers", fine_tuning_speed.THEIR_SCRIPT)
     work_dir = bench.own_dir(f"{name}-theirs")
     script, _ = fine_tuning_speed.current_copy(script, work_dir)
     theirs, child = fine_tuning_speed.train_theirs(script, case, work_dir, bench.environment)
-    if speed is None:
+    if measured is None:
         raise LeftOutError(f"ours failed; theirs has {theirs:.0f} images/s")
+    ratio = measured[0] / theirs
     bench.tell(
-        f"{case.name}, beside run_image_classification.py", f"{speed / theirs:.2f} times its {theirs:.0f} images/s; "
+        f"{case.name}, beside run_image_classification.py", f"{ratio:.2f} times its {theirs:.0f} images/s; "
         f"{describe(child)}", target="resnet18_transformers" if name == "resnet18" else None,
-        **{f"{name}_transformers": speed / theirs},
+        **{f"{name}_transformers": ratio},
     )  # fmt: skip
 
 
@@ -158,7 +176,7 @@ class GpuUse:
     """What nvidia-smi says of a GPU, several times a second: in how much of the time kernels ran on it."""
 
     def __init__(self, is_cuda: bool):
-        self.looks: list[tuple[float, float]] = []  # `time.perf_counter()`, per cent
+        self.looks: list[tuple[float, float]] = []  # `time.time()`, per cent
         self.process = None
         self.reason = None if is_cuda else "there is no GPU"
         if is_cuda and shutil.which("nvidia-smi") is None:
@@ -166,8 +184,9 @@ class GpuUse:
 
     def __enter__(self) -> "GpuUse":
         if self.reason is None:
-            command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0"]
-            command.append(f"--loop-ms={MILLISECONDS_BETWEEN_LOOKS}")
+            device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0] or "0"
+            command = ["nvidia-smi", "--query-gpu=timestamp,utilization.gpu", "--format=csv,noheader,nounits"]
+            command += [f"--id={device}", f"--loop-ms={MILLISECONDS_BETWEEN_LOOKS}"]
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             threading.Thread(target=self.read, args=[self.process.stdout], daemon=True).start()
         return self
@@ -178,9 +197,12 @@ class GpuUse:
             self.process.wait()
 
     def read(self, lines) -> None:
+        """Read lines such as `2026/11/28 16:20:44.123, 37`."""
         for line in lines:
-            if line.strip().isdecimal():  # else "[N/A]", or an error
-                self.looks.append((time.perf_counter(), float(line)))
+            moment, _, percent = line.partition(",")
+            if percent.strip().isdecimal():  # else "[N/A]", or an error
+                seconds = datetime.strptime(moment.strip(), "%Y/%m/%d %H:%M:%S.%f").timestamp()
+                self.looks.append((seconds, float(percent)))
 
     def idle_share(self, start: float, end: float) -> float:
         """Return the per cent of the time between two moments in which no kernel ran."""
