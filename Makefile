@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install test soak bench local-hub demo demo-full reproduce check-recipes quality generator clean-demo
+.PHONY: help install test soak bench bench-gpu local-hub demo demo-full reproduce check-recipes quality generator clean-demo
 
 help:
 	@echo "make install    .venv with everything (PYTHON=python3.12 to choose; 3.11 or newer)"
@@ -16,6 +16,8 @@ help:
 	@echo "make soak       the checks that take too long for it"
 	@echo "make bench      speed and memory of the scripts, into benchmarks/*.md; DIFFUSERS=<checkout> compares"
 	@echo "                train_dsi.py, TRANSFORMERS=<checkout> train_bridged.py with the example scripts there"
+	@echo "make bench-gpu  all that is worth knowing on a machine with a CUDA GPU, in MINUTES=8, into benchmarks/gpu.md;"
+	@echo "                DIFFUSERS and TRANSFORMERS as above"
 	@echo "make local-hub  a Hugging Face Hub on this machine, to try --push_to_hub without network"
 	@echo "make quality    ruff: lint and format"
 	@echo "make generator  train the demo's generator again (about an hour; needs Debian's dataset-fashion-mnist)"
@@ -52,6 +54,10 @@ ifdef TRANSFORMERS
 else
 	@echo "Left out: the speed beside transformers' own script; make bench TRANSFORMERS=<checkout of transformers>."
 endif
+
+bench-gpu: install
+	$(BIN)/python -m benchmarks.gpu --minutes $(or $(MINUTES),8) $(if $(DIFFUSERS),--diffusers $(DIFFUSERS)) \
+		$(if $(TRANSFORMERS),--transformers $(TRANSFORMERS))
 
 local-hub: install
 	$(BIN)/python -m tests.local_hub

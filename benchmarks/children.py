@@ -14,7 +14,8 @@ import torch
 
 from utils.cli.threads import WAIT_POLICY
 
-BAR = re.compile(r"([^\r\n:|]+): +\d+%\|[^|]*\| +(\d+)/(\d+) ")
+# a bar without a description, such as the Trainer's, is that of ""
+BAR = re.compile(r"(?:([^\r\n:|]+): +)?\d+%\|[^|]*\| +(\d+)/(\d+) ")
 MEMORY_FIELDS = ("VmHWM", "RssAnon", "RssFile")
 SECONDS_BETWEEN_LOOKS = 0.05
 

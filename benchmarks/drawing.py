@@ -30,16 +30,17 @@ class Case:
     guidance_scale: float
     mixed_precision: str = "no"
     images_per_shard: int = 1_000
+    image_format: str = "png"
 
     @property
     def num_images(self) -> int:
         return self.num_images_per_class * len(NOUNS)
 
     def our_command(self, work_dir: Path, num_processes: int = 1, **flags) -> list[str]:
-        """Return a command that draws the set into `work_dir`/set, with the pipeline's own scheduler, as PNG."""
+        """Return a command that draws the set into `work_dir`/set, with the pipeline's own scheduler."""
         flags |= self._shared_flags(work_dir) | {
             "pretrained_model_name_or_path": self.pipeline_dir, "output_dir": work_dir / "set", "scheduler": "default",
-            "image_format": "png", "images_per_shard": self.images_per_shard,
+            "images_per_shard": self.images_per_shard,
         }  # fmt: skip
         python, *command = python_command(SCRIPT, flags)
         if num_processes == 1:
@@ -58,6 +59,7 @@ class Case:
             "class_names_file": names, "num_images_per_class": self.num_images_per_class,
             "batch_size": self.batch_size, "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale, "mixed_precision": self.mixed_precision,
+            "image_format": self.image_format,
         }  # fmt: skip
 
 
@@ -70,10 +72,10 @@ def demo_case(num_images_per_class: int) -> Case:
     )  # fmt: skip
 
 
-def sd15_case(num_images_per_class: int, work_dir: Path) -> Case:
-    """Return random weights of Stable Diffusion 1.5's sizes."""
+def sd15_case(num_images_per_class: int, work_dir: Path, pipeline_dir: Path | None = None) -> Case:
+    """Return random weights of Stable Diffusion 1.5's sizes, of `pipeline_dir` or written into `work_dir`."""
     return Case(
-        "Size of Stable Diffusion 1.5, 512 px, bfloat16", save_pipeline(SD15, work_dir / "pipeline"),
+        "Size of Stable Diffusion 1.5, 512 px, bfloat16", pipeline_dir or save_pipeline(SD15, work_dir / "pipeline"),
         num_images_per_class, batch_size=16, num_inference_steps=25, guidance_scale=3.0, mixed_precision="bf16",
     )  # fmt: skip
 

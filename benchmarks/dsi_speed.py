@@ -82,9 +82,10 @@ def cpu_cases(work_dir: Path) -> list[Case]:
     ]  # fmt: skip
 
 
-def gpu_cases(work_dir: Path, small: bool) -> list[Case]:
+def gpu_cases(work_dir: Path, small: bool, pipeline_dir: Path | None = None) -> list[Case]:
+    """Return the cases of a GPU, with the weights of `pipeline_dir` where it is given."""
     shape, batch_sizes = (TINY, (2, 4)) if small else (SD15, (8, 16))
-    pipeline_dir, cost = save_pipeline(shape, work_dir / "pipeline"), shape.cost()
+    pipeline_dir, cost = pipeline_dir or save_pipeline(shape, work_dir / "pipeline"), shape.cost()
     parquet_dir = write_textures(work_dir / "set", 64, shape.resolution)
     flat_dir = write_flat_folder(parquet_dir, work_dir / "flat")
     return [

@@ -37,8 +37,11 @@ class Case:
     bf16: bool = False
 
 
-def write_photos(folder: Path, num_images: int) -> Path:
-    """Write a labelled parquet set of JPEGs with the weight of photographs, whose stripes' direction is the class."""
+def write_photos(folder: Path, num_images: int, num_distinct: int | None = None) -> Path:
+    """Write a labelled parquet set of JPEGs with the weight of photographs, whose stripes' direction is the class.
+
+    With `num_distinct`, a multiple of the number of classes, as many are drawn and then come again.
+    """
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[: IMAGE_SIZE[1], : IMAGE_SIZE[0]]
 
@@ -53,7 +56,8 @@ def write_photos(folder: Path, num_images: int) -> Path:
 
     for split, number in {"train": num_images, "validation": 8, "test": NUM_TEST_IMAGES}.items():
         labels = [index % len(CLASS_NAMES) for index in range(number)]
-        write_shard(folder, f"{split}-00000", [(photo(label), label) for label in labels], CLASS_NAMES)
+        photos = [(photo(label), label) for label in labels[:num_distinct]]
+        write_shard(folder, f"{split}-00000", [photos[index % len(photos)] for index in range(number)], CLASS_NAMES)
     return folder
 
 
@@ -73,17 +77,20 @@ def save_model(folder: Path, architecture: str) -> Path:
     return folder
 
 
-def make_cases(work_dir: Path, device: str, small: bool, num_workers: int) -> list[Case]:
+def make_cases(
+    work_dir: Path, device: str, small: bool, num_workers: int, num_distinct: int | None = None
+) -> list[Case]:
+    """Return the cases of a device; `num_distinct` is that of `write_photos`."""
     if small:
-        images_dir = write_photos(work_dir / "images", 64)
+        images_dir = write_photos(work_dir / "images", 64, num_distinct)
         model_dir = save_model(work_dir / "tiny", "tiny")
         return [Case("A test's size, 64 px, batch 8", model_dir, images_dir, 8, 8, num_workers, 1e-3)]
     if device == "cpu":
-        images_dir = write_photos(work_dir / "images", 640)
+        images_dir = write_photos(work_dir / "images", 640, num_distinct)
         model_dir = save_model(work_dir / "resnet18", "resnet18")
         name = f"ResNet-18, 224 px, batch 32, float32, {num_workers} loader workers"
         return [Case(name, model_dir, images_dir, 32, 40, num_workers, 1e-3)]
-    images_dir = write_photos(work_dir / "images", 8_192)
+    images_dir = write_photos(work_dir / "images", 8_192, num_distinct)
     return [
         Case(
             f"{title}, 224 px, batch 128, bfloat16, {num_workers} loader workers",

@@ -112,18 +112,28 @@ def judge(model_dir: Path, case: Case) -> float:
     return classification_metrics(logits, labels)["accuracy"]
 
 
-def run_ours(case: Case, work_dir: Path, environment: dict[str, str]) -> Run:
+def train_ours(case: Case, work_dir: Path, environment: dict[str, str]) -> tuple[float, Child]:
+    """Train with our script into `work_dir`/ours; return images/s and the process."""
     child = run_child(ours(case, work_dir / "ours"), work_dir / "ours.log", environment)
     results = json.loads((work_dir / "ours" / "all_results.json").read_text())
-    rate = results["vanilla_images_seen"] / results["vanilla_seconds"]
+    return results["vanilla_images_seen"] / results["vanilla_seconds"], child
+
+
+def run_ours(case: Case, work_dir: Path, environment: dict[str, str]) -> Run:
+    rate, child = train_ours(case, work_dir, environment)
     return Run(rate, judge(work_dir / "ours", case), child)
 
 
-def run_theirs(script: Path, case: Case, work_dir: Path, environment: dict[str, str]) -> Run:
+def train_theirs(script: Path, case: Case, work_dir: Path, environment: dict[str, str]) -> tuple[float, Child]:
+    """Train with their script into `work_dir`/theirs; return images/s and the process."""
     child = run_child(theirs(script, case, work_dir / "theirs"), work_dir / "theirs.log", environment)
     results = json.loads((work_dir / "theirs" / "train_results.json").read_text())
     # both sets are whole batches, so all steps have as many images
-    rate = case.num_steps * case.batch_size / results["train_runtime"]
+    return case.num_steps * case.batch_size / results["train_runtime"], child
+
+
+def run_theirs(script: Path, case: Case, work_dir: Path, environment: dict[str, str]) -> Run:
+    rate, child = train_theirs(script, case, work_dir, environment)
     return Run(rate, judge(work_dir / "theirs", case), child)
 
 

@@ -8,9 +8,9 @@ import torch
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
-def matrix_rate(device: str, mixed_precision: str) -> float:
+def matrix_rate(device: str, mixed_precision: str, size: int | None = None) -> float:
     """Return the operations per second of a large matrix product, the median of several."""
-    size, dtype = MATRIX_SIZE[device], torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+    size, dtype = size or MATRIX_SIZE[device], torch.bfloat16 if mixed_precision == "bf16" else torch.float32
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(12):

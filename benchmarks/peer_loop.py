@@ -1,4 +1,4 @@
-"""What every peer does to draw a labelled image set: a loop over classes, a call a batch, PNG files in class folders.
+"""What every peer does to draw a labelled image set: a loop over classes, a call a batch, image files in class folders.
 
     python benchmarks/peer_loop.py --pipeline_dir demo/generator --class_names_file names.txt --output_dir images
 
@@ -26,7 +26,9 @@ def main(argv=None):
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--image_format", choices=["png", "jpeg"], default="png")
     args = parser.parse_args(argv)
+    options = {"quality": 95} if args.image_format == "jpeg" else {}
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     pipe = StableDiffusionPipeline.from_pretrained(args.pipeline_dir, dtype=dtype)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,7 +44,7 @@ def main(argv=None):
                     num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
                 ).images  # fmt: skip
                 for number, image in enumerate(images, start):
-                    image.save(folder / f"{number:06d}.png")
+                    image.save(folder / f"{number:06d}.{args.image_format}", **options)
                 bar.update(len(images))
 
 

@@ -111,12 +111,18 @@ TINY = Shape(32, (16, 32), (8, 16), norm_num_groups=8, text_width=32, text_layer
 QUICK = Shape(64, (8, 8), (4, 4, 4, 8), norm_num_groups=4, text_width=32, text_layers=1, text_heads=2, prompt_length=24)
 
 
-def save_pipeline(shape: Shape, folder: Path) -> Path:
-    """Write a pipeline of random float32 weights, always the same ones."""
+def save_pipeline(shape: Shape, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Path:
+    """Write a pipeline of random weights, on one kind of device always the same ones, which is where they are drawn.
+
+    U-Net and VAE are `dtype`; the text encoder is float32, as diffusers' script trains it in the precision of its file.
+    """
     torch.manual_seed(0)
     tokenizer = load_tokenizer(shape, folder)
+    with torch.device(device):
+        vae, unet = shape.build_vae().to(dtype), shape.build_unet().to(dtype)
+        text_encoder = shape.build_text_encoder(tokenizer)
     StableDiffusionPipeline(
-        vae=shape.build_vae(), unet=shape.build_unet(), text_encoder=shape.build_text_encoder(tokenizer),
+        vae=vae, unet=unet, text_encoder=text_encoder,
         tokenizer=tokenizer, scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip

@@ -93,19 +93,19 @@ def count_training(base_model: BaseModel, run: DsiRun, is_checkpointed: bool, co
     )  # fmt: skip
 
 
-def count_encoding(base_model: BaseModel, run: DsiRun) -> Phase:
-    """Return the memory of encoding a batch of images, which a full latent cache makes needless."""
+def count_encoding(base_model: BaseModel, run: DsiRun, num_images: int = BATCH_SIZE) -> Phase:
+    """Return the memory of encoding `num_images` at a time, which a full latent cache makes needless."""
     with torch.device("meta"):
         vae = build_vae(base_model)
 
     def encode() -> list:
-        pixel_values = torch.zeros(BATCH_SIZE, vae.config.in_channels, run.resolution, run.resolution)
+        pixel_values = torch.zeros(num_images, vae.config.in_channels, run.resolution, run.resolution)
         copies = [pixel_values, pixel_values.flip(-1)][: run.num_copies]
         return [vae.encode(copy).latent_dist for copy in copies]
 
     weights = weight_bytes(vae)
     with without_values(vae):
-        return Phase(f"encoding, {BATCH_SIZE} images at a time", weights, count_forward(encode))
+        return Phase(f"encoding, {num_images} images at a time", weights, count_forward(encode))
 
 
 def count_pictures(base_model: BaseModel, run: DsiRun, other_weights: int) -> Phase:
