@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,21 @@ def test_a_signal_ends_a_script_cleanly_and_a_second_one_does_not_disturb(number
     assert output == "cleaned up\n"
     assert messages == "\n-c: interrupted. Go on with: the command\n"  # below a progress bar
     assert child.returncode == 128 + number
+
+
+def test_a_forked_process_ends_at_its_pools_signal_where_an_exception_would_get_lost():
+    with graceful_interrupt(lambda: ""):
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:
+            try:
+                os.write(writer, b"forked")
+                time.sleep(60)
+            finally:
+                os._exit(0)  # what raises here is lost
+        os.read(reader, 6)
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
 
 
 def test_handlers_are_what_they_were_afterwards():

@@ -43,10 +43,13 @@ def graceful_interrupt(advice: Callable[[], str]) -> Iterator[None]:
     """Turn SIGINT or SIGTERM within the block into `Interrupted` with `advice()` as its message.
 
     Those that follow at once are ignored: `accelerate launch` sends its processes SIGTERM after the SIGINT of a Ctrl-C.
+    A process that was forked within the block ends at SIGTERM, as its pool expects.
     """
-    received = []
+    received, owner = [], os.getpid()
 
     def interrupt(signal_number: int, _) -> None:
+        if signal_number == signal.SIGTERM and os.getpid() != owner:
+            os._exit(128 + signal_number)  # an exception can get lost, and its pool would wait for ever
         received.append((signal_number, time.monotonic()))
         if received[-1][1] - received[0][1] > SECONDS_TO_END or len(received) == 1:
             raise KeyboardInterrupt  # once more where the first got lost, as it does in a destructor
