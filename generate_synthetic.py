@@ -303,8 +303,12 @@ def choose_sampling(sources: Sources, sampling_args: SamplingArguments, given: s
     return line
 
 
-def print_notes(sources: Sources, labels: tuple[int, ...], findings: list, given: set[str]) -> None:
-    """Print what to know before images are drawn: odd class names, those left out."""
+def print_notes(
+    sources: Sources, labels: tuple[int, ...], findings: list, given: set[str], sampling_note: str
+) -> None:  # fmt: skip
+    """Print what to know before images are drawn: how they are sampled, odd class names, those left out."""
+    if sampling_note:
+        print(f"{sampling_note}.")
     print_findings(findings)
     if "exclude_classes" in given and "classes" not in given:
         left_out = [name for label, name in enumerate(sources.class_names) if label not in labels]
@@ -378,9 +382,7 @@ def main(argv=None) -> dict:
     check_prompts_fit(sources.generator, prompts.longest(), *sources.placeholder, prompts.flag)
     report_quality = open_quality_report(output_args, sources.real_images, source_args.learned_embeds, hub_token)
     if accelerator.is_main_process:
-        if sampling_note:
-            print(f"{sampling_note}.")
-        print_notes(sources, labels, findings, given)
+        print_notes(sources, labels, findings, given, sampling_note)
         if prompt_args.write_class_names is not None:
             write_class_names(prompt_args.write_class_names, sources.class_names, sources.prompt_nouns, findings)
     if output_args.dry_run:

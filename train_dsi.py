@@ -399,6 +399,27 @@ def train(steps, denoiser, state, monitor, accelerator, training_args: TrainingA
                 break
 
 
+def open_monitor(
+    accelerator, folder, state, denoiser, images, held_out_latents, nouns: list[str], words: dict,
+    training_args: TrainingArguments, monitoring_args: MonitoringArguments,
+):  # fmt: skip
+    """Return what the training loop reports to.
+
+    Measured and drawn on the way, and now with the untrained token, are always the same images, noise and classes.
+    """
+    from utils.style.monitor import BeforeAfter, HealthCheck, Monitor
+
+    num_columns = monitoring_args.num_validation_images if accelerator.is_main_process else 0
+    return Monitor(
+        accelerator, folder, state, HealthCheck(denoiser, images, held_out_latents, training_args.train_batch_size),
+        BeforeAfter(denoiser, images.real.train, nouns, num_columns) if num_columns else None,
+        learning_rate=training_args.learning_rate, max_train_steps=training_args.max_train_steps,
+        validation_steps=monitoring_args.validation_steps, checkpointing_steps=monitoring_args.checkpointing_steps,
+        checkpoints_total_limit=monitoring_args.checkpoints_total_limit, words=words,
+        early_stopping=training_args.early_stopping,
+    )  # fmt: skip
+
+
 def show_needs(groups: list, base_model, real_images, templates: list[str]) -> dict:
     """Print what the run needs, for `--dry_run`, and return it; its real images are loaded, and nothing is written.
 
@@ -467,7 +488,6 @@ def main(argv: Sequence[str] | None = None) -> dict:
     import torch
 
     from utils.style.checkpoints import TrainingState, find_checkpoint
-    from utils.style.monitor import BeforeAfter, HealthCheck, Monitor
     from utils.style.style_images import load_latents, load_style_images
     from utils.style.token import (
         Denoiser,
@@ -511,16 +531,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         inputs=prompt_ids.key(latents_key), base_model=base_model.identity, images_per_step=steps.images_per_step,
         micro_batching=divide_steps(unet, training_args),
     )  # fmt: skip
-    # measured and drawn on the way, and now with the untrained token: always the same images, noise and classes
-    num_columns = monitoring_args.num_validation_images if accelerator.is_main_process else 0
-    monitor = Monitor(
-        accelerator, folder, state, HealthCheck(denoiser, images, held_out_latents, training_args.train_batch_size),
-        BeforeAfter(denoiser, images.real.train, nouns, num_columns) if num_columns else None,
-        learning_rate=training_args.learning_rate, max_train_steps=training_args.max_train_steps,
-        validation_steps=monitoring_args.validation_steps, checkpointing_steps=monitoring_args.checkpointing_steps,
-        checkpoints_total_limit=monitoring_args.checkpoints_total_limit, words=words,
-        early_stopping=training_args.early_stopping,
-    )  # fmt: skip
+    monitor = open_monitor(
+        accelerator, folder, state, denoiser, images, held_out_latents, nouns, words, training_args, monitoring_args
+    )
     with folder.working(command := public_command("train_dsi.py", argv)):
         monitor.begin(checkpoint)
         train(steps, trained, state, monitor, accelerator, training_args)

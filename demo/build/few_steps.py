@@ -17,7 +17,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from fashion_mnist import CLASS_NAMES, DEFAULT_IDX_DIR, GENERATOR_PART, read_idx
-from generator import PLAIN_PROMPT, Shapes, captions, cosine_schedule, cpu_name, encode
+from generator import PLAIN_PROMPT, Shapes, averaged, captions, cosine_schedule, cpu_name, encode, take_step
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from styles import STYLE_NAMES
@@ -126,19 +126,12 @@ def distil(pipe, latents, styles, labels, args, log, save):
             target = way.step(target, velocity, point, point - 1)
         model_pred = unet(noisy, way.timesteps[start], embeddings).sample
         loss = F.mse_loss(model_pred, way.velocity_between(noisy, target, start, start - per_step))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        lr_scheduler.step()
-        ema.step(parameters)
+        take_step(loss, parameters, optimizer, lr_scheduler, ema)
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if step % 100 == 0 or step == args.max_train_steps:
             log(step=step, loss=round(running, 6), seconds=round(time.time() - started, 1))
-            ema.store(parameters)
-            ema.copy_to(parameters)
-            save(unet)
-            ema.restore(parameters)
+            with averaged(parameters, ema):
+                save(unet)
 
 
 def main():

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -76,6 +77,25 @@ def cosine_schedule(optimizer, num_steps, num_warmup_steps=100):
     return torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], [num_warmup_steps])
 
 
+def take_step(loss, parameters, optimizer, lr_scheduler, ema):
+    """Take a step down the gradient, cut to length 1, and add the weights to their moving average."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    lr_scheduler.step()
+    ema.step(parameters)
+
+
+@contextmanager
+def averaged(parameters, ema):
+    """Give the parameters their moving average within the block."""
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    yield
+    ema.restore(parameters)
+
+
 def train_vae(shapes, num_steps, batch_size, log):
     """Train the autoencoder (32 x 32 x 3 to 8 x 8 x 8); object and background colours are drawn independently."""
     vae = AutoencoderKL(
@@ -102,12 +122,7 @@ def train_vae(shapes, num_steps, batch_size, log):
         edge_loss = sum(edge.abs().mean() for edge in edges(error))
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         loss = error.square().mean() + 0.05 * error.abs().mean() + 0.05 * edge_loss + 1e-5 * kl
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        lr_scheduler.step()
-        ema.step(parameters)
+        take_step(loss, parameters, optimizer, lr_scheduler, ema)
         if step % 250 == 0:
             log(part="vae", step=step, loss=loss.item(), psnr=psnr(pixel_values, reconstruction), start=started)
     ema.copy_to(parameters)
@@ -223,20 +238,13 @@ def train_denoiser(latents, styles, labels, vae, work_dir, num_steps, batch_size
             noise_scheduler.add_noise(clean, noise, timesteps), timesteps, text_encoder(input_ids).last_hidden_state
         ).sample
         loss = F.mse_loss(model_pred, noise_scheduler.get_velocity(clean, noise, timesteps))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        lr_scheduler.step()
-        ema.step(parameters)
+        take_step(loss, parameters, optimizer, lr_scheduler, ema)
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if step % 100 == 0:
             log(part="unet", step=step, loss=running, start=started)
         if step % 500 == 0 or step == num_steps:
-            ema.store(parameters)
-            ema.copy_to(parameters)
-            save(vae, text_encoder, tokenizer, unet, noise_scheduler)
-            ema.restore(parameters)
+            with averaged(parameters, ema):
+                save(vae, text_encoder, tokenizer, unet, noise_scheduler)
 
 
 def main():
