@@ -53,7 +53,7 @@ METHOD = (
 def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[Setting]]:
     """Return the arguments, and the settings that can be drawn; those that cannot are told."""
     parser = make_parser(__doc__)
-    parser.add_argument("--style_tokens", help="trained ones, '{seed}' for the seed; trained here when not given")
+    parser.add_argument("--style_tokens", help="folders of style tokens, '{seed}' for the seed (default: train them)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", help="names of rows; the loop's is always there (default: all)")
     parser.add_argument("--num_images_per_class", type=int, default=60)

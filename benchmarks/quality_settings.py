@@ -173,7 +173,7 @@ def describe_choice(results: list[Result]) -> tuple[str, str]:
     )
     if chosen == loop:
         answer = f"**Stay with the loop's setting** (`{shlex.join(LOOP.words)}`)."
-        return answer, f"There is no faster one among the {len(results) - 1} others {rule}."
+        return answer, f"Among the {len(results) - 1} others no faster one was found {rule}."
     answer = (
         f"**Take `{shlex.join(chosen.setting.words)}`**: {chosen.speed:.1f} times the plain loop's images/s, at an "
         f"accuracy of {chosen.accuracy:.1f} % ({chosen.gain} points against the loop's setting) and a Frechet distance "

@@ -7,7 +7,7 @@ from torch import nn
 from utils.cli.memory import MicroBatching, try_in_memory
 from utils.cli.precision import allow_tf32, device_precision
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU found")]
 
 
 def test_after_an_attempt_that_ran_out_of_memory_what_it_held_is_free():

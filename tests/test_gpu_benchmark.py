@@ -306,7 +306,7 @@ def test_a_pipeline_is_saved_in_half_precision_but_for_its_text_encoder(tmp_path
 
 @pytest.mark.parametrize(
     ("argv", "message"),
-    [(["--device", "cpu"], "add --tiny"), (["--parts", "nothing"], "invalid choice"), ([], "there is no CUDA GPU")],
+    [(["--device", "cpu"], "add --tiny"), (["--parts", "nothing"], "invalid choice"), ([], "no CUDA GPU found")],
 )  # fmt: skip
 def test_what_cannot_be_run_is_one_line(argv, message, capsys, monkeypatch):
     monkeypatch.setattr(command, "has_gpu", lambda: False)
@@ -330,16 +330,17 @@ def start(*flags, temporary: Path) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def test_the_cpu_form_measures_and_leaves_nothing_behind(tmp_path):
+@pytest.mark.parametrize(
+    "parts", [["machine", "parity"], pytest.param(["machine", "parity", "variants"], marks=pytest.mark.soak)]
+)
+def test_the_cpu_form_measures_and_leaves_nothing_behind(parts, tmp_path):
     (tmp_path / "tmp").mkdir()
-    process = start(
-        "--parts", "machine", "parity", "variants", "--output_dir", str(tmp_path / "out"), temporary=tmp_path / "tmp"
-    )
+    process = start("--parts", *parts, "--output_dir", str(tmp_path / "out"), temporary=tmp_path / "tmp")
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     lines = read_lines(tmp_path / "out" / "gpu.jsonl")
     assert [line for line in lines if line.status == FAILED] == []
-    assert {line.part for line in lines} == {"machine", "parity", "variants"}
+    assert {line.part for line in lines} == set(parts)
     parity = {line.name: line.values["parity"] for line in lines if line.target == "parity"}
     assert set(parity) == {f"{step} step, CPU against cpu in float32" for step in ("DSI", "sampling", "classifier")}
     assert max(parity.values()) < 1e-6

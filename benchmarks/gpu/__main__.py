@@ -49,7 +49,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu: would take hours; add --tiny.")
     if args.device == "cuda" and args.part is None and not has_gpu():
-        parser.error("--device cuda: there is no CUDA GPU; --device cpu --tiny tries the run without.")
+        parser.error("--device cuda: no CUDA GPU found; --device cpu --tiny tries the run without.")
     return args
 
 

@@ -178,7 +178,7 @@ class GpuUse:
     def __init__(self, is_cuda: bool):
         self.looks: list[tuple[float, float]] = []  # `time.time()`, per cent
         self.process = None
-        self.reason = None if is_cuda else "there is no GPU"
+        self.reason = None if is_cuda else "no GPU found"
         if is_cuda and shutil.which("nvidia-smi") is None:
             self.reason = "nvidia-smi is not there"
 

@@ -107,7 +107,13 @@ def test_what_was_chosen_is_said_and_recorded_and_nothing_else_is(machine, tmp_p
     assert told("cpu") == []
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+# each script is a process that imports all it needs; one that trains and one that draws are the short form
+IN_SHORT = ("train_dsi", "generate_synthetic")
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=[] if name in IN_SHORT else pytest.mark.soak) for name in SCRIPTS]
+)
 def test_threads_of_every_script_sleep_while_they_wait(script):
     """OpenMP says with which values it was loaded, which is when it reads them: passive threads never spin."""
     environment = {key: value for key, value in os.environ.items() if key not in (WAIT_POLICY, NUM_THREADS)}

@@ -274,6 +274,7 @@ def test_layers_that_a_file_of_mixed_names_leaves_out_are_counted(lora_dir, flag
     assert not any("PEFT" in str(warning.message) for warning in recwarn)
 
 
+@pytest.mark.soak  # the short forms: an adapter of a repository is pinned, and a local one fused, in one process
 def test_an_adapter_of_the_hub_is_fused_in_every_process_of_a_launch(
     lora_dir, flags, local_hub, run_with_hub, tmp_path
 ):

@@ -264,7 +264,7 @@ def test_an_interval_is_of_all_passes_also_where_a_step_takes_two(scheduler, gui
     unguided, _ = Sampler(pipe, **size).draw(PROMPTS, SEEDS, 1.0)
     sampler = Sampler(pipe, **size, guidance_interval=(0.0, 0.5))
     sizes = record_passes(sampler)
-    first, again = (sampler.draw(PROMPTS, SEEDS, 4.0)[0] for _ in range(2))  # each call begins anew
+    first, again = (sampler.draw(PROMPTS, SEEDS, 4.0)[0] for _ in range(2))  # each call starts over
     assert sizes == 2 * guided
     assert (first == again).all() and (first != unguided).any()
     sampler.interval.low, sampler.interval.high = 0.99, 1.0  # after the last pass
