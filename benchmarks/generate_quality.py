@@ -29,9 +29,9 @@ from benchmarks.quality_settings import (
     select_settings,
 )
 from benchmarks.report import FOLDER, format_table, publish_section
-from demo.run import LAUNCH, style_and_set
+from demo.run import LAUNCH, learn_style
 from utils.cli.records import DSI_CONFIG, read_record
-from utils.cli.step_runner import StepRunner
+from utils.cli.step_runner import NUM_LANES, StepRunner
 from utils.comparison.statistics import paired_gain
 
 DEMO = ROOT / "demo"
@@ -90,8 +90,8 @@ def get_tokens(args: argparse.Namespace) -> dict[int, Path]:
     if args.style_tokens:
         return {seed: Path(args.style_tokens.replace("{seed}", str(seed))) for seed in args.seeds}
     runner = StepRunner(ROOT, args.output_dir, LAUNCH, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-    lanes = [[style_and_set(args.output_dir, seed, 1, "_full")[0]] for seed in args.seeds]
-    runner.side_by_side(*(lanes if args.num_workers > 1 else [sum(lanes, [])]))
+    steps = [learn_style(args.output_dir, seed, "_full") for seed in args.seeds]
+    runner.run_side_by_side(steps, min(NUM_LANES, args.num_workers))
     return {seed: args.output_dir / f"style-{seed}" for seed in args.seeds}
 
 

@@ -25,21 +25,14 @@ PICTURES = {
 }
 
 
-def style_and_set(runs_dir: Path, seed: int, images_per_class: int, suffix: str = "") -> list[Step]:
-    """Return the steps that learn a few-shot seed's style from its 1-shot images, and draw a set in it.
-
-    `suffix` is that of the recipes' names.
-    """
+def learn_style(runs_dir: Path, seed: int, suffix: str = "") -> Step:
+    """Return the step that learns the style of a seed's 1-shot images; `suffix` is that of the recipe's name."""
     style = runs_dir / f"style-{seed}"
-    return [
-        Step(
-            f"style token, seed {seed}", "ten real images, one of each class, become one token",
-            style / DSI_CONFIG,
-            ("train_dsi.py", f"demo/recipes/dsi{suffix}.yaml", "--few_shot_seed", str(seed), "--seed", str(seed),
-             "--output_dir", str(style), "--overwrite_output_dir"),
-        ),
-        draw_set(runs_dir, seed, images_per_class, suffix),
-    ]  # fmt: skip
+    return Step(
+        f"style token, seed {seed}", "ten real images, one of each class, become one token", style / DSI_CONFIG,
+        ("train_dsi.py", f"demo/recipes/dsi{suffix}.yaml", "--few_shot_seed", str(seed), "--seed", str(seed),
+         "--output_dir", str(style), "--overwrite_output_dir"),
+    )  # fmt: skip
 
 
 def draw_set(runs_dir: Path, seed: int, images_per_class: int, suffix: str = "", with_token: bool = True) -> Step:
@@ -84,6 +77,7 @@ def compare(runs_dir: Path, recipe: str, sets: list[str]) -> Step:
         "comparison", "all methods, on the same real images", runs_dir / "comparison" / "comparison.md",
         ("compare_transfer.py", recipe, "--synthetic_dataset", *sets, "--num_workers", str(NUM_LANES),
          "--output_dir", str(runs_dir / "comparison")),
+        is_launched=False,  # it starts processes of its own
         from_scratch=(),
     )  # fmt: skip
 
@@ -110,19 +104,18 @@ def main():
     runs_dir = Path("demo/runs-full" if args.full else "demo/runs")
     images_per_class, num_seeds, suffix = (100, NUM_SEEDS_FULL, "_full") if args.full else (60, NUM_SEEDS, "")
     runner = StepRunner(ROOT, runs_dir, LAUNCH, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-    styles_and_sets = [style_and_set(runs_dir, seed, images_per_class, suffix) for seed in range(num_seeds)]
-    others = [step for steps in styles_and_sets[1:] for step in steps]
-    first = [
-        *styles_and_sets[0],
-        draw_set(runs_dir, 0, images_per_class if args.full else 20, suffix, with_token=False),
-        style_figures(runs_dir),
-        train_bridged(runs_dir),
-    ]
+    seeds = range(num_seeds)
+    drawn = [draw_set(runs_dir, seed, images_per_class, suffix) for seed in seeds]
+    controls = [draw_set(runs_dir, 0, images_per_class if args.full else 20, suffix, with_token=False)]
     sets, recipe = [f"dsi={runs_dir / 'synthetic-{seed}'}"], f"demo/recipes/compare{suffix}.yaml"
     if args.full:
-        others += [draw_set(runs_dir, seed, images_per_class, suffix, with_token=False) for seed in range(1, num_seeds)]
+        controls += [draw_set(runs_dir, seed, images_per_class, suffix, with_token=False) for seed in seeds[1:]]
         sets += [f"plain={runs_dir / 'plain-{seed}'}"]
-    runner.side_by_side(first, others)
+    # what takes long comes first, so that both cores have work to the end
+    runner.run_side_by_side(
+        [*(learn_style(runs_dir, seed, suffix) for seed in seeds), train_bridged(runs_dir), style_figures(runs_dir)]
+        + drawn + controls
+    )  # fmt: skip
     runner.run(compare(runs_dir, recipe, sets), show=True)
     print_ending(runner, time.time() - started)
 

@@ -26,7 +26,8 @@ class Features(torch.nn.Module):
 
     def __init__(self, classifier_dir: str):
         super().__init__()
-        self.model = AutoModel.from_pretrained(classifier_dir).eval()
+        model = AutoModel.from_pretrained(classifier_dir).eval()
+        self.model = model.to(memory_format=torch.channels_last)  # nearly twice as fast for convolutions on a CPU
         self.num_features = self.model.timm_model.num_features
 
     @torch.no_grad()

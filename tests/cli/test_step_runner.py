@@ -64,3 +64,22 @@ def test_a_step_is_run_anew_where_a_folder_or_file_in_its_command_is_another(tmp
     made[0].write_text("again")
     runner.run(replace(step, from_scratch=()))
     assert not step.finished.read_text().endswith("--overwrite_output_dir")
+
+
+def test_steps_side_by_side_wait_for_those_whose_folders_they_name_only(tmp_path, capsys):
+    script = tmp_path / "step.py"
+    script.write_text(
+        "import pathlib, sys, time; path = pathlib.Path(sys.argv[1]) / 'done'; path.parent.mkdir()\n"
+        "assert all((pathlib.Path(name) / 'done').exists() for name in sys.argv[3:])\n"
+        "time.sleep(float(sys.argv[2])); path.touch()"
+    )
+
+    def step(name: str, seconds: float, *reads: str) -> Step:
+        folders = [str(tmp_path / each) for each in (name, *reads)]
+        command = (str(script), folders[0], str(seconds), *folders[1:])
+        return Step(name, "to see", tmp_path / name / "done", command, is_launched=False)
+
+    steps = [step("last", 0, "set", "plain"), step("set", 0, "style"), step("style", 0), step("plain", 1.5)]
+    StepRunner(tmp_path, tmp_path / "runs").run_side_by_side(steps)
+    finished = [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines() if "finished in" in line]
+    assert finished == ["style", "set", "plain", "last"]

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -44,6 +44,10 @@ class Step:
     def text(self) -> str:
         """The command as one would type it."""
         return shlex.join([*(("accelerate", "launch") if self.is_launched else ("python",)), *self.command])
+
+    def reads(self, other: "Step") -> bool:
+        """Say whether the command names the folder that another step makes."""
+        return other is not self and str(other.finished.parent) in self.command
 
 
 @dataclass
@@ -101,11 +105,18 @@ class StepRunner:
         if not show:
             self.say(f"  {step.name}: finished in {seconds:.0f} s")
 
-    def side_by_side(self, *lanes: list[Step]) -> None:
-        """Run lists of steps, two lists at the same time, each in its order."""
-        with ThreadPoolExecutor(NUM_LANES) as pool:
-            for future in [pool.submit(lambda steps=steps: [self.run(step) for step in steps]) for steps in lanes]:
-                future.result()
+    def run_side_by_side(self, steps: Sequence[Step], num_lanes: int = NUM_LANES) -> None:
+        """Run steps, so many at a time: of those whose inputs are finished the first given."""
+        waiting, running = list(steps), {}
+        with ThreadPoolExecutor(num_lanes) as pool:
+            while waiting or running:
+                for step in list(waiting):
+                    if len(running) < num_lanes and not any(map(step.reads, [*waiting, *running.values()])):
+                        waiting.remove(step)
+                        running[pool.submit(self.run, step)] = step
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    future.result()
+                    del running[future]
 
     def say(self, text: str) -> None:
         with self._lock:

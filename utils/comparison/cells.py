@@ -391,6 +391,7 @@ def _start_worker(runner: CellRunner, numbers, num_workers: int, gpus: list[str]
     logging.disable_progress_bar()  # theirs would run across that of the cells
     use_one_gpu(numbers.get(), gpus)
     torch.set_num_threads(num_threads(num_workers))
+    gc.freeze()  # what was imported: a collection, of which each stage has several, would take half a second for it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
