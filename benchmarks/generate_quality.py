@@ -29,7 +29,7 @@ from benchmarks.quality_settings import (
     select_settings,
 )
 from benchmarks.report import FOLDER, format_table, publish_section
-from demo.run import LAUNCH, learn_style
+from demo.run import ENVIRONMENT, learn_style
 from utils.cli.records import DSI_CONFIG, read_record
 from utils.cli.step_runner import NUM_LANES, StepRunner
 from utils.comparison.statistics import paired_gain
@@ -89,7 +89,7 @@ def get_tokens(args: argparse.Namespace) -> dict[int, Path]:
     """Return the folder of each seed's style token, after training those of the demo that are not there yet."""
     if args.style_tokens:
         return {seed: Path(args.style_tokens.replace("{seed}", str(seed))) for seed in args.seeds}
-    runner = StepRunner(ROOT, args.output_dir, LAUNCH, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    runner = StepRunner(ROOT, args.output_dir, environment=ENVIRONMENT)
     steps = [learn_style(args.output_dir, seed, "_full") for seed in args.seeds]
     runner.run_side_by_side(steps, min(NUM_LANES, args.num_workers))
     return {seed: args.output_dir / f"style-{seed}" for seed in args.seeds}

@@ -26,8 +26,7 @@ class Features(torch.nn.Module):
 
     def __init__(self, classifier_dir: str):
         super().__init__()
-        model = AutoModel.from_pretrained(classifier_dir).eval()
-        self.model = model.to(memory_format=torch.channels_last)  # nearly twice as fast for convolutions on a CPU
+        self.model = AutoModel.from_pretrained(classifier_dir).eval()
         self.num_features = self.model.timm_model.num_features
 
     @torch.no_grad()
@@ -90,7 +89,6 @@ def main():
     }
     processor = AutoImageProcessor.from_pretrained(args.classifier)
     metric = FrechetInceptionDistance(Features(args.classifier), reset_real_features=False, normalize=True)
-    metric.set_dtype(torch.float64)
     update(metric, processor, real["validation"], is_real=True)
     table, smallest = {}, min(len(images) for images in sets.values())
     lines = [f"{'':16s}" + "".join(f"{column:>20s}" for column in COLUMNS)]
