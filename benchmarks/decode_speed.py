@@ -100,8 +100,8 @@ def main(argv=None) -> None:
     body = (
         f"Images/s of one thread, from encoded bytes to a random crop `(3, {EDGE}, {EDGE})` uint8 (60 % of the area "
         "and more): Pillow and torchvision's crop, as in transformers' example; torchvision's decoders; training as it "
-        "is; and from decoded images. The difference is the mean over pixels between a whole picture, resized, and what "
-        "training decodes of it, resized: a large JPEG is decoded small.\n\n" + format_table(table)
+        "is; and from decoded images. The difference is the mean over pixels between a whole picture, resized, and "
+        "what training decodes of it, resized: a large JPEG is decoded small.\n\n" + format_table(table)
     )
     publish_section("train_bridged", "Reading images", body, is_trial=args.small)
 
