@@ -4,6 +4,8 @@ import time
 
 import torch
 
+MUCH = 0.2  # of a stage's seconds
+
 
 class WaitingTime:
     """For how long a device had nothing to do while its next images were read: all times in the context, together.
@@ -49,3 +51,13 @@ class WaitingTime:
     def _take_first(self) -> None:
         begun, ended = self._marks.pop(0)
         self._seconds += begun.elapsed_time(ended) / 1000
+
+
+def advise_on_waiting(seconds_waiting: float, seconds: float, num_workers: int) -> str | None:
+    """Return what to do where a device spends more than `MUCH` of a stage waiting, None elsewhere."""
+    if seconds_waiting <= MUCH * seconds:
+        return None
+    return (
+        f"the GPU waited {seconds_waiting:,.0f} of {seconds:,.0f} s for images; try more --dataloader_num_workers (now "
+        f"{num_workers}) or --cache_images."
+    )
