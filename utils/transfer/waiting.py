@@ -1,0 +1,51 @@
+"""How long a device waits for images."""
+
+import time
+
+import torch
+
+
+class WaitingTime:
+    """For how long a device had nothing to do while its next images were read: all times in the context, together.
+
+    A GPU has its own work still when a process begins to wait. Its clock is read when it comes to either end of that.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._seconds = 0.0
+        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self):
+        self._begun = self._mark()
+
+    def __exit__(self, *exception):
+        ended = self._mark()
+        if self.device.type != "cuda":
+            self._seconds += ended - self._begun
+            return
+        self._marks.append((self._begun, ended))
+        while self._marks and self._marks[0][1].query():
+            self._take_first()
+
+    @property
+    def seconds(self) -> float:
+        while self._marks:
+            self._marks[0][1].synchronize()
+            self._take_first()
+        return self._seconds
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self._seconds, self._marks = value, []
+
+    def _mark(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _take_first(self) -> None:
+        begun, ended = self._marks.pop(0)
+        self._seconds += begun.elapsed_time(ended) / 1000
