@@ -20,7 +20,7 @@ TRAINER_DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#tr
 ORDER = ("train_dsi.py", "generate_synthetic.py", "train_bridged.py", "compare_transfer.py", "quality_report.py")
 INTRODUCTION = """# All flags
 
-Look up what a flag does and its default. `python train_dsi.py --help` prints the same for one script.
+Look up what a flag does and its default. `--help` prints the same for one script.
 
 - Flags can also be keys of a YAML or JSON recipe: `python train_dsi.py recipe.yaml --seed 1`. Flags on the command line
   win over the recipe.
