@@ -24,6 +24,7 @@ from utils.cli.records import write_run_config
 from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given, named_in_record
 from utils.data.class_names import list_names
 from utils.data.name_doctor import check_strict, diagnose, print_findings, write_class_names
+from utils.data.prompts import ARTICLE_HELP, ARTICLES, AS_WRITTEN
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_folder
 from utils.hub.targets import TO_PUBLISH, HubArguments, open_target
@@ -39,7 +40,7 @@ from utils.synthesis.output_folder import (
     settings_fingerprint,
 )
 from utils.synthesis.plan import GUIDANCE_SHARES, MAX_REDRAWS, GenerationPlan
-from utils.synthesis.prompts import PROMPT_SETS, Prompts, check_prompts_fit, make_prompts
+from utils.synthesis.prompts import ARTICLE, PROMPT_SETS, Prompts, check_prompts_fit, make_prompts
 from utils.synthesis.sources import (
     GENERATOR_CONTENTS,
     SCHEDULER_CONFIG,
@@ -123,6 +124,10 @@ class PromptArguments:
     prompt_set: str = option(
         "single", "single: the templates as they are; diverse: each varied by viewpoint, background and light.",
         choices=list(PROMPT_SETS), needs=WITH_TEMPLATES,
+    )  # fmt: skip
+    article: str | None = option(
+        None, f"{ARTICLE_HELP} When not given, as the style token was trained; without a token, auto.",
+        choices=ARTICLES, needs=WITH_TEMPLATES,
     )  # fmt: skip
     prompts_file: str | None = option(
         None, 'In place of templates: a JSONL file of captions, {"label": class name, "prompt": text}.'
@@ -257,6 +262,20 @@ def read_sources(
     )
 
 
+def prepare_prompts(
+    sources: Sources, labels: tuple[int, ...], prompt_args: PromptArguments, output_args: OutputArguments
+) -> tuple[Prompts, dict]:
+    """Return the prompts, and the settings that decide them; a set begun before `--article` keeps its prompts."""
+    has_no_article = began_without(ARTICLE, output_args.output_dir, output_args.overwrite_output_dir)
+    article = prompt_args.article or (AS_WRITTEN if has_no_article else sources.article)
+    prompts, settings = make_prompts(
+        sources, labels, prompt_args.prompt_templates, prompt_args.prompt_set, prompt_args.prompts_file, article
+    )
+    if has_no_article and article == AS_WRITTEN:
+        settings.pop(ARTICLE, None)
+    return prompts, settings
+
+
 def make_plan(
     sources: Sources, labels: tuple[int, ...], prompts: Prompts, sampling_args: SamplingArguments,
     output_args: OutputArguments,
@@ -360,9 +379,7 @@ def main(argv=None) -> dict:
     findings = diagnose(*sources.names_of(labels), sources.chosen_nouns)
     if prompt_args.strict_class_names:
         check_strict(findings)
-    prompts, prompt_settings = make_prompts(
-        sources, labels, prompt_args.prompt_templates, prompt_args.prompt_set, prompt_args.prompts_file
-    )
+    prompts, prompt_settings = prepare_prompts(sources, labels, prompt_args, output_args)
     plan = make_plan(sources, labels, prompts, sampling_args, output_args)
 
     # these take seconds to import: only once the arguments are known to be good

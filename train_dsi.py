@@ -24,14 +24,18 @@ from utils.cli.contents import describe_files
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import free_options, option, resolve_options, with_flag, with_value
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.precision import allow_tf32, choose_precision, precision_of, recorded_precision
+from utils.cli.precision import allow_tf32, choose_precision, precision_of
 from utils.cli.processes import check_joined, public_command, warn_once
-from utils.cli.records import DSI_CONFIG, read_record
+from utils.cli.records import DSI_CONFIG, RUN_CONFIG, read_record
 from utils.cli.run_folder import CHECKPOINTS, RunFolder
 from utils.cli.threads import report_threads
 from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given
 from utils.data.class_names import prompt_nouns, read_class_names_file
 from utils.data.prompts import (
+    ARTICLE_HELP,
+    ARTICLES,
+    AS_WRITTEN,
+    AUTO,
     CLASSLESS_TEMPLATE,
     DSI_TEMPLATE,
     PLAIN_TEMPLATE,
@@ -74,6 +78,7 @@ class TokenArguments:
         None, f"Prompts with {{class}} and {{token}}; each image of a step draws one. '{DSI_TEMPLATE}' when not given."
     )
     prompt_templates_file: str | None = option(None, "More prompts, one a line (or a JSON or YAML list).")
+    article: str | None = option(AUTO, ARTICLE_HELP, choices=ARTICLES, needs=[with_flag("include_class_name")])
     include_class_name: bool = option(True, "When false, prompts have no {class}: plain textual inversion, to compare.")
     class_names_file: str | None = option(
         None, "How class names are written in prompts: JSON or YAML mapping of name to noun, or a list."
@@ -156,37 +161,61 @@ class PublishingArguments(HubArguments):
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple:
     """Return the argument groups; check what can be checked without a model or an image."""
-    groups = ScriptArgumentParser(
+    parser = ScriptArgumentParser(
         (ModelArguments, RealDataArguments, TokenArguments, ImageArguments, TrainingArguments, MonitoringArguments,
          PublishingArguments),
         description=__doc__,
-    ).parse(argv)  # fmt: skip
+    )  # fmt: skip
+    groups = parser.parse(argv)
     _, data_args, token_args, image_args, training_args, monitoring_args, _ = groups
     if image_args.resolution is not None and image_args.resolution % 8:
         raise UserError(f"--resolution {image_args.resolution}: must be a multiple of 8.")
     check_real_images_given(data_args)
     read_templates(token_args)
-    set_precision(training_args, monitoring_args)
+    keep_choices(token_args, training_args, monitoring_args, parser.given)
     return groups
 
 
-def set_precision(training_args: TrainingArguments, monitoring_args: MonitoringArguments) -> None:
-    """Set the precision, part of a run's options: a checkpoint is not gone on from in another one. Say what is chosen.
+def keep_choices(
+    token_args: TokenArguments, training_args: TrainingArguments, monitoring_args: MonitoringArguments, given: set[str]
+) -> None:
+    """Set the precision and the article to those of the run to resume, where the flags are not `given`.
+
+    They are among a run's options, and a checkpoint is resumed with its own only. A run begun before there was an
+    `--article` has None.
 
     Raises:
-        UserError: what is in the output folder is no record.
+        UserError: the output folder or the checkpoint holds a malformed record.
     """
-    folder, resume, recorded = training_args.output_dir, monitoring_args.resume_from_checkpoint, None
-    if resume not in (None, "latest"):
-        from utils.style.checkpoints import STATE_RECORD  # takes seconds
-
-        if (path := Path(resume) / STATE_RECORD).is_file():
-            folder, recorded = resume, precision_of(read_record(path)["progress"]["options"])
-    elif not training_args.overwrite_output_dir:
-        recorded = recorded_precision(folder)
+    folder, options = find_begun_options(training_args, monitoring_args)
+    recorded = precision_of(options) if options is not None else None
     training_args.mixed_precision, line = choose_precision(training_args.mixed_precision, recorded, folder)
     if line:
         warn_once(line)
+    is_asked = "article" in given and token_args.article != AS_WRITTEN
+    if options is not None and "article" not in options and not is_asked:
+        token_args.article = None
+
+
+def find_begun_options(
+    training_args: TrainingArguments, monitoring_args: MonitoringArguments
+) -> tuple[Path, dict | None]:
+    """Return the folder of the run to resume and the options that it recorded, None where there is no such run."""
+    folder, resume = Path(training_args.output_dir), monitoring_args.resume_from_checkpoint
+    if resume not in (None, "latest"):
+        folder, checkpoints = Path(resume), [Path(resume)]
+    elif training_args.overwrite_output_dir:
+        return folder, None
+    elif (path := folder / RUN_CONFIG).is_file():
+        return folder, read_record(path).get("options", {})
+    else:  # earlier versions wrote that record at the end
+        checkpoints = [path for pattern in CHECKPOINTS for path in sorted(folder.glob(pattern))]
+    if checkpoints:
+        from utils.style.checkpoints import STATE_RECORD  # takes seconds
+
+        if (path := checkpoints[-1] / STATE_RECORD).is_file():
+            return folder, read_record(path)["progress"]["options"]
+    return folder, None
 
 
 def read_templates(token_args: TokenArguments) -> list[str]:
@@ -238,10 +267,13 @@ def open_inputs(groups: list) -> tuple:
 
 def open_folder(groups: list, inputs: dict[str, str]) -> tuple:
     """Return the output folder, whether its token is finished, and where on the Hub it is published, if it is."""
-    _, data_args, _, _, training_args, _, hub_args = groups
+    _, data_args, token_args, _, training_args, _, hub_args = groups
     check_output_outside(training_args.output_dir, data_args)
+    options = resolve_options(groups)
+    if token_args.article is None:  # begun before there was one
+        del options["article"]
     folder = RunFolder(
-        Path(training_args.output_dir), "a style token", resolve_options(groups), DSI_CONFIG, traces=CHECKPOINTS,
+        Path(training_args.output_dir), "a style token", options, DSI_CONFIG, traces=CHECKPOINTS,
         free=free_options(groups), overwrite=training_args.overwrite_output_dir, inputs=inputs, outputs=OUTPUTS,
     )  # fmt: skip
     is_finished, hub_target = folder.is_finished, None
@@ -294,7 +326,8 @@ def prepare_prompts(tokenizers: list, class_names: list[str], templates: list[st
     corrections = read_class_names_file(token_args.class_names_file, class_names) if token_args.class_names_file else {}
     nouns = prompt_nouns(class_names, corrections)
     words = token_text(token_args.placeholder_token, token_args.num_vectors)
-    prompts = [render_prompt(template, noun, words) for template in templates for noun in nouns]
+    article = token_args.article or AS_WRITTEN
+    prompts = [render_prompt(template, noun, words, article) for template in templates for noun in nouns]
     check_prompt_lengths(tokenizers, prompts)
     plain_prompts = [render_prompt(PLAIN_TEMPLATE, noun) for noun in nouns]
     return nouns, PromptIds.tokenize(tokenizers, prompts, plain_prompts, device)
@@ -543,6 +576,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             record = describe_token(
                 base_model, images.real, nouns, templates, placeholder_token=token, num_vectors=num_vectors,
                 resolution=resolution, max_train_steps=training_args.max_train_steps, health=health, **state.describe(),
+                **({"article": token_args.article} if token_args.article else {}),
             )  # fmt: skip
             save_learned_embeds(folder.path, row_names, encoder.rows)
             monitor.plot_training()

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import generate_synthetic
 from generate_synthetic import main
+from tests.card_code import run_python
 from tests.conftest import CLASS_NAMES
 from tests.local_hub.faults import Fault
 from tests.style.pipelines import change_config
@@ -104,7 +105,40 @@ def test_records_and_card_name_sources_and_counts(finished_set, token_dir, real_
     assert card.data.dataset_info["splits"][0]["num_examples"] == 21
     assert f"--learned_embeds {token_dir}" in card.text
     assert "num_drawn" not in json.loads((finished_set / "run_config.json").read_text()), "it drew all of them"
+    assert "None" not in card.text and "| guidance_scale | `3.0` |" in card.text
     assert np.asarray(PILImage.open(finished_set / "preview.png")).shape[0] == 3 * 100  # rows are classes
+
+
+def test_python_code_of_a_set_card_loads_it(finished_set, monkeypatch):
+    monkeypatch.chdir(finished_set.parent)
+    assert len(run_python((finished_set / "README.md").read_text())["images"]) == 21
+
+
+def test_a_set_begun_before_there_was_an_article_keeps_its_prompts(
+    tiny_pipeline_dir, real_images_dir, tmp_path, monkeypatch
+):
+    def draw(num_images, *flags):
+        main([
+            "--learned_embeds", str(tmp_path / "style"), "--output_dir", str(tmp_path / "set"), "--batch_size", "1",
+            "--num_inference_steps", "1", "--classes", "red_square", "--num_images_per_class", str(num_images), *flags,
+        ])  # fmt: skip
+        settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
+        rows = load_dataset(str(tmp_path / "set"), split="train")
+        return {row["prompt"] for row in rows}, settings.get("article")
+
+    nouns = ["orange", "green circle", "blue-stripe"]
+    save_token(tmp_path / "style", tiny_pipeline_dir, real_images_dir, article="auto", prompt_nouns=nouns)
+    old, new = (f"{article} orange photo in the style of {PLACEHOLDER}" for article in ("A", "An"))
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_synthetic, "began_without", lambda *_: True)
+        assert draw(1) == ({old}, None)
+    assert draw(2) == ({old}, None)
+    assert draw(3, "--article", "as_written") == ({old}, None)
+    with pytest.raises(UserError, match="article was None, now auto"):
+        draw(3, "--article", "auto")
+    assert draw(1, "--overwrite_output_dir") == ({new}, "auto")
+    with pytest.raises(UserError, match="article was auto, now as_written"):
+        draw(1, "--article", "as_written")
 
 
 def test_resume_after_lost_and_torn_shards_is_byte_identical(copied_set, options, monkeypatch, capsys):

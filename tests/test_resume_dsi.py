@@ -104,6 +104,32 @@ def test_a_run_that_began_again_from_another_word_is_resumed_exactly(run_dsi, ki
     assert all(map(torch.equal, read_rows(tmp_path / "alone"), read_rows(tmp_path / "style")))
 
 
+@pytest.mark.parametrize("resume", ["latest", "checkpoint-2"])
+def test_a_run_begun_before_there_was_an_article_keeps_its_prompts(run_dsi, kill, resume, tmp_path):
+    (tmp_path / "names.yaml").write_text("red_square: orange\n")
+    flags = {"max_train_steps": 3, "checkpointing_steps": 2, "class_names_file": tmp_path / "names.yaml"}
+    run_dsi(**flags, article="as_written", output_dir=tmp_path / "whole")
+    kill(train_dsi, "denoising_loss", 3)
+    with pytest.raises(Killed):
+        run_dsi(**flags, article="as_written")
+    style = tmp_path / "style"
+    state = style / "checkpoint-2" / checkpoints.STATE_RECORD
+    for path, noted_in in ((style / RUN_CONFIG, ()), (state, ("progress",))):
+        record = read_record(path)
+        options = record["progress"]["options"] if noted_in else record["options"]
+        assert options.pop("article") == "as_written"
+        write_record(path, record)
+    checkpoint = resume if resume == "latest" else style / resume
+    with pytest.raises(UserError, match="article was None, now auto"):
+        run_dsi(**flags, resume_from_checkpoint=checkpoint, article="auto")
+    run_dsi(**flags, resume_from_checkpoint=checkpoint)
+    assert torch.equal(*(read_rows(tmp_path / folder)[0] for folder in ("whole", "style")))
+    assert "article" not in read_record(style / RUN_CONFIG)["options"]
+    assert "article" not in read_record(style / "dsi_config.json")
+    run_dsi(**flags, overwrite_output_dir=True)
+    assert read_record(style / "dsi_config.json")["article"] == "auto"
+
+
 def test_a_checkpoint_by_its_path_is_gone_on_from_in_another_folder(run_dsi, tmp_path):
     whole, flags = tmp_path / "whole", FLAGS | {"max_train_steps": 13}
     (whole / "checkpoint-best").mkdir(parents=True)  # somebody's own

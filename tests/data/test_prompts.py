@@ -2,6 +2,8 @@ import pytest
 
 from utils.cli.errors import UserError
 from utils.data.prompts import (
+    AS_WRITTEN,
+    AUTO,
     CLASSLESS_TEMPLATE,
     DSI_TEMPLATE,
     PLAIN_TEMPLATE,
@@ -15,6 +17,24 @@ from utils.data.prompts import (
 def test_render_prompt_writes_every_vector_of_the_token():
     prompt = render_prompt(DSI_TEMPLATE, "bag", token_text("<s>", 3))
     assert prompt == "A bag photo in the style of <s> <s>_1 <s>_2"
+
+
+@pytest.mark.parametrize(("template", "noun", "expected"), [
+    (DSI_TEMPLATE, "Ankle boot", "An Ankle boot photo in the style of <s>"),
+    (DSI_TEMPLATE, "bag", "A bag photo in the style of <s>"),
+    ("an {class} on a {class} in a {token}", "egg", "an egg on an egg in a <s>"),
+    ("an {class}, a {token}", "unicorn", "a unicorn, a <s>"),
+    ("(a  {class})", "hour", "(an  hour)"),
+    ("vitamin-a {class}, the {class}, {token} {class}", "egg", "vitamin-a egg, the egg, <s> egg"),
+    ("a {class}", "umbrella", "an umbrella"),
+    ("a {class}", "uninhabited house", "an uninhabited house"),
+    ("a {class}", "European car", "a European car"),
+    ("a {class}", "SUV", "a SUV"),  # as the docstring says
+])  # fmt: skip
+def test_the_article_before_the_class_follows_the_noun(template, noun, expected):
+    assert render_prompt(template, noun, "<s>", AUTO) == expected
+    as_written = template.replace("{class}", noun).replace("{token}", "<s>")
+    assert render_prompt(template, noun, "<s>", AS_WRITTEN) == as_written
 
 
 def test_check_template_takes_our_own():

@@ -10,6 +10,16 @@ DSI_TEMPLATE = "A {class} photo in the style of {token}"
 CLASSLESS_TEMPLATE = "A photo in the style of {token}"
 PLAIN_TEMPLATE = "A good photo of the {class}"
 
+# values of --article
+AUTO, AS_WRITTEN = "auto", "as_written"
+ARTICLES = (AUTO, AS_WRITTEN)
+ARTICLE_HELP = (
+    "Article directly before {class}; auto: 'a' or 'an' by the noun's first letters, such as 'an ankle boot'; "
+    "as_written: the template's own."
+)
+ARTICLE = re.compile(r"(?<![\w'-])([Aa])n?(?=\s+\{class\})")
+VOWEL_SOUND = re.compile(r"(?!uni(?![dmn])|us[ae]|ute|eu|ewe|one\b|once\b)[aeiou]|hour|honest|heir", re.IGNORECASE)
+
 
 def check_template(
     template: str, *, needs_token: bool, needs_class: bool = True, flag: str = "--prompt_template"
@@ -51,8 +61,16 @@ def read_templates_file(path: str) -> list[str]:
     return templates
 
 
-def render_prompt(template: str, noun: str, token_text: str = "") -> str:
-    """Return the prompt for a class noun and the text of the style token (all its vectors, separated by spaces)."""
+def render_prompt(template: str, noun: str, token_text: str = "", article: str = AS_WRITTEN) -> str:
+    """Return the prompt for a class noun and the text of the style token (all its vectors, separated by spaces).
+
+    With the `article` 'auto', an 'a' or 'an' directly before `{class}` is the one that suits the noun. The rule goes by
+    letters and knows a few exceptions ("a unicorn", "an hour"): abbreviations that are spelled out ("SUV", "MD-80"),
+    numbers ("8-ball") and rare words get an "a" or "an" that may be wrong.
+    """
+    if article == AUTO:
+        n = "n" if VOWEL_SOUND.match(noun.strip()) else ""
+        template = ARTICLE.sub(lambda match: match[1] + n, template)
     return template.replace("{class}", noun).replace("{token}", token_text)
 
 

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from utils.cli.options import absolute_if_local
 from utils.cli.records import DSI_CONFIG, RUN_CONFIG, image_set_name
 from utils.cli.run_folder import RunFolder
+from utils.data.prompts import AS_WRITTEN, render_prompt
 from utils.hub.cards import FUNCTIONS, License, common_license, hub_ids, read_licenses, save_card
 from utils.hub.targets import Target
 from utils.style.base_models import BaseModel
@@ -70,9 +71,14 @@ def write_token_card(
         datasets=hub_ids(real) or None, library_name="diffusers", pipeline_tag="text-to-image",
         tags=["textual_inversion", "dataset-style-inversion", "bridged-transfer"],
     )  # fmt: skip
+    prompt = render_prompt(
+        record["prompt_templates"][0], record["prompt_nouns"][0], record["placeholder_token"],
+        record.get("article", AS_WRITTEN),
+    )  # fmt: skip
     card = ModelCard.from_template(
         metadata, template_path=str(TEMPLATE), name=hub_id or Path(output_dir).resolve().name, real=real,
-        record=record, run=run, text_encoders=FAMILIES.get(record.get("pipeline_class"), OTHER).text_encoders,
+        is_published=hub_id is not None, record=record, run=run, prompt=prompt,
+        text_encoders=FAMILIES.get(record.get("pipeline_class"), OTHER).text_encoders,
         licenses=licenses, command=command, **FUNCTIONS,
         has_style_picture=(Path(output_dir) / STYLE_PICTURE).is_file(),
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """What goes with the finished shards of a set: checksums, contact sheet, record and card."""
 
 import io
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils.cli.records import GENERATION_CONFIG, image_set_name, read_record, write_record
 from utils.data.name_doctor import Finding, write_class_names
-from utils.hub.cards import FUNCTIONS, License, common_license, hub_ids, read_licenses, save_card
+from utils.hub.cards import FUNCTIONS, License, code, common_license, hub_ids, read_licenses, save_card
 from utils.hub.targets import Target
 from utils.synthesis.lora import LORA
 from utils.synthesis.output_folder import CLASS_NAMES, PREVIEW, QUALITY_RECORD, report_removed
@@ -31,6 +32,7 @@ GAP = 4
 
 CARD = Path(__file__).with_name("card.md.jinja")
 QUALITY = Path(__file__).with_name("quality.md.jinja")
+MAX_VALUES = 8  # of a list in the card's table of settings
 MAX_CLASSES = 10  # in the card's section on quality
 MARKS = {"good": "good", "look": "**look**", "bad": "**bad**", "unknown": "not known"}
 
@@ -133,9 +135,19 @@ def write_dataset_card(
     card = DatasetCard.from_template(
         metadata, template_path=str(CARD), name=hub_id or output_dir.resolve().name, record=record,
         real=record["real_images"] and image_set_name(record["real_images"]), settings=record["settings"],
-        prompts=prompts, quality=quality, licenses=licenses, command=command, **FUNCTIONS,
+        prompts=prompts, quality=quality, licenses=licenses, command=command, setting=format_setting, **FUNCTIONS,
     )  # fmt: skip
     save_card(card, output_dir / "README.md")
+
+
+def format_setting(value: object) -> str:
+    """Return a setting in Markdown: booleans as flags take them, lists without brackets, long ones shortened."""
+    if isinstance(value, list):
+        shown = ", ".join(map(format_setting, value[:MAX_VALUES]))
+        return shown if len(value) <= MAX_VALUES else f"{shown}, ... ({len(value):,} in all)"
+    if isinstance(value, dict):
+        return ", ".join(code(f"{key}: {json.dumps(item)}") for key, item in value.items())
+    return code(json.dumps(value) if isinstance(value, bool) else value)
 
 
 def quality_section(record: dict | None) -> str:

@@ -14,11 +14,12 @@ from utils.cli.errors import UserError
 from utils.cli.parsing import read_text, suggestion
 from utils.cli.processes import warn_once
 from utils.data.class_names import list_names, match_class_names
-from utils.data.prompts import check_template, render_prompt, token_text
+from utils.data.prompts import AS_WRITTEN, check_template, render_prompt, token_text
 from utils.synthesis.generators import Generator
 from utils.synthesis.sources import Sources
 
 PROMPT_SETS = ("single", "diverse")
+ARTICLE = "article"  # among a set's settings
 
 # the prompt set 'diverse': words that suit any object, and that name no medium or mood, which the style token is for
 VIEWPOINTS = ("from the front", "from the side", "from behind", "from above", "from a low angle", "at an angle",
@@ -53,12 +54,14 @@ class TemplatePrompts:
     """Prompts from templates with `{class}` and, for a style token, `{token}`.
 
     `nouns` are those of all classes in the order of the label ids; `token_text` is the placeholder, empty without one.
+    `article` is that of `render_prompt`.
     """
 
     flag: ClassVar[str] = "--prompt_templates"
     templates: tuple[str, ...]
     nouns: tuple[str, ...]
     token_text: str = ""
+    article: str = AS_WRITTEN
 
     def prompt(self, label: int, class_index: int) -> str:
         """Return the prompt of the `class_index`-th image of a class.
@@ -68,7 +71,8 @@ class TemplatePrompts:
         """
         turn, place = divmod(class_index, len(self.templates))
         start = int.from_bytes(digest(f"{self.nouns[label]}:{turn}"))
-        return render_prompt(self._order[(start + place) % len(self._order)], self.nouns[label], self.token_text)
+        template = self._order[(start + place) % len(self._order)]
+        return render_prompt(template, self.nouns[label], self.token_text, self.article)
 
     def longest(self) -> Iterator[tuple[str, int]]:
         """Yield the prompts to check against a text encoder's limit, with the number of characters that must survive.
@@ -79,9 +83,9 @@ class TemplatePrompts:
         longest_noun = max(self.nouns, key=_size)
         longest_template = max(self.templates, key=lambda template: _size(_needed_part(template, "{class}")))
         for template in self.templates:
-            yield _measure(template, longest_noun, self.token_text)
+            yield _measure(template, longest_noun, self.token_text, self.article)
         for noun in self.nouns:
-            yield _measure(longest_template, noun, self.token_text)
+            yield _measure(longest_template, noun, self.token_text, self.article)
 
     @cached_property
     def _order(self) -> list[str]:
@@ -131,8 +135,9 @@ def example_prompts(prompts: Prompts, label: int) -> list[str]:
 
 
 def make_prompts(
-    sources: Sources, labels: Sequence[int], templates: Sequence[str] | None, prompt_set: str, prompts_file: str | None
-) -> tuple[Prompts, dict]:
+    sources: Sources, labels: Sequence[int], templates: Sequence[str] | None, prompt_set: str, prompts_file: str | None,
+    article: str,
+) -> tuple[Prompts, dict]:  # fmt: skip
     """Return the prompts of a file, or of templates (those of the sources where none are given) and a prompt set.
 
     With them comes what decides them, for the record.
@@ -149,8 +154,8 @@ def make_prompts(
     for template in templates or sources.prompt_templates:
         check_template(template, needs_token=placeholder is not None, flag="--prompt_templates")
         varied += build_templates(prompt_set, template)
-    prompts = TemplatePrompts(tuple(varied), tuple(sources.prompt_nouns), placeholder or "")
-    return prompts, {"prompt_templates": varied}
+    prompts = TemplatePrompts(tuple(varied), tuple(sources.prompt_nouns), placeholder or "", article)
+    return prompts, {"prompt_templates": varied, ARTICLE: article}
 
 
 def read_prompts_file(
@@ -294,10 +299,10 @@ def _needed_part(template: str, noun: str) -> str:
     return template[: max(ends)]
 
 
-def _measure(template: str, noun: str, token_text: str) -> tuple[str, int]:
+def _measure(template: str, noun: str, token_text: str, article: str = AS_WRITTEN) -> tuple[str, int]:
     """Return a prompt, and the number of its characters that a text encoder must not cut off."""
-    needed = render_prompt(_needed_part(template, noun), noun, token_text)
-    return render_prompt(template, noun, token_text), len(needed)
+    needed = render_prompt(_needed_part(template, noun), noun, token_text, article)
+    return render_prompt(template, noun, token_text, article), len(needed)
 
 
 def _size(text: str) -> int:

@@ -12,7 +12,7 @@ from utils.cli.parsing import suggestion
 from utils.cli.records import DSI_CONFIG, read_record
 from utils.data.arguments import RealDataArguments
 from utils.data.class_names import match_class_names, prompt_nouns, read_class_names, read_class_names_file
-from utils.data.prompts import DSI_TEMPLATE, PLAIN_TEMPLATE
+from utils.data.prompts import AS_WRITTEN, AUTO, DSI_TEMPLATE, PLAIN_TEMPLATE
 from utils.hub.repositories import open_source
 from utils.style.families import LEARNED_EMBEDS, OWN_SCHEDULER
 from utils.synthesis.few_steps import FewSteps
@@ -44,8 +44,8 @@ class Sources:
     """Everything the images depend on besides the sampling settings.
 
     `chosen_nouns` are the classes whose noun comes from --class_names_file. `real_images` is the record of the real
-    set, None when only its class names are known; `train_indices` are the rows of it that the token has seen. `lora`
-    is an adapter of the generator.
+    set, None when only its class names are known; `train_indices` are the rows of it that the token has seen.
+    `article` is that of the prompts that the token was trained with. `lora` is an adapter of the generator.
     """
 
     generator: Generator
@@ -55,6 +55,7 @@ class Sources:
     real_images: dict | None
     resolution: int
     prompt_templates: list[str]
+    article: str = AUTO
     token: StyleToken | None = None
     train_indices: list[int] | None = None
     lora: LoraAdapter | None = None
@@ -128,8 +129,9 @@ def read_token_sources(
         generator = open_generator(base_model["id"], flag, base_model["revision"], hub_token)
         nouns = prompt_nouns(class_names, trained_with | chosen)
         without_token = Sources(
-            generator, class_names, nouns, set(chosen), record["real_images"], record["resolution"], [PLAIN_TEMPLATE]
-        )
+            generator, class_names, nouns, set(chosen), record["real_images"], record["resolution"], [PLAIN_TEMPLATE],
+            record.get("article", AS_WRITTEN),  # earlier versions had no other
+        )  # fmt: skip
         if not use_style_token:
             return without_token
         # images are drawn for the templates that have a place for the class name
