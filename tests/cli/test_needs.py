@@ -91,7 +91,7 @@ LACKS = {
     ),
 }  # fmt: skip
 NEVER = {
-    "here, where all real images are looked at, as they are",
+    "here: all real images are compared, unchanged",
     "here, where the finished classifier is published, and nothing before",
     "here, where workers stay as long as a stage lasts",
     "here, where a batch goes through the model in parts when memory is short",
