@@ -115,7 +115,7 @@ class TrainingArguments:
         False, "Replace the token that is already in --output_dir.", affects_result=False
     )
     train_batch_size: int = option(8, "Images per process and forward pass; split up if memory runs out.")
-    gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step, 1 or more.")
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step, 1 or more.")
     max_train_steps: int = option(20_000, "Maximum number of optimizer steps; the default is the paper's.")
     early_stopping: bool = option(
         True, "Stop once the loss on held-out images, at fixed noise, has not improved beyond its standard error for "

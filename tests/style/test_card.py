@@ -1,5 +1,7 @@
 """The token's card: metadata that the Hub takes, and the licences of the sources."""
 
+import json
+
 import pytest
 from huggingface_hub import ModelCard, metadata_load
 from PIL import Image
@@ -53,7 +55,7 @@ def test_python_code_of_a_token_card_draws_an_image(
     pipeline_dir = request.getfixturevalue(kind)
     folder = save_token(tmp_path / "style", pipeline_dir, real_images_dir, dims)
     record = read_record(folder / "dsi_config.json")
-    pipeline_class = read_record(pipeline_dir / "model_index.json")["_class_name"]
+    pipeline_class = json.loads((pipeline_dir / "model_index.json").read_text())["_class_name"]
     changes = {
         "placeholder_token": record["placeholder_token"], "pipeline_class": pipeline_class,
         "prompt_templates": ["A {class} in {token}"], "prompt_nouns": ["orange"], "article": "auto",
