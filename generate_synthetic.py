@@ -33,7 +33,7 @@ from utils.synthesis.generators import GUIDANCE_INTERVAL
 from utils.synthesis.lora import LORA, open_lora
 from utils.synthesis.output_folder import (
     PUBLISHED_FILES,
-    began_without,
+    lacks_setting,
     begin_set,
     open_output_folder,
     recorded_setting,
@@ -270,7 +270,7 @@ def prepare_prompts(
     sources: Sources, labels: tuple[int, ...], prompt_args: PromptArguments, output_args: OutputArguments
 ) -> tuple[Prompts, dict]:
     """Return the prompts and their settings; a set of an earlier version keeps its articles."""
-    has_no_article = began_without(ARTICLE, output_args.output_dir, output_args.overwrite_output_dir)
+    has_no_article = lacks_setting(ARTICLE, output_args.output_dir, output_args.overwrite_output_dir)
     article = prompt_args.article or (AS_WRITTEN if has_no_article else sources.article)
     prompts, settings = make_prompts(
         sources, labels, prompt_args.prompt_templates, prompt_args.prompt_set, prompt_args.prompts_file, article
@@ -289,7 +289,7 @@ def make_plan(
         num_classes=len(sources.class_names), labels=labels, prompts=prompts,
         guidance_scales=tuple(sampling_args.guidance_scale), num_images_per_class=sampling_args.num_images_per_class,
         seed=sampling_args.seed, batch_size=sampling_args.batch_size, images_per_shard=output_args.images_per_shard,
-        scales_by_batch=began_without(GUIDANCE_SHARES, output_args.output_dir, output_args.overwrite_output_dir),
+        scales_by_batch=lacks_setting(GUIDANCE_SHARES, output_args.output_dir, output_args.overwrite_output_dir),
     )  # fmt: skip
 
 
@@ -301,9 +301,9 @@ def collect_settings(sources: Sources, plan: GenerationPlan, prompt_settings: di
         GUIDANCE_INTERVAL: options[GUIDANCE_INTERVAL], **(sources.lora.to_dict() if sources.lora else {LORA: None}),
         SCHEDULER_CONFIG: few_steps and few_steps.scheduler_config or None,
     }  # fmt: skip
-    later = {name: value for name, value in later.items() if value is not None or not began_without(name, *output)}
+    later = {name: value for name, value in later.items() if value is not None or not lacks_setting(name, *output)}
     # a repository is identified by its commit
-    if source.is_local and not began_without(GENERATOR_CONTENTS, *output):
+    if source.is_local and not lacks_setting(GENERATOR_CONTENTS, *output):
         later[GENERATOR_CONTENTS] = sources.generator.identity
     return {
         "generator": source.name, "generator_revision": source.revision, **later,

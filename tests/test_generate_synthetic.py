@@ -130,7 +130,7 @@ def test_a_set_begun_before_there_was_an_article_keeps_its_prompts(
     save_token(tmp_path / "style", tiny_pipeline_dir, real_images_dir, article="auto", prompt_nouns=nouns)
     old, new = (f"{article} orange photo in the style of {PLACEHOLDER}" for article in ("A", "An"))
     with monkeypatch.context() as patch:
-        patch.setattr(generate_synthetic, "began_without", lambda *_: True)
+        patch.setattr(generate_synthetic, "lacks_setting", lambda *_: True)
         assert draw(1) == ({old}, None)
     assert draw(2) == ({old}, None)
     assert draw(3, "--article", "as_written") == ({old}, None)
@@ -359,7 +359,7 @@ def test_a_set_begun_with_guidance_scales_by_batch_goes_on_so_until_it_is_replac
     folder = tmp_path / "set"
     flags = [*options, "--guidance_scale", "2", "4", "--batch_size", "8", "--images_per_shard", "10"]
     with monkeypatch.context() as patch:
-        patch.setattr(generate_synthetic, "began_without", lambda *_: True)
+        patch.setattr(generate_synthetic, "lacks_setting", lambda *_: True)
         main([*flags, "--num_images_per_class", "6", "--output_dir", str(folder)])
         main([*flags, "--num_images_per_class", "10", "--output_dir", str(tmp_path / "whole")])
     assert sum(of_two for of_two, _ in shares_of(folder).values()) == 16
@@ -688,7 +688,7 @@ def test_shards_of_a_generator_that_is_replaced_meanwhile_are_not_written(
 def test_a_set_of_an_earlier_version_that_noted_no_contents_grows(own_token, options, tmp_path, monkeypatch):
     flags = [*options, "--learned_embeds", str(own_token[0]), "--output_dir", str(tmp_path / "set")]
     with monkeypatch.context() as patch:
-        patch.setattr(generate_synthetic, "began_without", lambda *_: True)
+        patch.setattr(generate_synthetic, "lacks_setting", lambda *_: True)
         main([*flags, "--num_images_per_class", "3"])
     assert main(flags)["num_drawn"] > 0
     assert "generator_contents" not in json.loads((tmp_path / "set" / "generation_config.json").read_text())["settings"]

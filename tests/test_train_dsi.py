@@ -250,7 +250,7 @@ def test_training_ends_early_where_the_loss_has_levelled_off_and_goes_on_if_aske
     run_dsi, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setattr(monitor, "is_clear_gain", lambda gain: True)
-    monkeypatch.setattr(monitor, "has_levelled_off", lambda looks: len(looks) > 2)
+    monkeypatch.setattr(monitor, "has_plateaued", lambda looks: len(looks) > 2)
     health = run_dsi(max_train_steps=40)
     assert len(health["loss_history"]) == 20
     assert "Training ends at step 20 of 40: the loss on " in capsys.readouterr().out

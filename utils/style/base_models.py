@@ -7,7 +7,7 @@ from functools import cached_property
 from utils.cli.errors import UserError
 from utils.cli.processes import warn_once
 from utils.style.families import WITH_STYLE_TOKENS
-from utils.style.saved_pipelines import PROBLEMS, SavedPipeline, list_weights, open_pipeline, refuse_class
+from utils.style.saved_pipelines import PROBLEMS, SavedPipeline, list_weights, open_pipeline, unsupported_class_error
 
 # parts of other classes would load with random weights
 PART_CLASSES = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
@@ -191,7 +191,7 @@ def open_base_model(name: str, flag: str, revision: str | None = None, token: st
     source, pipeline_class = open_pipeline(name, flag, revision, token)
     if pipeline_class not in list(WITH_STYLE_TOKENS):  # the entry can be a list
         supported = [f"{kind} ({family.title})" for kind, family in WITH_STYLE_TOKENS.items()]
-        raise refuse_class(source, pipeline_class, supported)
+        raise unsupported_class_error(source, pipeline_class, supported)
     base_model = BaseModel(source, pipeline_class)
     base_model.check()
     return base_model

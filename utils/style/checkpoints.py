@@ -76,7 +76,7 @@ class TrainingState:
             **self.micro_batching.state(),
         }  # fmt: skip
 
-    def begin_again(self) -> None:
+    def restart(self) -> None:
         """Go back to the first step, for the next word; the caller resets the rows."""
         self.num_restarts += 1
         self.step = 0

@@ -199,7 +199,7 @@ def time_training(
             optimizer.step()
             optimizer.zero_grad()
 
-        return accelerator.num_processes * run.batch_size / seconds_of(step)
+        return accelerator.num_processes * run.batch_size / measure_seconds(step)
     except torch.OutOfMemoryError:
         return None
 
@@ -211,12 +211,12 @@ def time_encoding(base_model: BaseModel, run: DsiRun, accelerator) -> float | No
             vae = build_vae(base_model)
             pixel_values = torch.zeros(1, vae.config.in_channels, run.resolution, run.resolution)
         with torch.no_grad():
-            return accelerator.num_processes / seconds_of(lambda: vae.encode(pixel_values))
+            return accelerator.num_processes / measure_seconds(lambda: vae.encode(pixel_values))
     except torch.OutOfMemoryError:
         return None
 
 
-def seconds_of(step: Callable[[], object]) -> float:
+def measure_seconds(step: Callable[[], object]) -> float:
     """Return the mean seconds of two steps, after one to warm up."""
 
     def wait() -> None:

@@ -48,7 +48,7 @@ class Monitor:
 
     `before_after` is drawn in the main process only. Steps are the optimizer's. `words` are those that the token may
     start from, with their ids: of several, the one with the lowest loss is used, and the next one if the token learned
-    nothing in a tenth of the steps. With `early_stopping`, training ends when `has_levelled_off` returns True.
+    nothing in a tenth of the steps. With `early_stopping`, training ends when `has_plateaued` returns True.
     """
 
     accelerator: Accelerator
@@ -78,7 +78,7 @@ class Monitor:
             self.state.load(checkpoint)
         rows = [values.detach().clone() for values in self.state.rows]
         self.state.initializer_losses = self.state.initializer_losses or self._rank_words()
-        self._begin_from_word()
+        self._start_from_word()
         if checkpoint is not None:
             for values, trained in zip(self.state.rows, rows):
                 values.data.copy_(trained)
@@ -91,7 +91,7 @@ class Monitor:
         """Return the loss with each word instead of the token, the lowest first."""
         losses = {}
         for word, ids in self.words.items():
-            self.health_check.encoder.begin_from(ids)
+            self.health_check.encoder.start_from(ids)
             losses[word] = round(self.health_check.measure_token().mean().item(), 5)
         [ranked] = broadcast_object_list([dict(sorted(losses.items(), key=lambda item: item[1]))])
         if len(ranked) > 1:
@@ -99,8 +99,8 @@ class Monitor:
             self._say(f"The token starts from '{next(iter(ranked))}' (losses: {listed}).")
         return ranked
 
-    def _begin_from_word(self) -> None:
-        self.health_check.encoder.begin_from(self.words[self.state.initializer])
+    def _start_from_word(self) -> None:
+        self.health_check.encoder.start_from(self.words[self.state.initializer])
         self.health_check.measure_start()
 
     def watch(self, loader: DataLoader) -> tqdm:
@@ -153,10 +153,10 @@ class Monitor:
         self.state.held_out_losses[str(step)] = round(losses.mean().item(), 5)
         has_learned = is_clear_gain(start - losses)
         is_again = may_begin_again and len(self.state.looks) == LOOKS_OF_A_WORD and not has_learned
-        is_level = self.early_stopping and has_learned and has_levelled_off([start.tolist(), *self.state.looks])
+        is_level = self.early_stopping and has_learned and has_plateaued([start.tolist(), *self.state.looks])
         [(is_again, self.is_over)] = broadcast_object_list([(is_again, is_level)])  # all processes must agree
         if is_again:
-            self._begin_again()
+            self._restart()
         elif self.is_over:
             self._say(
                 f"Training ends at step {step} of {self.max_train_steps}: the loss on {self.health_check.name} has not "
@@ -165,10 +165,10 @@ class Monitor:
             )
         return not is_again
 
-    def _begin_again(self) -> None:
+    def _restart(self) -> None:
         word, step = self.state.initializer, self.state.step
-        self.state.begin_again()
-        self._begin_from_word()
+        self.state.restart()
+        self._start_from_word()
         if self.accelerator.is_main_process:
             for checkpoint in self.folder.find_traces():  # of the previous word
                 remove_folder(checkpoint)
@@ -318,7 +318,7 @@ def is_clear_gain(gain: torch.Tensor) -> bool:
     return gain.mean().item() > 2 * _standard_error(gain)
 
 
-def has_levelled_off(looks: list[list[float]]) -> bool:
+def has_plateaued(looks: list[list[float]]) -> bool:
     """Return whether the last `WINDOW` looks gained nothing relevant over the best earlier one.
 
     A look has the loss of each image; the first look is of the untrained token. A gain is relevant if it exceeds two

@@ -141,7 +141,7 @@ def open_pipeline(name: str, flag: str, revision: str | None, token: str | None)
     return source, read_config(source, INDEX).get("_class_name")
 
 
-def refuse_class(source: Source, pipeline_class, supported: list[str]) -> UserError:
+def unsupported_class_error(source: Source, pipeline_class, supported: list[str]) -> UserError:
     """Return the error for a pipeline of another class, whatever `model_index.json` has as its class."""
     if pipeline_class is None:
         problem = "its model_index.json names no pipeline class (_class_name)"

@@ -120,10 +120,10 @@ class OwnScheduler:
             self.foreign_noise is None
             and self.config.get("prediction_type", "epsilon") in PREDICTION_TYPES
             and self.signs_of_distillation is None
-            and self.has_noise_of(FAST_SCHEDULER)
+            and self.has_same_noise(FAST_SCHEDULER)
         )
 
-    def has_noise_of(self, class_name: str) -> bool:
+    def has_same_noise(self, class_name: str) -> bool:
         """Return whether another class makes the same noise levels from this config.
 
         It uses its own defaults for settings that are not saved.

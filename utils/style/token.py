@@ -145,7 +145,7 @@ class PromptEncoder(nn.Module):
         return [style_token.rows for style_token in self.style_tokens]
 
     @torch.no_grad()
-    def begin_from(self, initializer_ids: list[int]) -> None:
+    def start_from(self, initializer_ids: list[int]) -> None:
         """Set all rows to the embedding of a word; `initializer_ids` has its id in each text encoder."""
         for style_token, number in zip(self.style_tokens, initializer_ids, strict=True):
             style_token.rows.copy_(style_token.table.weight[number].float().expand_as(style_token.rows))
