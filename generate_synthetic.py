@@ -33,8 +33,8 @@ from utils.synthesis.generators import GUIDANCE_INTERVAL
 from utils.synthesis.lora import LORA, open_lora
 from utils.synthesis.output_folder import (
     PUBLISHED_FILES,
-    lacks_setting,
     begin_set,
+    lacks_setting,
     open_output_folder,
     recorded_setting,
     settings_fingerprint,

@@ -149,7 +149,7 @@ def test_an_unfinished_run_is_not_started_again_unasked(run_dsi, kill, monkeypat
         run_dsi(**FLAGS)
     with pytest.raises(UserError, match="holds checkpoint-2 of an unfinished run; give --resume_from_checkpoint"):
         run_dsi(**FLAGS)
-    with pytest.raises(UserError, match="nowhere: is no checkpoint of train_dsi.py; .* has checkpoint-2"):
+    with pytest.raises(UserError, match="nowhere: not a checkpoint of train_dsi.py; .* has checkpoint-2"):
         run_dsi(**FLAGS, resume_from_checkpoint="nowhere")
     with pytest.raises(UserError, match=r"was made with other options \(learning_rate was 0.1, now 0.2\)"):
         run_dsi(**FLAGS | {"learning_rate": 0.2}, resume_from_checkpoint="latest")
@@ -190,7 +190,7 @@ def test_two_processes_give_the_same_token_as_one_and_resume_exactly(
     killed.communicate()
     assert killed.returncode != 0
     assert not (tmp_path / "killed" / "dsi_config.json").exists()
-    with pytest.raises(UserError, match="8 images a step over all processes, this run has 4"):
+    with pytest.raises(UserError, match="8 images per step over all processes, this run has 4"):
         run_dsi(**flags, output_dir=tmp_path / "killed", resume_from_checkpoint="latest")
     resumed = start_script(CHILD, [*argv, "--resume_from_checkpoint", "latest"], tmp_path, 2)
     _, errors = resumed.communicate()
@@ -253,7 +253,7 @@ def test_a_token_of_inputs_that_were_replaced_is_neither_finished_nor_gone_on_wi
         run_dsi(output_dir=tmp_path / "finished", **flags)
     with pytest.raises(UserError, match=f"was begun with other inputs {changed}"):
         run_dsi(resume_from_checkpoint="latest", **flags)
-    with pytest.raises(UserError, match="the images, the prompts or the base model have changed"):
+    with pytest.raises(UserError, match="images, prompts or base model have changed"):
         run_dsi(resume_from_checkpoint=tmp_path / "style" / "checkpoint-4", output_dir=tmp_path / "other", **flags)
 
 

@@ -224,7 +224,7 @@ def test_the_word_with_the_lowest_loss_is_the_start_and_the_next_one_where_it_te
     best, second, last = sorted(losses, key=losses.get)
     capsys.readouterr()
     run_dsi()
-    assert f"The token begins from '{best}' (losses: {best} {losses[best]:.4f}, {second} " in capsys.readouterr().out
+    assert f"The token starts from '{best}' (losses: {best} {losses[best]:.4f}, {second} " in capsys.readouterr().out
     record = read_record(tmp_path / "style" / "dsi_config.json")
     assert (record["initializer_token"], record["num_restarts"]) == (best, 0)
     assert record["initializer_losses"] == {word: losses[word] for word in (best, second, last)}
@@ -233,8 +233,8 @@ def test_the_word_with_the_lowest_loss_is_the_start_and_the_next_one_where_it_te
     flags = {"max_train_steps": 25, "learning_rate": 1e-12, "checkpointing_steps": 5, "output_dir": tmp_path / "again"}
     health = run_dsi(**flags)
     printed = capsys.readouterr().out
-    assert f"The token learned nothing from '{best}' in 20 steps: it begins again from '{second}'." in printed
-    assert f"nothing from '{second}' in 20 steps: it begins again from '{last}'" in printed
+    assert f"The token learned nothing from '{best}' in 20 steps; it starts again from '{second}'." in printed
+    assert f"nothing from '{second}' in 20 steps; it starts again from '{last}'" in printed
     assert printed.count("begins again") == 2
     record = read_record(tmp_path / "again" / "dsi_config.json")
     assert (record["initializer_token"], record["num_restarts"]) == (last, 2)
@@ -349,11 +349,11 @@ def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
     ({"dataset_name": "./nowhere"}, "--dataset_name ./nowhere: neither an existing folder"),
     ({"pretrained_model_name_or_path": "user/nothing"}, "user/nothing: neither a folder nor a model repository"),
     ({"label_column_name": "colour"}, "--label_column_name colour: not in"),
-    ({"placeholder_token": "style</w>"}, "--placeholder_token style</w>: the tokenizer has"),
-    ({"placeholder_token": "my style token"}, "the tokenizer does not find it in a prompt"),
-    ({"placeholder_token": ""}, "the tokenizer does not find it in a prompt"),
-    ({"initializer_token": "two words"}, "--initializer_token two words: is .* tokens, must be one"),
-    ({"initializer_token": ""}, "is 0 tokens"),
+    ({"placeholder_token": "style</w>"}, "--placeholder_token style</w>: style</w> is already in"),
+    ({"placeholder_token": "my style token"}, "not found by the tokenizer in a prompt"),
+    ({"placeholder_token": ""}, "not found by the tokenizer in a prompt"),
+    ({"initializer_token": "two words"}, "--initializer_token two words: must be one token, got"),
+    ({"initializer_token": ""}, "must be one token, got 0"),
     ({"prompt_templates": "a {class}"}, "--prompt_templates 'a {class}': has no {token}"),
     ({"prompt_templates": "a {token}"}, "--prompt_templates 'a {token}': has no {class}"),
     ({"prompt_templates": "a {class} {token}", "include_class_name": False}, "--include_class_name false: templ"),
@@ -365,8 +365,8 @@ def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
     ({"seed": -1}, "--seed -1: must be 0 or above"),
     ({"lr_scheduler": "steep"}, "--lr_scheduler.*: invalid choice: 'steep'"),
     ({"lr_warmup_steps": 5}, "does nothing with --lr_scheduler constant; give another --lr_scheduler .constant_with_"),
-    ({"report_to": "diary"}, "--report_to diary: is not installed"),
-    ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere: is no checkpoint"),
+    ({"report_to": "diary"}, "--report_to diary: not installed"),
+    ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere: not a checkpoint"),
     ({"max_train_step": 3}, "no such flag, did you mean --max_train_steps"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_before_anything_loads_or_is_written(run_dsi, flags, message, tmp_path, monkeypatch):
@@ -379,7 +379,7 @@ def test_bad_input_is_one_line_before_anything_loads_or_is_written(run_dsi, flag
 
 @pytest.mark.parametrize("max_train_steps", [1, 3])
 def test_a_token_that_diverges_is_one_line_and_is_not_written(run_dsi, tmp_path, max_train_steps):
-    with pytest.raises(UserError, match=r"^--learning_rate 1e\+30: .* at step \d or shortly before; try a lower one"):
+    with pytest.raises(UserError, match=r"^--learning_rate 1e\+30: .* at step \d or shortly before; try a lower rate"):
         run_dsi(learning_rate=1e30, max_train_steps=max_train_steps, checkpointing_steps=1)
     left = {path.name for path in (tmp_path / "style").iterdir()}
     assert not left & {"learned_embeds.safetensors", "dsi_config.json"}

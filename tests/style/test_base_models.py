@@ -28,7 +28,7 @@ def test_a_family_is_named_in_the_table_only():
 
 @pytest.mark.parametrize(("gone", "mirror"), MIRRORS.items())
 def test_an_id_that_is_gone_is_an_error_that_names_its_mirror(gone, mirror):
-    with pytest.raises(UserError, match=f"^--model {gone}: is gone from the Hub; its mirror is {mirror}.$"):
+    with pytest.raises(UserError, match=f"^--model {gone}: was removed from the Hub; its mirror is {mirror}.$"):
         open_base_model(gone, "--model")
 
 
@@ -37,7 +37,7 @@ def test_an_id_that_is_there_again_is_taken(tiny_pipeline_dir, monkeypatch):
     assert open_folder(tiny_pipeline_dir).pipeline_class == "StableDiffusionPipeline"
 
 
-NO_SIZE = "its configs do not say at how many pixels it draws"
+NO_SIZE = "its configs do not give its resolution"
 SUPPORTED = r"; supported: StableDiffusionPipeline \(Stable Diffusion 1.x and 2.x\), StableDiffusionXLPipeline \(.*XL\)"
 
 
@@ -49,14 +49,14 @@ SUPPORTED = r"; supported: StableDiffusionPipeline \(Stable Diffusion 1.x and 2.
     ({"index": {"_class_name": ["mine", "My"]}}, rf"is a \['mine', 'My'\], a community .* is not run{SUPPORTED}"),
     ({"index": {"_class_name": None}}, rf"its model_index.json names no pipeline class \(_class_name\){SUPPORTED}"),
     # parts of another class
-    ({"index": {"vae": ["diffusers", "AutoencoderTiny"]}}, "its vae is AutoencoderTiny; wanted is AutoencoderKL"),
-    ({"index": {"text_encoder": ["x", "Roberta"]}}, "its text_encoder is Roberta; wanted is CLIPTextModel"),
-    ({"index": {"unet": [None, None]}}, "its unet is None; wanted is UNet2DConditionModel"),
-    ({"index": {"unet": None}}, "its unet is None; wanted is UNet2DConditionModel"),
+    ({"index": {"vae": ["diffusers", "AutoencoderTiny"]}}, "its vae must be AutoencoderKL, got AutoencoderTiny"),
+    ({"index": {"text_encoder": ["x", "Roberta"]}}, "its text_encoder must be CLIPTextModel, got Roberta"),
+    ({"index": {"unet": [None, None]}}, "its unet must be UNet2DConditionModel, got None"),
+    ({"index": {"unet": None}}, "its unet must be UNet2DConditionModel, got None"),
     # numbers that are missing, or of an inpainting model
     ({"unet": {"in_channels": 9}}, r"its U-Net has 9 in_channels, its VAE 4 latent .* must be equal \(.*token\)"),
-    ({"vae": {"scaling_factor": None}}, "its VAE's scaling_factor is None; a number other than 0 is wanted"),
-    ({"vae": {"scaling_factor": 0}}, "its VAE's scaling_factor is 0; a number other than 0 is wanted"),
+    ({"vae": {"scaling_factor": None}}, "its VAE's scaling_factor must be a number other than 0, got None"),
+    ({"vae": {"scaling_factor": 0}}, "its VAE's scaling_factor must be a number other than 0, got 0"),
     ({"vae": {"block_out_channels": []}}, rf"{NO_SIZE} \(.*block_out_channels \[\] of its VAE\)"),
     ({"unet": {"sample_size": None}}, rf"{NO_SIZE} \(sample_size None of its U-Net.*\)"),
 ])  # fmt: skip
@@ -93,7 +93,7 @@ def test_parts_in_half_precision_only_are_loaded(parts, copy_pipeline, tiny_pipe
     assert caplog.messages == []
     rename_to_fp16(folder := copy_pipeline(), parts)
     half = open_folder(folder)
-    assert [f"the weights of {', '.join(parts)} are there" in message for message in caplog.messages] == [True]
+    assert [f"weights of {', '.join(parts)} only in half" in message for message in caplog.messages] == [True]
     for model, other in (
         (plain.load_unet(torch.float32), half.load_unet(torch.float32)),
         (plain.load_vae(), half.load_vae()),
@@ -160,5 +160,5 @@ def test_weights_of_other_names_are_an_error(part, copy_pipeline):
     save_file({f"module.{name}": value for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
     base_model = open_folder(folder)
     load = getattr(base_model, {"text_encoder": "load_text_encoders"}.get(part, f"load_{part}"))
-    with pytest.raises(UserError, match=rf"^--model .*copied: \d+ weights of its {part} are missing, such as"):
+    with pytest.raises(UserError, match=rf"^--model .*copied: its {part} lacks \d+ weights, such as"):
         load(*[torch.float32] * (part != "vae"))

@@ -71,7 +71,7 @@ def test_other_noise_than_that_of_ddpm_is_an_error_that_says_which(class_name, c
         scheduler.check_trainable()
     assert str(error.value) == (
         f"--model model: its scheduler ({class_name}) has {noise}; a style token is learned with the noise of DDPM's "
-        "betas, as those of Stable Diffusion 1.x, 2.x and XL base; choose such a model."
+        "betas, as in Stable Diffusion 1.x, 2.x and XL base; choose such a model."
     )
     assert not scheduler.is_replaceable
 
@@ -115,7 +115,7 @@ def test_a_scheduler_that_would_change_the_noise_is_not_taken_instead():
     (["diffusers", "UNet2DModel"], "UNet2DModel"),
 ])  # fmt: skip
 def test_a_scheduler_that_diffusers_does_not_have_is_an_error(entry, said):
-    with pytest.raises(UserError, match=f"^--x y: its model_index.json names the scheduler .*{said}.*, which diffus"):
+    with pytest.raises(UserError, match=f"^--x y: its model_index.json names the scheduler .*{said}.*; must be"):
         check_scheduler_class(entry, "--x y:")
 
 

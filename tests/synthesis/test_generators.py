@@ -220,7 +220,7 @@ def test_vae_is_in_float32_where_its_config_says_nothing(copy_pipeline):
 def test_parts_in_half_precision_only_are_loaded(kind, parts, copy_pipeline, request, local_hub, caplog):
     rename_to_fp16(folder := copy_pipeline(kind), parts)
     half = load_pipeline(open_folder(folder), None, "default", torch.float32, CPU)
-    assert sum("are there in half precision only; variant 'fp16' is loaded" in text for text in caplog.messages) == 1
+    assert sum("only in half precision; variant 'fp16' is loaded" in text for text in caplog.messages) == 1
     plain = load_pipeline(open_folder(request.getfixturevalue(kind)), None, "default", torch.float32, CPU)
     publish(local_hub, f"ann/{kind}", folder)
     published = open_generator(f"ann/{kind}", "--model", None, None)
