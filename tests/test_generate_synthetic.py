@@ -70,7 +70,7 @@ def test_load_dataset_gives_images_and_the_real_names(finished_set):
     assert images[1]["prompt"] == f"A green circle photo in the style of {PLACEHOLDER}"
     assert images[0]["guidance_scale"] == 3.0
     assert len(set(images["seed"])) == 21
-    for path in finished_set.glob("data/*.parquet"):  # each file by itself, without what the card says
+    for path in finished_set.glob("data/*.parquet"):  # each file by itself, without the card
         assert load_dataset("parquet", data_files=str(path), split="train").features == images.features
 
 
@@ -167,7 +167,7 @@ def test_more_images_later_keep_the_first_ones(copied_set, options):
     assert len(load_dataset(str(copied_set), split="train")) == 27
 
 
-def test_other_settings_and_strange_files_are_refused_and_nothing_changes(copied_set, options):
+def test_other_settings_and_foreign_files_are_refused_and_nothing_changes(copied_set, options):
     def refuses(message, *flags):
         before = tree_hashes(copied_set)
         with pytest.raises(UserError, match=re.escape(message)):
@@ -177,7 +177,7 @@ def test_other_settings_and_strange_files_are_refused_and_nothing_changes(copied
     refuses("seed was 0, now 1", "--seed", "1")
     refuses("guidance_scale was [3.0], now [2.0]", "--guidance_scale", "2")
     refuses("can only grow", "--num_images_per_class", "6")
-    for name in ("train-00003.parquet", "train-of-thought.parquet"):  # load_dataset would mix it into the set
+    for name in ("train-00003.parquet", "train-of-thought.parquet"):  # load_dataset would add it to the set
         shutil.copy(copied_set / "data/train-00000.parquet", copied_set / "data" / name)
         refuses(f"{name} is no shard of this set")
         (copied_set / "data" / name).unlink()
@@ -214,7 +214,7 @@ def test_a_token_changes_the_images_of_the_same_prompts_and_seeds(kind, dims, re
     assert json.loads((tmp_path / "without/generation_config.json").read_text())["token"] is None
 
 
-def test_generator_without_token_takes_the_names_of_the_real_set(tiny_pipeline_dir, real_images_dir, tmp_path):
+def test_generator_without_token_uses_the_names_of_the_real_set(tiny_pipeline_dir, real_images_dir, tmp_path):
     main(["--pretrained_model_name_or_path", str(tiny_pipeline_dir), "--dataset_name", str(real_images_dir),
           "--num_images_per_class", "1", "--num_inference_steps", "2", "--scheduler", "default", "--batch_size", "3",
           "--image_format", "png", "--output_dir", str(tmp_path / "plain")])  # fmt: skip
@@ -237,7 +237,7 @@ def test_dry_run_writes_nothing(options, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["xl", "sd3", "flux"])
 def test_other_generators_draw_for_a_list_of_class_names(kind, request, tmp_path):
-    """Stable Diffusion XL, 3 and FLUX, at a size that is no power of two, as WebP."""
+    """Stable Diffusion XL, 3 and FLUX, at a size other than a power of two, as WebP."""
     pipeline_dir = request.getfixturevalue(f"tiny_{kind}_pipeline_dir")
     (tmp_path / "names.txt").write_text("apple_pie\nCraneFly\n")
     flags = ["--pretrained_model_name_or_path", str(pipeline_dir), "--class_names_file", str(tmp_path / "names.txt"),
@@ -288,7 +288,7 @@ def test_labels_are_those_of_classes_without_excluded_ones_in_any_case():
         find_labels(["JAY"], None, ["Jay", "jay"])
 
 
-def test_guidance_zero_is_one(finished_set, options, tmp_path):
+def test_guidance_scale_zero_means_one(finished_set, options, tmp_path):
     main([*options, "--guidance_scale", "0", "--output_dir", str(tmp_path / "set")])
     rows = read_rows(tmp_path / "set")
     assert {row["guidance_scale"] for row in rows} == {1.0}
@@ -310,7 +310,7 @@ def test_an_interval_of_guidance_is_recorded_and_draws_other_images(finished_set
         main(flags)
 
 
-def test_a_generator_whose_guidance_is_an_input_takes_no_interval(tiny_flux_pipeline_dir, tmp_path):
+def test_a_generator_with_embedded_guidance_takes_no_interval(tiny_flux_pipeline_dir, tmp_path):
     (tmp_path / "names.txt").write_text("apple_pie\n")
     flags = ["--pretrained_model_name_or_path", str(tiny_flux_pipeline_dir), "--class_names_file",
              str(tmp_path / "names.txt"), "--resolution", "48", "--output_dir", str(tmp_path / "set")]  # fmt: skip
@@ -319,7 +319,7 @@ def test_a_generator_whose_guidance_is_an_input_takes_no_interval(tiny_flux_pipe
     assert not (tmp_path / "set").exists()
 
 
-def test_several_guidance_scales_are_recorded_and_are_those_drawn_with(finished_set, options, tmp_path):
+def test_several_guidance_scales_are_recorded_and_used(finished_set, options, tmp_path):
     main([*options, "--guidance_scale", "3", "7", "--output_dir", str(tmp_path / "set")])
     rows, of_one_scale = read_rows(tmp_path / "set"), read_rows(finished_set)
     assert {row["guidance_scale"] for row in rows} == {3.0, 7.0}
@@ -347,7 +347,7 @@ def test_guidance_scales_have_equal_shares_of_each_class_also_when_the_set_grows
     assert "share of each class's images, to within one; the column" in (tmp_path / "set/README.md").read_text()
     settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
     assert settings["guidance_shares"] == "per class"
-    for folder in (finished_set, tmp_path / "set"):  # a set of one scale has the settings that it always had
+    for folder in (finished_set, tmp_path / "set"):  # with one scale, settings are as in earlier versions
         settings = json.loads((folder / "generation_config.json").read_text())["settings"]
         assert ("guidance_shares" in settings) == (folder != finished_set)
     assert "share of" not in (finished_set / "README.md").read_text()
@@ -355,7 +355,7 @@ def test_guidance_scales_have_equal_shares_of_each_class_also_when_the_set_grows
         main([*flags, "--guidance_scale", "3"])
 
 
-def test_a_set_begun_with_guidance_scales_by_batch_goes_on_so_until_it_is_replaced(options, tmp_path, monkeypatch):
+def test_a_set_begun_with_guidance_scales_by_batch_keeps_them_until_it_is_replaced(options, tmp_path, monkeypatch):
     folder = tmp_path / "set"
     flags = [*options, "--guidance_scale", "2", "4", "--batch_size", "8", "--images_per_shard", "10"]
     with monkeypatch.context() as patch:
@@ -396,7 +396,7 @@ def test_a_negative_prompt_changes_the_images(finished_set, options, tmp_path):
     assert all(a["seed"] == b["seed"] and a["image"]["bytes"] != b["image"]["bytes"] for a, b in pairs)
 
 
-def test_the_doctors_file_is_edited_and_given_back(tiny_pipeline_dir, real_images_dir, tmp_path, capsys):
+def test_the_class_names_file_is_written_edited_and_read_again(tiny_pipeline_dir, real_images_dir, tmp_path, capsys):
     folder = save_token(tmp_path / "crane", tiny_pipeline_dir, real_images_dir, class_names=["crane", "n02123045"],
                         prompt_nouns=["crane", "n02123045"])  # fmt: skip
     names, output_dir = tmp_path / "names.yaml", tmp_path / "set"
@@ -413,7 +413,7 @@ def test_the_doctors_file_is_edited_and_given_back(tiny_pipeline_dir, real_image
     assert [row["prompt"].split(" photo")[0] for row in read_rows(output_dir)] == ["A crane bird", "A tabby cat"]
 
 
-def test_images_that_come_out_bad_for_some_seeds_are_drawn_again(finished_set, options, tmp_path, monkeypatch):
+def test_bad_images_are_drawn_again(finished_set, options, tmp_path, monkeypatch):
     from diffusers import StableDiffusionPipeline
 
     bad = dict(zip((row["seed"] for row in read_rows(finished_set)[1:20:9]), (0.0, torch.nan, 0.0)))
@@ -457,14 +457,14 @@ def test_a_full_disk_is_one_line_and_the_finished_shards_stay(options, tmp_path,
 
 
 @pytest.mark.parametrize("removed", ["", "data", ".shards"])
-def test_a_folder_that_is_removed_while_images_are_drawn_is_one_line_and_stays_away(
+def test_a_folder_removed_while_images_are_drawn_is_one_line_and_is_not_recreated(
     removed, finished_set, options, tmp_path, monkeypatch
 ):
     draw_shard, folder = Runner._draw_shard, tmp_path / "set"
 
     def draw_and_remove(runner, number):
         if number == 2:
-            (folder / removed).rename(tmp_path / "gone")  # at once, while the shard before may be in writing
+            (folder / removed).rename(tmp_path / "gone")  # at once, while the previous shard may still be written
         return draw_shard(runner, number)
 
     monkeypatch.setattr(Runner, "_draw_shard", draw_and_remove)
@@ -476,7 +476,7 @@ def test_a_folder_that_is_removed_while_images_are_drawn_is_one_line_and_stays_a
     assert shard_hashes(folder) == shard_hashes(finished_set)
 
 
-def test_a_folder_that_is_removed_after_the_last_image_is_one_line_and_stays_away(options, tmp_path, monkeypatch):
+def test_a_folder_removed_after_the_last_image_is_one_line_and_is_not_recreated(options, tmp_path, monkeypatch):
     finish = SharedProgress.finish
 
     def finish_and_remove(progress):
@@ -490,7 +490,7 @@ def test_a_folder_that_is_removed_after_the_last_image_is_one_line_and_stays_awa
 
 
 @pytest.mark.parametrize("has_notes", [True, False])
-def test_shards_without_a_record_are_taken_up_where_they_are_of_the_same_settings(
+def test_shards_without_a_record_are_kept_if_their_settings_are_the_same(
     has_notes, copied_set, options, monkeypatch, caplog
 ):
     from diffusers import AutoPipelineForText2Image
@@ -532,7 +532,7 @@ def test_shards_without_a_record_are_taken_up_where_they_are_of_the_same_setting
     assert (shard_hashes(copied_set), record()) == (before, recorded)
 
 
-def test_shards_are_published_while_later_ones_are_made_whatever_the_hub_does(
+def test_shards_are_published_while_later_ones_are_drawn_whatever_the_hub_does(
     options, local_hub, run_with_hub, tmp_path, monkeypatch
 ):
     local_hub.add_user("user", TOKEN)
@@ -541,10 +541,10 @@ def test_shards_are_published_while_later_ones_are_made_whatever_the_hub_does(
     draw_shard = Runner._draw_shard
 
     def draw_when_published(runner, number):
-        """Draw a shard once the one before the last is published; of the later ones, any four commits will do."""
+        """Draw a shard once the one before the last is published; for the later ones, any four commits will do."""
         deadline = time.monotonic() + 300
         while number > 1 and sum(len(repo.commits()) for repo in local_hub.repos()) < min(number, 4):
-            assert time.monotonic() < deadline, "waited in vain for a commit"
+            assert time.monotonic() < deadline, "no commit in time"
             time.sleep(0.01)
         return draw_shard(runner, number)
 
@@ -558,7 +558,7 @@ def test_shards_are_published_while_later_ones_are_made_whatever_the_hub_does(
     assert repo.private
     assert len(local_hub.faults_fired) == 3
     commits = [commit.title for commit in repo.commits()]
-    assert len(commits) > 3, commits  # the first, some shards, more shards, ..., what goes with them
+    assert len(commits) > 3, commits  # the first, some shards, more shards, ..., the other files
     files = repo.files()
     assert {name: files[f"data/{name}"] for name in shard_hashes(tmp_path / "cars-syn")} == {
         path.name: path.read_bytes() for path in (tmp_path / "cars-syn/data").iterdir()
@@ -643,12 +643,12 @@ def replace_weights(path: Path) -> None:
 
 @pytest.fixture
 def own_token(copy_pipeline, real_images_dir, tmp_path):
-    """A token, and the generator that its record names, which are this test's own."""
+    """A copied token, and a copy of the generator in its record."""
     return save_token(tmp_path / "style", copy_pipeline(), real_images_dir), tmp_path / "copied"
 
 
 @pytest.mark.parametrize("what", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json", "token"])
-def test_a_set_does_not_grow_from_another_generator_or_token_of_that_name(own_token, options, tmp_path, what):
+def test_a_set_does_not_grow_from_another_generator_or_token_of_the_same_name(own_token, options, tmp_path, what):
     token, generator = own_token
     flags = [*options, "--learned_embeds", str(token), "--output_dir", str(tmp_path / "set")]
     main([*flags, "--num_images_per_class", "3"])
@@ -664,13 +664,11 @@ def test_a_set_does_not_grow_from_another_generator_or_token_of_that_name(own_to
 
 
 @pytest.mark.parametrize("what", ["generator_contents", "learned_embeds_sha256"])
-def test_shards_of_a_generator_that_is_replaced_meanwhile_are_not_written(
-    own_token, options, tmp_path, monkeypatch, what
-):
+def test_shards_are_not_written_after_the_generator_was_replaced(own_token, options, tmp_path, monkeypatch, what):
     token, generator = own_token
     load_sampler = runner.load_sampler
 
-    def replace_and_load(*args):  # after what it is was noted
+    def replace_and_load(*args):  # after its identity was recorded
         weights = token / "learned_embeds.safetensors"
         replace_weights(
             weights if what.startswith("learned") else generator / "unet/diffusion_pytorch_model.safetensors"
@@ -685,7 +683,7 @@ def test_shards_of_a_generator_that_is_replaced_meanwhile_are_not_written(
     assert not list((tmp_path / "set" / "data").glob("*.parquet"))
 
 
-def test_a_set_of_an_earlier_version_that_noted_no_contents_grows(own_token, options, tmp_path, monkeypatch):
+def test_a_set_of_an_earlier_version_without_recorded_contents_grows(own_token, options, tmp_path, monkeypatch):
     flags = [*options, "--learned_embeds", str(own_token[0]), "--output_dir", str(tmp_path / "set")]
     with monkeypatch.context() as patch:
         patch.setattr(generate_synthetic, "lacks_setting", lambda *_: True)
@@ -694,14 +692,14 @@ def test_a_set_of_an_earlier_version_that_noted_no_contents_grows(own_token, opt
     assert "generator_contents" not in json.loads((tmp_path / "set" / "generation_config.json").read_text())["settings"]
 
 
-def test_a_folder_in_which_no_image_was_drawn_is_taken_by_other_settings(options, tmp_path, monkeypatch, caplog):
+def test_a_folder_without_images_accepts_other_settings(options, tmp_path, monkeypatch, caplog):
     flags = [*options, "--output_dir", str(tmp_path / "set")]
     with monkeypatch.context() as patch, pytest.raises(UserError, match="out of paint"):
         patch.setattr(Runner, "_draw_batch", lambda *_: (_ for _ in ()).throw(UserError("out of paint")))
         main(flags)
     assert (tmp_path / "set" / "generation_config.json").exists()
     warn_once.cache_clear()
-    # fewer than were to be drawn, too
+    # also for fewer images than planned
     results = main([*flags, "--seed", "1", "--guidance_scale", "1", "--num_images_per_class", "1"])
     [line] = [message for message in caplog.messages if "no image" in message]
     assert line.startswith(f"--output_dir {tmp_path / 'set'}: no image was drawn in it yet; from now on it has ")
@@ -713,7 +711,7 @@ def test_a_folder_in_which_no_image_was_drawn_is_taken_by_other_settings(options
         main([*flags, "--num_images_per_class", "1"])
 
 
-def test_a_finished_set_whose_shards_are_elsewhere_keeps_its_folder(copied_set, options):
+def test_a_finished_set_whose_shards_were_moved_keeps_its_folder(copied_set, options):
     shutil.rmtree(copied_set / "data")
     with pytest.raises(UserError, match="was made with other settings"):
         main([*options, "--output_dir", str(copied_set), "--seed", "1"])

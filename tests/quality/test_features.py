@@ -45,7 +45,7 @@ def save_backbone(name: str, folder) -> None:
 
 
 def before_the_head(folder, head_name: str, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return what the classification head of a checkpoint is given."""
+    """Return the input of a checkpoint's classification head."""
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     given = []
     model.get_submodule(head_name).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
@@ -61,7 +61,7 @@ def before_the_head(folder, head_name: str, pixel_values: torch.Tensor) -> torch
         ("convnext", "classifier", 16), ("swin", "classifier", 16), ("deit", "classifier", 16),
     ],
 )  # fmt: skip
-def test_features_are_what_the_classifier_sees(classifiers, tmp_path, name, head, size):
+def test_features_are_the_classifiers_pooled_output(classifiers, tmp_path, name, head, size):
     if name not in classifiers:
         save_backbone(name, tmp_path / name)
     folder = classifiers.get(name, tmp_path / name)
@@ -88,7 +88,7 @@ def test_the_same_features_at_each_load_and_batch_size_and_of_a_selection(classi
     assert first.shape == (7, 16) and first.dtype == np.float16
     np.testing.assert_allclose(first, second, atol=2e-3)
     assert np.abs(first[0] - first[1]).max() > 0.01
-    assert isinstance(first, np.memmap) and isinstance(thumbnails, np.memmap)  # on disk, however many there are
+    assert isinstance(first, np.memmap) and isinstance(thumbnails, np.memmap)  # on disk, for any number of images
     assert (thumbnails == [make_thumbnail(image) for image in images["image"]]).all()
     part, _ = extract_features(load(classifiers["vit"]), images.select([5, 2]), "images", tmp_path / "part", 4)
     np.testing.assert_allclose(part, first[[5, 2]], atol=2e-3)

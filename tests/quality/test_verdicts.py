@@ -1,4 +1,4 @@
-"""What a report says in words, and its section of the card."""
+"""Verdicts and caveats of a report, and its section of the card."""
 
 import copy
 
@@ -103,7 +103,7 @@ def test_a_flaw_changes_its_verdict_and_no_other(path, value, subject, level):
         assert {name for name in after if after[name] != before[name]} <= {subject}
 
 
-def test_verdicts_name_the_figures_and_the_worst():
+def test_verdicts_name_the_figures_and_the_worst_class():
     assert "1.2 times the floor" in text_of(good_record(), "whole set")
     assert "by the" not in text_of(good_record(), "whole set")
     assert "by the kernel one, the" in text_of(changed(("distance", "kernel", "synthetic"), 0.05), "whole set")
@@ -116,12 +116,12 @@ def test_verdicts_name_the_figures_and_the_worst():
     assert "trusted" not in text_of(changed(("duplicates", "train"), duplicates(3, 3)), "copies of training images")
 
 
-def test_more_variety_than_the_real_images_have_is_no_praise():
+def test_more_variety_than_the_real_images_is_not_praised():
     assert "counts too" in text_of(changed(("diversity", "synthetic"), 0.7), "diversity")
     assert "counts too" not in text_of(good_record(), "diversity")
 
 
-def test_caveats_say_what_few_images_and_limits_hide():
+def test_caveats_name_few_images_and_limits():
     assert len(list_caveats(good_record())) == 2
     few = list_caveats(changed(("distance", "num_images"), 300))
     assert any("biased upwards" in caveat and "300 on a side" in caveat for caveat in few)
@@ -171,7 +171,7 @@ def test_the_section_is_empty_without_a_report_and_short_for_many_classes():
     assert "10 of 200" in section and "class 9 " in section and "class 10 " not in section
 
 
-def test_the_section_has_no_distances_where_none_are_known():
+def test_the_section_has_no_distances_if_none_are_known():
     record = changed(("distance", "frechet"), {"synthetic": None, "floor": None})
     record |= {"verdicts": judge(record), "caveats": list_caveats(record)}
     assert "| Frechet distance |" not in quality_section(record)

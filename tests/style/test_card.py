@@ -1,4 +1,4 @@
-"""The token's card: metadata that the Hub takes, and the licences of the sources."""
+"""The token's card: metadata for the Hub, licenses of the sources, and code that runs."""
 
 import json
 

@@ -44,9 +44,9 @@ def prompt_ids(tokenizers, *prompts):
     return PromptIds.tokenize(tokenizers, list(prompts), ["a", "b"], "cpu")
 
 
-def test_words_for_auto_are_those_that_are_one_token(tiny_xl_pipeline_dir, monkeypatch):
+def test_words_for_auto_are_single_tokens(tiny_xl_pipeline_dir, monkeypatch):
     tokenizers = open_base_model(str(tiny_xl_pipeline_dir), "--model").load_tokenizers()
-    assert list(find_initializers(tokenizers, "auto")) == ["style"]  # the only word that the tiny tokenizer has
+    assert list(find_initializers(tokenizers, "auto")) == ["style"]  # the only word of the tiny tokenizer
     assert [len(ids) for ids in find_initializers(tokenizers, "s").values()] == [2]
     monkeypatch.setattr(token, "INITIALIZER_WORDS", ("photo", "image"))
     with pytest.raises(UserError, match="^--initializer_token auto: none of photo, image is a single token of this"):
@@ -92,7 +92,7 @@ def test_xl_prompts_and_size_are_as_in_the_pipeline_that_loads_both_tokens(tiny_
 
 def test_distinct_prompts_are_encoded_once_and_come_back_in_order(tiny_xl_pipeline_dir):
     encoder, tokenizers = spliced(tiny_xl_pipeline_dir)
-    ids = prompt_ids(tokenizers, "a <s>", "b <s>", "<s> a", "<s> b")  # two templates of two classes
+    ids = prompt_ids(tokenizers, "a <s>", "b <s>", "<s> a", "<s> b")  # two templates and two classes
     sizes = []
     encoder.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     denoiser = Denoiser(None, None, None, encoder, ids, 32, torch.float32)

@@ -1,4 +1,4 @@
-"""LoRA adapters of a generator: found, pinned, checked before a model loads, fused, recorded."""
+"""LoRA adapters of a generator: pinned, checked before a model loads, fused, recorded."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def save_lora(pipeline_dir, folder):
-    """Write what diffusers' scripts write: a large random adapter of the denoiser's attention."""
+    """Write a large random adapter of the denoiser's attention, as diffusers' scripts do."""
     pipe = DiffusionPipeline.from_pretrained(pipeline_dir)
     part = "unet" if "unet" in pipe.components else "transformer"
     denoiser = pipe.components[part]
@@ -73,14 +73,14 @@ def test_images_are_those_that_the_pipeline_draws_with_the_adapter(kind, request
 def test_a_distilled_adapter_brings_its_scheduler_steps_and_guidance(flags, lora_dir, tmp_path, capsys, monkeypatch):
     made, step = [], LCMScheduler.step
 
-    @functools.wraps(step)  # the pipeline looks at what it takes
+    @functools.wraps(step)  # the pipeline inspects its parameters
     def count(self, *args, **kwargs):
         made.append(len(args[2]))
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(LCMScheduler, "step", count)
     main([*flags, "--lora", f"{lora_dir}:0.8"])
-    assert made == [1, 1] + [2] * 4 * 2  # trials, and four steps of two batches
+    assert made == [1, 1] + [2] * 4 * 2  # two trials, then four steps of two batches
     captured = capsys.readouterr()
     assert (
         "--scheduler LCMScheduler --num_inference_steps 4 --guidance_scale 1, as the name lcm-lora says."
@@ -106,7 +106,7 @@ def test_a_distilled_adapter_brings_its_scheduler_steps_and_guidance(flags, lora
     assert shard_hashes(tmp_path / "set") == before
 
 
-def test_flags_win_over_what_the_adapter_wants(flags, lora_dir, tmp_path, capsys):
+def test_flags_override_the_adapters_settings(flags, lora_dir, tmp_path, capsys):
     main([*flags, "--lora", str(lora_dir), "--scheduler", "DDIMScheduler", "--num_inference_steps", "3"])
     out = capsys.readouterr().out
     assert "--guidance_scale 1, as the name" in out
@@ -115,7 +115,7 @@ def test_flags_win_over_what_the_adapter_wants(flags, lora_dir, tmp_path, capsys
     assert settings == settings | {"scheduler": "DDIMScheduler", "num_inference_steps": 3, "scheduler_config": None}
 
 
-def test_an_adapter_may_say_itself_how_it_is_sampled(tiny_pipeline_dir, flags, tmp_path, capsys):
+def test_an_adapter_can_bring_its_own_sampling_settings(tiny_pipeline_dir, flags, tmp_path, capsys):
     folder = save_lora(tiny_pipeline_dir, tmp_path / "mine")
     own = {"scheduler": "DDIMScheduler", "num_inference_steps": 3, "scheduler_config": {"timestep_spacing": "leading"}}
     (folder / "sampling.json").write_text(json.dumps(own))
@@ -158,7 +158,7 @@ def test_a_bad_sampling_file_is_one_line_before_a_model_loads(values, message, l
 
 
 @pytest.mark.parametrize("scale", ["0", "-1", "abc", "", "nan"])
-def test_a_scale_that_is_none_is_said(scale, lora_dir):
+def test_a_wrong_adapter_scale_is_an_error(scale, lora_dir):
     with pytest.raises(UserError, match="the scale behind the colon must be a number above 0, such as .*lcm-lora:0.8"):
         open_lora(f"{lora_dir}:{scale}", None, None)
 
@@ -175,7 +175,7 @@ def test_an_adapter_of_a_repository_is_pinned_and_named_by_file(lora_dir, tiny_p
         open_lora(str(lora_dir), None, None)
 
 
-def test_what_cannot_be_fused_is_an_error_before_a_model_loads(
+def test_an_unusable_adapter_is_an_error_before_a_model_loads(
     lora_dir, flags, tiny_xl_pipeline_dir, tmp_path, monkeypatch
 ):
     from diffusers import AutoPipelineForText2Image
@@ -213,9 +213,7 @@ def with_nan(value: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("number", [torch.nan, -torch.inf])
-def test_an_adapter_with_a_weight_that_is_no_number_is_found_before_a_model_loads(
-    number, lora_dir, flags, tmp_path, monkeypatch
-):
+def test_an_adapter_with_a_nan_weight_is_found_before_a_model_loads(number, lora_dir, flags, tmp_path, monkeypatch):
     from diffusers import AutoPipelineForText2Image
 
     monkeypatch.setattr(AutoPipelineForText2Image, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))
@@ -225,11 +223,11 @@ def test_an_adapter_with_a_weight_that_is_no_number_is_found_before_a_model_load
     assert not (tmp_path / "set").exists()
 
 
-def test_weights_that_are_no_numbers_are_found_before_an_image_is_drawn(
+def test_nan_weights_are_found_before_an_image_is_drawn(
     lora_dir, flags, copy_pipeline, real_images_dir, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(Sampler, "draw", lambda *_: pytest.fail("drew an image"))
-    # finite by itself, and not with this scale
+    # finite, but not with this scale
     with pytest.raises(UserError, match=r"^--lora \S+lcm-lora:1e\+38: with it the unet has NaN or infinite"):
         main([*flags, "--lora", f"{lora_dir}:1e38"])
     broken = copy_pipeline()
@@ -244,7 +242,7 @@ def test_weights_that_are_no_numbers_are_found_before_an_image_is_drawn(
         main(["--learned_embeds", str(token), *flags[4:]])
 
 
-def test_of_an_adapter_of_another_architecture_our_line_alone_is_said(lora_dir, flags):
+def test_an_adapter_of_another_architecture_gives_only_our_line(lora_dir, flags):
     weights = load_file(lora_dir / WEIGHTS)
     others = {name: torch.zeros(2, 7) for name in weights if "to_q.lora_A" in name}
     save_file(weights | others, lora_dir / WEIGHTS)
@@ -274,7 +272,7 @@ def test_layers_that_a_file_of_mixed_names_leaves_out_are_counted(lora_dir, flag
     assert not any("PEFT" in str(warning.message) for warning in recwarn)
 
 
-@pytest.mark.soak  # the short forms: an adapter of a repository is pinned, and a local one fused, in one process
+@pytest.mark.soak  # shorter tests pin an adapter of a repository, and fuse a local one, in one process
 def test_an_adapter_of_the_hub_is_fused_in_every_process_of_a_launch(
     lora_dir, flags, local_hub, run_with_hub, tmp_path
 ):
@@ -285,7 +283,7 @@ def test_an_adapter_of_the_hub_is_fused_in_every_process_of_a_launch(
     done = run_with_hub([*launch, "generate_synthetic.py", *flags], check=True, ACCELERATE_USE_CPU="true")
     settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
     assert settings["lora"] == "user/loras" and settings["lora_revision"] == commit
-    assert "as the name user/loras says" not in done.stdout  # which does not tell of few steps
+    assert "as the name user/loras says" not in done.stdout  # which says nothing about few steps
     hashes = shard_hashes(tmp_path / "set")
     assert len(hashes) == 2
     main([*flags, "--output_dir", str(tmp_path / "alone")])

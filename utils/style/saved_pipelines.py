@@ -198,7 +198,8 @@ def find_variants(source: Source, parts: Iterable[str]) -> dict[str, str | None]
     only = [part for part, variant in chosen.items() if variant]
     if only:
         warn_once(
-            f"{source.flag} {source.name}: has weights of {', '.join(only)} only in half precision; variant '{VARIANT}' is loaded."
+            f"{source.flag} {source.name}: has weights of {', '.join(only)} only in half precision; variant "
+            f"'{VARIANT}' is loaded."
         )
     return chosen
 

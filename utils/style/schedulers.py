@@ -65,7 +65,7 @@ class OwnScheduler:
         except NotImplementedError:  # a beta schedule that DDPM does not have
             is_ddpm = False
         if not is_ddpm:
-            return "noise levels of its own"
+            return "its own noise levels"
         largest = ((1 - alphas[-1]) / alphas[-1]) ** 0.5
         if (config.get("sigma_max") or 0) > 1.1 * largest:
             return f"larger noise than its betas give (sigma_max {config['sigma_max']})"
