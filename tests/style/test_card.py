@@ -40,7 +40,7 @@ def test_token_card_has_metadata_that_the_hub_links(tmp_path):
         "tags": ["textual_inversion", "dataset-style-inversion", "bridged-transfer"],
     }  # fmt: skip
     assert "- `user/sd`: mit\n- `user/cars`: unknown\n" in card.text
-    assert 'Where it says "unknown"' in card.text
+    assert '"unknown": no card that could be read' in card.text
     assert "None" not in card.text
 
 
