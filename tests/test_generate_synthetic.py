@@ -179,7 +179,7 @@ def test_other_settings_and_foreign_files_are_refused_and_nothing_changes(copied
     refuses("can only grow", "--num_images_per_class", "6")
     for name in ("train-00003.parquet", "train-of-thought.parquet"):  # load_dataset would add it to the set
         shutil.copy(copied_set / "data/train-00000.parquet", copied_set / "data" / name)
-        refuses(f"{name} is no shard of this set")
+        refuses(f"{name} is not a shard of this set")
         (copied_set / "data" / name).unlink()
 
 
@@ -194,7 +194,7 @@ def test_overwrite_replaces_a_set_but_no_other_folder(copied_set, options, tmp_p
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="is no synthetic set"):
+    with pytest.raises(UserError, match="is not a synthetic set"):
         main([*options, "--output_dir", str(other), "--overwrite_output_dir"])
     assert [path.name for path in other.iterdir()] == ["thesis.txt"]
 
@@ -511,7 +511,7 @@ def test_shards_without_a_record_are_kept_if_their_settings_are_the_same(
     for change, message in [
         (["--seed", "1"], "is not empty and has no generation_config.json"),
         (["--overwrite_output_dir"], "is not empty and has no generation_config.json"),
-        (["--num_images_per_class", "6"], "is a set of 7 a class, which can only grow"),
+        (["--num_images_per_class", "6"], "already has 7 per class, and a set can only grow"),
     ]:
         with pytest.raises(UserError, match=message):
             main([*flags, *change])
@@ -520,7 +520,7 @@ def test_shards_without_a_record_are_kept_if_their_settings_are_the_same(
         patch.setattr(AutoPipelineForText2Image, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))
         assert main(flags)["num_drawn"] == 0
     assert (shard_hashes(copied_set), record()) == (before, recorded)
-    message = "3 shard(s) without a checksum were read in full and are kept."
+    message = "3 shard(s) without a checksum are intact and are kept."
     assert (message in caplog.messages) == (not has_notes)
 
     lose_record()
@@ -603,10 +603,10 @@ def test_the_quality_report_is_part_of_the_card_until_the_set_grows(copied_set, 
     (["--learned_embeds", "{token}", "--resolution", "44"], "--resolution 44: must be a multiple of 8"),
     (["--learned_embeds", "{token}", "--max_redraws", "64"], "--max_redraws 64: must be at most 63"),
     (["--learned_embeds", "{token}", "--guidance_scale", "-1"], "--guidance_scale -1.0: must be 0 or above"),
-    (["--learned_embeds", "{token}", "--guidance_interval", "0.8", "0.2"], "must be two shares of the steps, the lo"),
-    (["--learned_embeds", "{token}", "--guidance_interval", "0", "0.2", "1"], "must be two shares of the steps, the"),
+    (["--learned_embeds", "{token}", "--guidance_interval", "0.8", "0.2"], "must be two fractions of the steps,"),
+    (["--learned_embeds", "{token}", "--guidance_interval", "0", "0.2", "1"], "must be two fractions of the steps,"),
     (["--learned_embeds", "{token}", "--guidance_interval", "0", "1.5"], "guidance_interval 1.5: must be from 0 to 1"),
-    (["--learned_embeds", "{token}", "--guidance_interval", "0", "0.5", "--guidance_scale", "0"], "is no guidance"),
+    (["--learned_embeds", "{token}", "--guidance_interval", "0", "0.5", "--guidance_scale", "0"], "turns guidance off"),
     (["--learned_embeds", "{token}", "--num_images_per_class", "20000000"], "at most 11,184,810 for 3 classes"),
     (["--learned_embeds", "{token}", "--classes", "red_sqare"], "no such class, did you mean red_square?"),
     (["--learned_embeds", "{token}", "--prompts_file", "x", "--prompt_set", "diverse"], "does nothing with --prompts_"),
@@ -658,7 +658,7 @@ def test_a_set_does_not_grow_from_another_generator_or_token_of_the_same_name(ow
     else:
         replace_weights(token / "learned_embeds.safetensors" if what == "token" else generator / what)
     named = "learned_embeds_sha256" if what == "token" else "generator_contents"
-    with pytest.raises(UserError, match=rf"made with other settings \({named} was .*, now .*\); name another folder"):
+    with pytest.raises(UserError, match=rf"made with other settings \({named} was .*, now .*\); choose another folder"):
         main(flags)
     assert main([*flags, "--overwrite_output_dir"])["num_drawn"] == 21
 
@@ -676,9 +676,7 @@ def test_shards_are_not_written_after_the_generator_was_replaced(own_token, opti
         return load_sampler(*args)
 
     monkeypatch.setattr(runner, "load_sampler", replace_and_load)
-    with pytest.raises(
-        UserError, match=f"{what} was .*: was replaced while images were drawn; the finished shards are"
-    ):
+    with pytest.raises(UserError, match=f"{what} was .*: replaced while images were drawn; the finished shards are"):
         main([*options, "--learned_embeds", str(token), "--output_dir", str(tmp_path / "set")])
     assert not list((tmp_path / "set" / "data").glob("*.parquet"))
 
@@ -702,7 +700,7 @@ def test_a_folder_without_images_accepts_other_settings(options, tmp_path, monke
     # also for fewer images than planned
     results = main([*flags, "--seed", "1", "--guidance_scale", "1", "--num_images_per_class", "1"])
     [line] = [message for message in caplog.messages if "no image" in message]
-    assert line.startswith(f"--output_dir {tmp_path / 'set'}: no image was drawn in it yet; from now on it has ")
+    assert line.startswith(f"--output_dir {tmp_path / 'set'}: has no images yet; its settings change ")
     assert line.endswith("other settings (guidance_scale was [3.0], now [1.0]; seed was 0, now 1).")
     assert results["num_drawn"] == len(load_dataset(str(tmp_path / "set"), split="train")) == 3
     record = json.loads((tmp_path / "set" / "generation_config.json").read_text())

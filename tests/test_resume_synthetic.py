@@ -139,7 +139,7 @@ def test_a_removed_folder_ends_every_process_with_one_line(num_processes, many_s
     folder.rename(tmp_path / "gone")
     _, errors = child.communicate(timeout=60)
     assert child.returncode == (2 if num_processes == 1 else 1)  # accelerate's own
-    assert f"error: --output_dir {folder}: was removed, or part of it, while images were drawn" in errors
+    assert f"error: --output_dir {folder}: all or part of it was removed while images were drawn" in errors
     assert "FileNotFoundError" not in errors
     assert not folder.exists()
 

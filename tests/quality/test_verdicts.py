@@ -127,7 +127,7 @@ def test_caveats_name_few_images_and_limits():
     assert any("biased upwards" in caveat and "300 on a side" in caveat for caveat in few)
     assert any("With only 40" in caveat for caveat in list_caveats(changed(("num_images", "held_out", "used"), 40)))
     cut = list_caveats(changed(("num_images", "synthetic", "all"), 6000))
-    assert any("synthetic images were looked at (2,000 of 6,000)" in caveat for caveat in cut)
+    assert any("synthetic images per class were compared (2,000 of 6,000)" in caveat for caveat in cut)
 
 
 def test_the_section_has_figures_verdicts_and_pictures():
@@ -138,12 +138,12 @@ def test_the_section_has_figures_verdicts_and_pictures():
     for words in (
         "| whole set | good | Frechet distance 12, 1.2 times the floor of 10",
         "| classes | **bad** |",
-        "| Frechet distance | 12 | 10 |",
+        "| Frechet | 12 | 10 |",
         "| car\\|van | 1.20 (0.00) | 0.50 (0.50) | 90% (90%) |",
         "| bus | - (0.00) |",
         "`timm/resnet18` (commit `abc`)",
         "](quality.png)",
-        "`duplicates.png` has the pairs",
+        "`duplicates.png` shows the most similar pairs",
         record["caveats"][-1],
     ):
         assert words in section
@@ -174,4 +174,4 @@ def test_the_section_is_empty_without_a_report_and_short_for_many_classes():
 def test_the_section_has_no_distances_if_none_are_known():
     record = changed(("distance", "frechet"), {"synthetic": None, "floor": None})
     record |= {"verdicts": judge(record), "caveats": list_caveats(record)}
-    assert "| Frechet distance |" not in quality_section(record)
+    assert "| Frechet |" not in quality_section(record)

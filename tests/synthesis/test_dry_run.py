@@ -65,8 +65,8 @@ def test_alternatives_are_printed_below_the_requested_settings(measured, options
     assert estimate["alternatives"] == pytest.approx({text: 21 * seconds for text, seconds in expected.items()})
     lines = capsys.readouterr().out.splitlines()
     start = lines.index(next(line for line in lines if line.startswith("With other settings")))
-    assert "0.1 s for a pass of the denoiser and 0.5 s for the rest" in lines[start]
-    assert [line.split("  ")[1] for line in lines[start + 1 :]] == ["as asked: 2 steps, guidance 4", *expected]
+    assert "0.1 s per pass of the denoiser and 0.5 s for the rest" in lines[start]
+    assert [line.split("  ")[1] for line in lines[start + 1 :]] == ["as requested: 2 steps, guidance 4", *expected]
     assert lines[start + 1].endswith("  19 s") and lines[start + 2].endswith("  116 s")
 
 

@@ -46,11 +46,11 @@ def test_flags_that_are_not_given_get_suitable_values_and_a_report():
 
 
 @pytest.mark.parametrize(("given", "line"), [
-    ({"guidance_scale": [1.0, 7.5]}, "--guidance_scale 1 7.5: known to draw noise or burnt images where it says; "
-     "--guidance_scale 1 suits it"),
+    ({"guidance_scale": [1.0, 7.5]}, "--guidance_scale 1 7.5: known to draw noise or oversaturated images, as it says; "
+     "try --guidance_scale 1"),
     ({"num_inference_steps": 25}, "--num_inference_steps 25: known"),
-    ({"scheduler": "DDIMScheduler"}, "--scheduler DDIMScheduler: known to draw noise or burnt images where it says; "
-     "--scheduler LCMScheduler suits it"),
+    ({"scheduler": "DDIMScheduler"}, "--scheduler DDIMScheduler: known to draw noise or oversaturated images, as it "
+     "says; try --scheduler LCMScheduler"),
 ])  # fmt: skip
 def test_given_flags_win_and_a_bad_combination_is_one_warning(given, line):
     chosen, said = LCM.choose(given)

@@ -188,9 +188,9 @@ def test_longest_of_captions_ends_behind_noun_and_token(tmp_path):
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ("{", "is no JSON .*; right is {"),
-    ("a suv in the rain", "is no JSON"),
-    ('["dog", "a dog"]', "must be an object with 'label' and 'prompt'; right is {"),
+    ("{", "must be JSON, such as {"),
+    ("a suv in the rain", "must be JSON"),
+    ('["dog", "a dog"]', "must be an object with 'label' and 'prompt', such as {"),
     ('"dog"', "must be an object"),
     ({"label": "dog"}, "must be an object with 'label' and 'prompt'"),
     ({"prompt": "a dog {token}"}, "must be an object with 'label' and 'prompt'"),
@@ -212,7 +212,7 @@ def test_read_prompts_file_refuses_a_missing_token_and_a_class_without_captions(
     assert read(tmp_path, entry("dog", "a dog"), labels=[0], placeholder=None).prompt(0, 3) == "a dog"
     with pytest.raises(UserError, match="line 1: 'a dog, {token}': has {token}, but there is no style token"):
         read(tmp_path, entry("dog", "a dog, {token}"), labels=[0], placeholder=None)
-    with pytest.raises(UserError, match="p.jsonl: has no prompt for 'house_cat', 'suv'; right is at least"):
+    with pytest.raises(UserError, match="p.jsonl: has no prompt for 'house_cat', 'suv'; each class needs at least"):
         read(tmp_path, entry("dog", "a dog, {token}"))
     with pytest.raises(UserError, match="has no prompt for 'dog'"):
         read(tmp_path, "", labels=[0])
@@ -238,7 +238,7 @@ def test_tokens_are_counted_with_start_end_and_every_vector(generator):
 def test_prompt_fits_up_to_the_last_token(generator):
     fits, longer = letters(75), letters(76)
     check_prompts_fit(generator, [(fits, len(fits))], None, 1)
-    with pytest.raises(UserError, match=f"^--x: '{longer}' has 78 tokens, .* takes 77 and would see '{fits}' only"):
+    with pytest.raises(UserError, match=f"^--x: '{longer}' has 78 tokens, .* takes 77 and would only see '{fits}'"):
         check_prompts_fit(generator, [("a", 1)] * 2500 + [(longer, len(longer))], None, 1, "--x")
 
 
@@ -254,7 +254,7 @@ def test_prompts_truncated_after_the_essential_part_are_counted_in_one_warning(g
     prompts = [(f"{PLACEHOLDER} {letters(80)}", len(PLACEHOLDER)), (letters(10), 19), (letters(90), 75 * 2 - 1)]
     check_prompts_fit(generator, iter(prompts), PLACEHOLDER, 3)
     (message,) = caplog.messages
-    assert "longer than 77 tokens" in message and ": 2, for" in message and f"_2 {letters(72)}'" in message
+    assert "2 prompts are longer than 77 tokens" in message and f"_2 {letters(72)}'" in message
     with pytest.raises(UserError):
         check_prompts_fit(generator, [(letters(90), 75 * 2 + 1)], None, 1)
 

@@ -88,7 +88,7 @@ def test_bad_images_are_drawn_again_together_with_the_next_seeds(tmp_path):
 
 def test_cap_of_redraws_is_an_error_with_classes_and_prompts_and_keeps_finished_shards(tmp_path):
     plan = make_plan()
-    message = r"--max_redraws 1: .* 2 images are still bad: b \('b 3'\): black; c \('c 2'\): black\. The finished"
+    message = r"--max_redraws 1: 2 images are still bad .*: b \('b 3'\): black; c \('c 2'\): black\. The finished"
     with pytest.raises(UserError, match=message):
         make_set(tmp_path, plan, ChosenSampler(plan, {8: 2, 10: 2}), max_redraws=1)
     assert Shards(tmp_path, plan, "f", NAMES).find_missing() == [1, 2]

@@ -159,12 +159,14 @@ def test_out_of_memory_halves_the_batch_with_one_warning(tiny_pipeline_dir, pipe
     assert sampler.num_at_a_time == 2
     assert sizes == [5] + [2] * 6  # two steps each for 2, for 2, and for the last one with padding
     sampler.draw(["a"] * 5, SEEDS + [1, 2], 1.0)
-    assert caplog.messages == ["Out of memory with 5 images at a time: from now on 2."]
+    assert caplog.messages == ["Out of memory with 5 images at a time; continuing with 2."]
 
 
 def test_out_of_memory_with_one_image_is_an_error_that_names_the_flag(pipe):
     limit_memory(pipe, 0)
-    with pytest.raises(UserError, match=r"^--resolution 32: not even one image .* lower it, .*--mixed_precision bf16"):
+    with pytest.raises(
+        UserError, match=r"^--resolution 32: a single image does not .* lower it, .*--mixed_precision bf16"
+    ):
         make_sampler(pipe, 4).draw(["a"] * 4, [1, 2, 3, 4], 1.0)
 
 

@@ -128,7 +128,7 @@ def test_without_any_checksum_a_shard_is_finished_if_all_of_it_can_be_read(tmp_p
         path.unlink()
     assert other.find_missing() == [0, 1, 2]
     assert shards.find_missing() == [1]
-    assert caplog.messages == ["2 shard(s) without a checksum were read in full and are kept."]
+    assert caplog.messages == ["2 shard(s) without a checksum are intact and are kept."]
     assert json.loads((tmp_path / STATE_DIR / "00000.json").read_text())["sha256"] == sha256
     grown = Shards(tmp_path, make_plan(num_images_per_class=9), "f", NAMES)
     (tmp_path / STATE_DIR / "00002.json").unlink()
