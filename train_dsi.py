@@ -587,9 +587,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         if accelerator.is_main_process:
             folder.check_unchanged(lambda: identify_inputs(groups, base_model, real_images)[1])
             record = describe_token(
-                base_model, images.real, nouns, templates, placeholder_token=token, num_vectors=num_vectors,
-                resolution=resolution, max_train_steps=training_args.max_train_steps, health=health, **state.describe(),
-                **({"article": token_args.article} if token_args.article else {}),
+                base_model, images.real, nouns, templates, token_args.article, placeholder_token=token,
+                num_vectors=num_vectors, resolution=resolution, max_train_steps=training_args.max_train_steps,
+                health=health, **state.describe(),
             )  # fmt: skip
             save_learned_embeds(folder.path, row_names, encoder.rows)
             monitor.plot_training()

@@ -22,13 +22,15 @@ ARMS = ("no_token", "untrained_token", "trained_token")  # each has a loss in `h
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
-def describe_token(base_model: BaseModel, real_images, nouns: list[str], templates: list[str], **settings) -> dict:
-    """Return the contents of `dsi_config.json`."""
+def describe_token(
+    base_model: BaseModel, real_images, nouns: list[str], templates: list[str], article: str | None, **settings
+) -> dict:
+    """Return the contents of `dsi_config.json`; without `article`, for a run of an earlier version."""
     return {
         "base_model": {"id": absolute_if_local(base_model.source.name), "revision": base_model.source.revision},
         "pipeline_class": base_model.pipeline_class, "real_images": real_images.record.to_dict(),
         "train_indices": real_images.train_indices.tolist(), "class_names": real_images.class_names,
-        "prompt_nouns": nouns, "prompt_templates": templates, **settings,
+        "prompt_nouns": nouns, "prompt_templates": templates, **({"article": article} if article else {}), **settings,
     }  # fmt: skip
 
 
