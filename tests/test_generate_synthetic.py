@@ -314,7 +314,7 @@ def test_a_generator_with_embedded_guidance_takes_no_interval(tiny_flux_pipeline
     (tmp_path / "names.txt").write_text("apple_pie\n")
     flags = ["--pretrained_model_name_or_path", str(tiny_flux_pipeline_dir), "--class_names_file",
              str(tmp_path / "names.txt"), "--resolution", "48", "--output_dir", str(tmp_path / "set")]  # fmt: skip
-    with pytest.raises(UserError, match="--guidance_interval 0.2 0.8: not with .* of Stable Diffusion 1.x and 2.x, St"):
+    with pytest.raises(UserError, match="--guidance_interval 0.2 0.8: not supported by .* choose Stable Diffusion 1.x and 2.x, St"):
         main([*flags, "--guidance_interval", "0.2", "0.8"])
     assert not (tmp_path / "set").exists()
 

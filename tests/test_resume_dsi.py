@@ -159,7 +159,7 @@ def test_an_unfinished_run_is_not_replaced_without_the_flag(run_dsi, kill, monke
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     record = tmp_path / "style" / "checkpoint-2" / checkpoints.STATE_RECORD
     write_record(record, (state := read_record(record)) | {"progress": state["progress"] | {"inputs": "others"}})
-    with pytest.raises(UserError, match="images, the prompts or the base model have changed"):
+    with pytest.raises(UserError, match="images, prompts or base model have changed"):
         run_dsi(**FLAGS, resume_from_checkpoint="latest")
     run_dsi(**FLAGS | {"checkpointing_steps": 100}, overwrite_output_dir=True)
     assert not list((tmp_path / "style").glob("checkpoint-*"))

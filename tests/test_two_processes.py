@@ -68,7 +68,7 @@ def test_what_all_processes_know_is_said_once(argv_of, copy_pipeline, real_image
     long_prompt = ["--prompt_templates", "A {class} in the style of {token}" + 80 * ", red"]
     for script, flags, lines in (
         (train_dsi, changed, ["its card names the classes of 'label' square,", "shift_factor of its VAE."]),
-        (generate_synthetic, long_prompt, ["are cut behind what matters"]),
+        (generate_synthetic, long_prompt, ["are truncated after class name"]),
         (train_bridged, ["--streaming", "--skip_bad_images"], ["no image of a stream is opened first"]),
     ):
         argv = [*argv_of[script], *flags, "--output_dir", tmp_path / script.__name__]

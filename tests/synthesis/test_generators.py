@@ -49,7 +49,7 @@ def test_the_arguments_of_a_generator_are_known_before_it_loads(
 
 def test_a_generator_without_a_resolution_in_its_config_needs_the_flag(copy_pipeline):
     generator = open_folder(copy_pipeline("tiny_flux_pipeline_dir", index={"_class_name": "ChromaPipeline"}))
-    with pytest.raises(UserError, match="^--model .*copied: its configs do not say .*; give --resolution.$"):
+    with pytest.raises(UserError, match="^--model .*copied: its configs do not give its resolution; add --resolution.$"):
         _ = generator.native_resolution
 
 
