@@ -249,7 +249,7 @@ def test_other_generators_draw_for_a_list_of_class_names(kind, request, tmp_path
     assert images["prompt"][:2] == ["A good photo of the apple pie", "A good photo of the crane fly"]
     assert {(image.size, image.format) for image in images["image"]} == {((48, 48), "WEBP")}
     card = (tmp_path / "set/README.md").read_text()
-    assert "for a list of class names" in card
+    assert "from a list of class names" in card
     assert "--synthetic_dataset set --dataset_name" in card
     assert main(flags)["num_drawn"] == 0
 
@@ -262,7 +262,7 @@ def test_excluded_classes_are_not_drawn_and_the_others_keep_labels_and_seeds(fin
     seeds = {(row["label"], row["class_index"]): row["seed"] for row in read_rows(finished_set)}
     assert all(seeds[row["label"], row["class_index"]] == row["seed"] for row in images)
     card = (tmp_path / "set/README.md").read_text()
-    assert "no images of the other 1 classes" in card
+    assert "The labels also name 1 class without images." in card
     assert "--synthetic_dataset set --allow_missing_classes\n" in card
     record = json.loads((tmp_path / "set" / "generation_config.json").read_text())
     assert record["settings"]["classes"] == CLASS_NAMES[::2]
@@ -301,7 +301,7 @@ def test_an_interval_of_guidance_is_recorded_and_draws_other_images(finished_set
     assert json.loads((finished_set / "generation_config.json").read_text())["settings"]["guidance_interval"] is None
     settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
     assert settings["guidance_interval"] == [0.0, 0.5]
-    assert "| `[0.0, 0.5]` |" in (tmp_path / "set/README.md").read_text()
+    assert "| `0.0`, `0.5` |" in (tmp_path / "set/README.md").read_text()
     assert all(
         mine["image"]["bytes"] != theirs["image"]["bytes"]
         for mine, theirs in zip(read_rows(tmp_path / "set"), read_rows(finished_set))
@@ -314,7 +314,9 @@ def test_a_generator_with_embedded_guidance_takes_no_interval(tiny_flux_pipeline
     (tmp_path / "names.txt").write_text("apple_pie\n")
     flags = ["--pretrained_model_name_or_path", str(tiny_flux_pipeline_dir), "--class_names_file",
              str(tmp_path / "names.txt"), "--resolution", "48", "--output_dir", str(tmp_path / "set")]  # fmt: skip
-    with pytest.raises(UserError, match="--guidance_interval 0.2 0.8: not supported by .* choose Stable Diffusion 1.x and 2.x, St"):
+    with pytest.raises(
+        UserError, match="--guidance_interval 0.2 0.8: not supported by .* choose Stable Diffusion 1.x and 2"
+    ):
         main([*flags, "--guidance_interval", "0.2", "0.8"])
     assert not (tmp_path / "set").exists()
 
@@ -468,7 +470,9 @@ def test_a_folder_removed_while_images_are_drawn_is_one_line_and_is_not_recreate
         return draw_shard(runner, number)
 
     monkeypatch.setattr(Runner, "_draw_shard", draw_and_remove)
-    with pytest.raises(UserError, match=r"--output_dir .*set: was removed, or .* run the same command again"):
+    with pytest.raises(
+        UserError, match=r"--output_dir .*set: all or part of it was removed .* run the same command again"
+    ):
         main([*options, "--output_dir", str(folder)])
     assert not (folder / removed).exists()
     monkeypatch.undo()
@@ -484,7 +488,9 @@ def test_a_folder_removed_after_the_last_image_is_one_line_and_is_not_recreated(
         shutil.rmtree(tmp_path / "set")
 
     monkeypatch.setattr(SharedProgress, "finish", finish_and_remove)
-    with pytest.raises(UserError, match=r"--output_dir .*set: was removed, or .* run the same command again"):
+    with pytest.raises(
+        UserError, match=r"--output_dir .*set: all or part of it was removed .* run the same command again"
+    ):
         main([*options, "--output_dir", str(tmp_path / "set")])
     assert not (tmp_path / "set").exists()
 
@@ -701,7 +707,7 @@ def test_a_folder_without_images_accepts_other_settings(options, tmp_path, monke
     results = main([*flags, "--seed", "1", "--guidance_scale", "1", "--num_images_per_class", "1"])
     [line] = [message for message in caplog.messages if "no image" in message]
     assert line.startswith(f"--output_dir {tmp_path / 'set'}: has no images yet; its settings change ")
-    assert line.endswith("other settings (guidance_scale was [3.0], now [1.0]; seed was 0, now 1).")
+    assert line.endswith("settings change (guidance_scale was [3.0], now [1.0]; seed was 0, now 1).")
     assert results["num_drawn"] == len(load_dataset(str(tmp_path / "set"), split="train")) == 3
     record = json.loads((tmp_path / "set" / "generation_config.json").read_text())
     assert record["settings"]["seed"] == 1 and record["num_images"] == 3

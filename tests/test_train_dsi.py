@@ -233,7 +233,7 @@ def test_the_token_starts_from_the_best_word_and_from_the_next_one_if_it_learns_
     printed = capsys.readouterr().out
     assert f"The token learned nothing from '{best}' in 20 steps; it starts again from '{second}'." in printed
     assert f"nothing from '{second}' in 20 steps; it starts again from '{last}'" in printed
-    assert printed.count("begins again") == 2
+    assert printed.count("starts again") == 2
     record = read_record(tmp_path / "again" / "dsi_config.json")
     assert (record["initializer_token"], record["num_restarts"]) == (last, 2)
     assert record["num_train_steps"] == len(health["loss_history"]) == 25

@@ -112,19 +112,19 @@ def test_verdicts_name_the_figures_and_the_worst_class():
     confused = [{"class": "bus", "nearest": "car", "share": 0.4, "real_share": None}]
     assert "bus near car (40%, real 0%)" in text_of(changed(("nearest_class", "confusions"), confused), "labels")
     copies = text_of(changed(("duplicates", "test"), duplicates(3, 3)), "copies of test images")
-    assert "3 of 1,000" in copies and "held-out real ones 0 of 1,000" in copies and "cannot be trusted" in copies
+    assert "3 of 1,000" in copies and "held-out real images, 0 of 1,000" in copies and "cannot be trusted" in copies
     assert "trusted" not in text_of(changed(("duplicates", "train"), duplicates(3, 3)), "copies of training images")
 
 
 def test_more_variety_than_the_real_images_is_not_praised():
-    assert "counts too" in text_of(changed(("diversity", "synthetic"), 0.7), "diversity")
+    assert "that real images lack" in text_of(changed(("diversity", "synthetic"), 0.7), "diversity")
     assert "counts too" not in text_of(good_record(), "diversity")
 
 
 def test_caveats_name_few_images_and_limits():
     assert len(list_caveats(good_record())) == 2
     few = list_caveats(changed(("distance", "num_images"), 300))
-    assert any("biased upwards" in caveat and "300 on a side" in caveat for caveat in few)
+    assert any("biased upwards" in caveat and "300 per side" in caveat for caveat in few)
     assert any("With only 40" in caveat for caveat in list_caveats(changed(("num_images", "held_out", "used"), 40)))
     cut = list_caveats(changed(("num_images", "synthetic", "all"), 6000))
     assert any("synthetic images per class were compared (2,000 of 6,000)" in caveat for caveat in cut)

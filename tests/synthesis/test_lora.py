@@ -144,7 +144,10 @@ def test_an_adapter_can_bring_its_own_sampling_settings(tiny_pipeline_dir, flags
         ('{"scheduler_config": "x"}', "scheduler_config must be a mapping, got 'x'"),
         ('{"scheduler": "FooScheduler"}', "wants --scheduler FooScheduler: does not fit"),
         ('{"scheduler": "DDIMScheduler", "scheduler_config": {"timestep_spacing": "sideways"}}', "which does not work"),
-        ('{"scheduler": "LCMScheduler", "num_inference_steps": 5000}', "wants --num_inference_steps 5000: not with"),
+        (
+            '{"scheduler": "LCMScheduler", "num_inference_steps": 5000}',
+            "wants --num_inference_steps 5000: does not work",
+        ),
     ],
 )
 def test_a_bad_sampling_file_is_one_line_before_a_model_loads(values, message, lora_dir, flags, tmp_path, monkeypatch):

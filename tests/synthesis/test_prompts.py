@@ -196,8 +196,8 @@ def test_longest_of_captions_ends_behind_noun_and_token(tmp_path):
     ({"prompt": "a dog {token}"}, "must be an object with 'label' and 'prompt'"),
     (entry("dog", "a {token}") | {"negative_prompt": "x"}, "must be an object with 'label' and 'prompt'"),
     (entry("hose_cat", "a {token}"), "label 'hose_cat': no such class, did you mean house_cat"),
-    ({"label": 1, "prompt": "a {token}"}, "label 1: no such class"),
-    ({"label": ["dog"], "prompt": "a {token}"}, r"label \['dog'\]: no such class"),
+    ({"label": 1, "prompt": "a {token}"}, "label 1: must be text"),
+    ({"label": ["dog"], "prompt": "a {token}"}, r"label \['dog'\]: must be text"),
     (entry("dog", " "), "prompt ' ': must be text"),
     ({"label": "dog", "prompt": None}, "prompt None: must be text"),
     (entry("dog", "a dog"), "'a dog': has no {token}"),
@@ -245,7 +245,7 @@ def test_prompt_fits_up_to_the_last_token(generator):
 def test_vectors_of_the_style_token_take_their_place(generator, caplog):
     prompt = f"{letters(70)} {PLACEHOLDER}"
     check_prompts_fit(generator, [(prompt, len(prompt))], PLACEHOLDER, 5)
-    with pytest.raises(UserError, match="has 78 tokens.*<dsi-style>_4' only"):
+    with pytest.raises(UserError, match="has 78 tokens.*<dsi-style>_4', which lacks"):
         check_prompts_fit(generator, [(prompt, len(prompt))], PLACEHOLDER, 6)
     assert not caplog.messages
 
