@@ -242,11 +242,12 @@ def test_other_generators_draw_for_a_list_of_class_names(kind, request, tmp_path
     (tmp_path / "names.txt").write_text("apple_pie\nCraneFly\n")
     flags = ["--pretrained_model_name_or_path", str(pipeline_dir), "--class_names_file", str(tmp_path / "names.txt"),
              "--num_images_per_class", "3", "--num_inference_steps", "2", "--batch_size", "2", "--resolution", "48",
-             "--image_format", "webp", "--output_dir", str(tmp_path / "set")]  # fmt: skip
+             "--image_format", "webp", "--prompt_templates", "A photo of a {class}", "--output_dir",
+             str(tmp_path / "set")]  # fmt: skip
     main(flags)
     images = load_dataset(str(tmp_path / "set"), split="train")
     assert images.features["label"].names == ["apple_pie", "CraneFly"]
-    assert images["prompt"][:2] == ["A good photo of the apple pie", "A good photo of the crane fly"]
+    assert images["prompt"][:2] == ["A photo of an apple pie", "A photo of a crane fly"]
     assert {(image.size, image.format) for image in images["image"]} == {((48, 48), "WEBP")}
     card = (tmp_path / "set/README.md").read_text()
     assert "from a list of class names" in card
