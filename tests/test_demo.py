@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import load_dataset
+from diffusers import StableDiffusionPipeline
 
 import generate_synthetic
 import train_dsi
@@ -19,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def in_root(monkeypatch):
-    """Run from the repository root, as the demo's recipes name its folders from there."""
+    """Run from the repository root, as the paths in the demo's recipes are relative to it."""
     monkeypatch.chdir(ROOT)
 
 
@@ -33,7 +35,13 @@ def test_the_real_images_are_balanced_and_no_image_is_in_two_parts(in_root):
     assert not pixels["train"] & pixels["validation"]
 
 
-def test_the_target_style_is_none_of_the_named_ones(monkeypatch):
+def test_the_generator_draws_in_a_plain_pipeline_on_a_cpu(in_root):
+    pipe = StableDiffusionPipeline.from_pretrained("demo/generator")
+    assert {part.dtype for part in (pipe.text_encoder, pipe.unet, pipe.vae)} == {torch.float32}
+    assert pipe("A bag photo", num_inference_steps=1).images[0].size == (32, 32)
+
+
+def test_the_target_style_is_not_one_of_the_named_styles(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "demo" / "build")
     from styles import STYLE_NAMES, is_chromatic, style_parameters
 

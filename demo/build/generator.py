@@ -296,6 +296,9 @@ def main():
         pipe.save_pretrained(args.work_dir / "float32")
         half = StableDiffusionPipeline.from_pretrained(args.work_dir / "float32", dtype=torch.float16)
         half.save_pretrained(args.output_dir)
+        # transformers would load the text encoder in the dtype of its config, diffusers the U-Net in float32
+        config = args.output_dir / "text_encoder/config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
     train_denoiser(latents, styles, shapes.labels, vae, args.work_dir, args.unet_steps, args.unet_batch_size, log, save)
 
