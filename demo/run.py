@@ -21,7 +21,8 @@ PICTURES = {
     "style-0/training.png": "the style token's learning curve",
     "synthetic-0/preview.png": "the synthetic set, a row a class",
     "bridged-0/report.png": "learning curves of both stages, confusion matrix",
-    "comparison/comparison.png": "accuracy over the number of real images, a line a method",
+    "comparison/comparison.png": "accuracy over the number of real images, a line per method",
+    "comparison/gain.png": "what each method gains over real images alone, with 95 % intervals",
 }
 
 

@@ -96,7 +96,7 @@ def test_a_killed_comparison_goes_on_and_stage_1_is_trained_once(finished):
     assert sorted(names) == ["stage1"] + 4 * ["stage2"] + 2 * ["vanilla"]
     assert {settings.max_steps for settings, _, folder in trained if folder.name == "vanilla"} == {3}
     assert read_record(output_dir / "comparison.json")["summary"] == comparison["summary"]
-    assert (output_dir / "comparison.png").is_file()
+    assert (output_dir / "comparison.png").is_file() and (output_dir / "gain.png").is_file()
     assert cards.text(comparison["findings"][0], None) in (output_dir / "comparison.md").read_text(encoding="utf-8")
     assert not list((output_dir / "work").iterdir()), "weights of cells are not kept"
     entry = comparison["summary"][2]
