@@ -6,8 +6,9 @@ import matplotlib
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
+from utils.cli.tables import shorten
 from utils.comparison.grid import shots_title, volume_title
-from utils.comparison.plots import DPI, FONTS, WIDTH, shorten
+from utils.comparison.plots import DPI, FONTS, MAX_NAME, WIDTH
 from utils.comparison.report import group_by_row
 from utils.comparison.statistics import Gain
 
@@ -88,5 +89,5 @@ def _grid_size(groups: list[list[dict]]) -> tuple[int, int]:
 
 
 def _name(group: list[dict]) -> str:
-    name, volume = shorten(group[0]["method"]), group[0]["volume"]
+    name, volume = shorten(group[0]["method"], MAX_NAME), group[0]["volume"]
     return name if volume is None else f"{name}, {volume_title(volume)}"

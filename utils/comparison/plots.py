@@ -14,6 +14,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.text import Annotation
 from sklearn.isotonic import isotonic_regression
 
+from utils.cli.tables import shorten
 from utils.comparison.grid import shots_title
 from utils.comparison.statistics import count_runs
 from utils.transfer.methods import METHODS
@@ -156,7 +157,7 @@ def _plot_points(axis, entries: list[dict], styles: dict[str, dict]) -> None:
         if entry["std"] is not None:
             places = [position] * len(entry["values"])
             axis.plot(entry["values"], places, "|", color=style["color"], markersize=9, alpha=0.6)
-    axis.set_yticks(range(len(entries)), [shorten(entry["method"]) for entry in reversed(entries)])
+    axis.set_yticks(range(len(entries)), [shorten(entry["method"], MAX_NAME) for entry in reversed(entries)])
     for label, entry in zip(axis.get_yticklabels(), reversed(entries)):
         label.set(**_text_style(styles[entry["method"]]))
     num_runs, runs = count_runs(entries)
@@ -214,7 +215,7 @@ def _name_line(axis, method: str, last: float, end: float, styles: dict[str, dic
     style = styles[method]
     leader = {"arrowstyle": "-", "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 2}
     axis.annotate(
-        shorten(method), (last, end), (1.04, end), "data", axis.get_yaxis_transform(), annotation_clip=False,
+        shorten(method, MAX_NAME), (last, end), (1.04, end), "data", axis.get_yaxis_transform(), annotation_clip=False,
         verticalalignment="center", arrowprops=leader | {"color": style["color"]}, **_text_style(style),
     )  # fmt: skip
 
@@ -253,9 +254,3 @@ def _set_log_ticks(axis, values: list[int]) -> None:
     axis.set_xticks(values, values)
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-
-
-def shorten(name: str, length: int = MAX_NAME) -> str:
-    """Return a name of at most `length` characters, with its end: names of sets may begin alike."""
-    num_last = (length - 1) // 3
-    return name if len(name) <= length else f"{name[: length - 1 - num_last]}…{name[-num_last:]}"
