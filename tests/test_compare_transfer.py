@@ -104,6 +104,14 @@ def test_a_killed_comparison_goes_on_and_stage_1_is_trained_once(finished):
     assert (entry["steps"], entry["images_seen"]) == (2 + 1, 2 * 18 + 3)
 
 
+def test_without_a_reference_no_picture_of_gains_is_left(tmp_path):
+    (tmp_path / "gain.png").touch()  # of an earlier comparison in this folder
+    correct = {"vit": {Row("mix", "mix", "dsi"): {1: np.eye(1, 2, dtype=bool)}}}
+    entry = {"method": "mix", "volume": None, "num_shots": 1, "mean": 50.0, "std": None, "values": [50.0]}
+    compare_transfer.draw_pictures(tmp_path, [entry], correct, ["Use mix."], None)
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.png"]
+
+
 def test_all_methods_train_on_the_same_real_images(finished, real_images_dir):
     _, _, trained = finished
     for num_shots in (1, 2):

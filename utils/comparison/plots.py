@@ -25,7 +25,7 @@ COLORS = ("#000000", "#3399dd", "#b8860b", "#117733", "#882255", "#332288")
 MARKERS = "oDs^vP"
 GREY = "0.6"
 WIDTH, DPI = 6, 200  # inches and pixels per inch
-LONG_NAME = 18  # characters; below, two plots over volumes are side by side
+LONG_NAME = 18  # characters; up to this, two plots over volumes fit side by side
 TITLE_LENGTH = 74  # characters per line
 MAX_NAME = 26  # characters of a method's name
 FONTS = {
@@ -44,7 +44,7 @@ class Panel:
 
 
 def make_panels(summary: list[dict], labels: Sequence[str], answers: list[str]) -> list[Panel]:
-    """Return what the picture shows of each classifier, by the classifiers' labels, below its answer."""
+    """Return a panel per classifier: its entries of the summary, with its answer as the title."""
     return [
         Panel(answer, [entry for entry in summary if entry.get("classifier", label) == label])
         for answer, label in zip(answers, labels)
@@ -94,7 +94,7 @@ def _draw_panel(part: SubFigure, panel: Panel, highlighted: Sequence[str]) -> No
 
 
 def _heights(panel: Panel, highlighted: Sequence[str]) -> list[float]:
-    """Return the inches of the plot over shots and, where there are several volumes, of each row of those over them."""
+    """Return the inches of the plot over shots, then those of each row of plots over volumes, if there are several."""
     methods, shots = _methods(panel.summary), _shots(panel.summary)
     names = sum(0.18 if method in highlighted else 0.13 for method in methods)
     height = max(3.6, 0.9 + names) if len(shots) > 1 else 0.8 + 0.22 * len(methods)
@@ -194,7 +194,7 @@ def _plot_over_volume(axis, entries: list[dict], styles: dict[str, dict], volume
 
 
 def _plot_line(axis, entries: list[dict], key: str, styles: dict[str, dict]) -> None:
-    """Draw a line and its name: if in colour with bars, else over shots only, which names all methods once."""
+    """Draw a method's line, with bars if it is in colour. Over volumes, grey lines have no names."""
     entries = sorted(entries, key=lambda entry: entry[key])
     method = entries[0]["method"]
     style, places, means = styles[method], [entry[key] for entry in entries], [entry["mean"] for entry in entries]
@@ -211,7 +211,7 @@ def _plot_line(axis, entries: list[dict], key: str, styles: dict[str, dict]) -> 
 
 
 def _name_line(axis, method: str, last: float, end: float, styles: dict[str, dict]) -> None:
-    """Write a line's name to the right of its end, `_move_names_apart` its place."""
+    """Write a line's name to the right of its end; `_move_names_apart` sets its final height."""
     style = styles[method]
     leader = {"arrowstyle": "-", "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 2}
     axis.annotate(
@@ -221,7 +221,7 @@ def _name_line(axis, method: str, last: float, end: float, styles: dict[str, dic
 
 
 def _move_names_apart(figure: Figure) -> None:
-    """Move the names at the ends of lines up and down, so that none lies on another."""
+    """Move the names at the ends of lines up and down until none overlap."""
     figure.draw_without_rendering()  # the layout gives the axes their sizes
     for axis in figure.axes:
         names = sorted((text for text in axis.texts if isinstance(text, Annotation)), key=lambda text: text.xy[1])
@@ -239,9 +239,9 @@ def _text_box(name: Annotation):
 
 
 def spread(values: Sequence[float], heights: Sequence[float], low: float, high: float) -> np.ndarray:
-    """Return the places nearest to ascending values where texts of these heights lie one above the other.
+    """Return the centres, nearest to ascending values, at which texts of these heights do not overlap.
 
-    They are from `low` to `high` if they fit.
+    If they fit, all lie between `low` and `high`.
     """
     offsets = np.cumsum(heights) - heights[0] - (np.asarray(heights) - heights[0]) / 2
     lowest = low + heights[0] / 2

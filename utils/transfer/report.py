@@ -27,8 +27,8 @@ METRIC_NAMES = {
     "macro_f1": "Macro F1", "expected_calibration_error": "Expected calibration error",
 }  # fmt: skip
 MEANS_OVER_CLASSES = ("mean_per_class_accuracy", "macro_f1")
-MAX_CLASSES_IN_MATRIX = 20  # of more, the names lie on one another
-MAX_CONFUSIONS = 20  # in the list that takes the matrix's place
+MAX_CLASSES_IN_MATRIX = 20  # with more, the names would overlap
+MAX_CONFUSIONS = 20  # in the list that replaces the matrix
 NAME_LENGTH = 20
 CURVES = {
     "loss": ("training loss", True, "tab:blue"),
@@ -92,7 +92,7 @@ def _plot_matrix(axis, predictions: np.ndarray, labels: np.ndarray, class_names:
 
 
 def _list_confusions(axis, predictions: np.ndarray, labels: np.ndarray, class_names: list[str]) -> None:
-    """Draw a bar for each of the most frequent confusions: how many of a class's images were taken for another."""
+    """Draw a bar per confusion, the most frequent first: how many of a class's images were taken for another class."""
     matrix = confusion_matrix(labels, predictions, labels=np.arange(len(class_names)))
     totals, pairs = matrix.sum(1), np.argwhere(matrix * (1 - np.eye(len(matrix), dtype=int)))
     pairs = sorted(map(tuple, pairs), key=lambda pair: (-matrix[pair], totals[pair[0]]))
