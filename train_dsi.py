@@ -24,8 +24,8 @@ from utils.cli.contents import describe_files
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import free_options, option, resolve_options, with_flag, with_value
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.precision import allow_tf32, choose_precision, precision_of, recorded_precision
-from utils.cli.processes import check_joined, public_command, warn_once
+from utils.cli.precision import allow_tf32, choose_precision, precision_from_options, recorded_precision
+from utils.cli.processes import check_processes_joined, public_command, warn_once
 from utils.cli.records import DSI_CONFIG, read_record
 from utils.cli.run_folder import CHECKPOINTS, RunFolder
 from utils.cli.threads import report_threads
@@ -42,7 +42,7 @@ from utils.data.prompts import (
 )
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_finished, publish_folder
-from utils.hub.targets import TO_PUBLISH, HubArguments, open_target
+from utils.hub.targets import WITH_PUSH_TO_HUB, HubArguments, open_target
 from utils.style.base_models import open_base_model
 from utils.style.card import OUTPUTS, PUBLISHED_FILES, describe_token, write_records
 
@@ -150,7 +150,7 @@ class MonitoringArguments:
 class PublishingArguments(HubArguments):
     hub_model_id: str | None = option(
         None, "Repository of the token; the output folder's name under you when not given.", affects_result=False,
-        needs=TO_PUBLISH,
+        needs=WITH_PUSH_TO_HUB,
     )  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def set_precision(training_args: TrainingArguments, monitoring_args: MonitoringA
         from utils.style.checkpoints import STATE_RECORD  # takes seconds
 
         if (path := Path(resume) / STATE_RECORD).is_file():
-            folder, recorded = resume, precision_of(read_record(path)["progress"]["options"])
+            folder, recorded = resume, precision_from_options(read_record(path)["progress"]["options"])
     elif not training_args.overwrite_output_dir:
         recorded = recorded_precision(folder)
     training_args.mixed_precision, line = choose_precision(training_args.mixed_precision, recorded, folder)
@@ -279,7 +279,7 @@ def start_accelerator(training_args: TrainingArguments, monitoring_args: Monitor
         )
     except ValueError as error:  # fp16 without a GPU, bf16 on one that has none
         raise UserError(f"--mixed_precision {training_args.mixed_precision}: {error}") from None
-    check_joined(accelerator.num_processes)
+    check_processes_joined(accelerator.num_processes)
     report_threads(accelerator.device.type)
     accelerator.gradient_accumulation_steps = 1  # the loop accumulates, whatever `accelerate launch` says
     allow_tf32(accelerator.device)

@@ -38,7 +38,7 @@ from utils.hub.targets import pause_after
 
 NUM_THREADS = 16  # they wait for the Hub
 HUGGINGFACE = b"huggingface"  # the key of a schema's metadata with the features
-OF_THE_SET = (RepositoryNotFoundError, RevisionNotFoundError, DatasetsError, ValueError, RuntimeError)
+SET_ERRORS = (RepositoryNotFoundError, RevisionNotFoundError, DatasetsError, ValueError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def check_set(name: str) -> Report:
         found = read_found(source, expected.config_name)
     except UserError as error:
         problem = " ".join(str(error).split())
-        (report.differences if _is_of_the_set(error.__context__) else report.unseen).append(problem)
+        (report.differences if _is_set_at_fault(error.__context__) else report.unseen).append(problem)
         return report
     if expected.revision is None:
         report.notes.append("the recipe names no commit")
@@ -115,10 +115,10 @@ def check_set(name: str) -> Report:
     return report
 
 
-def _is_of_the_set(cause: BaseException | None) -> bool:
+def _is_set_at_fault(cause: BaseException | None) -> bool:
     """Return whether a failure lies in the set itself: not in a Hub that is busy, far or asks for an account."""
     is_closed = isinstance(cause, (GatedRepoError, LocalEntryNotFoundError))
-    return isinstance(cause, OF_THE_SET) and not is_closed and pause_after(cause, 1) is None
+    return isinstance(cause, SET_ERRORS) and not is_closed and pause_after(cause, 1) is None
 
 
 def read_found(source: Source, config_name: str | None) -> Found:

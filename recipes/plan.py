@@ -12,7 +12,7 @@ from utils.cli.parsing import read_mapping
 from utils.cli.tables import print_table
 from utils.comparison.grid import parse_rows, rates_around
 from utils.data.arguments import RealDataArguments
-from utils.forecast.costs import GIB, folder_bytes, hours_of, latent_bytes
+from utils.forecast.costs import GIB, estimate_hours, folder_bytes, latent_bytes
 from utils.transfer.methods import StageSettings, steps_per_epoch
 
 RECIPES = Path(__file__).resolve().parent
@@ -121,12 +121,12 @@ def make_plan(name: str, model: str, rates: dict, num_images_per_class: int, con
         dsi["max_train_steps"],
         bridged["bridge_num_train_epochs"] * steps_per_epoch(num_synthetic, batch_size),
         bridged["num_train_epochs"] * steps_per_epoch(num_real, batch_size),
-        dsi_hours=hours_of(num_dsi_images, rates["dsi_images_per_second"]),
-        synthetic_hours=hours_of(
+        dsi_hours=estimate_hours(num_dsi_images, rates["dsi_images_per_second"]),
+        synthetic_hours=estimate_hours(
             num_drawn * synthetic["num_inference_steps"], rates["sampling_image_steps_per_second"]
         ),
-        bridged_hours=hours_of(bridge_images + real_images, training_rate),
-        comparison_hours=hours_of(compared_images, training_rate),
+        bridged_hours=estimate_hours(bridge_images + real_images, training_rate),
+        comparison_hours=estimate_hours(compared_images, training_rate),
         disk_gib=disk / GIB,
     )
 

@@ -31,11 +31,11 @@ PRECISION_FLAGS = {"no": (), "bf16": ("--bf16",), "fp16": ("--fp16",)}  # of the
 
 
 def list_steps(
-    name: str, model: str, num_images_per_class: int, control: bool, folder: Path, of_config: Sequence[str] = ()
+    name: str, model: str, num_images_per_class: int, control: bool, folder: Path, config_flags: Sequence[str] = ()
 ) -> list[Step]:
     """Return the steps of an image set with a classifier, the comparison last; `folder` is the set's.
 
-    `of_config` are flags of the comparison, as `flags_of_config` returns them.
+    `config_flags` are flags of the comparison, as `flags_from_config` returns them.
     """
     flags, excluded = read_models()[model], read_sets()[name].get("exclude_classes", [])
     exclude, allow = (("--exclude_classes", *excluded), ("--allow_missing_classes",)) if excluded else ((), ())
@@ -85,14 +85,14 @@ def list_steps(
             trained / "comparison" / COMPARISON,
             ("compare_transfer.py", "recipes/compare.yaml", "--synthetic_dataset", *sets, *allow, "--methods", *methods,
              "--volumes", str(num_images_per_class), *classifier, "--learning_rates", rate, "--bridge_learning_rates",
-             bridge_rate, "--output_dir", str(trained / "comparison"), *of_config),
+             bridge_rate, "--output_dir", str(trained / "comparison"), *config_flags),
             is_launched=False,  # it starts processes of its own
             from_scratch=(),
         ),
     ]  # fmt: skip
 
 
-def flags_of_config(config: dict) -> tuple[str, ...]:
+def flags_from_config(config: dict) -> tuple[str, ...]:
     """Return what the comparison takes of accelerate's configuration: a worker for each process, and the precision.
 
     The other steps get it from `accelerate launch`. Of several processes the comparison must be none, and one process
@@ -108,7 +108,7 @@ def flags_of_config(config: dict) -> tuple[str, ...]:
     return ("--num_workers", str(num_workers), *PRECISION_FLAGS[precision])
 
 
-def beside_the_paper(summary: list[dict], paper: dict[str, float], title: str) -> str:
+def compare_with_paper(summary: list[dict], paper: dict[str, float], title: str) -> str:
     """Return a Markdown table of measured accuracies with the paper's, `?` where that is not known."""
     lines = [f"| {title}, top-1 % | here | the paper |", "|---|---|---|"]
     for entry in summary:
@@ -146,18 +146,18 @@ def main(argv: Sequence[str] | None = None) -> str | None:
         print_plans(plans, args.model, rates, args.num_images_per_class)
         return None
     folder = args.output_dir / args.recipe
-    launch, of_config, gpus = (), (), {}
+    launch, config_flags, gpus = (), (), {}
     if args.config_file:
         config = read_mapping(Path(args.config_file), "configuration of accelerate")
-        launch, of_config = ("--config_file", args.config_file), flags_of_config(config)
+        launch, config_flags = ("--config_file", args.config_file), flags_from_config(config)
         if config.get("gpu_ids", "all") != "all":
             gpus = {"CUDA_VISIBLE_DEVICES": str(config["gpu_ids"])}  # as `accelerate launch` does
     runner = StepRunner(ROOT, folder, launch, gpus)
-    steps = list_steps(args.recipe, args.model, args.num_images_per_class, args.control, folder, of_config)
+    steps = list_steps(args.recipe, args.model, args.num_images_per_class, args.control, folder, config_flags)
     for step in steps:
         runner.run(step, show=True)
     facts, comparison = read_sets()[args.recipe], steps[-1].finished
-    table = beside_the_paper(
+    table = compare_with_paper(
         read_record(comparison)["summary"], facts.get("paper", {}) if args.model == "resnet18" else {},
         f"{facts['title']}, {args.model}, {args.num_images_per_class:,} synthetic images a class",
     )  # fmt: skip

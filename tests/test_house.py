@@ -39,7 +39,7 @@ def room(module: str) -> str:
     return module.split(".")[1]
 
 
-def imports_against_the_floors(imports: dict[str, set[str]]) -> list[str]:
+def find_upward_imports(imports: dict[str, set[str]]) -> list[str]:
     """Return `importer -> imported` for each import of a higher floor, or of another room on the same one."""
     return [
         f"{importer} -> {imported}"
@@ -49,7 +49,7 @@ def imports_against_the_floors(imports: dict[str, set[str]]) -> list[str]:
     ]
 
 
-def find_circle(imports: dict[str, set[str]]) -> list[str]:
+def find_cycle(imports: dict[str, set[str]]) -> list[str]:
     """Return modules of which each imports the next and the last the first; none where there is no circle."""
     done = set()
 
@@ -72,20 +72,20 @@ def test_every_room_has_its_floor():
 
 
 def test_no_module_imports_against_the_floors():
-    assert imports_against_the_floors(IMPORTS) == []
+    assert find_upward_imports(IMPORTS) == []
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    assert find_circle(IMPORTS) == []
+    assert find_cycle(IMPORTS) == []
 
 
 @pytest.mark.parametrize(
     ("importer", "imported"), [("data.a", "style.b"), ("cli.a", "hub.b"), ("quality.a", "transfer.b")]
 )
 def test_an_import_against_the_floors_is_found(importer, imported):
-    assert imports_against_the_floors({f"utils.{importer}": {f"utils.{imported}"}})
-    assert not imports_against_the_floors({"utils.comparison.a": {f"utils.{imported}"}})
+    assert find_upward_imports({f"utils.{importer}": {f"utils.{imported}"}})
+    assert not find_upward_imports({"utils.comparison.a": {f"utils.{imported}"}})
 
 
 def test_a_circle_is_found():
-    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]

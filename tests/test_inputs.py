@@ -112,7 +112,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_same_inputs_only(flag, inpu
         patch.setattr(stage, "fine_tune", die_in_stage_2)
         run(inputs, tmp_path / "out")
     replace(flag, inputs[flag])
-    with pytest.raises(UserError, match=rf"was begun with other inputs \(--{flag} .* was .*, now .*\); start from"):
+    with pytest.raises(UserError, match=rf"was started with other inputs \(--{flag} .* was .*, now .*\); start from"):
         run(inputs, tmp_path / "out", "--resume_from_checkpoint", "latest")
 
 
@@ -125,7 +125,7 @@ def test_a_run_whose_inputs_change_while_it_reads_them_is_not_finished(flag, inp
         return predict(*args)
 
     monkeypatch.setattr(run_method, "predict", replace_and_predict)
-    with pytest.raises(UserError, match=rf"not finished, the inputs have changed while they were read \(--{flag} "):
+    with pytest.raises(UserError, match=rf"not finished, as the inputs changed while they were read \(--{flag} "):
         run(inputs, tmp_path / "out")
     assert not (tmp_path / "out" / "bridged_config.json").exists()
 
@@ -139,7 +139,7 @@ def test_inputs_that_are_gone_at_the_end_cost_no_result(inputs, tmp_path, monkey
 
     monkeypatch.setattr(run_method, "predict", remove_and_predict)
     run(inputs, tmp_path / "out")
-    assert "whether the inputs have changed during the run cannot be checked" in caplog.text
+    assert "could not check whether the inputs changed during the run" in caplog.text
 
 
 def test_the_first_images_of_a_set_that_grew_are_the_same(inputs, tmp_path):
@@ -159,7 +159,7 @@ def test_a_folder_of_an_earlier_version_says_that_its_inputs_are_not_known(input
     write_record(tmp_path / "out" / "run_config.json", noted)
     replace("train_dir", inputs["train_dir"])
     run(inputs, tmp_path / "out")
-    assert "earlier version, which did not note the contents of its inputs" in caplog.text
+    assert "earlier version, which did not record the contents of its inputs" in caplog.text
 
 
 def compare(inputs: dict[str, Path], folder: Path, *flags: str) -> dict:
@@ -237,7 +237,7 @@ def test_files_that_no_run_has_made_are_not_overwritten(flags, inputs, tmp_path)
     (tmp_path / "out" / "model.safetensors").write_text("mine")
     with pytest.raises(UserError, match="out: holds model.safetensors, which would be overwritten, and is not the fo"):
         run(inputs, tmp_path / "out", *flags)
-    with pytest.raises(UserError, match="out: holds a classifier .bridged_config.json.; name another folder"):
+    with pytest.raises(UserError, match="out: holds a classifier .bridged_config.json.; choose another folder"):
         write_record(tmp_path / "out" / "bridged_config.json", {})
         compare(inputs, tmp_path / "out")
 
@@ -312,7 +312,7 @@ def test_a_repository_that_moved_on_is_another_input_and_its_earlier_commit_the_
     with pytest.raises(
         UserError,
         match=rf"made from other inputs \(--{flag} ann/input was commit {first}, now commit {second}\); choose another "
-        "folder or give --overwrite_output_dir; a flag that ends in revision names the earlier commit.$",
+        "folder or give --overwrite_output_dir; or pin the earlier commit with the flag that ends in revision.$",
     ):
         run(on_hub, tmp_path / "out")
     assert run(on_hub, tmp_path / "out", f"--{revision}", first) == read_record(tmp_path / "out" / ALL_RESULTS)

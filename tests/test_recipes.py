@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 
 from recipes import check, plan
 from recipes.plan import count_compared_images, make_plan, read_class_names, read_models, read_recipe, read_sets
-from recipes.reproduce import beside_the_paper, flags_of_config, list_steps, main
+from recipes.reproduce import compare_with_paper, flags_from_config, list_steps, main
 from tests.command_lines import SCRIPTS, parse_flags, split_command
 from tests.conftest import blank_figures
 from tests.local_hub.faults import Fault
@@ -359,9 +359,9 @@ def test_the_comparison_takes_precision_and_workers_of_a_configuration():
         "one_gpu": "--num_workers 1 --bf16", "eight_gpus": "--num_workers 8 --bf16",
         "two_machines": "--num_workers 8 --bf16", "two_cpu_processes": "--num_workers 2",
     }.items():  # fmt: skip
-        of_config = flags_of_config(read_mapping(RECIPES / "accelerate" / f"{config}.yaml", "configuration"))
-        assert " ".join(of_config) == flags
-        assert list_steps("cars", "resnet18", 7, False, Path("out"), of_config)[-1].text.endswith(f" {flags}")
+        config_flags = flags_from_config(read_mapping(RECIPES / "accelerate" / f"{config}.yaml", "configuration"))
+        assert " ".join(config_flags) == flags
+        assert list_steps("cars", "resnet18", 7, False, Path("out"), config_flags)[-1].text.endswith(f" {flags}")
 
 
 def test_a_configuration_hands_its_gpus_to_every_step_and_one_of_another_precision_is_refused(tmp_path, monkeypatch):
@@ -391,7 +391,7 @@ def test_rates_that_lack_one_are_named(tmp_path):
 def test_the_table_of_a_reproduction_has_the_papers_figures_where_there_are_some():
     figures = [("vanilla", 80.0, 1.25), ("bridged", 90.04, None), ("bridged@plain", 85.0, 0.5), ("mix", 70.0, 0.5)]
     summary = [{"method": method, "mean": mean, "std": std} for method, mean, std in figures]
-    assert beside_the_paper(summary, {"vanilla": 83.8, "bridged_dsi": 92.0}, "Cars").splitlines()[2:] == [
+    assert compare_with_paper(summary, {"vanilla": 83.8, "bridged_dsi": 92.0}, "Cars").splitlines()[2:] == [
         "| vanilla | 80.0 ± 1.2 | 83.8 |", "| bridged | 90.0 | 92.0 |", "| bridged@plain | 85.0 ± 0.5 | ? |",
         "| mix | 70.0 ± 0.5 |  |",
     ]  # fmt: skip

@@ -809,7 +809,7 @@ class History:
             self.stage.tally[f"ended by a signal before the work, status {outcome.status}"] += 1
             return
         self.stage.tally["ended by a signal with advice"] += 1
-        advice = r"go on with: accelerate launch \S+ (.*)"
+        advice = r"resume with: accelerate launch \S+ (.*)"
         found = re.fullmatch(rf"{re.escape(script)}: interrupted\. .*; {advice}", lines[0])
         if len(lines) != 1 or not found:
             self.fail(3, f"how to go on is not said in one line: {outcome.errors[-1500:]!r}")
@@ -971,7 +971,7 @@ def test_a_digest_is_not_noted_for_files_that_were_replaced_before_they_were_rea
     history.act(["replace", "train_dir", 1, "swapped"])
     history.act(["replace", "train_dir", 0, "swapped"])
     time.sleep(contents.SECONDS_TO_SETTLE + 0.1)
-    remembered, waiting = contents.remembered_digest, [["replace", "train_dir", 1, "swapped"]]
+    remembered, waiting = contents.cached_digest, [["replace", "train_dir", 1, "swapped"]]
 
     def replace_and_read(folder, names, read, what=""):
         def replaced():
@@ -981,7 +981,7 @@ def test_a_digest_is_not_noted_for_files_that_were_replaced_before_they_were_rea
 
         return remembered(folder, names, replaced, what)
 
-    monkeypatch.setattr(contents, "remembered_digest", replace_and_read)
+    monkeypatch.setattr(contents, "cached_digest", replace_and_read)
     history.play_run([])
     history.act(["replace", "train_dir", 0, "swapped"])
     history.play_run([OVERWRITE])

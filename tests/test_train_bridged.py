@@ -178,7 +178,7 @@ def test_a_killed_run_goes_on_in_its_stage_to_the_same_weights(run, module, name
         run("killed", *flags)
     with pytest.raises(UserError, match="holds stage.* of an unfinished run; give --resume_from_checkpoint latest"):
         run("killed", *flags)
-    with pytest.raises(UserError, match="begun with other options .mixup_alpha was 0.2"):
+    with pytest.raises(UserError, match="started with other options .mixup_alpha was 0.2"):
         run("killed", "--method", method, "--resume_from_checkpoint", "latest")
     resumed = run("killed", *flags, "--resume_from_checkpoint", "latest")
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
@@ -473,7 +473,7 @@ def test_a_signal_and_a_full_disk_say_what_is_kept_and_how_to_go_on(run, tmp_pat
         patch.setattr(stage, "fine_tune", interrupted_in_stage_2)
         run("out", "--overwrite_output_dir")
     assert end.value.signal_number == signal.SIGINT
-    kept, _, command = str(end.value).partition("; go on with: accelerate launch train_bridged.py ")
+    kept, _, command = str(end.value).partition("; resume with: accelerate launch train_bridged.py ")
     assert kept == "stage2 is kept" and command.endswith("--resume_from_checkpoint latest --no_overwrite_output_dir")
     with monkeypatch.context() as patch:
         patch.setattr("utils.transfer.report.plot_report", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b"a"))

@@ -367,7 +367,7 @@ def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
     ({"lr_warmup_steps": 5}, "does nothing with --lr_scheduler constant; give another --lr_scheduler .constant_with_"),
     ({"report_to": "diary"}, "--report_to diary: is not installed"),
     ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere: is no checkpoint"),
-    ({"max_train_step": 3}, "no such flag, did you mean --max_train_steps"),
+    ({"max_train_step": 3}, "unknown flag, did you mean --max_train_steps"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_before_anything_loads_or_is_written(run_dsi, flags, message, tmp_path, monkeypatch):
     loaded = spy_on_loading(monkeypatch)

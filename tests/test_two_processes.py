@@ -53,7 +53,7 @@ def test_processes_that_do_not_know_of_each_other_do_nothing(script, argv_of, lo
     child = start_script(program(script), argv, tmp_path, num_processes=2, **environment)
     _, errors = child.communicate()
     assert child.returncode != 0
-    assert "--num_processes 2: without GPUs each takes itself for the only one; set ACCELERATE_USE_CPU=true" in errors
+    assert "--num_processes 2: without GPUs, each process works alone; set ACCELERATE_USE_CPU=true" in errors
     assert local_hub.repos() == [] and not (tmp_path / "made").exists()
 
 

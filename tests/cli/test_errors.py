@@ -119,9 +119,9 @@ def no_room(*_):
 ])  # fmt: skip
 def test_an_output_folder_that_cannot_be_written_is_one_line_with_how_to_go_on(fail, reason, tmp_path):
     (folder := tmp_path / "out").mkdir()
-    with pytest.raises(UserError) as error, report_unwritable(folder, lambda: "stage1 is kept; go on with: this"):
+    with pytest.raises(UserError) as error, report_unwritable(folder, lambda: "stage1 is kept; resume with: this"):
         fail(folder)
-    line = f"--output_dir {folder}: cannot be written ({reason}); stage1 is kept; go on with: this"
+    line = f"--output_dir {folder}: cannot be written ({reason}); stage1 is kept; resume with: this"
     assert str(error.value) == line
 
 
@@ -140,4 +140,4 @@ def test_a_full_disk_elsewhere_ends_a_script_in_a_line(capsys):
     with pytest.raises(SystemExit) as ended:
         run_script(no_room)
     assert ended.value.code == 2
-    assert "cannot be written (No space left on device); make room" in capsys.readouterr().err
+    assert "cannot be written (No space left on device); free some space" in capsys.readouterr().err

@@ -221,7 +221,7 @@ def test_keys_of_a_recipe_that_do_nothing_are_one_remark_of_the_main_process(tmp
     values = parse_flags("train_bridged.py", [str(recipe)])
     assert (values["lora_r"], values["mix_ratio"]) == (8, 2.0)
     assert capsys.readouterr().err == (
-        f"{recipe}: without effect in this run: mix_ratio (with --method bridged_replay, which has no stage on both "
+        f"{recipe}: no effect in this run: mix_ratio (with --method bridged_replay, which has no stage on both "
         "kinds of images); lora_r, lora_alpha (without --use_peft); hub_model_id (without --push_to_hub).\n"
     )
     monkeypatch.setenv("RANK", "1")
@@ -230,4 +230,4 @@ def test_keys_of_a_recipe_that_do_nothing_are_one_remark_of_the_main_process(tmp
     assert "error: --lora_r 9: does nothing" in fails(capsys, "train_bridged.py", [str(recipe), "--lora_r", "9"])
     monkeypatch.delenv("RANK")
     parse_flags("train_bridged.py", [str(recipe), "--use_peft", "--method", "mix", "--push_to_hub"])
-    assert "without effect in this run: bridge_mixup_alpha (with" in capsys.readouterr().err
+    assert "no effect in this run: bridge_mixup_alpha (with" in capsys.readouterr().err

@@ -36,12 +36,12 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("learning_rat: 1", "key 'learning_rat' is no flag of this script, did you mean learning_rate?"),
+        ("learning_rat: 1", "key 'learning_rat': not a flag of this script, did you mean learning_rate?"),
         ("learning_rate: fast", "'learning_rate: fast'"),
         ("kind: z", "'kind: z'"),
         ("steps: [1, 2]", "'steps' takes one value, the recipe gives a list"),
-        ("flip: null", "'flip' is empty; give a value, or leave it out for True"),
-        ("learning_rate:", "'learning_rate' is empty; give a value, or leave it out for 0.001"),
+        ("flip: null", "'flip' is empty; give a value, or remove the key to use True"),
+        ("learning_rate:", "'learning_rate' is empty; give a value, or remove the key to use 0.001"),
         ("flip: {a: 1}", "'flip' takes one value, the recipe gives a mapping"),
         ("rates: {}", "'rates' takes one value, the recipe gives a mapping"),
         ("learning_rate: .nan", "'learning_rate: nan': must be a finite number of at most 1e+30, got nan"),

@@ -9,7 +9,7 @@ import pytest
 from utils.cli.errors import UserError
 from utils.cli.options import free_options, option
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import keeping_output
+from utils.cli.processes import without_overwrite_flag
 from utils.cli.records import RUN_CONFIG, read_record
 from utils.cli.run_folder import RunFolder
 from utils.transfer.arguments import BridgedTrainingArguments
@@ -43,7 +43,7 @@ def test_an_unfinished_run_goes_on_only_when_asked_and_with_its_options(unfinish
     ):
         unfinished.is_resumable(False)
     with pytest.raises(
-        UserError, match=r"begun with other options \(learning_rate was 0.0001, now 1.0\); give the same"
+        UserError, match=r"started with other options \(learning_rate was 0.0001, now 1.0\); give the same"
     ):
         with_options(unfinished, learning_rate=1.0).is_resumable(True)
     assert not dataclasses.replace(unfinished, overwrite=True).is_resumable(True)
@@ -123,7 +123,7 @@ def test_how_to_go_on_takes_no_flag_that_would_start_from_scratch(unfinished):
     with pytest.raises(UserError) as error, run.working("accelerate launch x.py recipe.yaml --a 1"):
         os.write(os.open("/dev/full", os.O_WRONLY), b"no room")
     assert str(error.value).endswith(
-        "checkpoint-10 is kept; go on with: accelerate launch x.py recipe.yaml --a 1 --resume_from_checkpoint latest "
+        "checkpoint-10 is kept; resume with: accelerate launch x.py recipe.yaml --a 1 --resume_from_checkpoint latest "
         "--no_overwrite_output_dir"
     )
 
@@ -131,4 +131,6 @@ def test_how_to_go_on_takes_no_flag_that_would_start_from_scratch(unfinished):
 @pytest.mark.parametrize("words", ["--overwrite_output_dir", "--overwrite-output-dir true", "--overwrite_output_dir=1"])
 def test_a_command_that_goes_on_overwrites_nothing_and_is_otherwise_the_same(words):
     command = f"accelerate launch x.py recipe.yaml {words} --a 'b c' --d"
-    assert keeping_output(command) == "accelerate launch x.py recipe.yaml --a 'b c' --d --no_overwrite_output_dir"
+    assert (
+        without_overwrite_flag(command) == "accelerate launch x.py recipe.yaml --a 'b c' --d --no_overwrite_output_dir"
+    )

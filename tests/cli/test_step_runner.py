@@ -51,16 +51,16 @@ def test_a_step_is_run_anew_where_a_folder_or_file_in_its_command_is_another(tmp
     runner.run(step)
     for changed in (photo, recipe, *made):
         runner.run(step)
-        assert "later: done before in" in capsys.readouterr().out
+        assert "later: already done, in" in capsys.readouterr().out
         changed.write_text(f"train_dir: {photo.parents[1]}  # again")
         runner.run(step)
         named = {recipe: recipe.name, photo: "photos"}.get(changed, changed.parent.name)
-        assert f"later: was made of another {named}, and is made anew" in capsys.readouterr().out
+        assert f"later: {named} changed; running it again" in capsys.readouterr().out
         assert step.finished.read_text().endswith(" --overwrite_output_dir")
     for path in (made[0].parent / "run_config.json", made[0].parent / "style.png"):  # seconds, and pictures
         path.write_text("another")
     runner.run(step)
-    assert "later: done before in" in capsys.readouterr().out
+    assert "later: already done, in" in capsys.readouterr().out
     made[0].write_text("again")
     runner.run(replace(step, from_scratch=()))
     assert not step.finished.read_text().endswith("--overwrite_output_dir")
@@ -80,6 +80,6 @@ def test_steps_side_by_side_wait_for_those_whose_folders_they_name_only(tmp_path
         return Step(name, "to see", tmp_path / name / "done", command, is_launched=False)
 
     steps = [step("last", 0, "set", "plain"), step("set", 0, "style"), step("style", 0), step("plain", 1.5)]
-    StepRunner(tmp_path, tmp_path / "runs").run_side_by_side(steps)
+    StepRunner(tmp_path, tmp_path / "runs").run_in_parallel(steps)
     finished = [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines() if "finished in" in line]
     assert finished == ["style", "set", "plain", "last"]

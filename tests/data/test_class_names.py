@@ -4,10 +4,10 @@ import pytest
 
 from utils.cli.errors import UserError
 from utils.data.class_names import (
+    find_similar_names,
     fold_class_name,
     list_names,
     match_class_names,
-    near_equal_names,
     prompt_nouns,
     propose_noun,
     read_class_names,
@@ -230,6 +230,6 @@ def test_class_names_that_are_integers_are_in_numeric_order():
 
 def test_names_that_differ_in_case_blanks_or_accents_are_found():
     names = ["Cat", "cat ", "CAT", "dog", "caf\u00e9", "cafe\u0301", "cafe", "St. Bernard", "St.  bernard"]
-    assert near_equal_names(names) == [
+    assert find_similar_names(names) == [
         ["Cat", "cat ", "CAT"], ["caf\u00e9", "cafe\u0301"], ["St. Bernard", "St.  bernard"],
     ]  # fmt: skip

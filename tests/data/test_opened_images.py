@@ -12,7 +12,7 @@ from datasets import Dataset, Features, Image
 from tests.conftest import save_image_set
 from tests.data.builders import CLASSES, encode, image_column, load
 from utils.cli.errors import UserError
-from utils.data.opened_images import NUM_THREADS, content_places, inspect_images, open_all, open_synthetic
+from utils.data.opened_images import NUM_THREADS, content_positions, inspect_images, open_all, open_synthetic
 
 PHOTO = PIL.Image.effect_noise((160, 120), 60).convert("RGB")
 PNG, JPEG, PROGRESSIVE = encode(PHOTO), encode(PHOTO, "JPEG"), encode(PHOTO, "JPEG", progressive=True)
@@ -26,7 +26,7 @@ def test_inspect_images_hashes_the_bytes_as_stored_and_processes_share_the_rows(
     expected = [hashlib.sha256(content).hexdigest() for content in contents]
     assert whole.digests == {row: digest for row, digest in enumerate(expected) if row % 4 < 3}
     assert list(whole.problems) == list(range(3, len(contents), 4))
-    places = content_places(images)
+    places = content_positions(images)
     assert (np.unique(places).size, places.min() >= 0, places.max() < 1) == (4, True, True)
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr("accelerate.utils.gather_object", lambda own: own)
@@ -36,7 +36,7 @@ def test_inspect_images_hashes_the_bytes_as_stored_and_processes_share_the_rows(
         own = inspect_images(images, "photos", with_digests=True)
         of_whole = [{row: text for row, text in by_row.items() if row % 3 == rank} for by_row in whole]
         assert list(own) == of_whole
-        assert content_places(images)[rank::3].tolist() == places[rank::3].tolist()
+        assert content_positions(images)[rank::3].tolist() == places[rank::3].tolist()
 
 
 def decodes(data: bytes) -> bool:
@@ -60,7 +60,7 @@ def test_inspect_images_finds_what_decoding_a_jpeg_at_full_size_finds(photo):
     assert {row for row, data in enumerate(broken) if not decodes(data)} == set(problems)
 
 
-def exif_that_datasets_cannot_read() -> bytes:
+def unreadable_exif() -> bytes:
     entries = bytes.fromhex("1201 0300 01000000 06000000 0101 0200 04000000 61626300")
     return b"Exif\0\0II*\0\x08\0\0\0\2\0" + entries + bytes(4)
 
@@ -70,8 +70,8 @@ def test_inspect_images_says_what_is_wrong(tmp_path, monkeypatch):
     bomb = encode(PIL.Image.new("1", (1600, 120)))
     text = tmp_path / "notes.jpg"
     text.write_text("no image")
-    unreadable_exif = encode(PHOTO, "JPEG", exif=exif_that_datasets_cannot_read())
-    broken = [None, bomb, str(text), str(tmp_path / "gone.jpg"), PNG[:-60], b"", unreadable_exif]
+    exif = encode(PHOTO, "JPEG", exif=unreadable_exif())
+    broken = [None, bomb, str(text), str(tmp_path / "gone.jpg"), PNG[:-60], b"", exif]
     images = image_column([*broken, PNG])
     hashes, problems, _ = inspect_images(images, "photos", with_digests=True)
     assert list(hashes) == [len(broken)]

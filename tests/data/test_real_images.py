@@ -8,7 +8,7 @@ from utils.cli.errors import UserError
 from utils.cli.records import image_set_name
 from utils.data.image_set import PARTS, RealImagesRecord
 from utils.data.opened_images import open_all
-from utils.data.real_images import check_held_out, limit_held_out, load_labelled_splits, same_image_set
+from utils.data.real_images import check_held_out, is_same_image_set, limit_held_out, load_labelled_splits
 
 
 def test_validation_is_carved_from_train_where_the_set_has_none(real_images_dir):
@@ -143,14 +143,14 @@ def test_image_sets_are_the_same_by_name_or_by_folder(tmp_path, monkeypatch):
     folders = ["photos/train", "./photos/train/", "photos/../photos/train", "link/train", f"{tmp_path}/photos/train"]
     for theirs in folders:
         for ours in folders:
-            assert same_image_set(RealImagesRecord(train_dir=theirs).to_dict(), None, ours)
-            assert same_image_set({"dataset_name": theirs}, ours, None)
-        assert not same_image_set({"train_dir": theirs}, None, "photos")
-        assert not same_image_set({"train_dir": theirs}, theirs, None)
-    assert same_image_set({"dataset_name": "user/cars"}, "user/cars", None)
-    assert not same_image_set({"dataset_name": "user/cars"}, "user/vans", None)
-    assert not same_image_set({"dataset_name": "user/cars"}, None, "photos")
-    assert not same_image_set({}, "user/cars", None)
+            assert is_same_image_set(RealImagesRecord(train_dir=theirs).to_dict(), None, ours)
+            assert is_same_image_set({"dataset_name": theirs}, ours, None)
+        assert not is_same_image_set({"train_dir": theirs}, None, "photos")
+        assert not is_same_image_set({"train_dir": theirs}, theirs, None)
+    assert is_same_image_set({"dataset_name": "user/cars"}, "user/cars", None)
+    assert not is_same_image_set({"dataset_name": "user/cars"}, "user/vans", None)
+    assert not is_same_image_set({"dataset_name": "user/cars"}, None, "photos")
+    assert not is_same_image_set({}, "user/cars", None)
 
 
 def test_a_set_in_another_format_is_read_as_it_is_stored(tmp_path):

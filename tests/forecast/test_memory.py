@@ -12,9 +12,9 @@ from utils.forecast.memory import (
     count_forward,
     count_step,
     needed_bytes,
+    shapes_only,
     state_bytes,
     weight_bytes,
-    without_values,
 )
 
 BATCH_SIZE = 2
@@ -75,7 +75,7 @@ def count_on_meta(build, make_loss, dtype=None, checkpointing=None):
         model = build().train()
     if checkpointing:
         getattr(model, checkpointing)()
-    with without_values(model):
+    with shapes_only(model):
         return count_step(make_loss(model), list(model.parameters()))
 
 
@@ -132,7 +132,7 @@ def test_half_precision_takes_half_the_activations_and_the_same_gradients():
     assert half.gradients == whole.gradients == weight_bytes(build_vit())
     with torch.device("meta"):
         unet = build_unet().to(torch.bfloat16)
-    with without_values(unet):
+    with shapes_only(unet):
         counted = count_step(unet_loss(unet, torch.bfloat16), [])
     assert counted.kept == pytest.approx(count_on_meta(build_unet, unet_loss).kept / 2, rel=0.02)
 
@@ -144,7 +144,7 @@ def test_the_counted_peak_of_encoding_is_the_allocators(tmp_path):
     def encode(model):
         return lambda: model.encode(torch.zeros(BATCH_SIZE, 3, 64, 64)).latent_dist
 
-    with without_values(vae):
+    with shapes_only(vae):
         counted = count_forward(encode(vae))
     with torch.no_grad():
         measured = allocated_peak(encode(SCALED.build_vae()), tmp_path)

@@ -13,14 +13,14 @@ from utils.cli.parsing import check_ranges
 from utils.data.class_folders import read_local_set, read_train_dirs
 
 # of a synthetic set's record: its real images may be shots
-OF_SHOTS = ("num_shots", "max_train_samples", "synthetic_dataset")
+SHOT_FLAGS = ("num_shots", "max_train_samples", "synthetic_dataset")
 WITH_SHOTS = Need(
     "without --num_shots or --max_train_samples",
-    lambda values: any(values.get(name) for name in OF_SHOTS),
+    lambda values: any(values.get(name) for name in SHOT_FLAGS),
     "add one or ",
 )
 
-OF_FOLD = Need(
+WITH_FOLD = Need(
     "without --fold", lambda values: bool(values.get("fold") or values.get("synthetic_dataset")), "add it or "
 )
 NO_FOLD = Need("with --fold, which tests on training images", lambda values: not values.get("fold"))
@@ -74,7 +74,7 @@ class RealDataArguments:
         "K/N, such as 1/5: test on the K-th of N stratified folds of the training images, and train on the others, as "
         "one fold of compare_transfer.py --num_folds N does; a test part of the set's own is not used.",
     )
-    fold_seed: int = option(0, "Which images the folds are.", needs=[OF_FOLD])
+    fold_seed: int = option(0, "Which images the folds are.", needs=[WITH_FOLD])
 
 
 def parse_fold(text: str) -> tuple[int, int]:
@@ -129,7 +129,7 @@ def check_real_images_given(real_data: RealDataArguments) -> None:
 
 
 @contextmanager
-def named_in_record(real_data: RealDataArguments, recorded_in: str | None) -> Iterator[None]:
+def explain_recorded_name(real_data: RealDataArguments, recorded_in: str | None) -> Iterator[None]:
     """Let an error about the real images tell that the record of `recorded_in` names them; None: a flag does."""
     try:
         yield

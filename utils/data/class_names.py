@@ -217,7 +217,7 @@ def sort_class_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=int) if all(re.fullmatch(r"-?\d{1,18}", name) for name in names) else names
 
 
-def near_equal_names(names: Sequence[str]) -> list[list[str]]:
+def find_similar_names(names: Sequence[str]) -> list[list[str]]:
     """Return the groups of names that differ in case, spaces or Unicode form only."""
     return [group for group in group_names(names, map(fold_class_name, names)).values() if len(group) > 1]
 

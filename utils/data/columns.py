@@ -79,7 +79,7 @@ def _label_column(images: Dataset, column: str) -> pa.ChunkedArray:
     return images.select_columns(column).with_format("arrow")[:][column]
 
 
-def _without_label(column: pa.ChunkedArray) -> np.ndarray:
+def _find_unlabelled(column: pa.ChunkedArray) -> np.ndarray:
     """Return the rows without a label: null, not a number, -1, or text without a letter."""
     missing = pc.is_null(column, nan_is_null=True)
     if pa.types.is_signed_integer(column.type):
@@ -95,7 +95,7 @@ def _is_text(column: pa.ChunkedArray) -> bool:
 
 def is_labelled(images: Dataset, column: str) -> bool:
     """Return whether at least one image has a label."""
-    return column in images.features and len(_without_label(_label_column(images, column))) < len(images)
+    return column in images.features and len(_find_unlabelled(_label_column(images, column))) < len(images)
 
 
 def unify_labels(splits: dict[str, Dataset], column_name: str) -> tuple[dict[str, Dataset], list[str]]:
@@ -114,7 +114,7 @@ def unify_labels(splits: dict[str, Dataset], column_name: str) -> tuple[dict[str
     for split, images in splits.items():
         feature, column = images.features["label"], _label_column(images, "label")
         kinds[split] = _check_kind(flag, feature, column)
-        missing = _without_label(column)
+        missing = _find_unlabelled(column)
         if missing.size:
             hint = f" ({NO_LABEL} is no class)" if pa.types.is_integer(column.type) else ""
             raise UserError(

@@ -113,7 +113,7 @@ def diagnose(class_names: list[str], nouns: list[str], given: Collection[str] = 
             continue
         is_sure = all_numbered and noun == proposal
         findings += [Finding(name, noun, *spelling, proposal) for spelling in _find_spellings(name, is_sure)]
-        doubles = _find_doubles(name, noun, twins, containers)
+        doubles = _find_ambiguities(name, noun, twins, containers)
         findings += [Finding(name, noun, problem, True, None) for problem in doubles]
     return findings
 
@@ -141,7 +141,7 @@ def _find_spellings(name: str, is_numbering: bool) -> Iterator[tuple[str, bool]]
         yield "CamelCase", True
 
 
-def _find_doubles(name: str, noun: str, twins: dict, containers: dict) -> Iterator[str]:
+def _find_ambiguities(name: str, noun: str, twins: dict, containers: dict) -> Iterator[str]:
     """Yield what is wrong with a noun that reads well: it is taken for another class, or for another thing."""
     others = [other for other in twins["".join(_words(noun))] if other != name]
     if others:

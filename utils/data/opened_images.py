@@ -69,7 +69,7 @@ def open_all(real: RealImages, parts: tuple[str, ...] = PARTS, with_digests: boo
         for part, inspected in found.items()
         for row, problem in sorted(inspected.problems.items())
     }
-    remarks = _settle_damaged(problems, real.record.skip_bad_images)
+    remarks = _handle_damaged(problems, real.record.skip_bad_images)
     kept = {part: _good_rows(getattr(real, part), inspected) for part, inspected in found.items() if inspected.problems}
     _check_classes_left(real, kept.get("train"))
     digests = {part: [digest for _, digest in sorted(inspected.digests.items())] for part, inspected in found.items()}
@@ -86,7 +86,7 @@ def open_synthetic(images: Dataset, name: str, skip_bad_images: bool) -> tuple[D
     """
     inspected = inspect_images(images, "synthetic images")
     problems = {f"--synthetic_dataset {name}: row {row}": text for row, text in sorted(inspected.problems.items())}
-    remarks = _settle_damaged(problems, skip_bad_images)
+    remarks = _handle_damaged(problems, skip_bad_images)
     return images.select(_good_rows(images, inspected)) if problems else images, remarks
 
 
@@ -94,7 +94,7 @@ def _good_rows(images: Dataset, inspected: Inspected) -> np.ndarray:
     return np.setdiff1d(np.arange(len(images)), list(inspected.problems))
 
 
-def _settle_damaged(problems: dict[str, str], may_skip: bool) -> list[str]:
+def _handle_damaged(problems: dict[str, str], may_skip: bool) -> list[str]:
     """Return what is said of images that do not open, given as place -> what is wrong, where they may be left out.
 
     Raises:
@@ -133,7 +133,7 @@ def inspect_images(images: Dataset, what: str, with_digests: bool = False) -> In
     return inspected
 
 
-def content_places(images: Dataset) -> np.ndarray:
+def content_positions(images: Dataset) -> np.ndarray:
     """Return a number in [0, 1) for each image, evenly spread, that depends on nothing but its encoded bytes."""
 
     def place(row: int, encoded: dict | None) -> float:

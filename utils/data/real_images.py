@@ -9,11 +9,11 @@ from datasets import Dataset, DatasetDict
 from utils.cli.contents import content_digest
 from utils.cli.errors import UserError
 from utils.data.class_folders import CARD, has_card_with_data, load_folder_set, read_local_set, read_train_dirs
-from utils.data.class_names import list_names, near_equal_names
+from utils.data.class_names import find_similar_names, list_names
 from utils.data.columns import find_columns, is_labelled, standardise, unify_labels
 from utils.data.folds import Folds, split_fold
 from utils.data.image_set import PARTS, PLACES, Part, RealImages, RealImagesRecord
-from utils.data.opened_images import content_places
+from utils.data.opened_images import content_positions
 from utils.data.splits import TEST_SHARE, assign_splits, balanced_indices, carve, evenly_spaced, select
 from utils.hub.data_sets import list_data_files, load_data_set
 from utils.hub.repositories import open_source
@@ -74,7 +74,7 @@ def load_real_images(record: RealImagesRecord, token: str | None = None) -> Real
         kept, tested = split_fold(labels, record.fold, record.fold_seed, found.class_names)
         images["test"], parts["test"] = whole.select(tested), Part(parts["train"].split, rows[tested], is_carved=True)
     carved = [part for part in ("test", "validation") if part not in images]
-    places, end = content_places(whole) if carved else None, 0.0
+    places, end = content_positions(whole) if carved else None, 0.0
     for part in carved:
         end += TEST_SHARE if part == "test" else record.train_val_split
         if end >= 1:
@@ -88,7 +88,7 @@ def load_real_images(record: RealImagesRecord, token: str | None = None) -> Real
     images["train"], parts["train"] = whole.select(kept), replace(parts["train"], rows=rows[kept])
     real = RealImages(**images, class_names=found.class_names, record=record, parts=parts)
     unused = found.unused | ({} if record.fold is None else count_images(found, "test"))
-    return replace(real, remarks=(_describe_parts(real, unused), *_list_doubts(real)))
+    return replace(real, remarks=(_describe_parts(real, unused), *_list_warnings(real)))
 
 
 def load_for_folds(record: RealImagesRecord, num_folds: int, token: str | None = None) -> Folds:
@@ -106,7 +106,7 @@ def load_for_folds(record: RealImagesRecord, num_folds: int, token: str | None =
     folds.split(folds.names[0], 0)
     unused = found.unused | count_images(found, "validation", "test")
     remark = f"{record.name}: {len(whole):,} images (split '{part.split}') in {num_folds} folds{_list_unused(unused)}."
-    return replace(folds, images=replace(real, remarks=(remark, *_list_doubts(real))))
+    return replace(folds, images=replace(real, remarks=(remark, *_list_warnings(real))))
 
 
 def count_images(found: LabelledSplits, *parts: str) -> dict[str, int]:
@@ -135,7 +135,7 @@ def identify_real_images(record: RealImagesRecord, token: str | None = None) -> 
     return record, identities
 
 
-def same_image_set(record: dict, dataset_name: str | None, train_dir: str | None) -> bool:
+def is_same_image_set(record: dict, dataset_name: str | None, train_dir: str | None) -> bool:
     """Say whether a record's real images (`real_images`) are those of the two flags: the same folder or id."""
 
     def place(name: str | None) -> str | Path | None:
@@ -186,7 +186,7 @@ def _list_unused(unused: dict[str, int]) -> str:
     return f"; not used: {left}" if left else ""
 
 
-def _list_doubts(real: RealImages) -> list[str]:
+def _list_warnings(real: RealImages) -> list[str]:
     """Return warnings: classes that look like one, that are tested without having been trained, or not tested."""
 
     def named(is_meant: np.ndarray) -> str:
@@ -196,7 +196,7 @@ def _list_doubts(real: RealImages) -> list[str]:
         # ascii: two Unicode forms of a letter look the same
         f"Warning: the classes {', '.join(map(ascii, names))} differ in case, spaces or Unicode form only; they stay "
         "separate classes, and train_dsi.py refuses two that are the same in a prompt: merge or rename them."
-        for names in near_equal_names(real.class_names)
+        for names in find_similar_names(real.class_names)
     ]
     counts = {
         part: np.bincount(np.asarray(getattr(real, part)["label"], int), minlength=len(real.class_names))

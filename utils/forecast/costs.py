@@ -8,9 +8,9 @@ from pathlib import Path
 
 GIB = 2**30
 # whose images `datasets` copies into an Arrow file; of image files, loose or in a zip, it writes paths alone
-COPIED = (".parquet", ".arrow", ".tar", ".tgz")
-BYTES_OF_A_ROW = 30  # about, besides the path of its image; measured with datasets 5.2
-BYTES_OF_A_MOMENT = 2  # float16
+COPIED_SUFFIXES = (".parquet", ".arrow", ".tar", ".tgz")
+BYTES_PER_ROW = 30  # about, besides the path of its image; measured with datasets 5.2
+BYTES_PER_MOMENT = 2  # float16
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DiskUse:
         return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
-def hours_of(number: float, per_second: float) -> float:
+def estimate_hours(number: float, per_second: float) -> float:
     """Return the hours that so many images take at a rate."""
     return number / per_second / 3600
 
@@ -56,13 +56,13 @@ def latent_bytes(num_images: int, resolution: int, num_copies: int, latent_chann
     `resolution` is in pixels a side, `scale` of which become one latent.
     """
     a_side = resolution // scale
-    return num_images * num_copies * 2 * BYTES_OF_A_MOMENT * latent_channels * a_side * a_side
+    return num_images * num_copies * 2 * BYTES_PER_MOMENT * latent_channels * a_side * a_side
 
 
 def copied_bytes(path: str | Path) -> int:
     """Return about how large the Arrow copy of a local data file will be: 0 for what `datasets` does not copy."""
-    if not str(path).endswith(COPIED):
-        return BYTES_OF_A_ROW + len(str(path))
+    if not str(path).endswith(COPIED_SUFFIXES):
+        return BYTES_PER_ROW + len(str(path))
     if not str(path).endswith(".parquet"):
         return os.path.getsize(path)
     import pyarrow.parquet as pq

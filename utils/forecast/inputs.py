@@ -11,7 +11,7 @@ from huggingface_hub.hf_api import RepoFile
 from utils.cli.errors import UserError
 from utils.data.class_folders import read_local_set
 from utils.data.image_set import RealImagesRecord
-from utils.forecast.costs import BYTES_OF_A_ROW, COPIED, DiskUse, arrow_bytes
+from utils.forecast.costs import BYTES_PER_ROW, COPIED_SUFFIXES, DiskUse, arrow_bytes
 from utils.hub.data_sets import open_builder
 from utils.hub.repositories import CLIENT_ERRORS, Source, is_saved_to_disk, open_source
 
@@ -99,6 +99,6 @@ def data_set_disk(source: Source, config_name: str | None = None) -> list[DiskUs
     names = [path.partition(f"@{source.revision}/")[2] for path in files]
     sizes, missing = file_sizes(source, names), missing_bytes(source, names)
     copied = None if sizes is None else sum(
-        size if name.endswith(COPIED) else BYTES_OF_A_ROW + len(name) for name, size in sizes.items()
+        size if name.endswith(COPIED_SUFFIXES) else BYTES_PER_ROW + len(name) for name, size in sizes.items()
     )  # fmt: skip
     return [DiskUse(download.what, missing, download.folder), DiskUse(copy.what, copied, copy.folder)]

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 # measured on a GPU; on a CPU a step of Stable Diffusion's kind stays within 2 % of the count (tests/forecast).
 MARGIN = 0.05
 CONTEXT = 2**29  # bytes of a CUDA context with its kernels; on a CPU about what the libraries take
-FLOOR_OF_STATE = 64  # numbers a side of the weight that an optimiser is tried on
+PROBE_SIDE = 64  # numbers a side of the weight that an optimiser is tried on
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _key(tensor: torch.Tensor) -> int:
 
 
 @contextmanager
-def without_values(*modules: nn.Module) -> Iterator[None]:
+def shapes_only(*modules: nn.Module) -> Iterator[None]:
     """Let modules built on `torch.device("meta")`, and all tensors made within the block, have shapes and no values.
 
     Unlike on the meta device itself, attention and autocast then choose what they choose on a real device.
@@ -83,7 +83,7 @@ def count_step(compute_loss: Callable[[], torch.Tensor], parameters: list[nn.Par
     """Return what a forward and backward pass take; `parameters` are those with gradients, which end without.
 
     What `compute_loss` makes is counted, what it refers to is not: inputs that lie on the device should be made in it.
-    In `without_values` nothing is computed. Attention is counted as PyTorch's fused kernels do it: they keep no matrix
+    In `shapes_only` nothing is computed. Attention is counted as PyTorch's fused kernels do it: they keep no matrix
     of scores.
 
     Left out: workspaces of kernels, fragmentation, and the CUDA context of about half a GB; `needed_bytes` adds them.
@@ -114,7 +114,7 @@ def weight_bytes(*modules: nn.Module) -> int:
 
 def state_bytes(make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer], trained: int) -> int:
     """Return the bytes that an optimiser keeps for weights of `trained` bytes, by what it keeps for a small one."""
-    weight = nn.Parameter(torch.zeros(FLOOR_OF_STATE, FLOOR_OF_STATE))
+    weight = nn.Parameter(torch.zeros(PROBE_SIDE, PROBE_SIDE))
     weight.grad = torch.ones_like(weight)
     optimizer = make_optimizer([weight])
     optimizer.step()

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from utils.cli.tables import print_table
-from utils.forecast.costs import GIB, DiskUse, hours_of
+from utils.forecast.costs import GIB, DiskUse, estimate_hours
 from utils.forecast.memory import CONTEXT, MARGIN, needed_bytes
 
 UNKNOWN = "unknown"
@@ -83,14 +83,14 @@ class TimeForecast:
 
     @property
     def hours(self) -> float | None:
-        return None if None in (self.per_second, self.number) else hours_of(self.number, self.per_second)
+        return None if None in (self.per_second, self.number) else estimate_hours(self.number, self.per_second)
 
 
 def gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f}"
 
 
-def with_unit(num_bytes: int) -> str:
+def format_bytes(num_bytes: int) -> str:
     """Return a size as `1.5 GiB` or `12 MiB`."""
     if num_bytes >= GIB / 10:
         return f"{gib(num_bytes)} GiB"
@@ -137,7 +137,7 @@ def _print_phases(memory: MemoryForecast) -> None:
     table = Table("phase", "weights", "activations", "gradients", "optimiser", "needed", title=title)
     for phase in (memory.training, *memory.others):
         parts = phase.weights, phase.activations, phase.gradients, phase.optimizer, phase.needed
-        table.add_row(phase.what, *map(with_unit, parts))
+        table.add_row(phase.what, *map(format_bytes, parts))
     print_table(table, Console())
 
 
@@ -146,11 +146,11 @@ def _print_disk(disk: list[DiskUse], say: Callable[[str], None]) -> None:
         return
     table = Table("what is written", "size", "where", "free there", title="disk, of what is not there yet")
     for use in disk:
-        size = UNKNOWN if use.num_bytes is None else with_unit(use.num_bytes)
-        table.add_row(use.what, size, str(Path(use.folder)), with_unit(use.free))
+        size = UNKNOWN if use.num_bytes is None else format_bytes(use.num_bytes)
+        table.add_row(use.what, size, str(Path(use.folder)), format_bytes(use.free))
     print_table(table, Console())
     known = [use.num_bytes for use in disk if use.num_bytes is not None]
-    line = f"Disk: {with_unit(sum(known))} in all"
+    line = f"Disk: {format_bytes(sum(known))} in all"
     line += f", and what is unknown ({len(disk) - len(known)})." if len(known) < len(disk) else "."
     for number in {use.disk for use in disk}:
         uses = [use for use in disk if use.disk == number]

@@ -26,13 +26,13 @@ END = "<!-- bridged-transfer: end -->"
 GENERATED = re.compile(f"{re.escape(BEGIN)}((?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
 METADATA = re.compile(r"\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 
-OUR_KEYS = (
+GENERATED_KEYS = (
     "dataset_info", "configs", "model-index", "base_model", "base_model_relation", "datasets", "pipeline_tag",
     "library_name",
 )  # fmt: skip
 LICENSE_KEYS = ("license", "license_name", "license_link")
 UNKNOWN = "unknown"
-NO_LICENSE = (None, "", UNKNOWN, [], [UNKNOWN])
+UNNAMED_LICENSES = (None, "", UNKNOWN, [], [UNKNOWN])
 
 
 def text(value: object, max_length: int | None = MAX_LENGTH) -> str:
@@ -179,7 +179,7 @@ def _parse_card(card: str, name: str = "README.md") -> tuple[dict, str, str]:
 
 
 def merge_cards(ours: str, theirs: str, name: str = "README.md") -> str:
-    """Return `theirs` with the parts of `ours` that a run decides: OUR_KEYS of the metadata, the text between markers.
+    """Return `theirs` with the parts of `ours` that a run decides: GENERATED_KEYS of the metadata, the text between markers.
 
     Keys that only one has stay; `tags` are both's; a licence that is named stays. Text around the markers stays, a card
     without markers keeps its whole text above ours. Line ends are those of `theirs`, which is `name` in messages.
@@ -205,7 +205,9 @@ def save_card(card: object, path: str | Path) -> None:
 
 
 def _merge_metadata(ours: dict, theirs: dict) -> dict:
-    named_by = ours if theirs.get("license") in NO_LICENSE and ours.get("license") not in NO_LICENSE else theirs
+    named_by = (
+        ours if theirs.get("license") in UNNAMED_LICENSES and ours.get("license") not in UNNAMED_LICENSES else theirs
+    )
     merged = {key: value for key, value in theirs.items() if key not in LICENSE_KEYS or key in named_by}
     for key, value in ours.items():
         if key in LICENSE_KEYS:
@@ -214,7 +216,7 @@ def _merge_metadata(ours: dict, theirs: dict) -> dict:
                 merged[key] = value
         elif key == "tags":
             merged[key] = list(dict.fromkeys([*_as_list(theirs.get("tags")), *_as_list(value)]))
-        elif key in OUR_KEYS or key not in theirs:
+        elif key in GENERATED_KEYS or key not in theirs:
             merged[key] = value
     return merged
 

@@ -66,7 +66,7 @@ def _build(source: Source, config_name: str | None, is_all_asked: bool) -> Datas
         shutil.rmtree(cache_dir)
         raise UserError(f"{where}: its files have changed while they were read; run the same command again.")
     if is_all_asked and builder.name == "imagefolder" and is_main_process():
-        _warn_of_images_left_out(loaded, builder, source)
+        _warn_about_skipped_images(loaded, builder, source)
     return loaded
 
 
@@ -197,7 +197,7 @@ def _check_commit(splits: dict[str, Dataset], source: Source) -> None:
         )
 
 
-def _warn_of_images_left_out(splits: DatasetDict, builder: datasets.DatasetBuilder, source: Source) -> None:
+def _warn_about_skipped_images(splits: DatasetDict, builder: datasets.DatasetBuilder, source: Source) -> None:
     """Warn where a set of image files has more than were read: datasets chooses splits by words in file names, so that
     cat/a test.png is the test split, and all images without such a word are left out, as those not in a metadata file.
     """

@@ -89,7 +89,7 @@ class GrowingUpload:
                 self._upload_some(left)
         except HfHubHTTPError as error:
             # the next look finds out whose commit came first: our own, too, whose answer was lost
-            if error.response.status_code not in publishing.ANOTHER_COMMIT_CAME_FIRST:
+            if error.response.status_code not in publishing.CONFLICT_STATUSES:
                 raise
 
     def _upload_some(self, shards: list[Upload]) -> None:

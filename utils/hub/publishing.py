@@ -27,7 +27,7 @@ from utils.hub.targets import MAX_TRIES, HubUnavailable, Target, check_privacy
 CARD = "README.md"
 KEPT = {CARD, ".gitattributes"}  # a person's words, and what the Hub made
 TEXT_SUFFIXES = (".json", ".md", ".txt", ".yaml")
-ANOTHER_COMMIT_CAME_FIRST = (409, 412)
+CONFLICT_STATUSES = (409, 412)
 MAX_FILES_PER_COMMIT = 50
 MAX_BYTES_PER_COMMIT = 5 * 2**30
 # the client may hold in memory what it sends at a time (hf_xet does): a shard and a margin
@@ -189,7 +189,7 @@ def _commit_batch(
                 progress.update(sum(upload.num_bytes for upload in part))
             return make_commit(target, batch, operations, head)
         except HfHubHTTPError as error:
-            if error.response.status_code not in ANOTHER_COMMIT_CAME_FIRST:
+            if error.response.status_code not in CONFLICT_STATUSES:
                 raise
     raise HubUnavailable(f"publishing {target.repo_id}: others commit to it all the time.")
 

@@ -186,7 +186,7 @@ class Source:
 
         if caused_by(errors.GatedRepoError):
             origin = _token_origin(self.token)
-            how = f"with the account of the token ({origin})" if origin else f"then {_how_to_log_in(None)}"
+            how = f"with the account of the token ({origin})" if origin else f"then {_login_advice(None)}"
             page = f"{constants.ENDPOINT}/{'' if self.repo_type == 'model' else f'{self.repo_type}s/'}{self.name}"
             return f"is gated; accept its conditions at {page}, {how}"
         if caused_by(errors.RepositoryNotFoundError):
@@ -222,12 +222,12 @@ class Source:
         kind = TYPE_NAMES[self.repo_type]
         origin = _token_origin(self.token)
         seen = f"that the token ({origin}) may read" if origin else "that is public"
-        return f"neither a folder nor a {kind} repository {seen}; for a private one, {_how_to_log_in(origin)}"
+        return f"neither a folder nor a {kind} repository {seen}; for a private one, {_login_advice(origin)}"
 
     def _refusal(self, status: int, server_message: str | None) -> str:
         if status == 401:
             origin = _token_origin(self.token)
-            return f"the Hub does not accept the token ({origin}), it is wrong or expired; {_how_to_log_in(origin)}"
+            return f"the Hub does not accept the token ({origin}), it is wrong or expired; {_login_advice(origin)}"
         detail = f": {server_message}" if server_message else ""
         if status == 403:
             return f"the token ({_token_origin(self.token)}) may not read it{detail}"
@@ -276,7 +276,7 @@ def _token_origin(token: str | None) -> str | None:
     return LOGIN if get_token() else None
 
 
-def _how_to_log_in(origin: str | None) -> str:
+def _login_advice(origin: str | None) -> str:
     # a token that is given hides those below it
     return {
         HUB_TOKEN: "give another --hub_token",

@@ -24,8 +24,8 @@ Result = TypeVar("Result")
 MAX_TRIES = 6
 FIRST_PAUSE = 1.0  # seconds, doubled from try to try
 LONGEST_PAUSE = 60.0
-TO_PUBLISH = [with_flag("push_to_hub")]
-PASSING_STATUSES = {408, 429, 500, 502, 503, 504}
+WITH_PUSH_TO_HUB = [with_flag("push_to_hub")]
+TRANSIENT_STATUSES = {408, 429, 500, 502, 503, 504}
 
 
 @dataclass
@@ -36,11 +36,11 @@ class HubArguments:
 
     push_to_hub: bool = option(False, "Publish the output folder on the Hub.", affects_result=False)
     hub_private_repo: bool = option(
-        False, "Make the repository private when creating it.", affects_result=False, needs=TO_PUBLISH
+        False, "Make the repository private when creating it.", affects_result=False, needs=WITH_PUSH_TO_HUB
     )
     hub_revision: str | None = option(
         None, "Branch to publish to, made when it is not there; main when not given.", affects_result=False,
-        needs=TO_PUBLISH,
+        needs=WITH_PUSH_TO_HUB,
     )  # fmt: skip
     hub_token: str | None = option(
         None, "Access token; HF_TOKEN or `hf auth login` when not given.", affects_result=False
@@ -197,7 +197,7 @@ def pause_after(error: BaseException, attempt: int) -> float | None:
     while isinstance(cause, (RuntimeError, errors.LocalEntryNotFoundError)) and cause.__cause__ is not None:
         cause = cause.__cause__
     if isinstance(cause, errors.HfHubHTTPError):
-        if cause.response.status_code not in PASSING_STATUSES:
+        if cause.response.status_code not in TRANSIENT_STATUSES:
             return None
         asked = cause.response.headers.get("Retry-After", "")
         if asked.isdigit():

@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetsError
 from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import HfFileSystem
 
-from utils.cli.contents import content_digest, list_files, remembered_digest
+from utils.cli.contents import cached_digest, content_digest, list_files
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.data.class_names import join_names, match_labels
@@ -70,7 +70,7 @@ def identify_synthetic(source: SyntheticSource, max_samples_per_class: int | Non
             return f"{num_rows:,} images, sha256 {content_digest(source.name, names)}"
         what = f"first {max_samples_per_class} of a class"
         read = partial(_read_first_images, paths, max_samples_per_class)
-        return f"{what}, sha256 {remembered_digest(source.name, names, read, what)}"
+        return f"{what}, sha256 {cached_digest(source.name, names, read, what)}"
 
 
 def _read_first_images(paths: list[Path], limit: int) -> Iterator[bytes]:
