@@ -222,7 +222,7 @@ def test_check_notes_names_in_another_case_and_a_newer_commit(local_hub, publish
 
 def test_check_finds_a_missing_repository_commit_or_split(local_hub, publish, expect):
     [difference] = check.check_set("pets").differences
-    assert "dataset_name timm/oxford-iiit-pet: neither a folder nor a data set repository" in difference
+    assert "dataset_name timm/oxford-iiit-pet: neither a folder nor a public dataset repository" in difference
     agreeing = {"revision": publish(), "num_images": {"train": 74, "test": 37}}
     for change, messages in [
         ({"revision": "0" * 40}, ["has no branch, tag or commit '000"]),
@@ -239,7 +239,7 @@ def test_check_that_cannot_see_is_no_success_and_no_difference(local_hub, publis
     publish()
     local_hub.inject(Fault("status", path="/api/datasets/timm", status=429))
     [busy] = check.check_set("pets").unseen
-    assert "answers with error 429" in busy
+    assert "returned error 429" in busy
     local_hub.repo("timm/oxford-iiit-pet", "dataset").gated = True
     assert "is gated; accept its conditions" in check.check_set("pets").unseen[0]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -409,7 +409,7 @@ def test_a_finished_token_is_not_overwritten_unasked(run_dsi, tmp_path, capsys):
     capsys.readouterr()
     again = run_dsi(resume_from_checkpoint="latest")
     assert again == {name: value for name, value in health.items() if name != "loss_history"}
-    assert "is finished, nothing is done again" in capsys.readouterr().out
+    assert "is already finished, nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds a style token made with other options \\(seed was 0, now 5\\)"):
         run_dsi(seed=5)
     with pytest.raises(UserError, match="initializer_token was auto"):

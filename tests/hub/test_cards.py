@@ -128,10 +128,10 @@ def test_a_licence_that_is_named_stays_with_its_name_and_link(ours, theirs, expe
 @pytest.mark.parametrize(
     ("theirs", "message"),
     [
-        ("---\nlicense: [mit\n---\ntext", "are no YAML .* repair"),
-        ("---\ncreated: 2026-13-01\n---\ntext", "are no YAML .* repair"),
-        ("---\njust words\n---\ntext", "are no 'key: value' lines; repair"),
-        ("---\nlicense: mit\ntext", "do not end with one; add it"),
+        ("---\nlicense: [mit\n---\ntext", "is not valid YAML .* fix"),
+        ("---\ncreated: 2026-13-01\n---\ntext", "is not valid YAML .* fix"),
+        ("---\njust words\n---\ntext", "must be 'key: value' lines; fix"),
+        ("---\nlicense: mit\ntext", "no closing line '---'; add it"),
         (b"---\nlicense: \xff\n---\n", "cannot be read .* save it as UTF-8"),
     ],
 )

@@ -66,16 +66,16 @@ def test_a_damaged_saved_set_is_one_line(tmp_path):
     DatasetDict({"train": Dataset.from_dict({"label": [0]})}).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(UserError, match="--dataset_name .*: has no split 'test'; it has train."):
         load(tmp_path / "saved", split="test")
-    with pytest.raises(UserError, match="is a folder of save_to_disk, which has no configurations"):
+    with pytest.raises(UserError, match="was written by save_to_disk, which has no configurations"):
         load(tmp_path / "saved", "fine")
     [data] = (tmp_path / "saved" / "train").glob("*.arrow")
     whole = data.read_bytes()
     for content in (whole[:100], b""):
         data.write_bytes(content)
-        with pytest.raises(UserError, match="is a folder of save_to_disk that cannot be loaded"):
+        with pytest.raises(UserError, match="was written by save_to_disk and cannot be loaded"):
             load(tmp_path / "saved")
     shutil.rmtree(tmp_path / "saved" / "train")
-    with pytest.raises(UserError, match="is a folder of save_to_disk that cannot be loaded"):
+    with pytest.raises(UserError, match="was written by save_to_disk and cannot be loaded"):
         load(tmp_path / "saved")
 
 
@@ -84,11 +84,11 @@ def test_a_damaged_saved_set_is_one_line(tmp_path):
     [
         (
             {"train": 27, "test": 6},
-            "9 in its files and 27 in its card for split 'train'; wait until the set is whole, or",
+            "9 in its files and 27 in its card for split 'train'; wait until the dataset is complete, or",
         ),
         ({"train": 6, "test": 4}, "'train'; 6 in its files and 4 in its card for split 'test'; wait until"),
-        ({"train": 9, "test": 6, "dev": 3}, "its card names splits of which there are no files: dev; wait until"),
-        ({"train": 9}, "its files have splits that its card does not name: test; wait until"),
+        ({"train": 9, "test": 6, "dev": 3}, "its card lists splits without files: dev; wait until"),
+        ({"train": 9}, "its files have splits that its card does not list: test; wait until"),
     ],
 )
 def test_a_set_that_is_being_enlarged_is_one_line(image_set, tmp_path, counts, message):
@@ -106,7 +106,7 @@ def test_a_set_that_is_being_enlarged_is_one_line(image_set, tmp_path, counts, m
 @pytest.mark.parametrize("name", ["my set [a]", "a::b", "what?", "all*"])
 def test_a_folder_whose_path_is_a_pattern_to_datasets_is_one_line(image_set, tmp_path, name):
     shutil.copytree(image_set, tmp_path / name)
-    with pytest.raises(UserError, match="datasets does not read folders with .* in their path .*; rename or move"):
+    with pytest.raises(UserError, match="datasets cannot read folders with .* in their path .*; rename or move"):
         load(tmp_path / name)
 
 
@@ -129,9 +129,7 @@ def test_images_of_a_repository_that_file_name_patterns_leave_out_are_counted(
     loaded = load(repo_id)
     assert sum(map(len, loaded.values())) == num_read
     told = [message for message in caplog.messages if message.startswith("--dataset_name")]
-    line = (
-        f"--dataset_name {repo_id}: 1 of its 7 images are read; datasets chooses them by words such as train and test"
-    )
+    line = f"--dataset_name {repo_id}: only 1 of its 7 images are read: datasets selects them by words such as train"
     assert [text[: len(line)] for text in told] == ([] if num_read == 7 else [line])
 
 
@@ -262,7 +260,5 @@ def test_images_of_another_commit_are_not_taken_where_the_hub_fails_in_between(m
     repo.commit({"data/train-1.parquet": mixed_set / "data" / "train-1.parquet"})
     source = open_source("ann/changed", "--dataset_name", "dataset")
     local_hub.inject(Fault("status", path="/resolve/", times=None))
-    with pytest.raises(
-        UserError, match=f"the cache has the images of commit {first} last, not those of {source.revision}"
-    ):
+    with pytest.raises(UserError, match=f"the cache last stored commit {first}, not {source.revision}"):
         load_data_set(source)

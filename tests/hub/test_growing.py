@@ -149,7 +149,7 @@ def test_while_the_hub_is_down_the_work_goes_on_with_one_line_and_what_it_missed
         wait_until(lambda: hub.faults_fired.count(down) > 5 * targets.MAX_TRIES)
         [line] = warnings_of(caplog)
         assert re.fullmatch(
-            r"publishing ann/cars: gave up after 6 tries \(HfHubHTTPError: .*503.*\); the work goes on, its finished "
+            r"publishing ann/cars: gave up after 6 tries \(HfHubHTTPError: .*503.*\); the work continues, and finished "
             "shards are uploaded later.",
             line,
         )
@@ -183,7 +183,7 @@ def test_a_record_that_cannot_be_fetched_for_a_while_is_not_taken_for_another_se
     ("problem", "line"),
     [
         ("refused", "403"),
-        ("public", "'ann/cars' is there already, and public; make it private in its settings, or choose another with"),
+        ("public", "'ann/cars' already exists and is public; make it private in its settings, or choose another with"),
         ("token", "generation_config.json holds an access token"),
     ],
 )
@@ -219,7 +219,7 @@ def test_each_kind_of_error_of_our_own_is_one_line_without_the_token_and_the_nex
     target = open_target(folder, "cars", "dataset", token=TOKEN)
     with GrowingUpload(folder, target, find_finished, "ours", pause=0.02):
         wait_until(lambda: len(published(hub)) == 2)
-    later = "the work goes on, its finished shards are uploaded later."
+    later = "the work continues, and finished shards are uploaded later."
     assert warnings_of(caplog) == [
         f"publishing ann/cars: ZeroDivisionError: a bug with ***, look 1; {later}",
         f"publishing ann/cars: KeyError: 'look 4'; {later}",
@@ -270,7 +270,7 @@ def their_set(record: dict | None) -> dict[str, bytes]:
         ({"schema_version": 1, "fingerprint": "theirs"}, "its generation_config.json has another fingerprint"),
         ({"schema_version": 1}, "its generation_config.json has another fingerprint"),
         ({"schema_version": 9, "fingerprint": "ours"}, "its generation_config.json cannot be read"),
-        (None, "it has no generation_config.json, and a data/train-00000.parquet that is not of this set"),
+        (None, "it has no generation_config.json, and a data/train-00000.parquet that does not belong to this dataset"),
     ],
 )
 def test_another_set_in_the_repository_stays_whole_until_ours_replaces_it(record, reason, hub, folder, caplog):
@@ -282,7 +282,8 @@ def test_another_set_in_the_repository_stays_whole_until_ours_replaces_it(record
             write_shard(folder, number)
         wait_until(lambda: not upload._thread.is_alive())
         assert warnings_of(caplog) == [
-            f"ann/cars holds another set ({reason}): nothing is uploaded before this one is whole and replaces it."
+            f"ann/cars holds another dataset ({reason}): nothing is uploaded until this one is complete "
+            "and replaces it."
         ]
         assert contents_sent(hub) == [] and published(hub) == theirs
     finish(folder)
@@ -303,7 +304,7 @@ def test_another_set_that_comes_in_the_meantime_is_left_alone_too(moment, hub, f
         held.released.set()
         wait_until(lambda: warnings_of(caplog))
     assert (412 in [request.status for request in hub.log]) == (moment == "in a commit")
-    assert [line.split(" (")[0] for line in warnings_of(caplog)] == ["ann/cars holds another set"]
+    assert [line.split(" (")[0] for line in warnings_of(caplog)] == ["ann/cars holds another dataset"]
     assert published(hub) == theirs
 
 

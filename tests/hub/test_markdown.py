@@ -96,7 +96,7 @@ def test_the_card_of_a_set_of_odd_names_shows_and_holds_them(tmp_path):
     real_images, folder = {"dataset_name": "folder|of `cars`"}, tmp_path / "a set"
     card = write_set_card(folder, {"a`b": UNKNOWN}, "user/sd|x", names, settings=settings, real_images=real_images)
     settings, classes = tables(card.text)
-    assert settings[1:3] == [["batch_size", "2"], ["prompt|s", "None"]]
+    assert settings[1:3] == [["batch_size", "2"], ["prompt|s", "not set"]]
     assert settings[3:] == [[f"set {number}", one_line(name)] for number, name in enumerate(names)]
     assert classes[1:] == [[one_line(name), one_line(f"a {name}"), "1", "0"] for name in names]
     assert "folder|of `cars`" in html.unescape(re.sub("</?code>", "", card.text))
@@ -162,4 +162,15 @@ def test_a_license_with_odd_words_is_a_link():
     (inline,) = [token for token in PARSER.parse(f"- {shown}") if token.type == "inline"]
     link = inline.children[0]
     assert (link.type, link.attrs["href"]) == ("link_open", "https://x.org/a%20%28b%29?c=d#e")
-    assert str(UNKNOWN) == "unknown"
+    assert str(UNKNOWN).startswith("unknown (no license found in its card; ask its authors")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "not set"), ([1.2], "`1.2`"), ([3.0, "a"], "`3.0, a`"), ([], "`none`"), (True, "`true`"),
+        ({"steps": [1, None]}, "`steps: 1, not set`"), (0, "`0`"),
+    ],
+)  # fmt: skip
+def test_settings_are_shown_as_people_write_them(value, shown):
+    assert code(value) == shown

@@ -177,22 +177,21 @@ def test_what_is_read_is_that_of_the_revision(asked, world):
 
 
 NOT_FOUND = "neither a folder nor a {type} repository "
-NO_ACCOUNT = NOT_FOUND + "that is public; for a private one, log in with `hf auth login` or give --hub_token."
+NO_ACCOUNT = "neither a folder nor a public {type} repository; for a private one, log in with `hf auth login` or give --hub_token."
 LINES = {
     "missing": NO_ACCOUNT,
-    "missing, logged in": NOT_FOUND + "that the token (HF_TOKEN) may read; "
+    "missing, logged in": NOT_FOUND + "that the token (HF_TOKEN) can read; "
     "for a private one, set another HF_TOKEN or give --hub_token.",
     "private": NO_ACCOUNT,
-    "private, other user": NOT_FOUND + "that the token (--hub_token) may read; "
+    "private, other user": NOT_FOUND + "that the token (--hub_token) can read; "
     "for a private one, give another --hub_token.",
     "gated": "is gated; accept its conditions at {page}-gated, then log in with `hf auth login` or give --hub_token.",
     "gated, other user": "is gated; accept its conditions at {page}-gated, with the account of the token "
     "(--hub_token).",
-    "bad --hub_token": "the Hub does not accept the token (--hub_token), it is wrong or expired; "
-    "give another --hub_token.",
-    "bad HF_TOKEN": "the Hub does not accept the token (HF_TOKEN), it is wrong or expired; "
+    "bad --hub_token": "the Hub rejects the token (--hub_token) as wrong or expired; give another --hub_token.",
+    "bad HF_TOKEN": "the Hub rejects the token (HF_TOKEN) as wrong or expired; "
     "set another HF_TOKEN or give --hub_token.",
-    "other type": "is a {other type} repository, a {type} is wanted.",
+    "other type": "must be a {type}, but is a {other type} repository.",
     "no revision": "the repository has no branch, tag or commit 'v9'.",
     "no commit": "the repository has no branch, tag or commit '0000000000000000000000000000000000000000'.",
 }
@@ -208,7 +207,7 @@ def test_what_cannot_be_read_is_one_line(kind, asked, world):
     repo_type, name, flag = KINDS[kind]
     is_model = repo_type == "model"
     words = {
-        "type": "model" if is_model else "data set", "other type": "data set" if is_model else "model",
+        "type": "model" if is_model else "dataset", "other type": "dataset" if is_model else "model",
         "repo": f"ada/{name}", "other repo": "ada/cars" if is_model else "ada/vit",
         "page": f"{world.hub.url}/{'' if is_model else 'datasets/'}ada/{name}",
     }  # fmt: skip
@@ -253,8 +252,8 @@ def test_a_stored_login_is_used_and_the_flag_wins(asked, world, client):
     answers, _ = client.ask(cases)
     login.unlink()
     assert answers["stored"]["commit"] == world.commits["vit-private"]["main"]
-    assert "that the token (--hub_token) may read" in answers["flag"]["line"]
-    assert "the token (of `hf auth login`) may read; for a private one, log in anew" in answers["missing"]["line"]
+    assert "that the token (--hub_token) can read" in answers["flag"]["line"]
+    assert "the token (from `hf auth login`) can read; for a private one, log in again" in answers["missing"]["line"]
 
 
 @pytest.fixture(scope="module", params=OUT_OF_REACH)
@@ -299,7 +298,7 @@ def test_a_hub_that_fails_is_one_line_or_the_cache(asked, world, client):
     world.hub.clear_faults()
     assert answers["cached"]["commit"] == world.commits["cars"]["main"]
     assert re.fullmatch(
-        r"--model_name_or_path ada/timm-private: the Hub \(.*\) answers with error 503.*; try again later\.",
+        r"--model_name_or_path ada/timm-private: the Hub \(.*\) returned error 503.*; try again later\.",
         answers["not cached"]["line"],
     )
 

@@ -18,7 +18,7 @@ def test_a_folder_gives_its_files_and_has_no_commit(tmp_path):
 
 
 def test_a_revision_of_a_folder_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="is a local folder, a revision \\('main'\\)"):
+    with pytest.raises(UserError, match="is a local folder; a revision \\('main'\\)"):
         open_source(str(tmp_path), "--model", revision="main")
 
 

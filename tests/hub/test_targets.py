@@ -16,7 +16,7 @@ pytest_plugins = ["tests.local_hub.fixtures"]
 ROLES = {f"hf_{role}": role for role in ("read", "contributor", "write", "admin")}
 FINE_GRAINED = {"hf_mine": ("ann",), "hf_of_acme": ("acme",), "hf_one_repository": ("acme/ours",), "hf_nothing": ()}
 MAY_NOT_WRITE = "--push_to_hub: this access token may not write to '{}'"
-MAY_NOT_CREATE = "--push_to_hub: '{}' is not there, and this access token may not create it"
+MAY_NOT_CREATE = "--push_to_hub: '{}' does not exist, and this access token may not create it"
 
 
 @pytest.fixture
@@ -49,9 +49,9 @@ def try_to_write(repo_id: str, token: str) -> bool:
     ("token", "name", "message"),
     [
         (None, "cars", "no access token"),
-        ("hf_nobody", "cars", "the Hub does not know this access token"),
-        ("hf_ann_reads", "cars", "only reads"),
-        (TOKEN, "bob/new", "'bob/new' is not yours to write; you are ann"),
+        ("hf_nobody", "cars", "the Hub rejects this access token"),
+        ("hf_ann_reads", "cars", "is read-only"),
+        (TOKEN, "bob/new", "no write access to 'bob/new'; you are ann"),
         (TOKEN, "my cars", "--push_to_hub: 'ann/my cars' is not a repository id; give one with --hub_model_id"),
         (TOKEN, "acme/ann/cars", "--push_to_hub: 'acme/ann/cars' is not a repository id"),
     ],
@@ -111,7 +111,7 @@ def test_a_public_repository_is_refused_before_any_work_when_a_private_one_is_as
     if is_private is not None:
         hub.create_repo(f"ann/{name}", "dataset", private=is_private)
     if is_private is False:
-        with pytest.raises(UserError, match="--hub_private_repo: 'ann/public' is there already, and public; "):
+        with pytest.raises(UserError, match="--hub_private_repo: 'ann/public' already exists and is public; "):
             open_target(tmp_path, name, "dataset", private=True, token=TOKEN)
         assert published(hub, name) == {}
         assert open_target(tmp_path, name, "dataset", token=TOKEN).repo_id == "ann/public"
@@ -125,7 +125,7 @@ def test_a_public_repository_is_refused_before_any_work_when_a_private_one_is_as
 def test_a_repository_that_somebody_makes_public_during_the_work_gets_nothing(hub, tmp_path):
     target = open_target(tmp_path, "cars", "dataset", private=True, token=TOKEN)
     hub.create_repo("ann/cars", "dataset")
-    with pytest.raises(UserError, match="'ann/cars' is there already, and public"):
+    with pytest.raises(UserError, match="'ann/cars' already exists and is public"):
         publish_folder(write_folder(tmp_path / "cars", FOLDERS["set"], "x"), target, PATTERNS)
     assert published(hub) == {}
 

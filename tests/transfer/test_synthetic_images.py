@@ -127,7 +127,7 @@ def test_names_in_another_case_or_unicode_form_are_the_real_classes(tmp_path, st
     ("folder", "message"),
     [
         ("unnamed", r"has no 'image' and 'label' \(ClassLabel\) columns"),
-        ("set*", "datasets does not read folders with [*] in"),  # else images of all folders that fit it were read
+        ("set*", "datasets cannot read folders with [*] in"),  # else images of all folders that fit it were read
     ],
 )
 def test_a_folder_that_cannot_be_read_as_a_set_is_one_line(tmp_path, folder, message, streaming):
