@@ -269,5 +269,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    logging.getLogger("utils").setLevel(logging.ERROR)  # the table says what was matched in spite of case
+    logging.getLogger("utils").setLevel(logging.ERROR)  # the table says which names match ignoring case
     run_script(lambda: sys.exit(main()))

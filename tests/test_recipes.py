@@ -147,7 +147,7 @@ def test_a_miniature_of_each_set_goes_through_all_three_steps(
     assert generated["settings"]["prompt_nouns"] == list(names.values())
     assert generated["num_images"] == num_classes - len(SETS[name].get("exclude_classes", []))
     if name == "cars":
-        assert "196 class names matched in spite of case" in caplog.text
+        assert "196 class names matched ignoring case" in caplog.text
         assert "'AM General Hummer SUV 2000' is 'am general hummer suv 2000'" in caplog.text
 
 

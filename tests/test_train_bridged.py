@@ -249,7 +249,7 @@ def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, r
     assert uneven[1] == pytest.approx(uneven[0])
     other = tmp_path / "other"
     save_image_set(other, {"train": 3, "test": 2}, ["cat", "dog", "suv"])
-    with pytest.raises(UserError, match="out: its classes are not those of the real set; missing: cat, dog, suv"):
+    with pytest.raises(UserError, match="out: its classes differ from those of the real set; missing: cat, dog, suv"):
         train_bridged.main([*flags, "--do_eval", "--dataset_name", str(other), "--use_cpu"])
     with pytest.raises(UserError, match="leaves nothing to do; add --do_eval"):
         train_bridged.main(flags)
@@ -391,7 +391,7 @@ def tear_row_1(row, i):
         ({"train": 3, "test": 2}, tear_row_1, "row 1, column 'image': damaged"),
         ({"train": 3, "test": 2}, lambda row, i: {"label": -1} if i == 2 else row,
          "1 of 9 images .* have no label, the first in row 2"),
-        ({"train": 1}, lambda row, i: row, "no images are left for the validation part; give three or more"),
+        ({"train": 1}, lambda row, i: row, "no images are left for the validation part; give at least three"),
     ],
 )  # fmt: skip
 def test_images_that_cannot_be_used_are_found_before_training(splits, change, message, classifiers, tmp_path):

@@ -71,7 +71,7 @@ def test_a_finished_run_is_not_done_again_and_one_with_other_options_is_refused(
     ):
         _ = with_options(folder, learning_rate=1.0).is_finished
     assert not dataclasses.replace(folder, overwrite=True).is_finished
-    with pytest.raises(UserError, match="is a file; name a folder"):
+    with pytest.raises(UserError, match="is a file; choose a folder"):
         _ = dataclasses.replace(folder, path=folder.path / RECORD).is_finished
 
 
@@ -109,7 +109,7 @@ def test_what_a_record_says_is_taken_for_flags_that_are_not_given(tmp_path):
 def test_a_folder_that_cannot_be_made_is_one_line(folder, where, tmp_path):
     (tmp_path / "file").write_text("")
     path = Path(where.format(file=tmp_path / "file"))
-    with pytest.raises(UserError, match=rf"^--output_dir {path}: \S+ (is a file; name a folder|cannot be written)"):
+    with pytest.raises(UserError, match=rf"^--output_dir {path}: \S+ (is a file; choose a folder|cannot be written)"):
         dataclasses.replace(folder, path=path).check_writable()
 
 

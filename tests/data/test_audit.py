@@ -41,7 +41,7 @@ def test_good_images_are_counted_and_nothing_is_found(photos, capsys):
     assert list_findings(found) == []
     print_audit(found, "photos")
     printed = capsys.readouterr().out
-    assert "Nothing wrong was found." in printed
+    assert "No problems were found." in printed
     assert "median 64 x 48" in printed
 
 

@@ -90,7 +90,7 @@ def test_the_classes_of_split_folders_are_matched_by_name(tmp_path, caplog):
     real = load(tmp_path / "set")
     assert real.class_names == ["cat", "owl", "ant"]  # a class of a split that is not used is none
     assert np.bincount(real.test["label"]).tolist() == [3, 2, 1]
-    assert "1 class name matched in spite of case, spaces or Unicode form: 'Owl' is 'owl'" in caplog.text
+    assert "1 class name matched ignoring case, spaces and Unicode form: 'Owl' is 'owl'" in caplog.text
     assert any("test images of classes without training images: 1 ('ant')" in remark for remark in real.remarks)
 
 
@@ -198,13 +198,13 @@ def test_an_unlabelled_test_folder_is_counted_and_not_used(tree):
     ("folders", "message"),
     [
         (["train", "test"], "only test, train hold images, .* If they are classes, give --train_dir .*set[.]"),
-        (["train", "valid", "sample"], "so no labels are seen"),
-        (["images"], "only images holds images, so no labels are seen; .* If it is a class, give --train_dir"),
+        (["train", "valid", "sample"], "so there are no labels"),
+        (["images"], "only images holds images, so there are no labels; .* If it is a class, give --train_dir"),
         (["train/cat", "samples"], "train hold class folders, but samples images; give --train_dir .*set/train for"),
         (["train/cat", "train"], "train/1.png is not directly in a class folder"),
-        (["cat", "dog", "."], "1.png is not directly in a class folder; right is .*set/class name/1.png[.]"),
-        (["cats/tabby", "dogs/pug"], "cats/tabby/1.png is not directly .*; right is .* or --dataset_name .*/cats"),
-        (["train/cats/tabby", "test/cats/tabby"], "train/cats/tabby/1.png is not .* right is .*train/class name/1.png"),
+        (["cat", "dog", "."], "1.png is not directly in a class folder; expected .*set/class name/1.png[.]"),
+        (["cats/tabby", "dogs/pug"], "cats/tabby/1.png is not directly .*; expected .* or --dataset_name .*/cats"),
+        (["train/cats/tabby", "test/cats/tabby"], "train/cats/tabby/1.png is not .* expected .*train/class name/1.png"),
     ],
 )  # fmt: skip
 def test_folders_that_may_mean_one_thing_or_another_are_one_line(tree, folders, message):
@@ -214,7 +214,7 @@ def test_folders_that_may_mean_one_thing_or_another_are_one_line(tree, folders, 
 
 def test_a_train_dir_of_splits_says_how_to_give_them(tree):
     folder = tree(*two_of("test/cat", "train/cat", "train/dog"))
-    right = f"right is --train_dir {folder}/train --validation_dir {folder}/test, or --dataset_name {folder}"
+    right = f"try --train_dir {folder}/train --validation_dir {folder}/test, or --dataset_name {folder}"
     with pytest.raises(UserError, match=re.escape(right)):
         read_train_dirs(folder)
 

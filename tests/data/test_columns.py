@@ -90,7 +90,7 @@ def test_an_image_column_with_a_mode_is_read_without_it(tmp_path):
 
 
 def test_a_column_of_paths_is_refused_with_what_to_do(tmp_path):
-    with pytest.raises(UserError, match="--image_column_name url: is of type string, no image column; .*cast_column"):
+    with pytest.raises(UserError, match="--image_column_name url: must hold images, got type string; .*cast_column"):
         load_table(tmp_path, "url", url=pa.array([f"https://example.com/{name}" for name in NAMES]))
 
 
@@ -136,7 +136,7 @@ def test_names_of_another_part_match_in_spite_of_case(caplog):
     by_name, names = unify(train=labelled(["cat", "dog"]), test=labelled(["Dog ", "CAT", "emu"]))
     assert names == ["cat", "dog", "emu"]
     assert by_name["test"] == ["dog", "cat", "emu"]
-    assert "--label_column_name kind: split 'test': 2 class names matched in spite of case" in caplog.text
+    assert "--label_column_name kind: split 'test': 2 class names matched ignoring case" in caplog.text
     with pytest.raises(UserError, match="CAT"):
         unify(train=labelled(["cat", "Cat"]), test=labelled(["CAT"]))
 
@@ -149,10 +149,10 @@ def test_labels_of_a_selection_are_those_of_its_rows():
 @pytest.mark.parametrize(
     ("labels", "feature", "message"),
     [
-        ([0.5, 1.5], None, "--label_column_name kind: is of type float64; one class per image is wanted"),
+        ([0.5, 1.5], None, "--label_column_name kind: is of type float64; must have one class per image"),
         ([0.006], Value("float32"), "is of type float32"),
         ([float("nan"), 1.0], None, "is of type float64"),
-        ([[1, 2], [3]], None, r"holds lists, several labels per image \(multi-label\); one class"),
+        ([[1, 2], [3]], None, r"holds lists, several labels per image \(multi-label\); must have one class"),
         ([["a", "b"], ["b"]], None, "multi-label"),
         ([[1, 0, 0], [0, 0, 1]], None, "holds one-hot vectors of 3 numbers"),
         ([[1.0, 0.0], [0.0, 1.0]], None, "holds one-hot vectors of 2 numbers"),
@@ -163,7 +163,7 @@ def test_labels_of_a_selection_are_those_of_its_rows():
         ([[0], [1]], None, "holds lists of one label each"),
         ([b"a", b"b"], None, "is of type binary"),
         ([{"id": 1}, {"id": 2}], None, "is of type dict"),
-        ([0, None, 1, -1], None, "2 of 4 images of split 'train' have no label, the first in row 1 .-1 is no class."),
+        ([0, None, 1, -1], None, "2 of 4 images of split 'train' have no label, .* in row 1 .-1 is not a class."),
         (["a", "", " ", None], None, "3 of 4 images of split 'train' have no label, the first in row 1"),
         ([True, None], None, "1 of 2 images .* row 1"),
         ([0, -1], ClassLabel(names=["a", "b"]), "1 of 2 images .* row 1"),
@@ -183,7 +183,7 @@ def test_what_is_no_class_is_one_line(labels, feature, message):
 
 
 def test_labels_of_two_kinds_are_one_line():
-    with pytest.raises(UserError, match="not of one kind .integers in split 'train', names in split 'test'."):
+    with pytest.raises(UserError, match="different kinds .integers in split 'train', names in split 'test'."):
         unify(train=labelled([0, 1]), test=labelled(["a", "b"]))
 
 

@@ -73,7 +73,7 @@ def test_linked_folders_are_followed_and_circles_are_not(tmp_path):
     files = find(tmp_path / "set")
     assert files.images == {(): [], ("cat",): ["1.jpg"], ("dog",): ["1.jpg"]}
     assert files.describe_left_out() == (
-        "left out: 2 links to nothing (gone, me), 2 linked folders that would go round in circles (all, cat/up)"
+        "left out: 2 links to nothing (gone, me), 2 linked folders that form a loop (all, cat/up)"
     )
 
 

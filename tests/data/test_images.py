@@ -193,7 +193,7 @@ def test_images_above_a_limit_of_pillow_are_said_to_be_large_and_not_damaged(mon
     assert notes[2].startswith("of more than 600 pixels")
     assert "4,095 as white" in notes[3]
     assert len(notes) == 2
-    message = r"row 1: not read \(too large: 1,800 .*; not read in all: 1; shrink or remove what is too large, or give"
+    message = r"row 1: not read \(too large: 1,800 .*; not read in total: 1; shrink or remove them, or give"
     with pytest.raises(UserError, match=message):
         open_synthetic(images, "photos", skip_bad_images=False)
 

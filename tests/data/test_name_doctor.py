@@ -156,7 +156,7 @@ def test_check_strict_lists_the_classes_with_warnings():
     check_strict(find("apple_pie", "wren"))
     with pytest.raises(UserError, match="--strict_class_names true: warnings for 'crane', 'BigBoeing737';"):
         check_strict(find("crane", "apple_pie", "BigBoeing737"))
-    with pytest.raises(UserError, match="'n00000009' and 2 more; --class_names_file settles them"):
+    with pytest.raises(UserError, match="'n00000009' and 2 more; --class_names_file resolves them"):
         check_strict(find(*(f"n{number:08}" for number in range(12))))
 
 
@@ -199,8 +199,8 @@ def test_write_class_names_that_fails_leaves_the_file_as_it_was(tmp_path):
     write_class_names(path, ["a"], ["a"], [])
     before = path.read_bytes()
     (tmp_path / ".names.yaml.tmp").mkdir()  # in the place of the temporary file
-    with pytest.raises(UserError, match="names.yaml: class names cannot be written .Is a directory.; name"):
+    with pytest.raises(UserError, match="names.yaml: class names cannot be written .Is a directory.; choose"):
         write_class_names(path, ["b"], ["b"], [])
     assert path.read_bytes() == before
-    with pytest.raises(UserError, match="names.txt: class names are written as YAML; .* ends in .yaml"):
+    with pytest.raises(UserError, match="names.txt: must end in .yaml, as class names are written as YAML"):
         write_class_names(tmp_path / "names.txt", ["a"], ["a"], [])

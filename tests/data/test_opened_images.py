@@ -122,8 +122,8 @@ def test_damaged_images_of_all_parts_are_counted_and_the_first_is_named_as_the_u
     with pytest.raises(UserError) as error:
         open_all(load(damaged_dir))
     assert re.match(r"(train|validation) images: row (7|10), column 'photo': damaged \(", str(error.value))
-    assert "damaged in all: 3; repair or remove what is damaged, or give --skip_bad_images." in str(error.value)
-    with pytest.raises(UserError, match=r"test images: row 2, column 'photo': damaged .*; damaged in all: 1;"):
+    assert "damaged in total: 3; repair or remove them, or give --skip_bad_images." in str(error.value)
+    with pytest.raises(UserError, match=r"test images: row 2, column 'photo': damaged .*; damaged in total: 1;"):
         open_all(load(damaged_dir), ("test",))
 
 
@@ -133,7 +133,7 @@ def test_skipped_images_leave_every_other_in_its_part(damaged_dir):
     found = open_all(whole, with_digests=True)
     opened, digests = found.images, found.digests
     assert found.num_skipped == 3
-    assert found.remarks[0].startswith("Warning: damaged images that are left out: 3, the first is ")
+    assert found.remarks[0].startswith("Warning: damaged images left out: 3, the first is ")
     for part in ("train", "validation", "test"):
         damaged = {7, 10} if part != "test" else {2}
         assert opened.parts[part].rows.tolist() == [row for row in whole.parts[part].rows if row not in damaged]
@@ -149,4 +149,4 @@ def test_a_damaged_synthetic_image_is_named_or_left_out():
         open_synthetic(images, "cars-syn", skip_bad_images=False)
     kept, remarks = open_synthetic(images, "cars-syn", skip_bad_images=True)
     assert len(kept) == 2
-    assert "damaged images that are left out: 1, the first is --synthetic_dataset cars-syn: row 1" in remarks[0]
+    assert "damaged images left out: 1, the first is --synthetic_dataset cars-syn: row 1" in remarks[0]

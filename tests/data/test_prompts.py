@@ -27,13 +27,13 @@ def test_check_template_takes_our_own():
     ("template", "needs", "message"),
     [
         ("a photo in {token}", {}, "--prompt_template 'a photo in {token}': has no {class}; .* '" + DSI_TEMPLATE),
-        ("a {class}", {}, "has no {token}; right is for example '" + DSI_TEMPLATE),
+        ("a {class}", {}, "has no {token}; try '" + DSI_TEMPLATE),
         ("a {class} in {token}", {"needs_token": False}, "has {token}, but there is no style token"),
-        ("a photo", {"needs_token": False}, "has no {class}; right is for example '" + PLAIN_TEMPLATE),
-        ("a {klass} in {token}", {}, "has {klass}, which nothing fills"),
-        ("a {class} in {token} {}", {}, "has {}, which nothing fills"),
+        ("a photo", {"needs_token": False}, "has no {class}; try '" + PLAIN_TEMPLATE),
+        ("a {klass} in {token}", {}, "has an unknown placeholder {klass}"),
+        ("a {class} in {token} {}", {}, "has an unknown placeholder {}"),
         ("a {class} in {token}", {"needs_class": False}, "--include_class_name false: template .* has {class}"),
-        ("a photo", {"needs_class": False}, "has no {token}; right is for example '" + CLASSLESS_TEMPLATE),
+        ("a photo", {"needs_class": False}, "has no {token}; try '" + CLASSLESS_TEMPLATE),
         ("a {class}", {"flag": "--prompt_templates"}, "--prompt_templates 'a {class}': has no {token}"),
     ],
 )
@@ -60,7 +60,7 @@ def test_read_templates_file_gives_the_templates_in_order(tmp_path, name, text):
     [
         ("t.txt", "# nothing\n\n", "has no templates"),
         ("t.yaml", "a: b", "must be a list of templates"),
-        ("t.yaml", "- a photo\n- {class}\n", r"template 2 \({'class': None}\): must be text, in YAML within quotes"),
+        ("t.yaml", "- a photo\n- {class}\n", r"template 2 \({'class': None}\): must be text; in YAML, use quotes"),
         ("t.json", '["a", " "]', r"template 2 \(' '\): must be text"),
         ("t.json", "[", "is malformed"),
         ("t.yaml", "- {class} in {token}", "is malformed"),

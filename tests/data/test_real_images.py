@@ -92,7 +92,7 @@ def test_held_out_parts_are_limited_to_evenly_spaced_images(real_images_dir):
     ("settings", "message"),
     [
         ({"label_column_name": "colour"}, "--label_column_name colour: not in .* columns are image, label"),
-        ({"image_column_name": "label"}, "one column cannot be both of image, label"),
+        ({"image_column_name": "label"}, "must be two different columns of image, label"),
         ({"train_split": "training"}, "--train_split training: .* has train .60 images., test .30 images."),
         ({"num_shots": 20}, "--num_shots 20: class 'red_square' of .* has 1. training images"),
         ({"dataset_name": "./no-such-folder"}, "--dataset_name ./no-such-folder: neither an existing folder nor"),
@@ -172,7 +172,7 @@ def test_splits_of_different_features_can_be_one_part(tmp_path):
 @pytest.mark.parametrize("name", ["nan", "None"])
 def test_what_may_be_a_missing_label_is_told(tmp_path, name):
     labelled_images(["a", name] * 6).to_parquet(tmp_path / "train.parquet")
-    assert any(f"the class '{name}' may stand for images without a label" in line for line in load(tmp_path).remarks)
+    assert any(f"the class '{name}' may stand for missing labels" in line for line in load(tmp_path).remarks)
 
 
 def test_a_class_without_images_is_told_and_a_single_class_is_an_error(tmp_path):
@@ -181,7 +181,7 @@ def test_a_class_without_images_is_told_and_a_single_class_is_an_error(tmp_path)
     whole = Dataset.from_parquet(str(path))
     whole.filter(lambda row: row["label"] != 1).to_parquet(path)
     real = load(tmp_path)
-    assert any("no part has images of 'green circle'" in remark for remark in real.remarks)
+    assert any("no split has images of 'green circle'" in remark for remark in real.remarks)
     check_held_out(real)
     whole.filter(lambda row: row["label"] == 1).to_parquet(path)
     with pytest.raises(UserError, match="all training images are of one class .green circle.; a classifier needs two"):

@@ -66,8 +66,8 @@ def test_a_split_without_labels_is_passed_over_unless_it_is_named():
     [
         ({"test": "tset"}, "--test_split tset: 'cars' has train .100 images., valid .20 images., .*'train.80%:.'"),
         ({"validation": "valid["}, r"--validation_split valid\[: 'cars' has"),
-        ({"test": "test[99:]"}, r"--test_split test\[99:\]: no images are in it"),
-        ({"test": "test[9:3]"}, r"--test_split test\[9:3\]: no images are in it"),
+        ({"test": "test[99:]"}, r"--test_split test\[99:\]: must not be empty"),
+        ({"test": "test[9:3]"}, r"--test_split test\[9:3\]: must not be empty"),
         ({"test": ""}, "--test_split : 'cars' has"),
         ({"test": "train[80%:]"}, r"test_split train\[80%:\]: 20 of its images are in --train_split train too; .*:80%"),
         ({"test": "train"}, "--test_split train: 100 of its images are in --train_split train too"),

@@ -26,10 +26,10 @@ def forecast(training: float, other_way: float | None, other: float = 1.0, is_ch
          "needs about 6.1 GiB at batch 8, 9.6 without --gradient_checkpointing; your GPU has 11.8."),
         (forecast(9.6, None), "needs about 9.6 GiB at batch 8; your GPU has 11.8."),
         (forecast(19.6, 6.1), "needs about 19.6 GiB at batch 8, 6.1 with --gradient_checkpointing; your GPU has 11.8. "
-         "Too little: add --gradient_checkpointing."),
+         "Not enough: add --gradient_checkpointing."),
         (forecast(19.6, 16.1), "needs about 19.6 GiB at batch 8, 16.1 with --gradient_checkpointing; your GPU has "
-         "11.8. Too little: lower --train_batch_size and raise --gradient_accumulation_steps."),
-        (forecast(9.6, None, 43.2), "needs about 9.6 GiB at batch 8; your GPU has 11.8. More than that: encoding, 16 "
+         "11.8. Not enough: lower --train_batch_size and raise --gradient_accumulation_steps."),
+        (forecast(9.6, None, 43.2), "needs about 9.6 GiB at batch 8; your GPU has 11.8. Even more: encoding, 16 "
          "images at a time, 43.2 GiB."),
     ],
 )  # fmt: skip
@@ -48,7 +48,7 @@ def test_what_is_unknown_is_said_and_a_full_disk_too(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert needs == {"needed_bytes": None, "images_per_second": None, "hours": None, "disk_bytes": None}
     assert "Time: 80 images in 10 steps, 160/s: 0 s." in printed and "Time: images, unknown: unknown." in printed
-    assert "and what is unknown (1)" in printed and f"The disk of {tmp_path} has too little free" in printed
+    assert "without 1 of unknown size." in printed and f"The disk of {tmp_path} has too little free" in printed
     known = print_forecast(None, (0, ""), [times[0], times[0]], [DiskUse("latent cache", 5, tmp_path)])
     assert (known["images_per_second"], known["disk_bytes"]) == (160.0, 5)
-    assert known["hours"] == pytest.approx(1 / 3600) and "too little" not in capsys.readouterr().out
+    assert known["hours"] == pytest.approx(1 / 3600) and "too little free" not in capsys.readouterr().out

@@ -177,7 +177,10 @@ def test_what_is_read_is_that_of_the_revision(asked, world):
 
 
 NOT_FOUND = "neither a folder nor a {type} repository "
-NO_ACCOUNT = "neither a folder nor a public {type} repository; for a private one, log in with `hf auth login` or give --hub_token."
+NO_ACCOUNT = (
+    "neither a folder nor a public {type} repository; "
+    "for a private one, log in with `hf auth login` or give --hub_token."
+)
 LINES = {
     "missing": NO_ACCOUNT,
     "missing, logged in": NOT_FOUND + "that the token (HF_TOKEN) can read; "

@@ -61,7 +61,7 @@ class RunFolder:
             UserError: the result is of other options or inputs, or the folder is a file.
         """
         if self.path.is_file():
-            raise UserError(f"--output_dir {self.path}: is a file; name a folder.")
+            raise UserError(f"--output_dir {self.path}: is a file; choose a folder.")
         if self.overwrite or not (self.path / self.record).exists():
             return False
         if differing := self.differing_options():
@@ -263,7 +263,7 @@ def check_writable(folder: Path) -> None:
     """
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise UserError(f"--output_dir {folder}: {nearest} is a file; name a folder.")
+        raise UserError(f"--output_dir {folder}: {nearest} is a file; choose a folder.")
     try:
         with tempfile.TemporaryFile(dir=nearest) as file:
             file.write(bytes(4096))

@@ -1,4 +1,4 @@
-"""Prompts: nouns and the style token into prompts. No torch."""
+"""Prompts from templates, nouns and the style token. No torch."""
 
 import re
 from pathlib import Path
@@ -14,30 +14,30 @@ PLAIN_TEMPLATE = "A good photo of the {class}"
 def check_template(
     template: str, *, needs_token: bool, needs_class: bool = True, flag: str = "--prompt_template"
 ) -> None:
-    """Check that a template has `{class}` and `{token}` exactly where they are used, and no other placeholder.
+    """Check that a template has `{class}` and `{token}` exactly when they are needed, and no other placeholder.
 
     Raises:
-        UserError: a place is missing, or is there and will not be filled; the message begins with `flag`.
+        UserError: a placeholder is missing or cannot be filled; the message begins with `flag`.
     """
     name = f"{flag} '{template}':"
     right = PLAIN_TEMPLATE if not needs_token else DSI_TEMPLATE if needs_class else CLASSLESS_TEMPLATE
     if not needs_class and "{class}" in template:
-        raise UserError(f"--include_class_name false: template '{template}' has {{class}}; right is '{right}'.")
+        raise UserError(f"--include_class_name false: template '{template}' has {{class}}; expected '{right}'.")
     if not needs_token and "{token}" in template:
         raise UserError(f"{name} has {{token}}, but there is no style token.")
     unknown = [place for place in re.findall(r"\{[^{}]*\}", template) if place not in ("{class}", "{token}")]
     if unknown:
-        raise UserError(f"{name} has {unknown[0]}, which nothing fills; right is for example '{right}'.")
+        raise UserError(f"{name} has an unknown placeholder {unknown[0]}; try '{right}'.")
     for place, is_needed in (("{class}", needs_class), ("{token}", needs_token)):
         if is_needed and place not in template:
-            raise UserError(f"{name} has no {place}; right is for example '{right}'.")
+            raise UserError(f"{name} has no {place}; try '{right}'.")
 
 
 def read_templates_file(path: str) -> list[str]:
-    """Return the templates of a file: a YAML or JSON list by its suffix, or one a line.
+    """Return the templates in a file: a YAML or JSON list by suffix, or one per line.
 
     Raises:
-        UserError: the file cannot be read, is no list, is empty, or has an entry that is no text.
+        UserError: the file cannot be read, is not a list, is empty, or has an entry that is not text.
     """
     flag = f"--prompt_templates_file {path}:"
     templates = read_entries(Path(path), flag)
@@ -47,7 +47,7 @@ def read_templates_file(path: str) -> list[str]:
         raise UserError(f"{flag} has no templates.")
     for number, template in enumerate(templates, 1):
         if not isinstance(template, str) or not template.strip():
-            raise UserError(f"{flag} template {number} ({template!r}): must be text, in YAML within quotes.")
+            raise UserError(f"{flag} template {number} ({template!r}): must be text; in YAML, use quotes.")
     return templates
 
 

@@ -1,4 +1,4 @@
-"""What the inputs of a run take on the disk before it begins: downloads, and the Arrow copies of image sets."""
+"""The disk space of a run's inputs: downloads, and Arrow copies of image datasets."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,16 +17,16 @@ from utils.hub.repositories import CLIENT_ERRORS, Source, is_saved_to_disk, open
 
 
 def missing_bytes(source: Source, filenames: Iterable[str]) -> int | None:
-    """Return how many bytes of some files of a repository are not in the cache yet; 0 of a folder.
+    """Return the bytes of some files of a repository that are not in the cache yet; 0 for a folder.
 
-    None where the Hub, which knows their sizes, cannot be reached.
+    None if the Hub, which knows their sizes, is unreachable.
     """
     sizes = file_sizes(source, [name for name in filenames if not _is_cached(source, name)])
     return None if sizes is None else sum(sizes.values())
 
 
 def file_sizes(source: Source, filenames: Iterable[str]) -> dict[str, int] | None:
-    """Return the bytes of some files of a repository, as the Hub lists them; None where it cannot be reached."""
+    """Return the bytes of some files of a repository, as the Hub lists them; None if it is unreachable."""
     wanted = set(filenames)
     if source.is_local or not wanted:
         return {}
@@ -47,7 +47,7 @@ def _is_cached(source: Source, filename: str) -> bool:
 
 
 def model_download(source: Source, filenames: Iterable[str]) -> list[DiskUse]:
-    """Return the download of a model's files, none of a folder's; unknown where no files are known of a repository."""
+    """Return the download of a model's files: none for a folder, unknown if `filenames` is empty."""
     if source.is_local:
         return []
     filenames = list(filenames)
@@ -56,10 +56,10 @@ def model_download(source: Source, filenames: Iterable[str]) -> list[DiskUse]:
 
 
 def real_set_disk(record: RealImagesRecord, token: str | None = None) -> list[DiskUse]:
-    """Return what loading the real images writes; nothing for class folders, whose files are read where they are.
+    """Return what loading the real images writes; nothing for class folders, which are read in place.
 
     Raises:
-        UserError: there is no such set.
+        UserError: there is no such dataset.
     """
     if record.train_dir is not None:
         return []
@@ -70,14 +70,14 @@ def real_set_disk(record: RealImagesRecord, token: str | None = None) -> list[Di
 
 
 def data_set_disk(source: Source, config_name: str | None = None) -> list[DiskUse]:
-    """Return the download and the Arrow copy of a set that `datasets` loads, none where they are there already.
+    """Return the download and the Arrow copy of a dataset that `datasets` loads; none if they exist already.
 
-    Sizes are None where the Hub cannot be reached.
+    Sizes are None if the Hub is unreachable.
 
     Raises:
-        UserError: a folder's path cannot be read by `datasets`.
+        UserError: `datasets` cannot read the folder's path.
     """
-    if source.is_local and is_saved_to_disk(source.name):  # read where it is
+    if source.is_local and is_saved_to_disk(source.name):  # read in place
         return []
     download, copy = (
         DiskUse(f"{what} of {source.name}", None, folder)
