@@ -155,7 +155,5 @@ def _print_disk(disk: list[DiskUse], say: Callable[[str], None]) -> None:
     for number in {use.disk for use in disk}:
         uses = [use for use in disk if use.disk == number]
         if sum(use.num_bytes or 0 for use in uses) > uses[0].free:
-            line += (
-                f" The disk of {uses[0].folder} has too little free space; set HF_HOME to move downloads and copies."
-            )
+            line += f" The disk of {uses[0].folder} has too little free space; HF_HOME moves downloads and copies."
     say(line)
