@@ -67,25 +67,25 @@ def find_cycle(imports: dict[str, set[str]]) -> list[str]:
 IMPORTS = {module: imported_modules(path) for module, path in MODULES.items()}
 
 
-def test_every_room_has_its_floor():
+def test_every_package_has_its_layer():
     assert {room(module) for module in MODULES} == set(FLOOR_OF)
 
 
-def test_no_module_imports_against_the_floors():
+def test_no_module_imports_a_higher_layer():
     assert find_upward_imports(IMPORTS) == []
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_no_modules_import_each_other_in_a_cycle():
     assert find_cycle(IMPORTS) == []
 
 
 @pytest.mark.parametrize(
     ("importer", "imported"), [("data.a", "style.b"), ("cli.a", "hub.b"), ("quality.a", "transfer.b")]
 )
-def test_an_import_against_the_floors_is_found(importer, imported):
+def test_an_import_of_a_higher_layer_is_found(importer, imported):
     assert find_upward_imports({f"utils.{importer}": {f"utils.{imported}"}})
     assert not find_upward_imports({"utils.comparison.a": {f"utils.{imported}"}})
 
 
-def test_a_circle_is_found():
+def test_a_cycle_is_found():
     assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]

@@ -100,7 +100,7 @@ def test_a_classifier_of_inputs_that_were_replaced_is_not_finished(flag, inputs,
 
 
 @pytest.mark.parametrize("flag", ["model_name_or_path", "train_dir", "synthetic_dataset"])
-def test_a_run_that_was_interrupted_goes_on_with_the_same_inputs_only(flag, inputs, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_only_with_the_same_inputs(flag, inputs, tmp_path, monkeypatch):
     fine_tune = stage.fine_tune
 
     def die_in_stage_2(*args, **kwargs):
@@ -130,7 +130,7 @@ def test_a_run_whose_inputs_change_while_it_reads_them_is_not_finished(flag, inp
     assert not (tmp_path / "out" / "bridged_config.json").exists()
 
 
-def test_inputs_that_are_gone_at_the_end_cost_no_result(inputs, tmp_path, monkeypatch, caplog):
+def test_inputs_removed_at_the_end_do_not_cost_the_result(inputs, tmp_path, monkeypatch, caplog):
     predict = run_method.predict
 
     def remove_and_predict(*args):
@@ -152,7 +152,7 @@ def test_the_first_images_of_a_set_that_grew_are_the_same(inputs, tmp_path):
         run(inputs, tmp_path / "out", "--max_synthetic_samples_per_class", "4")
 
 
-def test_a_folder_of_an_earlier_version_says_that_its_inputs_are_not_known(inputs, tmp_path, caplog):
+def test_a_folder_of_an_earlier_version_warns_that_its_inputs_are_unknown(inputs, tmp_path, caplog):
     run(inputs, tmp_path / "out")
     noted = read_record(tmp_path / "out" / "run_config.json")
     del noted["inputs"]
@@ -188,7 +188,7 @@ def trained(monkeypatch) -> list[str]:
     ("train_dir", ["vanilla", "stage2"]),  # stage 1 sees none of them
     ("synthetic_dataset", ["stage1", "stage2"]),
 ])  # fmt: skip
-def test_cells_of_inputs_that_were_replaced_are_run_anew(flag, anew, inputs, tmp_path, trained, capsys):
+def test_cells_of_replaced_inputs_are_run_again(flag, anew, inputs, tmp_path, trained, capsys):
     compare(inputs, tmp_path / "out")
     assert trained == ["vanilla", "stage1", "stage2"]
     trained.clear()
@@ -221,7 +221,7 @@ def test_a_cell_whose_inputs_change_while_it_is_run_is_not_kept(inputs, tmp_path
     assert not list((tmp_path / "out").glob("cells/*.json"))
 
 
-def test_no_output_of_an_earlier_run_is_left_beside_those_of_a_new_one(inputs, tmp_path):
+def test_no_output_of_an_earlier_run_remains_among_those_of_a_new_one(inputs, tmp_path):
     run(inputs, tmp_path / "out", "--use_peft")
     run(inputs, tmp_path / "out", "--use_peft", "--no_do_train", "--do_eval")
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -242,7 +242,7 @@ def test_files_that_no_run_has_made_are_not_overwritten(flags, inputs, tmp_path)
         compare(inputs, tmp_path / "out")
 
 
-def test_in_its_own_folder_a_run_takes_away_what_runs_make_and_nothing_else(inputs, tmp_path):
+def test_in_its_own_folder_a_run_removes_only_what_runs_make(inputs, tmp_path):
     run(inputs, tmp_path / "out", "--use_peft")
     for name in ("model_of_mine.safetensors", "adapter/notes.txt"):
         (tmp_path / "out" / name).write_text("mine")
@@ -258,7 +258,7 @@ def test_inputs_that_have_moved_are_the_same(inputs, tmp_path, monkeypatch):
     run(moved, tmp_path / "out", "--train_dir", str(moved["train_dir"]), "--num_shots", "2")
 
 
-def test_a_set_of_other_images_of_the_same_size_and_time_is_read_anew(inputs):
+def test_other_images_of_the_same_size_and_time_are_read_again(inputs):
     source = Source(str(inputs["synthetic_dataset"]), "--synthetic_dataset", "dataset")
     shard = inputs["synthetic_dataset"] / "data" / "train-00000.parquet"
     before, status = load_data_set(source, split="train")[0]["image"], os.stat(shard)
@@ -271,7 +271,7 @@ def test_a_set_of_other_images_of_the_same_size_and_time_is_read_anew(inputs):
     ("README.md", False), ("red_square/Thumbs.db", False), ("@eaDir/a.jpg", False), ("notes.txt", False),
     ("LICENSE", False), ("red_square/.DS_Store", False), ("red_square/99.png", True),
 ])  # fmt: skip
-def test_what_is_beside_images_does_not_matter(name, matters, inputs):
+def test_files_next_to_images_do_not_matter(name, matters, inputs):
     record = RealImagesRecord(train_dir=str(inputs["train_dir"]))
     _, before = identify_real_images(record)
     path = inputs["train_dir"] / name

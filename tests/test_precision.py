@@ -21,7 +21,7 @@ def parse_dsi(folder, *flags):
     return train_dsi.parse_arguments(["--dataset_name", "x", "--output_dir", str(folder), *flags])[4].mixed_precision
 
 
-def test_train_dsi_takes_the_gpus_precision_and_that_of_the_run_it_goes_on_with(gpu, tmp_path, caplog):
+def test_train_dsi_uses_the_gpus_precision_or_that_of_the_resumed_run(gpu, tmp_path, caplog):
     gpu(bf16=False)
     assert parse_dsi(tmp_path) == "fp16"
     assert parse_dsi(tmp_path, "--mixed_precision", "no") == "no"
@@ -35,7 +35,7 @@ def test_train_dsi_takes_the_gpus_precision_and_that_of_the_run_it_goes_on_with(
     assert parse_dsi(tmp_path / "other", "--resume_from_checkpoint", str(tmp_path / "checkpoint-5")) == "bf16"
 
 
-def test_train_bridged_takes_the_gpus_precision_and_that_of_the_run_it_goes_on_with(
+def test_train_bridged_uses_the_gpus_precision_or_that_of_the_resumed_run(
     gpu, real_images_dir, tmp_path, caplog
 ):  # fmt: skip
     def parse(*flags):
@@ -61,7 +61,7 @@ def test_train_bridged_takes_the_gpus_precision_and_that_of_the_run_it_goes_on_w
         assert {"bf16": args.bf16, "fp16": args.fp16} == recorded
 
 
-def test_a_comparison_takes_the_gpus_precision_and_that_of_its_cells(gpu, tmp_path):
+def test_a_comparison_uses_the_gpus_precision_or_that_of_its_cells(gpu, tmp_path):
     def choose(*given):
         args = SharedStageArguments()
         return set_precision(args, str(tmp_path), set(given)), args.bf16, args.fp16
@@ -77,13 +77,13 @@ def test_a_comparison_takes_the_gpus_precision_and_that_of_its_cells(gpu, tmp_pa
     assert compare_transfer.set_precision is set_precision
 
 
-def test_on_a_cpu_cells_of_a_gpus_precision_are_run_again_and_that_is_said(tmp_path):
+def test_on_a_cpu_cells_in_a_gpus_precision_are_run_again_and_reported(tmp_path):
     write_record(tmp_path / "cells" / "one.json", {"settings": {"mixed_precision": "bf16"}})
     line = set_precision(args := SharedStageArguments(), str(tmp_path), set())
     assert line == f"The cells in {tmp_path} are of bfloat16: they are run again in float32." and not args.bf16
 
 
-def test_a_token_that_was_begun_in_another_precision_goes_on_in_it_and_says_so(run_dsi, tmp_path, caplog):
+def test_an_unfinished_token_in_another_precision_resumes_in_it_and_reports_it(run_dsi, tmp_path, caplog):
     flags = {"max_train_steps": 4, "checkpointing_steps": 2}
     whole = run_dsi(output_dir=tmp_path / "whole", mixed_precision="bf16", **flags)
     run_dsi(mixed_precision="bf16", **flags)
@@ -97,7 +97,7 @@ def test_a_token_that_was_begun_in_another_precision_goes_on_in_it_and_says_so(r
         run_dsi(mixed_precision="no", **flags)
 
 
-def test_a_set_that_was_begun_in_another_precision_grows_in_it_and_says_so(options, tmp_path, capsys, caplog):
+def test_a_set_in_another_precision_grows_in_it_and_reports_it(options, tmp_path, capsys, caplog):
     import generate_synthetic
 
     argv = [*map(str, options), "--output_dir", str(tmp_path / "set"), "--num_images_per_class"]

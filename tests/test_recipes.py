@@ -64,7 +64,7 @@ def test_the_command_in_a_recipe_parses_and_gives_the_values_of_the_recipe(recip
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_the_header_of_an_image_set_says_what_it_is(name):
+def test_the_header_of_a_recipe_describes_its_dataset(name):
     lines = (RECIPES / name / "dsi.yaml").read_text().splitlines()
     header = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
     facts, dsi = SETS[name], read_recipe(f"{name}/dsi")
@@ -235,7 +235,7 @@ def test_check_finds_a_missing_repository_commit_or_split(local_hub, publish, ex
         assert all(message in found for message, found in zip(messages, differences))
 
 
-def test_check_that_cannot_see_is_no_success_and_no_difference(local_hub, publish, monkeypatch, capsys):
+def test_check_without_access_is_neither_success_nor_difference(local_hub, publish, monkeypatch, capsys):
     publish()
     local_hub.inject(Fault("status", path="/api/datasets/timm", status=429))
     [busy] = check.check_set("pets").unseen
@@ -332,7 +332,7 @@ def test_a_set_that_has_more_images_stays_and_training_takes_fewer(tmp_path):
     assert (synthetic["num_images_per_class"], bridged["max_synthetic_samples_per_class"]) == (9, 7)
 
 
-def test_two_files_and_a_row_are_a_new_image_set(tmp_path, monkeypatch, capsys):
+def test_two_files_and_an_entry_make_a_new_dataset(tmp_path, monkeypatch, capsys):
     copy = tmp_path / "recipes"
     shutil.copytree(RECIPES, copy)
     (copy / "birds").mkdir()
@@ -382,13 +382,13 @@ def test_a_configuration_hands_its_gpus_to_every_step_and_one_of_another_precisi
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
-def test_rates_that_lack_one_are_named(tmp_path):
+def test_missing_rates_are_named(tmp_path):
     (tmp_path / "rates.yaml").write_text("gpu: ours\n")
     with pytest.raises(UserError, match="has no bytes_per_image, dsi_images_per_second, sampling_"):
         main(["--dry_run", "--rates", str(tmp_path / "rates.yaml")])
 
 
-def test_the_table_of_a_reproduction_has_the_papers_figures_where_there_are_some():
+def test_the_table_of_a_reproduction_has_the_papers_figures_if_there_are_any():
     figures = [("vanilla", 80.0, 1.25), ("bridged", 90.04, None), ("bridged@plain", 85.0, 0.5), ("mix", 70.0, 0.5)]
     summary = [{"method": method, "mean": mean, "std": std} for method, mean, std in figures]
     assert compare_with_paper(summary, {"vanilla": 83.8, "bridged_dsi": 92.0}, "Cars").splitlines()[2:] == [

@@ -921,7 +921,7 @@ def test_a_result_of_other_inputs_than_its_record_says_is_found(begin, during, m
 LOADS_UNET, TRAINS = "utils.style.base_models:BaseModel.load_unet", "train_dsi:train"
 
 
-def test_a_parquet_file_that_is_replaced_with_its_times_is_read_anew(begin):
+def test_a_parquet_file_replaced_with_its_times_is_read_again(begin):
     history = begin("dsi-parquet")
     history.play_run([])
     history.act(["replace", "dataset_name", 1, "same times"])
@@ -956,7 +956,7 @@ def test_cells_are_of_the_images_that_their_names_hold(begin, during):
     history.check()
 
 
-def test_a_set_that_grows_while_a_run_starts_is_known_as_what_it_has_become(begin, during):
+def test_a_set_that_grows_while_a_run_starts_is_known_by_its_new_contents(begin, during):
     history = begin("bridged-folders")
     during("train_bridged:identify_inputs", history, "replace", "synthetic_dataset", 2, "swapped")
     history.play_run([])
@@ -964,7 +964,7 @@ def test_a_set_that_grows_while_a_run_starts_is_known_as_what_it_has_become(begi
     history.check()
 
 
-def test_a_digest_is_not_noted_for_files_that_were_replaced_before_they_were_read(begin, monkeypatch):
+def test_a_digest_is_not_cached_for_files_replaced_before_they_were_read(begin, monkeypatch):
     from utils.cli import contents
 
     history = begin("dsi-folders")
@@ -999,7 +999,7 @@ def test_a_run_that_read_an_input_which_was_put_back_is_not_finished(begin, duri
 
 
 @pytest.mark.parametrize("name", ["training_state.json", "learned_embeds.safetensors"])
-def test_a_run_that_is_killed_while_it_removes_a_checkpoint_is_gone_on_with(name, begin, monkeypatch):
+def test_a_run_killed_while_it_removes_a_checkpoint_is_resumed(name, begin, monkeypatch):
     history = begin("dsi-folders")
     history.play_run([])
 
@@ -1015,14 +1015,14 @@ def test_a_run_that_is_killed_while_it_removes_a_checkpoint_is_gone_on_with(name
     history.check()
 
 
-def test_the_error_of_a_set_whose_generator_is_replaced_is_a_line_of_its_own(begin, during):
+def test_a_replaced_generator_has_its_own_error_line(begin, during):
     history = begin("generate")
     during("utils.synthesis.runner:load_sampler", history, "replace", "generator", 1, "renamed")
     history.play_run([])
     history.check()
 
 
-def test_shards_that_are_said_to_be_kept_are_kept_by_the_command_that_is_advised(begin, during):
+def test_shards_reported_as_kept_are_kept_by_the_advised_command(begin, during):
     history = begin("generate")
     during("utils.synthesis.runner:SharedProgress.finish", history, "end", "SIGTERM")
     history.play_run([OVERWRITE])

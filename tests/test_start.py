@@ -27,7 +27,7 @@ def run_python(code: str) -> list[str]:
 
 
 @pytest.mark.parametrize("script", ["train_dsi", "generate_synthetic"])
-def test_help_and_a_wrong_flag_need_no_torch_and_less_than_three_seconds(script):
+def test_help_and_a_wrong_flag_need_no_torch_and_under_three_seconds(script):
     has_torch, seconds = run_python(
         f"import {script}; run({script}); print('torch' in sys.modules, time.process_time())"
     )

@@ -70,7 +70,7 @@ def test_every_flag_in_a_text_exists(path, known_flags):
 
 
 @of_every_text
-def test_every_link_and_picture_is_there(path):
+def test_every_link_and_picture_exists(path):
     targets = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
     ours = [target for target in targets if not target.startswith(("http:", "https:"))]
     assert [target for target in ours if not (path.parent / target).exists()] == []

@@ -31,7 +31,7 @@ def argv_of(real_images_dir, tiny_pipeline_dir, classifiers, synthetic_dir, opti
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_finished_folder_is_published_once_and_says_so_once(script, argv_of, local_hub, tmp_path):
+def test_a_finished_folder_is_published_and_reported_once(script, argv_of, local_hub, tmp_path):
     local_hub.add_user("user", TOKEN)
     argv = [str(word) for word in [*argv_of[script], "--output_dir", tmp_path / "made"]]
     script.main(argv)
@@ -46,7 +46,7 @@ def test_a_finished_folder_is_published_once_and_says_so_once(script, argv_of, l
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_processes_that_do_not_know_of_each_other_do_nothing(script, argv_of, local_hub, tmp_path):
+def test_processes_unaware_of_each_other_do_nothing(script, argv_of, local_hub, tmp_path):
     local_hub.add_user("user", TOKEN)
     argv = [*argv_of[script], "--output_dir", tmp_path / "made", "--push_to_hub"]
     environment = {"HF_TOKEN": TOKEN, "ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
@@ -57,7 +57,7 @@ def test_processes_that_do_not_know_of_each_other_do_nothing(script, argv_of, lo
     assert local_hub.repos() == [] and not (tmp_path / "made").exists()
 
 
-def test_what_all_processes_know_is_said_once(argv_of, copy_pipeline, real_images_dir, tmp_path):
+def test_common_warnings_of_all_processes_are_printed_once(argv_of, copy_pipeline, real_images_dir, tmp_path):
     renamed = shutil.copytree(real_images_dir, tmp_path / "images")
     names = "{'0': square, '1': circle, '2': stripe}"
     (renamed / "README.md").write_text(

@@ -47,7 +47,7 @@ def test_a_user_error_ends_the_script_with_one_line_and_status_2_and_a_bug_keeps
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_script_cleanly_and_a_second_one_does_not_disturb(number):
+def test_a_signal_ends_a_script_gracefully_and_a_second_one_is_ignored(number):
     child = subprocess.Popen(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -75,7 +75,7 @@ def test_a_forked_process_ends_at_its_pools_signal_where_an_exception_would_get_
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
 
 
-def test_handlers_are_what_they_were_afterwards():
+def test_signal_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="advice") as caught, graceful_interrupt(lambda: "advice"):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -86,7 +86,7 @@ def test_handlers_are_what_they_were_afterwards():
 
 
 @pytest.mark.parametrize(("seconds_to_end", "is_ignored"), [(10.0, True), (0.0, False)])
-def test_a_signal_long_after_one_that_got_lost_ends_the_block(seconds_to_end, is_ignored, monkeypatch):
+def test_a_later_signal_ends_the_block_if_the_first_got_lost(seconds_to_end, is_ignored, monkeypatch):
     monkeypatch.setattr(errors, "SECONDS_TO_END", seconds_to_end)
     reached = []
     with pytest.raises(Interrupted), graceful_interrupt(lambda: ""):
@@ -117,7 +117,7 @@ def no_room(*_):
      "No space left on device: /cache/file"),
     (lambda folder: (folder.rmdir(), (folder / "record.json").write_text("")), "it was removed"),
 ])  # fmt: skip
-def test_an_output_folder_that_cannot_be_written_is_one_line_with_how_to_go_on(fail, reason, tmp_path):
+def test_an_unwritable_output_folder_is_one_line_with_how_to_resume(fail, reason, tmp_path):
     (folder := tmp_path / "out").mkdir()
     with pytest.raises(UserError) as error, report_unwritable(folder, lambda: "stage1 is kept; resume with: this"):
         fail(folder)
@@ -130,13 +130,13 @@ def test_an_output_folder_that_cannot_be_written_is_one_line_with_how_to_go_on(f
     FileNotFoundError(errno.ENOENT, "No such file or directory", "/photos/cat.jpg"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
 ])  # fmt: skip
-def test_other_errors_stay_what_they_are(error, tmp_path):
+def test_other_errors_are_unchanged(error, tmp_path):
     with pytest.raises(type(error)) as raised, report_unwritable(tmp_path, lambda: "never said"):
         raise error
     assert raised.value is error
 
 
-def test_a_full_disk_elsewhere_ends_a_script_in_a_line(capsys):
+def test_a_full_disk_elsewhere_ends_a_script_with_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
         run_script(no_room)
     assert ended.value.code == 2

@@ -11,7 +11,7 @@ from utils.cli.memory import MicroBatching, run_in_parts, try_in_memory
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-def test_what_fits_is_returned_and_what_does_not_leaves_nothing_behind():
+def test_results_that_fit_are_returned_and_failures_leave_nothing_behind():
     filled = []
 
     def attempt():
@@ -25,7 +25,7 @@ def test_what_fits_is_returned_and_what_does_not_leaves_nothing_behind():
     assert filled[0]() is None
 
 
-def test_another_error_is_no_lack_of_memory():
+def test_another_error_is_not_out_of_memory():
     with pytest.raises(RuntimeError, match="shape"):
         try_in_memory(lambda: torch.zeros(2).view(3))
 
@@ -82,7 +82,7 @@ def test_below_one_image_checkpointing_is_turned_on_and_then_there_is_one_clear_
     assert checkpointed == [True]
 
 
-def test_what_worked_is_begun_with(checkpointed):
+def test_a_resumed_run_starts_with_the_size_that_worked(checkpointed):
     micro_batching = plan(checkpointed)
     micro_batching.restore({})
     assert (micro_batching.size, micro_batching.state(), checkpointed) == (6, {}, [])
@@ -92,7 +92,7 @@ def test_what_worked_is_begun_with(checkpointed):
     assert micro_batching.state() == state and checkpointed == [True]
 
 
-def test_parts_are_halved_from_where_memory_is_short():
+def test_parts_are_halved_from_the_first_failure_on():
     def take(part: slice) -> list[int]:
         numbers = list(range(10))[part]
         if len(numbers) > 2 and 4 in numbers:

@@ -137,7 +137,7 @@ def test_a_flag_without_what_it_needs_is_one_line_and_with_it_passes(script, fla
     parse_flags(script, [*given, *with_it])
 
 
-def test_flags_without_use_in_a_script_are_refused_and_not_in_its_help(capsys):
+def test_flags_without_use_in_a_script_are_refused_and_hidden_from_help(capsys):
     for flag in ("num_shots", "few_shot_seed", "max_train_samples", "random_flip"):
         flags = [*value_of("quality_report.py", flag), "--synthetic_dataset", "x", "--dataset_name", "y"]
         assert "here, where all real images" in fails(capsys, "quality_report.py", flags)
@@ -173,7 +173,7 @@ def test_flags_of_the_trainer_that_stages_set_themselves_are_refused(flag, capsy
         ("compare_transfer.py", "--methods bridged_no_mixup --search_learning_rate --bridge_mixup_alphas 0.3"),
     ],
 )  # fmt: skip
-def test_a_flag_that_does_something_even_so_passes(script, flags):
+def test_a_flag_that_has_an_effect_passes(script, flags):
     parse_flags(script, flags.split())
 
 
@@ -191,12 +191,12 @@ def test_a_flag_that_does_something_even_so_passes(script, flags):
         ("compare_transfer.py", "--methods mix --bridge_head_learning_rate_factor 3 --search_learning_rate", "with"),
     ],
 )
-def test_a_flag_that_another_value_leaves_without_use_is_one_line(script, flags, lack, capsys):
+def test_a_flag_made_useless_by_another_value_is_one_line(script, flags, lack, capsys):
     assert f": does nothing {lack}" in fails(capsys, script, flags.split())
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"])
-def test_flags_of_adam_are_refused_just_where_the_trainer_hands_them_to_no_optimizer(optim, tmp_path, capsys):
+def test_flags_of_adam_are_refused_exactly_if_the_trainer_does_not_use_them(optim, tmp_path, capsys):
     def made(**adam):
         return Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), optim=optim, **adam))
 
@@ -208,14 +208,14 @@ def test_flags_of_adam_are_refused_just_where_the_trainer_hands_them_to_no_optim
             parse_flags("train_bridged.py", flags)
 
 
-def test_what_is_off_as_by_default_asks_for_nothing(capsys):
+def test_flags_that_are_off_as_by_default_need_nothing(capsys):
     parse_flags("train_bridged.py", ["--method", "vanilla", "--bridge_head_warmup_steps", "0", "--no_streaming"])
     parse_flags("train_dsi.py", ["--lr_warmup_steps", "0", "--few_shot_seed", "0", "--no_hub_private_repo"])
     assert "--lora_dropout 0.0: does nothing" in fails(capsys, "train_bridged.py", ["--lora_dropout", "0"])
     assert "--use_style_token false: does" in fails(capsys, "generate_synthetic.py", ["--use_style_token", "false"])
 
 
-def test_keys_of_a_recipe_that_do_nothing_are_one_remark_of_the_main_process(tmp_path, capsys, monkeypatch):
+def test_recipe_keys_without_effect_are_one_line_of_the_main_process(tmp_path, capsys, monkeypatch):
     recipe = tmp_path / "shared.yaml"
     recipe.write_text("lora_r: 8\nlora_alpha: 4\nmix_ratio: 2\nhub_model_id: mine\nbridge_mixup_alpha: 0.3\n")
     values = parse_flags("train_bridged.py", [str(recipe)])

@@ -5,7 +5,7 @@ import pytest
 from utils.cli.step_runner import Step, StepRunner
 
 
-def test_steps_that_are_finished_are_not_run_again_and_a_failed_one_is(tmp_path):
+def test_finished_steps_are_not_run_again_and_failed_ones_are(tmp_path):
     script = tmp_path / "step.py"
     script.write_text(
         "import pathlib, sys; print(sys.argv[1:]); pathlib.Path(sys.argv[1]).touch(); sys.exit(len(sys.argv) > 2)"
@@ -31,7 +31,7 @@ def test_steps_that_are_finished_are_not_run_again_and_a_failed_one_is(tmp_path)
     assert "another" not in runner.costs
 
 
-def test_a_step_is_run_anew_where_a_folder_or_file_in_its_command_is_another(tmp_path, capsys):
+def test_a_step_is_run_again_if_a_file_or_folder_in_its_command_changed(tmp_path, capsys):
     script = tmp_path / "step.py"
     script.write_text(
         "import pathlib, sys; path = pathlib.Path(sys.argv[2]); path.parent.mkdir(exist_ok=True)\n"
@@ -66,7 +66,7 @@ def test_a_step_is_run_anew_where_a_folder_or_file_in_its_command_is_another(tmp
     assert not step.finished.read_text().endswith("--overwrite_output_dir")
 
 
-def test_steps_side_by_side_wait_for_those_whose_folders_they_name_only(tmp_path, capsys):
+def test_parallel_steps_wait_only_for_those_whose_folders_they_name(tmp_path, capsys):
     script = tmp_path / "step.py"
     script.write_text(
         "import pathlib, sys, time; path = pathlib.Path(sys.argv[1]) / 'done'; path.parent.mkdir()\n"

@@ -39,5 +39,5 @@ def test_a_wide_console_has_a_table_and_a_narrow_one_lines(printed):
     assert printed(30, title=None).startswith("image set\nTextures")
 
 
-def test_a_name_that_ends_as_a_cut_one_does_is_not_taken_for_one(printed):
+def test_a_name_that_ends_with_an_ellipsis_is_not_taken_for_a_cut_one(printed):
     assert "┃ image set ┃" in printed(80, name="Text…")

@@ -44,7 +44,7 @@ def machine(monkeypatch, tmp_path):
     processes.warn_once.cache_clear()
 
 
-def test_torchs_number_stays_where_no_limit_is_below_it(machine):
+def test_torchs_number_of_threads_stays_without_a_lower_limit(machine):
     assert machine() == (None, 8)
     assert machine(own=range(3)) == (None, 3)  # torch itself counts these
     assert machine(limits={"": "max 100000\n"}) == (None, 8)
@@ -80,7 +80,7 @@ def test_workers_share_the_cores_and_each_has_at_most_the_users_number(machine):
     assert threads.num_threads(2) == 4
 
 
-def test_what_was_chosen_is_said_and_recorded_and_nothing_else_is(machine, tmp_path, caplog):
+def test_only_a_chosen_number_of_threads_is_reported_and_recorded(machine, tmp_path, caplog):
     def told(*arguments) -> list[str]:
         caplog.clear()
         with caplog.at_level(logging.WARNING):

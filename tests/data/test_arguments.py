@@ -57,7 +57,7 @@ def test_check_real_images_given_takes_either_kind(train_dir):
     check_real_images_given(RealDataArguments(train_dir=str(train_dir), validation_dir=str(train_dir), num_shots=1))
 
 
-def test_train_bridged_takes_class_folders_of_the_record_or_beside_one_of_before_they_were(train_dir, tmp_path):
+def test_train_bridged_takes_class_folders_from_the_record_or_with_an_older_record(train_dir, tmp_path):
     record = RealImagesRecord(train_dir=str(train_dir), num_shots=2, max_train_samples=5)
 
     def real_arguments(recorded: dict, *argv):

@@ -32,7 +32,7 @@ def audit(folder):
     return audit_images(load(train_dir=str(folder / "train"), validation_dir=str(folder / "test")))
 
 
-def test_good_images_are_counted_and_nothing_is_found(photos, capsys):
+def test_good_images_are_counted_without_findings(photos, capsys):
     found = audit(photos)
     assert (found.counts["train"] + found.counts["validation"]).tolist() == [10, 10]
     assert found.counts["validation"].min() > 0
@@ -45,7 +45,7 @@ def test_good_images_are_counted_and_nothing_is_found(photos, capsys):
     assert "median 64 x 48" in printed
 
 
-def test_each_copy_is_told_by_where_it_is(photos):
+def test_each_copy_is_reported_by_its_place(photos):
     """A copy is one whatever its format, and a leak in another split; within class and split it is harmless."""
 
     def copy(source, target, **options):
@@ -80,7 +80,7 @@ def test_altered_copies_look_alike_and_images_that_have_the_same_hash_by_chance_
     ]  # fmt: skip
 
 
-def test_a_copy_of_a_look_alike_is_told_once(photos):
+def test_a_copy_of_a_look_alike_is_reported_once(photos):
     """A hash that two copies share with a third image by chance makes them no look-alikes; clear is seen on white."""
     for name, colour in (("white", "white"), ("black", "black")):
         PILImage.new("RGB", (48, 64), colour).save(photos / "train" / "cat" / f"{name}.png")
@@ -127,7 +127,7 @@ def test_images_of_every_mode_are_audited_as_training_reads_them(photos):
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
-def test_damaged_and_large_images_are_named_and_the_others_are_still_looked_at(photos, monkeypatch):
+def test_damaged_and_large_images_are_named_and_the_others_still_checked(photos, monkeypatch):
     monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 48 * 64)
     draw(1, (96, 65)).save(photos / "train" / "cat" / "large.png")
     (photos / "train" / "cat" / "1.png").write_bytes(b"no image")

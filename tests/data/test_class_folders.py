@@ -56,7 +56,7 @@ def test_a_single_class_folder_is_a_class_and_numbers_are_in_their_order(tmp_pat
     assert classes_of(save_class_folders(tmp_path / "numbers", {"10": 1, "9": 1, "0": 1})) == ["0", "9", "10"]
 
 
-def test_what_is_left_out_is_told_once_by_the_main_process(train_dir, caplog, monkeypatch):
+def test_skipped_files_are_reported_once_by_the_main_process(train_dir, caplog, monkeypatch):
     (train_dir / "notes.txt").write_text("no image")
     check_real_images_given(RealDataArguments(train_dir=str(train_dir)))
     load(train_dir=str(train_dir))
@@ -207,7 +207,7 @@ def test_an_unlabelled_test_folder_is_counted_and_not_used(tree):
         (["train/cats/tabby", "test/cats/tabby"], "train/cats/tabby/1.png is not .* expected .*train/class name/1.png"),
     ],
 )  # fmt: skip
-def test_folders_that_may_mean_one_thing_or_another_are_one_line(tree, folders, message):
+def test_ambiguous_folders_are_one_line(tree, folders, message):
     with pytest.raises(UserError, match=message):
         read_local_set(tree(*two_of(*folders)))
 
@@ -219,7 +219,7 @@ def test_a_train_dir_of_splits_says_how_to_give_them(tree):
         read_train_dirs(folder)
 
 
-def test_a_train_dir_takes_folders_called_as_splits_for_classes(tree):
+def test_a_train_dir_takes_folders_with_split_names_for_classes(tree):
     assert counts(read_train_dirs(tree(*two_of("train", "test")))) == {"train": {"test": 2, "train": 2}}
 
 
@@ -249,7 +249,7 @@ def test_a_card_that_names_data_files_is_left_to_datasets(tree):
         assert (read_local_set(folder) is not None) == is_ours
 
 
-def test_tables_and_archives_beside_class_folders_are_named(tree):
+def test_tables_and_archives_next_to_class_folders_are_named(tree):
     found = read_local_set(tree(*two_of("cat", "dog"), "labels.csv", "all.zip", "dog/metadata.csv"))
     assert counts(found) == {"train": {"cat": 2, "dog": 2}}
     told = "4 images of 2 classes; left out: 3 that are not images (all.zip, labels.csv, dog/metadata.csv)"
@@ -269,7 +269,7 @@ def test_a_folder_without_images_or_data_is_one_line(tree, files, message):
         read_local_set(tree(*files))
 
 
-def test_a_class_whose_files_are_all_left_out_is_no_class_and_told(tree):
+def test_a_class_without_any_readable_file_is_dropped_and_reported(tree):
     found = read_train_dirs(tree(*two_of("cat", "dog"), "owl/1.cr2"))
     assert load_folder_set(found)["train"].features["label"].names == ["cat", "dog"]
     assert "skipping empty class folders: owl" in found.notes[0]

@@ -68,7 +68,7 @@ def test_prompt_nouns_have_single_spaces_and_are_corrected_where_a_correction_is
         (["wren", "Jay", "jay"], None, "classes 'Jay', 'jay': all are 'Jay' in a prompt"),
     ],
 )
-def test_prompt_nouns_that_collide_are_an_error_that_says_what_corrects_them(names, corrections, message):
+def test_prompt_nouns_that_collide_are_an_error_with_a_remedy(names, corrections, message):
     with pytest.raises(UserError, match=message):
         prompt_nouns(names, corrections)
 
@@ -194,13 +194,13 @@ def test_an_equal_name_wins_over_one_in_another_case(caplog):
         (["Jay", "JAY"], ["Jay", "jay"], "'JAY': .* 'Jay', 'JAY', 'jay' differ"),
     ],
 )
-def test_names_that_are_not_clear_are_one_line_that_lists_them(names, class_names, listed):
+def test_ambiguous_names_are_one_line_that_lists_them(names, class_names, listed):
     with pytest.raises(UserError, match=f"^--flag {listed}") as raised:
         match_class_names(["wren", *names], ["wren", *class_names], "--flag")
     assert "\n" not in str(raised.value)
 
 
-def test_several_names_of_one_class_are_taken_where_they_need_not_be_unique():
+def test_several_names_of_one_class_are_accepted_if_they_need_not_be_unique():
     names = ["Jay", "JAY", "jay"]
     assert match_class_names(names, ["jay"], "--flag x", is_unique=False) == dict.fromkeys(names, "jay")
     with pytest.raises(UserError, match="--flag x 'JAY': ambiguous"):

@@ -122,7 +122,7 @@ def test_classes_are_in_their_natural_order(labels, feature, names):
     assert by_name["train"] == expected
 
 
-def test_classes_are_known_by_name_where_parts_number_them_otherwise():
+def test_classes_are_matched_by_name_if_splits_number_them_differently():
     train, test = ClassLabel(names=["cat", "dog", "owl"]), ClassLabel(names=["owl", "cat", "dog", "emu"])
     by_name, names = unify(train=labelled([0, 1, 2], train), test=labelled([0, 1, 2, 3], test))
     assert names == ["cat", "dog", "owl", "emu"]  # new ones last: the others keep their numbers
@@ -132,7 +132,7 @@ def test_classes_are_known_by_name_where_parts_number_them_otherwise():
     assert names == train.names
 
 
-def test_names_of_another_part_match_in_spite_of_case(caplog):
+def test_names_in_another_split_match_ignoring_case(caplog):
     by_name, names = unify(train=labelled(["cat", "dog"]), test=labelled(["Dog ", "CAT", "emu"]))
     assert names == ["cat", "dog", "emu"]
     assert by_name["test"] == ["dog", "cat", "emu"]
@@ -172,7 +172,7 @@ def test_labels_of_a_selection_are_those_of_its_rows():
         ([0, 1, -5], "tampered", "-5 in row 2 of split 'train' is not a class id"),
     ],
 )  # fmt: skip
-def test_what_is_no_class_is_one_line(labels, feature, message):
+def test_labels_that_are_not_classes_are_one_line(labels, feature, message):
     if feature == "tampered":  # as in a parquet file: `datasets` itself does not write such labels
         features = Features({"label": ClassLabel(names=["a", "b"])})
         images = Dataset(pa.table({"label": labels}, schema=features.arrow_schema))
@@ -187,7 +187,7 @@ def test_labels_of_two_kinds_are_one_line():
         unify(train=labelled([0, 1]), test=labelled(["a", "b"]))
 
 
-def test_a_split_is_labelled_where_one_image_is():
+def test_a_split_is_labelled_if_one_image_is():
     assert is_labelled(labelled([-1, 0]), "label")
     assert not is_labelled(labelled([-1, -1]), "label")
     assert not is_labelled(labelled([None, None], Value("string")), "label")

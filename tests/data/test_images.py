@@ -112,7 +112,7 @@ def test_to_rgb_of_fewer_bits_in_16_has_their_white(white, file_format):
     assert describe_reading(image) == said
 
 
-def test_to_rgb_of_14_bits_in_16_is_dark_which_is_said():
+def test_to_rgb_of_14_bits_in_16_is_dark_and_reported():
     image = grey([0, 8_192, 16_383], np.uint16)
     assert levels(image) == [0, 32, 64]
     assert "65,535 as white, though no pixel is a quarter as bright" in describe_reading(reopen(image, "PNG"))
@@ -183,7 +183,7 @@ def test_large_images_do_not_flood_the_terminal(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
-def test_images_above_a_limit_of_pillow_are_said_to_be_large_and_not_damaged(monkeypatch):
+def test_images_above_pillows_limit_are_reported_as_large_and_not_damaged(monkeypatch):
     rows = [Image.new("L", size) for size in ((30, 20), (60, 30), (50, 20))] + [grey([0, 4095], np.uint16)]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
     images = image_column(list(map(encode, rows)))
@@ -228,7 +228,7 @@ def test_sizes_are_those_of_the_upright_image():
         ([0, 255], np.uint8, [0, 255], None),
     ],
 )
-def test_grey_without_a_white_takes_the_next_usual_one_and_that_is_said(values, dtype, expected, said):
+def test_grey_without_a_white_takes_the_next_usual_one_and_reports_it(values, dtype, expected, said):
     assert levels(grey(values, dtype)) == pytest.approx(expected, abs=1)
     found = describe_reading(reopen(grey(values, dtype), "TIFF"))
     assert found == (said and f"of more than 8 bits a channel, read with {said}")

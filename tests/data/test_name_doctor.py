@@ -22,7 +22,7 @@ def printed(capsys, monkeypatch):
     return lambda findings: print_findings(findings) or capsys.readouterr().out
 
 
-def test_diagnose_of_good_names_says_nothing():
+def test_diagnose_of_good_names_finds_nothing():
     assert find("airplane", "T-shirt/top", "F-16A", "iPhone", "BMW X5", "red fox", "Ankle boot", "C-130", "A320") == []
 
 
@@ -68,7 +68,7 @@ def test_diagnose_names_each_spelling_and_numbering_in_all_classes_is_a_note():
     assert [finding.is_warning for finding in find("2_door_car", "bus")] == [True, False]
 
 
-def test_diagnose_of_a_noun_that_was_not_mended_warns():
+def test_diagnose_of_an_uncorrected_noun_warns():
     names, nouns = ["01.Wren", "02.RedFinch"], ["01.Wren", "02.RedFinch"]
     findings = diagnose(names, nouns)
     assert all(finding.is_warning for finding in findings)
@@ -102,7 +102,7 @@ def test_diagnose_of_a_double_meaning_names_both_and_a_word_that_ends_like_a_plu
     assert problems("bus", "bu", "S", "glass house", "glas house") == []
 
 
-def test_double_meanings_are_settled_by_what_they_propose():
+def test_proposed_nouns_resolve_double_meanings():
     assert len(DOUBLE_MEANINGS) >= 60
     for word, meanings in DOUBLE_MEANINGS.items():
         assert [problem for _, problem in problems(word)] == [f"two meanings: write '{meanings[0]}' or '{meanings[1]}'"]
@@ -111,7 +111,7 @@ def test_double_meanings_are_settled_by_what_they_propose():
             assert problems(meaning) == []
 
 
-def test_diagnose_compares_with_nouns_that_a_person_chose_and_says_nothing_of_them():
+def test_diagnose_compares_with_nouns_that_a_person_chose_without_judging_them():
     names = ["n02123045", "crane", "apple", "apple_pie", "AnnualCrop"]
     assert problems(*names, given={"n02123045", "crane", "apple", "AnnualCrop"}) == [("apple_pie", "underscores")]
     # as in the record of a style token, which has nouns and not who chose them
@@ -121,7 +121,7 @@ def test_diagnose_compares_with_nouns_that_a_person_chose_and_says_nothing_of_th
     assert finding.class_name == "tabby cat"
 
 
-def test_the_time_of_diagnose_grows_with_the_classes_and_not_with_their_pairs():
+def test_the_time_of_diagnose_is_linear_in_the_number_of_classes():
     names = [f"thing {number} of kind {number % 7} and more words" for number in range(1000)]
 
     def seconds(num_classes: int) -> float:

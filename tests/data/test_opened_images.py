@@ -48,7 +48,7 @@ def decodes(data: bytes) -> bool:
 
 
 @pytest.mark.parametrize("photo", [JPEG, PROGRESSIVE], ids=["baseline", "progressive"])
-def test_inspect_images_finds_what_decoding_a_jpeg_at_full_size_finds(photo):
+def test_inspect_images_finds_the_same_problems_as_full_jpeg_decoding(photo):
     rng = np.random.default_rng(0)
     broken = [photo[: len(photo) * share // 100] for share in (1, 30, 60, 95)] + [photo[:-2]]
     for length in rng.integers(2, len(photo) // 4, 20):
@@ -65,7 +65,7 @@ def unreadable_exif() -> bytes:
     return b"Exif\0\0II*\0\x08\0\0\0\2\0" + entries + bytes(4)
 
 
-def test_inspect_images_says_what_is_wrong(tmp_path, monkeypatch):
+def test_inspect_images_names_the_problems(tmp_path, monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 160 * 120)
     bomb = encode(PIL.Image.new("1", (1600, 120)))
     text = tmp_path / "notes.jpg"
@@ -85,7 +85,7 @@ def test_inspect_images_says_what_is_wrong(tmp_path, monkeypatch):
             images[row]["image"].load()
 
 
-def test_inspect_images_names_the_kind_of_what_pillow_does_not_read_and_errors_without_words(monkeypatch):
+def test_inspect_images_names_unreadable_kinds_and_errors_without_a_message(monkeypatch):
     heic, jxl = b"\0\0\0\x18ftypheic" + bytes(40), b"\xff\x0a" + bytes(40)
     monkeypatch.setattr("utils.data.opened_images.to_rgb", lambda image: next(iter(())))
     _, problems, _ = inspect_images(image_column([heic, jxl, PNG]), "photos")
@@ -127,7 +127,7 @@ def test_damaged_images_of_all_parts_are_counted_and_the_first_is_named_as_the_u
         open_all(load(damaged_dir), ("test",))
 
 
-def test_skipped_images_leave_every_other_in_its_part(damaged_dir):
+def test_skipped_images_leave_every_other_image_in_its_part(damaged_dir):
     whole = load(damaged_dir, skip_bad_images=True)
     assert open_all(whole).digests == {"train": [], "validation": [], "test": []}
     found = open_all(whole, with_digests=True)

@@ -26,7 +26,7 @@ def test_validation_is_carved_from_train_where_the_set_has_none(real_images_dir)
     assert real.parts["validation"].rows.tolist() == np.setdiff1d(np.arange(60), real.train_indices).tolist()
 
 
-def test_the_split_validation_is_the_test_where_there_is_no_other(tmp_path):
+def test_the_split_validation_is_the_test_part_without_another(tmp_path):
     save_image_set(tmp_path, {"train": 10, "validation": 3})
     real = load(tmp_path)
     assert len(real.train) + len(real.validation) == 30
@@ -49,7 +49,7 @@ def test_a_train_split_alone_gives_all_three_parts(tmp_path):
         assert pixels_of(getattr(real, part)) == pixels_of(whole.select(real.parts[part].rows))
 
 
-def test_an_image_that_is_removed_moves_no_other(tmp_path):
+def test_removing_an_image_moves_no_other(tmp_path):
     save_image_set(tmp_path, {"train": 20})
     path = tmp_path / "data" / "train-00000.parquet"
 
@@ -71,7 +71,7 @@ def test_an_image_that_is_removed_moves_no_other(tmp_path):
         assert len(moved) == (1 if len(of_class) == 1 and before[removed] != "train" else 0)
 
 
-def test_train_val_split_is_kept_however_large(tmp_path):
+def test_a_large_train_val_split_is_respected(tmp_path):
     save_image_set(tmp_path, {"train": 100, "test": 1})
     for share, low, high in ((0.5, 100, 200), (0.85, 220, 270)):
         assert low < len(load(tmp_path, train_val_split=share).validation) < high
@@ -128,7 +128,7 @@ def test_shots_are_training_images_and_max_train_samples_begin_with_fewer_shots(
     assert len(three_shots.train) == 9
 
 
-def test_a_record_of_before_train_dir_is_read_and_has_a_name():
+def test_a_record_from_before_train_dir_is_read_and_has_a_name():
     old = {"dataset_name": "user/cars", "dataset_revision": None, "num_shots": 2, "few_shot_seed": 0}
     assert RealImagesRecord(**old).name == image_set_name(old) == "user/cars"
     record = RealImagesRecord(train_dir="photos")
@@ -170,12 +170,12 @@ def test_splits_of_different_features_can_be_one_part(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nan", "None"])
-def test_what_may_be_a_missing_label_is_told(tmp_path, name):
+def test_possible_missing_labels_are_reported(tmp_path, name):
     labelled_images(["a", name] * 6).to_parquet(tmp_path / "train.parquet")
     assert any(f"the class '{name}' may stand for missing labels" in line for line in load(tmp_path).remarks)
 
 
-def test_a_class_without_images_is_told_and_a_single_class_is_an_error(tmp_path):
+def test_a_class_without_images_is_reported_and_a_single_class_is_an_error(tmp_path):
     save_image_set(tmp_path, {"train": 10})
     path = tmp_path / "data" / "train-00000.parquet"
     whole = Dataset.from_parquet(str(path))

@@ -53,7 +53,7 @@ def save_classes(folder: Path) -> None:
     ("save", "is_copied"),
     [(save_parquet, True), (save_to_disk, False), (save_images_with_metadata, False), (save_classes, False)],
 )
-def test_the_arrow_copy_that_is_forecast_is_the_one_that_loading_writes(save, is_copied, tmp_path, empty_cache):
+def test_the_forecast_arrow_copy_is_the_one_that_loading_writes(save, is_copied, tmp_path, empty_cache):
     save(tmp_path / "set")
     record = RealImagesRecord(str(tmp_path / "set"))
     uses = real_set_disk(record)
@@ -102,7 +102,7 @@ def test_the_latent_cache_is_as_large_as_forecast(tmp_path):
     assert latent_bytes(3, 64, 2) == pytest.approx(shard.stat().st_size, abs=500)
 
 
-def test_a_set_that_is_read_takes_its_size_twice(tmp_path):
+def test_a_dataset_that_is_read_takes_twice_its_size(tmp_path):
     assert folder_bytes(10, 100.5) == 1005
     assert folder_bytes(10, 100.5, is_read=True) == 2010
     assert DiskUse("images", 1, tmp_path / "not" / "there").free > 0

@@ -167,5 +167,5 @@ def test_an_optimisers_states_are_what_it_keeps(make, times):
     assert state_bytes(make, weight_bytes(model)) == times * weight_bytes(model) == kept
 
 
-def test_the_margin_is_what_is_said():
+def test_the_margin_is_as_documented():
     assert needed_bytes(100 * 2**30) == 105 * 2**30 + 2**29

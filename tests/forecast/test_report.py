@@ -33,7 +33,7 @@ def forecast(training: float, other_way: float | None, other: float = 1.0, is_ch
          "images at a time, 43.2 GiB."),
     ],
 )  # fmt: skip
-def test_a_line_tells_what_is_needed_and_what_to_do(memory, line):
+def test_a_line_says_what_is_needed_and_what_to_do(memory, line):
     assert memory.describe(round(11.8 * GIB), "your GPU has {}") == line
 
 
@@ -41,7 +41,7 @@ def test_the_needed_memory_is_that_of_the_largest_phase():
     assert forecast(9.6, None, 43.2).needed == pytest.approx(43.2 * GIB, rel=1e-6)
 
 
-def test_what_is_unknown_is_said_and_a_full_disk_too(tmp_path, capsys):
+def test_unknown_sizes_and_a_full_disk_are_reported(tmp_path, capsys):
     disk = [DiskUse("download of user/model", None, tmp_path), DiskUse("latent cache", 2**60, tmp_path)]
     times = [TimeForecast("images in 10 steps", 80, 160.0), TimeForecast("images", None, None)]
     needs = print_forecast(None, (0, ""), times, disk)

@@ -43,7 +43,7 @@ def write_card(folder, **counts) -> None:
     (folder / "README.md").write_text(f"---\ndataset_info:\n  splits:\n{splits}---\n")
 
 
-def test_a_saved_data_set_is_read(image_set, tmp_path):
+def test_a_saved_dataset_is_read(image_set, tmp_path):
     splits = load_dataset(str(image_set))
     splits.save_to_disk(str(tmp_path / "my [set]"))
     loaded = load(tmp_path / "my [set]")
@@ -91,7 +91,7 @@ def test_a_damaged_saved_set_is_one_line(tmp_path):
         ({"train": 9}, "its files have splits that its card does not list: test; wait until"),
     ],
 )
-def test_a_set_that_is_being_enlarged_is_one_line(image_set, tmp_path, counts, message):
+def test_a_dataset_that_is_being_extended_is_one_line(image_set, tmp_path, counts, message):
     shutil.copytree(image_set, tmp_path / "set")
     write_card(tmp_path / "set", **counts)
     with pytest.raises(UserError) as error:
@@ -201,7 +201,7 @@ def test_numbers_without_names_are_those_of_the_set_and_missing_ones_stay_missin
     assert by_name(load(write_labels(tmp_path / "set", files))) == expected
 
 
-def test_rows_that_are_not_those_of_the_files_are_an_error(tmp_path):
+def test_rows_that_differ_from_the_files_are_an_error(tmp_path):
     folder = write_labels(tmp_path / "set", {"train-0": (["x", "y"], [0, 1]), "train-1": (["y", "x"], [0, 1])})
     paths = {"train": [str(path) for path in sorted((folder / "data").iterdir())]}
     loaded = load_dataset("parquet", data_files={"train": paths["train"][:1]}, cache_dir=str(tmp_path / "cache"))
@@ -225,7 +225,7 @@ def test_files_of_text_and_of_class_names_are_an_error(names, tmp_path):
     ],
     ids=["renamed", "in another order"],
 )
-def test_a_card_that_renames_classes_is_taken_and_told_and_other_orders_are_mapped(
+def test_a_card_that_renames_classes_is_used_and_reported_and_other_orders_are_mapped(
     in_file, labels, line, tmp_path, caplog
 ):
     folder = write_labels(tmp_path / "set", {"train-0": (in_file, [0, 1])})

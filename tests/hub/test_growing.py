@@ -76,7 +76,7 @@ def warnings_of(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == growing.__name__]
 
 
-def test_shards_are_there_one_after_another_before_the_end_and_are_sent_once(hub, folder):
+def test_shards_arrive_one_after_another_before_the_end_and_are_sent_once(hub, folder):
     hub.create_repo("ann/cars", "dataset").commit({"README.md": CARD.encode()})  # a person's: it makes no set whole
     with grow(folder):
         for number in range(3):
@@ -139,7 +139,7 @@ def test_a_fault_at_every_kind_of_request_loses_nothing(kind, hub, tmp_path, cap
     assert warnings_of(caplog) == []
 
 
-def test_while_the_hub_is_down_the_work_goes_on_with_one_line_and_what_it_missed_follows(hub, folder, caplog):
+def test_while_the_hub_is_down_the_work_continues_with_one_line_and_uploads_follow(hub, folder, caplog):
     upload, down = grow(folder), Fault("status", path="", times=None)
     hub.inject(down)
     with upload:
@@ -167,7 +167,7 @@ def test_while_the_hub_is_down_the_work_goes_on_with_one_line_and_what_it_missed
     assert published(hub) == files_of(folder)
 
 
-def test_a_record_that_cannot_be_fetched_for_a_while_is_not_taken_for_another_sets(hub, folder, caplog):
+def test_a_record_that_is_temporarily_unavailable_is_not_taken_for_another_dataset(hub, folder, caplog):
     with grow(folder):
         write_shard(folder, 0)
         wait_until(lambda: len(published(hub)) == 2)
@@ -187,7 +187,7 @@ def test_a_record_that_cannot_be_fetched_for_a_while_is_not_taken_for_another_se
         ("token", "generation_config.json holds an access token"),
     ],
 )
-def test_what_forbids_an_upload_is_one_line_and_no_end_of_the_work(problem, line, hub, folder, caplog):
+def test_a_forbidden_upload_is_one_line_and_the_work_continues(problem, line, hub, folder, caplog):
     if problem == "refused":
         hub.inject(Fault("status", path="/commit/", status=403, times=None))
     if problem == "token":
@@ -241,7 +241,7 @@ with grow(folder) as upload:
 
 
 @pytest.mark.parametrize("moment", ["between two commits", "in a commit"])
-def test_after_a_kill_a_new_run_knows_its_shards_and_ends_with_the_same_repository(moment, hub, folder, start_with_hub):
+def test_after_a_kill_a_new_run_recognizes_its_shards_and_completes_the_repository(moment, hub, folder, start_with_hub):
     if moment == "in a commit":
         hub.inject(Fault("hold", "POST", "/commit/", skip=1))
     child = start_with_hub(["-c", KILLED, folder], TOKEN)
@@ -273,7 +273,7 @@ def their_set(record: dict | None) -> dict[str, bytes]:
         (None, "it has no generation_config.json, and a data/train-00000.parquet that does not belong to this dataset"),
     ],
 )
-def test_another_set_in_the_repository_stays_whole_until_ours_replaces_it(record, reason, hub, folder, caplog):
+def test_another_dataset_in_the_repository_stays_complete_until_ours_replaces_it(record, reason, hub, folder, caplog):
     theirs = their_set(record)
     hub.create_repo("ann/cars", "dataset").commit(theirs)
     upload = grow(folder)
@@ -291,7 +291,7 @@ def test_another_set_in_the_repository_stays_whole_until_ours_replaces_it(record
 
 
 @pytest.mark.parametrize("moment", ["between two commits", "in a commit"])
-def test_another_set_that_comes_in_the_meantime_is_left_alone_too(moment, hub, folder, caplog):
+def test_another_dataset_pushed_in_the_meantime_is_left_alone_too(moment, hub, folder, caplog):
     theirs = their_set({"schema_version": 1, "fingerprint": "theirs"})
     held = Fault("hold", "POST", "/preupload/", skip=1)
     if moment == "in a commit":
@@ -308,7 +308,7 @@ def test_another_set_that_comes_in_the_meantime_is_left_alone_too(moment, hub, f
     assert published(hub) == theirs
 
 
-def test_shards_of_ours_without_a_record_are_known_by_their_content_and_get_it_again(hub, folder):
+def test_our_shards_without_a_record_are_recognized_by_content_and_get_it_again(hub, folder):
     """So a push of many files is left when it is killed after its first commit: records come in the last."""
     paths = [write_shard(folder, number) for number in range(2)]
     hub.create_repo("ann/cars", "dataset").commit({path: folder / path for path in paths})
@@ -321,7 +321,7 @@ def test_shards_of_ours_without_a_record_are_known_by_their_content_and_get_it_a
     assert len(contents_sent(hub)) == 2
 
 
-def test_a_whole_set_that_grows_stays_as_its_card_says_until_the_end(hub, folder, caplog):
+def test_a_complete_dataset_that_grows_matches_its_card_until_the_end(hub, folder, caplog):
     write_shard(folder, 0)
     finish(folder)
     before, _ = published(hub), hub.clear_log()

@@ -50,7 +50,7 @@ def read(repo_id: str = "ann/open", token: str | bool = TOKEN, path: str = "a.tx
     return Path(hf_hub_download(repo_id, path, token=token, **options)).read_bytes()
 
 
-def test_what_is_uploaded_comes_back_and_is_not_sent_twice(hub, tmp_path_factory):
+def test_uploads_can_be_downloaded_and_are_not_sent_twice(hub, tmp_path_factory):
     hub.page_size = 2  # every listing comes in pages
     folder = tmp_path_factory.mktemp("cars")
     api, where = HfApi(token=TOKEN), {"repo_id": "ann/cars", "repo_type": "dataset"}
@@ -105,7 +105,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusals_raise_what_the_hub_s_would(case, hub):
+def test_refusals_raise_the_same_errors_as_the_hub(case, hub):
     for name, settings in {"open": {}, "hidden": {"private": True}, "gated": {"gated": True}}.items():
         hub.create_repo(f"ann/{name}", "model", **settings).commit({"a.txt": b"a"})
     call, error, status = REFUSALS[case]

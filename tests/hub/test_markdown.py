@@ -60,7 +60,7 @@ def tables(markdown: str) -> list[list[list[str]]]:
 
 @pytest.mark.parametrize("show", [text, code])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_read_as_it_is_wherever_it_stands(show, name):
+def test_a_name_is_shown_unchanged_in_every_position(show, name):
     shown = show(name)
     assert tables(f"| a | b | c |\n|---|---|---|\n| x | {shown} | y |") == [
         [["a", "b", "c"], ["x", one_line(name), "y"]]

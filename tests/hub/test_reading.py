@@ -157,7 +157,7 @@ def asked(world, client):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_input_by_id_is_read_at_its_revision_and_its_commit_is_told(kind, asked, world):
+def test_an_input_by_id_is_read_at_its_revision_and_its_commit_is_reported(kind, asked, world):
     _, name, _ = KINDS[kind]
     public = world.commits[name]
     expected = {
@@ -168,7 +168,7 @@ def test_an_input_by_id_is_read_at_its_revision_and_its_commit_is_told(kind, ask
     assert {case: asked.answers[f"{kind}, {case}"].get("commit") for case in expected} == expected
 
 
-def test_what_is_read_is_that_of_the_revision(asked, world):
+def test_the_contents_are_those_of_the_revision(asked, world):
     for kind, number in (("real", 60), ("synthetic", 18)):
         counts = [asked.answers[f"{kind}, {case}"]["num_images"] for case in ("tag", "branch", "main", "commit")]
         assert counts == [number, 2 * number, 3 * number, number]
@@ -206,7 +206,7 @@ REPOS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_cannot_be_read_is_one_line(kind, asked, world):
+def test_unreadable_inputs_are_one_line(kind, asked, world):
     repo_type, name, flag = KINDS[kind]
     is_model = repo_type == "model"
     words = {
@@ -231,11 +231,11 @@ def test_what_cannot_be_read_is_one_line(kind, asked, world):
         ("odd name", "--model_name_or_path ada/a--b..c: neither an existing folder nor a repository id like"),
     ],
 )
-def test_what_is_in_the_repository_does_not_do(case, message, asked):
+def test_a_repository_with_unsuitable_contents_is_one_line(case, message, asked):
     assert message in asked.answers[case]["line"]
 
 
-def test_after_the_commit_is_known_nothing_is_asked_of_a_branch(asked):
+def test_after_the_commit_is_known_no_branch_is_read(asked):
     reads = [re.search("/(resolve|tree|paths-info)/([^/]+)", request.path) for request in asked.log]
     assert {read[2] for read in reads if read and not re.fullmatch("[0-9a-f]{40}", read[2])} == set()
 
@@ -272,7 +272,7 @@ def unreached(request, asked, world, clients):
     return SimpleNamespace(how=how, home=home, with_empty_cache=with_empty_cache, with_cache=with_cache, stderr=stderr)
 
 
-def test_out_of_reach_the_cache_is_used_at_the_same_commits(unreached, asked):
+def test_offline_the_cache_is_used_at_the_same_commits(unreached, asked):
     answers, stderr, is_tried = unreached.with_cache, unreached.stderr, unreached.how == "no network"
     for kind in KINDS:
         assert without_seconds(answers[kind]) == without_seconds(asked.answers[f"{kind}, main"])
@@ -284,7 +284,7 @@ def test_out_of_reach_the_cache_is_used_at_the_same_commits(unreached, asked):
     assert ("--dataset_name ada/cars: the Hub cannot be reached" in stderr) == is_tried
 
 
-def test_out_of_reach_and_not_in_the_cache_is_one_line(unreached, world):
+def test_offline_and_not_in_the_cache_is_one_line(unreached, world):
     answers, how = unreached.with_empty_cache, unreached.how
     for kind, (_, name, flag) in KINDS.items():
         reason = f"the Hub ({NOWHERE}) cannot be reached ([Errno 111] Connection refused), "

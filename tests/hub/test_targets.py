@@ -56,7 +56,7 @@ def try_to_write(repo_id: str, token: str) -> bool:
         (TOKEN, "acme/ann/cars", "--push_to_hub: 'acme/ann/cars' is not a repository id"),
     ],
 )
-def test_what_may_not_be_published_is_said_before_any_work(token, name, message, hub, tmp_path):
+def test_a_forbidden_target_is_reported_before_any_work(token, name, message, hub, tmp_path):
     with pytest.raises(UserError, match=message):
         open_target(tmp_path, name, "model", token=token)
     assert hub.repos() == []
@@ -105,9 +105,7 @@ def test_a_gated_repository_of_somebody_else_is_refused(acme, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "is_private"), [("public", False), ("hidden", True), ("new", None)])
-def test_a_public_repository_is_refused_before_any_work_when_a_private_one_is_asked_for(
-    name, is_private, hub, tmp_path
-):
+def test_a_public_repository_is_refused_before_any_work_if_a_private_one_is_wanted(name, is_private, hub, tmp_path):
     if is_private is not None:
         hub.create_repo(f"ann/{name}", "dataset", private=is_private)
     if is_private is False:
@@ -122,7 +120,7 @@ def test_a_public_repository_is_refused_before_any_work_when_a_private_one_is_as
     assert set(published(hub, name)) == set(FOLDERS["set"])
 
 
-def test_a_repository_that_somebody_makes_public_during_the_work_gets_nothing(hub, tmp_path):
+def test_a_repository_made_public_during_the_work_receives_nothing(hub, tmp_path):
     target = open_target(tmp_path, "cars", "dataset", private=True, token=TOKEN)
     hub.create_repo("ann/cars", "dataset")
     with pytest.raises(UserError, match="'ann/cars' already exists and is public"):
