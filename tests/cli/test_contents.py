@@ -31,7 +31,7 @@ def test_files_are_listed_in_order_with_links_and_without_hidden_ones(folder, tm
 def test_digest_depends_only_on_names_and_bytes(folder, tmp_path_factory):
     before = digest(folder)
     os.utime(folder / "b.txt", (1, 1))
-    (folder / ".cache").write_text("not of the input")
+    (folder / ".cache").write_text("not part of the input")
     assert digest(folder) == before
     assert describe_files(folder, list_files(folder)) == f"2 files, sha256 {before}"
     copied = tmp_path_factory.mktemp("copy")

@@ -1,4 +1,4 @@
-"""A user's error, a bug and a signal each end a script in their own way, with nothing half done."""
+"""User errors, bugs and signals each end a script in their own way, with nothing half done."""
 
 import contextlib
 import errno
@@ -19,14 +19,8 @@ SCRIPT = """
 import time
 from utils.cli.errors import graceful_interrupt, run_script
 
-def main():
-    with graceful_interrupt(lambda: "Go on with: the command"):
-        try:
-            print("working", flush=True)
-            time.sleep(60)
-        finally:
-            time.sleep(0.5)  # what must be finished, whatever comes meanwhile
-            print("cleaned up", flush=True)
+def main(): with graceful_interrupt(lambda: "Go on with: the command"): try: print("working", flush=True) time.sleep(60)
+finally: time.sleep(0.5)  # work that must finish despite further signals print("cleaned up", flush=True)
 
 run_script(main)
 """
@@ -68,7 +62,7 @@ def test_a_forked_process_ends_at_its_pools_signal_where_an_exception_would_get_
                 os.write(writer, b"forked")
                 time.sleep(60)
             finally:
-                os._exit(0)  # what raises here is lost
+                os._exit(0)  # exceptions here are lost
         os.read(reader, 6)
         os.kill(child, signal.SIGTERM)
         _, status = os.waitpid(child, 0)
@@ -90,7 +84,7 @@ def test_a_later_signal_ends_the_block_if_the_first_got_lost(seconds_to_end, is_
     monkeypatch.setattr(errors, "SECONDS_TO_END", seconds_to_end)
     reached = []
     with pytest.raises(Interrupted), graceful_interrupt(lambda: ""):
-        with contextlib.suppress(KeyboardInterrupt):  # as where it is raised in a destructor
+        with contextlib.suppress(KeyboardInterrupt):  # as if raised in a destructor
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         reached.append(True)
@@ -126,7 +120,7 @@ def test_an_unwritable_output_folder_is_one_line_with_how_to_resume(fail, reason
 
 
 @pytest.mark.parametrize("error", [
-    PermissionError(errno.EACCES, "Permission denied", "/photos/cat.jpg"),  # of an input
+    PermissionError(errno.EACCES, "Permission denied", "/photos/cat.jpg"),  # an input
     FileNotFoundError(errno.ENOENT, "No such file or directory", "/photos/cat.jpg"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""Memory that is too small: what is tried next, what is told, and that nothing of the failed attempt stays."""
+"""Too little memory: what is tried next, what is reported, and that nothing of a failed attempt remains."""
 
 import weakref
 
@@ -17,7 +17,7 @@ def test_results_that_fit_are_returned_and_failures_leave_nothing_behind():
     def attempt():
         tensor = torch.zeros(8)
         filled.append(weakref.ref(tensor))
-        torch.empty(2**58)  # more than there is: the CPU's own allocator says so
+        torch.empty(2**58)  # more than there is: the CPU's allocator fails
         return tensor
 
     assert try_in_memory(lambda: 5) == 5
@@ -41,7 +41,7 @@ def plan(enabled: list, size: int = 6, can_checkpoint: bool = True, **options) -
 
 
 def run(micro_batching: MicroBatching, enabled: list, limit: float) -> tuple[list, int]:
-    """Run an attempt that takes as much memory as images at a time, half with checkpointing; count those undone."""
+    """Run an attempt whose memory grows with the images at a time, half with checkpointing; count undone attempts."""
     tried, undone = [], []
 
     def attempt():

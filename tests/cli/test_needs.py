@@ -1,4 +1,4 @@
-"""Flags that can do nothing: refused on the command line, told of in a recipe; every one that says what it needs."""
+"""Flags without effect: refused on the command line, reported in a recipe; checks every flag with needs."""
 
 import pytest
 from transformers import Trainer, TrainingArguments
@@ -7,7 +7,7 @@ from tests.command_lines import SCRIPTS, parse_flags, script_parsers
 from utils.cli.errors import run_script
 from utils.cli.options import list_needs
 
-# what a flag lacks, without its values -> flags with which it does nothing, flags with which it does something
+# what a flag lacks, without values -> flags with which it has no effect, flags with which it has one
 LACKS = {
     "without --use_peft": ("", "--use_peft"),
     "without --num_folds": ("", "--num_folds 5"),
@@ -106,14 +106,14 @@ CASES = {
 
 
 def value_of(script: str, flag: str) -> list[str]:
-    """Return the words that give a flag some value."""
+    """Return command-line words that give a flag some value."""
     action = next(action for action in script_parsers()[script]._actions if action.dest == flag)
     value = str(action.choices[-1]) if action.choices else {int: "3", float: "0.5", str: "x"}.get(action.type)
     return [f"--{flag}", *([] if value is None else [value])]
 
 
 def fails(capsys, script: str, flags: list[str]) -> str:
-    """Return the one line of a run that ends in exit status 2."""
+    """Return the single line of a run that ends with exit status 2."""
     with pytest.raises(SystemExit) as ended:
         run_script(lambda: SCRIPTS[script].main(flags))
     lines = capsys.readouterr().err.splitlines()
@@ -130,7 +130,7 @@ def test_every_need_has_an_example_and_every_example_a_need():
 def test_a_flag_without_what_it_needs_is_one_line_and_with_it_passes(script, flag, lack, capsys):
     given, others = value_of(script, flag), CASES[script, flag, lack]
     met = " ".join(LACKS[other][1] for other in others)
-    without, with_it = (f"{met} {flags}".split() for flags in LACKS[lack])  # of two --method, the last counts
+    without, with_it = (f"{met} {flags}".split() for flags in LACKS[lack])  # of two --method, the last wins
     line = fails(capsys, script, [*given, *without])
     assert f"error: --{flag}" in line and line.endswith(f" leave --{flag} out.")
     assert f": does nothing {lack.partition('{')[0]}" in line and "{" not in line

@@ -1,4 +1,4 @@
-"""The precision that is taken where none is given, and what is said of it."""
+"""The default precision, and the message about it."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_a_gpu_computes_in_bfloat16_or_else_float16_and_reports_it(gpu, monkeypa
     gpu(bf16)
     assert choose_precision(None, to_change="--x") == (own, f"Precision: {title}, the default on this GPU (--x).")
     assert choose_precision(None, own, "x")[0] == own
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as `accelerate launch` says where nobody asks for another
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # the default of `accelerate launch`
     assert choose_precision(None)[0] == own
     assert choose_precision("no") == ("no", None)
     assert choose_precision(None, use_cpu=True) == ("no", None)
@@ -59,7 +59,7 @@ def test_the_precision_of_a_run_is_read_from_the_record_of_either_script(tmp_pat
     ):
         write_record(tmp_path / RUN_CONFIG, {"options": options})
         assert precision_from_options(options) == recorded_precision(tmp_path) == precision
-    write_record(tmp_path / RUN_CONFIG, {})  # of something else
+    write_record(tmp_path / RUN_CONFIG, {})  # another record
     assert recorded_precision(tmp_path) is None
 
 

@@ -87,7 +87,7 @@ def test_flags_that_do_not_affect_the_result_are_known(tmp_path):
     free = free_options([BridgedTrainingArguments(output_dir=str(tmp_path))])
     of_the_result = {"learning_rate", "max_steps", "seed", "bf16", "optim", "max_eval_samples", "num_train_epochs"}
     of_no_result = {"logging_steps", "per_device_eval_batch_size", "save_steps", "eval_strategy", "report_to"}
-    of_no_result.add("auto_find_batch_size")  # refused, but in records of earlier versions
+    of_no_result.add("auto_find_batch_size")  # refused now, but in records of earlier versions
     assert not of_the_result & free and of_no_result <= free
     assert {"train_sampling_strategy", "neftune_noise_alpha", "deepspeed"}.isdisjoint(free)
 

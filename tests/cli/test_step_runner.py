@@ -19,11 +19,11 @@ def test_finished_steps_are_not_run_again_and_failed_ones_are(tmp_path):
     StepRunner(tmp_path, tmp_path / "runs").run(step)
     assert not log.exists()
     (tmp_path / "done").unlink()
-    runner.run(step)  # what it made is gone
+    runner.run(step)  # its result is gone
     assert log.exists()
     log.unlink()
     runner.run(replace(step, command=(str(script), str(tmp_path / "other")), finished=tmp_path / "done"))
-    assert "other" in log.read_text()  # another command of that name
+    assert "other" in log.read_text()  # another command with the same name
     failing = Step("another", "to see", tmp_path / "done", (*step.command, "fail"), is_launched=False)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="another failed, see .*another.log"):

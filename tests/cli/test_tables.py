@@ -10,7 +10,7 @@ from utils.cli.tables import print_table
 
 @pytest.fixture
 def printed():
-    """Print a table at a width, and return what comes out."""
+    """Print a table at a width, and return the output."""
 
     def print_at(width: int, title: str | None = "all [b]images[/b]", name: str = "Textures (DTD)") -> str:
         table = Table("image set", "images", "steps (1, 2)", "", title=title, caption="of one\nGPU")

@@ -10,7 +10,7 @@ from utils.data.audit import audit_images, list_findings, print_audit
 
 
 def draw(seed: int, size=(48, 64)) -> PILImage.Image:
-    """Return an image of soft random spots and a sharp frame, unlike that of any other seed."""
+    """Return an image of soft random spots and a sharp frame, different for every seed."""
     spots = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     pixels = np.array(PILImage.fromarray(spots).resize(size[::-1], PILImage.Resampling.BICUBIC))
     pixels[::47], pixels[:, ::63] = 255, 0
@@ -46,7 +46,7 @@ def test_good_images_are_counted_without_findings(photos, capsys):
 
 
 def test_each_copy_is_reported_by_its_place(photos):
-    """A copy is one whatever its format, and a leak in another split; within class and split it is harmless."""
+    """A copy in another format is still a copy; it is a leak in another split, and harmless within class and split."""
 
     def copy(source, target, **options):
         PILImage.open(photos / source).save(photos / target, **options)
@@ -68,7 +68,7 @@ def test_each_copy_is_reported_by_its_place(photos):
 
 
 def test_altered_copies_look_alike_and_images_that_have_the_same_hash_by_chance_do_not(photos):
-    """Plain sheets have the same hash, whatever their colour; small details are lost in it."""
+    """Plain images of all colours have the same hash, which also loses small details."""
     photo, folder = draw(4), photos / "train" / "cat"
     photo.resize((32, 24)).save(folder / "smaller.png")
     photo.resize((160, 120)).save(folder / "larger.png")
@@ -81,7 +81,7 @@ def test_altered_copies_look_alike_and_images_that_have_the_same_hash_by_chance_
 
 
 def test_a_copy_of_a_look_alike_is_reported_once(photos):
-    """A hash that two copies share with a third image by chance makes them no look-alikes; clear is seen on white."""
+    """A hash that copies share with another image by chance makes no look-alikes; clear pixels appear white."""
     for name, colour in (("white", "white"), ("black", "black")):
         PILImage.new("RGB", (48, 64), colour).save(photos / "train" / "cat" / f"{name}.png")
     PILImage.new("RGBA", (48, 64), (0, 0, 0, 0)).save(photos / "train" / "cat" / "clear.png")
@@ -91,7 +91,7 @@ def test_a_copy_of_a_look_alike_is_reported_once(photos):
 
 
 def save_of_mode(path, mode: str) -> None:
-    """Save a picture, much the same in every mode: greys from black to white."""
+    """Save a picture of greys from black to white, nearly the same in every mode."""
     levels = np.asarray(draw(99).convert("L"), np.float32) / 255
     pictures = {
         "I;16": PILImage.fromarray((levels * 65_535).astype(np.uint16)),
@@ -121,7 +121,7 @@ def test_images_of_every_mode_are_audited_as_training_reads_them(photos):
         "of more than 8 bits a channel, read with 0 as black and 4,095 as white",
     ]
     same = {place.file for group in (*found.copies, *found.look_alikes) for place in group}
-    assert len(same) >= len(modes) - 1  # black and white alone may differ
+    assert len(same) >= len(modes) - 1  # only black and white may differ
     (finding,) = [finding for finding in list_findings(found) if "4,095" in finding.what]
     assert finding.examples == ["train cat/mode1.tif"]
 

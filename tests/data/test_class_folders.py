@@ -28,7 +28,7 @@ def classes_of(folder) -> list[str]:
 
 
 def names_of(images, class_names) -> list[str]:
-    """Return which class each image was drawn as, by its colour, to compare with its label."""
+    """Return the class that each image shows, by its colour, to compare with its label."""
     colours = [int(np.asarray(image).reshape(-1, 3).max(0).argmax()) for image in images["image"]]
     assert [("owl", "cat", "10")[colour] for colour in colours] == [class_names[label] for label in images["label"]]
     return sorted({class_names[label] for label in images["label"]})
@@ -88,7 +88,7 @@ def test_the_classes_of_split_folders_are_matched_by_name(tmp_path, caplog):
     splits = load_folder_set(read_local_set(str(tmp_path / "set")))
     assert {name: len(images) for name, images in splits.items()} == {"train": 20, "test": 6, "extra": 1}
     real = load(tmp_path / "set")
-    assert real.class_names == ["cat", "owl", "ant"]  # a class of a split that is not used is none
+    assert real.class_names == ["cat", "owl", "ant"]  # classes of unused splits do not count
     assert np.bincount(real.test["label"]).tolist() == [3, 2, 1]
     assert "1 class name matched ignoring case, spaces and Unicode form: 'Owl' is 'owl'" in caplog.text
     assert any("test images of classes without training images: 1 ('ant')" in remark for remark in real.remarks)
@@ -109,7 +109,7 @@ def test_folders_and_files_of_any_name_are_read_by_every_reader(tmp_path, monkey
     real = load(folder.name)
     assert real.class_names == sorted(ODD_NAMES)
     assert inspect_images(real.train, "training images")[1] == {}
-    monkeypatch.chdir("/")  # a row's path holds in every directory
+    monkeypatch.chdir("/")  # paths in rows are absolute
     labels = real.train["label"]
     expected = [colours[real.class_names[label]] for label in labels]
     assert [image.getpixel((0, 0)) for image in real.train["image"]] == expected
@@ -129,14 +129,14 @@ def test_validation_folders_have_the_labels_of_the_training_folders_by_name_what
     validation_dir = save_class_folders(tmp_path / "validation", {"OWL": 2, "cat": 0, "10": 1})
     real = load(train_dir=str(train_dir), validation_dir=str(validation_dir), num_shots=2)
     assert real.class_names == ["10", "cat", "owl"]
-    assert np.bincount(real.test["label"]).tolist() == [1, 0, 2]  # without a split 'test' they are the test
+    assert np.bincount(real.test["label"]).tolist() == [1, 0, 2]  # without a split 'test' they are the test part
     assert names_of(real.test, real.class_names) == ["10", "owl"]
     assert np.bincount(real.train["label"]).tolist() == [2, 2, 2]
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """Return a function that writes files below a folder 'set', images or text by their suffix, and returns it."""
+    """Return a function that writes image or text files, by suffix, below a folder 'set' and returns the folder."""
 
     def write(*files):
         for file in files:
@@ -177,7 +177,7 @@ def two_of(*folders) -> list[str]:
 def test_folders_are_classes_or_splits_with_classes(tree, folders, expected):
     found = read_local_set(tree(*two_of(*folders)))
     assert counts(found) == expected
-    assert list(found.splits) == list(expected)  # the training images' first, for the order of the classes
+    assert list(found.splits) == list(expected)  # training images first, for the order of the classes
     called = {name for name in folders if is_split_name(name) and "/" not in name}
     assert [note.partition("set: ")[2] for note in found.notes] == [
         f"treating {name} as a class (it holds images, not class folders)." for name in called
@@ -232,7 +232,7 @@ def test_a_train_dir_takes_folders_with_split_names_for_classes(tree):
         ["train.tar", "notes.txt"],
         ["photos.zip"],
         ["data.jsonl"],
-        ["dataset_dict.json", "cat/1.png", "dog/1.png"],  # what save_to_disk writes
+        ["dataset_dict.json", "cat/1.png", "dog/1.png"],  # files of save_to_disk
     ],
 )
 def test_other_data_is_left_to_datasets(tree, files):

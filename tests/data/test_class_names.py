@@ -19,13 +19,13 @@ CLASS_NAMES = ["n01440764", "no", "ankle_boot"]
 
 
 def read(path, text):
-    """Return what a file with this text says of `CLASS_NAMES`."""
+    """Return the nouns of `CLASS_NAMES` in a file with this text."""
     path.write_text(text, encoding="utf-8")
     return read_class_names_file(str(path), CLASS_NAMES)
 
 
 def read_alone(path, text):
-    """Return what it says where it is all that is known of the classes."""
+    """Return the classes and nouns in a file with this text."""
     path.write_text(text, encoding="utf-8")
     return read_class_names(str(path))
 

@@ -1,4 +1,4 @@
-"""Which columns hold images and labels, among them bytes of files that do not say so, and labels of any kind."""
+"""Finding image and label columns, including encoded files in plain columns, and labels of any kind."""
 
 import numpy as np
 import pyarrow as pa
@@ -70,17 +70,17 @@ def test_columns_are_found_by_type_and_the_labels_by_a_usual_name_too(tmp_path):
     images = labelled_images(["owl", "cat"] * 6).add_column("mask", FILES[:12])
     images.to_parquet(tmp_path / "train.parquet")
     real = load(tmp_path)
-    assert real.record.image_column_name == "image"  # of type Image, before one of bytes
+    assert real.record.image_column_name == "image"  # type Image wins over bytes
     assert real.class_names == ["cat", "owl"]
     named = images.remove_columns("mask").rename_columns({"image": "img", "label": "kind"})
     named.to_parquet(tmp_path / "train.parquet")
     real = load(tmp_path, label_column_name="kind")
     assert real.class_names == ["cat", "owl"]
-    assert np.asarray(real.train[0]["image"])[..., 1 - real.train[0]["label"]].max() == 230  # of its class's colour
+    assert np.asarray(real.train[0]["image"])[..., 1 - real.train[0]["label"]].max() == 230  # the colour of its class
 
 
 def test_an_image_column_with_a_mode_is_read_without_it(tmp_path):
-    """Training reads files, evaluation what datasets decode: with a mode, these would be other pixels."""
+    """Training reads files, evaluation what datasets decodes: with a mode, the pixels would differ."""
     clear = encode(PILImage.new("RGBA", (4, 4), (0, 0, 0, 0)))
     for feature in (Image(mode="RGB"), Image(decode=False)):
         features = Features({"image": feature, "label": ClassLabel(names=["cat", "dog"])})

@@ -1,4 +1,4 @@
-"""Folds: every image is tested once, and the same images by every script."""
+"""Folds: every image is tested once, and every script uses the same folds."""
 
 import numpy as np
 import pytest

@@ -17,7 +17,7 @@ def problems(*class_names: str, given=()) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def printed(capsys, monkeypatch):
-    """Return a function that gives what is printed of findings, 120 columns wide."""
+    """Return a function that returns the printed findings, 120 columns wide."""
     monkeypatch.setenv("COLUMNS", "120")
     return lambda findings: print_findings(findings) or capsys.readouterr().out
 
@@ -91,7 +91,7 @@ def test_diagnose_of_a_noun_within_another_names_where():
         ("apple_pie", "underscores"),
         ("rice", "also part of 'rice bowl'"),
     ]
-    assert problems("sea lion", "sea mountain lion") == []  # not side by side
+    assert problems("sea lion", "sea mountain lion") == []  # not next to each other
 
 
 def test_diagnose_of_a_double_meaning_names_both_and_a_word_that_ends_like_a_plural_is_whole():
@@ -114,7 +114,7 @@ def test_proposed_nouns_resolve_double_meanings():
 def test_diagnose_compares_with_nouns_that_a_person_chose_without_judging_them():
     names = ["n02123045", "crane", "apple", "apple_pie", "AnnualCrop"]
     assert problems(*names, given={"n02123045", "crane", "apple", "AnnualCrop"}) == [("apple_pie", "underscores")]
-    # as in the record of a style token, which has nouns and not who chose them
+    # as in the record of a style token, which has nouns without their origin
     nouns = ["tabby cat", "crane bird", "apple fruit", "apple pie", "field"]
     assert [finding.class_name for finding in diagnose(names, nouns)] == ["apple_pie"]
     (finding,) = diagnose(["n02123045", "tabby cat"], ["Tabby-cats", "tabby cat"], {"n02123045"})
@@ -198,7 +198,7 @@ def test_write_class_names_that_fails_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "names.yaml"
     write_class_names(path, ["a"], ["a"], [])
     before = path.read_bytes()
-    (tmp_path / ".names.yaml.tmp").mkdir()  # in the place of the temporary file
+    (tmp_path / ".names.yaml.tmp").mkdir()  # where the temporary file would be
     with pytest.raises(UserError, match="names.yaml: class names cannot be written .Is a directory.; choose"):
         write_class_names(path, ["b"], ["b"], [])
     assert path.read_bytes() == before

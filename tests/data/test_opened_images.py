@@ -20,7 +20,7 @@ PNG, JPEG, PROGRESSIVE = encode(PHOTO), encode(PHOTO, "JPEG"), encode(PHOTO, "JP
 
 def test_inspect_images_hashes_the_bytes_as_stored_and_processes_share_the_rows(tmp_path, monkeypatch):
     (tmp_path / "photo.jpg").write_bytes(JPEG)
-    contents = [PNG, JPEG, PROGRESSIVE, PNG[:-40]] * (2 * NUM_THREADS + 1)  # more than one piece for each of three
+    contents = [PNG, JPEG, PROGRESSIVE, PNG[:-40]] * (2 * NUM_THREADS + 1)  # more than one piece per process
     images = image_column([str(tmp_path / "photo.jpg") if content is JPEG else content for content in contents])
     whole = inspect_images(images, "photos", with_digests=True)
     expected = [hashlib.sha256(content).hexdigest() for content in contents]
@@ -81,7 +81,7 @@ def test_inspect_images_names_the_problems(tmp_path, monkeypatch):
         assert re.search(message, problems[row]), problems[row]
     assert "0x" not in "".join(problems.values())
     for row in problems.keys() - {0}:
-        with pytest.raises(Exception):  # noqa: B017 (it stops training whatever it is)
+        with pytest.raises(Exception):  # noqa: B017 (any exception stops training)
             images[row]["image"].load()
 
 

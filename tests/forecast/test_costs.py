@@ -1,4 +1,4 @@
-"""Disk that is forecast against disk that loading fills: Arrow copies, downloads, latents."""
+"""Forecast disk space compared with the space that loading uses: Arrow copies, downloads, latents."""
 
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def test_the_forecast_arrow_copy_is_the_one_that_loading_writes(save, is_copied,
     forecast = sum(use.num_bytes for use in uses)
     assert forecast == pytest.approx(written(empty_cache), rel=0.06, abs=2_000)
     assert (written(empty_cache) > 0.8 * images) == is_copied
-    assert sum(use.num_bytes for use in real_set_disk(record)) == 0  # it is there
+    assert sum(use.num_bytes for use in real_set_disk(record)) == 0  # it exists
 
 
 def load_real(record: RealImagesRecord) -> None:

@@ -1,4 +1,4 @@
-"""Memory that is counted against memory that is measured: saved tensors, the allocator, autograd with checkpoints."""
+"""Counted memory compared with measured memory: saved tensors, the allocator, gradient checkpointing."""
 
 import json
 
@@ -21,7 +21,7 @@ BATCH_SIZE = 2
 
 
 def unet_loss(unet, dtype=torch.float32):
-    """Return what computes a loss whose gradient goes back to the text embedding alone."""
+    """Return a function for a loss whose gradient reaches only the text embedding."""
     config = unet.config
 
     def compute():
@@ -60,8 +60,8 @@ def build_vit():
 
 
 def allocated_peak(compute, tmp_path) -> int:
-    """Return by how much the allocator's bytes grow at most, as PyTorch's profiler sees it, kernels on one thread."""
-    compute()  # what is made once
+    """Return the peak growth of allocated bytes in PyTorch's profiler, with kernels on one thread."""
+    compute()  # one-time allocations
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         compute()
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
@@ -89,7 +89,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_counted_peak_is_the_allocators(case, tmp_path):
-    """The allocator is asked for a little more: by kernels, for their own use."""
+    """Kernels allocate a little more for their own use."""
     build, make_loss, checkpointing = CASES[case]
     counted = count_on_meta(build, make_loss, checkpointing=checkpointing)
     model = build().train()
@@ -148,7 +148,7 @@ def test_the_counted_peak_of_encoding_is_the_allocators(tmp_path):
         counted = count_forward(encode(vae))
     with torch.no_grad():
         measured = allocated_peak(encode(SCALED.build_vae()), tmp_path)
-    # 64 pixels a side are little: what oneDNN reorders of its weights is seen
+    # at 64 pixels, weights reordered by oneDNN are noticeable
     assert counted == pytest.approx(measured, rel=0.05)
 
 

@@ -1,4 +1,4 @@
-"""What is said of a run's needs: what is too little, and what is unknown."""
+"""The printed needs of a run: what is not enough, and what is unknown."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from utils.forecast.report import MemoryForecast, Phase, TimeForecast, print_for
 
 
 def phase(gib: float, what: str = "training") -> Phase:
-    """Return a phase that needs so many GiB with its margin."""
+    """Return a phase that needs `gib` GiB with its margin."""
     return Phase(what, 0, round((gib * GIB - CONTEXT) / 1.05))
 
 

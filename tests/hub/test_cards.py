@@ -1,4 +1,4 @@
-"""What a person wrote in a card stays, what a run decides is replaced; licences are read out of cards."""
+"""A person's text in a card stays, the generated part is replaced; licenses are read from cards."""
 
 import pytest
 import yaml
@@ -11,7 +11,7 @@ pytest_plugins = ["tests.local_hub.fixtures"]
 
 
 def make_card(text: str = "our figures", around: tuple[str, str] = ("", ""), **metadata) -> str:
-    """Return a card as the templates make it; `around` is what a person wrote before and after the markers."""
+    """Return a card like those of the templates; `around` is a person's text before and after the markers."""
     before, after = around
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n{before}\n{BEGIN}\n{text}\n{END}\n{after}"
 
@@ -96,7 +96,7 @@ def test_other_metadata_stays_and_new_entries_come_below():
 
 def test_metadata_that_stays_is_not_rewritten():
     merged = merge_cards(OURS, THEIRS["comments and quotes"])
-    assert "# who\nlanguage: no\n" in merged  # Norwegian; read and written again it would be 'false'
+    assert "# who\nlanguage: no\n" in merged  # Norwegian; rewritten, it would be 'false'
     assert "# the tags\n" in merged
 
 

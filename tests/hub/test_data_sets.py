@@ -1,4 +1,4 @@
-"""Local data sets that `datasets` reads: saved ones, whole or still being enlarged, and what is wrong in one line."""
+"""Local datasets that `datasets` reads: saved ones, complete or still being extended, and one-line errors."""
 
 import shutil
 from io import BytesIO
@@ -36,7 +36,7 @@ def pixels_of(images) -> list[bytes]:
 
 
 def write_card(folder, **counts) -> None:
-    """Write a card that counts the images of splits."""
+    """Write a card with the numbers of images of splits."""
     splits = "".join(
         f"  - name: {split}\n    num_examples: {count}\n    num_bytes: 1\n" for split, count in counts.items()
     )
@@ -133,7 +133,7 @@ def test_images_of_a_repository_that_file_name_patterns_leave_out_are_counted(
     assert [text[: len(line)] for text in told] == ([] if num_read == 7 else [line])
 
 
-# the same classes, and one more, in another order in each file
+# the same classes, and one more, in a different order in each file
 ORDERS = {"train-0": ["cat", "dog", "owl"], "train-1": ["owl", "cat", "dog"], "test-0": ["dog", "emu", "cat"]}
 
 
@@ -142,7 +142,7 @@ def label_features(names: list[str]) -> Features:
 
 
 def write_labels(folder, files: dict[str, tuple[list[str] | None, list]]):
-    """Write parquet files of labels, with the class names that their numbers have, or without any."""
+    """Write parquet files of labels, with or without class names for their numbers."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for name, (names, labels) in files.items():
         schema = label_features(names or ["?"]).arrow_schema
@@ -246,7 +246,7 @@ def test_files_of_a_repository_with_classes_in_another_order_are_read_by_name(mi
     local_hub.create_repo("ann/mixed", "dataset").commit(files)
     source = open_source("ann/mixed", "--dataset_name", "dataset", token="hf_ann")
     assert by_name(load_data_set(source)) == MIXED
-    assert by_name(load_data_set(source)) == MIXED  # from the cache of datasets
+    assert by_name(load_data_set(source)) == MIXED  # from the datasets cache
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="the classes of 'label' in different orders, and HF_HUB_OFFLINE is set"):
         load_data_set(source)

@@ -1,4 +1,4 @@
-"""The local Hub answers as HUB.md has measured it: asked by the real client, and over a bare connection."""
+"""The local Hub answers like the real one: to the real client, and over a plain connection."""
 
 import http.client
 import json
@@ -27,7 +27,7 @@ def hub(hub, tmp_path, monkeypatch):
 
 @pytest.fixture
 def connection(hub):
-    """One kept-alive connection, for what clients do not show."""
+    """One kept-alive connection, for behaviour that clients hide."""
     address = urlsplit(hub.url)
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=20)
     yield connection
@@ -51,7 +51,7 @@ def read(repo_id: str = "ann/open", token: str | bool = TOKEN, path: str = "a.tx
 
 
 def test_uploads_can_be_downloaded_and_are_not_sent_twice(hub, tmp_path_factory):
-    hub.page_size = 2  # every listing comes in pages
+    hub.page_size = 2  # listings come in pages
     folder = tmp_path_factory.mktemp("cars")
     api, where = HfApi(token=TOKEN), {"repo_id": "ann/cars", "repo_type": "dataset"}
     content = {"README.md": b"---\nlicense: mit\n---\n", "data/big.bin": BIG, "data/letters é.txt": b"a", "empty": b""}
@@ -88,7 +88,7 @@ def test_uploads_can_be_downloaded_and_are_not_sent_twice(hub, tmp_path_factory)
     ]  # fmt: skip
 
 
-# what a reader meets is in test_reading.py, by the line that it ends in
+# errors of readers are in test_reading.py, by their message
 REFUSALS = {
     "without a name": (lambda: read("gpt2"), "RepositoryNotFoundError", 404),
     "private, info": (lambda: HfApi().model_info("ann/hidden", token="hf_bob"), "RepositoryNotFoundError", 404),

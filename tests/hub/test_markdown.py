@@ -1,4 +1,4 @@
-"""Names, prompts and settings of any characters in cards: a Markdown parser reads them as they were."""
+"""Names, prompts and settings with any characters in cards: a Markdown parser reads them unchanged."""
 
 import html
 import re
@@ -31,7 +31,7 @@ def one_line(name: str) -> str:
 
 
 def seen(token) -> str:
-    """Return what a reader sees of an inline token."""
+    """Return the visible text of an inline token."""
     parts = []
     for child in token.children:
         assert child.type in ("text", "code_inline", "html_inline", "strong_open", "strong_close"), child
@@ -43,7 +43,7 @@ def seen(token) -> str:
 
 
 def tables(markdown: str) -> list[list[list[str]]]:
-    """Return the tables of a text, each as rows of cells as they are seen."""
+    """Return the tables of a text, as rows of visible cells."""
     found = []
     cell = False
     for token in PARSER.parse(markdown):

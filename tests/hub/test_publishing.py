@@ -1,4 +1,4 @@
-"""Publishing through the real client: whole after any fault, nothing sent twice, and only what belongs there."""
+"""Publishing with the real client: complete after any fault, nothing sent twice, and only the intended files."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def is_whole(hub, folder) -> bool:
 
 @pytest.fixture(scope="module")
 def sweeps(tmp_path_factory):
-    """What became of every fault at every request of each kind of upload; both run at the same time."""
+    """The results of every fault at every request of each kind of upload; both run at the same time."""
     children = {}
     for kind in FOLDERS:
         command = [sys.executable, "-m", "tests.hub.fault_sweep", kind, str(tmp_path_factory.mktemp(kind))]
@@ -102,7 +102,7 @@ def test_our_files_missing_from_the_folder_are_deleted_and_foreign_files_stay(hu
     publish_finished(folder, open_target(folder, "cars", "model", token=TOKEN), patterns)
     there = hub.repo("ann/cars").files()
     assert there == theirs | {path: (folder / path).read_bytes() for path in ("model.safetensors", "config.json")} | {
-        "README.md": b"mine"  # a folder without a card leaves the one that is there
+        "README.md": b"mine"  # a folder without a card keeps the existing one
     }
     num_commits = len(hub.repo("ann/cars").commits())
     publish_finished(folder, open_target(folder, "cars", "model", token=TOKEN), (*patterns, "*"))
@@ -142,7 +142,7 @@ def test_after_a_kill_only_what_is_missing_is_sent(hub, folder, start_with_hub):
 
 
 def publish_while(hub, ours: Path, request: tuple[str, str], commit_theirs) -> None:
-    """Publish `ours` and let someone else commit while one of our requests waits for its answer."""
+    """Publish `ours` while someone else commits during one of our requests."""
     held, failures = Fault("hold", *request), []
     hub.inject(held)
 
@@ -162,13 +162,13 @@ def publish_while(hub, ours: Path, request: tuple[str, str], commit_theirs) -> N
         raise failures[0]
 
 
-# before it has been looked up on which commit ours comes, and after that
+# before and after the parent commit is looked up
 MOMENTS = [("GET", "/api/datasets/ann/cars/tree/"), ("POST", "/preupload/")]
 
 
 @pytest.fixture
 def ours(hub, folder):
-    """A set that is on the Hub but for a new shard and new words in its card; two of its shards are gone."""
+    """A dataset on the Hub, then changed locally: a new shard, new words in the card, two shards removed."""
     publish(folder)
     for number in (1, 2):
         (folder / f"data/train-{number:05d}.parquet").unlink()

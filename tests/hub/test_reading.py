@@ -1,4 +1,4 @@
-"""Every input by id, through the real clients: the commit it comes from, and the one line when it cannot be read."""
+"""Every input by id, with the real clients: its commit, and the one-line error if it cannot be read."""
 
 import json
 import re
@@ -24,12 +24,12 @@ KINDS = {
     "synthetic": ("dataset", "syn", "--synthetic_dataset"),
     "classifier": ("model", "vit", "--model_name_or_path"),
 }
-NOWHERE = "http://127.0.0.1:9"  # nobody listens there
+NOWHERE = "http://127.0.0.1:9"  # nothing listens there
 OUT_OF_REACH = {"HF_HUB_OFFLINE": {"HF_HUB_OFFLINE": "1"}, "no network": {"HF_ENDPOINT": NOWHERE}}
 
 
 class Client:
-    """A client in a process of its own, with one environment, that is asked as often as there are questions for it."""
+    """A client process with its own environment, which answers any number of questions."""
 
     def __init__(self, hub: LocalHub, hf_home: Path, **environment):
         self.stderr_path = hf_home.with_name(f"{hf_home.name}.stderr")
@@ -40,7 +40,7 @@ class Client:
             )  # fmt: skip
 
     def ask(self, cases: dict) -> tuple[dict, str]:
-        """Return the answers, and what was written to stderr with them."""
+        """Return the answers, and the output to stderr."""
         num_lines = len(self.stderr())
         cases = {case: (*values, *[None] * (5 - len(values))) for case, values in cases.items()}
         self.process.stdin.write(json.dumps(cases) + "\n")
@@ -82,7 +82,7 @@ def world(tmp_path_factory, tiny_pipeline_dir, real_images_dir, synthetic_dir, c
             if name == "style":
                 write_token(folders[name], "ada/sd", commits["sd"]["v1"])
             files = files_of(folders[name])
-            # the later commits of a data set have two and three times the images
+            # later commits of a dataset have two and three times the images
             path, rows = "data/train", files.get("data/train-00000.parquet", b"no image")
             for access in ("", "-private", "-gated"):
                 repo_type = "dataset" if name in ("cars", "syn") else "model"
@@ -102,9 +102,9 @@ def world(tmp_path_factory, tiny_pipeline_dir, real_images_dir, synthetic_dir, c
 
 @pytest.fixture(scope="module")
 def clients(world):
-    """A client that reaches the Hub, and one for each way in which it is out of reach; each HF_HOME is empty at first.
+    """A client that reaches the Hub, and one for each way in which it cannot; each HF_HOME is empty at first.
 
-    They are started together: most of their time goes into imports.
+    They start together, as imports take most of their time.
     """
     environments = {"used": {}} | OUT_OF_REACH
     clients = {name: Client(world.hub, world.homes / name, **settings) for name, settings in environments.items()}
@@ -121,7 +121,7 @@ def client(clients):
 
 @pytest.fixture(scope="module")
 def asked(world, client):
-    """What a client with an empty HF_HOME makes of every input, and the requests that it sent."""
+    """The answers of a client with an empty HF_HOME for every input, and the requests that it sent."""
     world.hub.clear_log()
     cases = {}
     for kind, (repo_type, name, _) in KINDS.items():
@@ -139,7 +139,7 @@ def asked(world, client):
             f"{kind}, no revision": (kind, repo, "v9"),
             f"{kind}, no commit": (kind, repo, "0" * 40),
             f"{kind}, nothing in it": (kind, "ada/nothing-set" if repo_type == "dataset" else "ada/nothing"),
-            # before anything of it is in the cache
+            # before it is in the cache
             f"{kind}, empty --hub_token": (kind, repo, None, ""),
             f"{kind}, main": (kind, repo),
             f"{kind}, tag": (kind, repo, "v1"),
@@ -261,7 +261,7 @@ def test_a_stored_login_is_used_and_the_flag_wins(asked, world, client):
 
 @pytest.fixture(scope="module", params=OUT_OF_REACH)
 def unreached(request, asked, world, clients):
-    """How a Hub is out of reach; what a client makes of it with an empty HF_HOME, then with what was read before."""
+    """An unreachable Hub, and a client's answers with an empty HF_HOME and then with a filled one."""
     how, home, client = request.param, world.homes / request.param, clients[request.param]
     cases = {kind: (kind, f"ada/{name}") for kind, (_, name, _) in KINDS.items()}
     with_empty_cache, _ = client.ask(cases | {"real, commit": ("real", "ada/cars", world.commits["cars"]["main"])})
@@ -278,7 +278,7 @@ def test_offline_the_cache_is_used_at_the_same_commits(unreached, asked):
         assert without_seconds(answers[kind]) == without_seconds(asked.answers[f"{kind}, main"])
     assert without_seconds(answers["synthetic, tag"]) == without_seconds(asked.answers["synthetic, tag"])
     assert [answers[case]["num_images"] for case in ("real, tag", "real, commit")] == [60, 120]
-    assert sum(answer["seconds_slept"] for answer in answers.values()) < 20  # no half minute of new tries for each
+    assert sum(answer["seconds_slept"] for answer in answers.values()) < 20  # no half minute of retries for each
     told = [name for _, name, _ in KINDS.values() if f"Using cached commit hash for 'ada/{name}'" in stderr]
     assert len(told) == (len(KINDS) if is_tried else 0)
     assert ("--dataset_name ada/cars: the Hub cannot be reached" in stderr) == is_tried

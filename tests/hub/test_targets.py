@@ -1,4 +1,4 @@
-"""Where a folder is published: what forbids it is said before any work, and nothing is created to find out."""
+"""Where a folder is published: problems are reported before any work, and checks create nothing."""
 
 import pytest
 from huggingface_hub import HfApi, constants
@@ -21,7 +21,7 @@ MAY_NOT_CREATE = "--push_to_hub: '{}' does not exist, and this access token may 
 
 @pytest.fixture
 def acme(hub):
-    """An organisation with a repository that ann has made, and one that somebody else has."""
+    """An organisation with repositories of ann and of others."""
     for token, role in ROLES.items():
         hub.add_user("ann", token, organisations={"acme": role})
     for token, writable in FINE_GRAINED.items():
@@ -34,7 +34,7 @@ def acme(hub):
 
 
 def try_to_write(repo_id: str, token: str) -> bool:
-    """Return whether the Hub lets a token create a repository, if need be, and commit to it."""
+    """Return whether the Hub lets a token create a repository, if needed, and commit to it."""
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, exist_ok=True)
@@ -94,7 +94,7 @@ def test_a_role_that_may_not_write_is_refused_before_any_work(token, repo_id, me
             open_target(tmp_path, repo_id, "model", token=token)
     assert [repo.id for repo in acme.repos()] == before
     assert {request.method for request in acme.log} == {"GET"}
-    # the Hub itself judges likewise
+    # the Hub itself agrees
     assert try_to_write(repo_id, token) is (message is None)
 
 
