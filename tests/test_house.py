@@ -1,4 +1,4 @@
-"""The house of `utils/`: rooms on floors. A module imports its own room and the floors below, nothing above."""
+"""The layers of `utils/`: a module imports only its own package and the layers below."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# the ground first; rooms on one floor do not import each other
+# the lowest first; packages on one layer do not import each other
 FLOORS = (
     ("cli",),
     ("hub",),
@@ -26,7 +26,7 @@ MODULES = {
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Return the modules of `utils/` that a file imports, wherever in it."""
+    """Return the modules of `utils/` that a file imports anywhere."""
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     for node in nodes:
@@ -40,7 +40,7 @@ def room(module: str) -> str:
 
 
 def find_upward_imports(imports: dict[str, set[str]]) -> list[str]:
-    """Return `importer -> imported` for each import of a higher floor, or of another room on the same one."""
+    """Return `importer -> imported` for each import of a higher layer, or of another package on the same layer."""
     return [
         f"{importer} -> {imported}"
         for importer, modules in imports.items()
@@ -50,7 +50,7 @@ def find_upward_imports(imports: dict[str, set[str]]) -> list[str]:
 
 
 def find_cycle(imports: dict[str, set[str]]) -> list[str]:
-    """Return modules of which each imports the next and the last the first; none where there is no circle."""
+    """Return modules of which each imports the next and the last the first; empty without a cycle."""
     done = set()
 
     def visit(module: str, way: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Inputs are known by their contents: one that is replaced under its name, between two runs or during one, is told."""
+"""Inputs are identified by their contents: replacing one under its name, between or during runs, is noticed."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def inputs(classifiers, tmp_path) -> dict[str, Path]:
-    """A model, real images and a synthetic set of a run's own, by the flags that name them."""
+    """A model, real images and a synthetic set for one test, by their flags."""
     model = shutil.copytree(classifiers["vit"], tmp_path / "model")
     real = save_class_folders(tmp_path / "photos", dict.fromkeys(CLASS_NAMES, 20))
     synthetic = tmp_path / "synthetic"
@@ -61,7 +61,7 @@ def save_synthetic(folder: Path, num_per_class: int, real: Path, seed: int = 0) 
 
 
 def replace(flag: str, path: Path) -> None:
-    """Change what an input holds, and nothing of its names and sizes."""
+    """Change the contents of an input, but not its names and sizes."""
     if flag == "model_name_or_path":
         weights = load_file(path / "model.safetensors")
         save_file({name: value + 0.01 for name, value in weights.items()}, path / "model.safetensors", {"format": "pt"})
@@ -145,7 +145,7 @@ def test_inputs_removed_at_the_end_do_not_cost_the_result(inputs, tmp_path, monk
 def test_the_first_images_of_a_set_that_grew_are_the_same(inputs, tmp_path):
     run(inputs, tmp_path / "out", "--max_synthetic_samples_per_class", "4")
     save_synthetic(inputs["synthetic_dataset"], 2 * NUM_PER_CLASS, inputs["train_dir"])
-    next((tmp_path / "out").glob("stage*/stage.json")).unlink()  # would be missed
+    next((tmp_path / "out").glob("stage*/stage.json")).unlink()  # would be missing
     run(inputs, tmp_path / "out", "--max_synthetic_samples_per_class", "4")
     save_synthetic(inputs["synthetic_dataset"], 2 * NUM_PER_CLASS, inputs["train_dir"], seed=1)
     with pytest.raises(UserError, match="made from other inputs"):
@@ -172,7 +172,7 @@ def compare(inputs: dict[str, Path], folder: Path, *flags: str) -> dict:
 
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
-    """The stages that are trained, by the names of their folders."""
+    """The trained stages, by the names of their folders."""
     names, fine_tune = [], stage.fine_tune
 
     def recorded(*args, **kwargs):
@@ -185,7 +185,7 @@ def trained(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize(("flag", "anew"), [
     ("model_name_or_path", ["vanilla", "stage1", "stage2"]),
-    ("train_dir", ["vanilla", "stage2"]),  # stage 1 sees none of them
+    ("train_dir", ["vanilla", "stage2"]),  # stage 1 does not use them
     ("synthetic_dataset", ["stage1", "stage2"]),
 ])  # fmt: skip
 def test_cells_of_replaced_inputs_are_run_again(flag, anew, inputs, tmp_path, trained, capsys):
@@ -320,7 +320,7 @@ def test_a_repository_that_moved_on_is_another_input_and_its_earlier_commit_the_
 
 def test_a_torn_file_of_a_set_is_one_line(inputs, tmp_path):
     record = read_record(inputs["synthetic_dataset"] / GENERATION_CONFIG)
-    del record["num_images"]  # as in old sets, whose images are not counted
+    del record["num_images"]  # as in old sets, which have no count
     write_record(inputs["synthetic_dataset"] / GENERATION_CONFIG, record)
     (inputs["synthetic_dataset"] / "data" / "train-00001.parquet").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"^--synthetic_dataset \S+: its images cannot be read \(Parquet"):

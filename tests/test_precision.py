@@ -1,4 +1,4 @@
-"""The precision of the scripts where no flag gives it, on a GPU that is not there and on the CPU that is."""
+"""The scripts' default precision, on a simulated GPU and on the CPU."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_train_dsi_uses_the_gpus_precision_or_that_of_the_resumed_run(gpu, tmp_p
     assert parse_dsi(tmp_path) == "fp16"
     assert parse_dsi(tmp_path, "--mixed_precision", "no") == "no"
     assert "Precision: float16, the default on this GPU (--mixed_precision no is float32)." in caplog.messages
-    write_record(tmp_path / RUN_CONFIG, {"options": {"mixed_precision": "no"}})  # as earlier versions took it
+    write_record(tmp_path / RUN_CONFIG, {"options": {"mixed_precision": "no"}})  # as in earlier versions
     assert parse_dsi(tmp_path) == "no"
     assert f"Precision: float32, as in the run in {tmp_path}; a new run" in caplog.text
     assert parse_dsi(tmp_path, "--overwrite_output_dir") == "fp16"
@@ -40,7 +40,7 @@ def test_train_bridged_uses_the_gpus_precision_or_that_of_the_resumed_run(
 ):  # fmt: skip
     def parse(*flags):
         argv = ["--dataset_name", str(real_images_dir), "--method", "vanilla", "--output_dir", str(tmp_path), *flags]
-        # a GPU that is not there cannot be asked for its device
+        # a simulated GPU has no device
         args = train_bridged.parse_arguments([*argv, "--use_cpu"])[0].training
         return args.bf16, args.fp16, args.mixed_precision
 

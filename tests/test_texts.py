@@ -1,4 +1,4 @@
-"""README and the other texts: every command parses, every flag exists, every link and picture is there."""
+"""README and the other texts: every command parses, every flag, link and picture exists."""
 
 import re
 from contextlib import redirect_stdout
@@ -21,7 +21,7 @@ of_every_text = pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.rel
 
 
 def code_in(path: Path, language: str = "") -> tuple[list[str], list[str]]:
-    """Return a text's code blocks, those of a language where one is given, and its spans of code."""
+    """Return a text's code blocks, of a given language if any, and its code spans."""
     text = path.read_text(encoding="utf-8")
     blocks = re.findall(rf"```{language}(.*?)```", text, re.DOTALL)
     return blocks, re.findall(r"(?<!`)`([^`]+)`(?!`)", text)
@@ -29,7 +29,7 @@ def code_in(path: Path, language: str = "") -> tuple[list[str], list[str]]:
 
 @pytest.fixture
 def in_a_copy(tmp_path, monkeypatch):
-    """Stand where `recipe.yaml`, an example's file, exists, and the recipes do."""
+    """Change to a folder with the recipes, the demo and the example file `recipe.yaml`."""
     (tmp_path / "recipe.yaml").write_text("seed: 1\n")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "demo").symlink_to(ROOT / "demo")
@@ -38,7 +38,7 @@ def in_a_copy(tmp_path, monkeypatch):
 
 @of_every_text
 def test_every_command_of_a_text_parses(path, in_a_copy):
-    """Commands are lines of code blocks, joined where they go on, and spans of code."""
+    """Commands are lines of code blocks, with continuation lines joined, and code spans."""
     blocks, spans = code_in(path, "bash\n")
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines += [" ".join(span.split()) for span in spans]

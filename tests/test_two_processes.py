@@ -1,4 +1,4 @@
-"""On two processes, what all of them know is said once, and what is published is published once."""
+"""With two processes, shared messages are printed once and folders are published once."""
 
 import shutil
 
@@ -41,7 +41,7 @@ def test_a_finished_folder_is_published_and_reported_once(script, argv_of, local
     assert output.count("Published: ") == 1
     assert output.count("is already finished, nothing to do") == (script is not generate_synthetic)
     num_commits = len([request for request in local_hub.log if "/commit/" in request.path])
-    # of a set, its shards may go ahead of the rest
+    # shards of a synthetic set may be committed before the rest
     assert num_commits in ((1, 2) if script is generate_synthetic else (1,))
 
 

@@ -19,8 +19,14 @@ SCRIPT = """
 import time
 from utils.cli.errors import graceful_interrupt, run_script
 
-def main(): with graceful_interrupt(lambda: "Go on with: the command"): try: print("working", flush=True) time.sleep(60)
-finally: time.sleep(0.5)  # work that must finish despite further signals print("cleaned up", flush=True)
+def main():
+    with graceful_interrupt(lambda: "Resume with: the command"):
+        try:
+            print("working", flush=True)
+            time.sleep(60)
+        finally:
+            time.sleep(0.5)  # work that must finish despite further signals
+            print("cleaned up", flush=True)
 
 run_script(main)
 """
@@ -50,7 +56,7 @@ def test_a_signal_ends_a_script_gracefully_and_a_second_one_is_ignored(number):
     child.send_signal(signal.SIGTERM)
     output, messages = child.communicate(timeout=300)
     assert output == "cleaned up\n"
-    assert messages == "\n-c: interrupted. Go on with: the command\n"  # below a progress bar
+    assert messages == "\n-c: interrupted. Resume with: the command\n"  # below a progress bar
     assert child.returncode == 128 + number
 
 
