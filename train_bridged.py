@@ -341,14 +341,14 @@ def look_at_run(args: SimpleNamespace, source) -> dict:
 
 def list_disk(args: SimpleNamespace, source, record) -> list:
     """Return what loading the real images and the synthetic set writes to the disk."""
-    from utils.forecast.inputs import data_set_disk, real_set_disk
+    from utils.forecast.inputs import dataset_disk, real_set_disk
     from utils.hub.repositories import Source
     from utils.transfer.synthetic_images import FLAG
 
     token = args.training.hub_token or None
     disk = real_set_disk(record, token)
     if source is not None and not args.synthetic.streaming:
-        disk += data_set_disk(Source(source.name, FLAG, "dataset", source.revision, token))
+        disk += dataset_disk(Source(source.name, FLAG, "dataset", source.revision, token))
     return disk
 
 

@@ -86,7 +86,7 @@ def list_steps(
             ("compare_transfer.py", "recipes/compare.yaml", "--synthetic_dataset", *sets, *allow, "--methods", *methods,
              "--volumes", str(num_images_per_class), *classifier, "--learning_rates", rate, "--bridge_learning_rates",
              bridge_rate, "--output_dir", str(trained / "comparison"), *config_flags),
-            is_launched=False,  # it starts processes of its own
+            is_launched=False,  # it starts its own processes
             from_scratch=(),
         ),
     ]  # fmt: skip

@@ -16,7 +16,7 @@ from utils.cli.errors import UserError
 from utils.cli.records import ALL_RESULTS, GENERATION_CONFIG, read_record, write_record
 from utils.data.image_set import RealImagesRecord
 from utils.data.real_images import identify_real_images
-from utils.hub.data_sets import load_data_set
+from utils.hub.image_datasets import load_image_dataset
 from utils.hub.repositories import Source
 from utils.transfer import run_method, stage
 
@@ -85,7 +85,7 @@ def run(inputs: dict[str, Path], folder: Path, *flags: str) -> dict:
 def test_a_classifier_of_inputs_that_were_replaced_is_not_finished(flag, inputs, tmp_path, monkeypatch):
     results = run(inputs, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("a finished run began anew"))
+        patch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("a finished run started again"))
         assert run(inputs, tmp_path / "out") == read_record(tmp_path / "out" / ALL_RESULTS)
     replace(flag, inputs[flag])
     with pytest.raises(
@@ -183,12 +183,12 @@ def trained(monkeypatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize(("flag", "anew"), [
+@pytest.mark.parametrize(("flag", "retrained"), [
     ("model_name_or_path", ["vanilla", "stage1", "stage2"]),
     ("train_dir", ["vanilla", "stage2"]),  # stage 1 does not use them
     ("synthetic_dataset", ["stage1", "stage2"]),
 ])  # fmt: skip
-def test_cells_of_replaced_inputs_are_run_again(flag, anew, inputs, tmp_path, trained, capsys):
+def test_cells_of_replaced_inputs_are_run_again(flag, retrained, inputs, tmp_path, trained, capsys):
     compare(inputs, tmp_path / "out")
     assert trained == ["vanilla", "stage1", "stage2"]
     trained.clear()
@@ -196,7 +196,7 @@ def test_cells_of_replaced_inputs_are_run_again(flag, anew, inputs, tmp_path, tr
     assert trained == [] and "Since the last comparison" not in capsys.readouterr().out
     replace(flag, inputs[flag])
     compare(inputs, tmp_path / "out")
-    assert trained == anew
+    assert trained == retrained
     assert f"Since the last comparison in {tmp_path}/out: --{flag} {inputs[flag]} was " in capsys.readouterr().out
 
 
@@ -254,17 +254,17 @@ def test_in_its_own_folder_a_run_removes_only_what_runs_make(inputs, tmp_path):
 def test_inputs_that_have_moved_are_the_same(inputs, tmp_path, monkeypatch):
     run(inputs, tmp_path / "out")
     moved = {flag: shutil.move(path, tmp_path / f"moved-{path.name}") for flag, path in inputs.items()}
-    monkeypatch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("a finished run began anew"))
+    monkeypatch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("a finished run started again"))
     run(moved, tmp_path / "out", "--train_dir", str(moved["train_dir"]), "--num_shots", "2")
 
 
 def test_other_images_of_the_same_size_and_time_are_read_again(inputs):
     source = Source(str(inputs["synthetic_dataset"]), "--synthetic_dataset", "dataset")
     shard = inputs["synthetic_dataset"] / "data" / "train-00000.parquet"
-    before, status = load_data_set(source, split="train")[0]["image"], os.stat(shard)
+    before, status = load_image_dataset(source, split="train")[0]["image"], os.stat(shard)
     save_synthetic(inputs["synthetic_dataset"], NUM_PER_CLASS, inputs["train_dir"], seed=1)
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert load_data_set(source, split="train")[0]["image"] != before
+    assert load_image_dataset(source, split="train")[0]["image"] != before
 
 
 @pytest.mark.parametrize(("name", "matters"), [

@@ -506,7 +506,7 @@ VARIANTS = {
 }
 
 
-# --- a run, in a process of its own or in this one
+# --- a run, in a separate process or in this one
 
 
 @dataclass(frozen=True)
@@ -746,7 +746,7 @@ class History:
         before = self.stage.identities_of(world.state)
         argv = flags if flags is self.advised else [*variant.argv(world), *self.size_flags(), *flags]
         overwrites = OVERWRITE in argv and KEEP not in argv  # the last of the two wins
-        is_anew = not self.is_begun or overwrites or not variant.can_overwrite
+        is_new = not self.is_begun or overwrites or not variant.can_overwrite
         is_done = self.finished == before and not overwrites
         goes_on = self.consistent == before and (RESUME[0] in argv or not variant.is_resumed_by_flag)
         kept, self.advised = variant.kept_files(world.out) if is_done else None, None
@@ -765,9 +765,9 @@ class History:
             self.check_signalled(outcome)
         elif "SIGKILL" not in signals or outcome.status != -signal.SIGKILL:
             self.fail(3, f"ended with status {outcome.status}: {outcome.errors[-3000:]}")
-        is_due = (is_anew or is_done or goes_on) and not replaced
+        is_due = (is_new or is_done or goes_on) and not replaced
         if is_due and not signals and outcome.status != 0:
-            self.fail(4 if is_anew else 3, f"was refused: {outcome.errors[-1000:]!r}")
+            self.fail(4 if is_new else 3, f"was refused: {outcome.errors[-1000:]!r}")
         if is_done and not replaced and variant.kept_files(world.out) != kept:
             self.fail(2, "touched what was finished")
         for change in world.describe_changes():

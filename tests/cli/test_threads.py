@@ -60,7 +60,7 @@ def test_a_containers_limit_and_other_processes_leave_fewer_threads(machine):
     assert machine(group="/a/b", limits={"": "max 1", "a": "200000 100000", "a/b": "max 100000"}) == ("2", 2)
     assert machine(limits={"": "max 100000"}, LOCAL_WORLD_SIZE="2") == ("4", 8)
     assert machine(OMPI_COMM_WORLD_LOCAL_SIZE="16") == ("1", 8)
-    # bound by MPI to two cores of its own
+    # bound by MPI to its own two cores
     assert machine(own=range(2), MPI_LOCALNRANKS="4") == (None, 2)
 
 

@@ -64,7 +64,7 @@ def test_removing_an_image_moves_no_other(tmp_path):
         whole.select(left[::-1]).to_parquet(path)  # in another order as well
         removed = pixels_of(whole.select([row]))[0]
         moved = {pixels for pixels, part in parts().items() if before[pixels] != part}
-        # but where it was a class's only one in its part, which must not be empty
+        # unless it was its class's only image in a part, which must not be empty
         of_class = [
             pixels for pixels in pixels_of(whole.select(range(row % 3, 60, 3))) if before[pixels] == before[removed]
         ]

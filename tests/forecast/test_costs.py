@@ -9,8 +9,8 @@ import torch
 from tests.conftest import CLASS_NAMES, save_class_folders, save_image_set
 from utils.data.image_set import RealImagesRecord
 from utils.forecast.costs import DiskUse, folder_bytes, latent_bytes
-from utils.forecast.inputs import data_set_disk, missing_bytes, real_set_disk
-from utils.hub.data_sets import load_data_set
+from utils.forecast.inputs import dataset_disk, missing_bytes, real_set_disk
+from utils.hub.image_datasets import load_image_dataset
 from utils.hub.repositories import Source, open_source
 from utils.style.latents import DTYPE as LATENT_DTYPE
 from utils.style.latents import LatentCache
@@ -77,12 +77,12 @@ def test_a_set_on_the_hub_is_downloaded_and_copied_once(local_hub, tmp_path, emp
     files = {str(path.relative_to(tmp_path / "set")): path for path in (tmp_path / "set").rglob("*.parquet")}
     local_hub.create_repo("user/set", "dataset").commit(files)
     source = open_source("user/set", "--dataset_name", "dataset")
-    download, copy = data_set_disk(source)
+    download, copy = dataset_disk(source)
     size = sum(path.stat().st_size for path in files.values())
     assert (download.num_bytes, copy.num_bytes) == (size, size)
-    load_data_set(source)
+    load_image_dataset(source)
     assert copy.num_bytes == pytest.approx(written(empty_cache), rel=0.06)
-    assert data_set_disk(source) == []
+    assert dataset_disk(source) == []
     assert missing_bytes(source, list(files)) == 0
 
 

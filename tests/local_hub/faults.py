@@ -12,7 +12,7 @@ class Fault:
 
     Kinds: `status` answers with `status` and does nothing; `drop` closes the connection without an answer and does
     nothing; `truncate` sends half of the answer's body and closes; `lost_answer` does the work and closes without an
-    answer; `delay` sleeps `seconds`, then goes on; `hold` goes on once `released` is set.
+    answer; `delay` sleeps `seconds`, then continues; `hold` continues once `released` is set.
     """
 
     kind: Literal["status", "drop", "truncate", "lost_answer", "delay", "hold"]

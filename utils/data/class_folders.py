@@ -127,7 +127,7 @@ def split_words(name: str) -> list[str]:
 
 
 def _read_layout(files: ImageFiles, prefix: tuple[str, ...]) -> FolderSet:
-    """Return the splits below the folder `prefix` of a local data set."""
+    """Return the splits below the folder `prefix` of a local dataset."""
     depth = len(prefix)
     with_images = [parts for parts, names in files.images.items() if names and parts[:depth] == prefix]
     if prefix in with_images:

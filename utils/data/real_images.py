@@ -15,7 +15,7 @@ from utils.data.folds import Folds, split_fold
 from utils.data.image_set import PARTS, PLACES, Part, RealImages, RealImagesRecord
 from utils.data.opened_images import content_positions
 from utils.data.splits import TEST_SHARE, assign_splits, balanced_indices, carve, evenly_spaced, select
-from utils.hub.data_sets import list_data_files, load_data_set
+from utils.hub.image_datasets import list_data_files, load_image_dataset
 from utils.hub.repositories import open_source
 
 MISSING_VALUES = ("nan", "none", "null", "n/a", "na", "<na>")  # what programs write for a missing label
@@ -165,7 +165,7 @@ def _load_splits(record: RealImagesRecord, token: str | None) -> tuple[DatasetDi
         return load_folder_set(read_train_dirs(record.train_dir, record.validation_dir)), record
     source = open_source(record.dataset_name, "--dataset_name", "dataset", record.dataset_revision, token)
     found = read_local_set(source.name) if source.is_local else None
-    splits = load_data_set(source, record.dataset_config_name) if found is None else load_folder_set(found)
+    splits = load_image_dataset(source, record.dataset_config_name) if found is None else load_folder_set(found)
     return splits, replace(record, dataset_revision=source.revision)
 
 

@@ -12,7 +12,7 @@ from utils.cli.errors import UserError
 from utils.data.class_folders import read_local_set
 from utils.data.image_set import RealImagesRecord
 from utils.forecast.costs import BYTES_PER_ROW, COPIED_SUFFIXES, DiskUse, arrow_bytes
-from utils.hub.data_sets import open_builder
+from utils.hub.image_datasets import open_builder
 from utils.hub.repositories import CLIENT_ERRORS, Source, is_saved_to_disk, open_source
 
 
@@ -66,10 +66,10 @@ def real_set_disk(record: RealImagesRecord, token: str | None = None) -> list[Di
     source = open_source(record.dataset_name, "--dataset_name", "dataset", record.dataset_revision, token)
     if source.is_local and read_local_set(source.name) is not None:
         return []
-    return data_set_disk(source, record.dataset_config_name)
+    return dataset_disk(source, record.dataset_config_name)
 
 
-def data_set_disk(source: Source, config_name: str | None = None) -> list[DiskUse]:
+def dataset_disk(source: Source, config_name: str | None = None) -> list[DiskUse]:
     """Return the download and the Arrow copy of a dataset that `datasets` loads; none if they exist already.
 
     Sizes are None if the Hub is unreachable.

@@ -19,7 +19,7 @@ from utils.cli.contents import cached_digest, content_digest, list_files
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.data.class_names import join_names, match_labels
-from utils.hub.data_sets import check_path, load_data_set
+from utils.hub.image_datasets import check_path, load_image_dataset
 from utils.hub.repositories import Source, open_source
 
 FLAG = "--synthetic_dataset"
@@ -151,7 +151,7 @@ def _load_whole(
     repository: Source, record: dict, class_names: list[str], limit: int | None, allow_missing: bool
 ) -> tuple[Dataset, set[str]]:
     """Return the images, in a memory map, and which classes have some."""
-    images = load_data_set(repository, split="train")
+    images = load_image_dataset(repository, split="train")
     _refuse_unfinished(repository.name, record, lambda: len(images))
     real_labels, _ = _match_classes(repository.name, images.features, class_names, allow_missing)
     table = images.data  # of its whole columns neither an image is decoded nor a list made

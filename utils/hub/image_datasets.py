@@ -23,7 +23,9 @@ SPLIT_SIZE = r"SplitInfo\(name='(.*?)', num_bytes=\d+, num_examples=(\d+)"
 SPLIT_SIZES = re.compile(f"'expected': {SPLIT_SIZE}.*?'recorded': {SPLIT_SIZE}", re.DOTALL)
 
 
-def load_data_set(source: Source, config_name: str | None = None, split: str | None = None) -> DatasetDict | Dataset:
+def load_image_dataset(
+    source: Source, config_name: str | None = None, split: str | None = None
+) -> DatasetDict | Dataset:
     """Return the splits of a dataset, or one of them; from the cache if the Hub is unreachable.
 
     Raises:

@@ -13,8 +13,8 @@ from PIL import Image
 from tests.conftest import save_image_set
 from tests.local_hub import Fault
 from utils.cli.errors import UserError
-from utils.hub.data_sets import load_data_set
 from utils.hub.file_classes import unify_class_names
+from utils.hub.image_datasets import load_image_dataset
 from utils.hub.repositories import open_source
 
 pytest_plugins = ["tests.local_hub.fixtures"]
@@ -28,7 +28,7 @@ def image_set(tmp_path_factory):
 
 
 def load(folder, *args, **kwargs):
-    return load_data_set(open_source(str(folder), "--dataset_name", "dataset"), *args, **kwargs)
+    return load_image_dataset(open_source(str(folder), "--dataset_name", "dataset"), *args, **kwargs)
 
 
 def pixels_of(images) -> list[bytes]:
@@ -245,11 +245,11 @@ def test_files_of_a_repository_with_classes_in_another_order_are_read_by_name(mi
     local_hub.add_user("ann", "hf_ann")
     local_hub.create_repo("ann/mixed", "dataset").commit(files)
     source = open_source("ann/mixed", "--dataset_name", "dataset", token="hf_ann")
-    assert by_name(load_data_set(source)) == MIXED
-    assert by_name(load_data_set(source)) == MIXED  # from the datasets cache
+    assert by_name(load_image_dataset(source)) == MIXED
+    assert by_name(load_image_dataset(source)) == MIXED  # from the datasets cache
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="the classes of 'label' in different orders, and HF_HUB_OFFLINE is set"):
-        load_data_set(source)
+        load_image_dataset(source)
 
 
 def test_images_of_another_commit_are_not_taken_where_the_hub_fails_in_between(mixed_set, local_hub, monkeypatch):
@@ -261,4 +261,4 @@ def test_images_of_another_commit_are_not_taken_where_the_hub_fails_in_between(m
     source = open_source("ann/changed", "--dataset_name", "dataset")
     local_hub.inject(Fault("status", path="/resolve/", times=None))
     with pytest.raises(UserError, match=f"the cache last stored commit {first}, not {source.revision}"):
-        load_data_set(source)
+        load_image_dataset(source)
