@@ -36,7 +36,7 @@ from utils.comparison.classifiers import Classifier, parse_classifiers
 from utils.comparison.costs import summarise_all
 from utils.comparison.findings import describe_findings, describe_guards
 from utils.comparison.fold_sets import check_fold_sets, check_folds, list_steps, make_fold_sets
-from utils.comparison.folds import check_fold_values, choose_seeds, describe_protocol, list_tested
+from utils.comparison.folds import check_fold_values, choose_seeds, describe_protocol, list_test_indices
 from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title, source_key
 from utils.comparison.plots import make_panels, plot_comparison
 from utils.comparison.report import print_comparison, write_markdown
@@ -303,7 +303,7 @@ def fill_in_learning_rates(search_args: SearchArguments, runner: CellRunner) -> 
         return search_args
     rates = default_learning_rates(runner.pretrained.name, **runner.pretrained.hub_options)
     print(
-        f"Learning rates{runner.of_classifier} where none is given: {rates.real:g} on real, {rates.synthetic:g} on "
+        f"Learning rates{runner.classifier_suffix} where none is given: {rates.real:g} on real, {rates.synthetic:g} on "
         f"synthetic images; {rates.reason}."
     )
     return dataclasses.replace(
@@ -372,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             runner.release_images()
 
         # results
-        tested = first.folds and list_tested(first, seeds)
+        tested = first.folds and list_test_indices(first, seeds)
         correct = {label: stack_correct(of_one, tested, len(first.real.train)) for label, of_one in results.items()}
         baseline = next((row for name in BASELINES for row in results[classifiers[0].label] if row.label == name), None)
         baseline_name = baseline and baseline.label

@@ -322,7 +322,7 @@ def test_the_error_of_a_cell_names_the_cell(runner, monkeypatch):
 
     monkeypatch.setattr("utils.transfer.run_method.run_stage", run_stage)
     monkeypatch.setattr(CellRunner, "_eval_items", lambda *_: [])
-    message = r"^--batch_norm odd: no\. \(in the cell 'bridged, 1 shot, 2 a class, seed 0'\)$"
+    message = r"^--batch_norm odd: no\. \(in the cell 'bridged, 1 shot, 2 per class, seed 0'\)$"
     with pytest.raises(UserError, match=message):
         runner.result(cell_of("bridged", volume=2))
 
@@ -516,7 +516,7 @@ def test_a_candidate_that_diverges_has_lost_the_search_and_is_told_of(run, tmp_p
 
 def test_a_search_in_which_all_diverge_is_one_line(run, tmp_path, monkeypatch):
     diverge(monkeypatch, lambda cell: cell.split == "validation")
-    with pytest.raises(UserError, match="every candidate of vanilla_matched with 1 shot diverged; give lower ones"):
+    with pytest.raises(UserError, match="every candidate of vanilla_matched with 1 shot diverged; give lower rates"):
         run(tmp_path / "real", "--learning_rates", "1e-4", "1e-3")
     with pytest.raises(UserError, match="every candidate of stage 1 .--bridge_learning_rates. diverged"):
         run(tmp_path / "bridge", "--bridge_learning_rates", "1e-4", "1e-3")
@@ -647,7 +647,7 @@ def test_launched_processes_and_sets_without_settings_or_for_other_images_are_re
         compare_transfer.main(["--num_shots", "1"])
     for record in ({"bridged": {}}, {"stage1": {"max_steps": 2}}, {"stage1": {"seeps": 2}}):
         write_record(tmp_path / "chosen.json", record)
-        with pytest.raises(UserError, match=r"--settings \S+: is no chosen_settings.json"):
+        with pytest.raises(UserError, match=r"--settings \S+: not a chosen_settings.json"):
             run(tmp_path / "out", "--settings", str(tmp_path / "chosen.json"))
     other = tmp_path / "other"
     shutil.copytree(synthetic_dir, other)
@@ -732,8 +732,8 @@ def test_test_images_that_a_style_token_has_seen_are_told(run_folds, make_synthe
     fake_results_of_folds(monkeypatch)
     whole = make_synthetic_dir("whole", train_indices=list(range(60)))
     comparison = run_folds(tmp_path / "out", "--num_shots", "2", synthetic=whole)
-    (line,) = [line for line in comparison["findings"] if "style token" in line and "tested on" in line]
-    assert line.startswith("The style token of dsi has seen all images that the models with its images are tested on")
+    (line,) = [line for line in comparison["findings"] if "style token" in line and "test images" in line]
+    assert line.startswith("The style token of dsi has seen all test images of the models that use its images")
     (beyond,) = [line for line in comparison["findings"] if "do not train on" in line]
     assert "up to 39 real images that the runs with 2 shots" in beyond
     for printed in (capsys.readouterr().out, (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")):
@@ -766,7 +766,7 @@ def fake_results_of_folds(monkeypatch) -> None:
         (["--num_folds", "1"], "--num_folds 1: must be 2 or above"),
         (["--num_folds", "21"], "21 folds: class '.*' has 20 images, .*; take 20 folds or fewer"),
         (["--num_shots", "16"], "--num_shots 16: a class of the real set has only 15 training images"),
-        (["--num_repeats", "2", "--seeds", "4"], "--num_repeats 2: --seeds has 1, must be one for each repeat"),
+        (["--num_repeats", "2", "--seeds", "4"], "--num_repeats 2: --seeds must have one value per repeat, has 1"),
         (
             ["--learning_rates", "1e-4", "1e-3"],
             "--learning_rates: searches on validation images, of which --num_folds 4",
@@ -774,7 +774,7 @@ def fake_results_of_folds(monkeypatch) -> None:
         (["--search_learning_rate"], "--search_learning_rate: searches on validation images"),
         (["--max_eval_samples", "6"], "--max_eval_samples 6: does nothing with --num_folds"),
         (["--test_split", "test"], "--test_split test: does nothing with --num_folds"),
-        (["--token_per_fold"], "--token_per_fold: makes the synthetic sets of which --synthetic_dataset has '{fold}'"),
+        (["--token_per_fold"], "--token_per_fold: makes the synthetic sets whose --synthetic_dataset path contains '{fold}'"),
         (["--token_per_fold", "--synthetic_dataset", "x-{fold}", "--num_repeats", "2"], "must have '{seed}' too"),
         (["--token_per_fold", "--synthetic_dataset", "x-{fold}"], "--dataset_name is missing"),
     ],

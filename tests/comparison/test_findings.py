@@ -94,7 +94,7 @@ def test_of_more_numbers_of_images_the_first_sentence_has_the_answers_and_each_h
     ]
     assert first == (
         f"Use mix with 1 ({gains[0]}) and 4 shots ({gains[1]}), bridged_replay with 2 shots ({gains[2]}), "
-        "vanilla_matched with all images; in parentheses what is gained over the best method without synthetic images."
+        "vanilla_matched with all images; in parentheses the gain over the best method without synthetic images."
     )
     assert [sentence.split(":")[0] for sentence in sentences[:4]] == [
         "Use mix with 1 shot", "Use bridged_replay with 2 shots", "Use mix with 4 shots",
@@ -103,7 +103,7 @@ def test_of_more_numbers_of_images_the_first_sentence_has_the_answers_and_each_h
 
 
 def test_a_method_whose_gain_is_clear_is_preferred_to_one_of_a_higher_mean_whose_gain_is_not():
-    """The higher mean comes from one lucky seed of three."""
+    """The higher mean comes from one lucky seed out of three."""
     lucky = np.stack([runs(accuracy, 1)[0] for accuracy in (0.95, 0.5, 0.5)])
     correct = correct_of({VANILLA: {1: 0.5}, MIX: {1: 0.6}}) | {KEEP: {1: lucky}}
     assert lucky.mean() > 0.6
@@ -121,8 +121,8 @@ def test_the_best_without_synthetic_images_may_be_one_of_fewer_steps_but_not_at_
 def test_what_was_not_run_is_said():
     first, *_ = describe_findings(correct_of({BRIDGED: {1: 0.5}, MIX: {1: 0.6}}), None)
     assert first == (
-        "Use mix with 1 shot: 60.0 %, the best here; no method was run on real images alone, so what synthetic images "
-        "gain is not known."
+        "Use mix with 1 shot: 60.0 %, the best here; no method was run on real images alone, so the gain of "
+        "synthetic images is not known."
     )
     assert describe_findings(correct_of({VANILLA: {1: 0.5}, MIXUP: {1: 0.6}}), VANILLA) == [
         "Use vanilla_mixup with 1 shot: 60.0 %; no method with synthetic images was run."
@@ -142,7 +142,7 @@ def test_what_cannot_be_judged_is_not_recommended():
     several = {VANILLA: {1: runs(0.5), 2: theirs, 4: theirs}, BRIDGED: {1: runs(0.9), 2: ours, 4: ours}}
     assert describe_findings(several, VANILLA)[0] == (
         f"Use bridged with 1 shot ({paired_gain(runs(0.9), runs(0.5))}); with 2 and 4 shots it cannot be judged which "
-        "method to use; in parentheses what is gained over the best method without synthetic images."
+        "method to use; in parentheses the gain over the best method without synthetic images."
     )
 
 

@@ -22,7 +22,7 @@ COSTS = {"stage1_steps": 90, "stage1_images_seen": 2880, "stage1_seconds": 2.5, 
 
 
 def compare(methods=("vanilla_matched", "mix", "bridged"), shots=(1, 4), volumes=(None,), num_seeds=2, num_images=200):
-    """Return results, each run a little better than the one before."""
+    """Return results in which each run is slightly better than the last."""
     rng = np.random.default_rng(0)
     results, accuracy = {}, 0.3
     for method in methods:
@@ -52,7 +52,7 @@ def facts():
 
 
 def table_of(text, heading):
-    """Return the cells of the first Markdown table below a heading, a list a row."""
+    """Return the cells of the first Markdown table below a heading, one list per row."""
     lines = text.split(f"## {heading}\n")[1].strip().split("\n\n")[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert len({len(row) for row in rows}) == 1, "every row has as many cells as the head"
@@ -74,8 +74,8 @@ def test_the_tables_hold_the_figures_of_the_summary(facts, tmp_path):
     text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
     head, _, *rows = table_of(text, "Test accuracy")
     assert head == ["method", "1 shot", "4 shots", "steps", "seconds per run"]
-    assert [row[0] for row in rows] == ["vanilla_matched", "mix, 500 a class", "mix, 1000 a class",
-                                        "bridged, 500 a class", "bridged, 1000 a class"]  # fmt: skip
+    assert [row[0] for row in rows] == ["vanilla_matched", "mix, 500 per class", "mix, 1000 per class",
+                                        "bridged, 500 per class", "bridged, 1000 per class"]  # fmt: skip
     entry = next(
         entry for entry in summary if (entry["method"], entry["volume"], entry["num_shots"]) == ("mix", 1000, 4)
     )
@@ -85,7 +85,7 @@ def test_the_tables_hold_the_figures_of_the_summary(facts, tmp_path):
     assert "on 200 test images" in text and "over 2 seeds" in text
     assert "- `mix`: real and synthetic images" in text
     settings = text.split("## Settings")[1]
-    assert "| bridged | 4 a class | 0.0001 | 30 | 10 x for a fresh head, 1 x for another |" in settings
+    assert "| bridged | 4 per class | 0.0001 | 30 | 10 x for a fresh head, 1 x otherwise |" in settings
     assert "| bridged | all | 0.0001 | 30 |" in settings
 
 
@@ -94,7 +94,7 @@ def test_that_replay_divides_the_steps_anew_is_said_where_it_is_so(method, facts
     summary = summarise(compare(("vanilla_matched", method)), VANILLA)
     write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts)
     text = (tmp_path / "comparison.md").read_text()
-    assert ("methods that replay synthetic images divide the steps" in text) == (method == "bridged_replay")
+    assert ("methods that replay synthetic images redistribute the steps" in text) == (method == "bridged_replay")
 
 
 def test_one_seed_and_no_baseline_leave_out_what_there_is_not(facts, tmp_path):
@@ -114,7 +114,7 @@ def test_long_findings_are_whole_in_the_report(facts, tmp_path):
 
 
 def with_preparation(summary: list[dict]) -> list[dict]:
-    """Return a summary as `add_preparation` leaves it: mix by a set that has no style token, and no seconds."""
+    """Return a summary as after `add_preparation`; the set of mix has no style token and no recorded seconds."""
     costs = {"mix": {"generator_seconds": None}, "bridged": {"generator_seconds": 1234.4, "style_token_seconds": 60.0}}
     return [entry | costs.get(entry["method"], {}) for entry in summary]
 
@@ -183,7 +183,7 @@ def test_the_printed_table_cuts_no_number(capsys):
     print_comparison(summary, findings, "vanilla_matched")
     printed = capsys.readouterr().out
     assert printed.splitlines()[0] == findings[0]
-    assert "bridged_head_warmup, 3000 a class" in printed and "…" not in printed
+    assert "bridged_head_warmup, 3000 per class" in printed and "…" not in printed
     for entry in summary:
         assert f"{entry['mean']:.1f} ± {entry['std']:.1f}" in printed
         if "gain" in entry:

@@ -86,7 +86,7 @@ class CellRunner:
                     results = self._run(cell)
                     self._check_unchanged(cell)
                 except UserError as error:
-                    message = f"{error} (in the cell '{cell.title}'{self.of_classifier})"
+                    message = f"{error} (in the cell '{cell.title}'{self.classifier_suffix})"
                     if not isinstance(error, DivergedError) or cell.split != "validation":
                         raise UserError(message) from None
                     results = {"accuracy": None, "diverged": message}
@@ -95,7 +95,7 @@ class CellRunner:
         return read_record(path)["results"]
 
     @property
-    def of_classifier(self) -> str:
+    def classifier_suffix(self) -> str:
         """The end of a message: ` of <classifier>` where there are several."""
         return f" of {self.classifier}" if self.classifier else ""
 
@@ -321,7 +321,7 @@ def run_cells(runner: CellRunner, cells: list[Cell], num_workers: int, descripti
     results = {cell: runner.result(cell) for cell in cells if runner.path(cell).exists()}
     waiting = [cell for cell in cells if cell not in results]
     with tqdm(
-        total=len(cells), initial=len(results), unit="cell", desc=f"{description}{runner.of_classifier}"
+        total=len(cells), initial=len(results), unit="cell", desc=f"{description}{runner.classifier_suffix}"
     ) as progress:
         if num_workers == 1:
             for cell in waiting:
