@@ -774,8 +774,8 @@ def fake_results_of_folds(monkeypatch) -> None:
         (["--search_learning_rate"], "--search_learning_rate: searches on validation images"),
         (["--max_eval_samples", "6"], "--max_eval_samples 6: does nothing with --num_folds"),
         (["--test_split", "test"], "--test_split test: does nothing with --num_folds"),
-        (["--token_per_fold"], "--token_per_fold: makes the synthetic sets whose --synthetic_dataset path contains '{fold}'"),
-        (["--token_per_fold", "--synthetic_dataset", "x-{fold}", "--num_repeats", "2"], "must have '{seed}' too"),
+        (["--token_per_fold"], "--token_per_fold: makes the synthetic sets whose --synthetic_dataset path contains"),
+        (["--token_per_fold", "--synthetic_dataset", "x-{fold}", "--num_repeats", "2"], "must contain '{seed}' too"),
         (["--token_per_fold", "--synthetic_dataset", "x-{fold}"], "--dataset_name is missing"),
     ],
 )

@@ -119,7 +119,7 @@ def names_of_settings(settings):
     (["--style_tokens", "none-{seed}"], "--style_tokens none-{seed}: none-0 has no dsi_config.json; name style"),
     (["--classifier", "none"], "--classifier none: has no config.json; `make install` makes the demo's."),
     (["--num_workers", "0"], "--num_workers 0: must be at least 1."),
-    (["--seeds", "1", "1"], "--seeds 1 1: a seed is there twice."),
+    (["--seeds", "1", "1"], "--seeds 1 1: duplicate values."),
 ])  # fmt: skip
 def test_wrong_flags_are_told(flags, message, capsys):
     with pytest.raises(SystemExit):

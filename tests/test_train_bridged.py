@@ -296,8 +296,8 @@ def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, r
         ("SYN VIT --save_strategy best", "^--save_strategy best: needs --metric_for_best_model, and --eval_strategy"),
         ("SYN VIT --deepspeed no-file.json", "deepspeed"),
         ("SYN VIT --eval_strategy steps --eval_delay 500", "^--eval_delay 500.*; the longest stage has 18 steps"),
-        ("SYN VIT --eval_strategy epoch --metric_for_best_model top5_accuracy", "more than 5 classes, there are 3"),
-        ("SYN VIT --dataloader_drop_last", "^--dataloader_drop_last: stage1 would take no step, its 18 images are les"),
+        ("SYN VIT --eval_strategy epoch --metric_for_best_model top5_accuracy", "more than 5 classes, got 3"),
+        ("SYN VIT --dataloader_drop_last", "^--dataloader_drop_last: stage1 would take no step: its 18 images are les"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_user_error_before_training_and_nothing_is_written(

@@ -52,7 +52,7 @@ def dsi(bench: Bench) -> None:
     for case in cases:
         with bench.measuring(f"--dry_run of train_dsi.py, batch {case.batch_size}"):
             bench.need(20)
-            argv = dsi_speed.ours(case, bench.own_dir(f"forecast-{case.batch_size}"))
+            argv = dsi_speed.build_our_command(case, bench.own_dir(f"forecast-{case.batch_size}"))
             compare_forecast(
                 bench, f"--dry_run of train_dsi.py, batch {case.batch_size}", train_dsi.main, argv, measured.get(case)
             )
@@ -79,7 +79,7 @@ def time_dsi(bench: Bench, case: dsi_speed.Case, is_first: bool) -> tuple[float,
     The first of several batch sizes is the default, and has the target.
     """
     work_dir, name = bench.own_dir(f"ours-{case.batch_size}"), f"train_dsi.py, batch {case.batch_size}"
-    child = run_child(dsi_speed.ours(case, work_dir), work_dir / "ours.log", bench.environment)
+    child = run_child(dsi_speed.build_our_command(case, work_dir), work_dir / "ours.log", bench.environment)
     speed = case.samples_per_second(child, TRAINING_BAR)
     bench.tell(name, f"{speed:.1f} samples/s; {describe(child)}", samples_per_second=speed, peaks=child.peaks)
     share = 100 * speed * case.cost.unet / bench.rate
@@ -91,7 +91,7 @@ def time_dsi(bench: Bench, case: dsi_speed.Case, is_first: bool) -> tuple[float,
 def compare_dsi(bench: Bench, case: dsi_speed.Case, measured: tuple[float, Child] | None, is_first: bool) -> None:
     script = find_script(bench.diffusers, "--diffusers", dsi_speed.THEIR_SCRIPT)
     work_dir = bench.own_dir(f"theirs-{case.batch_size}")
-    child = run_child(dsi_speed.theirs(script, case, work_dir), work_dir / "theirs.log", bench.environment)
+    child = run_child(dsi_speed.build_their_command(script, case, work_dir), work_dir / "theirs.log", bench.environment)
     theirs = case.samples_per_second(child, dsi_speed.THEIR_BAR)
     if measured is None:
         raise LeftOutError(f"ours failed; theirs has {theirs:.1f} samples/s")
@@ -133,7 +133,7 @@ def classifiers(bench: Bench) -> None:
                 compare_classifier(bench, case, name, measured)
         with bench.measuring(f"{case.name}, --dry_run"):
             bench.need(15)
-            argv = fine_tuning_speed.ours(case, bench.own_dir(f"{name}-forecast"))
+            argv = fine_tuning_speed.build_our_command(case, bench.own_dir(f"{name}-forecast"))
             compare_forecast(bench, f"{case.name}, --dry_run", train_bridged.main, argv, measured)
 
 

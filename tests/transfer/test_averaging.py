@@ -107,7 +107,7 @@ def test_a_head_warmup_is_averaged_with_the_first_stage(run):
     torch.testing.assert_close(found, (first + last) / 2)
 
 
-SHARE = r"--average 0\.5 \(of --method wise_ft, or given\): "
+SHARE = r"--average 0\.5 \(given, or from --method wise_ft\): "
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ SHARE = r"--average 0\.5 \(of --method wise_ft, or given\): "
         ("--method vanilla --average 0.5", f"{SHARE}needs a second stage that begins with the head of the first"),
         ("--method bridged --average 0.5", f"{SHARE}needs a second stage"),
         ("--method wise_ft --head_init reset", f"{SHARE}needs a second stage"),
-        ("--method wise_ft --use_peft", f"{SHARE}not with --use_peft"),
+        ("--method wise_ft --use_peft", f"{SHARE}not possible with --use_peft"),
         ("--method bridged_keep --average 1", "--average 1.0: must be above 0 and below 1"),
         ("--ema_decay 0", "--ema_decay 0.0: must be above 0 and below 1"),
         ("--method linear_probe --ema_decay 0.9", "--ema_decay 0.9: does nothing with --method linear_probe, which"),

@@ -114,7 +114,7 @@ def test_a_weight_that_a_checkpoint_lacks_is_told_and_drawn_from_the_seed(change
         load_classifier(folder, CLASS_NAMES, True, seed).get_parameter(lacking) for seed in (0, 0, 1)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert "changed: 1 of " in caplog.text and "they begin as random numbers" in caplog.text
+    assert "changed: 1 of " in caplog.text and "they are initialised at random" in caplog.text
 
 
 def test_a_checkpoint_whose_weights_have_other_names_is_an_error(change_weights):
@@ -223,7 +223,7 @@ def test_networks_that_normalise_by_batch_norm_get_higher_learning_rates(save_cl
     ("config", "expected", "reason"),
     [
         (transformers.ViTConfig(), SLOW, "vit has no BatchNorm, all its"),
-        (transformers.CvtConfig(), SLOW, "cvt has LayerNorm beside BatchNorm, all its"),
+        (transformers.CvtConfig(), SLOW, "cvt has LayerNorm as well as BatchNorm, all its"),
         (TimmWrapperConfig(architecture="resnet50"), FAST, "resnet50 normalises by BatchNorm"),
         (TimmWrapperConfig(architecture="vgg11"), SLOW, "vgg11 has no BatchNorm"),
         (TimmWrapperConfig(architecture="resnetv2_50x1_bit", num_labels=0), SLOW, "_bit has no BatchNorm"),

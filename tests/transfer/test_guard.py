@@ -75,7 +75,7 @@ def test_without_synthetic_images_all_steps_are_on_real_ones_from_the_head_of_a_
     ("usefulness", "shares", "words"),
     [
         ((0.54, 0.61, 0.63), (0.27, 0.09), "the share of synthetic images is cut from 27 % to 9 %."),
-        ((0.54, 0.61, 0.7), (0.27, 0.27), "the share of synthetic images stays 27 %."),
+        ((0.54, 0.61, 0.7), (0.27, 0.27), "the share of synthetic images stays at 27 %."),
         ((0.54, 0.61, 0.6), (0.27, 0.0), "synthetic images are left out."),
         ((0.1, 0.61, 0.7), (0.27, 0.0), "synthetic images alone are no better than guessing (do they have the right "
          "labels?), and are left out."),
@@ -84,16 +84,17 @@ def test_without_synthetic_images_all_steps_are_on_real_ones_from_the_head_of_a_
 def test_the_finding_says_what_was_measured_and_done(usefulness, shares, words):
     synthetic, probe, joint = (100 * accuracy for accuracy in usefulness)
     assert Usefulness(160, 10, *usefulness).results(*shares)["finding"] == (
-        f"A probe of the pretrained features is right on {probe:.0f} % of 160 of your images (10 classes) when it is "
-        f"fitted on the others, on {synthetic:.0f} % when on synthetic images alone, on {joint:.0f} % when on both "
-        f"({joint - probe:+.1f} points): {words}"
+        "A linear probe of the pretrained features, tested on 160 of your images (10 classes), is right on "
+        f"{probe:.0f} % if fitted on other real images, {synthetic:.0f} % on synthetic images alone, and {joint:.0f} % "
+        f"on both ({joint - probe:+.1f} points): {words}"
     )
 
 
 def test_with_one_image_per_class_the_finding_says_that_nothing_was_compared():
     assert Usefulness(10, 10, 0.7).results(0.86, 0.86)["finding"] == (
-        "A probe of the pretrained features that is fitted on synthetic images is right on 70 % of 10 of your images "
-        "(10 classes); with one real image per class no other can be tested: the share of synthetic images stays 86 %."
+        "A linear probe of the pretrained features, fitted on synthetic images, is right on 70 % of 10 of your images "
+        "(10 classes); with one real image per class no other probe can be tested: the share of synthetic images stays "
+        "at 86 %."
     )
 
 
@@ -225,11 +226,11 @@ def test_a_share_of_less_than_one_image_of_a_batch_is_none(classifiers, images, 
         monkeypatch.setattr(guard, "measure_usefulness", lambda *args, measured=measured: measured)
         stages, found = guard_at(6)
         assert (len(stages) == 1) == (found["guard"]["synthetic_share"] == 0) == is_left_out
-    monkeypatch.setattr(guard, "measure_usefulness", lambda *_: pytest.fail("measured in vain"))
+    monkeypatch.setattr(guard, "measure_usefulness", lambda *_: pytest.fail("measured needlessly"))
     stages, found = guard_at(187)
     assert [stage.images for stage in stages] == ["real"]
     assert found["guard"]["finding"] == (
-        "Beside so many real images less than one image of a batch would be synthetic: they are left out."
+        "With this many real images, less than one image per batch would be synthetic: they are left out."
     )
     with pytest.raises(pytest.fail.Exception):
         guard_at(185)

@@ -222,7 +222,7 @@ def test_a_heads_learning_rate_is_told_as_a_factor():
 @pytest.mark.parametrize(
     ("flags", "num_processes", "message"),
     [
-        ({"dataloader_drop_last": True}, 2, "--dataloader_drop_last: stage2 would take no step, its 40 images"),
+        ({"dataloader_drop_last": True}, 2, "--dataloader_drop_last: stage2 would take no step: its 40 images"),
         (
             {"dataloader_drop_last": True, "per_device_train_batch_size": 41, "streaming": True},
             1,
@@ -234,7 +234,7 @@ def test_a_heads_learning_rate_is_told_as_a_factor():
             1,
             "--warmup_steps 160: stage1 has 160 steps, so the learning rate never reaches its p",
         ),
-        ({"metric_for_best_model": "top5_accuracy"}, 1, "top5_accuracy: needs more than 5 classes, there are 5"),
+        ({"metric_for_best_model": "top5_accuracy"}, 1, "top5_accuracy: needs more than 5 classes, got 5"),
     ],
 )
 def test_what_numbers_of_images_steps_and_classes_do_not_allow_is_found_before_a_stage(flags, num_processes, message):

@@ -22,7 +22,7 @@ from utils.transfer.classifiers import load_classifier, load_image_processor, lo
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import METHODS, StageSettings, plan_stages
 from utils.transfer.model_parts import head_module_names
-from utils.transfer.probe import choose_probed, fit_probe, probe_head
+from utils.transfer.probe import choose_probe_images, fit_probe, probe_head
 
 pytest_plugins = ["tests.transfer.fixtures"]
 
@@ -198,14 +198,14 @@ def test_a_finished_probe_is_loaded_when_it_is_resumed(classifiers, images, tmp_
 def test_of_many_images_as_many_of_each_class_are_taken_and_a_line_says_so(classifiers, images, tmp_path, caplog):
     labels = np.repeat([0, 1, 2], [50, 3, 20])
     with caplog.at_level(logging.INFO, "utils"):
-        rows = choose_probed(labels, 13)
+        rows = choose_probe_images(labels, 13)
         assert np.bincount(labels[rows]).tolist() == [5, 3, 5]
-        assert choose_probed(labels, 73).tolist() == list(range(73))
-    assert caplog.messages == ["The probe is fitted on 13 of 73 images, as many of each class as can be."]
+        assert choose_probe_images(labels, 73).tolist() == list(range(73))
+    assert caplog.messages == ["The probe is fitted on 13 of 73 images, balanced over classes."]
 
 
 def test_a_stage_fits_its_probe_on_the_chosen_images_alone(classifiers, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "choose_probed", lambda labels: choose_probed(labels, 6))
+    monkeypatch.setattr(stage, "choose_probe_images", lambda labels: choose_probe_images(labels, 6))
     _, result = run_plan(planned(), classifiers["vit"], images, tmp_path)
     assert result.num_images_seen == 6
 
@@ -257,5 +257,5 @@ def test_a_class_without_an_image_and_a_single_class_are_one_line(classifiers, i
     rows = images.select(np.flatnonzero(labels == 0))
     features = Features({"image": Image(), "label": ClassLabel(names=["only"])})
     alone = Dataset.from_dict({"image": list(rows["image"]), "label": [0] * len(rows)}, features)
-    with pytest.raises(UserError, match="--head_init probe .*: needs two classes or more, there is one"):
+    with pytest.raises(UserError, match="--head_init probe .*: needs at least two classes, got one"):
         run_plan(planned(), classifiers["vit"], alone, tmp_path / "single")

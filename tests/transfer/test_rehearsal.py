@@ -72,7 +72,7 @@ def test_an_image_classifier_that_does_not_take_the_pixels_is_one_line_that_name
         ({"report_to": "diary"}, "^--report_to diary: ValueError: diary is not supported"),
         ({"batch_eval_metrics": True, "eval_strategy": "steps"}, "^training flags: ValueError: .*`batch_eval_metrics`"),
         ({"gradient_checkpointing": True, "name": "resnet"}, "^--model_name_or_path .*not support activation checkp"),
-        ({"lora": LoraSettings(target_modules=("nowhere",))}, "^--lora_target_modules nowhere: there is no such layer"),
+        ({"lora": LoraSettings(target_modules=("nowhere",))}, "^--lora_target_modules nowhere: no such layer"),
         ({"settings": replace(SETTINGS, dropout=0.5), "name": "resnet"}, "^--dropout 0.5: .* has no dropout"),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_permuted_set_gives_every_image_the_label_of_the_unpermuted(whole_set,
         ),
         (["red_squares", "blue-stripe"], "renamed: 'red_square' is 'red_squares' .*; missing: green circle; --allow"),
         ([*CLASS_NAMES, "owl", "cat"], "real set; extra: cat, owl[.]"),
-        (CLASS_NAMES[:2], "real set; missing: blue-stripe; --allow_missing_classes takes"),
+        (CLASS_NAMES[:2], "real set; missing: blue-stripe; --allow_missing_classes accepts"),
         ([f"kind {i}" for i in range(13)], "extra: kind 0, kind 1, kind 10, kind 11, .*, kind 6 and 3 more; --allow"),
         ([*CLASS_NAMES[::2], "Green Circle", "green  circle"], "'Green Circle', 'green  circle': not clear"),
     ],
@@ -152,7 +152,7 @@ def test_a_set_of_some_classes_loads_when_that_is_allowed(tmp_path, streaming):
 def test_classes_without_images_are_named_unless_allowed(tmp_path, streaming):
     rows = [row for row in rows_of(CLASS_NAMES, 2) if row["label"] == 1]
     folder = save_set(tmp_path / "set", CLASS_NAMES, rows, settings={"classes": ["green circle"]})
-    with pytest.raises(UserError, match="has no images of red_square, blue-stripe; --allow_missing_classes takes"):
+    with pytest.raises(UserError, match="has no images of red_square, blue-stripe; --allow_missing_classes accepts"):
         load(folder, streaming=streaming)
     assert [label for _, label in pairs_of(load(folder, allow_missing_classes=True, streaming=streaming))] == [1, 1]
 
@@ -161,12 +161,12 @@ def test_classes_without_images_are_named_unless_allowed(tmp_path, streaming):
 def test_a_set_without_all_of_its_images_is_refused_when_it_is_opened(whole_set, content):
     shard = Path(whole_set) / shard_name(1)
     shard.unlink() if content is None else shard.write_bytes(content)
-    with pytest.raises(UserError, match="is not whole, 14 of 18 images are there; wait until .* or run the command"):
+    with pytest.raises(UserError, match="incomplete, with 14 of 18 images; wait until .* or run the command"):
         open_synthetic(whole_set)
 
 
 def test_a_set_with_fewer_images_than_counted_is_refused_when_it_is_loaded_from_a_cache(whole_set):
-    with pytest.raises(UserError, match="is not whole, 18 of 1,900 images are there"):
+    with pytest.raises(UserError, match="incomplete, with 18 of 1,900 images"):
         load_synthetic(SyntheticSource(whole_set, None, {"num_images": 1900}), CLASS_NAMES)
 
 
@@ -234,7 +234,7 @@ def test_a_set_on_the_hub_is_streamed_at_its_commit(whole_set, local_hub_server)
 
 def test_a_stream_out_of_reach_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="--streaming: ada/cars cannot be streamed, .*; without --streaming the cache"):
+    with pytest.raises(UserError, match="--streaming: ada/cars cannot be streamed, .* to use the cache"):
         load_synthetic(SyntheticSource("ada/cars", "0" * 40, {}), CLASS_NAMES, streaming=True)
 
 
@@ -244,7 +244,7 @@ def test_a_set_that_is_still_uploaded_is_refused_until_all_shards_are_there(whol
     last = {path: files.pop(path) for path in (shard_name(0), shard_name(4))}
     repo = local_hub_server.create_repo("ada/growing", "dataset")
     repo.commit(files)
-    with pytest.raises(UserError, match="--synthetic_dataset ada/growing: is not whole, 12 of 18 images are there;"):
+    with pytest.raises(UserError, match="--synthetic_dataset ada/growing: incomplete, with 12 of 18 images;"):
         open_synthetic("ada/growing")
     repo.commit(last)
     source = open_synthetic("ada/growing")

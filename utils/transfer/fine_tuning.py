@@ -37,7 +37,7 @@ from utils.transfer.model_parts import (
     batch_norm_modules,
     head_parameter_names,
     linear_heads,
-    watching,
+    record_inputs,
 )
 from utils.transfer.replay import PairedItems, ReplayedImages, StreamedPairedItems
 from utils.transfer.training_items import training_items
@@ -226,7 +226,7 @@ class StageTrainer(MicroBatchTrainer):
     def train(self, *args, **kwargs):
         with ExitStack() as stack:
             if self.alignment is not None:
-                self.entered = stack.enter_context(watching(self.watched_heads))
+                self.entered = stack.enter_context(record_inputs(self.watched_heads))
             if self.synthetic_statistics is not None:
                 own = self.synthetic_statistics
                 stack.enter_context(normalising_synthetic(self.model, own, self.kinds_in_batch))

@@ -43,7 +43,7 @@ from utils.transfer.fine_tuning import StageResult, count_gpus, fine_tune
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StagePlan
 from utils.transfer.model_parts import batch_norm_modules, imprint_head, recalibrate_batch_norm, reset_head
-from utils.transfer.probe import choose_probed, probe_head
+from utils.transfer.probe import choose_probe_images, probe_head
 from utils.transfer.replay import ImagePair, ReplayedImages
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def run_stage(
 def _probe(model: nn.Module, images: Dataset, image_processor, training_args: TrainingArguments) -> StageResult:
     """Set the head to a probe's, and return what a stage that is nothing else has done."""
     started = time.perf_counter()
-    images = images.select(choose_probed(np.array(images["label"])))
+    images = images.select(choose_probe_images(np.array(images["label"])))
     loading = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
     how = probe_head(model, EvalImages(images, image_processor), *loading)
     logger.info(f"Head: {how}.")
