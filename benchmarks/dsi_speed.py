@@ -210,8 +210,8 @@ def describe_method(script: Path, rounds: int, device: str) -> str:
     threads = ", on one CPU thread as under `accelerate launch`" if device == "cpu" else ""
     return (
         f"Against `textual_inversion.py` of diffusers {version}, unmodified; `textual_inversion_sdxl.py` is not "
-        f"measured. Medians of {rounds} alternating rounds{threads}. Samples/s are those of the steps after the warm-up; "
-        "the whole command includes the start and, for our script, caching all latents and judging the token. Memory is "
+        f"measured. Medians of {rounds} alternating rounds{threads}. Samples/s are for the steps after the warm-up; "
+        "the whole command includes the start and, for ours, caching all latents and judging the token. Memory is "
         "VmHWM. Operations (U-Net forward and backward to the text embedding, encoding by the VAE) are counted; in "
         f"Stable Diffusion 1.5 at {SD15.resolution} px, the VAE has {SD15.cost().vae_share:.3f} of the U-Net's."
     )

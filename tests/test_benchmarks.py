@@ -250,7 +250,7 @@ def test_the_overhead_is_a_share_of_the_whole_time():
 def test_a_watch_adds_up_calls():
     clock = iter([1.0, 3.0, 10.0, 14.0])
     watch = generate_overhead.Watch(lambda: next(clock))
-    assert [watch.around(abs)(number) for number in (-5, -6)] == [5, 6]
+    assert [watch.wrap(abs)(number) for number in (-5, -6)] == [5, 6]
     assert watch.seconds == 6
 
 

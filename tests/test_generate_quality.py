@@ -98,13 +98,13 @@ def test_every_row_has_its_own_name_and_flags_that_the_script_has():
     assert BY_NAME["unipc-6-guided"].flags["guidance_scale"] == 1.2 and BY_NAME["unipc-6"].flags["guidance_scale"] == 1
 
 
-def test_rows_whose_adapter_is_not_there_are_left_out_and_told(monkeypatch, tmp_path, capsys):
+def test_rows_with_a_missing_adapter_are_left_out_with_a_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(quality_settings, "ROOT", tmp_path)
     chosen, lacking = select_settings(["adapter-4", "dpm-6"])
     assert names_of_settings(chosen) == ["loop", "dpm-6"] and names_of_settings(lacking) == ["adapter-4"]
     (tmp_path / "config.json").touch()
     generate_quality.parse_arguments(["--settings", "adapter-4", "--classifier", str(tmp_path)])
-    assert capsys.readouterr().out == "adapter-4 is left out: its adapter demo/few_steps is not there.\n"
+    assert capsys.readouterr().out == "adapter-4 is left out: its adapter demo/few_steps does not exist.\n"
     (tmp_path / "demo" / "few_steps").mkdir(parents=True)
     chosen, lacking = select_settings(None)
     assert chosen == list(SETTINGS) and lacking == []
