@@ -115,8 +115,8 @@ def names_of_settings(settings):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--settings", "dpm-5"], "--settings dpm-5: unknown; there are loop, ddim-12,"),
-    (["--style_tokens", "none-{seed}"], "--style_tokens none-{seed}: none-0 has no dsi_config.json; name style"),
+    (["--settings", "dpm-5"], "--settings dpm-5: unknown; choose from loop, ddim-12,"),
+    (["--style_tokens", "none-{seed}"], "--style_tokens none-{seed}: none-0 has no dsi_config.json; must be"),
     (["--classifier", "none"], "--classifier none: has no config.json; `make install` makes the demo's."),
     (["--num_workers", "0"], "--num_workers 0: must be at least 1."),
     (["--seeds", "1", "1"], "--seeds 1 1: duplicate values."),

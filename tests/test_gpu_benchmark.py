@@ -214,7 +214,7 @@ def test_the_gpus_use_is_measured_during_the_steps():
     use.reason = None
     use.looks = [(1.0, 0.0), (2.0, 90.0), (3.0, 70.0), (4.0, 0.0)]
     assert use.idle_share(1.5, 3.5) == pytest.approx(20)
-    with pytest.raises(LeftOutError, match="nothing of it"):
+    with pytest.raises(LeftOutError, match="reported nothing"):
         use.idle_share(7, 8)
     with pytest.raises(LeftOutError, match="no GPU"):
         GpuUse(is_cuda=False).idle_share(0, 1)

@@ -197,7 +197,7 @@ def test_the_guard_decides_and_is_recorded(classifiers, synthetic_dir, tmp_path,
     card = (tmp_path / "README.md").read_text()
     assert results["guard"]["finding"].replace("your images", "the real training images") in card
     assert ("with 75 % synthetic ones among them" in card) == is_useful
-    assert ("the synthetic images" in card and "were tried first, and left out" in card) == (not is_useful)
+    assert ("the synthetic images" in card and "were tested first and left out" in card) == (not is_useful)
 
 
 def test_left_out_images_leave_the_classifier_of_lp_ft(classifiers, synthetic_dir, tmp_path, monkeypatch):

@@ -184,8 +184,8 @@ METHODS = {
         "bridged with a head of class means of features", (STAGE_1, replace(STAGE_2, head_init="imprint"))
     ),
     "bridged_replay": Method(
-        "bridged_keep with Mixup 0.2 in both stages and synthetic images among the real ones of stage 2; their share "
-        "falls with the number of real images, and the less they add to these",
+        "bridged_keep with Mixup 0.2 in both stages and synthetic images among the real ones of stage 2; the more real "
+        "images there are, and the less synthetic ones add, the smaller their share in both stages",
         (STAGE_1, REPLAY),
     ),
     "bridged_unguarded": Method(
