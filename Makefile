@@ -44,6 +44,7 @@ bench: install
 	$(BIN)/python -m benchmarks.generate_scan
 	$(BIN)/python -m benchmarks.dsi_cache
 	$(BIN)/python -m benchmarks.dsi_memory
+	$(BIN)/python -m benchmarks.decode_speed
 ifdef DIFFUSERS
 	$(BIN)/python -m benchmarks.dsi_speed --diffusers $(DIFFUSERS)
 else

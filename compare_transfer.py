@@ -264,7 +264,7 @@ def build_runners(
             pretrained, real, sources, settings, training_args, Path(comparison_args.output_dir),
             comparison_args.max_eval_samples, comparison_args.allow_missing_classes,
             {"model_name_or_path": identities[label]} | of_images, label if len(opened) > 1 else None, folds,
-            _synthetic=synthetic, _identities=known,
+            shared_args.cache_images, _synthetic=synthetic, _identities=known,
         )
         for label, pretrained in opened.items()
     }  # fmt: skip
@@ -347,6 +347,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     first = next(iter(runners.values()))
     first.check(rows, shots, volumes)
     warn_of_leaks(first, shots[0])
+    for runner in runners.values():
+        if line := runner.decode_once(rows, volumes):
+            print(line)
     inputs = identify_inputs(classifiers, runners, volumes)
     protocol = describe_protocol(first, seeds, shots, search_args.settings) if first.folds is not None else []
 

@@ -215,11 +215,12 @@ def load_real(args: SimpleNamespace, parts: tuple[str, ...] = ("train", "validat
     return open_real_images(real, args.training.max_eval_samples, logger.info, parts)
 
 
-def load_images(args: SimpleNamespace, source) -> tuple:
+def load_images(args: SimpleNamespace, source, pretrained) -> tuple:
     """Return the real images, the images of the method's stages by kind, and how many of each kind there are.
 
     Raises:
-        UserError: the images do not go together, are damaged, or a stream's epochs cannot be counted.
+        UserError: the images do not go together, are damaged, or a stream's epochs cannot be counted; decoded, they do
+            not fit on the disk.
     """
     from utils.data.opened_images import open_synthetic
     from utils.data.real_images import describe_small_parts
@@ -257,7 +258,10 @@ def load_images(args: SimpleNamespace, source) -> tuple:
                 f"Warning: the style token has seen {num_leaked} real images outside the {len(real.train)} that this "
                 f"run trains on{tested}, so a method without synthetic images has seen fewer real images."
             )
-    images = select_images(method, real.train, synthetic)
+    trained_on = {"real": real.train, "synthetic": synthetic}
+    if args.training.cache_images:
+        trained_on = decode_once({kind: seen for kind, seen in trained_on.items() if seen is not None}, pretrained)
+    images = select_images(method, trained_on.get("real"), trained_on.get("synthetic"))
     counts |= {kind: len(seen) for kind, seen in images.items() if kind in ("both", "replayed")}
     is_reset = any(stage.start is not None and stage.head_init == "reset" for stage in method.stages)
     if is_reset and len(real.train) <= MAX_IMAGES_FOR_KEPT_HEAD * len(real.class_names):
@@ -337,6 +341,20 @@ def look_at_run(args: SimpleNamespace, source) -> dict:
     audit = audit_images(real)
     print_audit(audit, real.record.name)
     return {finding.what: finding.number for finding in list_findings(audit)} | needs
+
+
+def decode_once(sets: dict, pretrained) -> dict:
+    """Return the sets with their images decoded, each for its crops, after saying what that takes on the disk.
+
+    Raises:
+        UserError: there is no room for them.
+    """
+    from utils.transfer.image_cache import cache_images, describe_cache
+    from utils.transfer.image_format import read_image_format
+
+    size = read_image_format(pretrained.image_processor).crop_size
+    logger.info(describe_cache(list(sets.values()), size, is_asked_for=True))
+    return {kind: cache_images(images, size) for kind, images in sets.items()}
 
 
 def list_disk(args: SimpleNamespace, source, record) -> list:
@@ -636,7 +654,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     pretrained = open_model(args, options)
 
     # images and stages
-    real, images, num_images = load_images(args, source)
+    real, images, num_images = load_images(args, source, pretrained)
     stages, guard = plan_run(args, options, real, images, num_images, pretrained)
 
     # training

@@ -122,6 +122,7 @@ def test_a_second_run_trains_nothing_and_says_the_same(finished, run, monkeypatc
 def test_workers_give_what_one_process_gives(finished, run, tmp_path):
     output_dir, comparison, _ = finished
     flags = "--num_shots", "1", "--methods", "vanilla_matched", "bridged", "bridged_keep", "--num_workers", "2"
+    flags += ("--cache_images",)  # the same pixels
     beside = run(tmp_path, *flags)
     alone = {(entry["method"], entry["num_shots"]): entry for entry in without_seconds(comparison)["summary"]}
     for entry in without_seconds(beside)["summary"]:

@@ -1,11 +1,14 @@
 """Behaviour on a CUDA GPU: freed memory after an error, and the precision of computations."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
 
 from utils.cli.memory import MicroBatching, try_in_memory
 from utils.cli.precision import allow_tf32, device_precision
+from utils.transfer.waiting import WaitingTime
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU found")]
 
@@ -65,3 +68,16 @@ def test_the_precision_suits_the_device_and_float32_products_use_tf32(monkeypatc
         assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_the_device_waits_while_images_are_read_only_where_it_has_nothing_to_do():
+    device = torch.device("cuda")
+    cycles = int(torch.cuda.get_device_properties(device).clock_rate * 500)  # half a second of work; kHz
+    for work, expected in ((cycles, 0.0), (0, 0.2)):
+        waiting = WaitingTime(device)
+        torch.cuda.synchronize()
+        if work:
+            torch.cuda._sleep(work)
+        with waiting:
+            time.sleep(0.2)
+        assert waiting.seconds == pytest.approx(expected, abs=0.1)

@@ -77,6 +77,18 @@ def test_every_link_and_picture_is_there(path):
 
 
 @of_every_text
+def test_every_link_to_a_heading_finds_it(path):
+    links = re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", path.read_text(encoding="utf-8"))
+    pages = {page: (path.parent / page if page else path).read_text(encoding="utf-8") for page, _ in links}
+    headings = {page: re.findall(r"^#+ (.*)$", text, re.MULTILINE) for page, text in pages.items()}
+    # as GitHub and the Hub name them
+    slugs = {
+        page: {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in headings[page]} for page in pages
+    }
+    assert [(page, heading) for page, heading in links if heading not in slugs[page]] == []
+
+
+@of_every_text
 def test_every_make_target_in_a_text_exists(path):
     targets = {target for piece in sum(code_in(path), []) for target in re.findall(r"\bmake\s+([a-z-]+)", piece)}
     assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -1,3 +1,4 @@
+import logging
 import os
 import pkgutil
 import re
@@ -112,7 +113,7 @@ def test_a_fold_that_tests_on_images_which_the_token_has_seen_says_so(run, make_
     )
 
 
-def test_a_synthetic_set_with_its_classes_in_another_order_gives_the_same_classifier(run, synthetic_dir, tmp_path):
+def test_classes_in_another_order_and_decoded_images_give_the_same_classifier(run, synthetic_dir, tmp_path, caplog):
     order = [2, 0, 1]  # the set's label 0 is called what the real set calls label 2
     permuted = tmp_path / "permuted"
     shutil.copytree(synthetic_dir, permuted)
@@ -121,8 +122,11 @@ def test_a_synthetic_set_with_its_classes_in_another_order_gives_the_same_classi
     labels = [order.index(label) for label in rows["label"]]
     feature = ClassLabel(names=[CLASS_NAMES[label] for label in order])
     rows.remove_columns("label").add_column("label", labels, feature=feature).to_parquet(path)
-    run("one")
-    run("other", synthetic=permuted)
+    results = run("one")
+    assert 0 < results["total_seconds_waiting"] < results["total_seconds"]
+    caplog.set_level(logging.INFO)
+    run("other", "--cache_images", synthetic=permuted)
+    assert "Training images are decoded once: " in caplog.text
     assert_same_weights(tmp_path / "one", tmp_path / "other")
 
 

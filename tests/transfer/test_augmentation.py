@@ -153,23 +153,6 @@ def test_a_policy_changes_crops_the_same_way_for_the_same_seeds_and_never_mirror
     assert not [name for name in with_policy.policy._AUGMENTATION_SPACE if "Flip" in name]
 
 
-@pytest.mark.parametrize(("orientation", "size"), [(1, (640, 400)), (6, (400, 640))])
-def test_a_large_jpeg_is_decoded_small_where_its_crop_shows_the_same(orientation, size):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    (whole, box), (small, small_box), (blown_up, _) = (
-        augmentation.decode_for_crop(random_photo(640, 400, exif=exif), 100, 200, 240, 320, size=wanted)
-        for wanted in ((240, 320), (50, 70), (130, 170))
-    )
-    assert whole.size == blown_up.size == size and small.size == (size[0] // 4, size[1] // 4)
-    assert box == ((100, 200, 240, 320) if orientation == 1 else (200, 100, 320, 240))
-    crops = [
-        v2.functional.resized_crop(v2.functional.pil_to_tensor(image), *place, [50, 50]).float()
-        for image, place in ((whole, box), (small, small_box))
-    ]
-    assert (crops[0] - crops[1]).abs().mean() < 2
-
-
 @pytest.fixture(scope="module")
 def processor(classifiers):
     return load_image_processor(classifiers["vit"])

@@ -66,7 +66,7 @@ def test_a_killed_stage_goes_on_to_the_same_weights(run, monkeypatch, name, num_
 
 
 def test_a_stage_counts_the_seconds_of_training_over_all_its_runs():
-    progress = StageProgress()
+    progress = StageProgress(torch.device("cpu"))
     time.sleep(0.01)
     state = TrainerState(stateful_callbacks=[progress])
     progress.on_train_begin(None, state, None)

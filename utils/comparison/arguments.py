@@ -252,6 +252,12 @@ class SharedStageArguments:
         "Processes that read images ahead for each cell, as in train_bridged.py.",
         affects_result=False,
     )
+    cache_images: bool | None = option(
+        None,
+        "Decode all training images once, into a memory-mapped file (default: where it fits in half of the free memory "
+        "and disk, and would take more than a moment each time).",
+        affects_result=False,
+    )
 
 
 def set_precision(shared_args: SharedStageArguments, output_dir: str, given: set[str]) -> str | None:

@@ -1,5 +1,6 @@
 """The cells of a comparison: data opened once, stage 1 trained once and shared, results kept; some side by side."""
 
+import atexit
 import dataclasses
 import gc
 import multiprocessing
@@ -35,7 +36,8 @@ from utils.data.real_images import identify_real_images
 from utils.data.splits import balanced_indices
 from utils.transfer.evaluation import classification_metrics
 from utils.transfer.guard import guard_stages
-from utils.transfer.image_format import EvalImages
+from utils.transfer.image_cache import cache_images, describe_cache
+from utils.transfer.image_format import EvalImages, read_image_format
 from utils.transfer.methods import StagePlan, StageSettings
 from utils.transfer.run_method import images_per_class, run_method, select_images
 from utils.transfer.stage import Pretrained
@@ -51,8 +53,9 @@ class CellRunner:
 
     With `folds`, `real` are their images: all in its training part, of which each cell tests on a fold.
     `settings` has what recipes and methods leave open, `shared_inputs` what told the contents of model and real images
-    from others before these were loaded. Several runners, in as many processes, may share `output_dir`:
-    each cell and each stage 1 has a lock, and is run once. `classifier` names `pretrained` where there are others too.
+    from others before these were loaded. Several runners, in as many processes, may share `output_dir`: each cell and
+    each stage 1 has a lock, and is run once. `classifier` names `pretrained` where there are others too.
+    `caches_images` is None until `decode_once` has decided.
     """
 
     pretrained: Pretrained
@@ -66,6 +69,7 @@ class CellRunner:
     shared_inputs: dict[str, str] = field(default_factory=dict)
     classifier: str | None = None
     folds: Folds | None = None
+    caches_images: bool | None = False
     _items: dict = field(default_factory=dict)
     _synthetic: dict = field(default_factory=dict)
     _identities: dict = field(default_factory=dict)
@@ -152,16 +156,44 @@ class CellRunner:
         if most > smallest:
             raise UserError(f"--num_shots {most}: a class of the real set has only {smallest} training images.")
         most = max(volume or 0 for volume in volumes)
-        used = {row.synthetic for row in rows if row.method.uses_synthetic}
-        sources = {
-            (source.name, source.revision): source for (name, *_), source in self.sources.items() if name in used
-        }
-        for source in sources.values():  # several seeds may share one
+        for source in self._used_sources(rows):
             images = self.load_synthetic(source)
             open_synthetic(images, source.name, skip_bad_images=False)
             smallest = _smallest_class(images)
             if most > smallest:
                 raise UserError(f"--volumes {most}: {source.name} has only {smallest} images of a class.")
+
+    def decode_once(self, rows: list[Row], volumes: list[int | None]) -> str | None:
+        """Decode all training images, where `caches_images` asks for that or leaves it open and they fit.
+
+        Return a line that says so; None where they are not.
+
+        Raises:
+            UserError: what was asked for does not fit on the disk.
+        """
+        if self.caches_images is False:
+            return None
+        sets = [self.real.train] if any(row.method.uses_real for row in rows) else []
+        sets += [self.load_synthetic(source, volume) for source in self._used_sources(rows) for volume in volumes]
+        line = describe_cache(sets, self._crop_size, is_asked_for=bool(self.caches_images))
+        self.caches_images = line is not None
+        for images in sets:
+            self._training_images(images)
+        return line
+
+    def _used_sources(self, rows: list[Row]) -> list[SyntheticSource]:
+        """Return the sets of these rows, each once; several seeds may share one."""
+        used = {row.synthetic for row in rows if row.method.uses_synthetic}
+        sources = [source for (name, *_), source in self.sources.items() if name in used]
+        return list({(source.name, source.revision): source for source in sources}.values())
+
+    @property
+    def _crop_size(self) -> tuple[int, int] | None:
+        return read_image_format(self.pretrained.image_processor).crop_size
+
+    def _training_images(self, images: Dataset) -> Dataset:
+        """Return images as training takes them, decoded where that is cached."""
+        return cache_images(images, self._crop_size) if self.caches_images else images
 
     def load_synthetic(self, source: SyntheticSource, volume: int | None = None) -> Dataset:
         """Return the images of a set with the real set's labels, at most `volume` a class."""
@@ -265,9 +297,10 @@ class CellRunner:
         method, shared_dir = cell.row.method, self.bridge_dir(cell)
         real, synthetic = None, None
         if method.uses_real:
-            real = self.real.train.select(self.few_shot_rows(cell.num_shots, cell.seed, cell.fold))
+            rows = self.few_shot_rows(cell.num_shots, cell.seed, cell.fold)
+            real = self._training_images(self.real.train).select(rows)
         if method.uses_synthetic:
-            synthetic = self.load_synthetic(self.sources[cell.source], cell.row.volume)
+            synthetic = self._training_images(self.load_synthetic(self.sources[cell.source], cell.row.volume))
         planned, images, guard = self.plan(cell), select_images(method, real, synthetic), {}
         stages = planned
         if planned[-1].guarded_by_probe:
@@ -392,6 +425,7 @@ def _start_worker(runner: CellRunner, numbers, num_workers: int, gpus: list[str]
     use_one_gpu(numbers.get(), gpus)
     torch.set_num_threads(num_threads(num_workers))
     gc.freeze()  # what was imported: a collection, of which each stage has several, would take half a second for it
+    atexit.register(gc.unfreeze)  # else a library says that it leaks
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

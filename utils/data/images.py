@@ -83,14 +83,19 @@ def describe_error(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
+def orientation(image: Image.Image) -> int:
+    """Return EXIF's orientation of an opened image, 1 (upright) to 8; only its header is read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as in `_upright`
+        return 1
+
+
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return width and height of an opened image as `to_rgb` turns it; only its header is read."""
     width, height = image.size
-    try:
-        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except Exception:  # as in `_upright`; the size of a TIFF is that of the upright image
-        turned = False
-    return (height, width) if turned else (width, height)
+    is_turned = image.format != "TIFF" and orientation(image) in (5, 6, 7, 8)  # the size of a TIFF is the upright one
+    return (height, width) if is_turned else (width, height)
 
 
 def centre_square(image: Image.Image, resolution: int) -> Image.Image:

@@ -424,6 +424,10 @@ class BridgedTrainingArguments(TrainingArguments):
         "Processes that read images ahead, 0 or more; with a GPU one less than a process has cores.",
         affects_result=False,
     )
+    cache_images: bool = option(
+        False, "Decode all training images once, into a memory-mapped file whose size is printed first.",
+        affects_result=False, needs=[without_flag("streaming")],
+    )  # fmt: skip
     leep: bool | None = option(
         None,
         "Measure LEEP before and after stage 1, on the real training images; when not given, where there "

@@ -5,10 +5,8 @@ numbers that the worker drew. In colour and fine detail, synthetic images differ
 must not learn classes by them.
 """
 
-import io
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -20,7 +18,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
 from utils.cli.errors import UserError
-from utils.data.images import describe_error, to_rgb
+from utils.data.images import describe_error
+from utils.transfer.decoding import decode, open_image
+from utils.transfer.image_cache import DECODED
 from utils.transfer.image_format import ImageFormat, cut, normalise, process, read_image_format
 
 ROBUST_SCALE = (0.6, 1.0)  # smaller crops of few images miss what they show
@@ -140,16 +140,10 @@ class StreamedTrainImages(torch.utils.data.IterableDataset):
 
 
 def undecoded(images: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset | datasets.IterableDataset:
+    """Return the columns `image`, undecoded, and `label`; decoded already where `cache_images` has done so."""
+    if DECODED in (images.column_names or ()):
+        return images.select_columns([DECODED, "label"]).rename_column(DECODED, "image")
     return images.select_columns(["image", "label"]).cast_column("image", datasets.Image(decode=False))
-
-
-def open_image(value: dict) -> Image.Image:
-    """Open an image of an undecoded column (`bytes`, `path`), without decoding where it is bytes or a local file."""
-    if value["bytes"] is not None:
-        return Image.open(io.BytesIO(value["bytes"]))
-    if Path(value["path"]).is_file():
-        return Image.open(value["path"])
-    return datasets.Image().decode_example(value)
 
 
 class CropAndFlip:
@@ -164,7 +158,7 @@ class CropAndFlip:
     def __init__(self, image_format: ImageFormat, augmentation: str = "robust", random_flip: bool = True):
         scale = ROBUST_SCALE if augmentation == "robust" else DEFAULT_SCALE
         self.crop = v2.RandomResizedCrop(image_format.size, scale=scale)
-        self.size = image_format.size
+        self.size, self.decoded_for = image_format.size, image_format.crop_size
         self.keeps_shape = image_format.processor is not None
         self.interpolation = image_format.interpolation
         self.random_flip = random_flip
@@ -175,11 +169,9 @@ class CropAndFlip:
         state = torch.get_rng_state()  # a hundredth of the time of torch.random.fork_rng and manual_seed
         torch.default_generator.manual_seed(int(rng.integers(2**63)))
         try:
-            # a tensor without memory has the image's size, which is all that is asked for
-            box = self.crop.make_params([torch.empty((1, image.height, image.width), device="meta")])
-            # the processor may cut pixels out, and a smaller image is smoother than single pixels of the whole
-            is_whole = self.keeps_shape or self.interpolation == "nearest-exact"
-            image, box = decode_for_crop(image, **box, size=(image.height, image.width) if is_whole else self.size)
+            image = decode(image, self.decoded_for)
+            box = self.crop.make_params([image])
+            box = tuple(box[name] for name in ("top", "left", "height", "width"))
             size = tuple(max(3, edge) for edge in box[2:]) if self.keeps_shape else self.size  # 3 are needed to sharpen
             pixels = cut(image, box, size, self.interpolation)
             is_mirrored = rng.random() < 0.5  # drawn in any case: what is drawn after it stays the same
@@ -188,28 +180,6 @@ class CropAndFlip:
             return self.policy(pixels) if self.policy else pixels
         finally:
             torch.set_rng_state(state)
-
-
-def decode_for_crop(
-    image: Image.Image, top: int, left: int, height: int, width: int, size: tuple[int, int]
-) -> tuple[Image.Image, tuple[int, int, int, int]]:
-    """Decode an opened image, upright and in RGB; return it with the crop's box (top, left, height, width) in it.
-
-    A JPEG is decoded at a half, a quarter or an eighth of its size where the crop is still no smaller than `size`.
-    """
-    full_width, full_height = image.size
-    shrink = min(height / size[0], width / size[1])
-    if image.format == "JPEG" and shrink >= 2:
-        image.draft(None, (int(full_width / shrink), int(full_height / shrink)))
-    image = to_rgb(image)
-    if (full_width - full_height) * (image.width - image.height) < 0:  # turned upright: so is the crop
-        full_width, full_height = full_height, full_width
-        top, left, height, width = left, top, width, height
-    down, across = image.height / full_height, image.width / full_width
-    top, left = int(top * down), int(left * across)
-    height = min(max(1, round(height * down)), image.height - top)
-    width = min(max(1, round(width * across)), image.width - left)
-    return image, (top, left, height, width)
 
 
 def draw_colours(rng: np.random.Generator) -> np.ndarray:

@@ -41,6 +41,7 @@ from utils.transfer.model_parts import (
 )
 from utils.transfer.replay import PairedItems, ReplayedImages, StreamedPairedItems
 from utils.transfer.training_items import training_items
+from utils.transfer.waiting import WaitingTime
 
 INITIAL_SCALE = 2.0**16  # of torch's GradScaler
 ALIGNMENT_FILE = "alignment.safetensors"  # of a checkpoint: the domain classifier
@@ -53,7 +54,8 @@ FITTED = "fitted_to_memory"  # in a checkpoint's state
 class StageResult:
     """What one stage did, all its runs together; `log_history` is the Trainer's. `num_gpus` is 0 on a CPU.
 
-    `fitted` is what had to change for want of memory, of `MicroBatching.state`.
+    `fitted` is what had to change for want of memory, of `MicroBatching.state`. Of `seconds`, the main
+    process's device spent `seconds_waiting` idle, for want of images; None for a stage of an earlier version.
     """
 
     num_steps: int
@@ -62,6 +64,7 @@ class StageResult:
     num_gpus: int
     log_history: list[dict]
     fitted: dict = field(default_factory=dict)
+    seconds_waiting: float | None = None
 
     def to_dict(self) -> dict:
         """Return it as records hold it: where memory was enough, without `fitted`."""
@@ -71,6 +74,7 @@ class StageResult:
         """Return what a table shows of it; GPU-hours are None without a GPU."""
         return {
             "steps": self.num_steps, "images_seen": self.num_images_seen, "seconds": self.seconds,
+            "seconds_waiting": self.seconds_waiting,
             "gpu_hours": round(self.num_gpus * self.seconds / 3600, 4) if self.num_gpus else None, **self.fitted,
         }  # fmt: skip
 
@@ -94,7 +98,7 @@ def fine_tune(
     progress, state = trainer.progress, trainer.state
     result = StageResult(
         state.global_step, int(progress.num_images), round(progress.seconds, 2), count_gpus(trainer.args),
-        state.log_history, trainer.micro_batching.state(),
+        state.log_history, trainer.micro_batching.state(), round(progress.waiting.seconds, 2),
     )  # fmt: skip
     accelerator = trainer.accelerator
     del trainer  # which is full of cycles and holds the loader's workers: what follows collects garbage
@@ -196,7 +200,7 @@ class StageTrainer(MicroBatchTrainer):
         self.head_learning_rate = head_learning_rate
         self.last_inputs = None
         self.micro_batching = self._plan_micro_batches()
-        self.progress = StageProgress(self.micro_batching)
+        self.progress = StageProgress(self.args.device, self.micro_batching)
         self.add_callback(self.progress)
         if isinstance(self.train_dataset, TrainImages):  # a stream counts its own epochs
             self.add_callback(EpochCallback(self.train_dataset))
@@ -358,7 +362,8 @@ class StageTrainer(MicroBatchTrainer):
         return super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(self, *args, **kwargs):
-        batches, num_images = super().get_batch_samples(*args, **kwargs)
+        with self.progress.waiting:
+            batches, num_images = super().get_batch_samples(*args, **kwargs)
         if num_images is not None:  # one label an image, in all batches of the step on all processes
             num_seen = num_images if self.alignment is None else 2 * num_images
             self.progress.num_images = self.progress.num_images + num_seen
@@ -468,11 +473,12 @@ class StageTrainer(MicroBatchTrainer):
 class StageProgress(TrainerCallback, ExportableState):
     """Seconds and images of a stage over all its runs, and what fitted in memory: checkpoints keep them."""
 
-    def __init__(self, micro_batching: MicroBatching | None = None):
+    def __init__(self, device: torch.device, micro_batching: MicroBatching | None = None):
         self.micro_batching = micro_batching
         self.num_images = 0
         self.seconds_before = 0.0
         self.started = None
+        self.waiting = WaitingTime(device)
 
     @property
     def seconds(self) -> float:
@@ -486,12 +492,15 @@ class StageProgress(TrainerCallback, ExportableState):
         """Take over what a checkpoint's state kept; a fresh state keeps nothing."""
         earlier = state.stateful_callbacks[type(self).__name__]["attributes"]
         self.num_images, self.seconds_before = earlier["num_images"], earlier["seconds_before"]
+        self.waiting.seconds = earlier.get("seconds_waiting", 0.0)
         if self.micro_batching is not None:
             self.micro_batching.restore(earlier.get(FITTED, {}))
 
     def state(self) -> dict:
         fitted = self.micro_batching.state() if self.micro_batching is not None else {}
-        attributes = {"num_images": int(self.num_images), "seconds_before": self.seconds}
+        attributes = {
+            "num_images": int(self.num_images), "seconds_before": self.seconds, "seconds_waiting": self.waiting.seconds,
+        }  # fmt: skip
         return {"args": {}, "attributes": attributes | ({FITTED: fitted} if fitted else {})}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from utils.cli.errors import UserError
 from utils.data.images import to_rgb
@@ -47,6 +48,14 @@ class ImageFormat:
     channels: tuple[int, ...] = (0, 1, 2)
     processor: object | None = None
 
+    @property
+    def crop_size(self) -> tuple[int, int] | None:
+        """The size to which training resizes a crop; None where it takes the image's own pixels.
+
+        The processor may cut some out, and a smaller image is smoother than single pixels of the whole.
+        """
+        return None if self.processor is not None or self.interpolation == "nearest-exact" else self.size
+
 
 def process(image_processor, image: Image.Image) -> torch.Tensor:
     """Return the pixels that an image processor makes of an RGB image, `(3, height, width)` float32."""
@@ -61,14 +70,12 @@ def normalise(images: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
     return v2.functional.normalize(images, image_format.mean, image_format.std, inplace=True)
 
 
-def cut(image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int], interpolation: str) -> torch.Tensor:
-    """Return a box (top, left, height, width) of an RGB image, resized to `size`, `(3, height, width)` uint8."""
+def cut(image: torch.Tensor, box: tuple[int, int, int, int], size: tuple[int, int], interpolation: str) -> torch.Tensor:
+    """Return a box (top, left, height, width) of an RGB image `(3, height, width)` uint8, resized to `size`."""
     if interpolation in OF_PILLOW:
-        return v2.functional.pil_to_tensor(
-            v2.functional.resized_crop(image, *box, list(size), InterpolationMode(interpolation))
-        )
-    pixels = v2.functional.pil_to_tensor(image)  # resized there in a third of Pillow's time
-    return v2.functional.resized_crop(pixels, *box, list(size), InterpolationMode(interpolation))
+        picture = to_pil_image(image)
+        return pil_to_tensor(v2.functional.resized_crop(picture, *box, list(size), InterpolationMode(interpolation)))
+    return v2.functional.resized_crop(image, *box, list(size), InterpolationMode(interpolation))
 
 
 class EvalImages(torch.utils.data.Dataset):
@@ -180,11 +187,11 @@ def _find_interpolation(
 ) -> ImageFormat | None:
     """Return the format whose interpolation makes the processor's pixels of a box of noise, None where none does."""
     picture = Image.fromarray(_noise(size))
-    wanted = process(image_processor, picture)
+    wanted, pixels = process(image_processor, picture), pil_to_tensor(picture)
     errors = {}
     for interpolation in INTERPOLATIONS:
         image_format = dataclasses.replace(plain, interpolation=interpolation)
-        made = normalise(cut(picture, box, plain.size, interpolation)[None] / 255, image_format)[0]
+        made = normalise(cut(pixels, box, plain.size, interpolation)[None] / 255, image_format)[0]
         errors[image_format] = _largest_error(made, wanted, plain)
     best = min(errors, key=errors.get)
     return best if errors[best] <= TOLERANCE else None

@@ -33,7 +33,10 @@ CURVES = {
     "eval_loss": ("validation loss", True, "tab:orange"),
     "eval_accuracy": ("validation accuracy", False, "--g"),
 }
-COSTS = {"steps": "steps", "images_seen": "images seen", "seconds": "seconds", "gpu_hours": "GPU-hours"}
+COSTS = {
+    "steps": "steps", "images_seen": "images seen", "seconds": "seconds", "seconds_waiting": "waiting for images",
+    "gpu_hours": "GPU-hours",
+}  # fmt: skip
 
 
 def plot_report(

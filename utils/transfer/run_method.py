@@ -22,6 +22,7 @@ from utils.transfer.evaluation import predict
 from utils.transfer.methods import Method, StagePlan, mix_indices
 from utils.transfer.replay import ReplayedImages
 from utils.transfer.stage import Pretrained, run_stage
+from utils.transfer.waiting import advise_on_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,9 @@ def run_method(
                 stage, start, seen, pretrained, class_names, training_args, folder,
                 validation=validation, resume=resume, inputs=inputs,
             )  # fmt: skip
+        advice = advise_on_waiting(done.seconds_waiting or 0, done.seconds, training_args.dataloader_num_workers)
+        if advice and done.num_gpus:
+            logger.warning(f"Warning: {stage.name}: {advice}")
         results |= {f"{stage.name}_{cost}": value for cost, value in done.summary().items()}
         log_histories[stage.name] = done.log_history
         after_stage(stage, model)
