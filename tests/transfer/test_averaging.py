@@ -76,7 +76,7 @@ def test_the_row_and_the_flag_average_the_weights_of_both_stages(run, monkeypatc
         0.5, 0.5, "stage1",
     )  # fmt: skip
     assert "average" not in config["stages"][0]
-    assert "Its weights are averages: 50 % of those of stage2" in (folder / "README.md").read_text()
+    assert "Its weights are an average: 50 % stage2" in (folder / "README.md").read_text()
     # killed while the classifier was evaluated: both stages are loaded, and averaged once more
     (folder / "bridged_config.json").unlink()
     monkeypatch.setattr(stage, "fine_tune", lambda *_: pytest.fail("a stage was trained again"))
@@ -113,7 +113,7 @@ SHARE = r"--average 0\.5 \(given, or from --method wise_ft\): "
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--method vanilla --average 0.5", f"{SHARE}needs a second stage that begins with the head of the first"),
+        ("--method vanilla --average 0.5", f"{SHARE}needs a second stage that starts from the head of the first"),
         ("--method bridged --average 0.5", f"{SHARE}needs a second stage"),
         ("--method wise_ft --head_init reset", f"{SHARE}needs a second stage"),
         ("--method wise_ft --use_peft", f"{SHARE}not possible with --use_peft"),
