@@ -90,7 +90,7 @@ def finished(run, tmp_path_factory):
     return output_dir, comparison, trained
 
 
-def test_a_killed_comparison_goes_on_and_stage_1_is_trained_once(finished):
+def test_a_killed_comparison_resumes_and_stage_1_is_trained_once(finished):
     output_dir, comparison, trained = finished
     names = [folder.name for _, _, folder in trained]
     assert sorted(names) == ["stage1"] + 4 * ["stage2"] + 2 * ["vanilla"]
@@ -112,14 +112,14 @@ def test_all_methods_train_on_the_same_real_images(finished, real_images_dir):
         assert seen.count(pixels(few.train)) == 3
 
 
-def test_a_second_run_trains_nothing_and_says_the_same(finished, run, monkeypatch):
+def test_a_second_run_trains_nothing_and_gives_the_same_results(finished, run, monkeypatch):
     output_dir, comparison, _ = finished
     trained = trainings(monkeypatch)
     assert run(output_dir) == comparison
     assert not trained
 
 
-def test_workers_give_what_one_process_gives(finished, run, tmp_path):
+def test_workers_give_the_same_results_as_one_process(finished, run, tmp_path):
     output_dir, comparison, _ = finished
     flags = "--num_shots", "1", "--methods", "vanilla_matched", "bridged", "bridged_keep", "--num_workers", "2"
     flags += ("--cache_images",)  # the same pixels
@@ -155,7 +155,7 @@ def test_a_shared_stage_1_is_trained_under_its_lock(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("launched", "flags"), [("bf16", []), ("no", ["--bf16", "--use_cpu"])])
-def test_the_precision_of_a_flag_or_of_the_launch_is_that_of_every_cell(run, tmp_path, monkeypatch, launched, flags):
+def test_every_cell_has_the_precision_of_the_flag_or_the_launch(run, tmp_path, monkeypatch, launched, flags):
     precisions = []
 
     def fine_tune(model, images, image_processor, settings, training_args, *args, **kwargs):
@@ -182,7 +182,7 @@ def two(run, classifiers, tmp_path_factory):
     return output_dir, run(output_dir, *flags)
 
 
-def test_of_two_classifiers_each_has_what_it_has_alone(two, finished, run, classifiers, tmp_path):
+def test_each_of_two_classifiers_has_the_same_results_as_alone(two, finished, run, classifiers, tmp_path):
     output_dir, comparison = two
     _, of_vit, _ = finished
     flags = "--methods", "vanilla_matched", "bridged", "--model_name_or_path", classifiers["resnet"]
@@ -205,7 +205,7 @@ def test_of_two_classifiers_each_has_what_it_has_alone(two, finished, run, class
     assert inputs == {f"--model_name_or_path {classifiers[name]}" for name in ("vit", "resnet")}
 
 
-def test_records_of_one_classifier_are_as_before_and_of_several_name_them(two, finished, classifiers):
+def test_records_of_one_classifier_have_the_earlier_format_and_of_several_name_them(two, finished, classifiers):
     (of_two, _), (of_one, comparison, _) = two, finished
     options = read_record(of_one / "run_config.json")["options"]
     assert options["model_name_or_path"] == classifiers["vit"]
@@ -289,7 +289,7 @@ def test_an_aligned_stage_1_is_shared_by_recipes_of_the_same_real_images_only(ru
     assert changed.bridge_dir(cell_of("bridged_keep")) == runner.bridge_dir(cell_of("bridged_keep"))
 
 
-def test_a_cell_is_kept_for_the_very_same_settings_only(runner):
+def test_a_cell_is_kept_only_for_exactly_the_same_settings(runner):
     path = runner.path(cell_of("mix"))
     changes = [{"max_eval_samples": 5}, {"pretrained": pretrained_of("other")},
                {"settings": StageSettings(0, 0.0, weight_decay=0.5)}]  # fmt: skip
@@ -302,7 +302,7 @@ def test_a_cell_is_kept_for_the_very_same_settings_only(runner):
     assert runner.path(cell_of("mix")) == path
 
 
-def test_volumes_are_nested_shots_those_of_a_run_and_mix_repeats_real_images_to_its_ratio(runner, real_images_dir):
+def test_volumes_are_nested_shots_match_a_run_and_mix_repeats_real_images_to_its_ratio(runner, real_images_dir):
     source = runner.sources["dsi", 0]
     small, large, whole = (runner.load_synthetic(source, volume) for volume in (2, 4, None))
     assert (len(small), len(large), len(whole)) == (6, 12, 18)
@@ -359,9 +359,7 @@ def fake_results(monkeypatch, best_on_validation) -> list:
     return asked
 
 
-def test_recipes_are_chosen_on_validation_and_shots_that_are_not_searched_take_those_of_the_next_below(
-    run, tmp_path, monkeypatch
-):
+def test_recipes_are_chosen_on_validation_and_other_shots_take_those_of_the_next_smaller(run, tmp_path, monkeypatch):
     asked = fake_results(monkeypatch, lambda cell: cell.recipe.learning_rate == 1e-3)
     run(tmp_path, "--learning_rates", "1e-4", "1e-3", "--search_shots", "1")
     assert read_record(tmp_path / "chosen_settings.json")["bridged"]["1"]["learning_rate"] == 1e-3
@@ -395,7 +393,7 @@ def record_stages(monkeypatch) -> list[StageSettings]:
     return stages
 
 
-def test_chosen_settings_hold_what_was_searched_and_trains_the_same_cells_again(finished, run, monkeypatch, capsys):
+def test_chosen_settings_have_what_was_searched_and_give_the_same_cells(finished, run, monkeypatch, capsys):
     output_dir, comparison, _ = finished
     path = output_dir / "chosen_settings.json"
     searched = {"max_steps": 2, "learning_rate": 5e-5, "mixup_alpha": 0.2, "head_learning_rate_factor": 10.0}
@@ -410,9 +408,7 @@ def test_chosen_settings_hold_what_was_searched_and_trains_the_same_cells_again(
     assert not trained and "old.json" not in capsys.readouterr().out
 
 
-def test_flags_on_what_is_not_searched_hold_for_every_method_whatever_the_settings_file_says(
-    run, tmp_path, monkeypatch, capsys
-):
+def test_flags_that_are_not_searched_override_the_settings_file_for_every_method(run, tmp_path, monkeypatch, capsys):
     stages = record_stages(monkeypatch)
     run(tmp_path / "first")
     path = tmp_path / "first" / "chosen_settings.json"
@@ -440,7 +436,7 @@ def test_flags_on_what_is_not_searched_hold_for_every_method_whatever_the_settin
      "--bridge_mixup_alphas 0", "--bridge_head_learning_rate_factor 10", "--search_seeds 0", "--search_shots 1",
      "--search_learning_rate"],
 )  # fmt: skip
-def test_flags_on_what_a_settings_file_decides_are_refused_beside_it(flag, run, tmp_path):
+def test_flags_that_a_settings_file_decides_are_refused_together_with_it(flag, run, tmp_path):
     name = flag.split()[0]
     lack = "where nothing is searched" if name == "--search_seeds" else "with --settings"
     with pytest.raises(UserError, match=f"^{name}[^:]*: does nothing {lack}; .*leave {name} out"):
@@ -448,7 +444,7 @@ def test_flags_on_what_a_settings_file_decides_are_refused_beside_it(flag, run, 
     assert not (tmp_path / "out").exists()
 
 
-def test_keys_of_a_recipe_on_what_a_settings_file_decides_are_told_together(tmp_path, capsys):
+def test_recipe_keys_that_a_settings_file_decides_are_reported_together(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("synthetic_dataset: [x]\nsettings: a.json\nnum_train_epochs: 3\nlearning_rates: [1.0e-4]\n")
     with pytest.raises(UserError, match="^a.json: cannot be read"):
@@ -462,7 +458,7 @@ def test_keys_of_a_recipe_on_what_a_settings_file_decides_are_told_together(tmp_
     assert capsys.readouterr().err == ""
 
 
-def test_one_test_image_is_strict_json_and_words_in_place_of_figures(run, tmp_path, monkeypatch, capsys):
+def test_one_test_image_gives_strict_json_and_words_instead_of_figures(run, tmp_path, monkeypatch, capsys):
     def result(self, cell):
         return pack_correct(np.array([cell.row.name == "bridged"])) | {"accuracy": 1.0}
 
@@ -480,7 +476,7 @@ def test_one_test_image_is_strict_json_and_words_in_place_of_figures(run, tmp_pa
     assert "on 1 test image;" in report
 
 
-def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_any(run, unmirrored_dir, tmp_path, monkeypatch):
+def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_them(run, unmirrored_dir, tmp_path, monkeypatch):
     stages = record_stages(monkeypatch)
     run(tmp_path / "first", synthetic=unmirrored_dir)
     assert len(stages) > len(NAMES) and not any(stage.random_flip for stage in stages)
@@ -504,7 +500,7 @@ def diverge(monkeypatch, diverges) -> None:
     monkeypatch.setattr(CellRunner, "_run", run_cell)
 
 
-def test_a_candidate_that_diverges_has_lost_the_search_and_is_told_of(run, tmp_path, monkeypatch, capsys):
+def test_a_diverging_candidate_loses_the_search_with_a_warning(run, tmp_path, monkeypatch, capsys):
     diverge(monkeypatch, lambda cell: cell.recipe.learning_rate == 1e-4 or cell.bridge.learning_rate == 1e-4)
     rates = ["--learning_rates", "1e-4", "1e-3", "--bridge_learning_rates", "1e-4", "1e-3"]
     run(tmp_path, *rates)
@@ -515,7 +511,7 @@ def test_a_candidate_that_diverges_has_lost_the_search_and_is_told_of(run, tmp_p
     assert "of the search was dropped: --learning_rate 1: the loss is nan (in the cell 'bridged, 1 shot" in warnings[3]
 
 
-def test_a_search_in_which_all_diverge_is_one_line(run, tmp_path, monkeypatch):
+def test_a_search_in_which_all_diverge_is_a_one_line_error(run, tmp_path, monkeypatch):
     diverge(monkeypatch, lambda cell: cell.split == "validation")
     with pytest.raises(UserError, match="every candidate of vanilla_matched with 1 shot diverged; give lower rates"):
         run(tmp_path / "real", "--learning_rates", "1e-4", "1e-3")
@@ -530,7 +526,7 @@ def test_a_cell_of_the_table_that_diverges_ends_the_comparison_and_does_not_coun
     assert len(list((tmp_path / "cells").iterdir())) == 6 and not (tmp_path / "comparison.json").exists()
 
 
-def test_what_a_trial_of_two_images_shows_is_found_before_images_are_read(
+def test_problems_in_a_trial_run_are_found_before_images_are_read(
     synthetic_dir, tmp_path, monkeypatch, save_classifier_of
 ):
     monkeypatch.setattr(compare_transfer, "load_real_images", lambda *_: pytest.fail("images were read"))
@@ -589,7 +585,7 @@ def set_of_names(synthetic_dir, tmp_path):
     return folder
 
 
-def test_real_images_given_by_hand_go_before_the_record(run, set_of_names, real_images_dir, tmp_path, monkeypatch):
+def test_given_real_images_override_the_record(run, set_of_names, real_images_dir, tmp_path, monkeypatch):
     fake_results(monkeypatch, lambda cell: True)
     message = "^--dataset_name: .* list of class names, .*give --dataset_name or --train_dir"
     with pytest.raises(UserError, match=message):
@@ -632,7 +628,7 @@ def test_a_revision_goes_with_the_path_of_its_set(monkeypatch, tmp_path):
         (["--methods", "bridged@other"], "--methods bridged@other: no synthetic set 'other'"),
     ],
 )
-def test_bad_values_are_one_line(flags, message, run, tmp_path):
+def test_bad_values_are_one_line_errors(flags, message, run, tmp_path):
     with pytest.raises(UserError, match=message):
         run(tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
@@ -676,7 +672,7 @@ def run_folds(classifiers, synthetic_dir):
 
 
 @pytest.mark.parametrize("shots", [None, 2])
-def test_every_image_is_tested_once_a_repeat_by_a_model_that_saw_none_of_its_fold(
+def test_every_image_is_tested_once_per_repeat_by_a_model_that_saw_none_of_its_fold(
     run_folds, real_images_dir, tmp_path, monkeypatch, shots
 ):
     seen, whole = [], load_real_images(RealImagesRecord(str(real_images_dir), train_val_split=0.01))
@@ -729,7 +725,9 @@ def test_folds_are_named_their_cells_kept_and_workers_give_the_same(run_folds, t
     assert without_seconds(beside) == without_seconds(comparison)
 
 
-def test_test_images_that_a_style_token_has_seen_are_told(run_folds, make_synthetic_dir, tmp_path, monkeypatch, capsys):
+def test_test_images_that_a_style_token_has_seen_are_reported(
+    run_folds, make_synthetic_dir, tmp_path, monkeypatch, capsys
+):
     fake_results_of_folds(monkeypatch)
     whole = make_synthetic_dir("whole", train_indices=list(range(60)))
     comparison = run_folds(tmp_path / "out", "--num_shots", "2", synthetic=whole)
@@ -780,13 +778,13 @@ def fake_results_of_folds(monkeypatch) -> None:
         (["--token_per_fold", "--synthetic_dataset", "x-{fold}"], "--dataset_name is missing"),
     ],
 )
-def test_what_does_not_go_with_folds_is_one_line(flags, message, run_folds, tmp_path):
+def test_flags_that_do_not_go_with_folds_are_one_line_errors(flags, message, run_folds, tmp_path):
     with pytest.raises(UserError, match=message):
         run_folds(tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 
 
-def test_sets_of_folds_without_folds_are_one_line(run, tmp_path):
+def test_sets_per_fold_without_folds_are_a_one_line_error(run, tmp_path):
     with pytest.raises(UserError, match="--synthetic_dataset set-{fold}: '{fold}' needs --num_folds"):
         run(tmp_path / "out", synthetic="set-{fold}")
 

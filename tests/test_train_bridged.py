@@ -68,7 +68,7 @@ def test_vanilla_needs_no_synthetic_set_and_matches_steps(classifiers, real_imag
     assert not [path for path in written if b"hf_some_secret" in path.read_bytes()]
 
 
-def test_a_set_whose_token_saw_no_mirrored_images_trains_on_none_in_either_stage(
+def test_a_set_whose_token_saw_no_mirrored_images_trains_without_them_in_both_stages(
     run, unmirrored_dir, tmp_path, monkeypatch
 ):
     mirrors = []
@@ -92,7 +92,7 @@ def assert_same_weights(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_few_images_with_a_fresh_head_are_told_of_the_kept_one(run, caplog):
+def test_few_images_with_a_fresh_head_are_advised_to_keep_the_head(run, caplog):
     run("fresh", "--num_shots", "4", "--method", "bridged")
     assert "With 12 real images of 3 classes --head_init keep is likely to be better" in caplog.text
     lines = [record.message for record in caplog.records if "compare_transfer.py --num_folds" in record.message]
@@ -103,7 +103,7 @@ def test_few_images_with_a_fresh_head_are_told_of_the_kept_one(run, caplog):
     assert "--head_init keep is likely" not in caplog.text
 
 
-def test_a_fold_that_tests_on_images_which_the_token_has_seen_says_so(run, make_synthetic_dir, caplog):
+def test_a_fold_with_test_images_that_the_token_has_seen_gives_a_warning(run, make_synthetic_dir, caplog):
     whole = make_synthetic_dir("whole", train_indices=list(range(60)))
     run("folded", "--fold", "1/2", synthetic=whole)
     (line,) = [record.message for record in caplog.records if "the style token has seen" in record.message]
@@ -130,7 +130,7 @@ def test_classes_in_another_order_and_decoded_images_give_the_same_classifier(ru
     assert_same_weights(tmp_path / "one", tmp_path / "other")
 
 
-def test_every_method_takes_the_same_real_images_and_says_what_it_cost(run, tmp_path):
+def test_every_method_takes_the_same_real_images_and_reports_its_costs(run, tmp_path):
     results = {
         "bridged": run("bridged", "--method", "bridged_unguarded", "--head_warmup_steps", "1"),
         "vanilla": run("vanilla", "--method", "vanilla", "--match_steps", "--head_warmup_steps", "1"),
@@ -165,7 +165,7 @@ class Killed(BaseException):
         ("utils.transfer.report", "write_model_card", 1, "bridged"),  # after the last stage
     ],
 )
-def test_a_killed_run_goes_on_in_its_stage_to_the_same_weights(run, module, name, call, method, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_in_its_stage_to_the_same_weights(run, module, name, call, method, tmp_path, monkeypatch):
     flags = ["--save_steps", "1", "--mixup_alpha", "0.2", "--method", method]
     whole = run("whole", *flags)
     owner = pkgutil.resolve_name(module)
@@ -192,7 +192,7 @@ def test_a_killed_run_goes_on_in_its_stage_to_the_same_weights(run, module, name
     }
 
 
-def test_an_adapter_goes_through_both_stages_and_is_merged_and_published_beside(run, tmp_path):
+def test_an_adapter_is_trained_in_both_stages_and_published_merged_and_unmerged(run, tmp_path):
     run("lora", "--use_peft", "--lora_r", "4", "--method", "bridged_keep")
     folder = tmp_path / "lora"
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
@@ -314,9 +314,7 @@ def test_bad_input_is_one_user_error_before_training_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_trial_of_two_images_shows_is_found_before_images_are_read(
-    classifiers, real_images_dir, tmp_path, monkeypatch
-):
+def test_problems_in_a_trial_run_are_found_before_images_are_read(classifiers, real_images_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("images were read"))
     with pytest.raises(UserError, match="^--optim adamw_8bit: ImportError: .*bitsandbytes"):
         train_bridged.main(
@@ -326,7 +324,7 @@ def test_what_a_trial_of_two_images_shows_is_found_before_images_are_read(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_trial_of_two_images_changes_no_weight(run, tmp_path, monkeypatch):
+def test_a_trial_run_changes_no_weight(run, tmp_path, monkeypatch):
     run("tried")
     monkeypatch.setattr("utils.transfer.rehearsal.rehearse", lambda *_, **__: None)
     run("untried")
@@ -339,7 +337,7 @@ def test_a_run_that_diverges_publishes_nothing_and_has_no_finished_record(run, t
     assert not (tmp_path / "out" / "bridged_config.json").exists() and not list(tmp_path.glob("out/*/stage.json"))
 
 
-def test_a_stage_is_evaluated_on_the_validation_images_where_that_is_asked_for(run, monkeypatch):
+def test_a_stage_is_evaluated_on_the_validation_images_on_request(run, monkeypatch):
     seen = []
     monkeypatch.setattr("utils.transfer.report.plot_report", lambda path, logs, *_: seen.append(logs))
     run("out", "--eval_strategy", "epoch")
@@ -358,7 +356,7 @@ def test_a_stage_is_evaluated_on_the_validation_images_where_that_is_asked_for(r
         (["--learning_rate", "3e-3"], 3e-3),
     ],
 )
-def test_the_learning_rate_suits_what_is_trained_of_the_classifier(classifiers, synthetic_dir, flags, rate):
+def test_the_default_learning_rate_depends_on_the_trained_part(classifiers, synthetic_dir, flags, rate):
     args, _ = train_bridged.parse_arguments(
         ["--synthetic_dataset", str(synthetic_dir), "--model_name_or_path", classifiers["vit"], *flags]
     )
@@ -367,7 +365,7 @@ def test_the_learning_rate_suits_what_is_trained_of_the_classifier(classifiers, 
 
 
 @pytest.mark.parametrize("text", ["head_init:", "match_steps:\nmix_ratio:", "{}"])
-def test_a_key_that_a_recipe_leaves_empty_is_what_the_methods_row_says(synthetic_dir, tmp_path, text):
+def test_an_empty_key_of_a_recipe_takes_the_value_of_the_methods_row(synthetic_dir, tmp_path, text):
     (tmp_path / "recipe.yaml").write_text(text)
     args, _ = train_bridged.parse_arguments(
         [str(tmp_path / "recipe.yaml"), "--synthetic_dataset", str(synthetic_dir), "--method", "mix_balanced"]
@@ -398,7 +396,7 @@ def tear_row_1(row, i):
         ({"train": 1}, lambda row, i: row, "no images are left for the validation part; give three or more"),
     ],
 )  # fmt: skip
-def test_images_that_cannot_be_used_are_found_before_training(splits, change, message, classifiers, tmp_path):
+def test_unusable_images_are_found_before_training(splits, change, message, classifiers, tmp_path):
     save_image_set(tmp_path / "real", splits)
     rewrite_train_split(tmp_path / "real", change)
     with pytest.raises(UserError, match=message):
@@ -434,7 +432,7 @@ def test_an_audit_looks_at_the_images_and_writes_nothing(flag, tmp_path, make_sy
         ("resnet", "--per_device_train_batch_size 4", r"at batch 4; [\d.]+ are free on this machine"),
     ],
 )
-def test_a_dry_run_tells_what_is_needed(model, flags, words, run, tmp_path, capsys, caplog, monkeypatch):
+def test_a_dry_run_reports_what_is_needed(model, flags, words, run, tmp_path, capsys, caplog, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     needs = run("out", *flags.split(), "--dry_run", model=model)
     printed = caplog.text + capsys.readouterr().out
@@ -465,7 +463,7 @@ def test_results_are_not_written_among_the_images(real_images_dir, monkeypatch):
     assert args.training.dry_run
 
 
-def test_a_signal_and_a_full_disk_say_what_is_kept_and_how_to_go_on(run, tmp_path, monkeypatch):
+def test_a_signal_or_a_full_disk_says_what_is_kept_and_how_to_resume(run, tmp_path, monkeypatch):
     fine_tune = stage.fine_tune
 
     def interrupted_in_stage_2(*args, **kwargs):

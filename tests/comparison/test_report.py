@@ -90,14 +90,14 @@ def test_the_tables_hold_the_figures_of_the_summary(facts, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["bridged", "bridged_replay"])
-def test_that_replay_divides_the_steps_anew_is_said_where_it_is_so(method, facts, tmp_path):
+def test_the_report_says_that_replay_redistributes_steps_if_it_does(method, facts, tmp_path):
     summary = summarise(compare(("vanilla_matched", method)), VANILLA)
     write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts)
     text = (tmp_path / "comparison.md").read_text()
     assert ("methods that replay synthetic images redistribute the steps" in text) == (method == "bridged_replay")
 
 
-def test_one_seed_and_no_baseline_leave_out_what_there_is_not(facts, tmp_path):
+def test_with_one_seed_and_no_baseline_the_report_has_no_deviation_and_no_gain(facts, tmp_path):
     summary = summarise(compare(methods=("mix", "bridged"), shots=(None,), num_seeds=1), None)
     write_markdown(tmp_path / "comparison.md", summary, None, **facts | {"seeds": [0]})
     text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
@@ -119,7 +119,7 @@ def with_preparation(summary: list[dict]) -> list[dict]:
     return [entry | costs.get(entry["method"], {}) for entry in summary]
 
 
-def test_costs_stand_beside_the_accuracy_in_both_tables(facts, tmp_path, capsys, monkeypatch):
+def test_both_tables_show_costs_next_to_the_accuracy(facts, tmp_path, capsys, monkeypatch):
     summary = with_preparation(summarise(compare(), VANILLA))
     write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts)
     text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
@@ -139,7 +139,7 @@ def test_costs_stand_beside_the_accuracy_in_both_tables(facts, tmp_path, capsys,
     assert "┃ generator seconds ┃" in wide and "not recorded" in wide and note in wide
 
 
-def test_several_classifiers_have_rows_recipes_and_a_stage_1_each(facts, tmp_path, capsys):
+def test_each_of_several_classifiers_has_rows_recipes_and_a_stage_1(facts, tmp_path, capsys):
     summaries = [with_preparation(summarise(compare(num_images=number), VANILLA)) for number in (200, 300)]
     names = ["vit", "resnet18"]
     summary = [{"classifier": name, **entry} for name, of_one in zip(names, summaries) for entry in of_one]
@@ -191,7 +191,7 @@ def test_the_printed_table_cuts_no_number(capsys):
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])
-def test_intervals_that_are_not_known_are_words_in_every_table(num_seeds, facts, tmp_path, capsys):
+def test_unknown_intervals_are_words_in_every_table(num_seeds, facts, tmp_path, capsys):
     summary = summarise(compare(num_seeds=num_seeds, num_images=1), VANILLA)
     print_comparison(summary, ["It cannot be judged."], "vanilla_matched")
     write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts)

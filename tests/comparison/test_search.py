@@ -40,7 +40,7 @@ def without(mapping: dict, name: str) -> dict:
         ({"stage1": STAGE_1 | {"seeps": 2}}, "stage1 has an unknown seeps"),
     ],
 )  # fmt: skip
-def test_a_malformed_file_is_one_line_before_the_synthetic_set_is_looked_for(changed, problem, tmp_path):
+def test_a_malformed_file_is_a_one_line_error_before_the_synthetic_set_is_opened(changed, problem, tmp_path):
     path = tmp_path / "chosen.json"
     path.write_text(json.dumps({"schema_version": 1, **GOOD, **changed}))  # `write_record` writes no NaN
     with pytest.raises(UserError, match=rf"^--settings \S+: not a chosen_settings.json of this script \(.*{problem}"):
@@ -69,7 +69,7 @@ def test_recipes_of_several_classifiers_are_found_by_their_labels(tmp_path):
     assert check_settings(str(path), rows, "swin") == check_settings(str(path), rows) == GOOD
 
 
-def test_what_is_written_for_one_classifier_is_as_before(tmp_path):
+def test_the_file_for_one_classifier_has_the_earlier_format(tmp_path):
     chosen = GOOD | {"stage1": STAGE_1 | {"weight_decay": 0.5}}
     write_settings(tmp_path / "one.json", {"vit": chosen})
     assert read_record(tmp_path / "one.json") == GOOD
@@ -77,7 +77,7 @@ def test_what_is_written_for_one_classifier_is_as_before(tmp_path):
     assert read_record(tmp_path / "two.json") == {"classifiers": {"vit": GOOD, "swin": GOOD}}
 
 
-def test_a_missing_file_or_method_is_told_before_the_synthetic_set_is_looked_for(tmp_path):
+def test_a_missing_file_or_method_is_an_error_before_the_synthetic_set_is_opened(tmp_path):
     with pytest.raises(UserError, match=r"gone.json: cannot be read as a record"):
         compare_transfer.main(["--synthetic_dataset", "nowhere", "--settings", str(tmp_path / "gone.json")])
     write_record(tmp_path / "chosen.json", GOOD | {"vanilla": {}})
@@ -88,7 +88,7 @@ def test_a_missing_file_or_method_is_told_before_the_synthetic_set_is_looked_for
     assert check_settings(str(tmp_path / "chosen.json"), rows)["bridged"] == GOOD["bridged"]
 
 
-def test_what_is_not_searched_is_as_in_the_settings_of_the_run(tmp_path, capsys):
+def test_settings_that_are_not_searched_come_from_the_run(tmp_path, capsys):
     write_record(tmp_path / "chosen.json", GOOD | {"stage1": STAGE_1 | {"weight_decay": 0.5}})
     settings = StageSettings(0, 0.0, weight_decay=0.1)
     chosen = read_settings(str(tmp_path / "chosen.json"), [Row("bridged", "bridged", "dsi")], settings)

@@ -27,7 +27,7 @@ def results_of(correct):
     return [pack_correct(right) for right in correct]
 
 
-def test_which_images_were_right_survives_packing_a_row_a_seed():
+def test_packing_keeps_which_images_were_right():
     right = np.random.default_rng(0).random((3, 1003)) < 0.5
     assert np.array_equal(stack_correct({BRIDGED: {4: results_of(right)}})[BRIDGED][4], right)
 
@@ -62,7 +62,7 @@ def test_interval_of_several_seeds_is_that_of_the_two_way_table():
     assert (gain.mean, gain.low, gain.high) == pytest.approx((mean, mean - half, mean + half))
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
+def test_interval_covers_the_truth_about_95_percent_of_the_time():
     """400 comparisons of 3 seeds by 300 images whose true gain is 0, with seeds that differ and images that differ."""
     rng = np.random.default_rng(0)
     covered = 0
@@ -96,7 +96,7 @@ def test_equal_predictions_are_a_gain_of_exactly_nothing():
                    ((3, 2), "all differences are equal")]
 )  # fmt: skip
 @pytest.mark.parametrize(("ours", "theirs", "mean"), [(True, False, "+100.0"), (False, True, "-100.0")])
-def test_without_any_spread_the_interval_is_not_known_and_nothing_is_claimed(shape, why, ours, theirs, mean):
+def test_with_equal_differences_the_interval_is_unknown_and_nothing_is_claimed(shape, why, ours, theirs, mean):
     ours, theirs = np.full(shape, ours), np.full(shape, theirs)
     gain = paired_gain(ours, theirs)
     assert (gain.low, gain.high, gain.verdict) == (None, None, "cannot be judged")
@@ -106,13 +106,13 @@ def test_without_any_spread_the_interval_is_not_known_and_nothing_is_claimed(sha
 
 
 @pytest.mark.parametrize("num_images", [2, 5, 400])
-def test_seeds_that_repeat_each_other_say_no_more_than_one(num_images):
+def test_identical_seeds_count_as_one(num_images):
     ours, theirs = np.arange(num_images)[None] % 2 == 0, np.zeros((1, num_images), bool)
     one, three = (paired_gain(ours.repeat(count, 0), theirs.repeat(count, 0)) for count in (1, 3))
     assert (three.mean, three.low, three.high) == pytest.approx((one.mean, one.low, one.high))
 
 
-def test_an_interval_beyond_the_scale_is_said_as_it_is_computed():
+def test_an_interval_beyond_100_percent_is_shown_as_computed():
     gain = paired_gain(np.array([[True, False]]), np.zeros((1, 2), bool))
     half = stats.t.ppf(0.975, 1) * 50
     assert (gain.low, gain.high) == pytest.approx((50 - half, 50 + half)) and gain.high > 100

@@ -46,7 +46,7 @@ def trained_names(model) -> list[str]:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_the_head_and_low_rank_updates_are_trained_and_both_ways_of_loading_predict_the_same(
+def test_head_and_low_rank_updates_are_trained_and_merged_and_unmerged_predict_the_same(
     save_classifier_of, name, tmp_path
 ):
     path = save_classifier_of(name)
@@ -71,7 +71,7 @@ def test_the_head_and_low_rank_updates_are_trained_and_both_ways_of_loading_pred
     assert torch.allclose(logits_of(loaded), trained, atol=tolerance)
 
 
-def test_adapter_goes_on_from_a_folder_with_its_head_and_is_trained_on(save_classifier_of, tmp_path):
+def test_an_adapter_and_its_head_are_loaded_from_a_folder_and_trained_further(save_classifier_of, tmp_path):
     path = save_classifier_of("resnet")
     model = train(adapted_classifier(path))
     save_adapter(model, tmp_path)
@@ -110,7 +110,7 @@ def test_same_seed_draws_the_same_adapter(save_classifier_of):
         ("classifier.1.weight", "."),  # of what is saved merged
     ],
 )
-def test_saved_weights_that_predict_otherwise_fail(save_classifier_of, tmp_path, monkeypatch, spoiled, folder):
+def test_saved_weights_with_other_predictions_fail(save_classifier_of, tmp_path, monkeypatch, spoiled, folder):
     path = save_classifier_of("resnet")
     model = train(adapted_classifier(path))
 
@@ -130,7 +130,7 @@ def test_saved_weights_that_predict_otherwise_fail(save_classifier_of, tmp_path,
         save_merged(model, load_image_processor(path), tmp_path)
 
 
-def test_settings_reach_the_layers_whose_names_end_so(save_classifier_of):
+def test_settings_apply_to_layers_with_matching_name_endings(save_classifier_of):
     lora = LoraSettings(r=2, alpha=5, dropout=0.3, target_modules=("q_proj",))
     model = adapted_classifier(save_classifier_of("vit"), lora)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

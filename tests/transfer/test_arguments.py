@@ -29,7 +29,7 @@ def other_value(name: str, value):
 
 @pytest.mark.parametrize("match_steps", [None, True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_flag_changes_the_stages_of_a_method_just_where_its_needs_are_met(method, match_steps):
+def test_a_flag_changes_the_stages_of_a_method_exactly_if_its_needs_are_met(method, match_steps):
     defaults = vars(script_parsers()["train_bridged.py"].parse_known_args([])[0])
     defaults |= {"learning_rate": 1e-3, "method": method, "match_steps": match_steps}
     of_method = {} if match_steps is None else {"match_steps": match_steps}

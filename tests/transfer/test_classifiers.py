@@ -72,7 +72,7 @@ def test_reset_changes_the_head_only_and_keep_nothing(save_classifier_of, name, 
         ("resnet", {"return_dict": False, "output_hidden_states": True, "output_attentions": True}),
     ],
 )
-def test_a_saved_channels_last_model_is_a_pipeline_of_softmax_probabilities_whatever_the_base_was_for(
+def test_a_saved_channels_last_model_is_a_pipeline_with_softmax_probabilities_for_any_base(
     save_classifier_of, name, inherited, tmp_path
 ):
     base, saved = tmp_path / "base", tmp_path / "saved"
@@ -107,7 +107,7 @@ def test_checkpoint_without_a_head_is_an_error(tmp_path):
         load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0)
 
 
-def test_a_weight_that_a_checkpoint_lacks_is_told_and_drawn_from_the_seed(change_weights, caplog):
+def test_a_weight_missing_from_a_checkpoint_is_reported_and_drawn_from_the_seed(change_weights, caplog):
     lacking = "vit.embeddings.patch_embeddings.projection.weight"
     folder = change_weights(lambda name, value: None if name == lacking else (name, value))
     first, again, other = (
@@ -124,7 +124,7 @@ def test_a_checkpoint_whose_weights_have_other_names_is_an_error(change_weights)
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", b"torn" * 100])
-def test_torn_weights_are_one_line(save_classifier_of, tmp_path, content):
+def test_damaged_weights_are_a_one_line_error(save_classifier_of, tmp_path, content):
     folder = shutil.copytree(save_classifier_of("vit"), tmp_path / "torn")
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="--model_name_or_path .*torn: does not load as an image classifier"):
@@ -210,7 +210,7 @@ def rates_of(path, **options) -> tuple[tuple[float, float], str]:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_networks_that_normalise_by_batch_norm_get_higher_learning_rates(save_classifier_of, name):
+def test_networks_with_batch_norm_get_higher_learning_rates(save_classifier_of, name):
     found, reason = rates_of(save_classifier_of(name))
     architecture = TIMM[name][0] if name in TIMM else name
     if name in ("resnet", "efficientnet", "timm", "timm_resnet"):
@@ -238,7 +238,7 @@ def test_learning_rates_need_no_weights_little_time_and_no_random_numbers(tmp_pa
     assert torch.equal(torch.get_rng_state(), state) and time.process_time() - started < 2
 
 
-def test_learning_rates_of_a_part_of_a_model_of_its_own_code_and_of_what_is_no_classifier(tmp_path):
+def test_learning_rates_for_adapters_custom_code_and_checkpoints_that_are_not_classifiers(tmp_path):
     assert rates_of("nowhere", use_peft=True) == (FAST, "an adapter and the head are trained")
     assert rates_of("nowhere", freeze_backbone=True) == (FAST, "the head alone is trained")
     (tmp_path / "own.py").write_text(OWN_CODE)

@@ -43,11 +43,11 @@ def outline(stages):
         (1 / 3, None, None, 0.0), (0.3, 0.2, 0.9, 0.0),  # no better than guessing
     ],
 )  # fmt: skip
-def test_synthetic_images_count_what_they_add_to_a_probe(synthetic, probe, joint, weight):
+def test_the_weight_of_synthetic_images_is_what_they_add_to_a_probe(synthetic, probe, joint, weight):
     assert Usefulness(30, 3, synthetic, probe, joint).weight == pytest.approx(weight, abs=1e-4)
 
 
-def test_shares_and_steps_of_both_stages_fall_with_the_weight():
+def test_shares_and_steps_of_both_stages_decrease_with_the_weight():
     for weight, share, num_first in ((1.0, 0.75, 6), (0.5, 0.6, 6), (0.1, 0.6 / 2.6, 3)):
         stages = plan(weight)
         assert outline(stages) == [
@@ -137,7 +137,7 @@ def test_images_with_wrong_labels_add_nothing(measure, images):
     assert measured.joint_accuracy < measured.probe_accuracy
 
 
-def test_images_beside_weigh_as_much_as_their_share(images):
+def test_additional_images_have_the_weight_of_their_share(images):
     """Of two images in one place, the probe takes the side of those that weigh more."""
     features, labels = np.repeat(np.eye(3), 4, 0) + 0.0, np.repeat(np.arange(3), 4)
     wrong = np.eye(3), np.array([1, 2, 0])
@@ -158,7 +158,7 @@ def test_classes_without_synthetic_images_are_not_judged_and_every_class_counts_
     assert (measured.num_images, measured.num_classes) == (6, 2)
 
 
-def test_of_a_stream_its_first_images_are_measured(measure, images):
+def test_the_first_images_of_a_stream_are_measured(measure, images):
     assert measure(images.to_iterable_dataset()) == measure(images)
 
 
@@ -174,7 +174,7 @@ def test_features_are_what_enters_the_head(classifiers, images, name):
     assert labels.tolist() == images["label"]
 
 
-def test_single_images_of_a_class_leave_nothing_to_compare_with():
+def test_one_image_per_class_gives_no_comparison():
     assert cross_validated_predictions(np.eye(3), np.arange(3)) is None
     assert cross_validated_predictions(np.eye(4), np.zeros(4)) is None  # one class
 
@@ -200,7 +200,9 @@ def test_the_guard_decides_and_is_recorded(classifiers, synthetic_dir, tmp_path,
     assert ("the synthetic images" in card and "were tested first and left out" in card) == (not is_useful)
 
 
-def test_left_out_images_leave_the_classifier_of_lp_ft(classifiers, synthetic_dir, tmp_path, monkeypatch):
+def test_without_its_synthetic_images_replay_gives_the_classifier_of_lp_ft(
+    classifiers, synthetic_dir, tmp_path, monkeypatch
+):
     monkeypatch.setattr(guard, "measure_usefulness", lambda *args: Usefulness(6, 3, 0.9, 0.8, 0.7))
     for method in ("bridged_replay", "lp_ft"):
         train_bridged.main(
@@ -212,7 +214,7 @@ def test_left_out_images_leave_the_classifier_of_lp_ft(classifiers, synthetic_di
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_share_of_less_than_one_image_of_a_batch_is_none(classifiers, images, monkeypatch):
+def test_a_share_of_less_than_one_image_per_batch_is_rounded_to_none(classifiers, images, monkeypatch):
     kinds, pretrained = ReplayedImages(images, images), open_pretrained(classifiers["resnet"], None, False, None)
 
     def guard_at(images_per_class):
@@ -236,9 +238,7 @@ def test_a_share_of_less_than_one_image_of_a_batch_is_none(classifiers, images, 
         guard_at(185)
 
 
-def test_a_network_that_cannot_have_the_head_of_a_probe_begins_with_a_fresh_one(
-    classifiers, images, monkeypatch, caplog
-):
+def test_a_network_that_cannot_have_a_probe_as_head_starts_with_a_fresh_one(classifiers, images, monkeypatch, caplog):
     monkeypatch.setattr(guard, "measure_usefulness", lambda *args: Usefulness(6, 3, 0.9, 0.8, 0.7))
     pretrained = open_pretrained(classifiers["resnet"], None, False, None)
     kinds = ReplayedImages(images, images)
@@ -253,7 +253,7 @@ def test_a_network_that_cannot_have_the_head_of_a_probe_begins_with_a_fresh_one(
     assert "--average 0.5 does nothing: synthetic images were left out." in caplog.text
 
 
-def test_an_unguarded_row_takes_its_share_whatever_the_images_are_worth():
+def test_an_unguarded_method_takes_its_planned_share():
     unguarded = plan(name="bridged_unguarded")
     assert [replace(stage, guarded_by_probe=False) for stage in plan()] == unguarded
     assert "guarded_by_probe" not in unguarded[1].to_dict()

@@ -177,7 +177,7 @@ class Brightening(transformers.ViTImageProcessor):
     ],
     ids=lambda image_processor: type(image_processor).__name__,
 )
-def test_where_training_cannot_make_its_pixels_the_image_processor_does_and_one_line_says_so(
+def test_the_image_processor_itself_is_used_with_a_warning_if_training_cannot_repeat_it(
     image_processor, monkeypatch, caplog
 ):
     for size, box in ((40, 60), (0, 0, 40, 60)), ((60, 40), (10, 0, 30, 40)):
@@ -206,7 +206,7 @@ def test_colours_change_before_the_image_processor_and_crops_keep_their_pixels(m
     assert min(largest[0]) > 300  # the picture's own pixels, of which a processor may cut some out
 
 
-def test_a_wrong_mean_scale_order_or_interpolation_would_be_seen(monkeypatch):
+def test_a_wrong_mean_scale_order_or_interpolation_is_detected(monkeypatch):
     right = read_image_format(make("EfficientNetPil", image_std=[0.5, 0.6, 0.7]))
     assert right.channels == (0, 1, 2) and right.interpolation == "bicubic"
     assert right.mean == pytest.approx((0.5,) * 3, abs=1e-6)  # of two normalisations: 0.5 + 0.5 std

@@ -140,7 +140,7 @@ def test_a_backbone_brings_its_own_weights(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", NO_CLASSIFIERS)
-def test_a_backbone_of_which_transformers_has_no_classifier_is_one_line(tmp_path, name):
+def test_a_backbone_without_a_classifier_in_transformers_is_a_one_line_error(tmp_path, name):
     family, kind, config, sizes = NO_CLASSIFIERS[name]
     sizes = getattr(transformers, f"{config}Config")(**sizes)
     getattr(transformers, f"{family}{kind}")(sizes).save_pretrained(tmp_path / name)
@@ -164,7 +164,7 @@ def test_a_probe_replaces_the_head_of_a_classifier_with_an_adapter_as_without(
     torch.testing.assert_close(own.weight.cpu(), other.weight.cpu(), rtol=1e-3, atol=1e-3)
 
 
-def test_two_classes_share_the_one_vector_of_their_regression():
+def test_two_classes_share_the_single_weight_vector_of_their_regression():
     random = np.random.default_rng(0)
     features, labels = random.normal(size=(40, 5)).astype(np.float32), np.arange(40) % 2
     features[:, 0] += labels
@@ -195,7 +195,7 @@ def test_a_finished_probe_is_loaded_when_it_is_resumed(classifiers, images, tmp_
     assert all(torch.equal(value.cpu(), again.state_dict()[key]) for key, value in first.state_dict().items())
 
 
-def test_of_many_images_as_many_of_each_class_are_taken_and_a_line_says_so(classifiers, images, tmp_path, caplog):
+def test_with_many_images_a_balanced_subset_is_fitted_and_logged(classifiers, images, tmp_path, caplog):
     labels = np.repeat([0, 1, 2], [50, 3, 20])
     with caplog.at_level(logging.INFO, "utils"):
         rows = choose_probe_images(labels, 13)
@@ -210,7 +210,7 @@ def test_a_stage_fits_its_probe_on_the_chosen_images_alone(classifiers, images, 
     assert result.num_images_seen == 6
 
 
-def test_the_search_is_held_on_few_images_and_the_probe_fitted_on_all(monkeypatch):
+def test_the_search_uses_few_images_and_the_probe_is_fitted_on_all(monkeypatch):
     seen = []
     fit = LogisticRegression.fit
     monkeypatch.setattr(LogisticRegression, "fit", lambda self, x, y: seen.append(len(x)) or fit(self, x, y))
@@ -230,7 +230,7 @@ def save_convolution(folder) -> None:
 
 
 @pytest.mark.parametrize("save", [save_two_heads, save_convolution])
-def test_a_head_that_is_not_one_linear_layer_is_one_line(images, tmp_path, save):
+def test_a_head_that_is_not_one_linear_layer_is_a_one_line_error(images, tmp_path, save):
     save(tmp_path / "odd")
     message = f"--head_init probe .*: the head of {tmp_path}/odd is not one linear layer on one feature vector."
     with pytest.raises(UserError, match=message):
@@ -250,7 +250,7 @@ def test_a_linear_layer_whose_outputs_are_not_the_logits_is_refused(classifiers,
         probe_head(model, items)
 
 
-def test_a_class_without_an_image_and_a_single_class_are_one_line(classifiers, images, tmp_path):
+def test_a_class_without_images_or_a_single_class_is_a_one_line_error(classifiers, images, tmp_path):
     labels = np.array(images["label"])
     with pytest.raises(UserError, match=f"--head_init probe .*: no image of {CLASS_NAMES[0]}.$"):
         run_plan(planned(), classifiers["vit"], images.select(np.flatnonzero(labels)), tmp_path / "missing")

@@ -53,7 +53,7 @@ VIT, PROCESSOR = TRANSFORMER | SIZES, {"size": SQUARE, "crop_size": SQUARE}
          "its image processor makes .*1 x 16 x 192"),
     ],
 )  # fmt: skip
-def test_an_image_classifier_that_does_not_take_the_pixels_is_one_line_that_names_it(run, tmp_path, model, message):
+def test_a_classifier_that_does_not_take_the_pixels_is_a_one_line_error_that_names_it(run, tmp_path, model, message):
     save = save_native if len(model) > 2 else save_timm
     save(tmp_path / "odd", *model)
     with pytest.raises(UserError, match=f"^--model_name_or_path .*odd: {message}"):
@@ -76,7 +76,9 @@ def test_an_image_classifier_that_does_not_take_the_pixels_is_one_line_that_name
         ({"settings": replace(SETTINGS, dropout=0.5), "name": "resnet"}, "^--dropout 0.5: .* has no dropout"),
     ],
 )
-def test_what_the_trainer_cannot_do_is_one_line_that_names_the_flag(run, classifiers, options, message):
+def test_options_that_the_trainer_cannot_use_are_a_one_line_error_that_names_the_flag(
+    run, classifiers, options, message
+):
     classifier = classifiers[options.pop("name", "vit")]
     with pytest.raises(UserError, match=message):
         run(classifier, **options)

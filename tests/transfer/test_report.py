@@ -66,7 +66,7 @@ def test_the_confusion_matrix_has_as_much_text_as_can_be_read(num_classes, has_n
     assert bool(matrix.texts) == has_numbers
 
 
-def test_class_names_are_cut_and_are_no_formulas(draw):
+def test_class_names_are_cut_and_not_drawn_as_formulas(draw):
     names = ["$x_$", "Mercedes-Benz C-Class Sedan 2012"]
     matrix = draw({"mix": []}, names)["8 test images, rows sum to 1"]
     assert [label.get_text() for label in matrix.get_yticklabels()] == [r"\$x_\$", "Mercedes-Benz C-Class…"]
@@ -133,7 +133,7 @@ def test_the_table_has_metrics_then_leep_then_a_row_for_each_stage(capsys):
         ({"num_test_classes": 2, "num_classes": 2}, "Macro F1 │ 0.8000 │"),
     ],
 )
-def test_the_table_has_only_what_was_measured_and_says_what_it_rests_on(results, line, capsys):
+def test_the_table_has_only_what_was_measured_and_the_numbers_of_images(results, line, capsys):
     print_results("out", TEST_RESULTS | results)
     text = " ".join(capsys.readouterr().out.split())
     assert "0.8512" in text and "stage" not in text

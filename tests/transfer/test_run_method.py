@@ -62,7 +62,7 @@ def run(classifiers, synthetic_dir, tmp_path):
     return run_both
 
 
-def test_a_new_row_is_trained_by_its_name_in_both_scripts(run, outputs, monkeypatch, capsys):
+def test_both_scripts_train_a_new_row_by_its_name(run, outputs, monkeypatch, capsys):
     monkeypatch.setitem(METHODS, "in_three", NEW)
     config, comparison = run("in_three")
     assert [(stage["name"], stage["start"]) for stage in config["stages"]] == [
