@@ -48,7 +48,7 @@ def run(classifiers, synthetic_dir):
 
 
 def trainings(monkeypatch) -> list:
-    """Return a list that gets (settings, images, folder) of every stage that is really trained."""
+    """Return a list that collects (settings, images, folder) of every stage that is really trained."""
     trained = []
     fine_tune = stage.fine_tune
 
@@ -348,7 +348,7 @@ def test_each_worker_sees_one_gpu_in_turn(monkeypatch):
 
 
 def fake_results(monkeypatch, best_on_validation) -> list:
-    """Let cells return an accuracy by their settings; return the list of cells that were asked for."""
+    """Let cells return an accuracy by their settings; return the list of requested cells."""
     asked = []
 
     def result(self, cell):
@@ -382,7 +382,7 @@ def test_stage_1_is_chosen_on_validation_and_kept_for_all_methods(run, tmp_path,
 
 
 def record_stages(monkeypatch) -> list[StageSettings]:
-    """Return a list that gets the settings of every stage of the cells that are asked for; nothing is trained."""
+    """Return a list that collects the settings of every stage of the requested cells; nothing is trained."""
     stages = []
 
     def result(self, cell):
@@ -400,7 +400,7 @@ def test_chosen_settings_have_what_was_searched_and_give_the_same_cells(finished
     assert read_record(path)["stage1"] == searched
     trained = trainings(monkeypatch)
     assert run(output_dir, "--settings", str(path)) == comparison
-    # files of before have all settings of stage 1
+    # files of earlier versions have all settings of stage 1
     old = output_dir / "old.json"
     write_record(old, read_record(path) | {"stage1": comparison["settings"]["stage1"]})
     capsys.readouterr()
@@ -451,7 +451,7 @@ def test_recipe_keys_that_a_settings_file_decides_are_reported_together(tmp_path
         compare_transfer.main([str(recipe)])
     told = f"{recipe}: without effect in this run: learning_rates, num_train_epochs (with --settings).\n"
     assert capsys.readouterr().err == told
-    # what is empty or off asks for nothing
+    # empty values and switches that are off have no effect
     recipe.write_text("synthetic_dataset: [x]\nsettings: a.json\nlearning_rates:\nsearch_learning_rate: false\n")
     with pytest.raises(UserError, match="^a.json: cannot be read"):
         compare_transfer.main([str(recipe)])
@@ -480,7 +480,7 @@ def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_them(run, 
     stages = record_stages(monkeypatch)
     run(tmp_path / "first", synthetic=unmirrored_dir)
     assert len(stages) > len(NAMES) and not any(stage.random_flip for stage in stages)
-    # recipes that were searched on images which may be mirrored say nothing of these
+    # recipes searched with mirrored images do not apply here
     chosen = read_record(tmp_path / "first" / "chosen_settings.json")
     chosen["stage1"]["random_flip"] = True
     write_record(tmp_path / "chosen.json", chosen)
@@ -490,12 +490,12 @@ def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_them(run, 
 
 
 def diverge(monkeypatch, diverges) -> None:
-    """Let the cells diverge of which `diverges(cell)` says so; the others are fine."""
+    """Let the cells diverge for which `diverges(cell)` is true."""
 
     def run_cell(self, cell):
         if diverges(cell):
             raise DivergedError("--learning_rate 1: the loss is nan")
-        return RIGHT | {"accuracy": 0.0}  # no better than a candidate that diverged, if that counted
+        return RIGHT | {"accuracy": 0.0}  # not better than a diverged candidate if that counted
 
     monkeypatch.setattr(CellRunner, "_run", run_cell)
 
@@ -532,7 +532,7 @@ def test_problems_in_a_trial_run_are_found_before_images_are_read(
     monkeypatch.setattr(compare_transfer, "load_real_images", lambda *_: pytest.fail("images were read"))
     monkeypatch.setattr("utils.transfer.rehearsal.imprint_head", lambda *_: 1 / 0)
     model = ["--model_name_or_path", save_classifier_of("vit"), "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(ZeroDivisionError):  # it is tried where a method needs it
+    with pytest.raises(ZeroDivisionError):  # it is tried if a method needs it
         compare_transfer.main(["--synthetic_dataset", str(synthetic_dir), "--methods", "bridged_imprint", *model])
     monkeypatch.setattr("utils.transfer.rehearsal.predict", lambda *_: [][0])
     with pytest.raises(UserError, match="^--model_name_or_path .*: a trial run of two RGB images fails .IndexError"):
@@ -568,7 +568,7 @@ def test_without_shots_all_images_are_taken_for_the_default_epochs(classifiers, 
     assert sorted((cell.seed, cell.row.volume) for cell in bridged) == [
         (seed, volume) for seed in range(3) for volume in (2, 4)
     ]
-    # 30 epochs of the real images (the rest is validation), 5 of 12 synthetic ones at every volume, 4 a step
+    # 30 epochs of the real images (the rest is for validation), 5 of 12 synthetic ones at every volume, 4 per step
     record = read_record(synthetic_dir / GENERATION_CONFIG)["real_images"]
     num_steps = 30 * math.ceil(len(load_real_images(RealImagesRecord(record["dataset_name"])).train) / 4)
     found = {(cell.num_shots, cell.recipe.max_steps, cell.bridge.max_steps) for cell in bridged}
@@ -577,7 +577,7 @@ def test_without_shots_all_images_are_taken_for_the_default_epochs(classifiers, 
 
 @pytest.fixture
 def set_of_names(synthetic_dir, tmp_path):
-    """A synthetic set that was made for a list of class names."""
+    """A synthetic set that was made from a list of class names."""
     folder = tmp_path / "of-names"
     shutil.copytree(synthetic_dir, folder)
     record = read_record(folder / GENERATION_CONFIG)
@@ -694,7 +694,7 @@ def test_every_image_is_tested_once_per_repeat_by_a_model_that_saw_none_of_its_f
             len({image for _, tested in repeat for image in tested}) == sum(len(tested) for _, tested in repeat) == 60
         )
     assert {len(trained) for trained, _ in of_vanilla} == {45 if shots is None else 6}
-    # which images were tested, by the scripts' own loading of that fold
+    # the tested images, as the scripts load that fold
     for number, (trained, _) in enumerate(of_vanilla):
         record = RealImagesRecord(str(real_images_dir), fold=f"{number % 4 + 1}/4", fold_seed=number // 4)
         assert not set(trained) & set(pixels(load_real_images(record).test))

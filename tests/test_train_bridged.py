@@ -44,7 +44,7 @@ def run(classifiers, synthetic_dir, tmp_path):
 def test_bridged_from_the_record_alone_gives_a_pipeline(run, tmp_path):
     results = run("out", model="timm")
     config = read_record(tmp_path / "out" / "bridged_config.json")
-    assert (results["stage1_steps"], results["stage2_steps"]) == (2, 3)  # at two shots half of both together
+    assert (results["stage1_steps"], results["stage2_steps"]) == (2, 3)  # half of both together at two shots
     assert config["method"] == "bridged_replay"
     assert len(config["train_indices"]) == 2 * len(CLASS_NAMES)  # the record's two shots
     classify = pipeline("image-classification", model=str(tmp_path / "out"))
@@ -83,7 +83,7 @@ def test_a_set_whose_token_saw_no_mirrored_images_trains_without_them_in_both_st
     assert [stage["settings"]["random_flip"] for stage in config["stages"]] == [False, False]
     assert config["real_images"]["random_flip"] is False
     args, _ = train_bridged.parse_arguments(["--synthetic_dataset", str(unmirrored_dir), "--random_flip", "true"])
-    assert args.real.random_flip  # a flag wins
+    assert args.real.random_flip  # a flag overrides the record
 
 
 def assert_same_weights(one, other):
@@ -114,7 +114,7 @@ def test_a_fold_with_test_images_that_the_token_has_seen_gives_a_warning(run, ma
 
 
 def test_classes_in_another_order_and_decoded_images_give_the_same_classifier(run, synthetic_dir, tmp_path, caplog):
-    order = [2, 0, 1]  # the set's label 0 is called what the real set calls label 2
+    order = [2, 0, 1]  # label 0 of the set has the name of label 2 of the real set
     permuted = tmp_path / "permuted"
     shutil.copytree(synthetic_dir, permuted)
     path = permuted / "data" / "train-00000.parquet"
@@ -214,13 +214,16 @@ def test_a_streamed_set_trains_for_the_epochs_that_its_record_counts(classifiers
     record = read_record(streamed / GENERATION_CONFIG)
     write_record(streamed / GENERATION_CONFIG, record | {"num_images": 18, "num_images_per_class": 6})
     results = train_bridged.main(flags)
-    assert (results["stage1_steps"], results["stage1_images_seen"]) == (10, 40)  # of a stream every batch is full
+    assert (results["stage1_steps"], results["stage1_images_seen"]) == (10, 40)  # with a stream, every batch is full
     flags[flags.index("synthetic_only")] = "bridged_unguarded"
     results = train_bridged.main([*flags, "--max_steps", "4", "--overwrite_output_dir"])
     assert (results["stage1_steps"], results["stage2_steps"], results["stage2_images_seen"]) == (7, 7, 28)
     flags[flags.index("bridged_unguarded")] = "synthetic_only"
     results = train_bridged.main([*flags, "--bridge_alignment", "adversarial", "--overwrite_output_dir"])
-    assert (results["stage1_steps"], results["stage1_images_seen"]) == (10, 80)  # as many real ones, unlabelled
+    assert (results["stage1_steps"], results["stage1_images_seen"]) == (
+        10,
+        80,
+    )  # the same number of real images, unlabelled
     stages = read_record(tmp_path / "out" / "bridged_config.json")["stages"]
     assert stages[0]["alignment"] == {"kind": "adversarial", "weight": 1.0}
     assert "real training images, seen without labels (domain classifier" in (tmp_path / "out/README.md").read_text()
@@ -293,7 +296,7 @@ def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, r
         ("--synthetic_dataset_revision v1 --dataset_name x --method vanilla", "does nothing without --syn"),
         ("--synthetic_dataset nowhere", "neither an existing folder"),
         ("SYN --model_name_or_path nowhere", "--model_name_or_path"),
-        # what the Trainer would say late
+        # errors that the Trainer would raise late
         ("SYN VIT --per_device_eval_batch_size 0", "^--per_device_eval_batch_size 0: must be above 0"),
         ("SYN VIT --eval_strategy epoch --metric_for_best_model f1", "^--metric_for_best_model f1: is not measured; "),
         ("SYN VIT --prediction_loss_only --eval_strategy steps --metric_for_best_model accuracy", "choose one of loss"),
@@ -414,7 +417,7 @@ def test_an_audit_looks_at_the_images_and_writes_nothing(flag, tmp_path, make_sy
     rewrite_train_split(tmp_path / "real", tear_row_1)
     found = train_bridged.main(real)
     assert found["images that do not open"] == 1
-    assert ("needed_bytes" in found) == (flag == "--dry_run")  # None: the default model is out of the tests' reach
+    assert ("needed_bytes" in found) == (flag == "--dry_run")  # None: tests cannot reach the default model
     assert "row 1" in capsys.readouterr().out
     train_bridged.main([*real, "--synthetic_dataset", str(make_synthetic_dir())])
     renamed = make_synthetic_dir("other", ["red_square", "green circle", "suv"])
@@ -459,7 +462,7 @@ def test_results_are_not_written_among_the_images(real_images_dir, monkeypatch):
     monkeypatch.chdir(real_images_dir)
     with pytest.raises(UserError, match="--output_dir real-images-vanilla: is inside --dataset_name [.], whose"):
         train_bridged.main(["--dataset_name", ".", "--method", "vanilla"])
-    args, _ = train_bridged.parse_arguments(["--dataset_name", ".", "--dry_run"])  # which writes none
+    args, _ = train_bridged.parse_arguments(["--dataset_name", ".", "--dry_run"])  # which writes nothing
     assert args.training.dry_run
 
 

@@ -1,4 +1,4 @@
-"""What synthetic images took to make, from the records of sets and of their style tokens."""
+"""The seconds for making synthetic images, from the records of sets and style tokens."""
 
 import hashlib
 
@@ -19,7 +19,7 @@ def row(label, volume=None) -> Row:
 
 @pytest.fixture
 def make_source(tmp_path):
-    """Make the records of a synthetic set, and of its style token where that took some seconds."""
+    """Write the records of a synthetic set, and of its style token if seconds are given for it."""
 
     def make(name: str, run: dict | None, token_seconds: float | None = None, weights: bytes = b"rows"):
         token = None

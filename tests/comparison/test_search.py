@@ -1,4 +1,4 @@
-"""A chosen_settings.json that a person may have edited: read before any model, its errors one line each."""
+"""A chosen_settings.json, perhaps edited by hand: read before any model, with one-line errors."""
 
 import json
 
@@ -64,7 +64,7 @@ def test_recipes_of_several_classifiers_are_found_by_their_labels(tmp_path):
     write_record(path, {"classifiers": [GOOD]})
     with pytest.raises(UserError, match="not a chosen_settings.json of this script .classifiers must map names to"):
         compare_transfer.main(arguments)
-    # recipes of one classifier are for any
+    # recipes of a single classifier serve any classifier
     write_record(path, GOOD)
     assert check_settings(str(path), rows, "swin") == check_settings(str(path), rows) == GOOD
 

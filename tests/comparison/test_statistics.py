@@ -41,7 +41,7 @@ def test_interval_of_one_seed_is_students_t_over_the_test_images():
 
 
 def test_interval_of_several_seeds_is_that_of_the_two_way_table():
-    """Sums of squares written out, where both seeds and images vary by more than noise."""
+    """Sums of squares written out; both seeds and images vary by more than noise."""
     rng = np.random.default_rng(3)
     hard = rng.normal(0, 1, 60)
     ours, theirs = (rng.normal(0, 0.5, (4, 60)) + rng.normal(shift, 0.5, (4, 1)) + hard * turn > 0
@@ -63,7 +63,7 @@ def test_interval_of_several_seeds_is_that_of_the_two_way_table():
 
 
 def test_interval_covers_the_truth_about_95_percent_of_the_time():
-    """400 comparisons of 3 seeds by 300 images whose true gain is 0, with seeds that differ and images that differ."""
+    """400 comparisons of 3 seeds and 300 images with a true gain of 0; seeds and images both vary."""
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(400):
@@ -78,7 +78,7 @@ def test_interval_covers_the_truth_about_95_percent_of_the_time():
 
 
 def test_seeds_that_agree_by_chance_do_not_make_the_interval_narrower_than_noise():
-    """Each seed gains exactly 10 points, on other images each time."""
+    """Each seed gains exactly 10 points, on different images."""
     gain = paired_gain(runs(0.6), runs(0.5))
     noise = 100 * np.sqrt(2 * 0.25 / (3 * 400))
     assert gain.high - gain.mean > 1.96 * noise
@@ -138,7 +138,7 @@ def test_costs_are_those_of_all_stages_averaged_over_seeds():
     seeds = [{"stage1_gpu_hours": 1.0, "stage2_gpu_hours": 0.5}, {"stage1_gpu_hours": 2.0, "stage2_gpu_hours": 0.5}]
     assert mean_costs(seeds)["gpu_hours"] == 2.0
     assert mean_costs([*seeds, {"stage1_gpu_hours": None}])["gpu_hours"] is None
-    # what a guard counts is no cost
+    # numbers of a guard are not costs
     assert mean_costs([{"stage1_steps": 3, "stage2_steps": 2, "guard": {"num_steps": 3}}])["steps"] == 5
 
 
@@ -157,7 +157,7 @@ def folds_of(differences, num_folds, seed=0):
 
 @pytest.mark.parametrize("num_repeats", [1, 3])
 def test_interval_of_folds_adds_the_images_variance_and_the_corrected_one_of_the_models(num_repeats):
-    """Sums written out, where folds differ by more than the images' noise."""
+    """Sums written out; folds differ by more than the images' noise."""
     rng = np.random.default_rng(1)
     num_images, num_folds = 40, 4
     ours, theirs = folds_of(rng.integers(-1, 2, (num_repeats, num_images)), num_folds)

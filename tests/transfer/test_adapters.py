@@ -51,7 +51,7 @@ def test_head_and_low_rank_updates_are_trained_and_merged_and_unmerged_predict_t
 ):
     path = save_classifier_of(name)
     model = adapted_classifier(path)
-    updates = [key for key in trained_names(model) if HEADS[name] not in key]  # the rest: tests of the head
+    updates = [key for key in trained_names(model) if HEADS[name] not in key]  # the head has its own tests
     assert updates and all("lora_A" in key or "lora_B" in key for key in updates)
     assert all(min(model.get_parameter(key).shape[:2]) <= LORA.r for key in updates)
     untrained = logits_of(load_classifier(path, CLASS_NAMES, True, seed=0))
@@ -107,7 +107,7 @@ def test_same_seed_draws_the_same_adapter(save_classifier_of):
     [
         ("resnet.embedder.embedder.normalization.running_mean", "adapter"),
         ("resnet.embedder.embedder.convolution.base_layer.weight", "adapter"),
-        ("classifier.1.weight", "."),  # of what is saved merged
+        ("classifier.1.weight", "."),  # of the merged weights
     ],
 )
 def test_saved_weights_with_other_predictions_fail(save_classifier_of, tmp_path, monkeypatch, spoiled, folder):
@@ -123,7 +123,7 @@ def test_saved_weights_with_other_predictions_fail(save_classifier_of, tmp_path,
         save_classifier(merged, *args)
 
     if folder == "adapter":
-        spoil(model.get_base_model())  # which the adapter's file does not hold
+        spoil(model.get_base_model())  # which is not in the adapter's file
     else:
         monkeypatch.setattr(adapters, "save_classifier", save_spoiled)
     with pytest.raises(AssertionError, match=f"{tmp_path / folder}: logits differ"):

@@ -1,4 +1,4 @@
-"""Alignment: its losses against values computed another way, which images it sees, and that a stage stays exact."""
+"""Alignment: its losses against independent computations, the images it sees, and exact resume of a stage."""
 
 from collections import Counter
 from dataclasses import replace
@@ -132,7 +132,10 @@ def test_an_alignment_changes_features_by_its_weight_and_leaves_nothing_in_the_c
     assert light.keys() == heavy.keys() == other.keys()
     backbone = [key for key in light if "weight" in key and "classifier" not in key]
     assert all(not torch.equal(light[key], heavy[key]) for key in backbone)
-    assert (result.num_images_seen, alone.num_images_seen) == (2 * 28, 24)  # an epoch of ten ends with two
+    assert (result.num_images_seen, alone.num_images_seen) == (
+        2 * 28,
+        24,
+    )  # an epoch of ten images ends with a batch of two
 
 
 @pytest.mark.parametrize("name", ["resnet", "timm"])

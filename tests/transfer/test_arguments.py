@@ -1,4 +1,4 @@
-"""What flags of train_bridged.py need, against the stages that come of them."""
+"""The needs of the flags of train_bridged.py, against the stages that result."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ NEEDS = {
 
 
 def other_value(name: str, value):
-    """Return a value that differs from a flag's default, and from what any method says."""
+    """Return a value that differs from a flag's default and from the value of every method."""
     if name in ("augmentation", "bridge_augmentation"):
         return "trivialaugment"
     return {"frozen": "train", False: True}.get(value, 3)

@@ -1,4 +1,4 @@
-"""Averages of weights: of two stages as a whole, and along the steps of the last one, with resume and evaluation."""
+"""Averages of weights: of two stages, and over the steps of the last one, with resume and evaluation."""
 
 import json
 from dataclasses import replace
@@ -77,7 +77,7 @@ def test_the_row_and_the_flag_average_the_weights_of_both_stages(run, monkeypatc
     )  # fmt: skip
     assert "average" not in config["stages"][0]
     assert "Its weights are an average: 50 % stage2" in (folder / "README.md").read_text()
-    # killed while the classifier was evaluated: both stages are loaded, and averaged once more
+    # if killed while the classifier is evaluated, both stages are loaded and averaged again
     (folder / "bridged_config.json").unlink()
     monkeypatch.setattr(stage, "fine_tune", lambda *_: pytest.fail("a stage was trained again"))
     again = weights_of(run("--method", "wise_ft"))
@@ -145,7 +145,7 @@ def test_only_the_last_stage_has_a_moving_average():
 
 
 class Notes(TrainerCallback):
-    """The weights after each step, and what was measured on the way."""
+    """The weights after each step, and the evaluations during training."""
 
     def __init__(self):
         self.weights, self.losses = [], []
@@ -176,7 +176,7 @@ def test_a_stage_ends_with_the_average_of_its_steps_computed_by_hand(classifiers
     for value, wanted, _ in pairs:
         np.testing.assert_allclose(value.detach().numpy(), wanted, rtol=1e-5, atol=1e-6)
     assert any(np.abs(wanted - last).max() > 1e-3 for _, wanted, last in pairs)
-    # BatchNorm's own averages are those of the last step
+    # BatchNorm's running averages are those of the last step
     counts = [value for name, value in trainer.model.named_buffers() if "num_batches" in name]
     assert counts and all(value == 7 for value in counts)
 
@@ -192,7 +192,7 @@ def test_the_average_is_evaluated_during_training_which_continues_without_it(cla
     (averaged, notes), (plain, plain_notes) = runs
     for own, other in zip(notes.weights, plain_notes.weights, strict=True):
         assert all(np.array_equal(*pair) for pair in zip(own, other))
-    averaged.average = None  # what the model is now, as it is
+    averaged.average = None  # evaluate the model itself
     assert notes.losses[-1] == pytest.approx(averaged.evaluate()["eval_loss"], rel=1e-6)
     assert abs(notes.losses[-1] - plain_notes.losses[-1]) > 1e-4
     assert plain_notes.losses[-1] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)

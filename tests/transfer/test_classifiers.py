@@ -27,7 +27,7 @@ pytest_plugins = ["tests.transfer.fixtures"]
 
 
 def tensors_of(model) -> dict[str, torch.Tensor]:
-    """Return parameters and buffers, also those that no checkpoint holds."""
+    """Return parameters and buffers, also those that are not in checkpoints."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
@@ -50,13 +50,13 @@ def test_reset_changes_the_head_only_and_keep_nothing(save_classifier_of, name, 
     path = save_classifier_of(name)
     first = load_classifier(path, CLASS_NAMES, True, seed=0)
     head = set(head_parameter_names(first))
-    pretrained = tensors_of(load_pretrained(path))  # of seven classes
+    pretrained = tensors_of(load_pretrained(path))  # has seven classes
     assert all(torch.equal(value, pretrained[key]) for key, value in tensors_of(first).items() if key not in head)
     save_classifier(first, load_image_processor(path), tmp_path)
     saved = tensors_of(load_classifier(str(tmp_path), CLASS_NAMES, False, seed=1))
     fresh = load_classifier(str(tmp_path), CLASS_NAMES, True, seed=1)
     changed = {key for key, value in tensors_of(fresh).items() if not torch.equal(value, saved[key])}
-    again = load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0)  # the same draw once more is no error
+    again = load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0)  # drawing the same again is not an error
     for model in (first, again):
         assert all(torch.equal(saved[key], value) for key, value in tensors_of(model).items())
     assert head == set(head_parameter_names(fresh))
@@ -177,7 +177,7 @@ def test_dropout_leaves_attention_alone(save_classifier_of):
     ],
 )  # fmt: skip
 def test_dropout_of_a_model_without_it_is_an_error(save_classifier_of, tmp_path, name, flag, kind):
-    if name == "densenet":  # of timm; it has the other kind
+    if name == "densenet":  # of timm, which has the other kind of dropout
         path = str(tmp_path)
         save_timm(tmp_path, "densenet121", {"growth_rate": 4, "block_config": [1, 1, 1, 1]})
         assert is_random_in_training(load_classifier(path, CLASS_NAMES, True, seed=0, dropout=0.5))

@@ -1,4 +1,4 @@
-"""BatchNorm by kind of image: each image is normalised as in a network with the statistics of its kind."""
+"""BatchNorm per kind of image: each image is normalised as in a network with the statistics of its kind."""
 
 import copy
 import shutil

@@ -38,7 +38,7 @@ COUNTS = (7, 4, 1)  # of images, for two processes
 
 
 class SeenItems(list):
-    """A list that remembers what was taken from it."""
+    """A list that records which items were read."""
 
     def __init__(self, items: list):
         super().__init__(items)
@@ -87,12 +87,12 @@ def leep_by_definition(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def random_predictions(num_images: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits of a classifier that is right about half of the time, and labels; the last class is in none."""
+    """Return logits of a classifier that is right about half of the time, and labels; no image has the last class."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, num_classes - 1, num_images)
     logits = rng.normal(size=(num_images, num_classes)).astype(np.float32)
     logits[np.arange(num_images), labels] += 2
-    logits *= rng.uniform(0.2, 6, (num_images, 1))  # some too sure of themselves, others not enough
+    logits *= rng.uniform(0.2, 6, (num_images, 1))  # some too confident, others not confident enough
     return logits, labels
 
 
@@ -109,7 +109,7 @@ def test_logits_are_in_the_order_of_the_images(name, num_workers, classifiers):
     assert (logits.dtype, labels.dtype) == (np.float32, np.int64)
     assert labels.tolist() == [0, 5, 3, 1, 6, 4, 2]
     assert np.allclose(logits, logits_one_by_one(model, items), atol=1e-5)
-    assert np.abs(np.diff(logits, axis=0)).max() > 1e-3  # the images are told apart
+    assert np.abs(np.diff(logits, axis=0)).max() > 1e-3  # the images have different logits
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -248,7 +248,7 @@ def test_metrics_print_nothing_and_leave_random_states_alone(capfd, recwarn):
 
 @pytest.mark.parametrize(("num_right", "num_images"), [(80, 100), (900, 1500), (3, 40)])
 def test_the_accuracy_interval_is_that_of_the_binomial_distribution(num_right, num_images):
-    """A resample of n images has a binomial number of right ones."""
+    """A resample of n images has a binomially distributed number of correct ones."""
     predictions = predictions_with(num_right, num_images)
     found = accuracy_interval(*predictions)
     expected = binom.ppf([0.025, 0.975], num_images, num_right / num_images) / num_images

@@ -1,4 +1,4 @@
-"""The guard of replay: what share synthetic images get by what they are worth, and that a stage takes it."""
+"""The guard of replay: the share of synthetic images by what they add, and stages that use it."""
 
 from dataclasses import replace
 from functools import partial
@@ -64,7 +64,7 @@ def test_without_synthetic_images_all_steps_are_on_real_ones_from_the_head_of_a_
     assert with_fresh_head(stage).settings.head_learning_rate_factor == 10.0
     warmup, stage = plan(0.0, head_warmup_steps=0.5)
     assert outline([warmup, stage]) == [("stage2_head", None, "probe", 6), ("stage2", "stage2_head", "keep", 6)]
-    # what no synthetic image made is kept
+    # head inits that need no synthetic images are kept
     for head_init in ("imprint", "probe", "reset"):
         assert outline(plan(0.0, flags={"head_init": head_init})) == [("stage2", None, head_init, 12)]
     assert plan(0.0, "bridged_domain_norm")[0].settings.batch_norm == "frozen"
@@ -113,7 +113,7 @@ def measure(classifiers, images):
 def test_accuracies_are_those_of_probes_on_real_images_that_they_have_not_seen(measure, classifiers, images):
     measured = measure(images)
     assert (measured.num_images, measured.num_classes) == (12, 3)
-    assert measured.synthetic_accuracy > 0.9  # of images that it was fitted on
+    assert measured.synthetic_accuracy > 0.9  # on images that it was fitted on
     base, processor = (
         load_classifier(classifiers["resnet"], ["a", "b", "c"], True, 0),
         load_image_processor(classifiers["resnet"]),
@@ -125,7 +125,7 @@ def test_accuracies_are_those_of_probes_on_real_images_that_they_have_not_seen(m
     assert measured.joint_accuracy > measured.probe_accuracy
     others = np.random.default_rng(0).permutation(labels)
     assert hits.mean() > 0.5 > (cross_validated_predictions(features, others) == others).mean()
-    # of images that a probe has seen it is right on all: these it has not
+    # a probe is right on all images that it has seen, so it has not seen these
     assert build_probe(1e6).fit(features, labels).score(features, labels) == 1.0
 
 
@@ -138,7 +138,7 @@ def test_images_with_wrong_labels_add_nothing(measure, images):
 
 
 def test_additional_images_have_the_weight_of_their_share(images):
-    """Of two images in one place, the probe takes the side of those that weigh more."""
+    """For two images with the same features, the probe predicts the label with the higher weight."""
     features, labels = np.repeat(np.eye(3), 4, 0) + 0.0, np.repeat(np.arange(3), 4)
     wrong = np.eye(3), np.array([1, 2, 0])
     for weight, is_right in ((0.5, True), (2.0, False)):
@@ -222,7 +222,7 @@ def test_a_share_of_less_than_one_image_per_batch_is_rounded_to_none(classifiers
         make = partial(plan_stages, METHODS["bridged_replay"], *settings, images_per_class)
         return guard_stages(lambda weight: make(weight=weight), kinds, pretrained, ["a", "b", "c"], 0)
 
-    # with 32 images a batch, a thirty-second: at n = 6 a weight of 1 / 31
+    # with 32 images per batch, a share of 1 / 32: at n = 6 that is a weight of 1 / 31
     for gain, is_left_out in ((0.06 / 30, False), (0.06 / 32, True)):
         measured = Usefulness(6, 3, 0.9, 0.5, 0.5 + gain)
         monkeypatch.setattr(guard, "measure_usefulness", lambda *args, measured=measured: measured)
@@ -244,7 +244,9 @@ def test_a_network_that_cannot_have_a_probe_as_head_starts_with_a_fresh_one(clas
     kinds = ReplayedImages(images, images)
     stages, _ = guard_stages(plan, kinds, pretrained, ["a", "b", "c"], 0)
     assert outline(stages) == [("stage2", None, "probe", 12)]
-    some = ReplayedImages(images.select(np.flatnonzero(np.array(images["label"]) < 2)), images)  # a class has none
+    some = ReplayedImages(
+        images.select(np.flatnonzero(np.array(images["label"]) < 2)), images
+    )  # one class has no images
     stages, _ = guard_stages(plan, some, pretrained, ["a", "b", "c"], 0)
     assert outline(stages) == [("stage2", None, "reset", 12)]
     assert stages[0].settings.head_learning_rate_factor == 10.0

@@ -107,7 +107,7 @@ def test_replay_divides_the_steps_of_both_stages_by_the_number_of_real_images(
         ("stage2", "replayed", "keep", "stage1", num_steps - num_first),
     ]
     assert [stage.synthetic_share for stage in stages] == [None, pytest.approx(1 - real_share, abs=0.005)]
-    assert "synthetic_share" not in stages[0].to_dict()  # as records of before it have no such entry
+    assert "synthetic_share" not in stages[0].to_dict()  # as in records of earlier versions
 
 
 def test_a_flag_overrides_the_row_for_its_stage():
@@ -122,7 +122,7 @@ def test_a_flag_overrides_the_row_for_its_stage():
 
 
 def test_a_probe_takes_no_steps_and_no_synthetic_images_with_any_recipe():
-    # keys of a recipe that have no effect are told, not refused
+    # keys of a recipe without effect are reported, not refused
     assert outline(plan("linear_probe", max_steps=50, match_steps=True)) == [("probe", "real", "probe", None, 0)]
     assert outline(plan("lp_ft")) == [("vanilla", "real", "probe", None, 120)]
     real_only = [name for name in ("linear_probe", "lp_ft", "ema", "wise_ft") if not METHODS[name].uses_synthetic]
@@ -187,7 +187,7 @@ def settings_of(num_processes=1, method="bridged", **flags):
         ("bridged", {"gradient_accumulation_steps": 2}, 2, (5 * 8, 30 * 1)),
         ("bridged", {"bridge_max_steps": 7, "max_steps": 3}, 1, (7, 3)),
         ("bridged", {"dataloader_drop_last": True}, 1, (5 * 31, 30 * 1)),
-        ("mix", {}, 1, (5 * 32, 30 * 2)),  # those of stage 1 come on top
+        ("mix", {}, 1, (5 * 32, 30 * 2)),  # in addition to those of stage 1
         ("mix", {"match_steps": False}, 1, (5 * 32, 5 * 33)),  # the epochs of stage 1, over both kinds
     ],
 )

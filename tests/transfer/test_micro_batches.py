@@ -1,4 +1,4 @@
-"""Stages where memory is too small: the same steps in smaller parts, told, recorded, and gone on with."""
+"""Stages that run out of memory: the same steps in smaller parts, reported, recorded and resumed."""
 
 import json
 import re
@@ -27,7 +27,7 @@ CLASSES = {
 }  # fmt: skip
 SETTINGS = StageSettings(4, 1e-2, mixup_alpha=0.4, per_device_train_batch_size=6)
 PLAN = StagePlan("stage1", "real", "reset", SETTINGS)
-# plain steps, which a wrong gradient shows in
+# plain steps, in which a wrong gradient shows
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "logging_strategy": "steps", "logging_steps": 1}
 CHILD = """
 import os, sys
@@ -109,9 +109,9 @@ def test_a_step_in_smaller_parts_is_the_same_and_is_reported_and_recorded(
 
 @pytest.mark.parametrize(("name", "batch_norm", "dropout"), [("vit", "frozen", 0.2), ("resnet", "train", None)])
 def test_a_failed_step_changes_nothing(run, monkeypatch, caplog, name, batch_norm, dropout):
-    """So the run is, to the bit, one that knew from the start: random states and statistics are those before the step.
+    """Random states and statistics are restored: the run is bit-identical to one with that size from the start.
 
-    With BatchNorm's statistics of each part it is not the run whose memory was enough, and that is told.
+    With BatchNorm's statistics per part it differs from a run with enough memory, and a warning says so.
     """
     plan = replace(PLAN, settings=replace(SETTINGS, batch_norm=batch_norm, dropout=dropout))
     whole, _ = run("whole", name, plan)

@@ -1,4 +1,4 @@
-"""A method is one row: both scripts know it by its name, and train it to the same classifier."""
+"""A method is one row: both scripts find it by its name, and train the same classifier."""
 
 import re
 from dataclasses import replace
@@ -27,7 +27,7 @@ NEW = Method(
 
 @pytest.fixture
 def outputs(monkeypatch):
-    """A list that gets the logits on which each method is judged."""
+    """A list that collects the logits of each method."""
     seen = []
     predict = run_method_module.predict
 

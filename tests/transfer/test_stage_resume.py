@@ -1,4 +1,4 @@
-"""A stage that is killed and goes on ends with the weights of one left alone, in one process and in two."""
+"""A stage that is killed and resumed ends with the weights of an uninterrupted one, in one process and in two."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_a_stage_killed_while_saving_resumes_from_its_last_checkpoint(run, monke
     assert_same(alone, resumed)
     assert (resumed_result.num_steps, resumed_result.num_images_seen) == (7, result.num_images_seen)
     assert resumed_result.seconds > 0
-    # and once it is finished, it is only loaded
+    # once finished, it is only loaded
     again, again_result = run("killed", resume=True)
     assert_same(alone, again)
     assert again_result == resumed_result
@@ -154,7 +154,7 @@ def test_without_resume_a_stage_starts_again(run, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def two_processes(classifiers, real_images_dir, make_synthetic_dir, tmp_path_factory):
-    """What two real processes answered."""
+    """The results of two real processes."""
     folder = tmp_path_factory.mktemp("two-processes")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += ["-m", "tests.transfer.two_processes", classifiers["vit"], str(real_images_dir)]

@@ -28,14 +28,14 @@ KINDS = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "strea
 
 
 def draw(name: str, class_index: int) -> bytes:
-    """Return an image that no other image of any class is equal to."""
+    """Return an image that differs from all other images of all classes."""
     buffer = BytesIO()
     PIL.Image.new("RGB", (4, 4), (sum(name.encode()) % 256, class_index, 0)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def rows_of(class_names, num_per_class: int) -> list[dict]:
-    """Return rows as generate_synthetic.py makes them: the class is the inner order."""
+    """Return rows in the order of generate_synthetic.py: all classes in turn, then the next image of each."""
     return [
         {
             "image": {"bytes": draw(name, index), "path": None}, "label": label, "class_index": index, "seed": 0,
@@ -47,7 +47,7 @@ def rows_of(class_names, num_per_class: int) -> list[dict]:
 
 
 def save_set(folder: Path, class_names, rows: list[dict], **record) -> str:
-    """Write rows as a synthetic set with four images a shard."""
+    """Write rows as a synthetic set with four images per shard."""
     features = synthetic_features(class_names)
     schema = Features({name: features[name] for name in features if name in rows[0]}).arrow_schema
     (folder / "data").mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def save_set(folder: Path, class_names, rows: list[dict], **record) -> str:
 
 @pytest.fixture
 def whole_set(tmp_path) -> str:
-    """A finished set of six images a class in five shards."""
+    """A finished set of six images per class in five shards."""
     return save_set(tmp_path / "whole", CLASS_NAMES, rows_of(CLASS_NAMES, 6), **COUNTS)
 
 
@@ -127,7 +127,7 @@ def test_names_in_another_case_or_unicode_form_are_the_real_classes(tmp_path, st
     ("folder", "message"),
     [
         ("unnamed", r"has no 'image' and 'label' \(ClassLabel\) columns"),
-        ("set*", "datasets does not read folders with [*] in"),  # else images of all folders that fit it were read
+        ("set*", "datasets does not read folders with [*] in"),  # else images of all matching folders would be read
     ],
 )
 def test_a_folder_that_is_not_a_set_is_a_one_line_error(tmp_path, folder, message, streaming):
