@@ -438,7 +438,7 @@ def test_flags_that_are_not_searched_override_the_settings_file_for_every_method
 )  # fmt: skip
 def test_flags_that_a_settings_file_decides_are_refused_together_with_it(flag, run, tmp_path):
     name = flag.split()[0]
-    lack = "where nothing is searched" if name == "--search_seeds" else "with --settings"
+    lack = "without a search" if name == "--search_seeds" else "with --settings"
     with pytest.raises(UserError, match=f"^{name}[^:]*: does nothing {lack}; .*leave {name} out"):
         run(tmp_path / "out", "--settings", "chosen.json", *flag.split())
     assert not (tmp_path / "out").exists()
@@ -611,20 +611,23 @@ def test_a_revision_goes_with_the_path_of_its_set(monkeypatch, tmp_path):
         (["--num_shots", "20"], r"--num_shots 20: a class of the real set has only 1\d training images"),
         (["--num_shots", "0"], "--num_shots 0: must be above 0"),
         (["--search_shots", "4"], "--search_shots 4: not among --num_shots"),
-        (["--seeds", "1", "1"], "--seeds 1 1: a value is there twice"),
+        (["--seeds", "1", "1"], "--seeds 1 1: duplicate values"),
         (["--seeds", "-1"], "--seeds -1: must be 0 or above"),
         (["--volumes", "0"], "--volumes 0: must be above 0"),
         (["--num_workers", "0"], "--num_workers 0: must be above 0"),
         (["--label_smoothing_factor", "1"], "--label_smoothing_factor 1.0: must be 0 or above, and below 1"),
         (["--bridge_mixup_alphas", "-1"], "--bridge_mixup_alphas -1.0: must be 0 or above"),
-        (["--learning_rates", "1e-4", "1e-3", "--search_learning_rate"], "searches around one value, --learning_rates"),
+        (
+            ["--learning_rates", "1e-4", "1e-3", "--search_learning_rate"],
+            "searches around one value, but --learning_rates",
+        ),
         (["--settings", "x.json", "--search_learning_rate"], "--search_learning_rate: does nothing with --settings"),
         (["--settings", "pyproject.toml"], "pyproject.toml: cannot be read as a record"),
         (
             ["--model_name_or_path", "a/b", "c/d", "--model_revision", "v1"],
             "^--model_revision v1: does nothing with several --model_name_or_path; write MODEL@REVISION for each",
         ),
-        (["--model_name_or_path", "a/b", "a/b"], "--model_name_or_path a/b a/b: a value is there twice"),
+        (["--model_name_or_path", "a/b", "a/b"], "--model_name_or_path a/b a/b: duplicate values"),
         (["--methods", "bridged@other"], "--methods bridged@other: no synthetic set 'other'"),
     ],
 )
@@ -637,7 +640,7 @@ def test_bad_values_are_one_line_errors(flags, message, run, tmp_path):
 def test_launched_processes_and_sets_without_settings_or_for_other_images_are_refused(
     run, synthetic_dir, tmp_path, monkeypatch
 ):
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="--num_processes 2: .* give --num_workers"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="--num_processes 2: .* use --num_workers"):
         patch.setenv("WORLD_SIZE", "2")
         run(tmp_path / "out")
     with pytest.raises(UserError, match="--synthetic_dataset: give at least one"):

@@ -85,7 +85,7 @@ def run(inputs: dict[str, Path], folder: Path, *flags: str) -> dict:
 def test_a_classifier_of_inputs_that_were_replaced_is_not_finished(flag, inputs, tmp_path, monkeypatch):
     results = run(inputs, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("a finished run began anew"))
+        patch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("a finished run started again"))
         assert run(inputs, tmp_path / "out") == read_record(tmp_path / "out" / ALL_RESULTS)
     replace(flag, inputs[flag])
     with pytest.raises(
@@ -188,7 +188,7 @@ def trained(monkeypatch) -> list[str]:
     ("train_dir", ["vanilla", "stage2"]),  # stage 1 sees none of them
     ("synthetic_dataset", ["stage1", "stage2"]),
 ])  # fmt: skip
-def test_cells_of_inputs_that_were_replaced_are_run_anew(flag, anew, inputs, tmp_path, trained, capsys):
+def test_cells_of_replaced_inputs_are_run_again(flag, anew, inputs, tmp_path, trained, capsys):
     compare(inputs, tmp_path / "out")
     assert trained == ["vanilla", "stage1", "stage2"]
     trained.clear()
@@ -216,7 +216,7 @@ def test_a_cell_whose_inputs_change_while_it_is_run_is_not_kept(inputs, tmp_path
         return predict(*args)
 
     monkeypatch.setattr(run_method, "predict", replace_and_predict)
-    with pytest.raises(UserError, match="--synthetic_dataset was .*, now .*: changed while it was read"):
+    with pytest.raises(UserError, match="--synthetic_dataset was .*, now .*: changed during the run"):
         compare(inputs, tmp_path / "out", "--methods", "bridged")
     assert not list((tmp_path / "out").glob("cells/*.json"))
 
@@ -254,11 +254,11 @@ def test_in_its_own_folder_a_run_takes_away_what_runs_make_and_nothing_else(inpu
 def test_inputs_that_have_moved_are_the_same(inputs, tmp_path, monkeypatch):
     run(inputs, tmp_path / "out")
     moved = {flag: shutil.move(path, tmp_path / f"moved-{path.name}") for flag, path in inputs.items()}
-    monkeypatch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("a finished run began anew"))
+    monkeypatch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("a finished run started again"))
     run(moved, tmp_path / "out", "--train_dir", str(moved["train_dir"]), "--num_shots", "2")
 
 
-def test_a_set_of_other_images_of_the_same_size_and_time_is_read_anew(inputs):
+def test_a_set_of_other_images_of_the_same_size_and_time_is_read_again(inputs):
     source = Source(str(inputs["synthetic_dataset"]), "--synthetic_dataset", "dataset")
     shard = inputs["synthetic_dataset"] / "data" / "train-00000.parquet"
     before, status = load_data_set(source, split="train")[0]["image"], os.stat(shard)

@@ -80,7 +80,7 @@ def test_a_comparison_takes_the_gpus_precision_and_that_of_its_cells(gpu, tmp_pa
 def test_on_a_cpu_cells_of_a_gpus_precision_are_run_again_and_that_is_said(tmp_path):
     write_record(tmp_path / "cells" / "one.json", {"settings": {"mixed_precision": "bf16"}})
     line = set_precision(args := SharedStageArguments(), str(tmp_path), set())
-    assert line == f"The cells in {tmp_path} are of bfloat16: they are run again in float32." and not args.bf16
+    assert line == f"The cells in {tmp_path} used bfloat16: they are run again in float32." and not args.bf16
 
 
 def test_a_token_that_was_begun_in_another_precision_goes_on_in_it_and_says_so(run_dsi, tmp_path, caplog):

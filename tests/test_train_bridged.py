@@ -94,7 +94,7 @@ def assert_same_weights(one, other):
 
 def test_few_images_with_a_fresh_head_are_advised_to_keep_the_head(run, caplog):
     run("fresh", "--num_shots", "4", "--method", "bridged")
-    assert "With 12 real images of 3 classes --head_init keep is likely to be better" in caplog.text
+    assert "With 12 real images of 3 classes, --head_init keep is likely to be better" in caplog.text
     lines = [record.message for record in caplog.records if "compare_transfer.py --num_folds" in record.message]
     assert len(lines) == 1 and "of its smallest class, too few to judge by" in lines[0]
     caplog.clear()
@@ -109,7 +109,7 @@ def test_a_fold_with_test_images_that_the_token_has_seen_gives_a_warning(run, ma
     (line,) = [record.message for record in caplog.records if "the style token has seen" in record.message]
     assert line == (
         "Warning: the style token has seen 54 real images outside the 6 that this run trains on, 6 of them test images "
-        "of --fold 1/2, so a method without synthetic images has seen fewer real images."
+        "of --fold 1/2; a method without synthetic images sees fewer real images."
     )
 
 
@@ -209,7 +209,7 @@ def test_a_streamed_set_trains_for_the_epochs_that_its_record_counts(classifiers
     flags = ["--synthetic_dataset", str(streamed), "--model_name_or_path", classifiers["vit"], "--streaming",
              "--output_dir", str(tmp_path / "out"), "--method", "synthetic_only", "--bridge_num_train_epochs", "2",
              "--per_device_train_batch_size", "4", "--max_eval_samples", "6", "--use_cpu"]  # fmt: skip
-    with pytest.raises(UserError, match="does not count its images; give --bridge_max_steps"):
+    with pytest.raises(UserError, match="has no number of images; give --bridge_max_steps"):
         train_bridged.main(flags)
     record = read_record(streamed / GENERATION_CONFIG)
     write_record(streamed / GENERATION_CONFIG, record | {"num_images": 18, "num_images_per_class": 6})
@@ -258,36 +258,36 @@ def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, r
     save_image_set(other, {"train": 3, "test": 2}, ["cat", "dog", "suv"])
     with pytest.raises(UserError, match="out: its classes are not those of the real set; missing: cat, dog, suv"):
         train_bridged.main([*flags, "--do_eval", "--dataset_name", str(other), "--use_cpu"])
-    with pytest.raises(UserError, match="leaves nothing to do; add --do_eval"):
+    with pytest.raises(UserError, match="nothing is left to do; add --do_eval"):
         train_bridged.main(flags)
-    with pytest.raises(UserError, match="--output_dir .*other: holds no finished classifier"):
+    with pytest.raises(UserError, match="--output_dir .*other: contains no finished classifier"):
         train_bridged.main(["--no_do_train", "--do_eval", "--output_dir", str(other)])
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("SYN VIT --use_peft --batch_norm train", "--batch_norm train: not with --use_p"),
+        ("SYN VIT --use_peft --batch_norm train", "--batch_norm train: not possible with --use_p"),
         ("SYN VIT --use_peft --bridge_batch_norm recalibrate", "--bridge_batch_norm rec"),
-        ("SYN VIT --use_peft --method bridged_recalibrate", "--batch_norm recalibrate: not with --use_peft"),
+        ("SYN VIT --use_peft --method bridged_recalibrate", "--batch_norm recalibrate: not possible with"),
         ("SYN VIT --bridge_alignment_weight 2", "does nothing with --method br.*, which aligns no features; add"),
         ("SYN VIT --bridge_alignment coral --bridge_alignment_weight 0", "--bridge_alignment_weight 0.0: must be abov"),
         ("SYN VIT --method vanilla --bridge_alignment coral", "--bridge_alignment coral: does nothing with --method v"),
         ("SYN VIT --method bridged_coral --bridge_alignment none --bridge_alignment_weight 2", "which aligns no fea"),
-        ("SYN VIT --method bridged_coral --bridge_freeze_backbone", "--bridge_freeze_backbone: not with --bridge_ali"),
+        ("SYN VIT --method bridged_coral --bridge_freeze_backbone", "--bridge_freeze_backbone: not possible with"),
         ("SYN VIT --method synthetic_only --bridge_alignment coral --mixup_alpha 0.2", "--mixup_alpha 0.2: does nothi"),
         ("SYN VIT --method bridged --batch_norm domain", "--batch_norm domain: needs synthetic images am"),
         ("SYN VIT --method bridged_domain_norm --streaming", "--batch_norm domain: needs .*, not streamed"),
-        ("SYN VIT --method bridged_domain_norm --use_peft", "--batch_norm domain: not with --use_peft"),
+        ("SYN VIT --method bridged_domain_norm --use_peft", "--batch_norm domain: not possible with --use"),
         ("SYN VIT --dropout 1", "--dropout 1.0: must be 0 or above, and below 1"),
         ("SYN VIT --mix_ratio 0", "--mix_ratio 0.0: must be above 0"),
         ("SYN VIT --bridge_mixup_alpha -1", "--bridge_mixup_alpha -1.0: must be 0 or above"),
-        ("SYN VIT --method mix --streaming", "--streaming: not with --method mix"),
+        ("SYN VIT --method mix --streaming", "--streaming: not possible with --method mix"),
         ("SYN VIT --max_steps 0", "--max_steps 0: must be above 0, or left out"),
         ("SYN VIT --logging_steps inf", "--logging_steps: must be a finite number of"),
         ("SYN VIT --load_best_model_at_end", "requires the save and eval strategy to match"),
         ("SYN VIT --load_best_model_at_end --eval_strategy epoch --save_strategy epoch",
-         "--load_best_model_at_end: not offered"),
+         "--load_best_model_at_end: not supported"),
         ("SYN VIT --resume_from_checkpoint x", "--resume_from_checkpoint x: must be latest"),
         ("--method bridged --dataset_name x", "--synthetic_dataset"),
         ("--method vanilla", "--dataset_name"),
@@ -298,8 +298,8 @@ def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, r
         ("SYN --model_name_or_path nowhere", "--model_name_or_path"),
         # errors that the Trainer would raise late
         ("SYN VIT --per_device_eval_batch_size 0", "^--per_device_eval_batch_size 0: must be above 0"),
-        ("SYN VIT --eval_strategy epoch --metric_for_best_model f1", "^--metric_for_best_model f1: is not measured; "),
-        ("SYN VIT --prediction_loss_only --eval_strategy steps --metric_for_best_model accuracy", "choose one of loss"),
+        ("SYN VIT --eval_strategy epoch --metric_for_best_model f1", "^--metric_for_best_model f1: not measured; "),
+        ("SYN VIT --prediction_loss_only --eval_strategy steps --metric_for_best_model accuracy", "choose from loss"),
         ("SYN VIT --save_strategy best", "^--save_strategy best: needs --metric_for_best_model, and --eval_strategy"),
         ("SYN VIT --deepspeed no-file.json", "deepspeed"),
         ("SYN VIT --eval_strategy steps --eval_delay 500", "^--eval_delay 500.*; the longest stage has 18 steps"),

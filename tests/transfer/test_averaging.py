@@ -121,7 +121,7 @@ SHARE = r"--average 0\.5 \(given, or from --method wise_ft\): "
         ("--ema_decay 0", "--ema_decay 0.0: must be above 0 and below 1"),
         ("--method linear_probe --ema_decay 0.9", "--ema_decay 0.9: does nothing with --method linear_probe, which"),
         ("--method synthetic_only --ema_decay 0.9", "--ema_decay 0.9: does nothing with --method synthetic_only, whi"),
-        ("--method lp_ft --head_init keep", "--head_init keep: does nothing with --method lp_ft, which begins with"),
+        ("--method lp_ft --head_init keep", "--head_init keep: does nothing with --method lp_ft, which starts from"),
     ],
 )
 def test_bad_averages_are_one_line_before_a_model_is_opened(flags, message, synthetic_dir, monkeypatch):
@@ -166,7 +166,7 @@ def build(path, images, folder, settings, **options):
 def test_a_stage_ends_with_the_average_of_its_steps_computed_by_hand(classifiers, images, tmp_path):
     trainer = build(classifiers["resnet"], images, tmp_path, replace(EMA, batch_norm="train", ema_decay=0.45))
     trainer.add_callback(notes := Notes())
-    trainer.train_to_the_end(None)
+    trainer.train_to_end(None)
     expected = notes.weights[0]
     for number, weights in enumerate(notes.weights[1:], start=1):
         decay = min(0.45, (1 + number) / (10 + number))
@@ -187,7 +187,7 @@ def test_the_average_is_evaluated_during_training_which_continues_without_it(cla
     for folder, settings in (("average", EMA), ("plain", replace(EMA, ema_decay=None))):
         trainer = build(classifiers["vit"], images, tmp_path / folder, settings, **options)
         trainer.add_callback(notes := Notes())
-        trainer.train_to_the_end(None)
+        trainer.train_to_end(None)
         runs.append((trainer, notes))
     (averaged, notes), (plain, plain_notes) = runs
     for own, other in zip(notes.weights, plain_notes.weights, strict=True):

@@ -135,7 +135,7 @@ def test_what_is_decoded_is_measured_before_and_needs_room(photos, monkeypatch):
     have(1, 0)
     assert describe_cache([photos], size, is_asked_for=True) is not None
     have(0.9, 9)
-    with pytest.raises(UserError, match=r"--cache_images: needs 0.0 GiB in .*cache, which has 0.0 GiB free; leave it"):
+    with pytest.raises(UserError, match=r"--cache_images: needs 0.0 GiB in .*cache, which has 0.0 GiB free; leave the"):
         describe_cache([photos], size, is_asked_for=True)
     have(1, 0)
     cache_images(photos, size)

@@ -113,9 +113,9 @@ def test_steps_skipped_by_fp16_are_normal_as_long_as_some_are_taken(run, monkeyp
 @pytest.mark.parametrize(
     ("settings", "num_images", "message"),
     [
-        (SETTINGS, 3, "^--per_device_train_batch_size 4: only 0 of 6 steps were taken, there are too"),
+        (SETTINGS, 3, "^--per_device_train_batch_size 4: only 0 of 6 steps were taken, as there are too"),
         (replace(SETTINGS, learning_rate=1e-20), 12,
-         "--learning_rate 1e-20: no weight of the head has moved .* a higher one"),
+         "--learning_rate 1e-20: no weight of the head has moved .* a higher rate"),
     ],
 )  # fmt: skip
 def test_a_stage_of_too_few_steps_or_whose_head_never_moves_is_not_finished(

@@ -167,7 +167,7 @@ def test_an_optimiser_that_does_not_fit_is_not_blamed_on_the_images(run, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
-    with pytest.raises(UserError, match="out of memory beside the forward and backward pass: for the optimiser"):
+    with pytest.raises(UserError, match="out of memory outside the forward and backward pass: in the optimiser"):
         run("stage")
 
 

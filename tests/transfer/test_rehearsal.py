@@ -44,13 +44,13 @@ VIT, PROCESSOR = TRANSFORMER | SIZES, {"size": SQUARE, "crop_size": SQUARE}
          r"a trial run .*Input image size \(48\*48\) doesn't match model \(32\*32\)"),
         # before the model loads
         (("ViT", VIT, "LlavaNext", PROCESSOR | {"image_grid_pinpoints": [[32, 32], [32, 64]]}),
-         "its image processor makes .*1 x 3 x 3 x 32 x 32"),
+         "its image processor returns .*1 x 3 x 3 x 32 x 32"),
         (("ImageGPT", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 1024, "vocab_size": 513},
           "ImageGPT", {"clusters": [[0, 0, 0], [1, 1, 1]], "size": SQUARE}),
-         "its image processor makes .*input_ids"),
+         "its image processor returns .*input_ids"),
         (("Siglip2", {"vision_config": VIT | {"num_patches": 16}, "text_config": VIT},
           "Siglip2", {"patch_size": 8, "max_num_patches": 16}),
-         "its image processor makes .*1 x 16 x 192"),
+         "its image processor returns .*1 x 16 x 192"),
     ],
 )  # fmt: skip
 def test_a_classifier_that_does_not_take_the_pixels_is_a_one_line_error_that_names_it(run, tmp_path, model, message):
