@@ -123,13 +123,13 @@ def test_workers_give_the_same_results_as_one_process(finished, run, tmp_path):
     output_dir, comparison, _ = finished
     flags = "--num_shots", "1", "--methods", "vanilla_matched", "bridged", "bridged_keep", "--num_workers", "2"
     flags += ("--cache_images",)  # the same pixels
-    beside = run(tmp_path, *flags)
+    other = run(tmp_path, *flags)
     alone = {(entry["method"], entry["num_shots"]): entry for entry in without_seconds(comparison)["summary"]}
-    for entry in without_seconds(beside)["summary"]:
+    for entry in without_seconds(other)["summary"]:
         assert entry == alone[entry["method"], 1]
     assert len(list((tmp_path / "stage1").iterdir())) == 1
-    stems_beside, stems = ({path.stem for path in (at / "cells").iterdir()} for at in (tmp_path, output_dir))
-    assert stems_beside <= stems
+    other_stems, stems = ({path.stem for path in (at / "cells").iterdir()} for at in (tmp_path, output_dir))
+    assert other_stems <= stems
 
 
 def test_a_shared_stage_1_is_trained_under_its_lock(run, tmp_path, monkeypatch):
@@ -724,8 +724,8 @@ def test_folds_are_named_their_cells_kept_and_workers_give_the_same(run_folds, t
     assert "not searched on these images" in report and "style token of" not in report
     count = len(trained)
     assert run_folds(tmp_path / "alone", *flags) == comparison and len(trained) == count
-    beside = run_folds(tmp_path / "beside", *flags, "--num_workers", "2")
-    assert without_seconds(beside) == without_seconds(comparison)
+    other = run_folds(tmp_path / "other", *flags, "--num_workers", "2")
+    assert without_seconds(other) == without_seconds(comparison)
 
 
 def test_test_images_that_a_style_token_has_seen_are_reported(
@@ -822,5 +822,7 @@ def test_token_per_fold_runs_both_scripts_with_the_fold_and_its_set_is_compared(
         raise RuntimeError(f"{step.name} failed, see x.log; the same make command goes on from here")
 
     monkeypatch.setattr(StepRunner, "run", fail)
-    with pytest.raises(UserError, match="--token_per_fold: style token .* failed, see x.log; the same command goes on"):
+    with pytest.raises(
+        UserError, match="--token_per_fold: style token .* failed, see x.log; run the same command again"
+    ):
         run_folds(tmp_path / "out", *flags, synthetic=tmp_path / "syn-{seed}-{fold}")

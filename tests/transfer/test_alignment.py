@@ -217,7 +217,7 @@ def test_a_nonlinear_head_or_several_gpus_in_one_process_is_a_one_line_error(
     with pytest.raises(UserError, match="^--bridge_alignment: the head of .* is not linear on one feature vector; ch"):
         run_plan(plan, convolution, aligned, tmp_path / "stage")
     monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 2)
-    with pytest.raises(UserError, match="^--bridge_alignment coral: not on 2 GPUs in one process; start with acc"):
+    with pytest.raises(UserError, match="^--bridge_alignment coral: not possible on 2 GPUs in one process; start w"):
         run("stage", Alignment("coral"))
 
 

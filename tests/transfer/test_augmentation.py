@@ -255,7 +255,7 @@ def test_settings_that_need_all_images_at_once_are_refused_for_a_stream(
     classifiers, images, tmp_path, head_init, batch_norm
 ):
     plan = StagePlan("stage1", "synthetic", head_init, StageSettings(1, 1e-2, batch_norm=batch_norm))
-    with pytest.raises(UserError, match="which a stream does not give"):
+    with pytest.raises(UserError, match="which a stream does not have"):
         run_plan(plan, classifiers["vit"], images.to_iterable_dataset(), tmp_path)
 
 
@@ -267,5 +267,5 @@ def test_a_damaged_image_in_a_stream_ends_a_stage_with_a_one_line_error(classifi
     stage = StagePlan("stage1", "synthetic", "reset", StageSettings(2, 1e-3, per_device_train_batch_size=2))
     with pytest.raises(UserError) as error:
         run_plan(stage, classifiers["vit"], stream, tmp_path, use_cpu=True, dataloader_num_workers=num_workers)
-    assert str(error.value).startswith("--streaming: a synthetic image is damaged (no known image format), number 0 of")
+    assert str(error.value).startswith("--streaming: a synthetic image is damaged (no known image format): number 0 of")
     assert "file cat.png" in str(error.value) and "Traceback" not in str(error.value)

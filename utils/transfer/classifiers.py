@@ -141,7 +141,7 @@ def load_classifier(
     config.num_labels = len(class_names)
     config.id2label = dict(enumerate(class_names))
     config.label2id = {class_name: index for index, class_name in enumerate(class_names)}
-    # whatever the base was for: the saved classifier's pipeline gives softmax probabilities (no config says so of one)
+    # so the saved classifier's pipeline returns softmax probabilities for any base (except with one class)
     config.problem_type = "single_label_classification" if len(class_names) > 1 else None
     if config.model_type == "timm_wrapper":
         config.label_names = class_names  # else the old names would be saved, and loaded instead of id2label

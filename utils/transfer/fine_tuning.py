@@ -383,10 +383,10 @@ class StageTrainer(MicroBatchTrainer):
     def augment(self, batch: dict) -> dict[str, torch.Tensor]:
         inputs = self._prepare_inputs(batch)
         with self.compute_loss_context_manager():
-            beside = {"is_synthetic": inputs["is_synthetic"]} if "is_synthetic" in inputs else {}
+            extra = {"is_synthetic": inputs["is_synthetic"]} if "is_synthetic" in inputs else {}
             if "real" in inputs:
-                beside["real"] = self._augment_unlabelled(inputs["real"])
-            return self.augmentation(inputs) | beside
+                extra["real"] = self._augment_unlabelled(inputs["real"])
+            return self.augmentation(inputs) | extra
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training:

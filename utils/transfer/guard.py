@@ -173,9 +173,9 @@ def _measure(
         return float(recall_score(labels, predictions, average="macro", zero_division=0, labels=np.unique(labels)))
 
     alone = build_probe().fit(others, other_labels).predict(features) if len(np.unique(other_labels)) > 1 else None
-    beside = others, other_labels, share / (1 - share)
+    extra = others, other_labels, share / (1 - share)
     return Usefulness(
         len(labels), len(np.unique(labels)), accuracy(alone) if alone is not None else 1.0,
         accuracy(cross_validated_predictions(features, labels)),
-        accuracy(cross_validated_predictions(features, labels, beside)),
+        accuracy(cross_validated_predictions(features, labels, extra)),
     )  # fmt: skip

@@ -88,13 +88,13 @@ def build_probe(inverse_regularisation: float = INVERSE_REGULARISATION) -> Pipel
 
 
 def cross_validated_predictions(
-    features: np.ndarray, labels: np.ndarray, beside: tuple[np.ndarray, np.ndarray, float] | None = None
+    features: np.ndarray, labels: np.ndarray, extra: tuple[np.ndarray, np.ndarray, float] | None = None
 ) -> np.ndarray | None:
     """Return predictions `(n,)` for each image by a probe fitted on other images, or None if that is not possible.
 
     The number of folds is the median number of images per class, at most `MAX_FOLDS`; a class with one image is unknown
     to the probe that predicts it. It is not possible if half of the classes have one image, or with a single class.
-    `beside` holds features and labels that every probe is also fitted on, and their total weight relative to the other
+    `extra` holds features and labels that every probe is also fitted on, and their total weight relative to the other
     images.
     """
     counts = list(Counter(labels.tolist()).values())
@@ -107,8 +107,8 @@ def cross_validated_predictions(
         folds = list(StratifiedKFold(num_folds, shuffle=True, random_state=0).split(features, labels))
     for fitted, tested in folds:
         fitted_features, fitted_labels, weights = features[fitted], labels[fitted], np.ones(len(fitted))
-        if beside is not None:
-            others, other_labels, weight = beside
+        if extra is not None:
+            others, other_labels, weight = extra
             fitted_features = np.concatenate([fitted_features, others])
             fitted_labels = np.concatenate([fitted_labels, other_labels])
             weights = np.concatenate([weights, np.full(len(others), weight * len(fitted) / len(others))])
