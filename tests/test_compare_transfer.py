@@ -771,9 +771,9 @@ def fake_results_of_folds(monkeypatch) -> None:
         (["--num_repeats", "2", "--seeds", "4"], "--num_repeats 2: --seeds must have one value per repeat, has 1"),
         (
             ["--learning_rates", "1e-4", "1e-3"],
-            "--learning_rates: searches on validation images, of which --num_folds 4",
+            "--learning_rates: needs validation images, but --num_folds 4",
         ),
-        (["--search_learning_rate"], "--search_learning_rate: searches on validation images"),
+        (["--search_learning_rate"], "--search_learning_rate: needs validation images"),
         (["--max_eval_samples", "6"], "--max_eval_samples 6: does nothing with --num_folds"),
         (["--test_split", "test"], "--test_split test: does nothing with --num_folds"),
         (["--token_per_fold"], "--token_per_fold: makes the synthetic sets whose --synthetic_dataset path contains"),

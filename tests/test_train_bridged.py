@@ -226,7 +226,7 @@ def test_a_streamed_set_trains_for_the_epochs_that_its_record_counts(classifiers
     )  # the same number of real images, unlabelled
     stages = read_record(tmp_path / "out" / "bridged_config.json")["stages"]
     assert stages[0]["alignment"] == {"kind": "adversarial", "weight": 1.0}
-    assert "real training images, seen without labels (domain classifier" in (tmp_path / "out/README.md").read_text()
+    assert "real training images, used without labels (domain classifier" in (tmp_path / "out/README.md").read_text()
 
 
 def save_uneven(folder, copy, names: list[str]) -> str:
@@ -335,7 +335,7 @@ def test_a_trial_run_changes_no_weight(run, tmp_path, monkeypatch):
 
 
 def test_a_run_that_diverges_publishes_nothing_and_has_no_finished_record(run, tmp_path):
-    with pytest.raises(UserError, match=r"^--learning_rate 1e\+30: .* at step 2 of 2 in vanilla; try a lower one"):
+    with pytest.raises(UserError, match=r"^--learning_rate 1e\+30: .* at step 2 of 2 in vanilla; try a lower rate"):
         run("out", "--method", "vanilla", "--learning_rate", "1e30", small=["--max_steps", "2", "--use_cpu"])
     assert not (tmp_path / "out" / "bridged_config.json").exists() and not list(tmp_path.glob("out/*/stage.json"))
 

@@ -140,4 +140,4 @@ def test_decoded_images_are_measured_first_and_must_fit(photos, monkeypatch):
     have(1, 0)
     cache_images(photos, size)
     have(0, 0)
-    assert "5 images, in " in describe_cache([photos], size, is_asked_for=False)  # is there already
+    assert "already decoded: 5 images in " in describe_cache([photos], size, is_asked_for=False)  # is there already
