@@ -67,8 +67,8 @@ def test_what_all_processes_know_is_said_once(argv_of, copy_pipeline, real_image
     changed = ["--dataset_name", renamed, "--pretrained_model_name_or_path", copy_pipeline(vae={"shift_factor": 0.1})]
     long_prompt = ["--prompt_templates", "A {class} in the style of {token}" + 80 * ", red"]
     for script, flags, lines in (
-        (train_dsi, changed, ["its card names the classes of 'label' square,", "shift_factor of its VAE."]),
-        (generate_synthetic, long_prompt, ["are cut behind what matters"]),
+        (train_dsi, changed, ["its card names the classes of 'label' square,", "shift_factor of its VAE: ignored"]),
+        (generate_synthetic, long_prompt, ["are truncated after class name"]),
         (train_bridged, ["--streaming", "--skip_bad_images"], ["images of a stream are not opened in advance"]),
     ):
         argv = [*argv_of[script], *flags, "--output_dir", tmp_path / script.__name__]

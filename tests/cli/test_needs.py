@@ -28,6 +28,7 @@ LACKS = {
     "with --no_do_train": ("--no_do_train", ""),
     "with --dry_run": ("--dry_run", ""),
     "with --audit": ("--audit", ""),
+    "without --include_class_name": ("--include_class_name false", ""),
     "with --classes": ("--classes x", ""),
     "with --prompts_file": ("--prompts_file x", ""),
     "with --max_steps": ("--max_steps 5", ""),
@@ -55,7 +56,7 @@ LACKS = {
         for name in ("learning_rate", "weight_decay", "warmup_steps", "per_device_train_batch_size")
     },
     "with --image_format {image_format}": ("--image_format png", "--image_format webp"),
-    "with --guidance_scale {guidance_scale}, which is no guidance": (
+    "with --guidance_scale {guidance_scale}, which turns guidance off": (
         "--guidance_scale 0.5 1", "--guidance_scale 1 2",
     ),
     "with several --model_name_or_path": ("--model_name_or_path x y", "--model_name_or_path x"),
@@ -91,7 +92,7 @@ LACKS = {
     ),
 }  # fmt: skip
 NEVER = {
-    "here, where all real images are looked at, as they are",
+    "here: all real images are compared, unchanged",
     "here, where only the finished classifier is published",
     "here, where workers persist for a whole stage",
     "here, where a batch goes through the model in parts when out of memory",
@@ -140,7 +141,7 @@ def test_a_flag_without_what_it_needs_is_one_line_and_with_it_passes(script, fla
 def test_flags_without_use_in_a_script_are_refused_and_not_in_its_help(capsys):
     for flag in ("num_shots", "few_shot_seed", "max_train_samples", "random_flip"):
         flags = [*value_of("quality_report.py", flag), "--synthetic_dataset", "x", "--dataset_name", "y"]
-        assert "here, where all real images" in fails(capsys, "quality_report.py", flags)
+        assert "here: all real images" in fails(capsys, "quality_report.py", flags)
         assert f"--{flag} " not in script_parsers()["quality_report.py"].format_help()
 
 

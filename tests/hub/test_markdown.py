@@ -96,8 +96,8 @@ def test_the_card_of_a_set_of_odd_names_shows_and_holds_them(tmp_path):
     real_images, folder = {"dataset_name": "folder|of `cars`"}, tmp_path / "a set"
     card = write_set_card(folder, {"a`b": UNKNOWN}, "user/sd|x", names, settings=settings, real_images=real_images)
     settings, classes = tables(card.text)
-    assert settings[1:3] == [["batch_size", "2"], ["prompt|s", "None"]]
-    assert settings[3:] == [[f"set {number}", one_line(name)] for number, name in enumerate(names)]
+    assert settings[1] == ["batch_size", "2"]  # what is None is not shown
+    assert settings[2:] == [[f"set {number}", one_line(name)] for number, name in enumerate(names)]
     assert classes[1:] == [[one_line(name), one_line(f"a {name}"), "1", "0"] for name in names]
     assert "folder|of `cars`" in html.unescape(re.sub("</?code>", "", card.text))
     features = metadata_load(folder / "README.md")["dataset_info"]["features"]

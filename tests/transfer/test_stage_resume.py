@@ -127,7 +127,7 @@ def test_the_last_checkpoint_is_the_complete_one_with_most_steps(tmp_path, caplo
     torch.save({"state": torch.zeros(1000)}, tmp_path / "checkpoint-16" / "optimizer.pt")
     os.truncate(tmp_path / "checkpoint-16" / "optimizer.pt", 1000)
     assert find_earlier_run(folder) == (None, str(tmp_path / "checkpoint-10"))
-    assert {line.split(": ")[2].split(" is not")[0] for line in caplog.messages} == {
+    assert {line.split(": ")[2].split(" is incomplete")[0] for line in caplog.messages} == {
         str(tmp_path / f"checkpoint-{step}") for step in (12, 14, 16)
     }
 
