@@ -186,7 +186,7 @@ def test_a_killed_run_resumes_in_its_stage_to_the_same_weights(run, module, name
         run("killed", "--method", method, "--resume_from_checkpoint", "latest")
     resumed = run("killed", *flags, "--resume_from_checkpoint", "latest")
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
-    costs = ("seconds", "gpu_hours")
+    costs = ("seconds", "seconds_waiting", "gpu_hours")
     assert {key: value for key, value in resumed.items() if not key.endswith(costs)} == {
         key: value for key, value in whole.items() if not key.endswith(costs)
     }

@@ -28,6 +28,7 @@ LACKS = {
     "with --no_do_train": ("--no_do_train", ""),
     "with --dry_run": ("--dry_run", ""),
     "with --audit": ("--audit", ""),
+    "with --streaming": ("--streaming --synthetic_dataset x", ""),
     "without --include_class_name": ("--include_class_name false", ""),
     "with --classes": ("--classes x", ""),
     "with --prompts_file": ("--prompts_file x", ""),

@@ -54,6 +54,7 @@ def write_classifier_card(
     results = {"num_test_images": 3, "leep_pretrained": None, "leep_bridged": None, "leep_num_images": 6, **metrics}
     for stage in stages:
         costs = {"steps": stage.settings.max_steps, "images_seen": 3200, "seconds": 60.04, "gpu_hours": 0.0167}
+        costs["seconds_waiting"] = 1.5
         results |= {f"{stage.name}_{key}": value for key, value in costs.items()}
     results = add_totals(results, [stage.name for stage in stages])
     licenses = {base_model: MIT, real: License("other", "Cars 1.0", "https://cars"), synthetic: License()}

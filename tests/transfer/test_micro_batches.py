@@ -97,7 +97,8 @@ def test_a_step_in_smaller_parts_is_the_same_and_is_reported_and_recorded(
     expected = {"micro_batch_size": 1 if limit < 3 else 3} | ({"gradient_checkpointing": True} if limit < 1 else {})
     assert result.fitted == expected and whole_result.fitted == {}
     assert max(sizes[-2:]) <= max(limit, 1)
-    assert result.summary() == whole_result.summary() | expected | {"seconds": result.seconds}
+    times = {"seconds": result.seconds, "seconds_waiting": result.seconds_waiting}
+    assert result.summary() == whole_result.summary() | expected | times
     assert sum("out of memory" in line for line in caplog.messages) == {3: 1, 6: 1, 2: 2, 1: 2, 0.5: 3}[limit]
     assert "from now on 3, with gradients accumulated: a step stays the same." in caplog.text
     records = [json.loads((tmp_path / one / "stage.json").read_text())["result"] for one in ("whole", "divided")]
@@ -151,7 +152,9 @@ def test_a_killed_stage_resumes_with_the_size_that_fitted(run, monkeypatch, tmp_
 def test_with_enough_memory_checkpoints_record_nothing_about_it(run, tmp_path):
     run("stage", save_strategy="steps", save_steps=2)
     state = json.loads((tmp_path / "stage" / "checkpoint-2" / "trainer_state.json").read_text())
-    assert set(state["stateful_callbacks"]["StageProgress"]["attributes"]) == {"num_images", "seconds_before"}
+    assert set(state["stateful_callbacks"]["StageProgress"]["attributes"]) == {
+        "num_images", "seconds_before", "seconds_waiting",
+    }  # fmt: skip
 
 
 def test_if_not_even_one_image_fits_the_error_says_what_to_do(run):
