@@ -34,9 +34,10 @@ from utils.comparison.arguments import GROUPS, SearchArguments, set_precision
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
 from utils.comparison.classifiers import Classifier, parse_classifiers
 from utils.comparison.costs import summarise_all
-from utils.comparison.findings import describe_findings, describe_guards
+from utils.comparison.findings import describe_findings, describe_guards, list_highlights
 from utils.comparison.fold_sets import check_fold_sets, check_folds, list_steps, make_fold_sets
 from utils.comparison.folds import check_fold_values, choose_seeds, describe_protocol, list_test_indices
+from utils.comparison.gains import plot_gains
 from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title, source_key
 from utils.comparison.plots import make_panels, plot_comparison
 from utils.comparison.report import print_comparison, write_markdown
@@ -60,7 +61,7 @@ from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images
 
 SETTINGS = "chosen_settings.json"
 BASELINES = ("vanilla_matched", "vanilla")  # the first of these that is compared
-OUTPUTS = (COMPARISON, "comparison.md", "comparison.png", RUN_CONFIG)
+OUTPUTS = (COMPARISON, "comparison.md", "comparison.png", "gain.png", RUN_CONFIG)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple, SyntheticSource], str | None, set[str]]:
@@ -323,6 +324,16 @@ def run_table(runner: CellRunner, table: dict, num_workers: int) -> dict[Row, di
     }
 
 
+def draw_pictures(output_dir: Path, summary: list[dict], correct: dict, findings: list[str], baseline: Row | None):
+    """Draw comparison.png and, if there is a reference with other rows, gain.png."""
+    panels = make_panels(summary, list(correct), findings)
+    plot_comparison(output_dir / "comparison.png", panels, list_highlights(correct, baseline))
+    if any("gain" in entry for entry in summary):
+        plot_gains(output_dir / "gain.png", summary, baseline.label)
+    else:  # of an earlier comparison in this folder
+        (output_dir / "gain.png").unlink(missing_ok=True)
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
     groups, sources, recorded_in, given = parse_arguments(argv)
@@ -397,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             chosen_how=describe_choice(search_args.settings, chosen, search_seeds), command=command,
             num_folds=comparison_args.num_folds,
         )  # fmt: skip
-        plot_comparison(output_dir / "comparison.png", make_panels(summary, correct, findings))
+        draw_pictures(output_dir, summary, correct, findings, baseline)
         if len(searches) == 1:  # several classifiers have different learning rates
             groups[groups.index(search_args)] = searches[classifiers[0].label]
         write_run_config(output_dir, resolve_options(groups), started)

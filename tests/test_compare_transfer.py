@@ -96,12 +96,20 @@ def test_a_killed_comparison_resumes_and_stage_1_is_trained_once(finished):
     assert sorted(names) == ["stage1"] + 4 * ["stage2"] + 2 * ["vanilla"]
     assert {settings.max_steps for settings, _, folder in trained if folder.name == "vanilla"} == {3}
     assert read_record(output_dir / "comparison.json")["summary"] == comparison["summary"]
-    assert (output_dir / "comparison.png").is_file()
+    assert (output_dir / "comparison.png").is_file() and (output_dir / "gain.png").is_file()
     assert cards.text(comparison["findings"][0], None) in (output_dir / "comparison.md").read_text(encoding="utf-8")
     assert not list((output_dir / "work").iterdir()), "weights of cells are not kept"
     entry = comparison["summary"][2]
     assert (entry["method"], entry["num_shots"]) == ("bridged", 1)
     assert (entry["steps"], entry["images_seen"]) == (2 + 1, 2 * 18 + 3)
+
+
+def test_without_a_reference_no_picture_of_gains_is_left(tmp_path):
+    (tmp_path / "gain.png").touch()  # of an earlier comparison in this folder
+    correct = {"vit": {Row("mix", "mix", "dsi"): {1: np.eye(1, 2, dtype=bool)}}}
+    entry = {"method": "mix", "volume": None, "num_shots": 1, "mean": 50.0, "std": None, "values": [50.0]}
+    compare_transfer.draw_pictures(tmp_path, [entry], correct, ["Use mix."], None)
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.png"]
 
 
 def test_all_methods_train_on_the_same_real_images(finished, real_images_dir):

@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from utils.cli.tables import print_table
+from utils.cli.tables import print_table, shorten
 
 
 @pytest.fixture
@@ -41,3 +41,9 @@ def test_a_wide_console_has_a_table_and_a_narrow_one_lines(printed):
 
 def test_a_name_that_ends_as_a_cut_one_does_is_not_taken_for_one(printed):
     assert "┃ image set ┃" in printed(80, name="Text…")
+
+
+def test_long_names_keep_their_ends():
+    names = [shorten(f"bridged_replay@a_very_long_name_{number}", 26) for number in range(2)]
+    assert len(set(names)) == 2 and {len(name) for name in names} == {26}
+    assert shorten("bridged@plain", 26) == "bridged@plain"

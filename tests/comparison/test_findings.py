@@ -169,11 +169,15 @@ def test_with_volumes_the_largest_is_named():
     assert last.startswith("bridged, 3000 synthetic images per class instead of 500: gains at 1 shot (+50.0 [")
 
 
-def test_a_picture_highlights_what_to_use_the_best_on_real_images_and_the_usual_methods():
-    correct = correct_of({VANILLA: {1: 0.2, 4: 0.6}, MIXUP: {1: 0.3, 4: 0.5}, BRIDGED: {1: 0.4, 4: 0.4},
-                          KEEP: {1: 0.5, 4: 0.4}, REPLAY: {1: 0.8, 4: 0.6}})  # fmt: skip
-    highlighted = ["bridged_replay", "vanilla_matched", "vanilla_mixup", "bridged"]
-    assert list_highlights(recommend(correct), correct) == highlighted
+def test_a_picture_highlights_the_reference_the_default_what_the_answers_name_and_the_usual_methods():
+    accuracies = {VANILLA: {1: 0.2, 4: 0.5}, MIXUP: {1: 0.3, 4: 0.6}, ALONE: {1: 0.3, 4: 0.3}, KEEP: {1: 0.5, 4: 0.4},
+                  BRIDGED: {1: 0.4, 4: 0.4}, MIX: {1: 0.8, 4: 0.4}, REPLAY: {1: 0.7, 4: 0.5}}  # fmt: skip
+    correct = {"resnet18": correct_of(accuracies)}
+    first = ["vanilla_matched", "bridged_replay", "vanilla_mixup", "mix", "bridged"]
+    assert list_highlights(correct, VANILLA) == [*first, "synthetic_only"], "six of seven, the last by its place"
+    assert list_highlights(correct, None) == [*first[1:], "vanilla_matched", "synthetic_only"]
+    few = {"vit": correct_of({row: accuracies[row] for row in (KEEP, VANILLA)})}
+    assert list_highlights(few, VANILLA) == ["vanilla_matched", "bridged_keep"], "all, if there are few"
 
 
 def test_a_rival_with_an_unknown_interval_does_not_beat_the_bridged_methods():

@@ -6,6 +6,7 @@ from huggingface_hub import ModelCard
 
 from utils.comparison.classifiers import parse_classifiers
 from utils.comparison.findings import describe_findings
+from utils.comparison.gains import plot_gains
 from utils.comparison.grid import Row
 from utils.comparison.plots import Panel, plot_comparison
 from utils.comparison.report import print_comparison, write_markdown
@@ -66,6 +67,7 @@ def test_the_report_begins_with_its_finding_and_has_valid_metadata(facts, tmp_pa
     assert card.data.datasets == ["user/cars", "user/syn"]
     assert card.data.base_model == "timm/resnet18"
     assert facts["command"] in card.text and "![accuracy of each method](comparison.png)" in card.text
+    assert "\n\n![gain of each method over the reference](gain.png)\n\n## Costs\n" in card.text
 
 
 def test_the_tables_hold_the_figures_of_the_summary(facts, tmp_path):
@@ -195,7 +197,8 @@ def test_unknown_intervals_are_words_in_every_table(num_seeds, facts, tmp_path, 
     summary = summarise(compare(num_seeds=num_seeds, num_images=1), VANILLA)
     print_comparison(summary, ["It cannot be judged."], "vanilla_matched")
     write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts)
-    plot_comparison(tmp_path / "comparison.png", [Panel("", summary)])
+    plot_comparison(tmp_path / "comparison.png", [Panel("", summary)], ["mix"])
+    plot_gains(tmp_path / "gain.png", summary, "vanilla_matched")
     text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
     printed = capsys.readouterr().out
     for shown in (text, printed):

@@ -32,3 +32,9 @@ def print_table(table: Table, console: Console) -> None:
         lines.append(f"{name}: " + "; ".join(f"{head} {cell}".strip() for head, cell in zip(heads, cells) if cell))
     lines += [plain(table.caption, " ")] if table.caption else []
     console.print(Text("\n".join(lines)), soft_wrap=True)
+
+
+def shorten(name: str, length: int) -> str:
+    """Return a name of at most `length` characters, cut in the middle: long names often begin alike."""
+    num_last = (length - 1) // 3
+    return name if len(name) <= length else f"{name[: length - 1 - num_last]}…{name[-num_last:]}"

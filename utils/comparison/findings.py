@@ -5,6 +5,7 @@ many methods is likely overstated, and a sentence says so. The search's validati
 they come from one seed and the searched shots, and are themselves the best of several recipes. No torch.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from utils.comparison.statistics import Gain, paired_gain
 from utils.transfer.methods import DEFAULT_METHOD
 
 USUAL = ("bridged", DEFAULT_METHOD, "mix")  # the paper's method, ours, and the simplest alternative
+MAX_HIGHLIGHTS = 6  # more colours are hard to tell apart
 Correct = dict[Row, dict[int | None, np.ndarray]]
 
 
@@ -192,11 +194,21 @@ def describe_guards(results: dict[str, dict[Row, dict]]) -> list[str]:
     return sentences
 
 
-def list_highlights(recommendations: list[Recommendation], correct: Correct) -> list[str]:
-    """Return the methods that a plot highlights: those to use, the best on real images, and the usual ones."""
-    labels = dict.fromkeys(item.use.label for item in recommendations if item.use)
-    labels |= dict.fromkeys(item.real_only.label for item in recommendations if item.real_only)
-    return [*labels, *(row.label for row in largest_volume(correct) if row.label in USUAL and row.label not in labels)]
+def list_highlights(by_classifier: dict[str, Correct], baseline: Row | None) -> list[str]:
+    """Return the methods that pictures show in colour, at most `MAX_HIGHLIGHTS`.
+
+    First the reference, then the default, then those that the answers name, the ones named most often first, then the
+    usual ones, then others in the order of the table.
+    """
+    named = Counter(
+        label
+        for correct in by_classifier.values()
+        for item in recommend(correct)
+        for label in {row.label: None for row in (item.use, item.real_only, item.synthetic, item.leader) if row}
+    )
+    labels = list(dict.fromkeys(row.label for correct in by_classifier.values() for row in correct))
+    first = [*([baseline.label] if baseline else []), DEFAULT_METHOD, *(label for label, _ in named.most_common())]
+    return [label for label in dict.fromkeys([*first, *USUAL, *labels]) if label in labels][:MAX_HIGHLIGHTS]
 
 
 def largest_volume(correct: Correct) -> list[Row]:

@@ -67,7 +67,7 @@ def write_markdown(path: str | Path, summary: list[dict], baseline: str | None, 
     }
     card = ModelCard.from_template(
         metadata, template_path=str(TEMPLATE), baseline=baseline, table=_to_markdown(_accuracy_table(summary, "<br>")),
-        sharing=describe_sharing(summary),
+        sharing=describe_sharing(summary), has_gains=any("gain" in entry for entry in summary),
         costs=_to_markdown(_cost_table(summary)), recipes=_to_markdown(_recipe_table(methods, facts["chosen"])),
         shots=_shots(summary),
         num_test_images=summary[0]["num_test_images"], methods={method: _describe(method) for method in methods},
@@ -94,7 +94,7 @@ def _accuracy_table(summary: list[dict], separator: str) -> list[list[str]]:
     """Return head and rows: one row per classifier, method and volume; one column per shot count, then the costs."""
     costs = [cost for cost in SHOWN_COSTS if any(cost in entry for entry in summary)]
     rows = []
-    for names, entries in _group_by_row(summary).items():
+    for names, entries in group_by_row(summary).items():
         accuracies = [_describe_accuracy(entry, separator) for entry in entries]
         rows.append([*names, *accuracies, *(_span(cost, entries) for cost in costs)])
     return [[*_names_of(summary), *map(shots_title, _shots(summary)), *(SHOWN_COSTS[cost] for cost in costs)], *rows]
@@ -109,7 +109,7 @@ def _describe_accuracy(entry: dict, separator: str) -> str:
 
 
 def _cost_table(summary: list[dict]) -> list[list[str]]:
-    rows = [[*names, *(_span(cost, group) for cost in COSTS)] for names, group in _group_by_row(summary).items()]
+    rows = [[*names, *(_span(cost, group) for cost in COSTS)] for names, group in group_by_row(summary).items()]
     return [[*_names_of(summary), "steps", "images seen", "seconds", "GPU-hours"], *rows]
 
 
@@ -118,7 +118,7 @@ def _names_of(summary: list[dict]) -> list[str]:
     return [name for name in NAMES if name in summary[0]]
 
 
-def _group_by_row(summary: list[dict]) -> dict[tuple[str, ...], list[dict]]:
+def group_by_row(summary: list[dict]) -> dict[tuple[str, ...], list[dict]]:
     """Return the entries of each row by its names: the classifier if there are several, method and volume."""
     groups = {}
     for entry in summary:
