@@ -104,7 +104,7 @@ def test_rows_without_their_adapter_are_left_out_with_a_message(monkeypatch, tmp
     assert names_of_settings(chosen) == ["loop", "dpm-6"] and names_of_settings(lacking) == ["adapter-4"]
     (tmp_path / "config.json").touch()
     generate_quality.parse_arguments(["--settings", "adapter-4", "--classifier", str(tmp_path)])
-    assert capsys.readouterr().out == "adapter-4 is left out: its adapter demo/few_steps is not there.\n"
+    assert capsys.readouterr().out == "adapter-4 is left out: its adapter demo/few_steps does not exist.\n"
     (tmp_path / "demo" / "few_steps").mkdir(parents=True)
     chosen, lacking = select_settings(None)
     assert chosen == list(SETTINGS) and lacking == []
@@ -115,11 +115,11 @@ def names_of_settings(settings):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--settings", "dpm-5"], "--settings dpm-5: unknown; there are loop, ddim-12,"),
-    (["--style_tokens", "none-{seed}"], "--style_tokens none-{seed}: none-0 has no dsi_config.json; name style"),
+    (["--settings", "dpm-5"], "--settings dpm-5: unknown; choose from loop, ddim-12,"),
+    (["--style_tokens", "none-{seed}"], "--style_tokens none-{seed}: none-0 has no dsi_config.json; must be"),
     (["--classifier", "none"], "--classifier none: has no config.json; `make install` makes the demo's."),
     (["--num_workers", "0"], "--num_workers 0: must be at least 1."),
-    (["--seeds", "1", "1"], "--seeds 1 1: a seed is there twice."),
+    (["--seeds", "1", "1"], "--seeds 1 1: duplicate values."),
 ])  # fmt: skip
 def test_wrong_flags_are_errors(flags, message, capsys):
     with pytest.raises(SystemExit):

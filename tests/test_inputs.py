@@ -216,7 +216,7 @@ def test_a_cell_whose_inputs_change_while_it_is_run_is_not_kept(inputs, tmp_path
         return predict(*args)
 
     monkeypatch.setattr(run_method, "predict", replace_and_predict)
-    with pytest.raises(UserError, match="--synthetic_dataset was .*, now .*: changed while it was read"):
+    with pytest.raises(UserError, match="--synthetic_dataset was .*, now .*: changed during the run"):
         compare(inputs, tmp_path / "out", "--methods", "bridged")
     assert not list((tmp_path / "out").glob("cells/*.json"))
 

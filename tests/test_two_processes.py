@@ -69,7 +69,7 @@ def test_common_warnings_of_all_processes_are_printed_once(argv_of, copy_pipelin
     for script, flags, lines in (
         (train_dsi, changed, ["its card names the classes of 'label' square,", "shift_factor of its VAE: ignored"]),
         (generate_synthetic, long_prompt, ["are truncated after class name"]),
-        (train_bridged, ["--streaming", "--skip_bad_images"], ["no image of a stream is opened first"]),
+        (train_bridged, ["--streaming", "--skip_bad_images"], ["images of a stream are not opened in advance"]),
     ):
         argv = [*argv_of[script], *flags, "--output_dir", tmp_path / script.__name__]
         child = start_script(program(script), argv, tmp_path, num_processes=2)

@@ -28,6 +28,7 @@ LACKS = {
     "with --no_do_train": ("--no_do_train", ""),
     "with --dry_run": ("--dry_run", ""),
     "with --audit": ("--audit", ""),
+    "with --streaming": ("--streaming --synthetic_dataset x", ""),
     "without --include_class_name": ("--include_class_name false", ""),
     "with --classes": ("--classes x", ""),
     "with --prompts_file": ("--prompts_file x", ""),
@@ -60,7 +61,7 @@ LACKS = {
         "--guidance_scale 0.5 1", "--guidance_scale 1 2",
     ),
     "with several --model_name_or_path": ("--model_name_or_path x y", "--model_name_or_path x"),
-    "where nothing is searched": ("--learning_rates 1e-3", "--bridge_learning_rates 1e-3 1e-4"),
+    "without a search": ("--learning_rates 1e-3", "--bridge_learning_rates 1e-3 1e-4"),
     "with --method {method}, which trains on synthetic images alone": ("--method synthetic_only", "--method mix"),
     "with --method {method}, which has no stage on synthetic images alone": ("--method mix", "--method synthetic_only"),
     "with --method {method}, which has a stage on synthetic images alone": ("--method bridged", "--method vanilla"),
@@ -77,7 +78,7 @@ LACKS = {
     "with --method {method}, which has no stage on both kinds of images": ("--method bridged", "--method mix_mixup"),
     "with --method {method}, which aligns no features": ("--method bridged", "--method bridged_coral"),
     "with --method {method}, which takes no optimiser step": ("--method linear_probe", "--method lp_ft"),
-    "with --method {method}, which begins with the head of a probe": ("--method lp_ft", "--method bridged"),
+    "with --method {method}, which starts from the head of a probe": ("--method lp_ft", "--method bridged"),
     "with --methods {methods}, which take no optimiser step": (
         "--methods linear_probe", "--methods linear_probe vanilla",
     ),
@@ -93,9 +94,9 @@ LACKS = {
 }  # fmt: skip
 NEVER = {
     "here: all real images are compared, unchanged",
-    "here, where the finished classifier is published, and nothing before",
-    "here, where workers stay as long as a stage lasts",
-    "here, where a batch goes through the model in parts when memory is short",
+    "here, where only the finished classifier is published",
+    "here, where workers persist for a whole stage",
+    "here, where a batch goes through the model in parts when out of memory",
 }
 CASES = {
     (script, field.name, need.lack): [other.lack for other in needs if other is not need]

@@ -226,7 +226,7 @@ def test_unreadable_inputs_are_one_line(kind, asked, world):
         ("synthetic, nothing in it", "the repository has no generation_config.json, so it is not a synthetic set of"),
         ("classifier, nothing in it", "the repository has no config.json, so it is not a checkpoint of transformers"),
         ("real, nothing in it", "doesn't contain any data files"),
-        ("headless", "--model_name_or_path ada/headless: has no weights; one of model.safetensors,"),
+        ("headless", "--model_name_or_path ada/headless: has no weights; must contain one of model.safetensors,"),
         ("torn", "--dataset_name ada/torn: cannot be loaded (Parquet file size is 4 bytes"),
         ("odd name", "--model_name_or_path ada/a--b..c: neither an existing folder nor a repository id like"),
     ],

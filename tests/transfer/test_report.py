@@ -18,7 +18,7 @@ TEST_RESULTS = {
 
 @pytest.fixture
 def draw(monkeypatch, tmp_path):
-    """Draw a report of a classifier that takes every second image for the next class; return its panels by title."""
+    """Draw a report of a classifier that confuses every second image with the next class; return panels by title."""
     save, figures = Figure.savefig, []
 
     def remember(figure, *args, **kwargs):
@@ -156,14 +156,14 @@ def test_the_table_has_metrics_then_leep_then_a_row_for_each_stage(capsys):
 @pytest.mark.parametrize(
     ("results", "line"),
     [
-        ({"leep_pretrained": None, "leep_bridged": None}, None),  # of an evaluation alone
+        ({"leep_pretrained": None, "leep_bridged": None}, None),  # from an evaluation alone
         ({"leep_pretrained": -1.0, "leep_num_images": 7, "leep_num_source_classes": 8}, "too good to compare"),
         ({"leep_pretrained": -1.0, "leep_num_images": 8, "leep_num_source_classes": 8}, "-1.0000 on 8 images │"),
         ({"num_test_classes": 1, "num_classes": 2}, "Macro F1 │ 0.8000 (over 1 of 2 classes) │"),
         ({"num_test_classes": 2, "num_classes": 2}, "Macro F1 │ 0.8000 │"),
     ],
 )
-def test_the_table_has_only_what_was_measured_and_says_what_it_rests_on(results, line, capsys):
+def test_the_table_has_only_what_was_measured_and_the_numbers_of_images(results, line, capsys):
     print_results("out", TEST_RESULTS | results)
     text = " ".join(capsys.readouterr().out.split())
     assert "0.8512" in text and "stage" not in text
