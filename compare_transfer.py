@@ -23,10 +23,10 @@ from pathlib import Path
 
 import transformers
 
-from utils.cli.errors import UserError, run_script, saying_how_to_go_on
+from utils.cli.errors import UserError, report_how_to_resume, run_script
 from utils.cli.options import resolve_options
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import check_alone, public_command
+from utils.cli.processes import check_single_process, public_command
 from utils.cli.records import COMPARISON, RUN_CONFIG, image_set_name, read_record, write_record, write_run_config
 from utils.cli.run_folder import RunFolder
 from utils.cli.threads import report_threads
@@ -49,9 +49,9 @@ from utils.comparison.search import (
     write_settings,
 )
 from utils.comparison.statistics import stack_correct
-from utils.data.arguments import check_output_outside, check_real_images_given, named_in_record
+from utils.data.arguments import check_output_outside, check_real_images_given, explain_recorded_name
 from utils.data.image_set import PARTS, RealImagesRecord
-from utils.data.real_images import identify_real_images, load_for_folds, load_real_images, same_image_set
+from utils.data.real_images import identify_real_images, is_same_image_set, load_for_folds, load_real_images
 from utils.transfer.classifiers import default_learning_rates
 from utils.transfer.methods import StageSettings, describe_methods
 from utils.transfer.rehearsal import rehearse
@@ -92,7 +92,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple, Synth
     recorded, recorded_in = first.record["real_images"], first.name if given == (None, None) else None
     if given == (None, None):
         check_records(list(sources.values()))
-    if given == (None, None) or (recorded and same_image_set(recorded, *given)):
+    if given == (None, None) or (recorded and is_same_image_set(recorded, *given)):
         not_ours = (
             "num_shots",
             "few_shot_seed",
@@ -101,7 +101,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple, Synth
             "fold_seed",
         )  # the comparison draws its own subsets
         parser.fill_in([real_args], {name: value for name, value in recorded.items() if name not in not_ours})
-    with named_in_record(real_args, recorded_in):
+    with explain_recorded_name(real_args, recorded_in):
         check_real_images_given(real_args)
     check_output(comparison_args.output_dir, real_args)
     return list(groups), sources, recorded_in, parser.given
@@ -151,7 +151,7 @@ def check_values(values: dict) -> None:
     other_shots = set(values["search_shots"] or []) - set(values["num_shots"] or [])
     if other_shots:
         raise UserError(f"--search_shots {min(other_shots)}: not among --num_shots.")
-    check_alone("the comparison starts its own processes; use --num_workers instead.")
+    check_single_process("the comparison starts its own processes; use --num_workers instead.")
 
 
 def open_sources(
@@ -203,7 +203,7 @@ def warn_about_leaks(runner: CellRunner, num_shots: int | None) -> None:
         return
     for (_, seed), source in runner.sources.items():
         recorded = source.record["real_images"]
-        if not recorded or not same_image_set(recorded, record.dataset_name, record.train_dir):
+        if not recorded or not is_same_image_set(recorded, record.dataset_name, record.train_dir):
             continue
         rows = runner.real.train_indices[runner.few_shot_rows(num_shots, seed)]
         num_leaked = count_leaked_images(source.record, rows)
@@ -250,7 +250,7 @@ def build_runners(
     for pretrained, alignment in product(opened.values(), alignments):
         rehearse(pretrained, settings, training_args, head_inits, alignment)
     identities = {label: pretrained.identity for label, pretrained in opened.items()}
-    with named_in_record(real_args, recorded_in):
+    with explain_recorded_name(real_args, recorded_in):
         record, of_images = identify_real_images(RealImagesRecord.from_arguments(real_args), token)
         if comparison_args.num_folds is None:
             folds, real, parts = None, load_real_images(record, token), PARTS
@@ -366,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     command = public_command("compare_transfer.py", argv)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with saying_how_to_go_on(output_dir, lambda: f"finished cells are kept; resume with: {command}"):
+    with report_how_to_resume(output_dir, lambda: f"finished cells are kept; resume with: {command}"):
         # recipes
         search_seeds = search_args.search_seeds or seeds[:1]
         chosen = {

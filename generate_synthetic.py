@@ -16,18 +16,18 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 
-from utils.cli.errors import UserError, run_script, saying_how_to_go_on
+from utils.cli.errors import UserError, report_how_to_resume, run_script
 from utils.cli.options import Need, option, resolve_options, with_flag, with_value, without_flag
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import keeping_output, public_command
+from utils.cli.processes import public_command, without_overwrite_flag
 from utils.cli.records import write_run_config
-from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given, named_in_record
+from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given, explain_recorded_name
 from utils.data.class_names import list_names
 from utils.data.name_doctor import check_strict, diagnose, print_findings, write_class_names
 from utils.data.prompts import ARTICLE_HELP, ARTICLES, AS_WRITTEN
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_folder
-from utils.hub.targets import TO_PUBLISH, HubArguments, open_target
+from utils.hub.targets import WITH_PUSH_TO_HUB, HubArguments, open_target
 from utils.synthesis.few_steps import NO_GUIDANCE
 from utils.synthesis.generators import GUIDANCE_INTERVAL
 from utils.synthesis.lora import LORA, open_lora
@@ -201,7 +201,7 @@ class OutputArguments:
 class PublishingArguments(HubArguments):
     hub_dataset_id: str | None = option(
         None, "Repository of the set (default: the output folder's name, in your account).", affects_result=False,
-        needs=TO_PUBLISH,
+        needs=WITH_PUSH_TO_HUB,
     )  # fmt: skip
 
 
@@ -356,7 +356,7 @@ def open_quality_report(
     from utils.quality.report import make_quality_report
 
     model = open_feature_model(output_args.quality_model, "--quality_model", token=hub_token)
-    with named_in_record(RealDataArguments(**real_images), recorded_in):
+    with explain_recorded_name(RealDataArguments(**real_images), recorded_in):
         real, output_dir = load_reference_images(real_images, hub_token), output_args.output_dir
     images = Source(output_dir, "--output_dir", "dataset")
     return lambda: print_quality(make_quality_report(images, real, model, output_dir))
@@ -412,8 +412,8 @@ def main(argv=None) -> dict:
         shards.check_no_foreign_files()
 
     command = public_command("generate_synthetic.py", argv)
-    go_on = keeping_output(command) if folder.overwrite else command
-    with saying_how_to_go_on(output_dir, lambda: f"{shards.describe_progress()}; go on with: {go_on}"):
+    go_on = without_overwrite_flag(command) if folder.overwrite else command
+    with report_how_to_resume(output_dir, lambda: f"{shards.describe_progress()}; resume with: {go_on}"):
         begin_set(folder, plan, sources)
         uploading = nullcontext()
         if hub_target is not None and accelerator.is_main_process:

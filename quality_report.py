@@ -17,10 +17,10 @@ from pathlib import Path
 from utils.cli.errors import UserError, report_unwritable, run_script
 from utils.cli.options import Need, option
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import check_alone
+from utils.cli.processes import check_single_process
 from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.cli.run_folder import check_writable
-from utils.data.arguments import RealDataArguments, check_real_images_given, named_in_record
+from utils.data.arguments import RealDataArguments, check_real_images_given, explain_recorded_name
 from utils.hub.repositories import Source, open_source
 
 UNUSED = [Need("here: all real images are compared, unchanged", lambda values: False)]
@@ -94,7 +94,7 @@ def main(argv=None) -> dict:
     synthetic_args, real_args, model_args, report_args = ScriptArgumentParser(
         (SyntheticSetArguments, ReferenceImagesArguments, FeatureModelArguments, ReportArguments), description=__doc__
     ).parse(argv)
-    check_alone("the report is made by one process; start it with `python quality_report.py`.")
+    check_single_process("the report is made by one process; start it with `python quality_report.py`.")
     if synthetic_args.synthetic_dataset is None:
         raise UserError("--synthetic_dataset is missing: a folder of generate_synthetic.py, or a dataset id.")
     source = open_source(
@@ -120,7 +120,7 @@ def main(argv=None) -> dict:
     model = open_feature_model(
         model_args.model_name_or_path, "--model_name_or_path", model_args.model_revision, model_args.hub_token
     )
-    with named_in_record(RealDataArguments(**real_images), recorded_in):
+    with explain_recorded_name(RealDataArguments(**real_images), recorded_in):
         real = load_reference_images(real_images, model_args.hub_token)
     print("\n".join(real.remarks))
     with report_unwritable(

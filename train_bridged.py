@@ -27,7 +27,7 @@ import numpy as np
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import absolute_if_local, free_options, resolve_options
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import check_joined, public_command, warn_once
+from utils.cli.processes import check_processes_joined, public_command, warn_once
 from utils.cli.records import (
     ALL_RESULTS,
     BRIDGED_CONFIG,
@@ -39,7 +39,7 @@ from utils.cli.records import (
 )
 from utils.cli.run_folder import RunFolder
 from utils.cli.threads import report_threads
-from utils.data.arguments import check_output_outside, check_real_images_given, named_in_record
+from utils.data.arguments import check_output_outside, check_real_images_given, explain_recorded_name
 from utils.data.class_names import match_labels
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_finished, publish_folder
@@ -79,7 +79,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
     the table with the given flags; `real_images_from`, the set or folder whose record names the real images, None if a
     flag does; and, after `identify_inputs`, `model_commit` and `real_record`.
     """
-    from utils.data.real_images import same_image_set
+    from utils.data.real_images import is_same_image_set
     from utils.transfer.synthetic_images import open_synthetic
 
     parser = ScriptArgumentParser(GROUPS.values(), description=f"{__doc__}\n{describe_methods()}")
@@ -105,7 +105,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
         recorded = source.record["real_images"]  # None: made from a list of class names
     elif not is_preview(training_args):
         check_without_synthetic(args)
-    if recorded and (given == (None, None) or same_image_set(recorded, *given)):
+    if recorded and (given == (None, None) or is_same_image_set(recorded, *given)):
         parser.fill_in([args.real], recorded)
     parser.check_needs(vars(args.real))
     name = synthetic_args.synthetic_dataset or args.real.dataset_name or args.real.train_dir or ""
@@ -173,7 +173,7 @@ def check_arguments(args: SimpleNamespace) -> None:
     Raises:
         UserError: a value or a combination is not possible.
     """
-    with named_in_record(args.real, args.real_images_from):
+    with explain_recorded_name(args.real, args.real_images_from):
         check_real_images_given(args.real)
     modes = [("batch_norm", args.stage.batch_norm), ("bridge_batch_norm", args.bridge.bridge_batch_norm)]
     modes += [("batch_norm", stage.settings.get("batch_norm", "frozen")) for stage in args.chosen_method.stages]
@@ -215,7 +215,7 @@ def load_real(args: SimpleNamespace, parts: tuple[str, ...] = ("train", "validat
     from utils.data.real_images import load_real_images
     from utils.transfer.run_method import open_real_images
 
-    with named_in_record(args.real, args.real_images_from):
+    with explain_recorded_name(args.real, args.real_images_from):
         record = args.real_record or RealImagesRecord.from_arguments(args.real)
         real = load_real_images(record, args.training.hub_token or None)
     return open_real_images(real, args.training.max_eval_samples, logger.info, parts)
@@ -308,7 +308,7 @@ def set_up_logging(training_args: BridgedTrainingArguments) -> bool:
     transformers.utils.logging.set_verbosity_error()
     # joins the processes; must come first, as a plain PartialState would not join processes on a CPU
     is_main_process = training_args.process_index == 0
-    check_joined(training_args.world_size)
+    check_processes_joined(training_args.world_size)
     report_threads(training_args.device.type)
     for ours in (logger, logging.getLogger("utils")):
         ours.setLevel(logging.INFO if is_main_process else logging.ERROR)
@@ -328,7 +328,7 @@ def preview_run(args: SimpleNamespace, source) -> dict:
 
     is_main_process = set_up_logging(args.training)
     token = args.training.hub_token or None
-    with named_in_record(args.real, args.real_images_from):
+    with explain_recorded_name(args.real, args.real_images_from):
         record = RealImagesRecord.from_arguments(args.real)
         disk = list_disk(args, source, record) if args.training.dry_run else []  # before the downloads
         real = load_real_images(record, token)
@@ -365,14 +365,14 @@ def decode_once(sets: dict, pretrained) -> dict:
 
 def list_disk(args: SimpleNamespace, source, record) -> list:
     """Return the disk use of loading the real images and the synthetic set."""
-    from utils.forecast.inputs import data_set_disk, real_set_disk
+    from utils.forecast.inputs import dataset_disk, real_set_disk
     from utils.hub.repositories import Source
     from utils.transfer.synthetic_images import FLAG
 
     token = args.training.hub_token or None
     disk = real_set_disk(record, token)
     if source is not None and not args.synthetic.streaming:
-        disk += data_set_disk(Source(source.name, FLAG, "dataset", source.revision, token))
+        disk += dataset_disk(Source(source.name, FLAG, "dataset", source.revision, token))
     return disk
 
 
@@ -463,7 +463,7 @@ def identify_inputs(args: SimpleNamespace, source) -> dict[str, str]:
     classifier = open_classifier(args.model.model_name_or_path, args.model_commit, token)
     record = args.real_record or RealImagesRecord.from_arguments(args.real)
     args.model_commit = classifier.revision
-    with named_in_record(args.real, args.real_images_from):
+    with explain_recorded_name(args.real, args.real_images_from):
         args.real_record, inputs = identify_real_images(record, token)
     inputs["model_name_or_path"] = classifier.identity(list_loaded_files)
     if source is not None:

@@ -24,8 +24,8 @@ from utils.cli.contents import describe_files
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import free_options, option, resolve_options, with_flag, with_value
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.precision import allow_tf32, choose_precision, precision_of
-from utils.cli.processes import check_joined, public_command, warn_once
+from utils.cli.precision import allow_tf32, choose_precision, precision_from_options
+from utils.cli.processes import check_processes_joined, public_command, warn_once
 from utils.cli.records import DSI_CONFIG, RUN_CONFIG, read_record
 from utils.cli.run_folder import CHECKPOINTS, RunFolder
 from utils.cli.threads import report_threads
@@ -46,7 +46,7 @@ from utils.data.prompts import (
 )
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_finished, publish_folder
-from utils.hub.targets import TO_PUBLISH, HubArguments, open_target
+from utils.hub.targets import WITH_PUSH_TO_HUB, HubArguments, open_target
 from utils.style.base_models import open_base_model
 from utils.style.card import OUTPUTS, PUBLISHED_FILES, describe_token, write_records
 
@@ -168,7 +168,7 @@ class MonitoringArguments:
 class PublishingArguments(HubArguments):
     hub_model_id: str | None = option(
         None, "Repository of the token (default: the output folder's name, in your account).", affects_result=False,
-        needs=TO_PUBLISH,
+        needs=WITH_PUSH_TO_HUB,
     )  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def keep_choices(
         UserError: the output folder or the checkpoint holds a malformed record.
     """
     folder, options = find_begun_options(training_args, monitoring_args)
-    recorded = precision_of(options) if options is not None else None
+    recorded = precision_from_options(options) if options is not None else None
     training_args.mixed_precision, line = choose_precision(training_args.mixed_precision, recorded, folder)
     if line:
         warn_once(line)
@@ -324,7 +324,7 @@ def start_accelerator(training_args: TrainingArguments, monitoring_args: Monitor
         )
     except ValueError as error:  # fp16 without a GPU, bf16 on a GPU without it
         raise UserError(f"--mixed_precision {training_args.mixed_precision}: {error}") from None
-    check_joined(accelerator.num_processes)
+    check_processes_joined(accelerator.num_processes)
     report_threads(accelerator.device.type)
     accelerator.gradient_accumulation_steps = 1  # the loop accumulates, whatever `accelerate launch` says
     allow_tf32(accelerator.device)

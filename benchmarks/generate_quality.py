@@ -107,7 +107,7 @@ def get_tokens(args: argparse.Namespace) -> dict[int, Path]:
         return {seed: Path(args.style_tokens.replace("{seed}", str(seed))) for seed in args.seeds}
     runner = StepRunner(ROOT, args.output_dir, environment=ENVIRONMENT)
     steps = [learn_style(args.output_dir, seed, "_full") for seed in args.seeds]
-    runner.run_side_by_side(steps, min(NUM_LANES, args.num_workers))
+    runner.run_in_parallel(steps, min(NUM_LANES, args.num_workers))
     return {seed: args.output_dir / f"style-{seed}" for seed in args.seeds}
 
 

@@ -119,7 +119,7 @@ def main():
         controls += [draw_set(runs_dir, seed, images_per_class, suffix, with_token=False) for seed in seeds[1:]]
         sets += [f"plain={runs_dir / 'plain-{seed}'}"]
     # what takes long comes first, so that both cores have work to the end
-    runner.run_side_by_side(
+    runner.run_in_parallel(
         [*(learn_style(runs_dir, seed, suffix) for seed in seeds), train_bridged(runs_dir), style_figures(runs_dir)]
         + drawn + controls
     )  # fmt: skip

@@ -457,7 +457,7 @@ def test_recipe_keys_that_a_settings_file_decides_are_reported_together(tmp_path
     recipe.write_text("synthetic_dataset: [x]\nsettings: a.json\nnum_train_epochs: 3\nlearning_rates: [1.0e-4]\n")
     with pytest.raises(UserError, match="^a.json: cannot be read"):
         compare_transfer.main([str(recipe)])
-    told = f"{recipe}: without effect in this run: learning_rates, num_train_epochs (with --settings).\n"
+    told = f"{recipe}: no effect in this run: learning_rates, num_train_epochs (with --settings).\n"
     assert capsys.readouterr().err == told
     # empty values and switches that are off have no effect
     recipe.write_text("synthetic_dataset: [x]\nsettings: a.json\nlearning_rates:\nsearch_learning_rate: false\n")
@@ -827,7 +827,7 @@ def test_token_per_fold_runs_both_scripts_with_the_fold_and_its_set_is_compared(
     parse_flags("generate_synthetic.py", list(draw[1:]))
 
     def fail(self, step):
-        raise RuntimeError(f"{step.name} failed, see x.log; the same make command goes on from here")
+        raise RuntimeError(f"{step.name} failed, see x.log; the same make command resumes here")
 
     monkeypatch.setattr(StepRunner, "run", fail)
     with pytest.raises(

@@ -285,7 +285,7 @@ def test_labels_are_those_of_classes_without_excluded_ones_in_any_case():
     ]:
         with pytest.raises(UserError, match=re.escape(message)):
             find_labels(classes, excluded, CLASS_NAMES)
-    with pytest.raises(UserError, match="--classes 'JAY': not clear .* 'JAY', 'Jay', 'jay' are the same"):
+    with pytest.raises(UserError, match="--classes 'JAY': ambiguous.* 'JAY', 'Jay', 'jay' differ"):
         find_labels(["JAY"], None, ["Jay", "jay"])
 
 

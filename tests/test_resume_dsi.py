@@ -249,7 +249,7 @@ def test_a_run_whose_inputs_were_replaced_is_neither_finished_nor_resumed(run_ds
     changed = rf"\(--{flag} {inputs[flag]} was \d+ files, sha256 \w+, now \d+ files, sha256 \w+\)"
     with pytest.raises(UserError, match=f"holds a style token made from other inputs {changed}; choose another"):
         run_dsi(output_dir=tmp_path / "finished", **flags)
-    with pytest.raises(UserError, match=f"was begun with other inputs {changed}"):
+    with pytest.raises(UserError, match=f"was started with other inputs {changed}"):
         run_dsi(resume_from_checkpoint="latest", **flags)
     with pytest.raises(UserError, match="images, prompts or base model have changed"):
         run_dsi(resume_from_checkpoint=tmp_path / "style" / "checkpoint-4", output_dir=tmp_path / "other", **flags)
@@ -258,7 +258,7 @@ def test_a_run_whose_inputs_were_replaced_is_neither_finished_nor_resumed(run_ds
 def test_a_token_whose_images_change_during_training_is_not_finished(run_dsi, inputs, monkeypatch, tmp_path):
     train = train_dsi.train
     monkeypatch.setattr(train_dsi, "train", lambda *args: (replace(inputs, "train_dir"), train(*args)))
-    with pytest.raises(UserError, match="not finished, the inputs have changed while they were read"):
+    with pytest.raises(UserError, match="not finished, as the inputs changed while they were read"):
         run_dsi(**FLAGS | inputs)
     assert not (tmp_path / "style" / "dsi_config.json").exists()
 
@@ -277,7 +277,7 @@ def test_a_signal_and_a_full_disk_report_how_to_resume(run_dsi, monkeypatch, tmp
 
     monkeypatch.setattr(monitor.Monitor, "end_step", after_three_steps)
     with pytest.raises(
-        Interrupted, match="checkpoint-2 is kept; go on with: accelerate launch .* --resume_from"
+        Interrupted, match="checkpoint-2 is kept; resume with: accelerate launch .* --resume_from"
     ) as end:
         run_dsi(**FLAGS)
     assert end.value.signal_number == signal.SIGTERM

@@ -102,7 +102,7 @@ def test_a_terminated_run_reports_how_to_resume(many_shards, whole, tmp_path):
     child.send_signal(signal.SIGTERM)
     _, errors = child.communicate()
     assert child.returncode == 128 + signal.SIGTERM
-    found = re.search(r"(\d+) of 525 shards are finished and kept; go on with: accelerate launch gen.*", errors)
+    found = re.search(r"(\d+) of 525 shards are finished and kept; resume with: accelerate launch gen.*", errors)
     assert found[0].endswith("--num_images_per_class 700")
     finished = shard_hashes(tmp_path / "set")
     assert len(finished) == int(found[1]) >= 3

@@ -1,4 +1,4 @@
-"""README and the other texts: every command parses, every flag exists, every link and picture is there."""
+"""README and the other texts: every command parses, every flag, link and picture exists."""
 
 import ast
 import os
@@ -32,7 +32,7 @@ of_every_text = pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.rel
 
 
 def code_in(path: Path, language: str = "") -> tuple[list[str], list[str]]:
-    """Return a text's code blocks, those of a language where one is given, and its spans of code."""
+    """Return a text's code blocks, of a given language if any, and its code spans."""
     text = path.read_text(encoding="utf-8")
     blocks = re.findall(rf"```{language}(.*?)```", text, re.DOTALL)
     return blocks, re.findall(r"(?<!`)`([^`]+)`(?!`)", text)
@@ -146,7 +146,7 @@ def test_every_flag_in_a_text_exists(path, known_flags):
 
 
 @of_every_text
-def test_every_link_and_picture_is_there(path):
+def test_every_link_and_picture_exists(path):
     targets = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
     ours = [target for target in targets if not target.startswith(("http:", "https:"))]
     assert [target for target in ours if not (path.parent / target).exists()] == []

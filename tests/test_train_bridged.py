@@ -182,7 +182,7 @@ def test_a_killed_run_resumes_in_its_stage_to_the_same_weights(run, module, name
         run("killed", *flags)
     with pytest.raises(UserError, match="holds stage.* of an unfinished run; give --resume_from_checkpoint latest"):
         run("killed", *flags)
-    with pytest.raises(UserError, match="begun with other options .mixup_alpha was 0.2"):
+    with pytest.raises(UserError, match="started with other options .mixup_alpha was 0.2"):
         run("killed", "--method", method, "--resume_from_checkpoint", "latest")
     resumed = run("killed", *flags, "--resume_from_checkpoint", "latest")
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
@@ -256,7 +256,7 @@ def test_a_finished_classifier_is_evaluated_without_training(run, classifiers, r
     assert uneven[1] == pytest.approx(uneven[0])
     other = tmp_path / "other"
     save_image_set(other, {"train": 3, "test": 2}, ["cat", "dog", "suv"])
-    with pytest.raises(UserError, match="out: its classes are not those of the real set; missing: cat, dog, suv"):
+    with pytest.raises(UserError, match="out: its classes differ from those of the real set; missing: cat, dog, suv"):
         train_bridged.main([*flags, "--do_eval", "--dataset_name", str(other), "--use_cpu"])
     with pytest.raises(UserError, match="nothing is left to do; add --do_eval"):
         train_bridged.main(flags)
@@ -396,7 +396,7 @@ def tear_row_1(row, i):
         ({"train": 3, "test": 2}, tear_row_1, "row 1, column 'image': damaged"),
         ({"train": 3, "test": 2}, lambda row, i: {"label": -1} if i == 2 else row,
          "1 of 9 images .* have no label, the first in row 2"),
-        ({"train": 1}, lambda row, i: row, "no images are left for the validation part; give three or more"),
+        ({"train": 1}, lambda row, i: row, "no images are left for the validation part; give at least three"),
     ],
 )  # fmt: skip
 def test_unusable_images_are_found_before_training(splits, change, message, classifiers, tmp_path):
@@ -478,7 +478,7 @@ def test_a_signal_or_a_full_disk_says_what_is_kept_and_how_to_resume(run, tmp_pa
         patch.setattr(stage, "fine_tune", interrupted_in_stage_2)
         run("out", "--overwrite_output_dir")
     assert end.value.signal_number == signal.SIGINT
-    kept, _, command = str(end.value).partition("; go on with: accelerate launch train_bridged.py ")
+    kept, _, command = str(end.value).partition("; resume with: accelerate launch train_bridged.py ")
     assert kept == "stage2 is kept" and command.endswith("--resume_from_checkpoint latest --no_overwrite_output_dir")
     with monkeypatch.context() as patch:
         patch.setattr("utils.transfer.report.plot_report", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b"a"))

@@ -363,7 +363,7 @@ def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
     ({"lr_warmup_steps": 5}, "does nothing with --lr_scheduler constant; give another --lr_scheduler .constant_with_"),
     ({"report_to": "diary"}, "--report_to diary: not installed"),
     ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere: not a checkpoint"),
-    ({"max_train_step": 3}, "no such flag, did you mean --max_train_steps"),
+    ({"max_train_step": 3}, "unknown flag, did you mean --max_train_steps"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_before_anything_loads_or_is_written(run_dsi, flags, message, tmp_path, monkeypatch):
     loaded = spy_on_loading(monkeypatch)
@@ -405,7 +405,7 @@ def test_a_finished_token_is_not_overwritten_without_the_flag(run_dsi, tmp_path,
     capsys.readouterr()
     again = run_dsi(resume_from_checkpoint="latest")
     assert again == {name: value for name, value in health.items() if name != "loss_history"}
-    assert "is finished, nothing is done again" in capsys.readouterr().out
+    assert "is already finished, nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds a style token made with other options \\(seed was 0, now 5\\)"):
         run_dsi(seed=5)
     with pytest.raises(UserError, match="initializer_token was auto"):

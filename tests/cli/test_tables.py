@@ -10,7 +10,7 @@ from utils.cli.tables import print_table, shorten
 
 @pytest.fixture
 def printed():
-    """Print a table at a width, and return what comes out."""
+    """Print a table at a width, and return the output."""
 
     def print_at(width: int, title: str | None = "all [b]images[/b]", name: str = "Textures (DTD)") -> str:
         table = Table("image set", "images", "steps (1, 2)", "", title=title, caption="of one\nGPU")
@@ -39,7 +39,7 @@ def test_a_wide_console_has_a_table_and_a_narrow_one_lines(printed):
     assert printed(30, title=None).startswith("image set\nTextures")
 
 
-def test_a_name_that_ends_as_a_cut_one_does_is_not_taken_for_one(printed):
+def test_a_name_that_ends_with_an_ellipsis_is_not_taken_for_a_cut_one(printed):
     assert "┃ image set ┃" in printed(80, name="Text…")
 
 

@@ -165,7 +165,7 @@ def test_read_prompts_file_leaves_out_other_classes_and_ignores_case(tmp_path, c
     assert both.prompt(2, 0) == "a suv, <style>"
     other_case = read(tmp_path, entry("DOG", "a dog, {token}"), entry("dog", "a pup, {token}"), labels=[0])
     assert caplog.messages == [
-        f"--prompts_file {tmp_path}/p.jsonl: 1 class name matched in spite of case, spaces or Unicode form: 'DOG' is "
+        f"--prompts_file {tmp_path}/p.jsonl: 1 class name matched ignoring case, spaces and Unicode form: 'DOG' is "
         "'dog'."
     ]
     assert other_case == read(tmp_path, entry("dog", "a dog, {token}"), entry("dog", "a pup, {token}"), labels=[0])
@@ -201,7 +201,7 @@ def test_longest_of_captions_ends_behind_noun_and_token(tmp_path):
     (entry("dog", " "), "prompt ' ': must be text"),
     ({"label": "dog", "prompt": None}, "prompt None: must be text"),
     (entry("dog", "a dog"), "'a dog': has no {token}"),
-    (entry("dog", "a {clas}, {token}"), "'a {clas}, {token}': has {clas}, which nothing fills"),
+    (entry("dog", "a {clas}, {token}"), "'a {clas}, {token}': has an unknown placeholder {clas}"),
 ])  # fmt: skip
 def test_read_prompts_file_names_file_and_line(tmp_path, line, message):
     with pytest.raises(UserError, match=f"--prompts_file {tmp_path}/p.jsonl: line 3: {message}"):

@@ -83,9 +83,8 @@ def test_classifier_card_has_metadata_that_the_hub_links(tmp_path):
     assert card.data.model_name == "user/cars-bridged"
     found = [(result.metric_type, result.metric_value, result.dataset_type) for result in card.data.eval_results]
     assert found == [("accuracy", 0.1235, "user/cars"), ("macro_f1", 0.5, "user/cars")]
-    assert "- `user/resnet`: mit\n- `user/cars`: [other (Cars 1.0)](https://cars)\n- `user/cars-syn`: unknown\n" in (
-        card.text
-    )
+    assert "- `user/resnet`: mit\n- `user/cars`: [other (Cars 1.0)](https://cars)\n" in card.text
+    assert "- `user/cars-syn`: unknown (no license found" in card.text
 
 
 def test_only_numbers_get_into_the_model_index(tmp_path):
@@ -368,7 +367,7 @@ def test_a_malformed_card_is_an_error_before_a_model_loads(outputs, commands, tm
         script, argv = commands[str(outputs / name)]
         folder = shutil.copytree(outputs / name, tmp_path / name)
         (folder / "README.md").write_text("---\nlicense: [mit\n---\nMine.\n")
-        with pytest.raises(UserError, match=f"{name}/README.md: its metadata are no YAML"):
+        with pytest.raises(UserError, match=f"{name}/README.md: its metadata is not valid YAML"):
             script.main([*argv, "--output_dir", str(folder), "--overwrite_output_dir"])
         assert (folder / "README.md").read_text() == "---\nlicense: [mit\n---\nMine.\n"
 

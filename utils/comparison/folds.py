@@ -7,7 +7,7 @@ from utils.cli.errors import UserError
 from utils.comparison.arguments import SEARCHED
 from utils.comparison.cells import CellRunner
 from utils.comparison.grid import shots_title
-from utils.data.real_images import same_image_set
+from utils.data.real_images import is_same_image_set
 from utils.transfer.synthetic_images import count_leaked_images
 
 PLACEHOLDER = "{fold}"
@@ -80,7 +80,7 @@ def _describe_leaks(runner: CellRunner, num_shots: int | None) -> list[str]:
     seen, tested, beyond = {}, {}, {}
     for (name, seed, fold), source in runner.sources.items():
         recorded = source.record["real_images"]
-        if not recorded or not same_image_set(recorded, record.dataset_name, record.train_dir):
+        if not recorded or not is_same_image_set(recorded, record.dataset_name, record.train_dir):
             continue
         trained_here, tested_here = runner.folds.split(fold, seed)
         num_elsewhere = count_leaked_images(source.record, rows)

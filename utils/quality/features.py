@@ -19,7 +19,7 @@ from utils.data.image_set import RealImages, RealImagesRecord
 from utils.data.images import TOO_LARGE, describe_error, to_rgb
 from utils.data.opened_images import map_encoded, open_all
 from utils.data.real_images import load_real_images
-from utils.hub.data_sets import load_data_set
+from utils.hub.image_datasets import load_image_dataset
 from utils.hub.repositories import Source, open_source
 from utils.quality.vectors import THUMBNAIL_LENGTH, make_thumbnail
 
@@ -75,7 +75,7 @@ def collect_parts(synthetic: Source, real: RealImages, max_images_per_class: int
 
 def _load_synthetic(source: Source, class_names: list[str]) -> tuple[Dataset, np.ndarray]:
     """Return the images, and their labels in the order of `class_names`."""
-    images = load_data_set(source, split="train")
+    images = load_image_dataset(source, split="train")
     columns = [
         [name for name, feature in images.features.items() if isinstance(feature, kind)] for kind in (Image, ClassLabel)
     ]

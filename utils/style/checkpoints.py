@@ -171,7 +171,7 @@ def find_checkpoint(folder: RunFolder, resume: str | None) -> Path | None:
         folder.is_resumable(False)  # raises if there is an unfinished run
         return None
     if resume == "latest":
-        folder.warn_of_new_start(True)
+        folder.warn_if_resume_is_ignored(True)
         if folder.overwrite or not checkpoints:
             return None
         checkpoint = checkpoints[-1]

@@ -13,7 +13,7 @@ from torch import nn
 
 from utils.forecast.costs import DiskUse, latent_bytes
 from utils.forecast.inputs import model_download
-from utils.forecast.memory import count_forward, count_step, state_bytes, weight_bytes, without_values
+from utils.forecast.memory import count_forward, count_step, shapes_only, state_bytes, weight_bytes
 from utils.forecast.report import MemoryForecast, Phase
 from utils.style.base_models import BaseModel
 from utils.style.latents import BATCH_SIZE
@@ -82,7 +82,7 @@ def count_training(base_model: BaseModel, run: DsiRun, is_checkpointed: bool, co
     weights, rows = weight_bytes(unet, encoder), sum(value.numel() * value.element_size() for value in encoder.rows)
     called = encoder if run.dtype == torch.float32 else HalfPrecision(encoder, run.dtype)
     scheduler = base_model.load_noise_scheduler()  # a separate one: its tensors have no values here
-    with without_values(unet, encoder):
+    with shapes_only(unet, encoder):
         ids = torch.zeros(prompt_ids, dtype=torch.long)
         denoiser = BatchDenoiser(
             base_model, unet, scheduler, called, PromptIds(ids, ids, ids[:1]), run.resolution, run.dtype
@@ -105,7 +105,7 @@ def count_encoding(base_model: BaseModel, run: DsiRun, num_images: int = BATCH_S
         return [vae.encode(copy).latent_dist for copy in copies]
 
     weights = weight_bytes(vae)
-    with without_values(vae):
+    with shapes_only(vae):
         return Phase(f"encoding, {num_images} images at a time", weights, count_forward(encode))
 
 
@@ -119,7 +119,7 @@ def count_pictures(base_model: BaseModel, run: DsiRun, other_weights: int) -> Ph
         return vae.decode(torch.zeros(1, vae.config.latent_channels, a_side, a_side)).sample
 
     weights = other_weights + weight_bytes(vae)
-    with without_values(vae):
+    with shapes_only(vae):
         return Phase("before/after pictures, one at a time", weights, count_forward(decode))
 
 

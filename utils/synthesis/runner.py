@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
 from utils.cli.precision import allow_tf32, choose_precision
-from utils.cli.processes import check_joined, warn_once
+from utils.cli.processes import check_processes_joined, warn_once
 from utils.cli.threads import report_threads
 from utils.synthesis.output_folder import STATE_DIR, report_removed
 from utils.synthesis.plan import PlannedImage
@@ -40,7 +40,7 @@ def start_accelerator(mixed_precision: str | None, recorded: str | None = None, 
     `recorded` is the precision of the existing set in `folder`.
 
     Raises:
-        UserError: the device does not support the precision; or from `check_joined`.
+        UserError: the device does not support the precision; or from `check_processes_joined`.
     """
     precision, line = choose_precision(mixed_precision, recorded, folder)
     if line:
@@ -52,7 +52,7 @@ def start_accelerator(mixed_precision: str | None, recorded: str | None = None, 
         )
     except ValueError as error:  # fp16 without a GPU, bf16 on a GPU without it
         raise UserError(f"--mixed_precision {precision}: {error}") from None
-    check_joined(accelerator.num_processes)
+    check_processes_joined(accelerator.num_processes)
     report_threads(accelerator.device.type)
     allow_tf32(accelerator.device)
     return accelerator

@@ -10,7 +10,7 @@ from utils.cli.options import Need, option, with_flag, with_value, without_flag
 from utils.cli.precision import choose_precision, recorded_precision
 from utils.cli.threads import num_cores, num_local_processes
 from utils.data.arguments import RealDataArguments
-from utils.hub.targets import TO_PUBLISH
+from utils.hub.targets import WITH_PUSH_TO_HUB
 from utils.transfer.methods import (
     ALIGNMENTS,
     AUGMENTATIONS,
@@ -356,7 +356,7 @@ class BridgedTrainingArguments(TrainingArguments):
         "dataloader_prefetch_factor", "torch_empty_cache_steps", "ddp_timeout", "local_rank", "auto_find_batch_size",
     )  # fmt: skip
     _inherited_needs = {
-        **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), TO_PUBLISH),
+        **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), WITH_PUSH_TO_HUB),
         **dict.fromkeys(
             ("hub_strategy", "hub_always_push"),
             [unsupported("here, where only the finished classifier is published")],

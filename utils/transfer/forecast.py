@@ -14,7 +14,7 @@ from utils.cli.errors import UserError
 from utils.data.image_set import RealImages
 from utils.forecast.costs import DiskUse
 from utils.forecast.inputs import model_download
-from utils.forecast.memory import count_forward, count_step, state_bytes, weight_bytes, without_values
+from utils.forecast.memory import count_forward, count_step, shapes_only, state_bytes, weight_bytes
 from utils.forecast.report import MemoryForecast, Phase, TimeForecast
 from utils.hub.repositories import Source
 from utils.transfer.adapters import add_adapter
@@ -83,7 +83,7 @@ def count_training(
         return soft_cross_entropy({"logits": logits[:number]}, torch.zeros(number, num_classes))
 
     weights = weight_bytes(model) * (1 if settings.ema_decay is None else 2)  # and their moving average
-    with without_values(model):
+    with shapes_only(model):
         counted = count_step(compute_loss, list(model.parameters()))
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
     with naming_flag(f"--optim {training_args.optim.value}"):
@@ -100,7 +100,7 @@ def count_evaluation(pretrained: Pretrained, num_classes: int, training_args: Tr
         read_image_format(pretrained.image_processor).size,
     )
     weights = weight_bytes(model)
-    with without_values(model):
+    with shapes_only(model):
         peak = count_forward(lambda: model(pixel_values=torch.zeros(number, 3, height, width)))
     return Phase(f"evaluation, {number} images at a time", weights, peak)
 

@@ -15,11 +15,11 @@ from datasets.exceptions import DatasetsError
 from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import HfFileSystem
 
-from utils.cli.contents import content_digest, list_files, remembered_digest
+from utils.cli.contents import cached_digest, content_digest, list_files
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.data.class_names import join_names, match_labels
-from utils.hub.data_sets import check_path, load_data_set
+from utils.hub.image_datasets import check_path, load_image_dataset
 from utils.hub.repositories import Source, open_source
 
 FLAG = "--synthetic_dataset"
@@ -70,7 +70,7 @@ def identify_synthetic(source: SyntheticSource, max_samples_per_class: int | Non
             return f"{num_rows:,} images, sha256 {content_digest(source.name, names)}"
         what = f"first {max_samples_per_class} of a class"
         read = partial(_read_first_images, paths, max_samples_per_class)
-        return f"{what}, sha256 {remembered_digest(source.name, names, read, what)}"
+        return f"{what}, sha256 {cached_digest(source.name, names, read, what)}"
 
 
 def _read_first_images(paths: list[Path], limit: int) -> Iterator[bytes]:
@@ -151,7 +151,7 @@ def _load_whole(
     repository: Source, record: dict, class_names: list[str], limit: int | None, allow_missing: bool
 ) -> tuple[Dataset, set[str]]:
     """Return the memory-mapped images, and the classes that have some."""
-    images = load_data_set(repository, split="train")
+    images = load_image_dataset(repository, split="train")
     _refuse_unfinished(repository.name, record, lambda: len(images))
     real_labels, _ = _match_classes(repository.name, images.features, class_names, allow_missing)
     table = images.data  # whole columns of it decode no image and make no list
