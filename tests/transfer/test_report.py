@@ -114,7 +114,10 @@ def test_a_model_that_broke_down_is_drawn(draw):
 
 
 def stage_results(name: str, factor: int, gpu_hours: float | None) -> dict:
-    costs = {"steps": factor * 100, "images_seen": factor * 3200, "seconds": factor * 10.1, "gpu_hours": gpu_hours}
+    costs = {
+        "steps": factor * 100, "images_seen": factor * 3200, "seconds": factor * 10.1, "seconds_waiting": factor * 0.5,
+        "gpu_hours": gpu_hours,
+    }  # fmt: skip
     return {f"{name}_{key}": value for key, value in costs.items()}
 
 
@@ -123,6 +126,7 @@ def test_totals_are_sums_over_the_stages():
     totals = add_totals(results, ["stage1", "stage2"])
     assert {key: totals[key] for key in totals if key not in results} == {
         "total_steps": 300, "total_images_seen": 9600, "total_seconds": pytest.approx(30.3), "total_gpu_hours": 0.75,
+        "total_seconds_waiting": 1.5,
     }  # fmt: skip
     assert totals["x"] == 1
     assert add_totals(results | {"stage2_gpu_hours": None}, ["stage1", "stage2"])["total_gpu_hours"] is None
@@ -145,11 +149,11 @@ def test_the_table_has_metrics_then_leep_then_a_row_for_each_stage(capsys):
         ["LEEP before synthetic images", "-4.3000 on 40 images, fewer than its 1000"],
         ["", "source classes: too good to compare"],
         ["LEEP after synthetic images", "-3.4100 on 40 images"],
-        ["stage", "steps", "images seen", "seconds", "GPU-hours"],
-        ["stage1_head", "100", "3,200", "10.1", "not measured"],
-        ["stage1", "200", "6,400", "20.2", "not measured"],
-        ["stage2", "300", "9,600", "30.3", "not measured"],
-        ["total", "600", "19,200", "60.6", "not measured"],
+        ["stage", "steps", "images seen", "seconds", "waiting for images", "GPU-hours"],
+        ["stage1_head", "100", "3,200", "10.1", "0.5", "not measured"],
+        ["stage1", "200", "6,400", "20.2", "1.0", "not measured"],
+        ["stage2", "300", "9,600", "30.3", "1.5", "not measured"],
+        ["total", "600", "19,200", "60.6", "3.0", "not measured"],
     ]
 
 
