@@ -122,7 +122,7 @@ def _label_series(axis: Axes, results: list[Result], loop_speed: float, value: C
     (low, high), names = axis.get_ylim(), list(ends)
     heights = {name: (ends[name][1] - low) / (high - low) for name in names}  # as shares of the panel's height
     names.sort(key=heights.get)
-    places = spread([heights[name] for name in names], LABEL_HEIGHT, 0, 1)
+    places = spread([heights[name] for name in names], [LABEL_HEIGHT] * len(names), 0, 1)
     for name, place in zip(names, places):
         speed, height, color = ends[name]
         axis.annotate(

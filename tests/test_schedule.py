@@ -808,7 +808,7 @@ class History:
         script, lines = f"{self.variant.script}.py", self.lines_of(outcome)
         if "Traceback" in outcome.errors:
             self.fail(3, f"a traceback after a signal: {outcome.errors[-3000:]}")
-        early = f"{script}: interrupted. Nothing is lost: run the same command again."
+        early = f"{script}: interrupted. Nothing is lost; run the same command again."
         if outcome.status == -signal.SIGTERM or lines == [early]:
             self.stage.tally[f"ended by a signal before the work, status {outcome.status}"] += 1
             return

@@ -460,7 +460,9 @@ def test_error_is_one_line_with_exit_status_2(tmp_path):
 
 def test_results_are_not_written_among_the_images(real_images_dir, monkeypatch):
     monkeypatch.chdir(real_images_dir)
-    with pytest.raises(UserError, match="--output_dir real-images-vanilla: is inside --dataset_name [.], whose"):
+    with pytest.raises(
+        UserError, match="--output_dir real-images-vanilla: is inside --dataset_name [.], the folder of images"
+    ):
         train_bridged.main(["--dataset_name", ".", "--method", "vanilla"])
     args, _ = train_bridged.parse_arguments(["--dataset_name", ".", "--dry_run"])  # which writes nothing
     assert args.training.dry_run
@@ -483,7 +485,7 @@ def test_a_signal_or_a_full_disk_says_what_is_kept_and_how_to_resume(run, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr("utils.transfer.report.plot_report", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b"a"))
         with pytest.raises(
-            UserError, match=r"out: cannot be written \(No space left on device\); stage2 is kept; go on"
+            UserError, match=r"out: cannot be written \(No space left on device\); stage2 is kept; resume with"
         ):
             run("out", "--resume_from_checkpoint", "latest")
     run("out", "--resume_from_checkpoint", "latest")

@@ -343,7 +343,7 @@ def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
 @pytest.mark.parametrize(("flags", "message"), [
     ({"dataset_name": None}, "--dataset_name is missing"),
     ({"dataset_name": "./nowhere"}, "--dataset_name ./nowhere: neither an existing folder"),
-    ({"pretrained_model_name_or_path": "user/nothing"}, "user/nothing: neither a folder nor a model repository"),
+    ({"pretrained_model_name_or_path": "user/nothing"}, "user/nothing: neither a folder nor a public model"),
     ({"label_column_name": "colour"}, "--label_column_name colour: not in"),
     ({"placeholder_token": "style</w>"}, "--placeholder_token style</w>: style</w> is already in"),
     ({"placeholder_token": "my style token"}, "not found by the tokenizer in a prompt"),

@@ -57,22 +57,36 @@ def test_processes_unaware_of_each_other_do_nothing(script, argv_of, local_hub, 
     assert local_hub.repos() == [] and not (tmp_path / "made").exists()
 
 
-def test_common_warnings_of_all_processes_are_printed_once(argv_of, copy_pipeline, real_images_dir, tmp_path):
-    renamed = shutil.copytree(real_images_dir, tmp_path / "images")
-    names = "{'0': square, '1': circle, '2': stripe}"
-    (renamed / "README.md").write_text(
-        "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
-        f"      class_label:\n        names: {names}\n---\n"
-    )
-    changed = ["--dataset_name", renamed, "--pretrained_model_name_or_path", copy_pipeline(vae={"shift_factor": 0.1})]
-    long_prompt = ["--prompt_templates", "A {class} in the style of {token}" + 80 * ", red"]
-    for script, flags, lines in (
-        (train_dsi, changed, ["its card names the classes of 'label' square,", "shift_factor of its VAE: ignored"]),
-        (generate_synthetic, long_prompt, ["are truncated after class name"]),
+LONG_PROMPT = "A {class} in the style of {token}" + 80 * ", red"
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "lines"),
+    [
         (train_bridged, ["--streaming", "--skip_bad_images"], ["images of a stream are not opened in advance"]),
-    ):
-        argv = [*argv_of[script], *flags, "--output_dir", tmp_path / script.__name__]
-        child = start_script(program(script), argv, tmp_path, num_processes=2)
-        _, errors = child.communicate()
-        assert child.returncode == 0, errors[-2000:]
-        assert [errors.count(line) for line in lines] == [1] * len(lines), errors
+        pytest.param(
+            generate_synthetic, ["--prompt_templates", LONG_PROMPT], ["are truncated after class name"],
+            marks=pytest.mark.soak,
+        ),
+        pytest.param(
+            train_dsi, [], ["its card names the classes of 'label' square,", "shift_factor of its VAE: ignored"],
+            marks=pytest.mark.soak,
+        ),
+    ],
+)  # fmt: skip
+def test_common_warnings_of_all_processes_are_printed_once(
+    script, flags, lines, argv_of, copy_pipeline, real_images_dir, tmp_path
+):
+    if script is train_dsi:
+        renamed = shutil.copytree(real_images_dir, tmp_path / "images")
+        names = "{'0': square, '1': circle, '2': stripe}"
+        (renamed / "README.md").write_text(
+            "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
+            f"      class_label:\n        names: {names}\n---\n"
+        )
+        pipeline_dir = copy_pipeline(vae={"shift_factor": 0.1})
+        flags = ["--dataset_name", renamed, "--pretrained_model_name_or_path", pipeline_dir]
+    argv = [*argv_of[script], *flags, "--output_dir", tmp_path / script.__name__]
+    _, errors = (child := start_script(program(script), argv, tmp_path, num_processes=2)).communicate()
+    assert child.returncode == 0, errors[-2000:]
+    assert [errors.count(line) for line in lines] == [1] * len(lines), errors

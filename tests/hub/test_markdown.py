@@ -162,7 +162,7 @@ def test_a_license_with_odd_words_is_a_link():
     (inline,) = [token for token in PARSER.parse(f"- {shown}") if token.type == "inline"]
     link = inline.children[0]
     assert (link.type, link.attrs["href"]) == ("link_open", "https://x.org/a%20%28b%29?c=d#e")
-    assert str(UNKNOWN).startswith("unknown (no license found in its card; ask its authors")
+    assert str(UNKNOWN).startswith("unknown (no license found in its card; look it up")
 
 
 @pytest.mark.parametrize(

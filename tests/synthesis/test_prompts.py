@@ -201,7 +201,7 @@ def test_longest_of_captions_ends_behind_noun_and_token(tmp_path):
     (entry("dog", " "), "prompt ' ': must be text"),
     ({"label": "dog", "prompt": None}, "prompt None: must be text"),
     (entry("dog", "a dog"), "'a dog': has no {token}"),
-    (entry("dog", "a {clas}, {token}"), "'a {clas}, {token}': has an unknown placeholder {clas}"),
+    (entry("dog", "a {clas}, {token}"), "'a {clas}, {token}': has {clas}, which nothing fills"),
 ])  # fmt: skip
 def test_read_prompts_file_names_file_and_line(tmp_path, line, message):
     with pytest.raises(UserError, match=f"--prompts_file {tmp_path}/p.jsonl: line 3: {message}"):

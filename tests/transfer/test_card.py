@@ -320,7 +320,7 @@ def test_every_code_block_of_a_written_card_runs_by_itself(outputs, monkeypatch)
 
 
 def test_unknown_licenses_come_with_what_to_do_about_them(tmp_path, outputs):
-    advice = "Look the license up at its source before you share this classifier"
+    advice = "look it up or ask its owner before you share this"
     assert advice in write_classifier_card(tmp_path).text
     assert advice not in (outputs / "cars-bridged" / "README.md").read_text()
 

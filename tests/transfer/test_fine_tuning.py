@@ -76,6 +76,7 @@ def test_fine_tune_counts_steps_images_and_gpu_hours(
     _, _, result = train(classifiers["vit"], images.take(10), tmp_path, settings, **options)
     assert (result.num_steps, result.num_images_seen) == (num_steps, expected)
     costs = {"steps": num_steps, "images_seen": expected, "seconds": result.seconds, "gpu_hours": None}
+    costs["seconds_waiting"] = result.seconds_waiting
     assert result.summary() == costs
     assert StageResult(1, 1, 1800.0, 4, []).summary()["gpu_hours"] == 2.0
 

@@ -149,7 +149,7 @@ def test_the_table_has_metrics_then_leep_then_a_row_for_each_stage(capsys):
         ["LEEP before synthetic images", "-4.3000 on 40 images, fewer than its 1000"],
         ["", "source classes: too good to compare"],
         ["LEEP after synthetic images", "-3.4100 on 40 images"],
-        ["stage", "steps", "images seen", "seconds", "waiting for images", "GPU-hours"],
+        ["stage", "steps", "images seen", "seconds", "s waiting", "GPU-hours"],
         ["stage1_head", "100", "3,200", "10.1", "0.5", "not measured"],
         ["stage1", "200", "6,400", "20.2", "1.0", "not measured"],
         ["stage2", "300", "9,600", "30.3", "1.5", "not measured"],

@@ -32,7 +32,10 @@ GENERATED_KEYS = (
 )  # fmt: skip
 LICENSE_KEYS = ("license", "license_name", "license_link")
 UNKNOWN = "unknown"
-UNKNOWN_ADVICE = "no license found in its card; ask its authors before you share or sell what is made from it"
+UNKNOWN_ADVICE = (
+    "no license found in its card; look it up or ask its owner before you share this, and enter it as `license` at the "
+    "top of this card, where later runs keep it"
+)
 NOT_SET = "not set"  # None in a card
 UNNAMED_LICENSES = (None, "", UNKNOWN, [], [UNKNOWN])
 

@@ -36,7 +36,7 @@ CURVES = {
     "eval_accuracy": ("validation accuracy", False, "--g"),
 }
 COSTS = {
-    "steps": "steps", "images_seen": "images seen", "seconds": "seconds", "seconds_waiting": "waiting for images",
+    "steps": "steps", "images_seen": "images seen", "seconds": "seconds", "seconds_waiting": "s waiting",
     "gpu_hours": "GPU-hours",
 }  # fmt: skip
 
