@@ -49,6 +49,7 @@ def _describe_script(script: str, parser: argparse.ArgumentParser) -> str:
         if issubclass(group, TrainingArguments):
             inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - set(_own_names(group))
         fields = [field for field in dataclasses.fields(group) if field.init and field.name not in inherited]
+        fields = [field for field in fields if actions[field.name].help != argparse.SUPPRESS]
         parts += [f"### {script}: {group._argument_group_name}\n", "| flag | default | what it is |", "|---|---|---|"]
         parts += [_describe_flag(field, actions[field.name]) for field in fields]
         parts.append("")

@@ -72,12 +72,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
             return super()._format_action_invocation(action)
-        values = self._format_args(action, self._get_default_metavar_for_optional(action).rpartition("_")[2])
+        name = re.sub("_PER_[A-Z]+$", "", self._get_default_metavar_for_optional(action))
+        values = self._format_args(action, name.rpartition("_")[2])
+        if action.type is string_to_bool:
+            values = "[true|false]"
         spellings = [option for option in action.option_strings if "-" not in option[2:]]
         return f"{', '.join(spellings)} {values}".strip()
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        has_no_default = action.default is None or action.const is False  # of --no_name, the default would confuse
+        return action.help if has_no_default else super()._get_help_string(action)
 
 
 class ScriptArgumentParser(HfArgumentParser):
@@ -144,7 +148,10 @@ class ScriptArgumentParser(HfArgumentParser):
         field.metadata = {key: value for key, value in field.metadata.items() if key not in ("affects_result", "needs")}
         field.metadata |= {"nargs": "?", "const": True} if is_open else {}
         HfArgumentParser._parse_dataclass_field(parser, field)
-        if is_open or (field.type is bool and field.default is not True):  # for True, it has added --no_name
+        if field.type is bool and field.default is True:  # it has added --no_name
+            if field.metadata.get("help") != argparse.SUPPRESS:
+                parser._actions[-1].help = f"The opposite of --{field.name}."
+        elif is_open or field.type is bool:
             names = f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"
             parser.add_argument(
                 *names, action="store_false", default=field.default, dest=field.name,
