@@ -1,17 +1,17 @@
 #!/usr/bin/env python
 """Compare ways of using synthetic images on the same real images: methods x shots x seeds x volumes in one table.
 
-    accelerate launch compare_transfer.py --synthetic_dataset user/cars-syn
-    accelerate launch compare_transfer.py --synthetic_dataset cars-syn --num_shots 1 2 4 8 16 --seeds 0 1 2 \\
+    python compare_transfer.py --synthetic_dataset user/cars-syn
+    python compare_transfer.py --synthetic_dataset cars-syn --num_shots 1 2 4 8 16 --seeds 0 1 2 \\
         --methods vanilla_matched mix bridged bridged_keep synthetic_only --volumes 500 1000 2000 --num_workers 2
-    accelerate launch compare_transfer.py --synthetic_dataset 'dsi=syn-{seed}' 'plain=user/cars-plain@v1' \\
+    python compare_transfer.py --synthetic_dataset 'dsi=syn-{seed}' 'plain=user/cars-plain@v1' \\
         --methods vanilla_matched bridged bridged@plain --num_shots 4 --search_learning_rate
-    accelerate launch compare_transfer.py --synthetic_dataset user/cars-syn --search_learning_rate \\
+    python compare_transfer.py --synthetic_dataset user/cars-syn --search_learning_rate \\
         --model_name_or_path timm/resnet18.tv_in1k google/vit-base-patch16-224-in21k
 
-    accelerate launch compare_transfer.py --synthetic_dataset photos-syn --num_folds 5 --num_repeats 2
+    python compare_transfer.py --synthetic_dataset photos-syn --num_folds 5 --num_repeats 2
 
-method@NAME uses the synthetic set NAME instead of the first. Each classifier has its own recipes. Finished cells are
+method@NAME uses the synthetic set NAME instead of the first. Each classifier has its own settings. Finished runs are
 kept: run the same command again to resume.
 """
 

@@ -1,4 +1,4 @@
-"""Draw a labelled synthetic image set in the style of a real one, as a folder that `load_dataset` takes.
+"""Draw a labeled synthetic image set in the style of a real one, as a folder that `load_dataset` reads.
 
     accelerate launch generate_synthetic.py --learned_embeds user/cars-style --output_dir cars-syn --push_to_hub
     accelerate launch generate_synthetic.py --learned_embeds cars-style --num_images_per_class 200 --dry_run

@@ -1,4 +1,4 @@
-"""Dataset style inversion (DSI): learn the style of a whole labelled image set as one token.
+"""Dataset style inversion (DSI): learn the style of a whole labeled image set as one token.
 
     accelerate launch train_dsi.py --dataset_name user/cars --output_dir cars-style --push_to_hub
     accelerate launch train_dsi.py --train_dir photos --num_shots 16 --few_shot_seed 0 --max_train_steps 5000

@@ -104,7 +104,7 @@ def main():
     parser.add_argument(
         "--full",
         action="store_true",
-        help="the table of docs/results.md: 1 to 200 shots, five seeds, a recipe search",
+        help="the table of docs/results.md: 1 to 200 shots, five seeds, a search for settings",
     )
     args = parser.parse_args()
     started = time.time()

@@ -130,7 +130,7 @@ class ComparisonArguments:
     synthetic_dataset: list[str] = option(
         [],
         "Synthetic sets, as NAME=PATH or a single path (a folder or a dataset id, which may end in @REVISION). In a "
-        "path, '{seed}' stands for the few-shot seed, as a style token is learned from that seed's images, and "
+        "path, '{seed}' stands for the few-shot seed (a style token is learned from that seed's images), and "
         "'{fold}' for the number of the fold, from 1.",
     )
     allow_missing_classes: bool = option(False, "Accept synthetic sets that lack some classes of the real set.")
@@ -149,7 +149,7 @@ class ComparisonArguments:
     num_folds: int | None = option(
         None,
         "Number of folds of a stratified cross-validation, for small sets: every image of the training split is tested "
-        "once, by a model that has seen none of its fold, and no part is held out. There is no search: recipes come "
+        "once, by a model that has seen none of its fold, and no part is held out. There is no search: settings come "
         "from the flags or --settings.",
     )
     num_repeats: int = option(1, "Repeats of the folds, each drawn with its own seed.", needs=[FOLDS])
@@ -171,10 +171,8 @@ class ComparisonArguments:
     max_eval_samples: int | None = option(
         None, "Use at most this many validation and test images, evenly spaced (default: all).", needs=[NO_FOLDS]
     )
-    num_workers: int = option(
-        1, "Processes that run cells in parallel; they share the cores and take turns with the GPUs."
-    )
-    output_dir: str = option("comparison", "Output folder; finished cells in it are kept.")
+    num_workers: int = option(1, "Processes that train in parallel; they share the cores and take turns with the GPUs.")
+    output_dir: str = option("comparison", "Output folder; finished runs in it are kept.")
     hub_token: str | None = option(None, "Access token for the Hub (default: that of HF_TOKEN or `hf auth login`).")
 
 
@@ -182,10 +180,10 @@ class ComparisonArguments:
 class SearchArguments:
     """Recipes; several values are a search on validation images, first of stage 1, then of each method."""
 
-    _argument_group_name = "recipe search"
+    _argument_group_name = "search for settings"
 
     search_learning_rate: bool = option(
-        False, "Also try a quarter and four times both learning rates, the same for every method.", needs=[OPEN]
+        False, "Also try a quarter of both learning rates and four times both, the same for every method.", needs=[OPEN]
     )
     learning_rates: list[float] | None = option(
         None,
@@ -227,11 +225,11 @@ class SearchArguments:
         None, "Few-shot seeds of the search (default: the first of --seeds).", needs=[SEARCH]
     )
     search_shots: list[int] | None = option(
-        None, "Subset of --num_shots to search; other shots take the recipe of the next smaller one (default: all).",
+        None, "Subset of --num_shots to search; other shots take the settings of the next smaller one (default: all).",
         needs=[OPEN],
     )  # fmt: skip
     settings: str | None = option(
-        None, "Take the recipes from this chosen_settings.json instead of a search; other flags still apply."
+        None, "Take the settings from this chosen_settings.json instead of a search; other flags still apply."
     )
 
 
@@ -260,7 +258,7 @@ class SharedStageArguments:
     fp16: bool = option(False, "Train in float16 mixed precision; by default on other GPUs.")
     dataloader_num_workers: int = option(
         default_num_workers,
-        "Worker processes that load images for each cell, as in train_bridged.py.",
+        "Worker processes that load images for each run, as in train_bridged.py.",
         affects_result=False,
     )
     cache_images: bool | None = option(

@@ -1,4 +1,4 @@
-"""The recipe search on validation images: first of stage 1, then of each method, with the same candidates for all."""
+"""The search for settings on validation images: first of stage 1, then of each method, with the same candidates."""
 
 import dataclasses
 from collections.abc import Sequence

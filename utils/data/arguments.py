@@ -50,7 +50,8 @@ class RealDataArguments:
     train_split: str = option("train", "Split with the training images, or a slice such as 'train[:80%%]'.")
     validation_split: str | None = option(
         None,
-        "Split or slice for validation (default: one named validation, valid, dev or val, else carved off for it).",
+        "Split or slice for validation (default: one named validation, valid, dev or val, else a share "
+        "of the training images).",
     )
     test_split: str | None = option(
         None,
@@ -59,7 +60,7 @@ class RealDataArguments:
         needs=[NO_FOLD],
     )
     train_val_split: float = option(
-        0.1, "Share of the training images for validation, above 0 and below 1, unless a split is for it."
+        0.1, "Share of the training images for validation, above 0 and below 1, if no split is for it."
     )
     num_shots: int | None = option(None, "Number of training images per class (default: all).")
     few_shot_seed: int = option(
@@ -71,7 +72,7 @@ class RealDataArguments:
     random_flip: bool = option(
         True, "Also train on mirrored images; turn off if left and right matter (text, signs, arrows)."
     )
-    skip_bad_images: bool = option(False, "Leave out and count damaged images, which are an error otherwise.")
+    skip_bad_images: bool = option(False, "Leave out damaged images and count them; otherwise the first is an error.")
     fold: str | None = option(
         None,
         "K/N, such as 1/5: test on the K-th of N stratified folds of the training images and train on the others, as "

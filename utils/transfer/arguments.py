@@ -228,7 +228,7 @@ class StageArguments:
     mixup_alpha: float = option(0.0, "Beta parameter of Mixup, 0 or more; 0 turns it off.", needs=[ON_REAL, TRAINED])
     augmentation: str = option(
         "robust",
-        "robust: crop, flip, colour and fine detail; basic: crop and flip, as in run_image_classification.py; "
+        "robust: crop, flip, color and fine detail; basic: crop and flip, as in run_image_classification.py; "
         "trivialaugment and randaugment: these policies after crop and flip.",
         choices=AUGMENTATIONS,
         needs=[ON_REAL, TRAINED],
@@ -264,7 +264,8 @@ class BridgeStageArguments:
     )  # fmt: skip
     bridge_max_steps: int | None = option(
         None,
-        "Optimiser steps, instead of epochs. Methods that replay add those on real images and redistribute the sum.",
+        "Optimizer steps, instead of epochs. Methods with replay (bridged_replay and its variants) add the steps on "
+        "real images, and divide the sum between the stages by their own rule.",
         needs=[STAGE_1_STEPS],
     )
     bridge_learning_rate: float | None = option(
@@ -296,7 +297,7 @@ class BridgeStageArguments:
     bridge_label_smoothing_factor: float = option(0.0, "Label smoothing, in [0, 1).", needs=[ON_SYNTHETIC])
     bridge_augmentation: str = option(
         "robust",
-        "As --augmentation; robust by default, as synthetic images differ in colour and fine detail.",
+        "As --augmentation; robust by default, as synthetic images differ in color and fine detail.",
         choices=AUGMENTATIONS,
         needs=[ON_SYNTHETIC],
     )
