@@ -366,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     command = public_command("compare_transfer.py", argv)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with report_how_to_resume(output_dir, lambda: f"finished cells are kept; resume with: {command}"):
+    with report_how_to_resume(output_dir, lambda: f"finished runs are kept; resume with: {command}"):
         # recipes
         search_seeds = search_args.search_seeds or seeds[:1]
         chosen = {

@@ -71,8 +71,8 @@ class TokenArguments:
     placeholder_token: str = option("<dsi-style>", "Name of the token; must be new to the tokenizer.")
     num_vectors: int = option(1, "Number of embedding vectors of the token, 1 or more.")
     initializer_token: str = option(
-        "auto", "Word (a single token) whose embedding the token starts from; auto: of a few words the one with the "
-        "lowest loss, and the next one if the token learns nothing in a tenth of the steps.",
+        "auto", "Word (a single token) whose embedding the token starts from; auto tries a few words and starts from "
+        "the one with the lowest loss; if the token learns nothing in a tenth of the steps, from the next one.",
     )  # fmt: skip
     prompt_templates: list[str] | None = option(
         None, f"Prompts with {{class}} and {{token}}; each image draws one at random (default: '{DSI_TEMPLATE}')."

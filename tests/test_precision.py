@@ -80,7 +80,7 @@ def test_a_comparison_uses_the_gpus_precision_or_that_of_its_cells(gpu, tmp_path
 def test_on_a_cpu_cells_in_a_gpus_precision_are_run_again_and_reported(tmp_path):
     write_record(tmp_path / "cells" / "one.json", {"settings": {"mixed_precision": "bf16"}})
     line = set_precision(args := SharedStageArguments(), str(tmp_path), set())
-    assert line == f"The cells in {tmp_path} used bfloat16: they are run again in float32." and not args.bf16
+    assert line == f"The runs in {tmp_path} used bfloat16: they are made again in float32." and not args.bf16
 
 
 def test_an_unfinished_token_in_another_precision_resumes_in_it_and_reports_it(run_dsi, tmp_path, caplog):

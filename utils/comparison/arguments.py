@@ -143,8 +143,8 @@ class ComparisonArguments:
     )
     seeds: list[int] = option(
         [0, 1, 2],
-        "Seeds of shots and training, one run each; with --num_folds, one per repeat, which also draws its folds (then "
-        "by default 0, 1, ...).",
+        "Seeds, one run each: a seed decides on the shots and the training. With --num_folds there is one per repeat, "
+        "which also draws its folds (default then: 0, 1, ...).",
     )
     num_folds: int | None = option(
         None,
@@ -193,7 +193,7 @@ class SearchArguments:
     )
     step_counts: list[int] | None = option(
         None,
-        "Steps on real images, instead of epochs; matched methods add those of stage 1.",
+        "Steps on real images, instead of epochs; methods with the steps of both stages add those of stage 1.",
         needs=[ON_REAL, TRAINED, OPEN],
     )
     num_train_epochs: float = option(
@@ -291,7 +291,7 @@ def set_precision(shared_args: SharedStageArguments, output_dir: str, given: set
         setattr(shared_args, precision, True)
     if there and precision not in there:
         before, now = (TITLES.get(name, name) for name in (there[0], precision))
-        return f"The cells in {output_dir} used {before}: they are run again in {now}."
+        return f"The runs in {output_dir} used {before}: they are made again in {now}."
     return line
 
 

@@ -383,7 +383,7 @@ def _run_in_parallel(runner: CellRunner, cells: list[Cell], num_workers: int) ->
         except BrokenProcessPool:
             raise UserError(
                 f"--num_workers {num_workers}: a worker process was killed, perhaps out of memory; give fewer workers. "
-                "Finished cells are kept."
+                "Finished runs are kept."
             ) from None
         except KeyboardInterrupt:  # a cell may take hours
             for worker in multiprocessing.active_children():

@@ -64,7 +64,7 @@ class RealDataArguments:
     )
     num_shots: int | None = option(None, "Number of training images per class (default: all).")
     few_shot_seed: int = option(
-        0, "Seed of the subset of training images; K shots are among the K+1 shots.", needs=[WITH_SHOTS]
+        0, "Seed of the choice of --num_shots images; a larger choice contains the smaller ones.", needs=[WITH_SHOTS]
     )
     max_train_samples: int | None = option(
         None, "Maximum number of training images, balanced over the classes (default: all)."
@@ -75,8 +75,8 @@ class RealDataArguments:
     skip_bad_images: bool = option(False, "Leave out damaged images and count them; otherwise the first is an error.")
     fold: str | None = option(
         None,
-        "K/N, such as 1/5: test on the K-th of N stratified folds of the training images and train on the others, as "
-        "in compare_transfer.py --num_folds N; the dataset's own test split is not used.",
+        "K/N, such as 1/5: divide the training images into N stratified folds, test on the K-th, train on the others, "
+        "as in compare_transfer.py --num_folds N; the dataset's own test split is not used.",
     )
     fold_seed: int = option(0, "Seed of the division into folds.", needs=[WITH_FOLD])
 

@@ -275,7 +275,9 @@ class BridgeStageArguments:
         needs=[ON_SYNTHETIC],
     )
     bridge_head_learning_rate: float | None = option(
-        None, "Learning rate of the head, which is always fresh (default: 10 x).", needs=[ON_SYNTHETIC]
+        None,
+        "Learning rate of the head, which is always fresh (default: 10 x --bridge_learning_rate).",
+        needs=[ON_SYNTHETIC],
     )
     bridge_weight_decay: float | None = option(None, "Weight decay (default: --weight_decay).", needs=[ON_SYNTHETIC])
     bridge_warmup_steps: float | None = option(

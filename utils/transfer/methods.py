@@ -177,7 +177,8 @@ REPLAY = replace(STAGE_2, images="replayed", head_init="keep", settings=MIXUP, g
 
 METHODS = {
     "bridged": Method(
-        "synthetic images with Mixup, then real ones with a fresh head (the paper's ++)", (STAGE_1, STAGE_2)
+        "synthetic images with Mixup, then real ones with a fresh head (the paper's Bridged Transfer++)",
+        (STAGE_1, STAGE_2),
     ),
     "bridged_keep": Method("bridged with the head of stage 1", (STAGE_1, replace(STAGE_2, head_init="keep"))),
     "bridged_imprint": Method(
