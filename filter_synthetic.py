@@ -5,9 +5,9 @@
     python filter_synthetic.py --synthetic_dataset cars-syn --scores probe --min_score 0.05
 
 Each image gets the scores that are asked for; more is better. The worst images of each class are marked as left out
-in scores.parquet, in the folder of the set; none is deleted. train_bridged.py and compare_transfer.py leave them out, and say
-so, unless given --use_rejected. The scores use the real training images of the set's record, or of the flags, and no
-others. filter.png shows the best images that are left out and the worst that are kept.
+in scores.parquet, in the folder of the set; none is deleted. train_bridged.py and compare_transfer.py leave them out,
+and say so, unless given --use_rejected. The scores use the real training images of the set's record, or of the flags,
+and no others. filter.png shows the best images that are left out and the worst that are kept.
 """
 
 import tempfile
