@@ -26,9 +26,7 @@ def source(tmp_path) -> Source:
 
 
 def write_scores(folder, fingerprint: str = FINGERPRINT) -> None:
-    table = pa.table(
-        {"class": ["cat", "dog", "cat"], "class_index": [7, 0, 2], "left_out": [True, True, False], **columns}
-    )
+    table = pa.table({"class": ["cat", "dog", "cat"], "class_index": [7, 0, 2], "left_out": [True, True, False]})
     metadata = {SCORES_KEY: json.dumps({"fingerprint": fingerprint})}
     pq.write_table(table.replace_schema_metadata(metadata), f"{folder}/{SCORES}")
 
