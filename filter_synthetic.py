@@ -20,7 +20,7 @@ from utils.cli.errors import UserError, report_unwritable, run_script
 from utils.cli.options import Need, option
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import check_alone
-from utils.cli.records import GENERATION_CONFIG, read_record
+from utils.cli.records import BRIDGED_CONFIG, GENERATION_CONFIG, read_record
 from utils.cli.run_folder import check_writable
 from utils.data.arguments import RealDataArguments, named_in_record
 from utils.data.left_out import SCORES
@@ -97,8 +97,6 @@ def check_arguments(score_args: ScoreArguments, filter_args: FilterArguments, gi
         raise UserError("--min_score: decides in place of --drop_share; give one of them.")
     if not 0 <= filter_args.drop_share < 1:
         raise UserError(f"--drop_share {filter_args.drop_share:g}: must be in [0, 1).")
-    if score_args.batch_size < 1:
-        raise UserError(f"--batch_size {score_args.batch_size}: must be at least 1.")
     if CLASSIFIER in score_args.scores and score_args.classifier is None:
         raise UserError("--scores classifier: needs --classifier.")
 
@@ -128,8 +126,6 @@ def check_classifier(source: Source, record: dict) -> None:
     Raises:
         UserError: it was.
     """
-    from utils.cli.records import BRIDGED_CONFIG
-
     if not source.has_one_of([BRIDGED_CONFIG]):
         return
     trained_on = read_record(source.file(BRIDGED_CONFIG))["synthetic_dataset"]

@@ -144,7 +144,7 @@ def _own_probabilities(
     scores = np.empty(len(images), np.float32)
     for start in range(0, len(images), batch_size):
         batch = torch.stack(list(islice(prepared, batch_size))).to(device)
-        own = torch.from_numpy(labels[start : start + len(batch)]).to(device)
+        own = torch.tensor(labels[start : start + len(batch)], device=device)
         probabilities = predict(batch).float().softmax(1)
         scores[start : start + len(batch)] = probabilities.gather(1, own[:, None])[:, 0].cpu().numpy()
     return scores
