@@ -1,31 +1,40 @@
-# `make demo` and `make test` are each one command on a fresh clone: they install what they need into .venv.
+# Each target works on a fresh clone: it installs what it needs into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install test soak bench bench-gpu local-hub demo demo-full reproduce check-recipes quality generator clean-demo
+.PHONY: help install test soak docs bench bench-gpu local-hub demo demo-full reproduce check-recipes quality generator clean-demo
 
 help:
-	@echo "make install    .venv with everything (PYTHON=python3.12 to choose; 3.11 or newer)"
-	@echo "make demo       the whole pipeline on real images, on two CPU cores, in minutes"
-	@echo "make demo-full  the table of the README: up to two hours, resumes when run again"
-	@echo "make reproduce  RECIPE=cars MODEL=resnet18: the paper's experiment, resumable; DRY_RUN=1 prints what it takes"
-	@echo "                (RECIPE: recipes/sets.yaml; MODEL: recipes/models.yaml; NUM_IMAGES=1000 CONTROL=1 CONFIG=...)"
-	@echo "make check-recipes  whether the recipes' image sets on the Hub are as the recipes say; needs a network, no images"
-	@echo "make test       the test suite"
-	@echo "make soak       the checks that take too long for it"
-	@echo "make bench      speed and memory of the scripts, into benchmarks/*.md; DIFFUSERS=<checkout> compares"
-	@echo "                train_dsi.py, TRANSFORMERS=<checkout> train_bridged.py with the example scripts there"
-	@echo "make bench-gpu  all that is worth knowing on a machine with a CUDA GPU, in MINUTES=8, into benchmarks/gpu.md;"
-	@echo "                DIFFUSERS and TRANSFORMERS as above"
-	@echo "make local-hub  a Hugging Face Hub on this machine, to try --push_to_hub without network"
-	@echo "make quality    ruff: lint and format"
-	@echo "make generator  train the demo's generator again (about an hour; needs Debian's dataset-fashion-mnist)"
+	@echo "To try it, and for your own work"
+	@echo "  make install        install everything into .venv; PYTHON=python3.12 chooses (3.11 or newer)"
+	@echo "  make demo           run the whole pipeline on real images: minutes on two CPU cores, no network needed"
+	@echo "  make demo-full      compute the demo's table in docs/results.md; up to two hours, resumes when run again"
+	@echo "  make clean-demo     delete what the two above wrote"
+	@echo "  make local-hub      start a Hugging Face Hub on this machine, to try --push_to_hub without a network"
+	@echo ""
+	@echo "To reproduce the paper"
+	@echo "  make reproduce      RECIPE=cars MODEL=resnet18: one of the paper's experiments, resumes when run again;"
+	@echo "                      DRY_RUN=1 prints what it takes. RECIPE: see recipes/sets.yaml, MODEL: recipes/models.yaml."
+	@echo "                      Also NUM_IMAGES=1000 CONTROL=1 RATES=... CONFIG=..."
+	@echo "  make check-recipes  compare the recipes with their datasets on the Hub; needs a network, downloads no images"
+	@echo ""
+	@echo "To change the code"
+	@echo "  make test           run the tests: minutes on two cores"
+	@echo "  make soak           run the tests that are too slow for it"
+	@echo "  make quality        check the code with ruff"
+	@echo "  make docs           write docs/reference.md from the scripts' flags"
+	@echo "  make bench          measure speed and memory, into benchmarks/*.md. DIFFUSERS=<checkout> compares with"
+	@echo "                      diffusers' example script, TRANSFORMERS=<checkout> with that of transformers"
+	@echo "  make bench-gpu      the same for a machine with a CUDA GPU, in MINUTES=8, into benchmarks/gpu.md"
+	@echo ""
+	@echo "To build the demo"
+	@echo "  make generator      train the demo's diffusion model again: about an hour; needs Debian's dataset-fashion-mnist"
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt constraints.txt demo/requirements.txt demo/build/classifier.py
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; choose one with PYTHON=" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; $(PYTHON) is " + sys.version.split()[0] + ". Choose another one with PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r demo/requirements.txt -c constraints.txt
 	$(BIN)/python demo/build/classifier.py
@@ -36,6 +45,9 @@ test: install
 
 soak: install
 	$(BIN)/python -m pytest -m soak
+
+docs: install
+	$(BIN)/python -m docs.build_reference
 
 bench: install
 	$(BIN)/python -m benchmarks.generate_speed
@@ -48,12 +60,12 @@ bench: install
 ifdef DIFFUSERS
 	$(BIN)/python -m benchmarks.dsi_speed --diffusers $(DIFFUSERS)
 else
-	@echo "Left out: the speed beside diffusers' own script; make bench DIFFUSERS=<checkout of diffusers>."
+	@echo "Skipped: the speed compared with diffusers' script. Run make bench DIFFUSERS=<checkout of diffusers>."
 endif
 ifdef TRANSFORMERS
 	$(BIN)/python -m benchmarks.fine_tuning_speed --transformers $(TRANSFORMERS)
 else
-	@echo "Left out: the speed beside transformers' own script; make bench TRANSFORMERS=<checkout of transformers>."
+	@echo "Skipped: the speed compared with transformers' script. Run make bench TRANSFORMERS=<checkout of transformers>."
 endif
 
 bench-gpu: install

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compare ways of using synthetic images, on the same real images: methods x shots x seeds x volumes in one table.
+"""Compare ways of using synthetic images on the same real images: methods x shots x seeds x volumes in one table.
 
     accelerate launch compare_transfer.py --synthetic_dataset user/cars-syn
     accelerate launch compare_transfer.py --synthetic_dataset cars-syn --num_shots 1 2 4 8 16 --seeds 0 1 2 \\
@@ -11,8 +11,8 @@
 
     accelerate launch compare_transfer.py --synthetic_dataset photos-syn --num_folds 5 --num_repeats 2
 
-method@NAME takes another synthetic set than the first. Several classifiers have recipes of their own each. Finished
-cells are kept: run the same command again to go on.
+method@NAME uses the synthetic set NAME instead of the first. Each classifier has its own recipes. Finished cells are
+kept: run the same command again to resume.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from pathlib import Path
 
 import transformers
 
-from utils.cli.errors import UserError, run_script, saying_how_to_go_on
+from utils.cli.errors import UserError, report_how_to_resume, run_script
 from utils.cli.options import resolve_options
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import check_alone, public_command
+from utils.cli.processes import check_single_process, public_command
 from utils.cli.records import COMPARISON, RUN_CONFIG, image_set_name, read_record, write_record, write_run_config
 from utils.cli.run_folder import RunFolder
 from utils.cli.threads import report_threads
@@ -34,9 +34,10 @@ from utils.comparison.arguments import GROUPS, SearchArguments, set_precision
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
 from utils.comparison.classifiers import Classifier, parse_classifiers
 from utils.comparison.costs import summarise_all
-from utils.comparison.findings import describe_findings, describe_guards
+from utils.comparison.findings import describe_findings, describe_guards, list_highlights
 from utils.comparison.fold_sets import check_fold_sets, check_folds, list_steps, make_fold_sets
-from utils.comparison.folds import check_fold_values, choose_seeds, describe_protocol, list_tested
+from utils.comparison.folds import check_fold_values, choose_seeds, describe_protocol, list_test_indices
+from utils.comparison.gains import plot_gains
 from utils.comparison.grid import Row, parse_rows, parse_synthetic_sets, plan_table, shots_title, source_key
 from utils.comparison.plots import make_panels, plot_comparison
 from utils.comparison.report import print_comparison, write_markdown
@@ -48,9 +49,9 @@ from utils.comparison.search import (
     write_settings,
 )
 from utils.comparison.statistics import stack_correct
-from utils.data.arguments import check_output_outside, check_real_images_given, named_in_record
+from utils.data.arguments import check_output_outside, check_real_images_given, explain_recorded_name
 from utils.data.image_set import PARTS, RealImagesRecord
-from utils.data.real_images import identify_real_images, load_for_folds, load_real_images, same_image_set
+from utils.data.real_images import identify_real_images, is_same_image_set, load_for_folds, load_real_images
 from utils.transfer.classifiers import default_learning_rates
 from utils.transfer.methods import StageSettings, describe_methods
 from utils.transfer.rehearsal import rehearse
@@ -59,15 +60,15 @@ from utils.transfer.stage import open_pretrained
 from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, open_synthetic
 
 SETTINGS = "chosen_settings.json"
-BASELINES = ("vanilla_matched", "vanilla")  # the first that is compared
-OUTPUTS = (COMPARISON, "comparison.md", "comparison.png", RUN_CONFIG)
+BASELINES = ("vanilla_matched", "vanilla")  # the first of these that is compared
+OUTPUTS = (COMPARISON, "comparison.md", "comparison.png", "gain.png", RUN_CONFIG)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple, SyntheticSource], str | None, set[str]]:
-    """Return the argument groups, with what the first synthetic set's record says for flags not given, and the sets.
+    """Return the argument groups, the synthetic sets, the set whose record names the real images, and given flags.
 
-    Then come the name of that set where its record names the real images, None where a flag does, and the names of the
-    flags that are given.
+    Flags that are not given take their values from the record of the first synthetic set. The third value is None if a
+    flag names the real images; the last is the set of names of the flags that are given.
     """
     parser = ScriptArgumentParser(GROUPS, description=f"{__doc__}\n{describe_methods()}")
     groups = parser.parse(argv)
@@ -83,7 +84,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple, Synth
         comparison_args.seeds = choose_seeds(comparison_args.seeds, comparison_args.num_repeats, parser.given)
     seeds = list(dict.fromkeys(comparison_args.seeds + (search_args.search_seeds or [])))
     token = comparison_args.hub_token or None
-    if comparison_args.token_per_fold:  # first: what the records of the sets say is read next
+    if comparison_args.token_per_fold:  # before the records of the sets are read
         prepare_fold_sets(sets, real_args, comparison_args)
     sources = open_sources(sets, seeds, token, num_folds)
     given = real_args.dataset_name, real_args.train_dir
@@ -91,26 +92,26 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple, Synth
     recorded, recorded_in = first.record["real_images"], first.name if given == (None, None) else None
     if given == (None, None):
         check_records(list(sources.values()))
-    if given == (None, None) or (recorded and same_image_set(recorded, *given)):
+    if given == (None, None) or (recorded and is_same_image_set(recorded, *given)):
         not_ours = (
             "num_shots",
             "few_shot_seed",
             "max_train_samples",
             "fold",
             "fold_seed",
-        )  # the comparison draws subsets of its own
+        )  # the comparison draws its own subsets
         parser.fill_in([real_args], {name: value for name, value in recorded.items() if name not in not_ours})
-    with named_in_record(real_args, recorded_in):
+    with explain_recorded_name(real_args, recorded_in):
         check_real_images_given(real_args)
     check_output(comparison_args.output_dir, real_args)
     return list(groups), sources, recorded_in, parser.given
 
 
 def check_output(output_dir: str, real_args) -> None:
-    """Check that results can be written, and are not among the images.
+    """Check that results can be written, and not into a folder of images.
 
     Raises:
-        UserError: not so.
+        UserError: they cannot.
     """
     check_output_outside(output_dir, real_args)
     RunFolder(
@@ -119,10 +120,10 @@ def check_output(output_dir: str, real_args) -> None:
 
 
 def prepare_fold_sets(sets: dict[str, str], real_args, comparison_args) -> None:
-    """Make the style tokens and synthetic sets of the folds, once all has been checked that can be.
+    """Make the style tokens and synthetic sets of the folds, after all possible checks.
 
     Raises:
-        UserError: the folds cannot be made of the images; a step failed.
+        UserError: the images cannot be divided into folds, or a step failed.
     """
     seeds, num_folds, token = comparison_args.seeds, comparison_args.num_folds, comparison_args.hub_token or None
     check_fold_sets(sets, seeds, real_args)
@@ -133,24 +134,24 @@ def prepare_fold_sets(sets: dict[str, str], real_args, comparison_args) -> None:
 
 
 def check_values(values: dict) -> None:
-    """Check flag -> value as far as that needs no data.
+    """Check the flags that need no data, given as flag -> value.
 
     Raises:
-        UserError: a value is missing, or there twice.
+        UserError: a value is missing, duplicate or impossible.
     """
     if not values["synthetic_dataset"]:
-        raise UserError("--synthetic_dataset: give at least one synthetic set, a folder or a data set id.")
+        raise UserError("--synthetic_dataset: give at least one synthetic set, a folder or a dataset id.")
     for name, entries in values.items():
         if isinstance(entries, list) and len(set(entries)) < len(entries):
-            raise UserError(f"--{name} {' '.join(map(str, entries))}: a value is there twice.")
+            raise UserError(f"--{name} {' '.join(map(str, entries))}: duplicate values.")
     for name in ("learning_rates", "bridge_learning_rates"):
         if values["search_learning_rate"] and len(values[name] or []) > 1:
-            raise UserError(f"--search_learning_rate: searches around one value, --{name} has {len(values[name])}.")
+            raise UserError(f"--search_learning_rate: searches around one value, but --{name} has {len(values[name])}.")
     check_fold_values(values)
     other_shots = set(values["search_shots"] or []) - set(values["num_shots"] or [])
     if other_shots:
-        raise UserError(f"--search_shots {min(other_shots)}: not among --num_shots, whose recipes are searched.")
-    check_alone("the comparison starts its own; give --num_workers in its place.")
+        raise UserError(f"--search_shots {min(other_shots)}: not among --num_shots.")
+    check_single_process("the comparison starts its own processes; use --num_workers instead.")
 
 
 def open_sources(
@@ -159,7 +160,7 @@ def open_sources(
     """Return the synthetic sets by name, few-shot seed and, with folds, fold; each is opened once, at one commit.
 
     Raises:
-        UserError: a set is not there.
+        UserError: a set does not exist.
     """
     folds = [None] if num_folds is None else [f"{number}/{num_folds}" for number in range(1, num_folds + 1)]
     paths = {
@@ -176,7 +177,7 @@ def open_sources(
 
 
 def check_records(sources: list[SyntheticSource]) -> None:
-    """Check that the records of the synthetic sets name real images, and the same.
+    """Check that the records of all synthetic sets name the same real images.
 
     Raises:
         UserError: they do not.
@@ -184,41 +185,41 @@ def check_records(sources: list[SyntheticSource]) -> None:
     for source in sources:
         if source.record["real_images"] is None:
             raise UserError(
-                f"--dataset_name: {source.name} was made for a list of class names, its record names no real images; "
-                "give --dataset_name or --train_dir."
+                f"--dataset_name: {source.name} was made from a list of class names, so its record names no real "
+                "images; give --dataset_name or --train_dir."
             )
         ours, theirs = (image_set_name(item.record["real_images"]) for item in (sources[0], source))
         if ours != theirs:
             raise UserError(
                 f"--synthetic_dataset {source.name}: was made for '{theirs}', {sources[0].name} for '{ours}'; give "
-                "--dataset_name or --train_dir to compare them even so."
+                "--dataset_name or --train_dir to compare them anyway."
             )
 
 
-def warn_of_leaks(runner: CellRunner, num_shots: int | None) -> None:
-    """Say which style tokens saw real images outside the smallest few-shot subset of their seed."""
+def warn_about_leaks(runner: CellRunner, num_shots: int | None) -> None:
+    """Warn about style tokens that saw real images outside the smallest few-shot subset of their seed."""
     record = runner.real.record
     if runner.folds is not None:  # `describe_protocol` says so
         return
     for (_, seed), source in runner.sources.items():
         recorded = source.record["real_images"]
-        if not recorded or not same_image_set(recorded, record.dataset_name, record.train_dir):
+        if not recorded or not is_same_image_set(recorded, record.dataset_name, record.train_dir):
             continue
         rows = runner.real.train_indices[runner.few_shot_rows(num_shots, seed)]
         num_leaked = count_leaked_images(source.record, rows)
         if num_leaked:
             print(
                 f"Warning: {source.name}: its style token has seen {num_leaked} real images that the runs of seed "
-                f"{seed} with {shots_title(num_shots)} do not train on; vanilla has seen fewer real images."
+                f"{seed} with {shots_title(num_shots)} do not train on; vanilla sees fewer real images."
             )
 
 
 def build_runners(
     classifiers: list[Classifier], groups: list, sources: dict, rows: list[Row], recorded_in: str | None
 ) -> dict[str, CellRunner]:
-    """Return what runs the cells of each classifier, by its label.
+    """Return the runner of the cells of each classifier, by label.
 
-    Before the real images are opened, two images have been tried on every classifier. `recorded_in` is the set whose
+    Each classifier gets a trial run of two images before the real images are opened. `recorded_in` is the set whose
     record names these.
 
     Raises:
@@ -233,7 +234,7 @@ def build_runners(
         random_flip=real_args.random_flip, per_device_train_batch_size=shared_args.per_device_train_batch_size,
         weight_decay=shared_args.weight_decay,
     )  # fmt: skip
-    from transformers import TrainingArguments  # imported late: it loads torch
+    from transformers import TrainingArguments  # imported late, as it loads torch
 
     try:
         training_args = TrainingArguments(
@@ -242,14 +243,14 @@ def build_runners(
             dataloader_num_workers=shared_args.dataloader_num_workers,
             lr_scheduler_type="cosine", logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
         )  # fmt: skip
-    except ValueError as error:  # this machine does not have that precision
+    except ValueError as error:  # this machine does not support the precision
         raise UserError(str(error)) from None
     head_inits = {stage.head_init for row in rows for stage in row.method.stages}
     alignments = dict.fromkeys(row.method.alignment for row in rows)
     for pretrained, alignment in product(opened.values(), alignments):
         rehearse(pretrained, settings, training_args, head_inits, alignment)
     identities = {label: pretrained.identity for label, pretrained in opened.items()}
-    with named_in_record(real_args, recorded_in):
+    with explain_recorded_name(real_args, recorded_in):
         record, of_images = identify_real_images(RealImagesRecord.from_arguments(real_args), token)
         if comparison_args.num_folds is None:
             folds, real, parts = None, load_real_images(record, token), PARTS
@@ -273,9 +274,9 @@ def build_runners(
 def identify_inputs(
     classifiers: list[Classifier], runners: dict[str, CellRunner], volumes: list[int | None]
 ) -> dict[str, str]:
-    """Return what tells the contents of the comparison's inputs from others, by the flag and value that name them.
+    """Return what identifies the contents of the comparison's inputs, by the flag and value that name them.
 
-    Where a comparison in this folder had other ones, say so: its cells of these are not used.
+    Print a line if an earlier comparison in this folder had other contents: those cells are not used.
     """
     inputs = {}
     for classifier in classifiers:
@@ -283,7 +284,7 @@ def identify_inputs(
         named = runner.real.record.to_dict() | {"model_name_or_path": classifier.given}
         inputs |= {f"--{flag} {named[flag]}": identity for flag, identity in runner.shared_inputs.items()}
     for source in runner.sources.values():
-        inputs[f"--synthetic_dataset {source.name}"] = runner.identity_of(source, volumes[-1])
+        inputs[f"--synthetic_dataset {source.name}"] = runner.synthetic_identity(source, volumes[-1])
     path = runner.output_dir / COMPARISON
     before = read_record(path).get("inputs", {}) if path.exists() else {}
     changed = [
@@ -292,19 +293,19 @@ def identify_inputs(
     if changed:
         print(
             f"Since the last comparison in {runner.output_dir}: {'; '.join(changed)}. Cells that depend on it are run "
-            "anew, the others are kept."
+            "again, the others are kept."
         )
     return inputs
 
 
 def fill_in_learning_rates(search_args: SearchArguments, runner: CellRunner) -> SearchArguments:
-    """Return the search with the learning rates that are not given, by the kind of classifier, and say so."""
+    """Return the search with default learning rates for the kind of classifier if none are given, and print them."""
     if search_args.settings or (search_args.learning_rates and search_args.bridge_learning_rates):
         return search_args
     rates = default_learning_rates(runner.pretrained.name, **runner.pretrained.hub_options)
     print(
-        f"Learning rates{runner.of_classifier} where none is given: {rates.real:g} on real, {rates.synthetic:g} on "
-        f"synthetic images; {rates.reason}."
+        f"Default learning rates{runner.classifier_suffix}: {rates.real:g} on real, {rates.synthetic:g} on synthetic "
+        f"images; {rates.reason}."
     )
     return dataclasses.replace(
         search_args,
@@ -314,13 +315,23 @@ def fill_in_learning_rates(search_args: SearchArguments, runner: CellRunner) -> 
 
 
 def run_table(runner: CellRunner, table: dict, num_workers: int) -> dict[Row, dict[int | None, list[dict]]]:
-    """Return the results of the cells, a seed after another: an unfinished comparison has some for every row."""
+    """Return the results of the cells, run seed by seed, so an unfinished comparison has some for every row."""
     rounds = zip(*(cells for by_shots in table.values() for cells in by_shots.values()))
     results = run_cells(runner, [cell for cells in rounds for cell in cells], num_workers, "test")
     return {
         row: {num_shots: [results[cell] for cell in cells] for num_shots, cells in by_shots.items()}
         for row, by_shots in table.items()
     }
+
+
+def draw_pictures(output_dir: Path, summary: list[dict], correct: dict, findings: list[str], baseline: Row | None):
+    """Draw comparison.png and, if there is a reference with other rows, gain.png."""
+    panels = make_panels(summary, list(correct), findings)
+    plot_comparison(output_dir / "comparison.png", panels, list_highlights(correct, baseline))
+    if any("gain" in entry for entry in summary):
+        plot_gains(output_dir / "gain.png", summary, baseline.label)
+    else:  # of an earlier comparison in this folder
+        (output_dir / "gain.png").unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -346,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     searches = {label: fill_in_learning_rates(search_args, runner) for label, runner in runners.items()}
     first = next(iter(runners.values()))
     first.check(rows, shots, volumes)
-    warn_of_leaks(first, shots[0])
+    warn_about_leaks(first, shots[0])
     for runner in runners.values():
         if line := runner.decode_once(rows, volumes):
             print(line)
@@ -355,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     command = public_command("compare_transfer.py", argv)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with saying_how_to_go_on(output_dir, lambda: f"finished cells are kept; go on with: {command}"):
+    with report_how_to_resume(output_dir, lambda: f"finished cells are kept; resume with: {command}"):
         # recipes
         search_seeds = search_args.search_seeds or seeds[:1]
         chosen = {
@@ -375,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             runner.release_images()
 
         # results
-        tested = first.folds and list_tested(first, seeds)
+        tested = first.folds and list_test_indices(first, seeds)
         correct = {label: stack_correct(of_one, tested, len(first.real.train)) for label, of_one in results.items()}
         baseline = next((row for name in BASELINES for row in results[classifiers[0].label] if row.label == name), None)
         baseline_name = baseline and baseline.label
@@ -397,8 +408,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
             chosen_how=describe_choice(search_args.settings, chosen, search_seeds), command=command,
             num_folds=comparison_args.num_folds,
         )  # fmt: skip
-        plot_comparison(output_dir / "comparison.png", make_panels(summary, correct, findings))
-        if len(searches) == 1:  # of several, each has learning rates of its own
+        draw_pictures(output_dir, summary, correct, findings, baseline)
+        if len(searches) == 1:  # several classifiers have different learning rates
             groups[groups.index(search_args)] = searches[classifiers[0].label]
         write_run_config(output_dir, resolve_options(groups), started)
     print_comparison(summary, findings, baseline_name)

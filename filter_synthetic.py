@@ -19,10 +19,10 @@ import numpy as np
 from utils.cli.errors import UserError, report_unwritable, run_script
 from utils.cli.options import Need, option
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import check_alone
+from utils.cli.processes import check_single_process
 from utils.cli.records import BRIDGED_CONFIG, GENERATION_CONFIG, read_record
 from utils.cli.run_folder import check_writable
-from utils.data.arguments import RealDataArguments, named_in_record
+from utils.data.arguments import RealDataArguments, explain_recorded_name
 from utils.data.left_out import SCORES
 from utils.hub.repositories import Source, open_source
 
@@ -139,7 +139,7 @@ def check_classifier(source: Source, record: dict) -> None:
 def main(argv=None) -> dict:
     parser = ScriptArgumentParser(GROUPS, description=__doc__)
     set_args, real_args, score_args, filter_args = parser.parse(argv)
-    check_alone("the scores are made by one process; start it with `python filter_synthetic.py`.")
+    check_single_process("the scores are made by one process; start it with `python filter_synthetic.py`.")
     check_arguments(score_args, filter_args, parser.given)
     source, record = open_set(set_args.synthetic_dataset)
     recorded = record["real_images"]
@@ -172,7 +172,7 @@ def main(argv=None) -> dict:
     folder = Path(source.name)
     with (
         report_unwritable(folder, lambda: "make room, and run the same command again"),
-        named_in_record(real_args, source.name if recorded else None),
+        explain_recorded_name(real_args, source.name if recorded else None),
         tempfile.TemporaryDirectory(prefix="features-") as work_dir,
     ):
         images = load_scored_images(source, real_args, token)

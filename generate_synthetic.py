@@ -8,7 +8,7 @@
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium --mixed_precision bf16
     accelerate launch --multi_gpu --num_processes 8 generate_synthetic.py recipe.yaml --output_dir cars-syn
 
-Run the same command again after an interruption, or with a larger --num_images_per_class, to go on where it stopped.
+After an interruption, or with a larger --num_images_per_class, run the same command again to continue the set.
 """
 
 import time
@@ -16,30 +16,31 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 
-from utils.cli.errors import UserError, run_script, saying_how_to_go_on
+from utils.cli.errors import UserError, report_how_to_resume, run_script
 from utils.cli.options import Need, option, resolve_options, with_flag, with_value, without_flag
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import keeping_output, public_command
+from utils.cli.processes import public_command, without_overwrite_flag
 from utils.cli.records import write_run_config
-from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given, named_in_record
+from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given, explain_recorded_name
 from utils.data.class_names import list_names
 from utils.data.name_doctor import check_strict, diagnose, print_findings, write_class_names
+from utils.data.prompts import ARTICLE_HELP, ARTICLES, AS_WRITTEN
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_folder
-from utils.hub.targets import TO_PUBLISH, HubArguments, open_target
+from utils.hub.targets import WITH_PUSH_TO_HUB, HubArguments, open_target
 from utils.synthesis.few_steps import NO_GUIDANCE
 from utils.synthesis.generators import GUIDANCE_INTERVAL
 from utils.synthesis.lora import LORA, open_lora
 from utils.synthesis.output_folder import (
     PUBLISHED_FILES,
-    began_without,
     begin_set,
+    lacks_setting,
     open_output_folder,
     recorded_setting,
     settings_fingerprint,
 )
 from utils.synthesis.plan import GUIDANCE_SHARES, MAX_REDRAWS, GenerationPlan
-from utils.synthesis.prompts import PROMPT_SETS, Prompts, check_prompts_fit, make_prompts
+from utils.synthesis.prompts import ARTICLE, PROMPT_SETS, Prompts, check_prompts_fit, make_prompts
 from utils.synthesis.sources import (
     GENERATOR_CONTENTS,
     SCHEDULER_CONFIG,
@@ -49,7 +50,7 @@ from utils.synthesis.sources import (
     read_token_sources,
 )
 
-# what decides, besides sources and prompts, what image number n is; num_images_per_class only says how many there are
+# what decides image number n, besides sources and prompts; num_images_per_class only says how many there are
 SETTINGS = (
     "guidance_scale", "num_inference_steps", "negative_prompt", "seed", "batch_size", "torch_compile",
     "images_per_shard", "image_format", "image_quality",
@@ -61,7 +62,7 @@ WITH_IMAGES = Need(
 )  # fmt: skip
 WITH_TEMPLATES = [without_flag("prompts_file")]
 GUIDED = Need(
-    "with --guidance_scale {guidance_scale}, which is no guidance",
+    "with --guidance_scale {guidance_scale}, which turns guidance off",
     lambda values: max(values["guidance_scale"]) > 1, "give one above 1, or ",
 )  # fmt: skip
 
@@ -73,25 +74,25 @@ class SourceArguments:
     learned_embeds: str | None = option(None, "Style token of train_dsi.py: a folder or a repository id.")
     learned_embeds_revision: str | None = option(None, "Branch, tag or commit of the style token.", needs=WITH_TOKEN)
     use_style_token: bool = option(
-        True, "When false, take all from the token's record but leave the token itself out.", needs=WITH_TOKEN
+        True, "Whether prompts have the style token; false takes everything else from its record.", needs=WITH_TOKEN
     )
     pretrained_model_name_or_path: str | None = option(
-        None, "Without --learned_embeds: a text-to-image pipeline, a repository id or a folder."
+        None, "Text-to-image pipeline to use without --learned_embeds: a repository id or a folder."
     )
     revision: str | None = option(None, "Branch, tag or commit of that pipeline.")
     lora: str | None = option(
-        None, "LoRA adapter of the generator, fused: ID_OR_FOLDER[/FILE.safetensors][:SCALE], such as "
-        "latent-consistency/lcm-lora-sdv1-5. One that is distilled for few steps (LCM, Hyper-SD, Lightning, TCD, DMD2, "
-        "PCM, Turbo) brings its scheduler, steps and guidance, where the flags for them are not given.",
+        None, "LoRA adapter to fuse into the generator: ID_OR_FOLDER[/FILE.safetensors][:SCALE], such as "
+        "latent-consistency/lcm-lora-sdv1-5. An adapter distilled for few steps (LCM, Hyper-SD, Lightning, TCD, DMD2, "
+        "PCM, Turbo) also sets scheduler, steps and guidance, unless their flags are given.",
     )  # fmt: skip
     lora_revision: str | None = option(None, "Branch, tag or commit of the adapter.", needs=[with_flag("lora")])
 
 
 @dataclass
 class ImagesArguments(RealDataArguments):
-    """The labelled real images, whose classes are drawn; with a style token those of its record."""
+    """The labelled real images whose classes are drawn; with a style token, its record names them."""
 
-    # beside a style token they are refused for what its record says
+    # with a style token, they are refused with an error that names its record
     _inherited_needs = {
         field.name: [WITH_IMAGES]
         for field in fields(RealDataArguments)
@@ -104,66 +105,72 @@ class PromptArguments:
     _argument_group_name = "classes and prompts"
 
     class_names_file: str | None = option(
-        None, "Nouns for classes: a YAML or JSON mapping of names to nouns, or one a line in label order. In "
-        "place of a data set it names the classes, in the order of their label ids.",
+        None, "Nouns for the classes: a YAML or JSON mapping of class names to nouns, or one per line in label order. "
+        "Without a dataset, it also defines the classes, in the order of their label ids.",
     )  # fmt: skip
     write_class_names: str | None = option(
-        None, "Write the nouns to this YAML file, to edit and give as --class_names_file."
+        None, "Write the nouns to this YAML file, to edit and pass as --class_names_file."
     )
-    strict_class_names: bool = option(False, "Stop where a class name may mislead.")
-    classes: list[str] | None = option(None, "Draw these classes only; labels stay.")
+    strict_class_names: bool = option(False, "Stop if a class name may mislead the generator.")
+    classes: list[str] | None = option(None, "Draw only these classes; the labels keep their numbers.")
     exclude_classes: list[str] | None = option(
-        None, "Draw no images of these classes, e.g. of one that no prompt describes; labels stay.",
+        None, "Do not draw these classes, such as one that no prompt describes; the labels keep their numbers.",
         needs=[without_flag("classes")],
     )  # fmt: skip
     prompt_templates: list[str] | None = option(
-        None, "Prompts with {class}, and {token} for a style token; the token's own when not given.",
+        None, "Prompts with {class}, and with {token} for a style token (default: the token's own).",
         aliases=["--prompt_template"], needs=WITH_TEMPLATES,
     )  # fmt: skip
     prompt_set: str = option(
-        "single", "single: the templates as they are; diverse: each varied by viewpoint, background and light.",
+        "single", "single: the templates as they are; diverse: each with varied viewpoint, background and light.",
         choices=list(PROMPT_SETS), needs=WITH_TEMPLATES,
     )  # fmt: skip
+    article: str | None = option(
+        None, f"{ARTICLE_HELP} (default: as in the training of the style token; auto without one).",
+        choices=ARTICLES, needs=WITH_TEMPLATES,
+    )  # fmt: skip
     prompts_file: str | None = option(
-        None, 'In place of templates: a JSONL file of captions, {"label": class name, "prompt": text}.'
+        None, 'Instead of templates: a JSONL file of captions, {"label": class name, "prompt": text}.'
     )
-    negative_prompt: str = option("", "What the images should not show.", needs=[GUIDED])
+    negative_prompt: str = option("", "What the images should not show, in words.", needs=[GUIDED])
 
 
 @dataclass
 class SamplingArguments:
     _argument_group_name = "sampling"
 
-    num_images_per_class: int = option(1000, "Images of each class; may be raised later.")
+    num_images_per_class: int = option(1000, "Images per class; can be raised later.")
     guidance_scale: list[float] = option(
         [3.0],
-        "Guidance; lower is more varied, 1 (or 0) is none and takes half the time. Of several, each has an equal share "
-        "of each class's images, to within one.",
+        "Guidance scale; lower is more varied, 1 (or 0) is no guidance and takes half the time. Several scales are "
+        "used for equal shares of each class's images, to within one.",
     )
     guidance_interval: list[float] | None = option(
-        None, "LOW HIGH: guidance only from this share of the steps to that one, such as 0.2 0.8; a step without takes "
-        "half the time.", needs=[GUIDED],
+        None, "LOW HIGH: use guidance only between these fractions of the steps, such as 0.2 0.8; a step without "
+        "guidance takes half the time.", needs=[GUIDED],
     )  # fmt: skip
     num_inference_steps: int = option(
-        25, "Denoising steps per image; with a generator or adapter distilled for few steps its own number."
+        25, "Denoising steps per image; a generator or adapter distilled for few steps sets its own number."
     )
     scheduler: str | None = option(
-        None, "Scheduler class of diffusers; 'default' is the pipeline's own. When not given, "
-        "DPMSolverMultistepScheduler for Stable Diffusion 1.x, 2.x and XL, the pipeline's own for others, and for "
-        "those of them that are distilled for few steps or trained with other noise (EDM); an adapter may bring one.",
+        None, "Scheduler class of diffusers, or 'default' for the pipeline's own (default: DPMSolverMultistepScheduler "
+        "for Stable Diffusion 1.x, 2.x and XL; the pipeline's own for other models, and for those distilled for few "
+        "steps or trained with other noise (EDM); a distilled adapter sets one).",
     )  # fmt: skip
-    resolution: int | None = option(None, "Pixels a side, a multiple of 8; the token's or generator's when not given.")
-    seed: int = option(0, "Seed of all images.")
-    batch_size: int = option(16, "Images that a process draws at a time.")
+    resolution: int | None = option(
+        None, "Side of the images in pixels, a multiple of 8 (default: the token's or the generator's)."
+    )
+    seed: int = option(0, "Random seed, 0 or more.")
+    batch_size: int = option(16, "Images that each process draws at a time.")
     mixed_precision: str | None = option(
         None,
-        "Precision of the generator; when not given, what accelerate launch says, else bf16 on a GPU that has it, fp16 "
-        "on another, float32 on a CPU; no is float32.",
+        "Precision of the generator; no is float32 (default: that of `accelerate launch`, else bf16 on GPUs that "
+        "support it, fp16 on others, no on a CPU).",
         choices=["no", "fp16", "bf16"],
     )
-    torch_compile: bool = option(False, "Compile the denoiser: minutes first, then faster.")
+    torch_compile: bool = option(False, "Compile the denoiser: takes minutes at the start, then draws faster.")
     max_redraws: int = option(
-        10, f"How often a bad image (black, constant, flagged) is drawn again, 0 to {MAX_REDRAWS}."
+        10, f"How many times a bad image (black, one color, flagged) is drawn again, 0 to {MAX_REDRAWS}."
     )
 
 
@@ -171,19 +178,21 @@ class SamplingArguments:
 class OutputArguments:
     _argument_group_name = "output"
 
-    output_dir: str = option("synthetic-images", "Folder of the set.", affects_result=False)
-    overwrite_output_dir: bool = option(False, "Replace a synthetic set that is there.", affects_result=False)
+    output_dir: str = option("synthetic-images", "Folder for the set, its record and its card.", affects_result=False)
+    overwrite_output_dir: bool = option(False, "Replace the set that is already in --output_dir.", affects_result=False)
     images_per_shard: int = option(1000, "Images per parquet file, the unit of resuming.")
     image_format: str = option("jpeg", "Image encoding.", choices=["jpeg", "png", "webp"])
     image_quality: int = option(
         95, "Quality of JPEG and WebP, 1 to 100.", aliases=["--jpeg_quality"],
         needs=[with_value("image_format", "jpeg", "webp")],
     )  # fmt: skip
-    dry_run: bool = option(False, "Show class names, prompts, speed and disk use of two batches; write no set.")
-    quality_report: bool = option(False, "Compare the set with the real images in the end; see quality_report.py.")
+    dry_run: bool = option(
+        False, "Print class names, prompts, and the speed and disk use of two batches; write no set."
+    )
+    quality_report: bool = option(False, "Compare the finished set with the real images; see quality_report.py.")
     quality_model: str = option(
         "timm/resnet18.tv_in1k",
-        "Classifier or backbone whose features it compares.",
+        "Image model whose features the quality report compares.",
         needs=[with_flag("quality_report")],
     )
 
@@ -191,13 +200,13 @@ class OutputArguments:
 @dataclass
 class PublishingArguments(HubArguments):
     hub_dataset_id: str | None = option(
-        None, "Repository of the set; the output folder's name under you when not given.", affects_result=False,
-        needs=TO_PUBLISH,
+        None, "Repository of the set (default: the output folder's name, in your account).", affects_result=False,
+        needs=WITH_PUSH_TO_HUB,
     )  # fmt: skip
 
 
 def parse_arguments(argv) -> tuple[tuple, set[str]]:
-    """Return the argument groups, and the names of the flags that are given; check what needs no file to be wrong."""
+    """Return the argument groups and the names of the given flags, after every check that needs no file."""
     parser = ScriptArgumentParser(
         (SourceArguments, ImagesArguments, PromptArguments, SamplingArguments, OutputArguments, PublishingArguments),
         description=__doc__,
@@ -212,15 +221,15 @@ def parse_arguments(argv) -> tuple[tuple, set[str]]:
 
 
 def check_interval(interval: list[float] | None) -> None:
-    """Check that an interval is one.
+    """Check that an interval has two values, the lower one first.
 
     Raises:
-        UserError: it is not.
+        UserError: it does not.
     """
     if interval is not None and (len(interval) != 2 or interval[0] >= interval[1]):
         raise UserError(
-            f"--guidance_interval {' '.join(map(str, interval))}: must be two shares of the steps, the lower one "
-            "first, such as 0.2 0.8."
+            f"--guidance_interval {' '.join(map(str, interval))}: must be two fractions of the steps, the lower "
+            "one first, such as 0.2 0.8."
         )
 
 
@@ -228,12 +237,12 @@ def read_sources(
     source_args: SourceArguments, data_args: RealDataArguments, class_names_file: str | None, output_dir: str,
     hub_token: str | None,
 ) -> Sources:  # fmt: skip
-    """Read generator, class names and token from the record of --learned_embeds, or from the flags instead of it."""
+    """Read generator, class names and token from the record of --learned_embeds, or from the flags without one."""
     generator, token = source_args.pretrained_model_name_or_path, source_args.learned_embeds
     usual = asdict(RealDataArguments())
     real_images = {name: value for name, value in asdict(data_args).items() if value != usual[name]}
     if token is not None:
-        # the record names the generator and the real images: other ones beside it would be ignored
+        # the record names the generator and the real images: flags for them would be ignored
         named = {"pretrained_model_name_or_path": generator, "revision": source_args.revision, **real_images}
         for name, value in named.items():
             if value is not None:
@@ -257,30 +266,44 @@ def read_sources(
     )
 
 
+def prepare_prompts(
+    sources: Sources, labels: tuple[int, ...], prompt_args: PromptArguments, output_args: OutputArguments
+) -> tuple[Prompts, dict]:
+    """Return the prompts and their settings; a set of an earlier version keeps its articles."""
+    has_no_article = lacks_setting(ARTICLE, output_args.output_dir, output_args.overwrite_output_dir)
+    article = prompt_args.article or (AS_WRITTEN if has_no_article else sources.article)
+    prompts, settings = make_prompts(
+        sources, labels, prompt_args.prompt_templates, prompt_args.prompt_set, prompt_args.prompts_file, article
+    )
+    if has_no_article and article == AS_WRITTEN:
+        settings.pop(ARTICLE, None)
+    return prompts, settings
+
+
 def make_plan(
     sources: Sources, labels: tuple[int, ...], prompts: Prompts, sampling_args: SamplingArguments,
     output_args: OutputArguments,
 ) -> GenerationPlan:  # fmt: skip
-    """Return the plan of the set; one that is there goes on by the rule that it was begun with."""
+    """Return the plan of the set; an existing set keeps the rule for guidance scales that it was begun with."""
     return GenerationPlan(
         num_classes=len(sources.class_names), labels=labels, prompts=prompts,
         guidance_scales=tuple(sampling_args.guidance_scale), num_images_per_class=sampling_args.num_images_per_class,
         seed=sampling_args.seed, batch_size=sampling_args.batch_size, images_per_shard=output_args.images_per_shard,
-        scales_by_batch=began_without(GUIDANCE_SHARES, output_args.output_dir, output_args.overwrite_output_dir),
+        scales_by_batch=lacks_setting(GUIDANCE_SHARES, output_args.output_dir, output_args.overwrite_output_dir),
     )  # fmt: skip
 
 
 def collect_settings(sources: Sources, plan: GenerationPlan, prompt_settings: dict, precision: str, options: dict):
-    """Return all that decides what image number n is: a folder holds images of one such collection."""
+    """Return everything that decides image number n: a folder holds images of a single such collection."""
     source, output = sources.generator.source, (options["output_dir"], options["overwrite_output_dir"])
     few_steps = sources.few_steps if options["scheduler"] is None else None
     later = {
         GUIDANCE_INTERVAL: options[GUIDANCE_INTERVAL], **(sources.lora.to_dict() if sources.lora else {LORA: None}),
         SCHEDULER_CONFIG: few_steps and few_steps.scheduler_config or None,
     }  # fmt: skip
-    later = {name: value for name, value in later.items() if value is not None or not began_without(name, *output)}
-    # those of a repository are told by its commit
-    if source.is_local and not began_without(GENERATOR_CONTENTS, *output):
+    later = {name: value for name, value in later.items() if value is not None or not lacks_setting(name, *output)}
+    # a repository is identified by its commit
+    if source.is_local and not lacks_setting(GENERATOR_CONTENTS, *output):
         later[GENERATOR_CONTENTS] = sources.generator.identity
     return {
         "generator": source.name, "generator_revision": source.revision, **later,
@@ -294,7 +317,7 @@ def collect_settings(sources: Sources, plan: GenerationPlan, prompt_settings: di
 
 
 def choose_sampling(sources: Sources, sampling_args: SamplingArguments, given: set[str]) -> str:
-    """Set the flags that are not given to what suits a generator distilled for few steps; return a line on it."""
+    """Set the flags that are not given as a generator distilled for few steps needs them; return a line about it."""
     if sources.few_steps is None:
         return ""
     values = {name: value for name, value in vars(sampling_args).items() if name in given}
@@ -306,7 +329,7 @@ def choose_sampling(sources: Sources, sampling_args: SamplingArguments, given: s
 def print_notes(
     sources: Sources, labels: tuple[int, ...], findings: list, given: set[str], sampling_note: str
 ) -> None:  # fmt: skip
-    """Print what to know before images are drawn: how they are sampled, odd class names, those left out."""
+    """Print what to know before images are drawn: sampling settings, doubtful class names, excluded classes."""
     if sampling_note:
         print(f"{sampling_note}.")
     print_findings(findings)
@@ -318,23 +341,22 @@ def print_notes(
 def open_quality_report(
     output_args: OutputArguments, real_images: dict | None, recorded_in: str | None, hub_token: str | None
 ) -> Callable[[], None] | None:
-    """Return what compares the finished set with the real images; model and images are opened now, and once.
+    """Return a function that compares the finished set with the real images; None without `--quality_report`.
 
-    `recorded_in` is the style token whose record names them.
-
-    None when there is to be no report.
+    Model and images are opened now, so that errors come early. `recorded_in` is the style token whose record names the
+    images.
     """
     if not output_args.quality_report:
         return None
     if real_images is None:
-        raise UserError("--quality_report true: needs the real images; give --dataset_name or --train_dir as well.")
+        raise UserError("--quality_report true: needs the real images; add --dataset_name or --train_dir.")
     from utils.hub.repositories import Source
     from utils.quality.features import load_reference_images, open_feature_model
     from utils.quality.presentation import print_quality
     from utils.quality.report import make_quality_report
 
     model = open_feature_model(output_args.quality_model, "--quality_model", token=hub_token)
-    with named_in_record(RealDataArguments(**real_images), recorded_in):
+    with explain_recorded_name(RealDataArguments(**real_images), recorded_in):
         real, output_dir = load_reference_images(real_images, hub_token), output_args.output_dir
     images = Source(output_dir, "--output_dir", "dataset")
     return lambda: print_quality(make_quality_report(images, real, model, output_dir))
@@ -350,7 +372,7 @@ def main(argv=None) -> dict:
             output_dir, hub_args.hub_dataset_id, "dataset", hub_args.hub_private_repo, hub_args.hub_revision, hub_token
         )
 
-    # What image number n is drawn from
+    # What image number n is made from
     sources = read_sources(source_args, data_args, prompt_args.class_names_file, output_dir, hub_token)
     if source_args.lora is not None:
         sources = replace(sources, lora=open_lora(source_args.lora, source_args.lora_revision, hub_token))
@@ -360,9 +382,7 @@ def main(argv=None) -> dict:
     findings = diagnose(*sources.names_of(labels), sources.chosen_nouns)
     if prompt_args.strict_class_names:
         check_strict(findings)
-    prompts, prompt_settings = make_prompts(
-        sources, labels, prompt_args.prompt_templates, prompt_args.prompt_set, prompt_args.prompts_file
-    )
+    prompts, prompt_settings = prepare_prompts(sources, labels, prompt_args, output_args)
     plan = make_plan(sources, labels, prompts, sampling_args, output_args)
 
     # these take seconds to import: only once the arguments are known to be good
@@ -372,7 +392,7 @@ def main(argv=None) -> dict:
     from utils.synthesis.runner import draw_missing, start_accelerator
     from utils.synthesis.shards import Shards
 
-    # Everything that can be wrong, before a model loads
+    # Find every bad input before a model loads
     there = recorded_setting("mixed_precision", output_dir, output_args.overwrite_output_dir)
     accelerator, options = start_accelerator(sampling_args.mixed_precision, there, output_dir), resolve_options(groups)
     settings = collect_settings(sources, plan, prompt_settings, accelerator.mixed_precision, options)
@@ -392,8 +412,8 @@ def main(argv=None) -> dict:
         shards.check_no_foreign_files()
 
     command = public_command("generate_synthetic.py", argv)
-    go_on = keeping_output(command) if folder.overwrite else command
-    with saying_how_to_go_on(output_dir, lambda: f"{shards.describe_progress()}; go on with: {go_on}"):
+    go_on = without_overwrite_flag(command) if folder.overwrite else command
+    with report_how_to_resume(output_dir, lambda: f"{shards.describe_progress()}; resume with: {go_on}"):
         begin_set(folder, plan, sources)
         uploading = nullcontext()
         if hub_target is not None and accelerator.is_main_process:
@@ -405,10 +425,10 @@ def main(argv=None) -> dict:
         if accelerator.is_main_process:
             record = finish_set(shards, sources, findings)
             write_card(shards, record, command, hub_target, hub_token)
-            if report_quality is not None:  # it loads the set, which takes a card that counts its images
+            if report_quality is not None:  # it loads the set, which needs a card that counts its images
                 report_quality()
                 write_card(shards, record, command, hub_target, hub_token)
-            partial = {} if num_drawn == plan.num_images else {"num_drawn": num_drawn}  # the seconds are of these alone
+            partial = {} if num_drawn == plan.num_images else {"num_drawn": num_drawn}  # which the seconds are for
             run = write_run_config(output_dir, options, started, **partial)
             results = {
                 "num_images": plan.num_images, "num_drawn": num_drawn, "num_redraws": record["num_redraws"],

@@ -11,7 +11,7 @@
     accelerate launch train_bridged.py --train_dir photos --audit
     accelerate launch train_bridged.py --synthetic_dataset user/cars-syn --dry_run
 
-The real images, their columns and their few-shot subset come from the record in the synthetic set; flags win.
+The real images, their columns and their few-shot subset come from the record of the synthetic set; flags override it.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ import numpy as np
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import absolute_if_local, free_options, resolve_options
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import check_joined, public_command, warn_once
+from utils.cli.processes import check_processes_joined, public_command, warn_once
 from utils.cli.records import (
     ALL_RESULTS,
     BRIDGED_CONFIG,
@@ -39,7 +39,7 @@ from utils.cli.records import (
 )
 from utils.cli.run_folder import RunFolder
 from utils.cli.threads import report_threads
-from utils.data.arguments import check_output_outside, check_real_images_given, named_in_record
+from utils.data.arguments import check_output_outside, check_real_images_given, explain_recorded_name
 from utils.data.class_names import match_labels
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_finished, publish_folder
@@ -60,26 +60,26 @@ from utils.transfer.methods import (
 
 logger = logging.getLogger(__name__)
 
-# up to so many real images a class the head of stage 1 beat a fresh one (docs/results.md)
+# up to this many real images per class, the head of stage 1 was better than a fresh one (docs/results.md)
 MAX_IMAGES_FOR_KEPT_HEAD = 4
 LEEP_RESULTS = ("leep_pretrained", "leep_bridged", "leep_num_images", "leep_num_source_classes")
-# the classifier itself, no stage and no training state
+# the classifier itself, without stages and training states
 PUBLISHED_FILES = (
     "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "config.json",
     "preprocessor_config.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md",
     "report.png", ALL_RESULTS, BRIDGED_CONFIG, RUN_CONFIG, "README.md",
 )  # fmt: skip
-OUTPUTS = (*PUBLISHED_FILES[:-1], EVAL_RESULTS)  # a card may hold what a person wrote
+OUTPUTS = (*PUBLISHED_FILES[:-1], EVAL_RESULTS)  # a card may contain text of a person
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple:
-    """Return the arguments, with what the synthetic set's record says for flags that are not given, and that set.
+    """Return the arguments, with values from the synthetic set's record for flags that are not given, and that set.
 
-    Beside the groups of `GROUPS` they hold `groups`, all of them; `chosen_method`, a row of the table with the flags
-    that are given; `real_images_from`, whose record names the real images, None where a flag does; and, once
-    `identify_inputs` has found them, `model_commit` and `real_record`.
+    The arguments have the groups of `GROUPS` by name, and also `groups`, a list of them; `chosen_method`, the row of
+    the table with the given flags; `real_images_from`, the set or folder whose record names the real images, None if a
+    flag does; and, after `identify_inputs`, `model_commit` and `real_record`.
     """
-    from utils.data.real_images import same_image_set
+    from utils.data.real_images import is_same_image_set
     from utils.transfer.synthetic_images import open_synthetic
 
     parser = ScriptArgumentParser(GROUPS.values(), description=f"{__doc__}\n{describe_methods()}")
@@ -93,19 +93,19 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
         if getattr(args.method, name) is None:
             setattr(args.method, name, value)
 
-    # the real images, as the record of the synthetic set names them
+    # the real images, from the record of the synthetic set
     source, recorded = None, None
     given = args.real.dataset_name, args.real.train_dir
     if not training_args.do_train:
-        recorded = read_finished(args)["real_images"]
+        recorded = read_finished_record(args)["real_images"]
     elif synthetic_args.synthetic_dataset is not None:
         source = open_synthetic(
             synthetic_args.synthetic_dataset, synthetic_args.synthetic_dataset_revision, training_args.hub_token
         )
-        recorded = source.record["real_images"]  # None: made for a list of class names
-    elif not only_looks(training_args):
-        check_real_alone(args)
-    if recorded and (given == (None, None) or same_image_set(recorded, *given)):
+        recorded = source.record["real_images"]  # None: made from a list of class names
+    elif not is_preview(training_args):
+        check_without_synthetic(args)
+    if recorded and (given == (None, None) or is_same_image_set(recorded, *given)):
         parser.fill_in([args.real], recorded)
     parser.check_needs(vars(args.real))
     name = synthetic_args.synthetic_dataset or args.real.dataset_name or args.real.train_dir or ""
@@ -113,50 +113,52 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
     is_recorded = bool(recorded) and given == (None, None)
     recorded_in = synthetic_args.synthetic_dataset or training_args.output_dir
     args.real_images_from = recorded_in if is_recorded else None
-    args.model_commit, args.real_record = args.model.model_revision, None  # until the inputs are looked at
+    args.model_commit, args.real_record = args.model.model_revision, None  # until the inputs are identified
     check_arguments(args)
     if training_args.do_train and not training_args.audit and (line := set_precision(training_args, parser.given)):
         warn_once(line)
-    if not only_looks(training_args):
+    if not is_preview(training_args):
         check_output_outside(training_args.output_dir, args.real)
     return args, source
 
 
-def only_looks(training_args: BridgedTrainingArguments) -> bool:
-    """Return whether nothing is trained and written."""
+def is_preview(training_args: BridgedTrainingArguments) -> bool:
+    """Return whether the run only looks at images and needs, and trains and writes nothing."""
     return training_args.audit or training_args.dry_run
 
 
-def read_finished(args: SimpleNamespace) -> dict:
-    """Return the record of the classifier that is to be evaluated.
+def read_finished_record(args: SimpleNamespace) -> dict:
+    """Return the record of the classifier to evaluate.
 
     Raises:
-        UserError: no evaluation is asked for, or there is no finished classifier.
+        UserError: `--do_eval` is missing, or there is no finished classifier.
     """
     if not args.training.do_eval:
         raise UserError(
-            "--no_do_train: leaves nothing to do; add --do_eval to evaluate the classifier in --output_dir."
+            "--no_do_train: nothing is left to do; add --do_eval to evaluate the classifier in --output_dir."
         )
     path = Path(args.training.output_dir) / BRIDGED_CONFIG
     if not path.is_file():
-        raise UserError(f"--output_dir {args.training.output_dir}: holds no finished classifier (no {BRIDGED_CONFIG}).")
+        raise UserError(
+            f"--output_dir {args.training.output_dir}: contains no finished classifier (no {BRIDGED_CONFIG})."
+        )
     return read_record(path)
 
 
-def check_real_alone(args: SimpleNamespace) -> None:
-    """Check that a run without a synthetic set needs none.
+def check_without_synthetic(args: SimpleNamespace) -> None:
+    """Check that a run without a synthetic set does not need one.
 
     Raises:
-        UserError: it does, or names no real images.
+        UserError: it needs one, or no real images are given.
     """
     if args.chosen_method.uses_synthetic:
-        do_without = [name for name, row in METHODS.items() if not row.uses_synthetic]
+        real_only = [name for name, row in METHODS.items() if not row.uses_synthetic]
         raise UserError(
-            f"--synthetic_dataset: --method {args.method.method} needs one; {', '.join(do_without)} do without."
+            f"--synthetic_dataset: required by --method {args.method.method}; not by {', '.join(real_only)}."
         )
     if args.method.match_steps and args.bridge.bridge_max_steps is None:
         raise UserError(
-            f"--match_steps (of --method {args.method.method}, or given): give --synthetic_dataset or "
+            f"--match_steps (given, or from --method {args.method.method}): give --synthetic_dataset or "
             "--bridge_max_steps, the steps to match, or --no_match_steps."
         )
     if args.real.dataset_name is None and args.real.train_dir is None:
@@ -166,18 +168,20 @@ def check_real_alone(args: SimpleNamespace) -> None:
 
 
 def check_arguments(args: SimpleNamespace) -> None:
-    """Check values that need no data.
+    """Check the values that need no data.
 
     Raises:
-        UserError: a value asks for what this script does not do.
+        UserError: a value or a combination is not possible.
     """
-    with named_in_record(args.real, args.real_images_from):
+    with explain_recorded_name(args.real, args.real_images_from):
         check_real_images_given(args.real)
     modes = [("batch_norm", args.stage.batch_norm), ("bridge_batch_norm", args.bridge.bridge_batch_norm)]
     modes += [("batch_norm", stage.settings.get("batch_norm", "frozen")) for stage in args.chosen_method.stages]
     for name, value in modes if args.lora.use_peft else ():
         if value != "frozen":
-            raise UserError(f"--{name} {value}: not with --use_peft; an adapter has no place for statistics.")
+            raise UserError(
+                f"--{name} {value}: not possible with --use_peft, as an adapter does not contain statistics."
+            )
     replays = "replayed" in args.chosen_method.kinds and not args.synthetic.streaming
     if "domain" in [value for _, value in modes] and not replays:
         raise UserError(
@@ -186,41 +190,43 @@ def check_arguments(args: SimpleNamespace) -> None:
     alignment = args.chosen_method.alignment
     if alignment is not None and args.bridge.bridge_freeze_backbone:
         raise UserError(
-            f"--bridge_freeze_backbone: not with --bridge_alignment {alignment.kind} (given, or of --method "
-            f"{args.method.method}), which changes features; leave out one of them."
+            f"--bridge_freeze_backbone: not possible with --bridge_alignment {alignment.kind} (given, or from --method "
+            f"{args.method.method}), which changes features; leave out one of the two."
         )
     if args.synthetic.streaming and args.real.skip_bad_images:
-        warn_once("Warning: --skip_bad_images: no image of a stream is opened first; damaged ones end the run.")
+        warn_once(
+            "Warning: --skip_bad_images: images of a stream are not opened in advance; a damaged one ends the run."
+        )
     if args.synthetic.streaming and "both" in args.chosen_method.kinds:
         raise UserError(
-            f"--streaming: not with --method {args.method.method}, which draws from both kinds of images at random."
+            f"--streaming: not possible with --method {args.method.method}, which mixes both kinds of images at random."
         )
     check_average(args.chosen_method, args.lora.use_peft)
     check_training_arguments(args.training)
 
 
 def load_real(args: SimpleNamespace, parts: tuple[str, ...] = ("train", "validation", "test")):
-    """Return the real images; each of `parts` was opened once.
+    """Return the real images, after opening each image of `parts` once.
 
     Raises:
-        UserError: they cannot be loaded, one is damaged, or none are left to validate or to test on.
+        UserError: they cannot be loaded, one is damaged, or none are left for validation or test.
     """
     from utils.data.image_set import RealImagesRecord
     from utils.data.real_images import load_real_images
     from utils.transfer.run_method import open_real_images
 
-    with named_in_record(args.real, args.real_images_from):
+    with explain_recorded_name(args.real, args.real_images_from):
         record = args.real_record or RealImagesRecord.from_arguments(args.real)
         real = load_real_images(record, args.training.hub_token or None)
     return open_real_images(real, args.training.max_eval_samples, logger.info, parts)
 
 
 def load_images(args: SimpleNamespace, source, pretrained) -> tuple:
-    """Return the real images, the images of the method's stages by kind, and how many of each kind there are.
+    """Return the real images, the images of the method's stages by kind, and their numbers by kind.
 
     Raises:
-        UserError: the images do not go together, are damaged, or a stream's epochs cannot be counted; decoded, they do
-            not fit on the disk.
+        UserError: the classes differ, images are damaged, the epochs of a stream cannot be counted, or the decoded
+            images do not fit on the disk.
     """
     from utils.data.opened_images import open_synthetic
     from utils.data.real_images import describe_small_parts
@@ -241,7 +247,7 @@ def load_images(args: SimpleNamespace, source, pretrained) -> tuple:
             counts["synthetic"] = num_images(source, limit)
             if counts["synthetic"] is None and args.bridge.bridge_max_steps is None:
                 raise UserError(
-                    f"--streaming: the record of {source.name} does not count its images; give --bridge_max_steps."
+                    f"--streaming: the record of {source.name} has no number of images; give --bridge_max_steps."
                 )
         else:
             synthetic, remarks = open_synthetic(synthetic, source.name, real.record.skip_bad_images)
@@ -256,7 +262,7 @@ def load_images(args: SimpleNamespace, source, pretrained) -> tuple:
                 tested = f", {number} of them test images of --fold {real.record.fold}" if number else ""
             logger.warning(
                 f"Warning: the style token has seen {num_leaked} real images outside the {len(real.train)} that this "
-                f"run trains on{tested}, so a method without synthetic images has seen fewer real images."
+                f"run trains on{tested}; a method without synthetic images sees fewer real images."
             )
     trained_on = {"real": real.train, "synthetic": synthetic}
     if args.training.cache_images:
@@ -266,16 +272,16 @@ def load_images(args: SimpleNamespace, source, pretrained) -> tuple:
     is_reset = any(stage.start is not None and stage.head_init == "reset" for stage in method.stages)
     if is_reset and len(real.train) <= MAX_IMAGES_FOR_KEPT_HEAD * len(real.class_names):
         logger.info(
-            f"With {len(real.train)} real images of {len(real.class_names)} classes --head_init keep is likely to be "
+            f"With {len(real.train)} real images of {len(real.class_names)} classes, --head_init keep is likely to be "
             "better than the fresh head of the paper."
         )
     return real, images, counts
 
 
 def describe_run(args: SimpleNamespace, real, source, stages: list[StagePlan], pretrained) -> dict:
-    """Return what `bridged_config.json` holds."""
+    """Return the content of `bridged_config.json`."""
     return {
-        # records of methods without an average have no such entry
+        # no `average` in the records of methods without one
         **{name: value for name, value in vars(args.method).items() if name != "average" or value is not None},
         "stages": [stage.to_dict() for stage in stages],
         "lora": vars(args.lora) if args.lora.use_peft else None,
@@ -295,25 +301,25 @@ def describe_run(args: SimpleNamespace, real, source, stages: list[StagePlan], p
 
 
 def set_up_logging(training_args: BridgedTrainingArguments) -> bool:
-    """Let the main process alone speak, and say whether this is it."""
+    """Let only the main process log, and return whether this is it."""
     import transformers
 
-    logging.basicConfig(format="%(message)s")  # not INFO for all: httpx tells of every request to the Hub
+    logging.basicConfig(format="%(message)s")  # not INFO for all: httpx logs every request to the Hub
     transformers.utils.logging.set_verbosity_error()
-    # joins the processes, and must be the first to do so: a bare PartialState would take CPU processes for single ones
+    # joins the processes; must come first, as a plain PartialState would not join processes on a CPU
     is_main_process = training_args.process_index == 0
-    check_joined(training_args.world_size)
+    check_processes_joined(training_args.world_size)
     report_threads(training_args.device.type)
     for ours in (logger, logging.getLogger("utils")):
         ours.setLevel(logging.INFO if is_main_process else logging.ERROR)
     return is_main_process
 
 
-def look_at_run(args: SimpleNamespace, source) -> dict:
-    """Print what is wrong with the real images and return how often; with `--dry_run` what the run needs, too.
+def preview_run(args: SimpleNamespace, source) -> dict:
+    """Print the problems of the real images and return their numbers; with `--dry_run` also what the run needs.
 
     Raises:
-        UserError: there are no such images, or the synthetic set has other classes.
+        UserError: the images do not exist, or the synthetic set has other classes.
     """
     from utils.data.audit import audit_images, list_findings, print_audit
     from utils.data.image_set import RealImagesRecord
@@ -322,9 +328,9 @@ def look_at_run(args: SimpleNamespace, source) -> dict:
 
     is_main_process = set_up_logging(args.training)
     token = args.training.hub_token or None
-    with named_in_record(args.real, args.real_images_from):
+    with explain_recorded_name(args.real, args.real_images_from):
         record = RealImagesRecord.from_arguments(args.real)
-        disk = list_disk(args, source, record) if args.training.dry_run else []  # before it is filled
+        disk = list_disk(args, source, record) if args.training.dry_run else []  # before the downloads
         real = load_real_images(record, token)
     for remark in real.remarks:
         logger.info(remark)
@@ -344,10 +350,10 @@ def look_at_run(args: SimpleNamespace, source) -> dict:
 
 
 def decode_once(sets: dict, pretrained) -> dict:
-    """Return the sets with their images decoded, each for its crops, after saying what that takes on the disk.
+    """Return the sets with decoded images, after logging the disk space that these take.
 
     Raises:
-        UserError: there is no room for them.
+        UserError: they do not fit on the disk.
     """
     from utils.transfer.image_cache import cache_images, describe_cache
     from utils.transfer.image_format import read_image_format
@@ -358,20 +364,20 @@ def decode_once(sets: dict, pretrained) -> dict:
 
 
 def list_disk(args: SimpleNamespace, source, record) -> list:
-    """Return what loading the real images and the synthetic set writes to the disk."""
-    from utils.forecast.inputs import data_set_disk, real_set_disk
+    """Return the disk use of loading the real images and the synthetic set."""
+    from utils.forecast.inputs import dataset_disk, real_set_disk
     from utils.hub.repositories import Source
     from utils.transfer.synthetic_images import FLAG
 
     token = args.training.hub_token or None
     disk = real_set_disk(record, token)
     if source is not None and not args.synthetic.streaming:
-        disk += data_set_disk(Source(source.name, FLAG, "dataset", source.revision, token))
+        disk += dataset_disk(Source(source.name, FLAG, "dataset", source.revision, token))
     return disk
 
 
 def show_needs(args: SimpleNamespace, source, real, synthetic, disk: list) -> dict:
-    """Print what the run needs in memory, time and disk, and return it; a line says why something is unknown."""
+    """Print and return the memory, time and disk that the run needs; a line says why something is unknown."""
     from utils.forecast.memory import available_bytes
     from utils.forecast.report import print_forecast
     from utils.transfer.classifiers import open_classifier
@@ -389,18 +395,18 @@ def show_needs(args: SimpleNamespace, source, real, synthetic, disk: list) -> di
             times = [forecast_time(pretrained, real, stages, training_args, is_known=are_steps_known(args, source))]
             disk.append(outputs_disk(memory.training, len(stages), training_args))
     except UserError as error:
-        logger.warning(f"Not all of what the run needs is known: {error}")
+        logger.warning(f"The forecast is incomplete: {error}")
     return print_forecast(memory, available_bytes(training_args.device), times, disk, logger.info)
 
 
 def are_steps_known(args: SimpleNamespace, source) -> bool:
-    """Return whether the steps of all stages are known: those on synthetic images depend on the set, or are given."""
+    """Return whether the steps of all stages are known; on synthetic images they need the set or a flag."""
     method, is_given = args.chosen_method, args.bridge.bridge_max_steps is not None
     return source is not None or is_given or not (method.uses_synthetic or args.method.match_steps)
 
 
 def plan_ahead(args: SimpleNamespace, source, real, synthetic) -> list[StagePlan]:
-    """Return the stages that would be trained, without a guard's measurement."""
+    """Return the stages that would be trained, without the measurement of a guard."""
     from utils.transfer.run_method import images_per_class
     from utils.transfer.synthetic_images import num_images
 
@@ -414,10 +420,10 @@ def plan_ahead(args: SimpleNamespace, source, real, synthetic) -> list[StagePlan
 
 
 def evaluate_finished(args: SimpleNamespace) -> dict:
-    """Evaluate the finished classifier in `--output_dir` on the test images, write and return `eval_results.json`.
+    """Evaluate the finished classifier in `--output_dir` on the test images; write and return `eval_results.json`.
 
     Raises:
-        UserError: the real images have other classes than the classifier.
+        UserError: the classes of the real images differ from those of the classifier.
     """
     from utils.transfer.classifiers import load_classifier, load_image_processor
     from utils.transfer.evaluation import predict, test_metrics
@@ -428,7 +434,7 @@ def evaluate_finished(args: SimpleNamespace) -> dict:
     output_dir = Path(args.training.output_dir)
     class_names = read_record(output_dir / BRIDGED_CONFIG)["class_names"]
     real = load_real(args, ("test",))
-    # found by name: the same images may come with their classes in another case or order
+    # by name: the images' classes may have another case or order
     places = match_labels(class_names, real.class_names, f"--output_dir {output_dir}:", "the classifier")
     trust = {"trust_remote_code": args.model.trust_remote_code}
     model = load_classifier(str(output_dir), class_names, False, args.training.seed, **trust)
@@ -443,10 +449,10 @@ def evaluate_finished(args: SimpleNamespace) -> dict:
 
 
 def identify_inputs(args: SimpleNamespace, source) -> dict[str, str]:
-    """Return what tells the contents of model and images from others, by flag; pin their commits for the whole run.
+    """Return what identifies the contents of model and images, by flag, and pin their commits for the run.
 
     Raises:
-        UserError: one of them is neither a folder nor a repository that can be read.
+        UserError: one of them is neither a folder nor a readable repository.
     """
     from utils.data.image_set import RealImagesRecord
     from utils.data.real_images import identify_real_images
@@ -457,7 +463,7 @@ def identify_inputs(args: SimpleNamespace, source) -> dict[str, str]:
     classifier = open_classifier(args.model.model_name_or_path, args.model_commit, token)
     record = args.real_record or RealImagesRecord.from_arguments(args.real)
     args.model_commit = classifier.revision
-    with named_in_record(args.real, args.real_images_from):
+    with explain_recorded_name(args.real, args.real_images_from):
         args.real_record, inputs = identify_real_images(record, token)
     inputs["model_name_or_path"] = classifier.identity(list_loaded_files)
     if source is not None:
@@ -466,10 +472,10 @@ def identify_inputs(args: SimpleNamespace, source) -> dict[str, str]:
 
 
 def open_folder(args: SimpleNamespace, inputs: dict[str, str]) -> tuple:
-    """Return the output folder, whether its classifier is finished, and where on the Hub it is published, if it is.
+    """Return the output folder, whether its classifier is finished, and its target on the Hub, if any.
 
     Raises:
-        UserError: it is the folder of another run, or cannot be written; what `open_target` raises.
+        UserError: the folder belongs to another run or cannot be written; what `open_target` raises.
     """
     training_args, options = args.training, resolve_options(args.groups)
     folder = RunFolder(
@@ -489,9 +495,9 @@ def open_folder(args: SimpleNamespace, inputs: dict[str, str]) -> tuple:
 
 
 def choose_learning_rate(args: SimpleNamespace) -> str | None:
-    """Set the learning rates that are not given, by what kind of model is trained, and return why.
+    """Set the learning rates that are not given, by the kind of model, and return the reason.
 
-    Where `--learning_rate` is given it is that of all stages, and there is nothing to return.
+    If `--learning_rate` is given, it applies to all stages, and None is returned.
     """
     from utils.transfer.classifiers import default_learning_rates
 
@@ -517,10 +523,10 @@ def choose_learning_rate(args: SimpleNamespace) -> str | None:
 
 
 def open_checkpoint(args: SimpleNamespace):
-    """Return the checkpoint that is to be adapted, without its weights.
+    """Return the checkpoint to adapt, without its weights.
 
     Raises:
-        UserError: there is no such classifier.
+        UserError: the classifier does not exist.
     """
     from utils.transfer.adapters import LoraSettings
     from utils.transfer.stage import open_pretrained
@@ -532,16 +538,16 @@ def open_checkpoint(args: SimpleNamespace):
 
 
 def open_model(args: SimpleNamespace, options: dict):
-    """Return the checkpoint that is to be adapted, after a trial run of two images.
+    """Return the checkpoint to adapt, after a trial run of two images.
 
     Raises:
-        UserError: there is no such classifier, or it cannot be trained as the flags say.
+        UserError: the classifier does not exist, or cannot be trained with these flags.
     """
     from utils.transfer.rehearsal import rehearse
 
     pretrained, stages = open_checkpoint(args), args.chosen_method.stages
     trial_settings = stage_settings(args.chosen_method, options, {"real": 1, "both": 1}, 1)[1]
-    head_inits = {stage.head_init for stage in stages}  # what a guard chooses is tried by it
+    head_inits = {stage.head_init for stage in stages}  # a guard tries its own choice
     rehearse(pretrained, trial_settings, args.training, head_inits, args.chosen_method.alignment)
     return pretrained
 
@@ -549,7 +555,7 @@ def open_model(args: SimpleNamespace, options: dict):
 def plan_run(
     args: SimpleNamespace, options: dict, real, images: dict, num_images: dict[str, int], pretrained
 ) -> tuple[list[StagePlan], dict]:
-    """Return the stages that are to be trained, and what a guard measured; say how images are shared out if they are.
+    """Return the stages to train and the measurements of a guard; log how a method that replays divides its steps.
 
     Raises:
         UserError: what `check_stages` raises.
@@ -576,9 +582,9 @@ def plan_run(
 def measure_leep(
     args: SimpleNamespace, pretrained, train_images, names: list[str], results: dict, stage: StagePlan, model
 ) -> None:
-    """Put LEEP of the checkpoint and of stage 1's model into `results`, after that stage, else after the first.
+    """Put LEEP of the checkpoint and of stage 1's model into `results`, after stage 1 or else the first stage.
 
-    `names` are those of the stages.
+    `names` are the names of the stages.
     """
     from utils.transfer.evaluation import leep_results
     from utils.transfer.image_format import EvalImages
@@ -593,7 +599,7 @@ def measure_leep(
 
 
 def write_results(args: SimpleNamespace, model_id: str, pretrained, config: dict, results: dict, done, command: str):
-    """Write the classifier, its results, their pictures and the model card; print the results."""
+    """Write the classifier, its results, report.png and the model card; print the results."""
     from utils.hub.cards import read_licenses
     from utils.transfer.adapters import save_merged
     from utils.transfer.classifiers import save_classifier
@@ -618,8 +624,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
     args, source = parse_arguments(argv)
     training_args = args.training
-    if only_looks(training_args):
-        return look_at_run(args, source)
+    if is_preview(training_args):
+        return preview_run(args, source)
     if not training_args.do_train:
         return evaluate_finished(args)
 
@@ -633,7 +639,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         return read_record(folder.path / ALL_RESULTS)
     resume = folder.is_resumable(training_args.resume_from_checkpoint == "latest")
 
-    # these take seconds to import: only once the arguments are known to be good
+    # imports that take seconds, after the arguments are checked
     import transformers
     from accelerate import PartialState
 
@@ -650,7 +656,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             rates.append(f"--bridge_learning_rate {args.bridge.bridge_learning_rate:g}")
         logger.info(f"{', '.join(rates)}: {rate_reason}.")
 
-    # model: what it cannot do is found before the images are read
+    # model: its problems are found before the images are read
     pretrained = open_model(args, options)
 
     # images and stages
@@ -663,14 +669,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
             folder.begin()
         PartialState().wait_for_everyone()
         leep = dict.fromkeys(LEEP_RESULTS)
-        transformers.utils.logging.disable_progress_bar()  # what is to be downloaded is; the rest are moments
+        transformers.utils.logging.disable_progress_bar()  # all downloads are done
         done = run_method(
             stages, images, EvalImages(real.test, pretrained.image_processor), pretrained, real.class_names,
             training_args, lambda stage: folder.path, validation=real.validation, resume=resume, inputs=inputs,
             after_stage=partial(measure_leep, args, pretrained, real.train, [stage.name for stage in stages], leep),
         )  # fmt: skip
 
-        # results: the one time that the test images are read
+        # results: the only use of the test images
         results = add_totals(leep | guard | done.results, list(done.log_histories)) | test_metrics(
             done.logits, done.labels
         )
@@ -680,7 +686,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             model_id = hub_target.repo_id if hub_target else folder.path.resolve().name
             write_results(args, model_id, pretrained, config, results, done, command)
             folder.write_run_config(started)
-            folder.finish(config)  # last: its presence says that the classifier is finished
+            folder.finish(config)  # last, as it marks the classifier as finished
             if hub_target is not None:
                 publish_folder(folder.path, hub_target, PUBLISHED_FILES)
     return results

@@ -8,8 +8,8 @@
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --gradient_checkpointing
     accelerate launch train_dsi.py recipe.yaml --output_dir cars-style
 
-The diffusion model stays frozen; only the token's rows are trained, over the images of all classes, with the class name
-in every prompt (bridged transfer, arXiv 2403.19866).
+The diffusion model stays frozen; only the token's embedding is trained, on the images of all classes, with the class
+name in every prompt (bridged transfer, arXiv 2403.19866).
 """
 
 import dataclasses
@@ -24,14 +24,18 @@ from utils.cli.contents import describe_files
 from utils.cli.errors import UserError, run_script
 from utils.cli.options import free_options, option, resolve_options, with_flag, with_value
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.precision import allow_tf32, choose_precision, precision_of, recorded_precision
-from utils.cli.processes import check_joined, public_command, warn_once
-from utils.cli.records import DSI_CONFIG, read_record
+from utils.cli.precision import allow_tf32, choose_precision, precision_from_options
+from utils.cli.processes import check_processes_joined, public_command, warn_once
+from utils.cli.records import DSI_CONFIG, RUN_CONFIG, read_record
 from utils.cli.run_folder import CHECKPOINTS, RunFolder
 from utils.cli.threads import report_threads
 from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given
 from utils.data.class_names import prompt_nouns, read_class_names_file
 from utils.data.prompts import (
+    ARTICLE_HELP,
+    ARTICLES,
+    AS_WRITTEN,
+    AUTO,
     CLASSLESS_TEMPLATE,
     DSI_TEMPLATE,
     PLAIN_TEMPLATE,
@@ -42,7 +46,7 @@ from utils.data.prompts import (
 )
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_finished, publish_folder
-from utils.hub.targets import TO_PUBLISH, HubArguments, open_target
+from utils.hub.targets import WITH_PUSH_TO_HUB, HubArguments, open_target
 from utils.style.base_models import open_base_model
 from utils.style.card import OUTPUTS, PUBLISHED_FILES, describe_token, write_records
 
@@ -64,19 +68,22 @@ class ModelArguments:
 class TokenArguments:
     _argument_group_name = "style token and prompts"
 
-    placeholder_token: str = option("<dsi-style>", "The token's name, new to the tokenizer.")
-    num_vectors: int = option(1, "Embedding rows of the token, 1 or more.")
+    placeholder_token: str = option("<dsi-style>", "Name of the token; must be new to the tokenizer.")
+    num_vectors: int = option(1, "Number of embedding vectors of the token, 1 or more.")
     initializer_token: str = option(
-        "auto", "Word (one token) whose embedding is the start; auto takes that of a few words with the lowest loss, "
-        "and begins again from the next if the token has learned nothing after a tenth of the steps.",
+        "auto", "Word (a single token) whose embedding the token starts from; auto: of a few words the one with the "
+        "lowest loss, and the next one if the token learns nothing in a tenth of the steps.",
     )  # fmt: skip
     prompt_templates: list[str] | None = option(
-        None, f"Prompts with {{class}} and {{token}}; each image of a step draws one. '{DSI_TEMPLATE}' when not given."
+        None, f"Prompts with {{class}} and {{token}}; each image draws one at random (default: '{DSI_TEMPLATE}')."
     )
-    prompt_templates_file: str | None = option(None, "More prompts, one a line (or a JSON or YAML list).")
-    include_class_name: bool = option(True, "When false, prompts have no {class}: plain textual inversion, to compare.")
+    prompt_templates_file: str | None = option(None, "File with more prompts: one per line, or a JSON or YAML list.")
+    article: str | None = option(AUTO, ARTICLE_HELP, choices=ARTICLES, needs=[with_flag("include_class_name")])
+    include_class_name: bool = option(
+        True, "Whether prompts name the class; false is plain textual inversion, for comparison."
+    )
     class_names_file: str | None = option(
-        None, "How class names are written in prompts: JSON or YAML mapping of name to noun, or a list."
+        None, "Nouns for the classes in prompts: a JSON or YAML mapping of class names to nouns, or a list."
     )
 
 
@@ -84,9 +91,11 @@ class TokenArguments:
 class ImageArguments:
     _argument_group_name = "images for the token"
 
-    resolution: int | None = option(None, "Pixels a side, a multiple of 8; the base model's own when not given.")
+    resolution: int | None = option(
+        None, "Side of the images in pixels, a multiple of 8 (default: the base model's own)."
+    )
     latent_cache_dir: str | None = option(
-        None, "Where encoded images are kept; in the Hugging Face cache when not given.", affects_result=False
+        None, "Folder for encoded images (default: in the Hugging Face cache).", affects_result=False
     )
 
 
@@ -98,99 +107,132 @@ class TrainingArguments:
 
     output_dir: str = option("dsi-style", "Folder for the token, its record and its card.", affects_result=False)
     dry_run: bool = option(
-        False, "Show what the run needs in memory, time and disk, after two steps with random weights; train nothing.",
+        False, "Print the memory, time and disk that the run needs, estimated from two steps with random weights; "
+        "train nothing.",
         affects_result=False,
     )  # fmt: skip
-    overwrite_output_dir: bool = option(False, "Start from scratch where there is a token.", affects_result=False)
-    train_batch_size: int = option(8, "Images per process and forward pass; where memory is short, they are divided.")
-    gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step, 1 or more.")
-    max_train_steps: int = option(20_000, "Optimiser steps, at most; the default is the paper's.")
+    overwrite_output_dir: bool = option(
+        False, "Replace the token that is already in --output_dir.", affects_result=False
+    )
+    train_batch_size: int = option(8, "Images per process and forward pass; split up if memory runs out.")
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step, 1 or more.")
+    max_train_steps: int = option(20_000, "Maximum number of optimizer steps; the default is the paper's.")
     early_stopping: bool = option(
-        True, "End where the loss on held-out images with fixed noise has not improved beyond its own noise for three "
-        "twentieths of --max_train_steps.",
+        True, "Stop once the loss on held-out images, at fixed noise, has not improved beyond its standard error for "
+        "15%% of --max_train_steps.",
     )  # fmt: skip
     learning_rate: float = option(5e-4, "Peak learning rate of AdamW, above 0.")
-    lr_scheduler: str = option("constant", "Schedule.", choices=LR_SCHEDULERS)
+    lr_scheduler: str = option("constant", "Learning rate schedule.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = option(
         0, "Steps of linear warm-up, 0 or more.", needs=[with_value("lr_scheduler", *LR_SCHEDULERS[1:])]
     )
     mixed_precision: str | None = option(
-        None, "Of the frozen model; the token is float32. When not given, what `accelerate launch` says, else bf16 on "
-        "a GPU that has it, fp16 on another, float32 on a CPU; no is float32.",
+        None, "Precision of the frozen model; no is float32, as the token always is (default: that of `accelerate "
+        "launch`, else bf16 on GPUs that support it, fp16 on others, no on a CPU).",
         choices=("no", "fp16", "bf16"),
     )  # fmt: skip
     gradient_checkpointing: bool = option(
-        False, "Less memory, about a third slower; turned on where one image at a time does not fit."
+        False, "Use less memory, about a third slower; turned on automatically if a single image does not fit."
     )
-    torch_compile: bool = option(False, "Compile the U-Net: minutes first, then faster.")
+    torch_compile: bool = option(False, "Compile the U-Net: takes minutes at the start, then trains faster.")
     torch_compile_backend: str = option("inductor", "Backend of torch.compile.", needs=[with_flag("torch_compile")])
-    dataloader_num_workers: int = option(0, "Processes that prepare steps ahead, 0 or more.", affects_result=False)
-    seed: int = option(0, "Seed of everything that is drawn, 0 or more.")
+    dataloader_num_workers: int = option(
+        0, "Processes that prepare batches in advance, 0 or more.", affects_result=False
+    )
+    seed: int = option(0, "Random seed, 0 or more.")
 
 
 @dataclass
 class MonitoringArguments:
     _argument_group_name = "checkpoints and monitoring"
 
-    checkpointing_steps: int = option(1000, "Save a checkpoint every so many steps.", affects_result=False)
+    checkpointing_steps: int = option(1000, "Steps between checkpoints.", affects_result=False)
     checkpoints_total_limit: int | None = option(
-        None, "Keep so many checkpoints, the latest; all when not given.", affects_result=False
+        None, "Number of checkpoints to keep, the latest ones (default: all).", affects_result=False
     )
     resume_from_checkpoint: str | None = option(
-        None, "Go on from a checkpoint's folder, or from the 'latest' in --output_dir.", affects_result=False
+        None,
+        "Folder of a checkpoint to resume from, or 'latest' for the latest one in --output_dir.",
+        affects_result=False,
     )
     validation_steps: int = option(
-        2000, "Measure and draw the before/after picture every so many steps, and at the end.", affects_result=False
+        2000,
+        "Steps between measurements with a before/after picture; one more follows at the end.",
+        affects_result=False,
     )
-    num_validation_images: int = option(8, "Columns of the before/after picture, a class each; 0 for no picture.")
+    num_validation_images: int = option(8, "Columns of the before/after picture, one class each; 0 for no picture.")
     report_to: str = option("none", "Tracker: tensorboard, wandb, trackio or none.", affects_result=False)
 
 
 @dataclass
 class PublishingArguments(HubArguments):
     hub_model_id: str | None = option(
-        None, "Repository of the token; the output folder's name under you when not given.", affects_result=False,
-        needs=TO_PUBLISH,
+        None, "Repository of the token (default: the output folder's name, in your account).", affects_result=False,
+        needs=WITH_PUSH_TO_HUB,
     )  # fmt: skip
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple:
-    """Return the argument groups; check what can be checked without a model or an image."""
-    groups = ScriptArgumentParser(
+    """Return the argument groups, after every check that needs no model and no image."""
+    parser = ScriptArgumentParser(
         (ModelArguments, RealDataArguments, TokenArguments, ImageArguments, TrainingArguments, MonitoringArguments,
          PublishingArguments),
         description=__doc__,
-    ).parse(argv)  # fmt: skip
+    )  # fmt: skip
+    groups = parser.parse(argv)
     _, data_args, token_args, image_args, training_args, monitoring_args, _ = groups
     if image_args.resolution is not None and image_args.resolution % 8:
         raise UserError(f"--resolution {image_args.resolution}: must be a multiple of 8.")
     check_real_images_given(data_args)
     read_templates(token_args)
-    set_precision(training_args, monitoring_args)
+    keep_choices(token_args, training_args, monitoring_args, parser.given)
     return groups
 
 
-def set_precision(training_args: TrainingArguments, monitoring_args: MonitoringArguments) -> None:
-    """Set the precision, part of a run's options: a checkpoint is not gone on from in another one. Say what is chosen.
+def keep_choices(
+    token_args: TokenArguments, training_args: TrainingArguments, monitoring_args: MonitoringArguments, given: set[str]
+) -> None:
+    """Set precision and article to those of the run to resume, unless the flags are `given`.
+
+    A checkpoint can only be resumed with its own options. The article is None for a run of an earlier version, which
+    had no such option.
 
     Raises:
-        UserError: what is in the output folder is no record.
+        UserError: the output folder or the checkpoint holds a malformed record.
     """
-    folder, resume, recorded = training_args.output_dir, monitoring_args.resume_from_checkpoint, None
-    if resume not in (None, "latest"):
-        from utils.style.checkpoints import STATE_RECORD  # takes seconds
-
-        if (path := Path(resume) / STATE_RECORD).is_file():
-            folder, recorded = resume, precision_of(read_record(path)["progress"]["options"])
-    elif not training_args.overwrite_output_dir:
-        recorded = recorded_precision(folder)
+    folder, options = find_begun_options(training_args, monitoring_args)
+    recorded = precision_from_options(options) if options is not None else None
     training_args.mixed_precision, line = choose_precision(training_args.mixed_precision, recorded, folder)
     if line:
         warn_once(line)
+    is_asked = "article" in given and token_args.article != AS_WRITTEN
+    if options is not None and "article" not in options and not is_asked:
+        token_args.article = None
+
+
+def find_begun_options(
+    training_args: TrainingArguments, monitoring_args: MonitoringArguments
+) -> tuple[Path, dict | None]:
+    """Return the folder of the run to resume and the options that it recorded, None where there is no such run."""
+    folder, resume = Path(training_args.output_dir), monitoring_args.resume_from_checkpoint
+    if resume not in (None, "latest"):
+        folder, checkpoints = Path(resume), [Path(resume)]
+    elif training_args.overwrite_output_dir:
+        return folder, None
+    elif (path := folder / RUN_CONFIG).is_file():
+        return folder, read_record(path).get("options", {})
+    else:  # earlier versions wrote that record at the end
+        checkpoints = [path for pattern in CHECKPOINTS for path in sorted(folder.glob(pattern))]
+    if checkpoints:
+        from utils.style.checkpoints import STATE_RECORD  # takes seconds
+
+        if (path := checkpoints[-1] / STATE_RECORD).is_file():
+            return folder, read_record(path)["progress"]["options"]
+    return folder, None
 
 
 def read_templates(token_args: TokenArguments) -> list[str]:
-    """Return the prompt templates, those of the flag before those of the file."""
+    """Return the prompt templates of the flag, then those of the file."""
     with_class, path = token_args.include_class_name, token_args.prompt_templates_file
     given = token_args.prompt_templates or [DSI_TEMPLATE if with_class else CLASSLESS_TEMPLATE]
     more = read_templates_file(path) if path else []
@@ -201,10 +243,10 @@ def read_templates(token_args: TokenArguments) -> list[str]:
 
 
 def identify_inputs(groups: list, base_model, real_images) -> tuple:
-    """Return the real images' record, its commit pinned, and what tells the contents of each input from others.
+    """Return the real images' record, pinned to a commit, and the identity of each input's contents.
 
     Raises:
-        UserError: the real images are neither a folder nor a repository that can be read.
+        UserError: the real images are not in a readable folder or repository.
     """
     from utils.data.image_set import RealImagesRecord
     from utils.data.real_images import identify_real_images
@@ -214,18 +256,18 @@ def identify_inputs(groups: list, base_model, real_images) -> tuple:
     inputs["pretrained_model_name_or_path"] = base_model.identity
     for name in ("prompt_templates_file", "class_names_file"):
         path = getattr(token_args, name)
-        if path is not None and Path(path).is_file():  # else what reads it says so
+        if path is not None and Path(path).is_file():  # otherwise reading it raises the error
             inputs[name] = describe_files(Path(path).parent, [Path(path).name])
     return real_images, inputs
 
 
 def open_inputs(groups: list) -> tuple:
-    """Return the base model, the real images' record, the prompt templates, and what tells all inputs from others.
+    """Return the base model, the real images' record, the prompt templates, and the identity of each input.
 
-    What is read of them is read after they are identified, so that it is of what is recorded.
+    Inputs are identified before they are read, so that a change in between cannot go unnoticed.
 
     Raises:
-        UserError: what `open_base_model` and `identify_inputs` raise.
+        UserError: from `open_base_model` and `identify_inputs`.
     """
     model_args, data_args, token_args, *_, hub_args = groups
     open_model = partial(
@@ -237,11 +279,14 @@ def open_inputs(groups: list) -> tuple:
 
 
 def open_folder(groups: list, inputs: dict[str, str]) -> tuple:
-    """Return the output folder, whether its token is finished, and where on the Hub it is published, if it is."""
-    _, data_args, _, _, training_args, _, hub_args = groups
+    """Return the output folder, whether its token is finished, and the Hub repository to publish to, if any."""
+    _, data_args, token_args, _, training_args, _, hub_args = groups
     check_output_outside(training_args.output_dir, data_args)
+    options = resolve_options(groups)
+    if token_args.article is None:  # a run of an earlier version
+        del options["article"]
     folder = RunFolder(
-        Path(training_args.output_dir), "a style token", resolve_options(groups), DSI_CONFIG, traces=CHECKPOINTS,
+        Path(training_args.output_dir), "a style token", options, DSI_CONFIG, traces=CHECKPOINTS,
         free=free_options(groups), overwrite=training_args.overwrite_output_dir, inputs=inputs, outputs=OUTPUTS,
     )  # fmt: skip
     is_finished, hub_target = folder.is_finished, None
@@ -257,7 +302,7 @@ def open_folder(groups: list, inputs: dict[str, str]) -> tuple:
 
 
 def start_accelerator(training_args: TrainingArguments, monitoring_args: MonitoringArguments):
-    """Return the `Accelerator`, with a tracker if one is asked for, and seed what is drawn beside the steps."""
+    """Return the `Accelerator`, with a tracker if requested; seed what is drawn outside the steps."""
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
@@ -266,7 +311,7 @@ def start_accelerator(training_args: TrainingArguments, monitoring_args: Monitor
     available = [str(name) for name in get_available_trackers()]
     if tracker != "none" and tracker not in available:
         raise UserError(
-            f"--report_to {tracker}: is not installed, or no tracker that accelerate knows; installed are "
+            f"--report_to {tracker}: not installed, or not a tracker of accelerate; installed: "
             f"{', '.join(available) or 'none'}."
         )
     try:
@@ -277,9 +322,9 @@ def start_accelerator(training_args: TrainingArguments, monitoring_args: Monitor
             # processes wait for each other while images are encoded and pictures drawn
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
         )
-    except ValueError as error:  # fp16 without a GPU, bf16 on one that has none
+    except ValueError as error:  # fp16 without a GPU, bf16 on a GPU without it
         raise UserError(f"--mixed_precision {training_args.mixed_precision}: {error}") from None
-    check_joined(accelerator.num_processes)
+    check_processes_joined(accelerator.num_processes)
     report_threads(accelerator.device.type)
     accelerator.gradient_accumulation_steps = 1  # the loop accumulates, whatever `accelerate launch` says
     allow_tf32(accelerator.device)
@@ -288,20 +333,21 @@ def start_accelerator(training_args: TrainingArguments, monitoring_args: Monitor
 
 
 def prepare_prompts(tokenizers: list, class_names: list[str], templates: list[str], token_args, device) -> tuple:
-    """Return how classes are called in prompts, and the token ids of all prompts, none of which is cut."""
+    """Return the nouns of the classes, and the token ids of all prompts, after a check that none is truncated."""
     from utils.style.token import PromptIds, check_prompt_lengths
 
     corrections = read_class_names_file(token_args.class_names_file, class_names) if token_args.class_names_file else {}
     nouns = prompt_nouns(class_names, corrections)
     words = token_text(token_args.placeholder_token, token_args.num_vectors)
-    prompts = [render_prompt(template, noun, words) for template in templates for noun in nouns]
+    article = token_args.article or AS_WRITTEN
+    prompts = [render_prompt(template, noun, words, article) for template in templates for noun in nouns]
     check_prompt_lengths(tokenizers, prompts)
     plain_prompts = [render_prompt(PLAIN_TEMPLATE, noun) for noun in nouns]
     return nouns, PromptIds.tokenize(tokenizers, prompts, plain_prompts, device)
 
 
 def prepare_optimizer(rows: list, training_args: TrainingArguments) -> tuple:
-    """Return AdamW for the token's rows, and its learning rate schedule over the optimiser's steps."""
+    """Return AdamW for the token's rows, and its learning rate schedule."""
     import torch
     from diffusers.optimization import get_scheduler
 
@@ -311,7 +357,7 @@ def prepare_optimizer(rows: list, training_args: TrainingArguments) -> tuple:
 
 
 def prepare_unet(unet, training_args: TrainingArguments):
-    """Return the U-Net as training calls it; `unet` itself stays what measuring and drawing call."""
+    """Return the U-Net for training, compiled if requested; evaluation and pictures use `unet` itself."""
     import torch
 
     if training_args.gradient_checkpointing:
@@ -322,7 +368,7 @@ def prepare_unet(unet, training_args: TrainingArguments):
 
 
 def denoising_loss(batch: dict, denoiser):
-    """Return the loss of textual inversion (Gal et al. 2022) with prompts that name class and style token."""
+    """Return the loss of textual inversion (Gal et al. 2022), with prompts that name the class and the style token."""
     from torch.nn import functional as F
 
     latents, noise, timesteps = (
@@ -335,7 +381,7 @@ def denoising_loss(batch: dict, denoiser):
 
 
 def prepare_steps(latents, images, num_templates: int, noise_scheduler, accelerator, training_args: TrainingArguments):
-    """Return this process's share of what each step trains on."""
+    """Return this process's share of each training step."""
     import torch
 
     from utils.style.style_images import TrainingSteps
@@ -350,7 +396,7 @@ def prepare_steps(latents, images, num_templates: int, noise_scheduler, accelera
 
 
 def divide_steps(unet, training_args: TrainingArguments):
-    """Return how many images go through the U-Net at a time: `--train_batch_size`, fewer where memory is short."""
+    """Return what decides how many images pass the U-Net at once: `--train_batch_size`, fewer if memory runs out."""
     from utils.cli.memory import MicroBatching
 
     enable = None if training_args.gradient_checkpointing else unet.enable_gradient_checkpointing
@@ -361,7 +407,7 @@ def divide_steps(unet, training_args: TrainingArguments):
 
 
 def accumulate_gradients(batch: dict, denoiser, micro_batching, accelerator):
-    """Add the gradients of this process's share of a step, a micro-batch after another; return its loss."""
+    """Accumulate the gradients of this process's share of a step over micro-batches; return its loss."""
     import torch
 
     from utils.style.style_images import micro_batches
@@ -371,16 +417,16 @@ def accumulate_gradients(batch: dict, denoiser, micro_batching, accelerator):
     for part in parts:
         loss, size = denoising_loss(part, denoiser), len(part["labels"])
         accelerator.backward(loss / (num_images / size))
-        losses.append(loss.detach() * (size * len(parts) / num_images))  # parts may differ by one image
+        losses.append(loss.detach() * (size * len(parts) / num_images))  # parts can differ in size by one image
     return torch.stack(losses).mean()
 
 
 def train(steps, denoiser, state, monitor, accelerator, training_args: TrainingArguments) -> None:
-    """Move the token's rows from the step that `state` is at to the last; the monitor is told of all that happens."""
+    """Train the token's rows from the current step of `state` to the last one; report everything to the monitor."""
     from torch.utils.data import DataLoader
 
     micro_batching, optimizer = state.micro_batching, state.optimizer
-    while not monitor.is_over:  # again from step 0 where the token learned nothing from a word
+    while not monitor.is_over:  # again from step 0 if the token learned nothing from its first word
         loader = DataLoader(
             steps, sampler=range(state.step, training_args.max_train_steps), batch_size=None,
             num_workers=training_args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda",
@@ -388,7 +434,7 @@ def train(steps, denoiser, state, monitor, accelerator, training_args: TrainingA
         for batch in monitor.watch(loader):
             attempt = partial(accumulate_gradients, batch, denoiser, micro_batching, accelerator)
             loss = micro_batching.run(attempt, undo=optimizer.zero_grad)
-            if accelerator.num_processes > 1:  # not by DDP: a process that runs out of memory must not leave it waiting
+            if accelerator.num_processes > 1:  # not with DDP, which would wait for a process that ran out of memory
                 for rows in state.rows:
                     rows.grad = accelerator.reduce(rows.grad, "mean")
             optimizer.step()
@@ -403,9 +449,9 @@ def open_monitor(
     accelerator, folder, state, denoiser, images, held_out_latents, nouns: list[str], words: dict,
     training_args: TrainingArguments, monitoring_args: MonitoringArguments,
 ):  # fmt: skip
-    """Return what the training loop reports to.
+    """Return the monitor that the training loop reports to.
 
-    Measured and drawn on the way, and now with the untrained token, are always the same images, noise and classes.
+    It uses the same images, noise and classes each time, first with the untrained token.
     """
     from utils.style.monitor import BeforeAfter, HealthCheck, Monitor
 
@@ -421,10 +467,10 @@ def open_monitor(
 
 
 def show_needs(groups: list, base_model, real_images, templates: list[str]) -> dict:
-    """Print what the run needs, for `--dry_run`, and return it; its real images are loaded, and nothing is written.
+    """Print and return what the run needs, for `--dry_run`: load the real images, but write nothing.
 
     Raises:
-        UserError: what loading the images and checking the prompts raise.
+        UserError: from loading the images and checking the prompts.
     """
     import torch
 
@@ -497,7 +543,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         save_learned_embeds,
     )
 
-    # Tokenizers, images and prompts: everything that can be wrong, before a model loads
+    # Tokenizers, images and prompts: find every bad input before a model loads
     checkpoint = find_checkpoint(folder, monitoring_args.resume_from_checkpoint)
     accelerator = start_accelerator(training_args, monitoring_args)
     noise_scheduler, tokenizers = base_model.load_noise_scheduler(), base_model.load_tokenizers()
@@ -508,13 +554,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
     accelerator.print("\n".join(images.real.remarks))
     nouns, prompt_ids = prepare_prompts(tokenizers, images.real.class_names, templates, token_args, accelerator.device)
 
-    # Latents are encoded once, into files that are mapped into memory; the VAE is not needed after that
+    # Latents are encoded once, into memory-mapped files; the VAE is not needed after that
     resolution = image_args.resolution or base_model.native_resolution
     latents, held_out_latents, latents_key = load_latents(
         base_model, images, resolution, data_args.random_flip, image_args.latent_cache_dir, accelerator.device
     )
 
-    # The only parameters: the token's rows
+    # The only trainable parameters: the token's rows
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     unet = base_model.load_unet(dtype).to(accelerator.device)
     encoder = PromptEncoder(base_model.load_text_encoders(dtype), tokenizers, num_vectors, next(iter(words.values())))
@@ -523,7 +569,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     denoiser = Denoiser(base_model, unet, noise_scheduler, encoder, prompt_ids, resolution, dtype)
     trained = dataclasses.replace(denoiser, unet=prepare_unet(unet, training_args))
 
-    # Step n is a function of the seed and n, so a checkpoint needs the rows and the optimiser only
+    # Step n is a function of the seed and n, so a checkpoint needs only the rows and the optimizer
     steps = prepare_steps(latents, images, len(templates), noise_scheduler, accelerator, training_args)
     row_names = base_model.family.row_names(token)
     state = TrainingState(
@@ -541,8 +587,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         if accelerator.is_main_process:
             folder.check_unchanged(lambda: identify_inputs(groups, base_model, real_images)[1])
             record = describe_token(
-                base_model, images.real, nouns, templates, placeholder_token=token, num_vectors=num_vectors,
-                resolution=resolution, max_train_steps=training_args.max_train_steps, health=health, **state.describe(),
+                base_model, images.real, nouns, templates, token_args.article, placeholder_token=token,
+                num_vectors=num_vectors, resolution=resolution, max_train_steps=training_args.max_train_steps,
+                health=health, **state.describe(),
             )  # fmt: skip
             save_learned_embeds(folder.path, row_names, encoder.rows)
             monitor.plot_training()

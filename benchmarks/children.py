@@ -1,4 +1,4 @@
-"""Run a command as a child process and watch it: when its progress bars move, how much memory it holds."""
+"""Run a command as a child process and record its progress bars and memory."""
 
 import os
 import re
@@ -14,7 +14,7 @@ import torch
 
 from utils.cli.threads import WAIT_POLICY
 
-# a bar without a description, such as the Trainer's, is that of ""
+# a bar without a description, such as the Trainer's, has the description ""
 BAR = re.compile(r"(?:([^\r\n:|]+): +)?\d+%\|[^|]*\| +(\d+)/(\d+) ")
 MEMORY_FIELDS = ("VmHWM", "RssAnon", "RssFile")
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -30,16 +30,16 @@ class Tick:
 
 @dataclass(frozen=True)
 class Child:
-    """A command that has ended; `peaks` in MiB by MEMORY_FIELDS and "device", `bars` by description and total."""
+    """A finished command; `peaks` in MiB by MEMORY_FIELDS and "device", `bars` by description and total."""
 
     seconds: float
     peaks: dict[str, float]
     bars: dict[tuple[str, int], list[Tick]]
 
     def units_per_second(self, description: str, total: int, first: int = 0, last: int | None = None) -> float:
-        """Return a bar's speed between its units `first` and `last` (the end)."""
+        """Return a bar's speed between the units `first` and `last` (None: the end)."""
         ticks = self.bars[description, total]
-        # a bar may be drawn again when it is closed
+        # a bar may be drawn once more when it is closed
         start, end = (next(tick for tick in ticks if tick.done >= unit) for unit in (first, last or total))
         return (end.done - start.done) / (end.seconds - start.seconds)
 
@@ -56,14 +56,14 @@ def median_peaks(runs: Iterable[dict[str, float]]) -> dict[str, float]:
 
 
 def gpu_column(peaks: dict[str, float]) -> dict[str, str]:
-    """Return the column of a table's row that is there on a GPU only."""
+    """Return the column of a table row that exists only on a GPU."""
     return {"GPU memory, GiB": f"{peaks['device'] / 1024:.1f}"} if peaks["device"] else {}
 
 
 def run_child(command: list[str], log_path: Path, environment: dict[str, str]) -> Child:
     """Run `command` to its end, with `environment` on top of this process's; its output goes to a log.
 
-    How threads wait is left to the command: our scripts choose it, and others are to run as a user starts them.
+    The wait policy of threads is not inherited: our scripts set it, and others should run as a user starts them.
 
     Raises:
         RuntimeError: it failed.
@@ -91,9 +91,9 @@ def run_child(command: list[str], log_path: Path, environment: dict[str, str]) -
 
 
 def read_bars(descriptor: int, log_path: Path, started: float, bars: dict[tuple[str, int], list[Tick]]) -> None:
-    """Copy a pipe into a log until its end, and add every drawing of a tqdm bar to `bars` as it comes."""
+    """Copy a pipe into a log until its end, and add each update of a tqdm bar to `bars`."""
     with log_path.open("wb") as log:
-        # a bar is drawn by one short write, which a pipe hands on whole
+        # a bar is drawn in one short write, which a pipe passes on in one piece
         while chunk := os.read(descriptor, 65536):
             seconds = time.perf_counter() - started
             log.write(chunk)
@@ -102,7 +102,7 @@ def read_bars(descriptor: int, log_path: Path, started: float, bars: dict[tuple[
 
 
 def tree_memory(pid: int) -> dict[str, float]:
-    """Return MEMORY_FIELDS in MiB, summed over a process and its descendants; nothing of one that has just ended."""
+    """Return MEMORY_FIELDS in MiB, summed over a process and its descendants; 0 for one that has just ended."""
     memory = dict.fromkeys(MEMORY_FIELDS, 0.0)
     try:
         status = Path(f"/proc/{pid}/status").read_text()

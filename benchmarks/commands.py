@@ -1,4 +1,4 @@
-"""The command lines of the benchmarks, the commands that they measure, and what those run with."""
+"""The command lines of the benchmarks, the commands that they measure, and the environment of these."""
 
 import argparse
 import sys
@@ -12,19 +12,19 @@ ENCODING_BAR = "encoding images"
 
 
 def make_parser(description: str, rounds: int | None = None) -> argparse.ArgumentParser:
-    """Return the parser of a benchmark, with `--rounds` and `--device` where it runs programs in turn."""
+    """Return the parser of a benchmark, with `--rounds` and `--device` if it runs programs in turn."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="try it, at small size where it has one; write nothing")
+    parser.add_argument("--small", action="store_true", help="trial run, at a small size if it has one; write nothing")
     if rounds is not None:
-        parser.add_argument("--rounds", type=int, default=rounds, help="runs of each program")
+        parser.add_argument("--rounds", type=int, default=rounds, help="runs of each program (default: %(default)s)")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     return parser
 
 
 def parse_with_checkout(parser: argparse.ArgumentParser, library: str, version: str, script: str):
-    """Return the arguments, with one for a checkout of a library's repository, and the path of its `script` there."""
-    parser.add_argument(f"--{library}", type=Path, default=Path(library), help="checkout of its repository")
+    """Return the arguments, including the checkout of a library's repository, and the path of `script` in it."""
+    parser.add_argument(f"--{library}", type=Path, default=Path(library), help=f"checkout of the {library} repository")
     args = parser.parse_args()
     checkout = getattr(args, library)
     if not (checkout / script).exists():
@@ -38,7 +38,7 @@ def python_command(script: str | Path, flags: dict) -> list[str]:
 
 
 def our_command(pipeline_dir: Path, parquet_dir: Path, work_dir: Path, **flags) -> list[str]:
-    """Return a command that learns a token, with its latent cache and output in `work_dir`, and draws no images."""
+    """Return a command that learns a token, with latent cache and output in `work_dir`, without preview images."""
     flags |= {
         "pretrained_model_name_or_path": pipeline_dir, "dataset_name": parquet_dir, "num_validation_images": 0,
         "latent_cache_dir": work_dir / "latents", "output_dir": work_dir / "style", "overwrite_output_dir": True,
@@ -48,13 +48,13 @@ def our_command(pipeline_dir: Path, parquet_dir: Path, work_dir: Path, **flags) 
 
 
 def environment_of(work_dir: Path, device: str, num_threads: int = 1) -> dict[str, str]:
-    """Return variables for a run on `device`, without network and with a Hugging Face cache of its own.
+    """Return the environment variables of a run on `device`, without network and with a separate Hugging Face cache.
 
-    On a CPU it has one thread by default, as under `accelerate launch`: two threads on cores that others use wait for
-    each other, and the same command then takes 20 or 290 seconds.
+    On a CPU it has one thread by default, as under `accelerate launch`: on shared cores, two threads wait for each
+    other, and the same command takes anything from 20 to 290 seconds.
     """
     environment = {"HF_HOME": str(work_dir / "hf-home"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {"TQDM_MININTERVAL": "0"}  # every step is drawn, so every step has its time
+    environment |= {"TQDM_MININTERVAL": "0"}  # every step is drawn, so every step is timed
     return environment | ({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(num_threads)} if device == "cpu" else {})
 
 

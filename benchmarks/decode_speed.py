@@ -1,8 +1,8 @@
-"""What one loader worker of train_bridged.py reads: decode, crop and resize, images/s of one thread.
+"""Speed of one loader worker of train_bridged.py: decode, crop and resize, in images/s of one thread.
 
     python -m benchmarks.decode_speed
 
-The pictures are scikit-learn's two photographs at the sizes of data sets and of telephones, as JPEG and PNG.
+The images are scikit-learn's two photographs at the sizes of datasets and phones, as JPEG and PNG.
 """
 
 import io
@@ -41,7 +41,7 @@ def encode_photos(size: tuple[int, int], format: str) -> list[dict]:
 
 
 def with_pillow(row: dict, crop: v2.RandomResizedCrop) -> torch.Tensor:
-    """Read an image as the examples of transformers do."""
+    """Read an image like the examples of transformers."""
     return v2.functional.pil_to_tensor(crop(open_image(row).convert("RGB")))
 
 
@@ -55,7 +55,7 @@ def with_training(row: dict, crop_and_flip: CropAndFlip) -> torch.Tensor:
 
 
 def images_per_second(read: Callable[[dict], torch.Tensor], rows: list[dict], seconds: float) -> float:
-    """Return the best of three rounds: what else the machine does can only slow it."""
+    """Return the best of three rounds, as other load on the machine can only slow it down."""
     rates = []
     for _ in range(3):
         started, number = time.perf_counter(), 0
@@ -67,7 +67,7 @@ def images_per_second(read: Callable[[dict], torch.Tensor], rows: list[dict], se
 
 
 def measure(size: tuple[int, int], format: str, seconds: float) -> dict[str, str]:
-    """Return a picture's row of the table."""
+    """Return the table row of an image size and format."""
     rows = encode_photos(size, format)
     features = Features({"image": Image(decode=False), "label": Value("int64")})
     images = Dataset.from_dict({"image": rows, "label": [0] * len(rows)}, features=features)
@@ -84,7 +84,7 @@ def measure(size: tuple[int, int], format: str, seconds: float) -> dict[str, str
     whole = [v2.functional.resize(decode(open_image(row), None), [EDGE, EDGE]).float() for row in rows]
     error = np.mean([(one - other).abs().mean() for one, other in zip(small, whole)])
     return {
-        "picture": f"{size[0]} x {size[1]} {format}",
+        "image": f"{size[0]} x {size[1]} {format}",
         **{name: f"{rate:,.0f}" for name, rate in rates.items()},
         "`train_bridged.py` / Pillow": f"{rates['`train_bridged.py`'] / rates['Pillow']:.2f}",
         "difference, levels of 255": f"{error:.2f}",
@@ -99,9 +99,10 @@ def main(argv=None) -> None:
     table = [measure(size, format, 0.1 if args.small else 3.0) for size in sizes for format in ("JPEG", "PNG")]
     body = (
         f"Images/s of one thread, from encoded bytes to a random crop `(3, {EDGE}, {EDGE})` uint8 (60 % of the area "
-        "and more): Pillow and torchvision's crop, as in transformers' example; torchvision's decoders; training as it "
-        "is; and from decoded images. The difference is the mean over pixels between a whole picture, resized, and "
-        "what training decodes of it, resized: a large JPEG is decoded small.\n\n" + format_table(table)
+        "or more): Pillow and torchvision's crop, as in transformers' example; torchvision's decoders; our training; "
+        "and our training from decoded images. The difference is the mean over pixels between the image decoded at "
+        "full size and as in training, both resized: training decodes a large JPEG at a smaller size.\n\n"
+        + format_table(table)
     )
     publish_section("train_bridged", "Reading images", body, is_trial=args.small)
 

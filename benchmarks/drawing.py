@@ -1,4 +1,4 @@
-"""What the benchmarks of generate_synthetic.py draw, as its command and as that of the loop that others write."""
+"""The sets that the benchmarks of generate_synthetic.py draw, as commands of the script and of a plain loop."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,14 @@ SCRIPT = Path(__file__).parents[1] / "generate_synthetic.py"
 RECIPE = Path(__file__).parents[1] / "demo" / "recipes" / "generate_full.yaml"
 DRAWING_BAR = "synthetic images"
 NOUNS = ("shirt", "trouser", "pullover", "dress", "coat", "sandal", "bag", "sneaker", "boot", "hat")
-# `--multi_gpu` is how accelerate starts several processes on a CPU as well
+# with `--multi_gpu`, accelerate starts several processes on a CPU too
 LAUNCH = ["launch", "--multi_gpu", "--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no"]
 LAUNCH += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A set to draw; `batch_size` divides the images of a class, so that the loop's batches are whole too."""
+    """A set to draw; the images per class are a multiple of `batch_size`, so the loop's batches are full too."""
 
     name: str
     pipeline_dir: Path
@@ -48,7 +48,7 @@ class Case:
         return [str(Path(python).with_name("accelerate")), *LAUNCH, "--num_processes", str(num_processes), *command]
 
     def peer_command(self, work_dir: Path) -> list[str]:
-        """Return a command that draws as many images of the same classes into `work_dir`/loop."""
+        """Return a command that draws the same number of images of the same classes into `work_dir`/loop."""
         flags = self._shared_flags(work_dir) | {"pipeline_dir": self.pipeline_dir, "output_dir": work_dir / "loop"}
         return python_command(peer_loop.__file__, flags)
 
@@ -64,7 +64,7 @@ class Case:
 
 
 def demo_case(num_images_per_class: int) -> Case:
-    """Return the demo's generator as its recipe draws with it; in small shards, so that processes get equal parts."""
+    """Return the demo's generator and recipe, with small shards, so that processes get equal parts."""
     recipe = yaml.safe_load(RECIPE.read_text())
     return Case(
         "The demo's pipeline, 32 px, float32", DEMO_DIR, num_images_per_class, recipe["batch_size"],
@@ -73,7 +73,7 @@ def demo_case(num_images_per_class: int) -> Case:
 
 
 def sd15_case(num_images_per_class: int, work_dir: Path, pipeline_dir: Path | None = None) -> Case:
-    """Return random weights of Stable Diffusion 1.5's sizes, of `pipeline_dir` or written into `work_dir`."""
+    """Return a pipeline of the size of Stable Diffusion 1.5 with random weights, `pipeline_dir` or a new one."""
     return Case(
         "Size of Stable Diffusion 1.5, 512 px, bfloat16", pipeline_dir or save_pipeline(SD15, work_dir / "pipeline"),
         num_images_per_class, batch_size=16, num_inference_steps=25, guidance_scale=3.0, mixed_precision="bf16",
@@ -81,8 +81,8 @@ def sd15_case(num_images_per_class: int, work_dir: Path, pipeline_dir: Path | No
 
 
 def quick_case(num_images_per_class: int, work_dir: Path, batch_size: int = 2, images_per_shard: int = 2) -> Case:
-    """Return a pipeline so small that many images are drawn soon, in one step."""
+    """Return a pipeline so small that it draws many images quickly, in one step."""
     return Case(
-        "Hardly a pipeline, 64 px, float32", save_pipeline(QUICK, work_dir / "pipeline"), num_images_per_class,
+        "A minimal pipeline, 64 px, float32", save_pipeline(QUICK, work_dir / "pipeline"), num_images_per_class,
         batch_size, num_inference_steps=1, guidance_scale=1.0, images_per_shard=images_per_shard,
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""The latent cache of train_dsi.py: time to build it, its size, and what it saves the second start.
+"""The latent cache of train_dsi.py: the time to build it, its size, and the time that it saves a second start.
 
     python -m benchmarks.dsi_cache
 
-Every pipeline is started twice for one training step, the second time with the cache of the first.
+Each pipeline is started twice for one training step, the second time with the cache of the first.
 """
 
 import tempfile
@@ -44,12 +44,12 @@ def measure(case: Case, device: str) -> dict[str, str]:
         command = our_command(case.pipeline_dir, case.parquet_dir, work_dir, max_train_steps=NUM_STEPS)
         environment = environment_of(work_dir, device)
         first, second = (run_child(command, work_dir / f"{name}.log", environment) for name in ("first", "second"))
-        # the training images' folder: the few held-out ones have one of their own
+        # the folder of the training images; the few held-out images have a separate one
         size = max(folder_size(path) for path in (work_dir / "latents").iterdir())
     return {
         "pipeline": case.name,
         "images": f"{case.num_images:,}",
-        "images/s, mirrored ones too": f"{first.units_per_second(ENCODING_BAR, case.num_images):.1f}",
+        "images/s, with mirrored copies": f"{first.units_per_second(ENCODING_BAR, case.num_images):.1f}",
         "MiB per 1,000 images": f"{size / 2**20 / case.num_images * 1_000:.1f}",
         "first start, s": f"{seconds_to_training(first):.1f}",
         "second start, s": f"{seconds_to_training(second):.1f}",
@@ -68,9 +68,9 @@ def main():
         if args.small:
             cases = [random_case("a test's", TINY, 64, work_dir)]
         else:
-            cases = [demo_case(work_dir), random_case("Stable Diffusion 1.5's scaled down", SCALED, 256, work_dir)]
+            cases = [demo_case(work_dir), random_case("Stable Diffusion 1.5, scaled down", SCALED, 256, work_dir)]
         if device == "cuda":
-            cases.append(random_case("of Stable Diffusion 1.5's size", SD15, 1_000, work_dir))
+            cases.append(random_case("size of Stable Diffusion 1.5", SD15, 1_000, work_dir))
         body = (
             "Seconds from the command to the first training step, for images that were never loaded before and for a "
             f"second start with the same cache.{' One CPU thread.' if device == 'cpu' else ''}\n\n"

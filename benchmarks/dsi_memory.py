@@ -1,8 +1,8 @@
-"""Memory of train_dsi.py as the image set grows: it must not.
+"""Memory of train_dsi.py as the image set grows: it must stay flat.
 
     python -m benchmarks.dsi_memory
 
-The pipeline is tiny, so that what the images take is seen; its latents are 16 x 16 with 4 channels.
+The pipeline is tiny, so that the memory of the images shows; its latents are 16 x 16 with 4 channels.
 """
 
 import tempfile
@@ -16,9 +16,9 @@ from benchmarks.report import format_table, publish_section
 
 NUM_STEPS = 200
 BODY = (
-    f"Peaks of the process and its children, looked at every 50 ms, over the whole command with {NUM_STEPS} steps of "
+    f"Peaks of the process and its children, sampled every 50 ms, over the whole command with {NUM_STEPS} steps of "
     "batch 8: anonymous memory, which must stay flat, and pages of mapped files (libraries, images, latents), which "
-    "the kernel takes back when it needs them."
+    "the kernel can reclaim."
 )
 
 

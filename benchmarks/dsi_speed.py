@@ -1,11 +1,11 @@
-"""train_dsi.py beside diffusers' script for the same job, examples/textual_inversion/textual_inversion.py.
+"""train_dsi.py compared with diffusers' script for the same job, examples/textual_inversion/textual_inversion.py.
 
     git clone --depth 1 --branch v0.42.1 https://github.com/huggingface/diffusers
     python -m benchmarks.dsi_speed --diffusers diffusers
 
-Same weights, images, batch, precision and learning rate, in alternation, each run a process of its own. On a GPU the
-pipeline has the size of Stable Diffusion 1.5; on a CPU there are the demo's, and one scaled down in which the VAE has
-the same share. textual_inversion_sdxl.py is left out.
+Weights, images, batch, precision and learning rate are the same; runs alternate, each in its own process. On a GPU the
+pipeline has the size of Stable Diffusion 1.5; on a CPU there are the demo's pipeline, and a scaled-down one with the
+same share of the VAE. textual_inversion_sdxl.py is not measured.
 """
 
 import re
@@ -37,12 +37,12 @@ THEIR_SCRIPT = "examples/textual_inversion/textual_inversion.py"
 THEIR_BAR = "Steps"
 VERSION = "v0.42.1"
 LEARNING_RATE = 5e-4
-WARMUP_STEPS = 10  # train_dsi.py waits for a GPU at every tenth step only: there its bar tells the truth
+WARMUP_STEPS = 10  # train_dsi.py waits for a GPU only at every tenth step, where its bar is exact
 
 
 @dataclass(frozen=True)
 class Case:
-    """What both scripts are run with; `flat_dir` has the training images of `parquet_dir`."""
+    """The inputs of both scripts; `flat_dir` has the training images of `parquet_dir`."""
 
     name: str
     pipeline_dir: Path
@@ -64,7 +64,7 @@ class Case:
 
 
 def cpu_cases(work_dir: Path) -> list[Case]:
-    # whole batches: a short last one would be counted as a whole one
+    # full batches: a short last one would be counted as full
     demo_set = write_demo_images(work_dir / "demo-set", num_images=62 * 32)
     scaled_set = write_textures(work_dir / "scaled-set", 64, SCALED.resolution)
     return [
@@ -83,7 +83,7 @@ def cpu_cases(work_dir: Path) -> list[Case]:
 
 
 def gpu_cases(work_dir: Path, small: bool, pipeline_dir: Path | None = None) -> list[Case]:
-    """Return the cases of a GPU, with the weights of `pipeline_dir` where it is given."""
+    """Return the cases for a GPU, with the weights of `pipeline_dir` if given."""
     shape, batch_sizes = (TINY, (2, 4)) if small else (SD15, (8, 16))
     pipeline_dir, cost = pipeline_dir or save_pipeline(shape, work_dir / "pipeline"), shape.cost()
     parquet_dir = write_textures(work_dir / "set", 64, shape.resolution)
@@ -98,27 +98,27 @@ def gpu_cases(work_dir: Path, small: bool, pipeline_dir: Path | None = None) -> 
     ]  # fmt: skip
 
 
-def ours(case: Case, work_dir: Path) -> list[str]:
+def build_our_command(case: Case, work_dir: Path) -> list[str]:
     return our_command(
         case.pipeline_dir, case.parquet_dir, work_dir, resolution=case.resolution, train_batch_size=case.batch_size,
         max_train_steps=case.num_steps, learning_rate=LEARNING_RATE, mixed_precision=case.mixed_precision,
     )  # fmt: skip
 
 
-def theirs(script: Path, case: Case, work_dir: Path) -> list[str]:
+def build_their_command(script: Path, case: Case, work_dir: Path) -> list[str]:
     flags = {
         "pretrained_model_name_or_path": case.pipeline_dir, "train_data_dir": case.flat_dir, "repeats": 1,
         "placeholder_token": "<dsi-style>", "initializer_token": "style", "learnable_property": "style",
         "resolution": case.resolution, "train_batch_size": case.batch_size, "max_train_steps": case.num_steps,
         "learning_rate": LEARNING_RATE, "lr_warmup_steps": 0, "mixed_precision": case.mixed_precision, "seed": 0,
         "save_steps": 10**9, "checkpointing_steps": 10**9, "output_dir": work_dir / "theirs",
-        "report_to": "all",  # that are installed: it has no "none", and its default stops without tensorboard
+        "report_to": "all",  # installed trackers: it has no "none", and its default fails without tensorboard
     }  # fmt: skip
     return python_command(script, flags)
 
 
 def unet_alone(case: Case, device: str) -> float:
-    """Return the samples/s of the U-Net's forward and backward pass: more than anything that trains through it has."""
+    """Return the samples/s of the U-Net's forward and backward pass, an upper limit for training through it."""
     options = {"device": device, "dtype": torch.bfloat16 if case.mixed_precision == "bf16" else torch.float32}
     unet = UNet2DConditionModel.from_pretrained(case.pipeline_dir, subfolder="unet", torch_dtype=options["dtype"])
     unet.to(device).requires_grad_(False)
@@ -139,7 +139,7 @@ def unet_alone(case: Case, device: str) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """Both scripts' runs, and of each round the rates of the U-Net alone and of a large matrix product."""
+    """The runs of both scripts, and each round's speed of the U-Net alone and of a large matrix product."""
 
     our_runs: list[Child]
     their_runs: list[Child]
@@ -148,7 +148,7 @@ class Measured:
 
 
 def alternate(script: Path, case: Case, rounds: int, device: str) -> Measured:
-    """Run both scripts in turn. Each of our runs caches anew."""
+    """Run both scripts in turn. Each of our runs rebuilds its cache."""
     our_runs, their_runs, unet_rates, rates = [], [], [], []
     for number in range(rounds):
         rates.append(matrix_rate(device, case.mixed_precision))
@@ -156,8 +156,9 @@ def alternate(script: Path, case: Case, rounds: int, device: str) -> Measured:
         with tempfile.TemporaryDirectory() as folder:
             work_dir = Path(folder)
             environment = environment_of(work_dir, device)
-            our_runs.append(run_child(ours(case, work_dir), work_dir / "ours.log", environment))
-            their_runs.append(run_child(theirs(script, case, work_dir), work_dir / "theirs.log", environment))
+            our_runs.append(run_child(build_our_command(case, work_dir), work_dir / "ours.log", environment))
+            theirs = build_their_command(script, case, work_dir)
+            their_runs.append(run_child(theirs, work_dir / "theirs.log", environment))
         print(
             f"{case.name}, round {number + 1} of {rounds}: "
             f"{case.samples_per_second(our_runs[-1], TRAINING_BAR):.1f} and "
@@ -168,7 +169,7 @@ def alternate(script: Path, case: Case, rounds: int, device: str) -> Measured:
 
 
 def median_row(name: str, runs: list[Child], speeds: list[float], operations: int, rate: float) -> dict[str, str]:
-    """Return a table's row: medians over the runs of a script that computes `operations` for a sample."""
+    """Return a table row: medians over the runs of a script that computes `operations` per sample."""
     speed = statistics.median(speeds)
     peaks = median_peaks(run.peaks for run in runs)
     return {
@@ -177,7 +178,7 @@ def median_row(name: str, runs: list[Child], speeds: list[float], operations: in
         "whole command, s": f"{statistics.median(run.seconds for run in runs):.0f}",
         "memory, GiB": f"{peaks['VmHWM'] / 1024:.2f}",
         **gpu_column(peaks),
-        "GFLOP a sample": f"{operations / 1e9:,.2f}",
+        "GFLOP per sample": f"{operations / 1e9:,.2f}",
         "TFLOP/s": f"{speed * operations / 1e12:.3g}",
         "of the matrix rate": f"{speed * operations / rate:.0%}",
     }
@@ -197,9 +198,9 @@ def compare(script: Path, case: Case, rounds: int, device: str) -> str:
     bound = unet_rate / statistics.median(their_speeds)
     return (
         f"**{case.name}: {statistics.median(ratios):.2f} times diffusers' samples/s** (in single rounds "
-        f"{min(ratios):.2f} to {max(ratios):.2f}). The VAE's operations are {case.cost.vae_share:.3f} of the U-Net's; "
+        f"{min(ratios):.2f} to {max(ratios):.2f}). The VAE has {case.cost.vae_share:.3f} of the U-Net's operations; "
         f"a large matrix product reaches {rate / 1e12:.3g} TFLOP/s here. The U-Net alone, forward and backward, does "
-        f"{unet_rate:.1f} samples/s, so {bound:.2f} times diffusers' is about the most that a trainer can have."
+        f"{unet_rate:.1f} samples/s, so about {bound:.2f} times diffusers' speed is the limit for any trainer."
         f"\n\n{format_table(rows)}"
     )
 
@@ -208,23 +209,23 @@ def describe_method(script: Path, rounds: int, device: str) -> str:
     version = re.search(r'check_min_version\("(.+)"\)', script.read_text())[1]
     threads = ", on one CPU thread as under `accelerate launch`" if device == "cpu" else ""
     return (
-        f"Against `textual_inversion.py` of diffusers {version}, unmodified; `textual_inversion_sdxl.py` is left out. "
-        f"Medians of {rounds} alternating rounds{threads}. Samples/s are those of the steps after the warm-up; the "
-        "whole command includes starting, for ours also caching all latents and judging the token. Memory is VmHWM. "
-        "Operations (U-Net forward and backward to the text embedding, encoding by the VAE) are counted; in Stable "
-        f"Diffusion 1.5 at {SD15.resolution} px those of the VAE are {SD15.cost().vae_share:.3f} of the U-Net's."
+        f"Against `textual_inversion.py` of diffusers {version}, unmodified; `textual_inversion_sdxl.py` is not "
+        f"measured. Medians of {rounds} alternating rounds{threads}. Samples/s are for the steps after the warm-up; "
+        "the whole command includes the start and, for ours, caching all latents and judging the token. Memory is "
+        "VmHWM. Operations (U-Net forward and backward to the text embedding, encoding by the VAE) are counted; in "
+        f"Stable Diffusion 1.5 at {SD15.resolution} px, the VAE has {SD15.cost().vae_share:.3f} of the U-Net's."
     )
 
 
 def main():
     args, script = parse_with_checkout(make_parser(__doc__, rounds=3), "diffusers", VERSION, THEIR_SCRIPT)
     if args.device == "cpu":
-        torch.set_num_threads(1)  # as the scripts have
+        torch.set_num_threads(1)  # as in the scripts
     with tempfile.TemporaryDirectory() as work_dir:
         on_gpu = args.small or args.device == "cuda"
         cases = gpu_cases(Path(work_dir), args.small) if on_gpu else cpu_cases(Path(work_dir))
         parts = [compare(script, case, args.rounds, args.device) for case in cases]
-    title = f"Speed beside diffusers, on a {'GPU' if args.device == 'cuda' else 'CPU'}"
+    title = f"Speed compared with diffusers, on a {'GPU' if args.device == 'cuda' else 'CPU'}"
     body = "\n\n".join([describe_method(script, args.rounds, args.device), *parts])
     publish_section("train_dsi", title, body, args.small)
 

@@ -1,4 +1,4 @@
-"""What fine_tuning_speed measures with: JPEGs with the weight of photographs, classifiers with random weights."""
+"""Inputs of fine_tuning_speed: JPEGs of the size of photographs, classifiers with random weights."""
 
 import io
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ NUM_TEST_IMAGES = 200
 
 @dataclass(frozen=True)
 class Case:
-    """What both scripts are run with."""
+    """The inputs of both scripts."""
 
     name: str
     model_dir: Path
@@ -38,9 +38,9 @@ class Case:
 
 
 def write_photos(folder: Path, num_images: int, num_distinct: int | None = None) -> Path:
-    """Write a labelled parquet set of JPEGs with the weight of photographs, whose stripes' direction is the class.
+    """Write a labelled parquet set of JPEGs of the size of photographs; the direction of their stripes is the class.
 
-    With `num_distinct`, a multiple of the number of classes, as many are drawn and then come again.
+    With `num_distinct`, a multiple of the number of classes, this many are drawn and then repeated.
     """
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[: IMAGE_SIZE[1], : IMAGE_SIZE[0]]
@@ -80,7 +80,7 @@ def save_model(folder: Path, architecture: str) -> Path:
 def make_cases(
     work_dir: Path, device: str, small: bool, num_workers: int, num_distinct: int | None = None
 ) -> list[Case]:
-    """Return the cases of a device; `num_distinct` is that of `write_photos`."""
+    """Return the cases for a device; `num_distinct` is as in `write_photos`."""
     if small:
         images_dir = write_photos(work_dir / "images", 64, num_distinct)
         model_dir = save_model(work_dir / "tiny", "tiny")

@@ -1,11 +1,11 @@
-"""train_bridged.py --method vanilla beside transformers' own script, run_image_classification.py.
+"""train_bridged.py --method vanilla compared with transformers' script, run_image_classification.py.
 
     git clone --depth 1 --branch v5.23.0 https://github.com/huggingface/transformers
-    pip install evaluate  # which that script imports
+    pip install evaluate  # imported by that script
     python -m benchmarks.fine_tuning_speed --transformers transformers
 
-Same weights, images, steps, batch, precision, loader workers and optimiser, the same augmentation (random crop and
-flip), in alternation, each run a process of its own. Both classifiers are then judged on the same test images.
+Weights, images, steps, batch, precision, loader workers, optimiser and augmentation (random crop and flip) are the
+same; runs alternate, each in its own process. Both classifiers are then evaluated on the same test images.
 """
 
 import json
@@ -30,7 +30,7 @@ OUR_SCRIPT = Path(__file__).parents[1] / "train_bridged.py"
 THEIR_SCRIPT = "examples/pytorch/image-classification/run_image_classification.py"
 VERSION = "v5.23.0"
 
-# what transformers 5 and datasets 4 took out of the script of transformers 4: no more than names is replaced
+# names that transformers 5 and datasets 4 removed, in the script of transformers 4; nothing else is replaced
 REPLACED = (
     (", send_example_telemetry", ""),
     (r"\n +send_example_telemetry\(.*\)", ""),
@@ -39,7 +39,7 @@ REPLACED = (
     (r"(data_args\.dataset_config_name,[^)]*)\n +trust_remote_code=model_args\.trust_remote_code,", r"\1"),
     (r" and not training_args\.overwrite_output_dir", ""),
 )
-# `evaluate.load("accuracy")` finds it in the working directory, where there is no network
+# without network, `evaluate.load("accuracy")` finds it in the working directory
 ACCURACY = """
 import datasets
 import evaluate
@@ -74,7 +74,7 @@ def shared_flags(case: Case, output_dir: Path) -> dict:
     }  # fmt: skip
 
 
-def ours(case: Case, output_dir: Path) -> list[str]:
+def build_our_command(case: Case, output_dir: Path) -> list[str]:
     flags = shared_flags(case, output_dir) | {
         "method": "vanilla", "augmentation": "basic", "batch_norm": "train", "mixup_alpha": 0.0,
         "head_learning_rate": case.learning_rate,
@@ -82,7 +82,7 @@ def ours(case: Case, output_dir: Path) -> list[str]:
     return python_command(OUR_SCRIPT, flags)
 
 
-def theirs(script: Path, case: Case, output_dir: Path) -> list[str]:
+def build_their_command(script: Path, case: Case, output_dir: Path) -> list[str]:
     flags = shared_flags(case, output_dir) | {
         "do_train": True, "remove_unused_columns": False, "ignore_mismatched_sizes": True,
     }  # fmt: skip
@@ -114,7 +114,7 @@ def judge(model_dir: Path, case: Case) -> float:
 
 def train_ours(case: Case, work_dir: Path, environment: dict[str, str]) -> tuple[float, Child]:
     """Train with our script into `work_dir`/ours; return images/s and the process."""
-    child = run_child(ours(case, work_dir / "ours"), work_dir / "ours.log", environment)
+    child = run_child(build_our_command(case, work_dir / "ours"), work_dir / "ours.log", environment)
     results = json.loads((work_dir / "ours" / "all_results.json").read_text())
     return results["vanilla_images_seen"] / results["vanilla_seconds"], child
 
@@ -126,9 +126,9 @@ def run_ours(case: Case, work_dir: Path, environment: dict[str, str]) -> Run:
 
 def train_theirs(script: Path, case: Case, work_dir: Path, environment: dict[str, str]) -> tuple[float, Child]:
     """Train with their script into `work_dir`/theirs; return images/s and the process."""
-    child = run_child(theirs(script, case, work_dir / "theirs"), work_dir / "theirs.log", environment)
+    child = run_child(build_their_command(script, case, work_dir / "theirs"), work_dir / "theirs.log", environment)
     results = json.loads((work_dir / "theirs" / "train_results.json").read_text())
-    # both sets are whole batches, so all steps have as many images
+    # the images are a multiple of the batch, so all steps have the same number of images
     return case.num_steps * case.batch_size / results["train_runtime"], child
 
 
@@ -138,7 +138,7 @@ def run_theirs(script: Path, case: Case, work_dir: Path, environment: dict[str, 
 
 
 def alternate(script: Path, case: Case, rounds: int, device: str) -> tuple[list[Run], list[Run]]:
-    """Run both scripts in turn, the first of a round being the second of the next."""
+    """Run both scripts in turn; who goes first alternates."""
     our_runs, their_runs = [], []
     for number in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
@@ -155,7 +155,7 @@ def alternate(script: Path, case: Case, rounds: int, device: str) -> tuple[list[
 
 
 def describe(name: str, runs: list[Run]) -> dict[str, str]:
-    """Return a table's row: medians over the runs of a script."""
+    """Return a table row: medians over the runs of a script."""
     accuracies = [run.accuracy for run in runs]
     peaks = median_peaks(run.child.peaks for run in runs)
     return {
@@ -181,19 +181,19 @@ def compare(script: Path, case: Case, rounds: int, device: str) -> str:
 
 def describe_method(script: Path, is_copy: bool, rounds: int, device: str) -> str:
     version = re.search(r'check_min_version\("(.+)"\)', script.read_text())[1]
-    how = "in a copy in which names that transformers 5 no longer has are replaced" if is_copy else "unmodified"
+    how = "in a copy with the names that transformers 5 removed replaced" if is_copy else "unmodified"
     threads = ", on one CPU thread as under `accelerate launch`" if device == "cpu" else ""
     return (
-        f"Against `run_image_classification.py` of transformers {version}, {how}. Medians of {rounds} rounds, in each "
+        f"Against `run_image_classification.py` of transformers {version}, {how}. Medians of {rounds} rounds with "
         f"both scripts in turn{threads}. Random weights; {IMAGE_SIZE[0]} x {IMAGE_SIZE[1]} px JPEGs; random crop and "
-        "flip in both. Images/s are those of the whole training, its loader's start included. Accuracy is that of the "
-        f"saved classifiers on {NUM_TEST_IMAGES} images, judged by us for both."
+        "flip in both. Images/s are those of the whole training, including the loader's start. Accuracy is that of the "
+        f"saved classifiers on {NUM_TEST_IMAGES} images, measured by our code for both."
     )
 
 
 def main():
     parser = make_parser(__doc__, rounds=4)
-    parser.add_argument("--num_workers", type=int, help="loader workers; 2 on a CPU, 12 on a GPU when not given")
+    parser.add_argument("--num_workers", type=int, help="loader workers (default: 2 on a CPU, 12 on a GPU)")
     args, script = parse_with_checkout(parser, "transformers", VERSION, THEIR_SCRIPT)
     num_workers = args.num_workers if args.num_workers is not None else (2 if args.device == "cpu" else 12)
     with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +202,7 @@ def main():
         cases = make_cases(work_dir, args.device, args.small, num_workers)
         parts = [compare(script, case, args.rounds, args.device) for case in cases]
         method = describe_method(script, is_copy, args.rounds, args.device)
-    title = f"Speed beside transformers, on a {'GPU' if args.device == 'cuda' else 'CPU'}"
+    title = f"Speed compared with transformers, on a {'GPU' if args.device == 'cuda' else 'CPU'}"
     body = "\n\n".join([method, *parts])
     publish_section("train_bridged", title, body, args.small)
 

@@ -1,12 +1,12 @@
-"""How often the 95 % intervals of cross-validated gains hold the true gain: that of `--num_folds`, and other ones.
+"""How often the 95 % intervals of cross-validated gains contain the true gain: for `--num_folds` and alternatives.
 
     make demo-full  # the synthetic sets
     python -m benchmarks.fold_coverage --runs_dir demo/runs-full
 
-Small data sets, 20 images per class, are drawn again and again from the demo's 6,000 real images. On the folds of each
-one classifier is trained on real images alone, and one on real and synthetic images. As thousands are trained, they are
-logistic regressions on frozen features of the demo's classifier. The true gain is that of the same models on all real
-images that were not drawn, averaged over the draws: of 2,000 test images alone it would be off by a point.
+Small datasets of 20 images per class are drawn repeatedly from the demo's 6,000 real images. On the folds of each, one
+classifier is trained on real images alone, and one on real and synthetic images. As there are thousands, they are
+logistic regressions on frozen features of the demo's classifier. The true gain is the gain of the same models on all
+real images that were not drawn, averaged over the draws; on the 2,000 test images alone it would be off by a point.
 """
 
 import tempfile
@@ -34,7 +34,7 @@ from utils.transfer.synthetic_images import load_synthetic, open_synthetic
 
 DEMO = Path(__file__).parents[1] / "demo"
 NUM_IMAGES_PER_CLASS = 20
-NUM_COMPONENTS = 64  # of the features, so that a classifier is trained in milliseconds
+NUM_COMPONENTS = 64  # of the features, for training in milliseconds
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Case:
-    """Which synthetic set is judged, and how; `num_shots` None trains on all of a fold's training part."""
+    """A synthetic set and a protocol; `num_shots` None trains on all of a fold's training part."""
 
     synthetic: str
     num_folds: int
@@ -67,7 +67,7 @@ CASES = (
 
 
 def load_features(runs_dir: Path) -> dict[str, Features]:
-    """Return the features of the real images, all parts together, and of each synthetic set."""
+    """Return the features of the real images of all parts together, and of each synthetic set."""
     real = load_real_images(RealImagesRecord(str(DEMO / "fashion-mnist")))
     sets = {"real": concatenate_datasets([real.train, real.validation, real.test])}
     for name, folder in (("with token", "synthetic-0"), ("without token", "plain-0")):
@@ -82,7 +82,7 @@ def load_features(runs_dir: Path) -> dict[str, Features]:
     return {name: Features(components.transform(values[name]), np.asarray(sets[name]["label"])) for name in sets}
 
 
-def which_are_right(trained: Features, tested: Features) -> np.ndarray:
+def find_correct(trained: Features, tested: Features) -> np.ndarray:
     classifier = LogisticRegression(C=0.1, tol=1e-3).fit(trained.values, trained.labels)
     return classifier.predict(tested.values) == tested.labels
 
@@ -90,7 +90,7 @@ def which_are_right(trained: Features, tested: Features) -> np.ndarray:
 def cross_validate(
     case: Case, real: Features, synthetic: Features, drawn: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return which of the drawn images each method gets right, `(folds, images)` masked, and the gain on the others."""
+    """Return which drawn images each method gets right, `(folds, images)` masked, and the gain on other images."""
     labels = real.labels[drawn]
     others = np.setdiff1d(np.arange(len(real.labels)), drawn)
     shape = case.num_repeats * case.num_folds, len(drawn)
@@ -106,14 +106,14 @@ def cross_validate(
         both = Features(*(np.concatenate(pair) for pair in zip(vars(alone).values(), vars(synthetic).values())))
         looked_at = np.concatenate([drawn[tested], others])
         judged = Features(real.values[looked_at], real.labels[looked_at])
-        right, baseline = which_are_right(both, judged), which_are_right(alone, judged)
+        right, baseline = find_correct(both, judged), find_correct(alone, judged)
         ours[run, tested], theirs[run, tested] = right[: len(tested)], baseline[: len(tested)]
         gains.append(right[len(tested) :].mean() - baseline[len(tested) :].mean())
     return ours, theirs, 100 * float(np.mean(gains))
 
 
 def list_intervals(ours: np.ma.MaskedArray, theirs: np.ma.MaskedArray, num_folds: int) -> dict[str, Gain]:
-    """Return the intervals that are compared: of the folds' means, of the images, and ours."""
+    """Return the intervals to compare: from the folds' means, from the images, and ours."""
     gains = 100 * (ours.mean(1) - theirs.mean(1))
     num_runs, num_images = ours.shape
 
@@ -122,7 +122,7 @@ def list_intervals(ours: np.ma.MaskedArray, theirs: np.ma.MaskedArray, num_folds
         return Gain(gains.mean(), gains.mean() - half, gains.mean() + half, num_images)
 
     repeats = [
-        masked.reshape(-1, num_folds, num_images).sum(1).filled(0).astype(bool)  # one fold of a repeat has each image
+        masked.reshape(-1, num_folds, num_images).sum(1).filled(0).astype(bool)  # each image is in one fold of a repeat
         for masked in (ours, theirs)
     ]
     return {
@@ -153,21 +153,21 @@ def measure(case: Case, features: dict[str, Features], num_draws: int) -> dict[s
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--runs_dir", type=Path, default=DEMO / "runs-full", help="where `make demo-full` has its sets")
-    parser.add_argument("--num_draws", type=int, default=400, help="data sets that are drawn for each case")
+    parser.add_argument("--runs_dir", type=Path, default=DEMO / "runs-full", help="folder of `make demo-full`")
+    parser.add_argument("--num_draws", type=int, default=400, help="datasets drawn for each case")
     args = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
     num_draws, cases = (20, CASES[:1]) if args.small else (args.num_draws, CASES)
-    with threadpool_limits(1):  # on small matrices more threads wait for each other
+    with threadpool_limits(1):  # on small matrices, more threads wait for each other
         features = load_features(args.runs_dir)
         table = format_table([measure(case, features, num_draws) for case in cases])
     body = (
-        f"Share of {num_draws:,} data sets of {NUM_IMAGES_PER_CLASS} images per class, drawn from the demo's "
-        f"{len(features['real'].labels):,} real images, whose 95 % interval of the gain holds the true gain; in "
-        "brackets its mean width, in points of accuracy. A share near 95 % is right, one above it is too careful. The "
-        "gain is that of logistic regression on frozen features of real and of 1,000 synthetic images over that on "
-        "real images alone, each trained on a fold's training part (or shots of it); the true gain is that of the same "
+        f"Share of {num_draws:,} datasets of {NUM_IMAGES_PER_CLASS} images per class, drawn from the demo's "
+        f"{len(features['real'].labels):,} real images, whose 95 % interval of the gain contains the true gain; in "
+        "parentheses its mean width in points of accuracy. A share near 95 % is right, a higher one too cautious. The "
+        "gain is from logistic regression on frozen features of real images and 1,000 synthetic ones, over real "
+        "images alone, each trained on a fold's training part (or shots of it); the true gain is the gain of the same "
         f"models on the real images that were not drawn.\n\n{table}\n\n{time.perf_counter() - started:.0f} s in all."
     )
     publish_section("compare_transfer", "Coverage of the intervals of --num_folds", body, args.small, "Statistics")

@@ -1,8 +1,8 @@
-"""Memory of generate_synthetic.py as the set grows: it must not.
+"""Memory of generate_synthetic.py as the set grows: it must stay flat.
 
     python -m benchmarks.generate_memory
 
-The pipeline is hardly one, so that many images are drawn soon; at 64 pixels a side it would show if a run held them.
+The pipeline is minimal, so that many images are drawn quickly; at 64 x 64 pixels it would show if a run kept them.
 """
 
 import tempfile
@@ -17,9 +17,9 @@ from benchmarks.report import format_table, publish_section
 
 TITLE = "Memory over the number of images"
 BODY = (
-    "Peaks of the process, looked at every 50 ms, over the whole command: anonymous memory, which must stay flat, and "
-    "pages of mapped files, which the kernel takes back when it needs them. PNG, {images_per_shard:,} images a shard. "
-    "Between the first set and the last lie {growth:,.0f} MiB of anonymous memory and {pixels:,.0f} MiB of pixels."
+    "Peaks of the process, sampled every 50 ms, over the whole command: anonymous memory, which must stay flat, and "
+    "pages of mapped files, which the kernel can reclaim. PNG, {images_per_shard:,} images per shard. "
+    "From the first to the last set, anonymous memory grows by {growth:,.0f} MiB and the pixels by {pixels:,.0f} MiB."
 )
 
 
@@ -40,7 +40,10 @@ def draw(case: Case) -> tuple[Child, dict[str, str]]:
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--num_images", type=int, nargs="+", default=[1_000, 20_000], help="multiples of ten")
+    parser.add_argument(
+        "--num_images", type=int, nargs="+", default=[1_000, 20_000],
+        help="images of each set, multiples of 10 (default: 1000 20000)",
+    )  # fmt: skip
     parser.add_argument("--images_per_shard", type=int, default=1_000)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.generate_overhead
 
-The script runs in this process, on one CPU thread or on a GPU, with watches around the modules' calls.
+The script runs in this process, on one CPU thread or on a GPU, with timers around the modules' calls.
 """
 
 import statistics
@@ -26,15 +26,15 @@ from utils.synthesis.runner import Runner
 
 TITLE = "Overhead of everything but denoiser and VAE"
 BODY = (
-    "The sampling (with checks, encoding and writing, without loading) against the calls of the U-Net and of the VAE's "
-    "decoder in it, timed inside the running script. {machine} {name}, {num_images:,} images, a row a run. "
-    "**Neither of the two takes {share:.1%} of the time** (median)."
+    "The time of sampling (with checks, encoding and writing, without loading) and of the calls of the U-Net and of "
+    "the VAE's decoder in it, measured inside the running script. {machine} {name}, {num_images:,} images, one row per "
+    "run. **{share:.1%} of the time is spent in neither of the two** (median)."
 )
 ON_CPU = (
-    "One thread computes; what encodes and writes beside it uses other cores, so the last column counts the work of "
-    "all: the part of the processor time of all threads that those calls do not take."
+    "One thread computes, while encoding and writing use other cores. So the last column is about the processor time "
+    "of all threads: the share that is not spent in those calls."
 )
-# which method is measured by which watches
+# methods, and the watches that measure them
 TARGETS = [
     (UNet2DConditionModel, "forward", ("denoiser", "work of both")),
     (AutoencoderKL, "decode", ("VAE", "work of both")),
@@ -48,7 +48,7 @@ def elapsed(start: float, end: float) -> float:
 
 @dataclass
 class Watch:
-    """Measures calls by a clock: `mark` is asked before and after each, `between` gives the seconds between two."""
+    """Measures calls: `mark` is called before and after each, `between` returns the seconds between two marks."""
 
     mark: Callable
     between: Callable = elapsed
@@ -58,7 +58,7 @@ class Watch:
     def seconds(self) -> float:
         return sum(self.between(*span) for span in self.spans)
 
-    def around(self, function: Callable) -> Callable:
+    def wrap(self, function: Callable) -> Callable:
         @wraps(function)
         def timed(*args, **kwargs):
             start = self.mark()
@@ -70,7 +70,7 @@ class Watch:
 
 
 def cuda_mark() -> torch.cuda.Event:
-    """Return a mark in the GPU's queue: a call returns long before it is computed."""
+    """Return a mark in the GPU's queue, as a call returns long before it is computed."""
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
@@ -82,7 +82,7 @@ def cuda_elapsed(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
 
 
 def watch_run(command: list[str], device: str) -> dict[str, float]:
-    """Run the script in this process; return the seconds of each watch of TARGETS, "work" being processor time."""
+    """Run the script in this process; return the seconds of each watch of TARGETS; "work" is processor time."""
     module_clock = (time.perf_counter,) if device == "cpu" else (cuda_mark, cuda_elapsed)
     watches = {
         "denoiser": Watch(*module_clock),
@@ -95,20 +95,20 @@ def watch_run(command: list[str], device: str) -> dict[str, float]:
         for kind, method, names in TARGETS:
             function = getattr(kind, method)
             for name in names:
-                function = watches[name].around(function)
+                function = watches[name].wrap(function)
             stack.enter_context(patch.object(kind, method, function))
         generate_synthetic.main(command[2:])
     return {name: watch.seconds for name, watch in watches.items()}
 
 
 def overhead(seconds: dict[str, float]) -> float:
-    """Return the share of the time that neither denoiser nor VAE takes."""
+    """Return the share of the time spent in neither denoiser nor VAE."""
     return 1 - (seconds["denoiser"] + seconds["VAE"]) / seconds["whole"]
 
 
 def describe_run(number: int, seconds: dict[str, float], device: str) -> dict[str, str]:
-    """Return a run's row of the table."""
-    # on a GPU the calling thread works for the calls after they have returned, too
+    """Return a run's table row."""
+    # not on a GPU, where the calling thread works for the calls after they have returned, too
     of_the_work = 1 - seconds["work of both"] / seconds["whole work"]
     return {
         "run": f"{number}",
@@ -136,7 +136,7 @@ def measure(case: Case, rounds: int, device: str) -> str:
 
 def main():
     parser = make_parser(__doc__, rounds=3)
-    parser.add_argument("--num_images_per_class", type=int, default=50, help="of ten classes")
+    parser.add_argument("--num_images_per_class", type=int, default=50, help="for each of ten classes (default: 50)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
-"""What generate_synthetic.py does before it can go on with a large set: plan it, and look which shards are finished.
+"""What generate_synthetic.py does before it resumes a large set: plan it, and find the finished shards.
 
     python -m benchmarks.generate_scan
 
-The set has 200 classes; its images are random bytes, since a scan looks into none.
+The set has 200 classes; its images are random bytes, as a scan opens none.
 """
 
 import random
@@ -27,7 +27,7 @@ TITLE = "Plan and scan of a restart"
 CLASS_NAMES = [f"class {number}" for number in range(200)]
 REPETITIONS = 5
 USUAL_IMAGE_BYTES = 50_000
-PLANNED_IMAGES = 20_000  # of which the time and memory of the plan are measured
+PLANNED_IMAGES = 20_000  # used to measure the time and memory of the plan
 
 
 def make_plan(num_images: int, images_per_shard: int) -> GenerationPlan:
@@ -49,7 +49,7 @@ def write_shards(shards: Shards, image_bytes: int) -> None:
 
 
 def median_seconds(function: Callable[[], None], before: Callable[[], None] = lambda: None) -> float:
-    """Return the median time of a function that is called several times, `before` it each time something else."""
+    """Return the median time of several calls of `function`; `before` is called before each, untimed."""
     seconds = []
     for _ in range(REPETITIONS):
         before()
@@ -60,12 +60,12 @@ def median_seconds(function: Callable[[], None], before: Callable[[], None] = la
 
 
 def measure(output_dir: Path, num_images: int, num_shards: int, image_bytes: int) -> tuple[float, float, int]:
-    """Write a set into a new folder and restart it again and again.
+    """Write a set into a new folder and restart it several times.
 
-    Returns the seconds when the files are as they were noted, those when all are hashed again, and how many bytes.
+    Returns the seconds with known checksums, the seconds when all files are hashed again, and the size in bytes.
 
     Raises:
-        RuntimeError: a shard is missing; one that is not there would be no work.
+        RuntimeError: a shard is missing, which would make a restart too fast.
     """
     images_per_shard = num_images // num_shards
     make_folders(output_dir)
@@ -91,14 +91,14 @@ def make_rows(num_images: int, noted: float, hashed: float, num_bytes: int) -> l
     """Return the table's rows for what `measure` returns."""
     usual = hashed * num_images * USUAL_IMAGE_BYTES / num_bytes
     return [
-        {"": "plan and scan, files as they were noted", "seconds": f"{noted:.2f}"},
-        {"": f"the same where all {num_bytes / 2**20:,.0f} MiB are hashed again", "seconds": f"{hashed:.2f}"},
-        {"": f"computed from it: {USUAL_IMAGE_BYTES // 1000} kB an image", "seconds": f"{usual:.0f}"},
+        {"": "plan and scan, with known checksums", "seconds": f"{noted:.2f}"},
+        {"": f"the same, with all {num_bytes / 2**20:,.0f} MiB hashed again", "seconds": f"{hashed:.2f}"},
+        {"": f"computed from that, for {USUAL_IMAGE_BYTES // 1000} kB per image", "seconds": f"{usual:.0f}"},
     ]
 
 
-def walk(plan: GenerationPlan, num_images: int) -> int:
-    """Go through a plan's first images in their batches, as a run does; return how many there were."""
+def iterate_plan(plan: GenerationPlan, num_images: int) -> int:
+    """Iterate over a plan's first images in batches, as a run does; return how many there were."""
     number, count = 0, 0
     while count < num_images:
         count += sum(len(batch) for batch in plan.batches(number))
@@ -107,17 +107,17 @@ def walk(plan: GenerationPlan, num_images: int) -> int:
 
 
 def describe_plan(num_images: int, images_per_shard: int) -> str:
-    """Return what the plan itself takes, of time and of memory."""
+    """Return a sentence on the time and memory of the plan itself."""
     started = time.perf_counter()
-    count = walk(make_plan(num_images, images_per_shard), PLANNED_IMAGES)
+    count = iterate_plan(make_plan(num_images, images_per_shard), PLANNED_IMAGES)
     seconds = time.perf_counter() - started
     tracemalloc.start()
-    walk(make_plan(num_images, images_per_shard), PLANNED_IMAGES)
+    iterate_plan(make_plan(num_images, images_per_shard), PLANNED_IMAGES)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return (
-        f"The plan is computed while images are drawn, {seconds / count * 1e6:.0f} µs an image; at most "
-        f"{peak / 2**10:,.0f} KiB are allocated on the way through its first {count:,} images (tracemalloc)."
+        f"The plan is computed while images are drawn, in {seconds / count * 1e6:.0f} µs per image; at most "
+        f"{peak / 2**10:,.0f} KiB are allocated for its first {count:,} images (tracemalloc)."
     )
 
 
@@ -131,7 +131,7 @@ def main():
         measured = measure(Path(folder), args.num_images, args.num_shards, args.image_bytes)
     body = (
         f"{args.num_images:,} images of {args.image_bytes:,} bytes and {len(CLASS_NAMES)} classes in {args.num_shards} "
-        f"shards that the page cache holds; medians of {REPETITIONS}. From a disk, hashing is as slow as the disk.\n\n"
+        f"shards in the page cache; medians of {REPETITIONS}. Hashing files on a disk is limited by its speed.\n\n"
         f"{format_table(make_rows(args.num_images, *measured))}\n\n"
         f"{describe_plan(args.num_images, args.num_images // args.num_shards)}"
     )

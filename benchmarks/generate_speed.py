@@ -1,9 +1,9 @@
-"""generate_synthetic.py beside what others do for the same job: a loop over classes that calls the pipeline.
+"""generate_synthetic.py compared with the usual way: a loop over classes that calls the pipeline.
 
     python -m benchmarks.generate_speed
 
-Same weights, prompts, steps, scheduler, batch and precision, in alternation, each run a process of its own. On a CPU it
-is the demo's pipeline, on one core and on all; on a GPU one of Stable Diffusion 1.5's size, with random weights.
+Weights, prompts, steps, scheduler, batch and precision are the same; runs alternate, each in its own process. On a CPU
+the pipeline is the demo's, on one core and on all; on a GPU it has the size of Stable Diffusion 1.5 and random weights.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from utils.synthesis.output_folder import STATE_DIR
 OURS = "`generate_synthetic.py`"
 METHOD = (
     "Against `benchmarks/peer_loop.py`, a loop over classes that calls `pipe(prompt, num_images_per_prompt=batch)` and "
-    "`image.save`. Medians of alternating rounds, with their smallest and largest. Images/s are those of the "
-    "sampling: from the loaded pipeline to the last file on disk, with the first batch and with compiling; what comes "
-    "before is the start. Memory is the peak of anonymous memory, summed over a command's processes and their launcher."
+    "`image.save`. Medians of alternating rounds (smallest to largest). Images/s are for sampling: from the loaded "
+    "pipeline to the last file on disk, including the first batch and compiling; the start is the time before. Memory "
+    "is the peak of anonymous memory, summed over a command's processes and their launcher."
 )
 
 
@@ -55,7 +55,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Run:
-    """What a program's run has shown; `start` and `first_batch` in seconds, `peaks` as those of `Child`."""
+    """Measurements of a program's run; `start` and `first_batch` in seconds, `peaks` as in `Child`."""
 
     start: float
     first_batch: float
@@ -78,25 +78,25 @@ def programs_on(num_cores: int) -> list[Program]:
 
 
 def run_program(program: Program, case: Case, device: str) -> Run:
-    """Draw a case into a folder that is then thrown away.
+    """Draw a case into a temporary folder.
 
     Raises:
-        RuntimeError: the command failed, or was not run by as many processes.
+        RuntimeError: the command failed, or ran with another number of processes.
     """
     with tempfile.TemporaryDirectory() as folder:
         work_dir = Path(folder)
         environment = environment_of(work_dir, device, program.num_threads)
-        environment |= {"TORCHINDUCTOR_CACHE_DIR": str(work_dir / "compiled")}  # every run compiles anew
+        environment |= {"TORCHINDUCTOR_CACHE_DIR": str(work_dir / "compiled")}  # every run compiles again
         environment |= {"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {}
         child = run_child(program.command(case, work_dir), work_dir / "log.txt", environment)
         num_others = len(list((work_dir / "set" / STATE_DIR).glob("drawn-[!0]*")))
     if num_others != program.num_processes - 1:
-        raise RuntimeError(f"{program.name}: was run by {num_others + 1} processes")
+        raise RuntimeError(f"{program.name}: was run by {num_others + 1} processes, not {program.num_processes}")
     return read_run(child, program, case)
 
 
 def read_run(child: Child, program: Program, case: Case) -> Run:
-    """Return what a bar tells: it is drawn when the pipeline is loaded, after the first batch, and at the end."""
+    """Return the times from a bar, drawn when the pipeline is loaded, after the first batch and at the end."""
     ticks = child.bars[program.bar, case.num_images]
     seconds = child.seconds_of(program.bar, case.num_images)
     first_batch = next(tick.seconds for tick in ticks if tick.done) - ticks[0].seconds
@@ -116,9 +116,9 @@ def format_range(values: list[float], digits: int) -> str:
 
 
 def describe_program(program: Program, runs: list[Run], first_runs: list[Run], matrix_share: float) -> dict[str, str]:
-    """Return a program's row of the table, compared with the first program round by round.
+    """Return a program's table row, compared with the first program round by round.
 
-    `matrix_share` is the part of the matrix rate that one image/s takes.
+    `matrix_share` is the share of the matrix rate that one image/s needs.
     """
     speeds = [run.images_per_second for run in runs]
     ratios = [speed / first.images_per_second for speed, first in zip(speeds, first_runs)]
@@ -135,15 +135,15 @@ def describe_program(program: Program, runs: list[Run], first_runs: list[Run], m
 
 
 def describe_compiling(plain: list[Run], compiled: list[Run]) -> str:
-    """Say what compiling costs, and after how many images it is repaid."""
+    """Return a sentence on what compiling costs, and after how many images it pays off."""
     before, after = (statistics.median(run.later_images_per_second for run in runs) for runs in (plain, compiled))
     first, first_compiled = (statistics.median(run.first_batch for run in runs) for runs in (plain, compiled))
-    repaid = "is never repaid"
+    repaid = "never pays off"
     if after > before:
-        repaid = f"is repaid after {(first_compiled - first) / (1 / before - 1 / after):,.0f} images of a process"
+        repaid = f"pays off after {(first_compiled - first) / (1 / before - 1 / after):,.0f} images per process"
     return (
-        f"Compiling takes {first_compiled - first:.0f} s; then {after:.1f} images/s are drawn where it were "
-        f"{before:.1f}, so that it {repaid}."
+        f"Compiling takes {first_compiled - first:.0f} s; the speed is then {after:.1f} images/s instead of "
+        f"{before:.1f}, so it {repaid}."
     )
 
 
@@ -164,13 +164,13 @@ def compare(case: Case, programs: list[Program], rounds: int, device: str, num_t
     compiling = f"\n\n{describe_compiling(*runs.values())}" if programs == COMPILING else ""
     return (
         f"**{case.name}{cores}**: {case.num_images:,} images of {case.num_inference_steps} steps, guidance "
-        f"{case.guidance_scale}, batch {case.batch_size}: {cost / 1e9:,.1f} GFLOP an image. A large matrix product "
+        f"{case.guidance_scale}, batch {case.batch_size}: {cost / 1e9:,.1f} GFLOP per image. A large matrix product "
         f"reaches {rate / 1e12:.3g} TFLOP/s here. Rounds: {rounds}.\n\n{format_table(rows)}{compiling}"
     )
 
 
 def compare_on_cpu(args: argparse.Namespace, work_dir: Path) -> list[str]:
-    """Compare on one core, and with twice the images on all. Compiling takes longer than the rest: it has one round."""
+    """Compare on one core, and with twice the images on all; compiling, which takes longest, has one round."""
     cases = [demo_case(args.num_images_per_class), demo_case(2 * args.num_images_per_class)]
     if args.small:
         cases = [quick_case(4, work_dir)] * 2
@@ -184,7 +184,12 @@ def compare_on_cpu(args: argparse.Namespace, work_dir: Path) -> list[str]:
 
 def main():
     parser = make_parser(__doc__, rounds=3)
-    parser.add_argument("--num_images_per_class", type=int, default=50, help="of ten classes; a multiple of the batch")
+    parser.add_argument(
+        "--num_images_per_class",
+        type=int,
+        default=50,
+        help="for each of ten classes, a multiple of the batch (default: 50)",
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.device == "cpu":
@@ -192,7 +197,7 @@ def main():
         else:
             case = (quick_case if args.small else sd15_case)(args.num_images_per_class, Path(folder))
             parts = [compare(case, programs, args.rounds, "cuda", 1) for programs in (ONE_PROCESS, COMPILING)]
-    title = f"Speed beside a plain loop, on a {'GPU' if args.device == 'cuda' else 'CPU'}"
+    title = f"Speed compared with a plain loop, on a {'GPU' if args.device == 'cuda' else 'CPU'}"
     body = "\n\n".join([METHOD, *parts])
     publish_section("generate_synthetic", title, body, args.small)
 

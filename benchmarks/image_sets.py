@@ -1,4 +1,4 @@
-"""Labelled image sets to measure with."""
+"""Labelled image sets for the benchmarks."""
 
 import io
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from pyarrow.parquet import read_table
 
 DEMO_SET = Path(__file__).parents[1] / "demo" / "fashion-mnist"
 CLASS_NAMES = ["dress", "sandal", "coat", "bag"]
-NUM_HELD_OUT = 8  # images of the validation and of the test part each
+NUM_HELD_OUT = 8  # images in the validation and in the test part
 SHARD_SIZE = 1_000
 
-disable_progress_bars()  # of writing; the bars of the measured scripts are what is shown
+disable_progress_bars()  # for writing; only the bars of the measured scripts are shown
 
 
 def draw_jpegs(number: int, size: int, seed: int) -> Iterator[bytes]:
-    """Yield JPEG files of textures with coarse and fine structure, two bits a pixel as photographs have."""
+    """Yield JPEG files of textures with coarse and fine structure, with two bits per pixel, like photographs."""
     rng = np.random.default_rng(seed)
     for _ in range(number):
         coarse, middle, fine = (
@@ -31,7 +31,7 @@ def draw_jpegs(number: int, size: int, seed: int) -> Iterator[bytes]:
 
 
 def write_textures(folder: Path, num_images: int, size: int) -> Path:
-    """Write a labelled parquet set of textures, a shard at a time."""
+    """Write a labelled parquet set of textures, one shard at a time."""
     splits = {"train": num_images, "validation": NUM_HELD_OUT, "test": NUM_HELD_OUT}
     for seed, (split, number) in enumerate(splits.items()):
         jpegs = draw_jpegs(number, size, seed)

@@ -1,4 +1,4 @@
-"""What a machine can compute: the rate of a large matrix product, beside which a speed is read."""
+"""The speed of a large matrix product, as a reference for what a machine can compute."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""Memory of learning a style token with Stable Diffusion 1.5, 2.1 and XL, counted: nothing is run, nothing downloaded.
+"""Memory of learning a style token with Stable Diffusion 1.5, 2.1 and XL, counted without running or downloading.
 
     python -m benchmarks.memory_count
 
@@ -30,7 +30,7 @@ CLIP_L = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "projection_dim": 768,
 }  # fmt: skip
-# what differs from Stable Diffusion 1.5, in its U-Net and text encoders; of the repositories' config.json
+# differences from the U-Net and text encoders of Stable Diffusion 1.5, from the repositories' config.json
 UNETS = {
     "1.5": {},
     "2.1": {
@@ -62,7 +62,7 @@ TEXT_ENCODERS = {
         },
     ],
 }  # fmt: skip
-# of U-Net and text encoders, as the repositories' weights have them
+# of U-Net and text encoders, in the repositories' weights
 NUM_PARAMETERS = {
     "1.5": [859_520_964, 123_060_480],
     "2.1": [865_910_724, 340_387_840],
@@ -81,7 +81,7 @@ def write_configs(name: str, folder: Path) -> BaseModel:
     """Write the configs of a base model into a new folder, without weights, and open it."""
     with torch.device("meta"):
         unet, vae = dict(SD15.build_unet().config), SD15.build_vae()
-        del unet["_use_default_values"]  # else they win over what is changed
+        del unet["_use_default_values"]  # else they override the changes
         UNet2DConditionModel.from_config(unet | UNETS[name]).save_config(folder / "unet")
         vae.save_config(folder / "vae")
     scheduler = DDIMScheduler(
@@ -103,7 +103,7 @@ def write_configs(name: str, folder: Path) -> BaseModel:
 def count_rows(
     name: str, base_model: BaseModel, resolution: int, batch_sizes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
 ) -> list[dict[str, str]]:
-    """Return the rows of the table of a base model at a resolution: without and with gradient checkpointing."""
+    """Return the table rows of a base model at a resolution, without and with gradient checkpointing."""
     title = f"{name}, {resolution} px{', float32' if dtype == torch.float32 else ''}"
     one, two = (DsiRun(resolution, number, dtype) for number in (1, 2))
     encoding, rows = gib(count_encoding(base_model, one).needed), []
@@ -117,13 +117,13 @@ def count_rows(
 
 
 def at_batch(first: Phase, second: Phase, number: int) -> Phase:
-    """Return a step's memory at a batch size, from those at 1 and 2: each image adds as much as the second did."""
+    """Return a step's memory at a batch size, extrapolated from batch sizes 1 and 2."""
     added = second.activations - first.activations
     return dataclasses.replace(first, activations=first.activations + (number - 1) * added)
 
 
 def write_table(text: str, path: Path = DOCS) -> None:
-    """Put a text between the two marks of a file, in the place of what is there."""
+    """Replace the text between the two marks of a file."""
     begin, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     path.write_text(f"{begin}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 

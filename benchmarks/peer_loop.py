@@ -1,9 +1,9 @@
-"""What every peer does to draw a labelled image set: a loop over classes, a call a batch, image files in class folders.
+"""The usual way to draw a labelled image set: loop over classes, one call per batch, image files in class folders.
 
     python benchmarks/peer_loop.py --pipeline_dir demo/generator --class_names_file names.txt --output_dir images
 
-Research code for synthetic training images is this loop: every call draws its noise from a global generator, encodes
-the prompt again, and its images are encoded and written before the next one begins.
+Research code for synthetic training images is such a loop: every call draws its noise from a global generator, encodes
+the prompt again, and writes its images before the next call.
 """
 
 import argparse
@@ -19,9 +19,11 @@ BAR = "images of the loop"
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline_dir", required=True)
-    parser.add_argument("--class_names_file", type=Path, required=True, help="a name a line")
+    parser.add_argument("--class_names_file", type=Path, required=True, help="one name per line")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--num_images_per_class", type=int, default=1000, help="a multiple of --batch_size")
+    parser.add_argument(
+        "--num_images_per_class", type=int, default=1000, help="a multiple of --batch_size (default: 1000)"
+    )
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=3.0)

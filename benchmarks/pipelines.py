@@ -1,4 +1,4 @@
-"""Stable Diffusion pipelines to measure with: random weights of the real classes, and the demo's own."""
+"""Stable Diffusion pipelines for the benchmarks: diffusers' models with random weights, and the demo's."""
 
 import json
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ DEMO_DIR = Path(__file__).parents[1] / "demo" / "generator"
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating point operations for one image; the text encoder's one percent is left out."""
+    """Floating point operations per image, without the text encoder's one percent."""
 
     vae_encode: int
     unet: int  # forward, and backward to the text embedding with frozen weights
 
     @property
     def vae_share(self) -> float:
-        """Encoding by the VAE as a part of what the U-Net takes."""
+        """Encoding by the VAE relative to the U-Net."""
         return self.vae_encode / self.unet
 
 
 def count_cost(unet: UNet2DConditionModel, vae: AutoencoderKL, prompt_length: int) -> Cost:
-    """Count the operations of a training step; on the meta device nothing is computed."""
+    """Count the operations of a training step per image; on the meta device nothing is computed."""
     images = torch.empty(1, 3, vae.config.sample_size, vae.config.sample_size)
     latents = torch.empty(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     embeddings = torch.empty(1, prompt_length, unet.config.cross_attention_dim, requires_grad=True)
@@ -38,7 +38,7 @@ def count_cost(unet: UNet2DConditionModel, vae: AutoencoderKL, prompt_length: in
 
 
 def drawing_cost(folder: Path, num_inference_steps: int, guidance_scale: float) -> int:
-    """Return the operations of drawing an image with a saved pipeline; the text encoder's one percent is left out."""
+    """Return the operations of drawing an image with a saved pipeline, without the text encoder's one percent."""
     with torch.device("meta"):
         unet, vae, prompt_length = load_parts(folder)
         latents = torch.empty(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
@@ -53,7 +53,7 @@ def drawing_cost(folder: Path, num_inference_steps: int, guidance_scale: float) 
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths and sizes of a pipeline; kinds and number of layers are those of Stable Diffusion 1.5."""
+    """Widths and sizes of a pipeline; kinds and numbers of layers are as in Stable Diffusion 1.5."""
 
     resolution: int
     unet_widths: tuple[int, ...]
@@ -63,7 +63,7 @@ class Shape:
     text_layers: int
     text_heads: int
     prompt_length: int
-    vocabulary: int | None = None  # the demo tokenizer's own
+    vocabulary: int | None = None  # None: the demo tokenizer's
 
     def cost(self) -> Cost:
         with torch.device("meta"):
@@ -101,20 +101,20 @@ SD15 = Shape(
     512, (320, 640, 1280, 1280), (128, 256, 512, 512), norm_num_groups=32, text_width=768, text_layers=12,
     text_heads=12, prompt_length=77, vocabulary=49408,
 )  # fmt: skip
-# a step of about a second on two CPU cores, of which the VAE has the same share as in Stable Diffusion 1.5
+# a step takes about a second on two CPU cores; the VAE has the same share as in Stable Diffusion 1.5
 SCALED = Shape(
     128, (96, 192, 384, 384), (32, 80, 144, 144), norm_num_groups=16, text_width=128, text_layers=4, text_heads=4,
     prompt_length=24,
 )  # fmt: skip
 TINY = Shape(32, (16, 32), (8, 16), norm_num_groups=8, text_width=32, text_layers=1, text_heads=2, prompt_length=24)
-# 2 ms an image and step on a CPU core
+# 2 ms per image and step on a CPU core
 QUICK = Shape(64, (8, 8), (4, 4, 4, 8), norm_num_groups=4, text_width=32, text_layers=1, text_heads=2, prompt_length=24)
 
 
 def save_pipeline(shape: Shape, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Path:
-    """Write a pipeline of random weights, on one kind of device always the same ones, which is where they are drawn.
+    """Write a pipeline with random weights, drawn on `device` and always the same on one kind of device.
 
-    U-Net and VAE are `dtype`; the text encoder is float32, as diffusers' script trains it in the precision of its file.
+    U-Net and VAE are `dtype`; the text encoder is float32, as diffusers' script trains it in the dtype of its file.
     """
     torch.manual_seed(0)
     tokenizer = load_tokenizer(shape, folder)
@@ -130,7 +130,7 @@ def save_pipeline(shape: Shape, folder: Path, device: str = "cpu", dtype: torch.
 
 
 def load_tokenizer(shape: Shape, folder: Path) -> CLIPTokenizer:
-    """Return the demo's tokenizer, its vocabulary padded with words that no prompt has; `folder` is written to."""
+    """Return the demo's tokenizer, with a vocabulary padded by unused words; it is written to `folder`."""
     definition = json.loads((DEMO_DIR / "tokenizer" / "tokenizer.json").read_text())
     words = definition["model"]["vocab"]
     words |= {f"unused{number}": number for number in range(len(words), shape.vocabulary or 0)}
@@ -143,7 +143,7 @@ def load_tokenizer(shape: Shape, folder: Path) -> CLIPTokenizer:
 
 
 def save_demo_pipeline(folder: Path) -> Path:
-    """Write the demo's generator in float32: diffusers' script would train a text encoder saved in fp16 in fp16."""
+    """Write the demo's generator in float32, as diffusers' script would train an fp16 text encoder in fp16."""
     StableDiffusionPipeline.from_pretrained(DEMO_DIR, dtype=torch.float32).save_pretrained(folder)
     return folder
 
@@ -154,7 +154,7 @@ def demo_cost() -> Cost:
 
 
 def load_parts(folder: Path) -> tuple[UNet2DConditionModel, AutoencoderKL, int]:
-    """Return a saved pipeline's U-Net and VAE, without its weights, and the length of its prompts."""
+    """Return a saved pipeline's U-Net and VAE, without their weights, and the length of its prompts."""
     unet, vae = (
         kind.from_config(kind.load_config(folder, subfolder=name))
         for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))

@@ -1,4 +1,4 @@
-"""The picture of benchmarks.generate_quality: accuracy and Frechet distance over speed, with their Pareto fronts."""
+"""The plot of benchmarks.generate_quality: accuracy and Frechet distance over speed, with Pareto fronts."""
 
 import statistics
 import textwrap
@@ -20,13 +20,13 @@ from benchmarks.quality_settings import (
 from utils.comparison.plots import spread
 
 COLORS = matplotlib.colormaps["tab10"].colors
-LABEL_HEIGHT = 0.055  # of a panel's height, of a line's name beside it
+LABEL_HEIGHT = 0.055  # of the name of a line, as a share of a panel's height
 TITLE_LENGTH = 105
 MARGIN = 1.12  # of the speeds, as a factor
 
 
 def draw_results(results: list[Result], title: str) -> Figure:
-    """Return the picture: accuracy and, below it, Frechet distance over images/s; a point is a setting."""
+    """Return the plot: accuracy and, below it, Frechet distance over images/s; each point is a setting."""
     figure = Figure(figsize=(11, 11), layout="constrained")
     figure.suptitle(textwrap.fill(title, TITLE_LENGTH), x=0.01, horizontalalignment="left", fontweight="bold")
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -49,11 +49,11 @@ def draw_results(results: list[Result], title: str) -> Figure:
     )
     lower.invert_yaxis()
     lower.set(ylabel=f"Frechet distance, better upwards\n({what})")
-    lower.set(xlabel=f"images/s (times the plain loop's beside it, by its median of {loop_speed:.1f}), logarithmic")
+    lower.set(xlabel=f"images/s (multiples of the plain loop's, times its median of {loop_speed:.1f}), logarithmic")
     _mark_speeds(lower, [result.speed * loop_speed for result in results])
     for axis in (upper, lower):
         _label_series(axis, results, loop_speed, accuracy if axis is upper else frechet)
-    upper.plot([], [], "o", color="0.5", markersize=15, label="the number in it: denoising steps")
+    upper.plot([], [], "o", color="0.5", markersize=15, label="number: denoising steps")
     figure.legend(*upper.get_legend_handles_labels(), loc="outside lower left", ncols=3, borderpad=1, handletextpad=1.2)
     return figure
 
@@ -68,7 +68,7 @@ def _series(results: list[Result]) -> dict[str, list[Result]]:
 def _draw(axis: Axes, results: list[Result], loop_speed: float, value: Callable, quality: Callable) -> None:
     front = pareto_front(results, quality)
     slowest = min(result.speed for result in results) / MARGIN
-    axis.plot(  # below the speed of a point of the front, its quality can be had
+    axis.plot(  # the quality of a point is available at lower speeds too
         [loop_speed * speed for speed in (slowest, *(result.speed for result in front))],
         [value(result)[0] for result in (front[0], *front)], drawstyle="steps-pre", color="0.8", linewidth=7, zorder=1,
         label="Pareto front",
@@ -76,7 +76,7 @@ def _draw(axis: Axes, results: list[Result], loop_speed: float, value: Callable,
     chosen = choose(results)
     axis.plot(
         chosen.speed * loop_speed, value(chosen)[0], "o", markersize=23, markerfacecolor="none", markeredgecolor="k",
-        markeredgewidth=1.8, zorder=5, linestyle="none", label="the setting to take",
+        markeredgewidth=1.8, zorder=5, linestyle="none", label="recommended setting",
     )  # fmt: skip
     for color, members in zip(COLORS, _series(results).values()):
         places = [member.speed * loop_speed for member in members]
@@ -104,7 +104,7 @@ def _draw_limit(axis: Axes, value: float, name: str) -> None:
 
 
 def _mark_speeds(axis: Axes, speeds: list[float]) -> None:
-    """Mark round speeds: a logarithmic axis by itself has few marks within one power of ten."""
+    """Place ticks at round speeds: by default, a logarithmic axis has few within one power of ten."""
     low, high = min(speeds), max(speeds)
     axis.set_xlim(low / MARGIN, high * MARGIN)
     marks = [mark for mark in MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(low, high) if mark > 0]
@@ -120,9 +120,9 @@ def _label_series(axis: Axes, results: list[Result], loop_speed: float, value: C
         for color, (name, members) in zip(COLORS, _series(results).items())
     }
     (low, high), names = axis.get_ylim(), list(ends)
-    heights = {name: (ends[name][1] - low) / (high - low) for name in names}  # in shares of the panel, from below
+    heights = {name: (ends[name][1] - low) / (high - low) for name in names}  # as shares of the panel's height
     names.sort(key=heights.get)
-    places = spread([heights[name] for name in names], LABEL_HEIGHT, 0, 1)
+    places = spread([heights[name] for name in names], [LABEL_HEIGHT] * len(names), 0, 1)
     for name, place in zip(names, places):
         speed, height, color = ends[name]
         axis.annotate(

@@ -1,6 +1,6 @@
 """How good the sets of benchmarks.generate_quality are: distances to real images, and classifiers trained on each set.
 
-Real images are the validation images of the demo; its test images are not looked at.
+The real images are the validation images of the demo; its test images are not used.
 """
 
 import shutil
@@ -42,7 +42,7 @@ METHOD = "synthetic_only"
 
 @dataclass(frozen=True)
 class Judge:
-    """What the sets are compared with, and what they are looked at by: `classifier_dir`, pretrained."""
+    """The real images to compare sets with, and the pretrained classifier whose features are compared."""
 
     real: RealImages
     identities: dict[str, str]
@@ -75,12 +75,12 @@ class Judge:
             return np.array(features), Part(images, labels, np.arange(len(images)), len(images))
 
     def path(self, each: SetToDraw) -> Path:
-        """Return the file with the scores of a set; another one for other real images or another classifier."""
+        """Return the file with the scores of a set, which depends on real images and classifier."""
         asked = {"inputs": self.identities, "max_eval_samples": self.max_eval_samples}
         return self.work_dir / "scores" / f"{each.name}-{fingerprint(asked)}.json"
 
     def measure(self, each: SetToDraw) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the scores of a set and, of as many real training images of each class, the floor; by SCORES."""
+        """Return the SCORES of a set, and as a floor those of the same number of real training images per class."""
         path = self.path(each)
         if not path.exists():
             images = load_synthetic(open_synthetic(str(each.folder)), self.real.class_names)
@@ -94,7 +94,7 @@ def open_judge(
     real_images: str, classifier_dir: Path, work_dir: Path, num_floor_images: int, max_eval_samples: int | None = None
 ) -> Judge:
     """Return the judge; the real images' training and validation parts are opened once."""
-    logging.set_verbosity_error()  # it lists the head's weights, which no feature needs
+    logging.set_verbosity_error()  # it would list the head's weights, which features do not need
     logging.disable_progress_bar()
     record, identities = identify_real_images(RealImagesRecord(real_images))
     real = open_real_images(load_real_images(record), max_eval_samples, print, ("train", "validation"))
@@ -107,9 +107,9 @@ def compare_features(
     of_set: tuple[np.ndarray, Part], reference: tuple[np.ndarray, Part], floor: tuple[np.ndarray, Part],
     num_classes: int,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Return the SCORES of a set and of the floor against the reference, as many images of each class in all three.
+    """Return the SCORES of a set and of the floor against the reference, with equal numbers of images per class.
 
-    Each is features `(n, num_features)` and the part that they are of.
+    Each is a pair of features `(n, num_features)` and the part they belong to.
     """
     sides = {"synthetic": of_set, "train": reference, "held_out": floor}
     raw, parts = ({name: side[number] for name, side in sides.items()} for number in (0, 1))
@@ -132,19 +132,19 @@ def train_classifiers(
 ) -> dict[SetToDraw, np.ndarray]:
     """Train a classifier on each set alone; return which validation images it gets right, `(n,)` bool.
 
-    That is the cell of `synthetic_only` of compare_transfer.py, in the demo's settings of stage 1, judged on the
-    validation part. Finished ones are not trained again. `max_steps` are those of the demo where not given.
+    It is the `synthetic_only` cell of compare_transfer.py with the demo's settings of stage 1, evaluated on the
+    validation part. Finished classifiers are not trained again. `max_steps` defaults to the demo's.
     """
     runner, cells = make_cells(sets, judge, max_steps)
     results = run_cells(runner, list(cells.values()), num_workers, "classifiers")
-    shutil.rmtree(judge.work_dir / "stage1", ignore_errors=True)  # which no one asks for once a cell has its result
+    shutil.rmtree(judge.work_dir / "stage1", ignore_errors=True)  # not needed once the cells have results
     return {each: unpack_correct(results[cell]) for each, cell in cells.items()}
 
 
 def make_cells(
     sets: list[SetToDraw], judge: Judge, max_steps: int | None = None
 ) -> tuple[CellRunner, dict[SetToDraw, Cell]]:
-    """Return what runs the cells, and the cell of each set."""
+    """Return the runner of the cells, and the cell of each set."""
     settings = StageSettings(max_steps=0, learning_rate=0.0)
     training_args = TrainingArguments(
         output_dir=str(judge.work_dir / "work"), per_device_eval_batch_size=128, lr_scheduler_type="cosine",

@@ -19,7 +19,7 @@ from utils.comparison.grid import fingerprint
 
 SETS_PER_LOOP = 6  # sets that are drawn between two timings of the loop
 LOOP_CLASSES = NOUNS[:4]
-# what the demo says of batches and files; not how it samples, which may change with what is found here
+# the demo's batches and files, but not its sampling, which may change with the results
 SHARED_FLAGS = ("batch_size", "images_per_shard", "image_format")
 
 
@@ -42,7 +42,7 @@ class SetToDraw:
 
     @cached_property
     def name(self) -> str:
-        """What it is called: another one where one of its inputs has other contents."""
+        """The name of the set, which depends on the contents of its inputs."""
         record = read_record(self.token / DSI_CONFIG)
         folders = {"token": self.token, "generator": Path(record["base_model"]["id"]), "lora": self.setting.adapter}
         contents = {name: describe_files(path, list_files(path)) for name, path in folders.items() if path is not None}
@@ -70,8 +70,8 @@ class SetToDraw:
         return [*command, *self.setting.words]
 
     def draw(self, loop_speed: float) -> None:
-        """Draw the set, and write its speed beside `loop_speed`, that of the plain loop just before, in images/s."""
-        shutil.rmtree(self.folder, ignore_errors=True)  # only a whole run is timed
+        """Draw the set, and record its speed and `loop_speed`, measured just before, in images/s."""
+        shutil.rmtree(self.folder, ignore_errors=True)  # only a complete run is timed
         child = run_child(self.command(), self.log_path(self.name), self.environment)
         speed = self.num_images / child.seconds_of(DRAWING_BAR, self.num_images)
         write_record(
@@ -80,7 +80,7 @@ class SetToDraw:
         )
 
     def time_loop(self) -> float:
-        """Return the images/s of the plain loop with its own setting, on the same generator."""
+        """Return the images/s of the plain loop with its own setting and the same generator."""
         batch_size = self.flags["batch_size"]
         folder = self.work_dir / "loops" / self.name
         shutil.rmtree(folder, ignore_errors=True)
@@ -108,7 +108,7 @@ class SetToDraw:
 
 
 def draw_sets(sets: list[SetToDraw], num_workers: int) -> None:
-    """Draw the sets that are not drawn yet, `num_workers` side by side; the loop is timed after every few, beside them.
+    """Draw the missing sets with `num_workers` in parallel, which also time the loop every few sets.
 
     Raises:
         RuntimeError: a command failed.

@@ -1,4 +1,4 @@
-"""The sampling settings that benchmarks.generate_quality compares, what is measured of each, and which one to take."""
+"""The sampling settings that benchmarks.generate_quality compares, their measurements, and the one to use."""
 
 import shlex
 import statistics
@@ -20,9 +20,9 @@ LOOP_FLAGS = {"scheduler": OWN_SCHEDULER, "num_inference_steps": 12, "guidance_s
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the table: its name, the line of the picture that it is a point of, and flags of generate_synthetic.py.
+    """A row of the table: its name, its line (`series`) in the plot, and the flags of generate_synthetic.py.
 
-    Flags that an adapter brings by itself are left out.
+    Flags that an adapter sets by itself are left out.
     """
 
     name: str
@@ -79,15 +79,15 @@ SETTINGS = (
 
 
 def select_settings(names: list[str] | None) -> tuple[list[Setting], list[Setting]]:
-    """Return the settings of these names (None: all), with the loop's first, and those left out for want of an adapter.
+    """Return the settings with these names (None: all), the loop's first, and those left out as an adapter is missing.
 
     Raises:
-        ValueError: there is no setting of a name.
+        ValueError: a name is unknown.
     """
     known = {setting.name: setting for setting in SETTINGS}
     unknown = [name for name in names or [] if name not in known]
     if unknown:
-        raise ValueError(f"--settings {unknown[0]}: unknown; there are {', '.join(known)}.")
+        raise ValueError(f"--settings {unknown[0]}: unknown; choose from {', '.join(known)}.")
     wanted = {LOOP.name, *(known if names is None else names)}
     chosen = [setting for setting in SETTINGS if setting.name in wanted]
     lacking = [setting for setting in chosen if setting.adapter is not None and not setting.adapter.is_dir()]
@@ -96,10 +96,10 @@ def select_settings(names: list[str] | None) -> tuple[list[Setting], list[Settin
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of a setting: lists and values of `scores` have an entry for each seed.
+    """The measurements of a setting; lists, also in `scores`, have an entry for each seed.
 
-    `times` is the speed as a multiple of the plain loop's beside it, `accuracies` in percent. `gain` is the paired
-    difference of accuracies to the loop's setting. `scores` are those of `quality_scores.measure_set`.
+    `times` is the speed as a multiple of the plain loop's at that time, `accuracies` are in percent. `gain` is the
+    paired difference in accuracy to the loop's setting. `scores` are those of `quality_scores.Judge.measure`.
     """
 
     setting: Setting
@@ -111,7 +111,7 @@ class Result:
 
     @property
     def speed(self) -> float:
-        """How many times as fast as the plain loop it is, the median over seeds: what else ran does not count."""
+        """The speed as a multiple of the plain loop's, the median over seeds; robust to other load on the machine."""
         return statistics.median(self.times)
 
     @property
@@ -132,9 +132,9 @@ def deviation(values: list[float]) -> float | None:
 
 
 def pareto_front(results: list[Result], quality: Callable[[Result], float]) -> list[Result]:
-    """Return, from the slowest to the fastest, the results that no other one beats in both speed and `quality`.
+    """Return the results that no other beats in both speed and `quality`, from the slowest to the fastest.
 
-    Of equal ones all are returned.
+    Of equal results, all are returned.
     """
 
     def is_beaten(result: Result) -> bool:
@@ -152,31 +152,31 @@ def find_loop(results: list[Result]) -> Result:
 
 
 def is_good_enough(result: Result, loop: Result) -> bool:
-    """Return whether accuracy is not below, and the Frechet distance at most 5 % above, that of the loop's setting."""
+    """Return whether accuracy is not below the loop's setting, and Frechet distance at most 5 % higher."""
     return result.gain.mean >= 0 and result.frechet <= (1 + MAX_FRECHET_ABOVE) * loop.frechet
 
 
 def choose(results: list[Result]) -> Result:
-    """Return the fastest setting that is good enough; the loop's own is."""
+    """Return the fastest setting that is good enough, if necessary the loop's."""
     loop = find_loop(results)
     return max((result for result in results if is_good_enough(result, loop)), key=lambda result: result.speed)
 
 
 def describe_choice(results: list[Result]) -> tuple[str, str]:
-    """Return which setting to take, in a sentence of markdown, and what speaks for and against it."""
+    """Return a sentence in Markdown that names the setting to use, and the reasons in a second text."""
     chosen, loop = choose(results), find_loop(results)
     num_seeds = len(loop.accuracies)
     seeds = f"{num_seeds} paired seeds" if num_seeds > 1 else "one seed"
     rule = (
-        f"whose accuracy, in the mean of {seeds}, is not below that of the loop's setting, and whose Frechet distance "
-        f"is at most {100 * MAX_FRECHET_ABOVE:.0f} % above"
+        f"whose mean accuracy over {seeds} is not below that of the loop's setting, and whose Frechet distance is "
+        f"at most {100 * MAX_FRECHET_ABOVE:.0f} % higher"
     )
     if chosen == loop:
         answer = f"**Stay with the loop's setting** (`{shlex.join(LOOP.words)}`)."
         return answer, f"Among the {len(results) - 1} others no faster one was found {rule}."
     answer = (
         f"**Take `{shlex.join(chosen.setting.words)}`**: {chosen.speed:.1f} times the plain loop's images/s, at an "
-        f"accuracy of {chosen.accuracy:.1f} % ({chosen.gain} points against the loop's setting) and a Frechet distance "
+        f"accuracy of {chosen.accuracy:.1f} % ({chosen.gain} points over the loop's setting) and a Frechet distance "
         f"of {chosen.frechet:.0f} ({chosen.frechet / loop.frechet - 1:+.1%})."
     )
     reason = f"It is the fastest of {len(results)} settings {rule}."
@@ -186,7 +186,7 @@ def describe_choice(results: list[Result]) -> tuple[str, str]:
 
 
 def list_rows(results: list[Result], floor: dict[str, float]) -> list[dict[str, str]]:
-    """Return the table: a row a setting, the chosen one in bold, and one of real images; `floor` are their scores."""
+    """Return the table: one row per setting, the chosen one in bold, and one for real images with scores `floor`."""
     chosen, loop = choose(results), find_loop(results)
     rows = []
     for result in results:

@@ -1,4 +1,4 @@
-"""`benchmarks/<script>.md`: a section for each benchmark of a script, replaced when it is run again."""
+"""Write `benchmarks/<script>.md`: one section per benchmark of a script, replaced by later runs."""
 
 import os
 import re
@@ -14,17 +14,17 @@ from rich.markdown import Markdown
 from utils.cli.records import package_versions
 
 FOLDER = Path(__file__).parent
-INTRO = "# {what} of {script}.py\n\nWritten by `make bench`; every figure is measured, none typed in.\n"
+INTRO = "# {what} of {script}.py\n\nWritten by `make bench`; every figure is measured.\n"
 
 
 def format_table(rows: list[dict[str, str]]) -> str:
-    """Return a markdown table of rows with the same keys, its column titles."""
+    """Return a Markdown table of rows with the same keys, which are the column titles."""
     lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def describe_run() -> str:
-    """Return this process's command, machine, package versions and date, as a line of markdown."""
+    """Return this process's command, date, machine and package versions, as a line of Markdown."""
     script = Path(sys.argv[0]).stem
     command = shlex.join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]])
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
@@ -38,14 +38,14 @@ def name_machine() -> str:
 
 
 def publish_section(script: str, title: str, body: str, is_trial: bool = False, what: str = "Speed and memory") -> None:
-    """Print a section, and put it into the report on `script` unless it is a trial's."""
+    """Print a section and, unless it is from a trial run, write it into the report on `script`."""
     Console(width=120).print(Markdown(f"## {title}\n\n{body}"))
     if not is_trial:
         write_section(script, title, body, what)
 
 
 def write_section(script: str, title: str, body: str, what: str = "Speed and memory") -> None:
-    """Put a section into the report on `script` (its name without .py), in the place of one with the same title."""
+    """Write a section into the report on `script` (without .py), replacing one with the same title."""
     path, intro = FOLDER / f"{script}.md", INTRO.format(script=script, what=what)
     report = path.read_text() if path.exists() else intro
     _, *sections = report.split("\n## ")

@@ -1,7 +1,7 @@
 """The whole pipeline on real images, on two CPU cores, without network: `make demo` and `make demo-full`.
 
-Each step is a command that you could type; what is finished is not done again, so an interrupted run goes on. Two steps
-run side by side, each on one core: small networks are bound by the overhead of each call and gain little from a second.
+Each step is a command that you could type. Finished steps are not repeated, so an interrupted run resumes. Two steps
+run at a time, each on one core: small networks are bound by the overhead of each call and gain little from a second.
 """
 
 import argparse
@@ -9,24 +9,25 @@ import sys
 import time
 from pathlib import Path
 
-from utils.cli.records import ALL_RESULTS, DSI_CONFIG, RUN_CONFIG
+from utils.cli.records import ALL_RESULTS, COMPARISON, DSI_CONFIG, RUN_CONFIG, read_record
 from utils.cli.step_runner import NUM_LANES, Step, StepRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_SEEDS, NUM_SEEDS_FULL = 3, 5
-# one process on one core needs no `accelerate launch`, whose start would take four seconds of each step
+# one process on one core needs no `accelerate launch`, which would take four seconds to start in each step
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 PICTURES = {
-    "style.png": "real images, synthetic without and with the token",
+    "style.png": "real images, then synthetic images without and with the style token",
     "style-0/training.png": "the style token's learning curve",
-    "synthetic-0/preview.png": "the synthetic set, a row a class",
-    "bridged-0/report.png": "learning curves of both stages, confusion matrix",
-    "comparison/comparison.png": "accuracy over the number of real images, a line a method",
+    "synthetic-0/preview.png": "the synthetic set, one row per class",
+    "bridged-0/report.png": "learning curves of both stages and confusion matrix",
+    "comparison/comparison.png": "accuracy over the number of real images, one line per method",
+    "comparison/gain.png": "what each method gains over real images alone, with 95 % intervals",
 }
 
 
 def learn_style(runs_dir: Path, seed: int, suffix: str = "") -> Step:
-    """Return the step that learns the style of a seed's 1-shot images; `suffix` is that of the recipe's name."""
+    """Return the step that learns the style of a seed's 1-shot images, by the recipe `dsi<suffix>.yaml`."""
     style = runs_dir / f"style-{seed}"
     return Step(
         f"style token, seed {seed}", "ten real images, one of each class, become one token", style / DSI_CONFIG,
@@ -37,13 +38,13 @@ def learn_style(runs_dir: Path, seed: int, suffix: str = "") -> Step:
 
 
 def draw_set(runs_dir: Path, seed: int, images_per_class: int, suffix: str = "", with_token: bool = True) -> Step:
-    """Return the step that draws a set of a seed; without the token it is the control, of the same generator."""
+    """Return the step that draws the set of a seed; without the token it is the control by the same generator."""
     if with_token:
         kind, folder, flags = "synthetic", "synthetic", ()
         why = f"the generator draws {images_per_class} images of each class in that style"
     else:
         kind, folder, flags = "control", "plain", ("--use_style_token", "false")
-        why = f"{images_per_class} of each class without the token: what it draws unasked"
+        why = f"{images_per_class} images of each class without the token: the generator's own style"
     images = runs_dir / f"{folder}-{seed}"
     return Step(
         f"{kind} set, seed {seed}", why, images / RUN_CONFIG,
@@ -56,7 +57,7 @@ def draw_set(runs_dir: Path, seed: int, images_per_class: int, suffix: str = "",
 
 def style_figures(runs_dir: Path) -> Step:
     return Step(
-        "style figures", "are the synthetic images like the real ones? border, colour, Frechet distance",
+        "style figures", "how similar are the synthetic images to the real ones? Border, colour, Frechet distance",
         runs_dir / "style.png",
         ("demo/style_figures.py", "--real", "demo/fashion-mnist", "--with_token", str(runs_dir / "synthetic-0"),
          "--without_token", str(runs_dir / "plain-0"), "--classifier", "demo/classifier",
@@ -67,7 +68,7 @@ def style_figures(runs_dir: Path) -> Step:
 
 def train_bridged(runs_dir: Path) -> Step:
     return Step(
-        "bridged transfer", "an ImageNet classifier is fine-tuned on the synthetic, then on ten real images",
+        "bridged transfer", "an ImageNet classifier is fine-tuned on the synthetic images, then on ten real ones",
         runs_dir / "bridged-0" / ALL_RESULTS,
         ("train_bridged.py", "demo/recipes/bridged.yaml", "--synthetic_dataset", str(runs_dir / "synthetic-0"),
          "--output_dir", str(runs_dir / "bridged-0"), "--overwrite_output_dir"),
@@ -77,7 +78,7 @@ def train_bridged(runs_dir: Path) -> Step:
 
 def compare(runs_dir: Path, recipe: str, sets: list[str]) -> Step:
     return Step(
-        "comparison", "all methods, on the same real images", runs_dir / "comparison" / "comparison.md",
+        "comparison", "all methods on the same real images", runs_dir / "comparison" / "comparison.md",
         ("compare_transfer.py", recipe, "--synthetic_dataset", *sets, "--num_workers", str(NUM_LANES),
          "--output_dir", str(runs_dir / "comparison")),
         is_launched=False, from_scratch=(),
@@ -85,10 +86,12 @@ def compare(runs_dir: Path, recipe: str, sets: list[str]) -> Step:
 
 
 def print_ending(runner: StepRunner, seconds: float) -> None:
-    """Print what the steps cost, the style figures, and where the pictures are."""
+    """Print which method to use, as the comparison's record says it, then costs, style figures and pictures."""
+    answer = read_record(runner.runs_dir / "comparison" / COMPARISON)["findings"][0]
+    print(f"\n\033[1m{answer}\033[0m")
     print("\n\033[1mSeconds and peak memory\033[0m (two steps at a time)")
     runner.print_costs()
-    print(f"  {'this run, from start to end':36s} {seconds:7.0f} s")
+    print(f"  {'this run, start to end':36s} {seconds:7.0f} s")
     print("\n\033[1mStyle\033[0m")
     print((runner.runs_dir / "style.txt").read_text(), end="")
     print("\n\033[1mPictures\033[0m")
@@ -99,7 +102,9 @@ def print_ending(runner: StepRunner, seconds: float) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--full", action="store_true", help="the README's table: 1 to 200 shots, five seeds, all methods, a search"
+        "--full",
+        action="store_true",
+        help="the table of docs/results.md: 1 to 200 shots, five seeds, a recipe search",
     )
     args = parser.parse_args()
     started = time.time()
@@ -114,7 +119,7 @@ def main():
         controls += [draw_set(runs_dir, seed, images_per_class, suffix, with_token=False) for seed in seeds[1:]]
         sets += [f"plain={runs_dir / 'plain-{seed}'}"]
     # what takes long comes first, so that both cores have work to the end
-    runner.run_side_by_side(
+    runner.run_in_parallel(
         [*(learn_style(runs_dir, seed, suffix) for seed in seeds), train_bridged(runs_dir), style_figures(runs_dir)]
         + drawn + controls
     )  # fmt: skip

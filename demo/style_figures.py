@@ -1,10 +1,10 @@
-"""How close are the synthetic images to the style of the real ones? A table, and a picture to look at.
+"""How close are the synthetic images to the style of the real ones? Print a table and draw a picture.
 
     python demo/style_figures.py --real demo/fashion-mnist --with_token demo/runs/synthetic-0 \
         --without_token demo/runs/plain-0 --classifier demo/classifier --output_dir demo/runs
 
-Border brightness and saturation are in [0, 1] (both are 0 in the real images). The Frechet distance is taken in the
-penultimate features of the ImageNet classifier; real images against other real images give its floor.
+Border brightness and saturation are in [0, 1] (both are 0 in the real images). The Frechet distance is
+measured in the penultimate features of the ImageNet classifier; between two sets of real images it gives the floor.
 """
 
 import argparse
@@ -50,14 +50,14 @@ def as_array(images: Dataset) -> np.ndarray:
 
 
 def update(metric: FrechetInceptionDistance, processor, images: Dataset, is_real: bool) -> None:
-    """Add a set's features to one side of the distance."""
+    """Add the features of a set to the real or the synthetic side of the distance."""
     for start in range(0, len(images), 100):
         batch = [image.convert("RGB") for image in images[start : start + 100]["image"]]
         metric.update(processor(batch, return_tensors="pt")["pixel_values"], real=is_real)
 
 
 def draw_rows(path: Path, rows: dict[str, Dataset], class_names: list[str], per_class: int = 2) -> None:
-    """Write a picture with a row of images for each set, `per_class` of every class."""
+    """Write a picture with a row of images for each set, `per_class` images of each class."""
     figure = Figure(
         figsize=(1.0 * len(class_names) * per_class / 1.6 + 1.6, 0.75 * len(rows) + 0.4), layout="constrained"
     )
@@ -94,7 +94,7 @@ def main():
     lines = [f"{'':16s}" + "".join(f"{column:>20s}" for column in COLUMNS)]
     for name, images in sets.items():
         metric.reset()
-        count = min(len(images), smallest)  # of equal size: the distance falls with the number of images
+        count = min(len(images), smallest)  # equal sizes, as the distance falls with the number of images
         update(metric, processor, images.shuffle(seed=0).select(range(count)), is_real=False)
         distance = metric.compute().item()
         pixels = as_array(images)

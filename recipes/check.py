@@ -1,8 +1,8 @@
-"""Are the recipes' image sets on the Hub as the recipes say? `make check-recipes`; `RECIPE=cars` checks one.
+"""Checks that the recipes' datasets on the Hub match the recipes: `make check-recipes`; `RECIPE=cars` checks one.
 
-Reads the card, the features and the ends of the parquet files of each set at the recipe's commit, and no image. The
-exit status is 0 when all sets agree, 1 when one differs, and 2 when none differs but something could not be seen, as
-without a network.
+Reads the card, the features and the parquet footers of each dataset at the recipe's commit, but no image. The exit
+status is 0 if all datasets agree, 1 if one differs, and 2 if none differs but something could not be checked, for
+example without a network.
 """
 
 import argparse
@@ -36,14 +36,14 @@ from utils.hub.cards import UNKNOWN, license_in_card
 from utils.hub.repositories import Source, open_source
 from utils.hub.targets import pause_after
 
-NUM_THREADS = 16  # they wait for the Hub
+NUM_THREADS = 16  # mostly waiting for the Hub
 HUGGINGFACE = b"huggingface"  # the key of a schema's metadata with the features
-OF_THE_SET = (RepositoryNotFoundError, RevisionNotFoundError, DatasetsError, ValueError, RuntimeError)
+SET_ERRORS = (RepositoryNotFoundError, RevisionNotFoundError, DatasetsError, ValueError, RuntimeError)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the recipes say of an image set; `license` is the id in its card."""
+    """What the recipes say about a dataset; `license` is the id in its card."""
 
     dataset_name: str
     config_name: str | None
@@ -57,20 +57,20 @@ class Expected:
 
 @dataclass(frozen=True)
 class Found:
-    """What the Hub has: the features of the card and of each parquet file, the images of each split by both."""
+    """What is on the Hub: the features in the card and in each parquet file, and the images per split in both."""
 
     id: str
     license: str
     card_features: Features | None
     card_num_images: dict[str, int]
     file_features: dict[str, Features]
-    describing_files: set[str]  # files that say themselves what their features are
-    num_images: dict[str, int | None]  # None where the files are not parquet
+    describing_files: set[str]  # files that contain their features
+    num_images: dict[str, int | None]  # None if the files are not parquet
 
 
 @dataclass
 class Report:
-    """What came of an image set: where it differs from its recipe, what could not be seen, what else to know."""
+    """The result for a dataset: differences from its recipe, what could not be checked, and notes."""
 
     dataset_name: str
     commit: str | None = None
@@ -80,7 +80,7 @@ class Report:
 
 
 def read_expected(name: str) -> Expected:
-    """Return what the recipes of the image set `name` say."""
+    """Return what the recipes say about the dataset `name`."""
     facts, recipe = read_sets()[name], read_recipe(f"{name}/dsi")
     return Expected(
         recipe["dataset_name"], recipe.get("dataset_config_name"), recipe.get("dataset_revision"),
@@ -90,22 +90,22 @@ def read_expected(name: str) -> Expected:
 
 
 def check_set(name: str) -> Report:
-    """Compare an image set on the Hub with its recipes."""
+    """Compare a dataset on the Hub with its recipes."""
     expected = read_expected(name)
     report = Report(expected.dataset_name)
     source = Source(expected.dataset_name, "dataset_name", "dataset", expected.revision)
     try:
         if not source.is_reachable():
-            report.unseen.append(f"all of it, the Hub ({constants.ENDPOINT}) cannot be reached")
+            report.unseen.append(f"everything, as the Hub ({constants.ENDPOINT}) cannot be reached")
             return report
         source = open_source(source.name, source.flag, source.repo_type, source.revision)
-        source.check_access()  # datasets says of a gated set that there is none
+        source.check_access()  # for a gated dataset, datasets says that there is none
         report.commit = source.revision
         newest = open_source(source.name, source.flag, source.repo_type).revision
         found = read_found(source, expected.config_name)
     except UserError as error:
         problem = " ".join(str(error).split())
-        (report.differences if _is_of_the_set(error.__context__) else report.unseen).append(problem)
+        (report.differences if _is_set_at_fault(error.__context__) else report.unseen).append(problem)
         return report
     if expected.revision is None:
         report.notes.append("the recipe names no commit")
@@ -115,14 +115,14 @@ def check_set(name: str) -> Report:
     return report
 
 
-def _is_of_the_set(cause: BaseException | None) -> bool:
-    """Return whether a failure lies in the set itself: not in a Hub that is busy, far or asks for an account."""
+def _is_set_at_fault(cause: BaseException | None) -> bool:
+    """Return whether a failure is the dataset's own, and not of a Hub that is busy, unreachable or needs a login."""
     is_closed = isinstance(cause, (GatedRepoError, LocalEntryNotFoundError))
-    return isinstance(cause, OF_THE_SET) and not is_closed and pause_after(cause, 1) is None
+    return isinstance(cause, SET_ERRORS) and not is_closed and pause_after(cause, 1) is None
 
 
 def read_found(source: Source, config_name: str | None) -> Found:
-    """Return what the Hub has of a set at a commit.
+    """Return what the Hub has of a dataset at a commit.
 
     Raises:
         UserError: it cannot be read.
@@ -138,7 +138,7 @@ def read_found(source: Source, config_name: str | None) -> Found:
     with source.reading("cannot be loaded", also=(DatasetsError, ValueError, RuntimeError)):
         info = HfApi().dataset_info(source.name, revision=source.revision, token=source.token)
         builder = load_dataset_builder(source.name, config_name, revision=source.revision, token=source.token)
-        if builder.config.data_files is None:  # datasets turned to its cache
+        if builder.config.data_files is None:  # datasets fell back to its cache
             raise UserError(f"{source.flag} {source.name}: the Hub failed while it was read; try again later.")
         files = {str(split): list(map(str, paths)) for split, paths in builder.config.data_files.items()}
         every_file = [path for paths in files.values() for path in paths if path.endswith(".parquet")]
@@ -153,7 +153,7 @@ def read_found(source: Source, config_name: str | None) -> Found:
         id=info.id,
         license=license_in_card(source).id if has_card else UNKNOWN,
         card_features=builder.info.features,
-        # a number that the card leaves out is 0
+        # a number missing from the card is 0
         card_num_images={
             name: part.num_examples for name, part in (builder.info.splits or {}).items() if part.num_examples
         },
@@ -164,7 +164,7 @@ def read_found(source: Source, config_name: str | None) -> Found:
 
 
 def compare(expected: Expected, found: Found, report: Report, names_flag: str) -> None:
-    """Write into the report where the Hub differs from the recipes; `names_flag` begins what is said of names."""
+    """Add to the report where the Hub differs from the recipes; `names_flag` begins messages on names."""
     if found.id != expected.dataset_name:
         report.differences.append(f"the repository is called {found.id} now")
     if found.license != expected.license:
@@ -174,7 +174,7 @@ def compare(expected: Expected, found: Found, report: Report, names_flag: str) -
     described |= {
         PurePosixPath(path).name: features
         for path, features in found.file_features.items()
-        # files that do not say what their features are get the card's
+        # files without features have those of the card
         if path in found.describing_files or found.card_features is None
     }
     if not described:
@@ -183,11 +183,11 @@ def compare(expected: Expected, found: Found, report: Report, names_flag: str) -
     for where, features in described.items():
         problems = find_problems(expected, features, report, names_flag)
         report.differences += [f"{where}: {problem}" for problem in problems if problem not in said]
-        said |= set(problems)  # of many files the first is enough
+        said |= set(problems)  # the first of many files is enough
 
 
 def compare_splits(expected: Expected, found: Found, report: Report) -> None:
-    """Write into the report which splits are not there, unknown, or of another size."""
+    """Add to the report which splits are missing, unknown, or of another size."""
     splits = found.num_images or found.card_num_images
     for split in dict.fromkeys([*expected.num_images, *splits]):
         wanted, of_card = expected.num_images.get(split), found.card_num_images.get(split)
@@ -205,7 +205,7 @@ def compare_splits(expected: Expected, found: Found, report: Report) -> None:
 
 
 def find_problems(expected: Expected, features: Features, report: Report, names_flag: str) -> list[str]:
-    """Return what is wrong with columns and class names; a note counts names in another case or order."""
+    """Return the problems of columns and class names; a note counts names in another case or order."""
     problems = []
     for column, kind in ((expected.image_column, Image), (expected.label_column, ClassLabel)):
         if column not in features:
@@ -223,15 +223,15 @@ def find_problems(expected: Expected, features: Features, report: Report, names_
     notes = []
     if respelled:
         first = f"'{names[places[respelled[0]]]}' is '{respelled[0]}' in the recipe"
-        notes.append(f"{len(respelled)} class names are spelled otherwise: {first}")
+        notes.append(f"{len(respelled)} class names have another spelling: {first}")
     if list(places.values()) != list(range(len(names))):
-        notes.append("the classes have another order than in class_names.yaml")
+        notes.append("the classes are in another order than in class_names.yaml")
     report.notes += [note for note in notes if note not in report.notes]
     return []
 
 
 def print_reports(reports: dict[str, Report]) -> None:
-    """Print a row for each image set, and a line that counts them."""
+    """Print a row per dataset, and a line with their counts."""
     table = Table("set", "repository, commit", "result", "differs, not seen, to know", title="recipes and the Hub")
     counts = {"agrees": 0, "differs": 0, "not seen": 0}
     for name, report in reports.items():
@@ -243,24 +243,24 @@ def print_reports(reports: dict[str, Report]) -> None:
             *(f"note: {line}" for line in report.notes),
         ]
         place = f"{report.dataset_name}\n{report.commit or '?'}"
-        table.add_row(name, Text(place), result, Text("\n".join(lines)))  # Text: brackets in names are no markup
+        table.add_row(name, Text(place), result, Text("\n".join(lines)))  # Text: brackets in names are not markup
     console = Console()
     print_table(table, console)
     console.print(
-        f"{counts['agrees']} of {len(reports)} image sets agree with their recipes, {counts['differs']} differ, "
-        f"{counts['not seen']} could not be seen in full.",
+        f"{counts['agrees']} of {len(reports)} datasets agree with their recipes, {counts['differs']} differ, "
+        f"{counts['not seen']} could not be checked in full.",
         soft_wrap=True,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check the image sets, print the table, and return the exit status."""
+    """Check the datasets, print the table, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", choices=list(read_sets()), help="image set (default: all)")
+    parser.add_argument("--recipe", choices=list(read_sets()), help="dataset (default: all)")
     args = parser.parse_args(argv)
     datasets.disable_progress_bars()
     names = [args.recipe] if args.recipe else list(read_sets())
-    with Console(stderr=True).status(f"reading {len(names)} image sets on the Hub"):
+    with Console(stderr=True).status(f"reading {len(names)} datasets on the Hub"):
         reports = {name: check_set(name) for name in names}
     print_reports(reports)
     if any(report.differences for report in reports.values()):
@@ -269,5 +269,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    logging.getLogger("utils").setLevel(logging.ERROR)  # the table says what was matched in spite of case
+    logging.getLogger("utils").setLevel(logging.ERROR)  # the table lists names that match ignoring case
     run_script(lambda: sys.exit(main()))

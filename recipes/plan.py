@@ -1,4 +1,4 @@
-"""What a reproduction takes, before it is begun: images, optimiser steps, GPU-hours and disk. No torch."""
+"""Forecast of a reproduction: images, optimiser steps, GPU-hours and disk space. No torch."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from utils.cli.parsing import read_mapping
 from utils.cli.tables import print_table
 from utils.comparison.grid import parse_rows, rates_around
 from utils.data.arguments import RealDataArguments
-from utils.forecast.costs import GIB, folder_bytes, hours_of, latent_bytes
+from utils.forecast.costs import GIB, estimate_hours, folder_bytes, latent_bytes
 from utils.transfer.methods import StageSettings, steps_per_epoch
 
 RECIPES = Path(__file__).resolve().parent
@@ -22,9 +22,9 @@ RESOLUTION = 512  # of the recipes' base model, Stable Diffusion 1.5
 
 @dataclass(frozen=True)
 class Plan:
-    """One image set with one classifier; hours are those of one GPU, `*_steps` optimiser steps.
+    """One dataset with one classifier; hours are for one GPU, `*_steps` are optimiser steps.
 
-    `disk_gib` is of the synthetic images, the Arrow copy that training makes of them, and the latents of the real ones.
+    `disk_gib` covers the synthetic images, their Arrow copy for training, and the latents of the real images.
     """
 
     title: str
@@ -46,7 +46,7 @@ class Plan:
 
 
 def read_sets() -> dict[str, dict]:
-    """Return name -> facts about an image set, of all that have recipes."""
+    """Return name -> facts about a dataset, for all with recipes."""
     path = RECIPES / "sets.yaml"
     sets = read_mapping(path, "image sets")
     for name, facts in sets.items():
@@ -57,22 +57,22 @@ def read_sets() -> dict[str, dict]:
 
 
 def read_recipe(name: str) -> dict:
-    """Return the flags in a recipe: `cars/dsi` of an image set, `synthetic`, `bridged` or `compare` of all."""
+    """Return the flags in a recipe: `cars/dsi` of a dataset, or `synthetic`, `bridged` or `compare` of all."""
     return read_mapping(RECIPES / f"{name}.yaml", "recipe")
 
 
 def read_class_names(name: str) -> dict[str, str]:
-    """Return class name -> noun of an image set, in the order of the labels."""
+    """Return class name -> noun of a dataset, in label order."""
     return read_mapping(RECIPES / name / "class_names.yaml", "class names")
 
 
 def read_models() -> dict[str, dict]:
-    """Return name -> flags of a classifier."""
+    """Return name -> flags of each classifier."""
     return read_mapping(RECIPES / "models.yaml", "classifiers")
 
 
 def read_rates(path: Path, model: str) -> dict:
-    """Return what a GPU does in a second.
+    """Return the speed of a GPU per second.
 
     Raises:
         UserError: the file cannot be read, or lacks a rate.
@@ -80,14 +80,14 @@ def read_rates(path: Path, model: str) -> dict:
     rates = read_mapping(path, "rates")
     missing = read_mapping(RATES, "rates").keys() - rates.keys()
     if missing:
-        raise UserError(f"--rates {path}: has no {', '.join(sorted(missing))}; {RATES.name} shows what it must hold.")
+        raise UserError(f"--rates {path}: has no {', '.join(sorted(missing))}; {RATES.name} has all required keys.")
     if model not in rates["training_images_per_second"]:
         raise UserError(f"--rates {path}: training_images_per_second has no {model}.")
     return rates
 
 
 def make_plan(name: str, model: str, rates: dict, num_images_per_class: int, control: bool = False) -> Plan:
-    """Return the plan of the image set `name`, from its recipes and from what a GPU does in a second.
+    """Return the plan of the dataset `name`, from its recipes and a GPU's rates.
 
     With `control` there is a second synthetic set, and a method more in the comparison.
     """
@@ -121,20 +121,20 @@ def make_plan(name: str, model: str, rates: dict, num_images_per_class: int, con
         dsi["max_train_steps"],
         bridged["bridge_num_train_epochs"] * steps_per_epoch(num_synthetic, batch_size),
         bridged["num_train_epochs"] * steps_per_epoch(num_real, batch_size),
-        dsi_hours=hours_of(num_dsi_images, rates["dsi_images_per_second"]),
-        synthetic_hours=hours_of(
+        dsi_hours=estimate_hours(num_dsi_images, rates["dsi_images_per_second"]),
+        synthetic_hours=estimate_hours(
             num_drawn * synthetic["num_inference_steps"], rates["sampling_image_steps_per_second"]
         ),
-        bridged_hours=hours_of(bridge_images + real_images, training_rate),
-        comparison_hours=hours_of(compared_images, training_rate),
+        bridged_hours=estimate_hours(bridge_images + real_images, training_rate),
+        comparison_hours=estimate_hours(compared_images, training_rate),
         disk_gib=disk / GIB,
     )
 
 
 def count_compared_images(compare: dict, bridge_images: int, real_images: int) -> int:
-    """Return how many images a comparison trains on, its search included; stage 1 is trained once where it is shared.
+    """Return the number of training images of a comparison, including its search; a shared stage 1 counts once.
 
-    `bridge_images` and `real_images` are those of one stage 1 and of one stage 2.
+    `bridge_images` and `real_images` are the images of one stage 1 and one stage 2.
     """
     num_rates = len(rates_around(1.0)) if compare["search_learning_rate"] else 1
     num_searched = num_rates if num_rates > 1 else 0
@@ -157,9 +157,9 @@ def count_compared_images(compare: dict, bridge_images: int, real_images: int) -
 def print_plans(plans: list[Plan], model: str, rates: dict, num_images_per_class: int) -> None:
     """Print the plans as a table."""
     table = Table(
-        "image set", "classes", "real images", "synthetic", "steps (token, stage 1, stage 2)", "token h", "images h",
+        "dataset", "classes", "real images", "synthetic", "steps (token, stage 1, stage 2)", "token h", "images h",
         "bridged h", "comparison h", "disk GiB",
-        title=f"{num_images_per_class:,} synthetic images a class, {model}, hours of one {rates['gpu']}",
+        title=f"{num_images_per_class:,} synthetic images per class, {model}, hours on one {rates['gpu']}",
     )  # fmt: skip
     for plan in plans:
         table.add_row(
@@ -172,6 +172,6 @@ def print_plans(plans: list[Plan], model: str, rates: dict, num_images_per_class
     print_table(table, console)
     hours, gib = sum(plan.hours for plan in plans), sum(plan.disk_gib for plan in plans)
     console.print(
-        f"In all {hours:,.0f} GPU-hours and {gib:,.0f} GiB. Computed from measured rates, whose sources are in "
-        "recipes/rates.yaml; loading images and evaluation are not counted."
+        f"Total: {hours:,.0f} GPU-hours and {gib:,.0f} GiB. Computed from measured rates (sources in "
+        "recipes/rates.yaml), without loading images and evaluation."
     )

@@ -1,7 +1,7 @@
-"""The paper's table, by names: `make reproduce RECIPE=cars MODEL=resnet18`, resumable; `DRY_RUN=1` prints the plan.
+"""Reproduces the paper's table: `make reproduce RECIPE=cars MODEL=resnet18`, resumable; `DRY_RUN=1` prints the plan.
 
-Three steps and the comparison, each a command that you could type. Style token and synthetic images are made once for
-all classifiers. The paper's third column, bridged without DSI, needs a second synthetic set: `CONTROL=1`.
+It runs the three steps and the comparison, each a command that you could type. The style token and the synthetic images
+are made once for all classifiers. The paper's third column, bridged without DSI, needs a second set: `CONTROL=1`.
 """
 
 import argparse
@@ -24,18 +24,18 @@ from utils.cli.records import (
 from utils.cli.step_runner import Step, StepRunner
 
 ROOT = Path(__file__).resolve().parent.parent
-# a row of our table -> the paper's
+# our row -> the paper's row
 PAPER_ROWS = {"vanilla": "vanilla", "bridged@plain": "bridged", "bridged": "bridged_dsi"}
 RESUME = ("--resume_from_checkpoint", "latest")
 PRECISION_FLAGS = {"no": (), "bf16": ("--bf16",), "fp16": ("--fp16",)}  # of the comparison
 
 
 def list_steps(
-    name: str, model: str, num_images_per_class: int, control: bool, folder: Path, of_config: Sequence[str] = ()
+    name: str, model: str, num_images_per_class: int, control: bool, folder: Path, config_flags: Sequence[str] = ()
 ) -> list[Step]:
-    """Return the steps of an image set with a classifier, the comparison last; `folder` is the set's.
+    """Return the steps for a dataset and a classifier, the comparison last; `folder` is the dataset's.
 
-    `of_config` are flags of the comparison, as `flags_of_config` returns them.
+    `config_flags` are flags of the comparison, from `flags_from_config`.
     """
     flags, excluded = read_models()[model], read_sets()[name].get("exclude_classes", [])
     exclude, allow = (("--exclude_classes", *excluded), ("--allow_missing_classes",)) if excluded else ((), ())
@@ -44,7 +44,7 @@ def list_steps(
     generate = ("generate_synthetic.py", "recipes/synthetic.yaml", "--learned_embeds", str(style), *exclude)
 
     def draw(images: Path) -> tuple[str, ...]:
-        """Return the flags of a set, which can only grow: training takes as many of it as are asked for."""
+        """Return the flags of a synthetic set. It can only grow; training takes as many images as requested."""
         there = images / GENERATION_CONFIG
         num_there = read_record(there)["num_images_per_class"] if there.exists() else 0
         number = max(num_images_per_class, num_there)
@@ -66,7 +66,7 @@ def list_steps(
     if control:
         steps.append(
             Step(
-                f"control set, {num_images_per_class} a class", "as many without the token", plain / RUN_CONFIG,
+                f"control set, {num_images_per_class} a class", "the same number without the token", plain / RUN_CONFIG,
                 (*generate, *draw(plain), "--use_style_token", "false"),
             )
         )  # fmt: skip
@@ -74,7 +74,7 @@ def list_steps(
     return [
         *steps,
         Step(
-            f"bridged transfer, {trained.name}", "a classifier of the synthetic, then of the real images",
+            f"bridged transfer, {trained.name}", "a classifier trained on the synthetic, then on the real images",
             trained / "bridged" / BRIDGED_CONFIG,
             ("train_bridged.py", "recipes/bridged.yaml", "--synthetic_dataset", str(images), *allow, *classifier,
              "--max_synthetic_samples_per_class", str(num_images_per_class), "--learning_rate", rate,
@@ -85,21 +85,21 @@ def list_steps(
             trained / "comparison" / COMPARISON,
             ("compare_transfer.py", "recipes/compare.yaml", "--synthetic_dataset", *sets, *allow, "--methods", *methods,
              "--volumes", str(num_images_per_class), *classifier, "--learning_rates", rate, "--bridge_learning_rates",
-             bridge_rate, "--output_dir", str(trained / "comparison"), *of_config),
-            is_launched=False,  # it starts processes of its own
+             bridge_rate, "--output_dir", str(trained / "comparison"), *config_flags),
+            is_launched=False,  # it starts its own processes
             from_scratch=(),
         ),
     ]  # fmt: skip
 
 
-def flags_of_config(config: dict) -> tuple[str, ...]:
-    """Return what the comparison takes of accelerate's configuration: a worker for each process, and the precision.
+def flags_from_config(config: dict) -> tuple[str, ...]:
+    """Return the comparison's flags for an accelerate configuration: a worker per process, and the precision.
 
-    The other steps get it from `accelerate launch`. Of several processes the comparison must be none, and one process
-    of a configuration for several GPUs would be a process group, which its workers would all join as the first.
+    The other steps run under `accelerate launch`. The comparison must not: with a configuration for several GPUs, all
+    of its workers would join one process group as its first process.
 
     Raises:
-        UserError: the configuration asks for another precision than the comparison has.
+        UserError: the comparison does not support the configuration's precision.
     """
     precision = str(config.get("mixed_precision") or "no")  # YAML reads a bare `no` as False
     if precision not in PRECISION_FLAGS:
@@ -108,8 +108,8 @@ def flags_of_config(config: dict) -> tuple[str, ...]:
     return ("--num_workers", str(num_workers), *PRECISION_FLAGS[precision])
 
 
-def beside_the_paper(summary: list[dict], paper: dict[str, float], title: str) -> str:
-    """Return a Markdown table of measured accuracies with the paper's, `?` where that is not known."""
+def compare_with_paper(summary: list[dict], paper: dict[str, float], title: str) -> str:
+    """Return a Markdown table of measured accuracies and the paper's, `?` if that is unknown."""
     lines = [f"| {title}, top-1 % | here | the paper |", "|---|---|---|"]
     for entry in summary:
         spread = "" if entry["std"] is None else f" ± {entry['std']:.1f}"
@@ -120,14 +120,14 @@ def beside_the_paper(summary: list[dict], paper: dict[str, float], title: str) -
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", choices=list(read_sets()), help="image set; with --dry_run all when not given")
+    parser.add_argument("--recipe", choices=list(read_sets()), help="dataset (default with --dry_run: all)")
     parser.add_argument("--model", choices=list(read_models()), default="resnet18", help="classifier")
-    parser.add_argument("--num_images_per_class", type=int, default=1000, help="synthetic images of each class")
-    parser.add_argument("--control", action="store_true", help="also without the style token")
+    parser.add_argument("--num_images_per_class", type=int, default=1000, help="synthetic images per class")
+    parser.add_argument("--control", action="store_true", help="add a set without the style token")
     parser.add_argument("--dry_run", action="store_true", help="print the plan")
-    parser.add_argument("--rates", type=Path, default=RATES, help="what your GPU does in a second, for the plan")
-    parser.add_argument("--config_file", help="accelerate configuration; accelerate's own when not given")
-    parser.add_argument("--output_dir", type=Path, default=Path("reproduced"), help="where the results go")
+    parser.add_argument("--rates", type=Path, default=RATES, help="file with the speed of your GPU, for the plan")
+    parser.add_argument("--config_file", help="accelerate configuration (default: accelerate's own)")
+    parser.add_argument("--output_dir", type=Path, default=Path("reproduced"), help="folder for the results")
     args = parser.parse_args(argv)
     if args.recipe is None and not args.dry_run:
         parser.error(f"--recipe is missing: one of {', '.join(read_sets())}")
@@ -146,20 +146,20 @@ def main(argv: Sequence[str] | None = None) -> str | None:
         print_plans(plans, args.model, rates, args.num_images_per_class)
         return None
     folder = args.output_dir / args.recipe
-    launch, of_config, gpus = (), (), {}
+    launch, config_flags, gpus = (), (), {}
     if args.config_file:
         config = read_mapping(Path(args.config_file), "configuration of accelerate")
-        launch, of_config = ("--config_file", args.config_file), flags_of_config(config)
+        launch, config_flags = ("--config_file", args.config_file), flags_from_config(config)
         if config.get("gpu_ids", "all") != "all":
             gpus = {"CUDA_VISIBLE_DEVICES": str(config["gpu_ids"])}  # as `accelerate launch` does
     runner = StepRunner(ROOT, folder, launch, gpus)
-    steps = list_steps(args.recipe, args.model, args.num_images_per_class, args.control, folder, of_config)
+    steps = list_steps(args.recipe, args.model, args.num_images_per_class, args.control, folder, config_flags)
     for step in steps:
         runner.run(step, show=True)
     facts, comparison = read_sets()[args.recipe], steps[-1].finished
-    table = beside_the_paper(
+    table = compare_with_paper(
         read_record(comparison)["summary"], facts.get("paper", {}) if args.model == "resnet18" else {},
-        f"{facts['title']}, {args.model}, {args.num_images_per_class:,} synthetic images a class",
+        f"{facts['title']}, {args.model}, {args.num_images_per_class:,} synthetic images per class",
     )  # fmt: skip
     write_text(comparison.parent.parent / "reproduced.md", table)
     print(f"\n{table}\n{comparison.parent.parent / 'reproduced.md'}")

@@ -1,4 +1,4 @@
-"""Commands as people type them, taken as far as the flags: by the script's own parser, and no further."""
+"""Parses commands as users type them, with the script's own parser, without running the script."""
 
 import shlex
 from pathlib import Path
@@ -23,7 +23,7 @@ class Parsed(Exception):
 
 
 def parse_flags(script: str, flags: list[str]) -> dict:
-    """Return the values that a script's parser gives its flags; the script does nothing else.
+    """Return the parsed flags of a script, without running the rest of it.
 
     Raises:
         UserError: a flag, a key of the recipe or a value is wrong.
@@ -57,7 +57,7 @@ def script_parsers() -> dict[str, ScriptArgumentParser]:
 
 
 def split_command(command: str) -> tuple[str, list[str]]:
-    """Return the script of a typed command, whatever launches it, and its flags."""
+    """Return the script of a typed command, with any launcher, and its flags."""
     words = shlex.split(command, comments=True)
     number = next(number for number, word in enumerate(words) if Path(word).name in SCRIPTS)
     return words[number], words[number + 1 :]

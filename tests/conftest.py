@@ -1,4 +1,4 @@
-"""Fixtures: a local Hub in place of the network, tiny models of the real classes, a small labelled image set."""
+"""Fixtures: a local Hub instead of the network, tiny models of the real classes, a small labelled image dataset."""
 
 import atexit
 import os
@@ -14,7 +14,7 @@ _hub = LocalHub(Path(_work_dir.name) / "hub", lfs_threshold=2**20)
 _hub.__enter__()
 atexit.register(_hub.__exit__)
 _environment = _hub.environment(Path(_work_dir.name) / "hf-home") | {"TOKENIZERS_PARALLELISM": "false"}
-# as under `accelerate launch`: two threads on cores that others use wait for each other
+# as with `accelerate launch`: threads on busy cores wait for each other
 _environment["OMP_NUM_THREADS"] = "1"
 os.environ.clear()
 os.environ.update(_environment)
@@ -34,7 +34,7 @@ def local_hub_server():
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
-    """Reset what `Accelerator` keeps between runs in one process (LIBRARIES: in-process tests must)."""
+    """Reset the state that `Accelerator` keeps between runs in one process."""
     from accelerate.state import AcceleratorState, PartialState
 
     yield
@@ -68,7 +68,7 @@ def save_image_set(folder, splits: dict[str, int], class_names=tuple(CLASS_NAMES
 
 
 def save_class_folders(folder: Path, counts: dict[str, int]) -> Path:
-    """Write `counts[name]` images of each class; the classes are drawn in the order of `counts`."""
+    """Write `counts[name]` images of each class; the order of `counts` decides how a class is drawn."""
     rng = np.random.default_rng(0)
     for label, (name, count) in enumerate(counts.items()):
         (folder / name).mkdir(parents=True)
@@ -86,7 +86,7 @@ def real_images_dir(tmp_path_factory):
 
 
 def pipeline_fixture(name: str, kind: str):
-    """Return a fixture: the folder of a pipeline of `tests/tiny_pipelines.py`, which is saved once a session."""
+    """Return a fixture: the folder of a pipeline of `tests/tiny_pipelines.py`, saved once per session."""
 
     def save(tmp_path_factory) -> Path:
         from tests.tiny_pipelines import save_pipeline
@@ -104,7 +104,7 @@ tiny_flux_pipeline_dir = pipeline_fixture("tiny-flux-pipeline", "flux")
 
 @contextmanager
 def blank_figures():
-    """Let figures be made as ever, and saved as a single pixel: to draw one takes longer than a tiny model's work."""
+    """Create figures as usual but save a single pixel: drawing takes longer than a tiny model's work."""
     from matplotlib.figure import Figure
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Processes of their own that start at once: forked from one that has imported the libraries already."""
+"""Processes that start at once: forked from one that has already imported the libraries."""
 
 import functools
 import itertools
@@ -17,9 +17,9 @@ REPORT = """
 import sys
 from accelerate import PartialState
 state = PartialState()
-sys.stdout.write(f"{state.distributed_type.name} {state.num_processes} processes\\n")  # whole: others write too
+sys.stdout.write(f"{state.distributed_type.name} {state.num_processes} processes\\n")  # in one piece: others write too
 """
-# libraries only, and of them what the scripts import: seconds of every process
+# only libraries that the scripts import, which take seconds in every process
 PRELOADED = [
     "accelerate.commands.launch", "datasets", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "matplotlib.figure", "torch._dynamo", "torch.distributed.run", "transformers.models.clip.modeling_clip",
@@ -36,11 +36,11 @@ def _forkserver() -> multiprocessing.context.ForkServerContext:
 
 
 class ForkedPython:
-    """A `python SCRIPT ...`, or `accelerate launch ... SCRIPT ...`, as `subprocess.Popen` would give it.
+    """A `python SCRIPT ...` or `accelerate launch ... SCRIPT ...`, with the interface of `subprocess.Popen`.
 
-    All but the first lines of its life are those of a started one: it has a process group, an environment and files for
-    its output. The processes of `accelerate launch` are forked too. What the libraries read from the environment while
-    they are imported is that of pytest: for another Hub, start a process.
+    It behaves like a started process, with its own process group, environment and output files. The processes of
+    `accelerate launch` are forked too. Environment variables that libraries read on import are pytest's: for another
+    Hub, start a process.
     """
 
     def __init__(self, command: list, folder: Path, environment: dict[str, str]):
@@ -58,7 +58,7 @@ class ForkedPython:
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """End it if it still runs."""
+        """Kill it if it still runs."""
         self._process.kill()
         self._process.join()
 
@@ -84,12 +84,12 @@ class ForkedPython:
 
 
 def start_script(program: str, argv: list, folder: Path, num_processes: int = 1, **environment: str) -> ForkedPython:
-    """Start a program on one CPU process or more, which say in the end what accelerate made of the launch."""
+    """Start a program on one or more CPU processes, which finally print how accelerate was launched."""
     script = Path(folder) / "script.py"
     script.write_text(f"{program}\n{REPORT}")
     flags = ["--num_processes", num_processes, "--num_machines", 1, "--main_process_port", 0, "--mixed_precision", "no",
              "--dynamo_backend", "no"]  # fmt: skip
-    # `--multi_gpu` is how `accelerate launch` starts more than one of them
+    # with `--multi_gpu`, `accelerate launch` starts several
     command = [*LAUNCH, "--multi_gpu", *flags] if num_processes > 1 else []
     return ForkedPython([*command, script, *argv], folder, os.environ | {"ACCELERATE_USE_CPU": "true"} | environment)
 
@@ -113,7 +113,7 @@ def _run_script(*command: str) -> None:
 
 
 def _launch(argv: list[str]) -> None:
-    """Be `accelerate launch`, with processes that are forked by torch's launcher instead of started by it."""
+    """Act as `accelerate launch`, with processes that torch's launcher forks instead of starting."""
     from accelerate.commands import launch
     from torch.distributed import run
 

@@ -1,4 +1,4 @@
-"""A device that has too little memory, without one: models that run out of memory past a number of images."""
+"""A simulated device with too little memory: models run out of memory above a number of images."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ def limit_memory(
     model_class: type, limit: float, *, from_call: int = 1, in_backward: bool = False,
     applies: Callable[[], bool] = torch.is_grad_enabled,
 ) -> Iterator[list[int]]:  # fmt: skip
-    """Let models of a class run out of memory where more than `limit` images go through them; yield their numbers.
+    """Let models of a class run out of memory with more than `limit` images; yield the batch sizes.
 
     An image takes half as much with gradient checkpointing. The limit holds in calls to which it `applies`, by default
     those with gradients, from one of these on. `in_backward` all gradients but the last one are there already.

@@ -1,4 +1,4 @@
-"""What the benchmarks measure with."""
+"""The tools of the benchmarks."""
 
 import os
 import re
@@ -37,7 +37,7 @@ def case(tmp_path_factory):
     return quick_case(4, tmp_path_factory.mktemp("quick"))
 
 
-def test_a_childs_bar_and_memory_are_watched(tmp_path):
+def test_a_childs_bar_and_memory_are_recorded(tmp_path):
     child = run_child([sys.executable, "-c", BAR], tmp_path / "log", {})
     assert [tick.done for tick in child.bars["style token", 20]][:21] == list(range(21))
     assert child.seconds > 1
@@ -46,8 +46,8 @@ def test_a_childs_bar_and_memory_are_watched(tmp_path):
     assert 0 < child.seconds_of("style token", 20) < child.seconds
 
 
-def test_a_bar_is_read_at_the_time_at_which_it_is_drawn(tmp_path):
-    """Each drawing comes after the one before was read: the reading lies between the two."""
+def test_an_update_of_a_bar_has_the_time_when_it_was_drawn(tmp_path):
+    """Each update is written after the last one was read, so its time lies between the two."""
     reading, writing = os.pipe()
     bars, drawn, started = {}, [], time.perf_counter()
     reader = threading.Thread(target=read_bars, args=(reading, tmp_path / "log", started, bars))
@@ -81,12 +81,12 @@ def test_a_child_that_fails_is_an_error_with_its_output(tmp_path):
 def test_the_scaled_pipelines_vae_has_the_share_of_stable_diffusions():
     cost = SD15.cost()
     assert SCALED.cost().vae_share == pytest.approx(cost.vae_share, rel=0.03)
-    assert cost.unet == pytest.approx(1.67e12, rel=0.01)  # counted before, elsewhere: PEERS
+    assert cost.unet == pytest.approx(1.67e12, rel=0.01)  # counted independently
     assert cost.vae_encode == pytest.approx(1.12e12, rel=0.01)
 
 
 def test_an_image_of_stable_diffusions_size_costs_what_was_counted(tmp_path):
-    """Counted before, elsewhere: 42.7 TFLOP, of which the VAE's 2.51 come once."""
+    """Counted independently: 42.7 TFLOP, of which the VAE has 2.51, once per image."""
     for name, build in (("unet", SD15.build_unet), ("vae", SD15.build_vae)):
         with torch.device("meta"):
             build().save_config(tmp_path / name)
@@ -98,7 +98,7 @@ def test_an_image_of_stable_diffusions_size_costs_what_was_counted(tmp_path):
 
 @pytest.mark.parametrize(("name", "sizes"), memory_count.NUM_PARAMETERS.items())
 def test_the_base_models_whose_memory_is_counted_have_their_published_sizes(name, sizes, tmp_path):
-    """Numbers of weights of the U-Net and of the text encoders, beside a token's row in each."""
+    """Numbers of weights of the U-Net and of the text encoders, without the token's row in each."""
     base_model = memory_count.write_configs(name, tmp_path / "model")
     run = DsiRun(512, 1, torch.float32)
     with torch.device("meta"):
@@ -120,7 +120,7 @@ def test_each_image_of_a_batch_adds_as_much_memory(is_checkpointed, tiny_xl_pipe
     assert fifth.activations > 3 * first.activations
 
 
-def test_a_section_takes_the_place_of_the_one_before_and_leaves_the_others(tmp_path, monkeypatch):
+def test_a_section_replaces_its_earlier_version_and_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "FOLDER", tmp_path)
     for title, body in (("Speed", "old"), ("Memory", "flat"), ("Speed", "new")):
         report.write_section("train_dsi", title, body)
@@ -152,12 +152,12 @@ def test_the_loop_draws_the_same_number_of_images_into_class_folders(case, tmp_p
 
 
 def test_both_commands_ask_for_the_same_images(tmp_path):
-    """The demo's recipe, on both sides."""
+    """Both follow the demo's recipe."""
     case = demo_case(50)
     ours, loop = case.our_command(tmp_path), case.peer_command(tmp_path)
     shared = {"--num_inference_steps=12", "--guidance_scale=1.2", "--batch_size=50", "--num_images_per_class=50"}
     assert shared <= set(ours) and shared <= set(loop)
-    # the loop takes the pipeline's own scheduler, and writes PNG
+    # the loop uses the pipeline's scheduler and writes PNG
     assert {"--scheduler=default", "--image_format=png"} <= set(ours)
     assert case.num_images == 500
 
@@ -175,13 +175,19 @@ def test_programs_are_started_as_the_table_names_them(case, tmp_path):
 
 
 def test_sampling_speed_is_that_between_a_loaded_pipeline_and_the_last_file(case):
-    ticks = [Tick(7.0, 0), Tick(9.0, 1), Tick(10.0, 13), Tick(14.0, 40), Tick(15.0, 40)]  # closed when all is written
+    ticks = [
+        Tick(7.0, 0),
+        Tick(9.0, 1),
+        Tick(10.0, 13),
+        Tick(14.0, 40),
+        Tick(15.0, 40),
+    ]  # closed when everything is written
     child = Child(20.0, {"RssAnon": 5.0, "device": 0.0}, {(DRAWING_BAR, 40): ticks})
     run = generate_speed.read_run(child, Program("ours"), case)
     assert (run.start, run.first_batch, run.images_per_second) == (7.0, 2.0, 40 / 8)
     assert run.later_images_per_second == 38 / 6
     two = generate_speed.read_run(child, Program("ours", num_processes=2), case)
-    assert two.later_images_per_second == 36 / 6  # each has drawn a batch
+    assert two.later_images_per_second == 36 / 6  # without each process's first batch
 
 
 def make_run(speed: float, first_batch=1.0, later=10.0) -> Run:
@@ -198,16 +204,16 @@ def test_a_table_compares_each_round_with_the_loop_of_the_same_round():
     assert "GPU memory, GiB" not in row
 
 
-def test_compiling_is_repaid_when_what_it_saves_is_what_it_cost():
+def test_compiling_pays_off_when_it_has_saved_what_it_cost():
     plain, compiled = [make_run(9, first_batch=1, later=10)], [make_run(5, first_batch=31, later=20)]
     assert "Compiling takes 30 s" in generate_speed.describe_compiling(plain, compiled)
-    assert "repaid after 600 images" in generate_speed.describe_compiling(plain, compiled)  # 60 s, or 30 and 30
-    assert "never repaid" in generate_speed.describe_compiling(compiled, plain)
+    assert "pays off after 600 images" in generate_speed.describe_compiling(plain, compiled)  # 60 s, or 30 and 30
+    assert "never pays off" in generate_speed.describe_compiling(compiled, plain)
 
 
 def test_a_real_runs_figures_are_read(case):
     run = generate_speed.run_program(Program("ours"), case, "cpu")
-    # an eighth of what it takes to import the libraries, about a second where nothing else runs
+    # an eighth of the import of the libraries, about a second on an idle machine
     second = run.start / 8
     assert run.start > 1 and second > run.first_batch > 0
     assert run.images_per_second * second > 1 and run.later_images_per_second * second > 1
@@ -215,7 +221,7 @@ def test_a_real_runs_figures_are_read(case):
 
 
 def test_a_run_by_fewer_processes_than_asked_for_is_an_error():
-    """As where `accelerate launch` starts several that do not know each other."""
+    """As if `accelerate launch` started processes that do not know of each other."""
 
     class Alone(Case):
         def our_command(self, *_, **__) -> list[str]:
@@ -244,20 +250,20 @@ def test_the_overhead_is_a_share_of_the_whole_time():
 def test_a_watch_adds_up_calls():
     clock = iter([1.0, 3.0, 10.0, 14.0])
     watch = generate_overhead.Watch(lambda: next(clock))
-    assert [watch.around(abs)(number) for number in (-5, -6)] == [5, 6]
+    assert [watch.wrap(abs)(number) for number in (-5, -6)] == [5, 6]
     assert watch.seconds == 6
 
 
-def test_a_restart_is_measured_on_finished_shards_whether_they_are_noted_or_hashed(tmp_path):
+def test_a_restart_is_measured_on_finished_shards_with_known_checksums_or_hashed_again(tmp_path):
     noted, hashed, num_bytes = generate_scan.measure(tmp_path, num_images=2_000, num_shards=10, image_bytes=20_000)
     assert 40e6 < num_bytes < 42e6
     assert 0 < noted < hashed
     *_, usual = generate_scan.make_rows(2_000, noted, 4.0, num_bytes)
-    assert usual["seconds"] == "10"  # of 50 kB instead of 20
+    assert usual["seconds"] == "10"  # for 50 kB instead of 20
 
 
 def test_a_restart_that_lacks_shards_is_not_taken_for_a_fast_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(Shards, "write_checksums", lambda _: None)  # once the notes are gone, nothing is known
+    monkeypatch.setattr(Shards, "write_checksums", lambda _: None)  # without the notes, no shard is known
     with pytest.raises(RuntimeError, match="2 shards are missing"):
         generate_scan.measure(tmp_path, num_images=400, num_shards=2, image_bytes=10)
 

@@ -1,4 +1,4 @@
-"""The three commands of the README, verbatim, over the local Hub, each in a process and a home of its own."""
+"""The three commands of the README, verbatim, with the local Hub, each in its own process and home."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(local_hub, real_images_dir, tiny_pipeline_dir, classifiers):
-    """A Hub with a person's image set, and what the scripts take when nothing else is asked for."""
+    """A Hub with a user's image set, and the scripts' default models."""
     local_hub.add_user("user", TOKEN)
     for repo_id, repo_type, folder in (
         ("user/cars", "dataset", real_images_dir),

@@ -48,7 +48,7 @@ def run(classifiers, synthetic_dir):
 
 
 def trainings(monkeypatch) -> list:
-    """Return a list that gets (settings, images, folder) of every stage that is really trained."""
+    """Return a list that collects (settings, images, folder) of every stage that is really trained."""
     trained = []
     fine_tune = stage.fine_tune
 
@@ -90,18 +90,26 @@ def finished(run, tmp_path_factory):
     return output_dir, comparison, trained
 
 
-def test_a_killed_comparison_goes_on_and_stage_1_is_trained_once(finished):
+def test_a_killed_comparison_resumes_and_stage_1_is_trained_once(finished):
     output_dir, comparison, trained = finished
     names = [folder.name for _, _, folder in trained]
     assert sorted(names) == ["stage1"] + 4 * ["stage2"] + 2 * ["vanilla"]
     assert {settings.max_steps for settings, _, folder in trained if folder.name == "vanilla"} == {3}
     assert read_record(output_dir / "comparison.json")["summary"] == comparison["summary"]
-    assert (output_dir / "comparison.png").is_file()
+    assert (output_dir / "comparison.png").is_file() and (output_dir / "gain.png").is_file()
     assert cards.text(comparison["findings"][0], None) in (output_dir / "comparison.md").read_text(encoding="utf-8")
     assert not list((output_dir / "work").iterdir()), "weights of cells are not kept"
     entry = comparison["summary"][2]
     assert (entry["method"], entry["num_shots"]) == ("bridged", 1)
     assert (entry["steps"], entry["images_seen"]) == (2 + 1, 2 * 18 + 3)
+
+
+def test_without_a_reference_no_picture_of_gains_is_left(tmp_path):
+    (tmp_path / "gain.png").touch()  # of an earlier comparison in this folder
+    correct = {"vit": {Row("mix", "mix", "dsi"): {1: np.eye(1, 2, dtype=bool)}}}
+    entry = {"method": "mix", "volume": None, "num_shots": 1, "mean": 50.0, "std": None, "values": [50.0]}
+    compare_transfer.draw_pictures(tmp_path, [entry], correct, ["Use mix."], None)
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.png"]
 
 
 def test_all_methods_train_on_the_same_real_images(finished, real_images_dir):
@@ -112,24 +120,24 @@ def test_all_methods_train_on_the_same_real_images(finished, real_images_dir):
         assert seen.count(pixels(few.train)) == 3
 
 
-def test_a_second_run_trains_nothing_and_says_the_same(finished, run, monkeypatch):
+def test_a_second_run_trains_nothing_and_gives_the_same_results(finished, run, monkeypatch):
     output_dir, comparison, _ = finished
     trained = trainings(monkeypatch)
     assert run(output_dir) == comparison
     assert not trained
 
 
-def test_workers_give_what_one_process_gives(finished, run, tmp_path):
+def test_workers_give_the_same_results_as_one_process(finished, run, tmp_path):
     output_dir, comparison, _ = finished
     flags = "--num_shots", "1", "--methods", "vanilla_matched", "bridged", "bridged_keep", "--num_workers", "2"
     flags += ("--cache_images",)  # the same pixels
-    beside = run(tmp_path, *flags)
+    other = run(tmp_path, *flags)
     alone = {(entry["method"], entry["num_shots"]): entry for entry in without_seconds(comparison)["summary"]}
-    for entry in without_seconds(beside)["summary"]:
+    for entry in without_seconds(other)["summary"]:
         assert entry == alone[entry["method"], 1]
     assert len(list((tmp_path / "stage1").iterdir())) == 1
-    stems_beside, stems = ({path.stem for path in (at / "cells").iterdir()} for at in (tmp_path, output_dir))
-    assert stems_beside <= stems
+    other_stems, stems = ({path.stem for path in (at / "cells").iterdir()} for at in (tmp_path, output_dir))
+    assert other_stems <= stems
 
 
 def test_a_shared_stage_1_is_trained_under_its_lock(run, tmp_path, monkeypatch):
@@ -155,7 +163,7 @@ def test_a_shared_stage_1_is_trained_under_its_lock(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("launched", "flags"), [("bf16", []), ("no", ["--bf16", "--use_cpu"])])
-def test_the_precision_of_a_flag_or_of_the_launch_is_that_of_every_cell(run, tmp_path, monkeypatch, launched, flags):
+def test_every_cell_has_the_precision_of_the_flag_or_the_launch(run, tmp_path, monkeypatch, launched, flags):
     precisions = []
 
     def fine_tune(model, images, image_processor, settings, training_args, *args, **kwargs):
@@ -182,7 +190,7 @@ def two(run, classifiers, tmp_path_factory):
     return output_dir, run(output_dir, *flags)
 
 
-def test_of_two_classifiers_each_has_what_it_has_alone(two, finished, run, classifiers, tmp_path):
+def test_each_of_two_classifiers_has_the_same_results_as_alone(two, finished, run, classifiers, tmp_path):
     output_dir, comparison = two
     _, of_vit, _ = finished
     flags = "--methods", "vanilla_matched", "bridged", "--model_name_or_path", classifiers["resnet"]
@@ -205,7 +213,7 @@ def test_of_two_classifiers_each_has_what_it_has_alone(two, finished, run, class
     assert inputs == {f"--model_name_or_path {classifiers[name]}" for name in ("vit", "resnet")}
 
 
-def test_records_of_one_classifier_are_as_before_and_of_several_name_them(two, finished, classifiers):
+def test_records_of_one_classifier_have_the_earlier_format_and_of_several_name_them(two, finished, classifiers):
     (of_two, _), (of_one, comparison, _) = two, finished
     options = read_record(of_one / "run_config.json")["options"]
     assert options["model_name_or_path"] == classifiers["vit"]
@@ -289,7 +297,7 @@ def test_an_aligned_stage_1_is_shared_by_recipes_of_the_same_real_images_only(ru
     assert changed.bridge_dir(cell_of("bridged_keep")) == runner.bridge_dir(cell_of("bridged_keep"))
 
 
-def test_a_cell_is_kept_for_the_very_same_settings_only(runner):
+def test_a_cell_is_kept_only_for_exactly_the_same_settings(runner):
     path = runner.path(cell_of("mix"))
     changes = [{"max_eval_samples": 5}, {"pretrained": pretrained_of("other")},
                {"settings": StageSettings(0, 0.0, weight_decay=0.5)}]  # fmt: skip
@@ -302,7 +310,7 @@ def test_a_cell_is_kept_for_the_very_same_settings_only(runner):
     assert runner.path(cell_of("mix")) == path
 
 
-def test_volumes_are_nested_shots_those_of_a_run_and_mix_repeats_real_images_to_its_ratio(runner, real_images_dir):
+def test_volumes_are_nested_shots_match_a_run_and_mix_repeats_real_images_to_its_ratio(runner, real_images_dir):
     source = runner.sources["dsi", 0]
     small, large, whole = (runner.load_synthetic(source, volume) for volume in (2, 4, None))
     assert (len(small), len(large), len(whole)) == (6, 12, 18)
@@ -323,7 +331,7 @@ def test_the_error_of_a_cell_names_the_cell(runner, monkeypatch):
 
     monkeypatch.setattr("utils.transfer.run_method.run_stage", run_stage)
     monkeypatch.setattr(CellRunner, "_eval_items", lambda *_: [])
-    message = r"^--batch_norm odd: no\. \(in the cell 'bridged, 1 shot, 2 a class, seed 0'\)$"
+    message = r"^--batch_norm odd: no\. \(in the cell 'bridged, 1 shot, 2 per class, seed 0'\)$"
     with pytest.raises(UserError, match=message):
         runner.result(cell_of("bridged", volume=2))
 
@@ -348,7 +356,7 @@ def test_each_worker_sees_one_gpu_in_turn(monkeypatch):
 
 
 def fake_results(monkeypatch, best_on_validation) -> list:
-    """Let cells return an accuracy by their settings; return the list of cells that were asked for."""
+    """Let cells return an accuracy by their settings; return the list of requested cells."""
     asked = []
 
     def result(self, cell):
@@ -359,9 +367,7 @@ def fake_results(monkeypatch, best_on_validation) -> list:
     return asked
 
 
-def test_recipes_are_chosen_on_validation_and_shots_that_are_not_searched_take_those_of_the_next_below(
-    run, tmp_path, monkeypatch
-):
+def test_recipes_are_chosen_on_validation_and_other_shots_take_those_of_the_next_smaller(run, tmp_path, monkeypatch):
     asked = fake_results(monkeypatch, lambda cell: cell.recipe.learning_rate == 1e-3)
     run(tmp_path, "--learning_rates", "1e-4", "1e-3", "--search_shots", "1")
     assert read_record(tmp_path / "chosen_settings.json")["bridged"]["1"]["learning_rate"] == 1e-3
@@ -384,7 +390,7 @@ def test_stage_1_is_chosen_on_validation_and_kept_for_all_methods(run, tmp_path,
 
 
 def record_stages(monkeypatch) -> list[StageSettings]:
-    """Return a list that gets the settings of every stage of the cells that are asked for; nothing is trained."""
+    """Return a list that collects the settings of every stage of the requested cells; nothing is trained."""
     stages = []
 
     def result(self, cell):
@@ -395,14 +401,14 @@ def record_stages(monkeypatch) -> list[StageSettings]:
     return stages
 
 
-def test_chosen_settings_hold_what_was_searched_and_trains_the_same_cells_again(finished, run, monkeypatch, capsys):
+def test_chosen_settings_have_what_was_searched_and_give_the_same_cells(finished, run, monkeypatch, capsys):
     output_dir, comparison, _ = finished
     path = output_dir / "chosen_settings.json"
     searched = {"max_steps": 2, "learning_rate": 5e-5, "mixup_alpha": 0.2, "head_learning_rate_factor": 10.0}
     assert read_record(path)["stage1"] == searched
     trained = trainings(monkeypatch)
     assert run(output_dir, "--settings", str(path)) == comparison
-    # files of before have all settings of stage 1
+    # files of earlier versions have all settings of stage 1
     old = output_dir / "old.json"
     write_record(old, read_record(path) | {"stage1": comparison["settings"]["stage1"]})
     capsys.readouterr()
@@ -410,9 +416,7 @@ def test_chosen_settings_hold_what_was_searched_and_trains_the_same_cells_again(
     assert not trained and "old.json" not in capsys.readouterr().out
 
 
-def test_flags_on_what_is_not_searched_hold_for_every_method_whatever_the_settings_file_says(
-    run, tmp_path, monkeypatch, capsys
-):
+def test_flags_that_are_not_searched_override_the_settings_file_for_every_method(run, tmp_path, monkeypatch, capsys):
     stages = record_stages(monkeypatch)
     run(tmp_path / "first")
     path = tmp_path / "first" / "chosen_settings.json"
@@ -440,29 +444,29 @@ def test_flags_on_what_is_not_searched_hold_for_every_method_whatever_the_settin
      "--bridge_mixup_alphas 0", "--bridge_head_learning_rate_factor 10", "--search_seeds 0", "--search_shots 1",
      "--search_learning_rate"],
 )  # fmt: skip
-def test_flags_on_what_a_settings_file_decides_are_refused_beside_it(flag, run, tmp_path):
+def test_flags_that_a_settings_file_decides_are_refused_together_with_it(flag, run, tmp_path):
     name = flag.split()[0]
-    lack = "where nothing is searched" if name == "--search_seeds" else "with --settings"
+    lack = "without a search" if name == "--search_seeds" else "with --settings"
     with pytest.raises(UserError, match=f"^{name}[^:]*: does nothing {lack}; .*leave {name} out"):
         run(tmp_path / "out", "--settings", "chosen.json", *flag.split())
     assert not (tmp_path / "out").exists()
 
 
-def test_keys_of_a_recipe_on_what_a_settings_file_decides_are_told_together(tmp_path, capsys):
+def test_recipe_keys_that_a_settings_file_decides_are_reported_together(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("synthetic_dataset: [x]\nsettings: a.json\nnum_train_epochs: 3\nlearning_rates: [1.0e-4]\n")
     with pytest.raises(UserError, match="^a.json: cannot be read"):
         compare_transfer.main([str(recipe)])
-    told = f"{recipe}: without effect in this run: learning_rates, num_train_epochs (with --settings).\n"
+    told = f"{recipe}: no effect in this run: learning_rates, num_train_epochs (with --settings).\n"
     assert capsys.readouterr().err == told
-    # what is empty or off asks for nothing
+    # empty values and switches that are off have no effect
     recipe.write_text("synthetic_dataset: [x]\nsettings: a.json\nlearning_rates:\nsearch_learning_rate: false\n")
     with pytest.raises(UserError, match="^a.json: cannot be read"):
         compare_transfer.main([str(recipe)])
     assert capsys.readouterr().err == ""
 
 
-def test_one_test_image_is_strict_json_and_words_in_place_of_figures(run, tmp_path, monkeypatch, capsys):
+def test_one_test_image_gives_strict_json_and_words_instead_of_figures(run, tmp_path, monkeypatch, capsys):
     def result(self, cell):
         return pack_correct(np.array([cell.row.name == "bridged"])) | {"accuracy": 1.0}
 
@@ -480,11 +484,11 @@ def test_one_test_image_is_strict_json_and_words_in_place_of_figures(run, tmp_pa
     assert "on 1 test image;" in report
 
 
-def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_any(run, unmirrored_dir, tmp_path, monkeypatch):
+def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_them(run, unmirrored_dir, tmp_path, monkeypatch):
     stages = record_stages(monkeypatch)
     run(tmp_path / "first", synthetic=unmirrored_dir)
     assert len(stages) > len(NAMES) and not any(stage.random_flip for stage in stages)
-    # recipes that were searched on images which may be mirrored say nothing of these
+    # recipes searched with mirrored images do not apply here
     chosen = read_record(tmp_path / "first" / "chosen_settings.json")
     chosen["stage1"]["random_flip"] = True
     write_record(tmp_path / "chosen.json", chosen)
@@ -494,17 +498,17 @@ def test_a_set_whose_token_saw_no_mirrored_images_is_compared_without_any(run, u
 
 
 def diverge(monkeypatch, diverges) -> None:
-    """Let the cells diverge of which `diverges(cell)` says so; the others are fine."""
+    """Let the cells diverge for which `diverges(cell)` is true."""
 
     def run_cell(self, cell):
         if diverges(cell):
             raise DivergedError("--learning_rate 1: the loss is nan")
-        return RIGHT | {"accuracy": 0.0}  # no better than a candidate that diverged, if that counted
+        return RIGHT | {"accuracy": 0.0}  # not better than a diverged candidate if that counted
 
     monkeypatch.setattr(CellRunner, "_run", run_cell)
 
 
-def test_a_candidate_that_diverges_has_lost_the_search_and_is_told_of(run, tmp_path, monkeypatch, capsys):
+def test_a_diverging_candidate_loses_the_search_with_a_warning(run, tmp_path, monkeypatch, capsys):
     diverge(monkeypatch, lambda cell: cell.recipe.learning_rate == 1e-4 or cell.bridge.learning_rate == 1e-4)
     rates = ["--learning_rates", "1e-4", "1e-3", "--bridge_learning_rates", "1e-4", "1e-3"]
     run(tmp_path, *rates)
@@ -515,9 +519,9 @@ def test_a_candidate_that_diverges_has_lost_the_search_and_is_told_of(run, tmp_p
     assert "of the search was dropped: --learning_rate 1: the loss is nan (in the cell 'bridged, 1 shot" in warnings[3]
 
 
-def test_a_search_in_which_all_diverge_is_one_line(run, tmp_path, monkeypatch):
+def test_a_search_in_which_all_diverge_is_a_one_line_error(run, tmp_path, monkeypatch):
     diverge(monkeypatch, lambda cell: cell.split == "validation")
-    with pytest.raises(UserError, match="every candidate of vanilla_matched with 1 shot diverged; give lower ones"):
+    with pytest.raises(UserError, match="every candidate of vanilla_matched with 1 shot diverged; give lower rates"):
         run(tmp_path / "real", "--learning_rates", "1e-4", "1e-3")
     with pytest.raises(UserError, match="every candidate of stage 1 .--bridge_learning_rates. diverged"):
         run(tmp_path / "bridge", "--bridge_learning_rates", "1e-4", "1e-3")
@@ -530,13 +534,13 @@ def test_a_cell_of_the_table_that_diverges_ends_the_comparison_and_does_not_coun
     assert len(list((tmp_path / "cells").iterdir())) == 6 and not (tmp_path / "comparison.json").exists()
 
 
-def test_what_a_trial_of_two_images_shows_is_found_before_images_are_read(
+def test_problems_in_a_trial_run_are_found_before_images_are_read(
     synthetic_dir, tmp_path, monkeypatch, save_classifier_of
 ):
     monkeypatch.setattr(compare_transfer, "load_real_images", lambda *_: pytest.fail("images were read"))
     monkeypatch.setattr("utils.transfer.rehearsal.imprint_head", lambda *_: 1 / 0)
     model = ["--model_name_or_path", save_classifier_of("vit"), "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(ZeroDivisionError):  # it is tried where a method needs it
+    with pytest.raises(ZeroDivisionError):  # it is tried if a method needs it
         compare_transfer.main(["--synthetic_dataset", str(synthetic_dir), "--methods", "bridged_imprint", *model])
     monkeypatch.setattr("utils.transfer.rehearsal.predict", lambda *_: [][0])
     with pytest.raises(UserError, match="^--model_name_or_path .*: a trial run of two RGB images fails .IndexError"):
@@ -572,7 +576,7 @@ def test_without_shots_all_images_are_taken_for_the_default_epochs(classifiers, 
     assert sorted((cell.seed, cell.row.volume) for cell in bridged) == [
         (seed, volume) for seed in range(3) for volume in (2, 4)
     ]
-    # 30 epochs of the real images (the rest is validation), 5 of 12 synthetic ones at every volume, 4 a step
+    # 30 epochs of the real images (the rest is for validation), 5 of 12 synthetic ones at every volume, 4 per step
     record = read_record(synthetic_dir / GENERATION_CONFIG)["real_images"]
     num_steps = 30 * math.ceil(len(load_real_images(RealImagesRecord(record["dataset_name"])).train) / 4)
     found = {(cell.num_shots, cell.recipe.max_steps, cell.bridge.max_steps) for cell in bridged}
@@ -581,7 +585,7 @@ def test_without_shots_all_images_are_taken_for_the_default_epochs(classifiers, 
 
 @pytest.fixture
 def set_of_names(synthetic_dir, tmp_path):
-    """A synthetic set that was made for a list of class names."""
+    """A synthetic set that was made from a list of class names."""
     folder = tmp_path / "of-names"
     shutil.copytree(synthetic_dir, folder)
     record = read_record(folder / GENERATION_CONFIG)
@@ -589,7 +593,7 @@ def set_of_names(synthetic_dir, tmp_path):
     return folder
 
 
-def test_real_images_given_by_hand_go_before_the_record(run, set_of_names, real_images_dir, tmp_path, monkeypatch):
+def test_given_real_images_override_the_record(run, set_of_names, real_images_dir, tmp_path, monkeypatch):
     fake_results(monkeypatch, lambda cell: True)
     message = "^--dataset_name: .* list of class names, .*give --dataset_name or --train_dir"
     with pytest.raises(UserError, match=message):
@@ -615,24 +619,27 @@ def test_a_revision_goes_with_the_path_of_its_set(monkeypatch, tmp_path):
         (["--num_shots", "20"], r"--num_shots 20: a class of the real set has only 1\d training images"),
         (["--num_shots", "0"], "--num_shots 0: must be above 0"),
         (["--search_shots", "4"], "--search_shots 4: not among --num_shots"),
-        (["--seeds", "1", "1"], "--seeds 1 1: a value is there twice"),
+        (["--seeds", "1", "1"], "--seeds 1 1: duplicate values"),
         (["--seeds", "-1"], "--seeds -1: must be 0 or above"),
         (["--volumes", "0"], "--volumes 0: must be above 0"),
         (["--num_workers", "0"], "--num_workers 0: must be above 0"),
         (["--label_smoothing_factor", "1"], "--label_smoothing_factor 1.0: must be 0 or above, and below 1"),
         (["--bridge_mixup_alphas", "-1"], "--bridge_mixup_alphas -1.0: must be 0 or above"),
-        (["--learning_rates", "1e-4", "1e-3", "--search_learning_rate"], "searches around one value, --learning_rates"),
+        (
+            ["--learning_rates", "1e-4", "1e-3", "--search_learning_rate"],
+            "searches around one value, but --learning_rates",
+        ),
         (["--settings", "x.json", "--search_learning_rate"], "--search_learning_rate: does nothing with --settings"),
         (["--settings", "pyproject.toml"], "pyproject.toml: cannot be read as a record"),
         (
             ["--model_name_or_path", "a/b", "c/d", "--model_revision", "v1"],
             "^--model_revision v1: does nothing with several --model_name_or_path; write MODEL@REVISION for each",
         ),
-        (["--model_name_or_path", "a/b", "a/b"], "--model_name_or_path a/b a/b: a value is there twice"),
+        (["--model_name_or_path", "a/b", "a/b"], "--model_name_or_path a/b a/b: duplicate values"),
         (["--methods", "bridged@other"], "--methods bridged@other: no synthetic set 'other'"),
     ],
 )
-def test_bad_values_are_one_line(flags, message, run, tmp_path):
+def test_bad_values_are_one_line_errors(flags, message, run, tmp_path):
     with pytest.raises(UserError, match=message):
         run(tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
@@ -641,14 +648,14 @@ def test_bad_values_are_one_line(flags, message, run, tmp_path):
 def test_launched_processes_and_sets_without_settings_or_for_other_images_are_refused(
     run, synthetic_dir, tmp_path, monkeypatch
 ):
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="--num_processes 2: .* give --num_workers"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="--num_processes 2: .* use --num_workers"):
         patch.setenv("WORLD_SIZE", "2")
         run(tmp_path / "out")
     with pytest.raises(UserError, match="--synthetic_dataset: give at least one"):
         compare_transfer.main(["--num_shots", "1"])
     for record in ({"bridged": {}}, {"stage1": {"max_steps": 2}}, {"stage1": {"seeps": 2}}):
         write_record(tmp_path / "chosen.json", record)
-        with pytest.raises(UserError, match=r"--settings \S+: is no chosen_settings.json"):
+        with pytest.raises(UserError, match=r"--settings \S+: not a chosen_settings.json"):
             run(tmp_path / "out", "--settings", str(tmp_path / "chosen.json"))
     other = tmp_path / "other"
     shutil.copytree(synthetic_dir, other)
@@ -676,7 +683,7 @@ def run_folds(classifiers, synthetic_dir):
 
 
 @pytest.mark.parametrize("shots", [None, 2])
-def test_every_image_is_tested_once_a_repeat_by_a_model_that_saw_none_of_its_fold(
+def test_every_image_is_tested_once_per_repeat_by_a_model_that_saw_none_of_its_fold(
     run_folds, real_images_dir, tmp_path, monkeypatch, shots
 ):
     seen, whole = [], load_real_images(RealImagesRecord(str(real_images_dir), train_val_split=0.01))
@@ -698,7 +705,7 @@ def test_every_image_is_tested_once_a_repeat_by_a_model_that_saw_none_of_its_fol
             len({image for _, tested in repeat for image in tested}) == sum(len(tested) for _, tested in repeat) == 60
         )
     assert {len(trained) for trained, _ in of_vanilla} == {45 if shots is None else 6}
-    # which images were tested, by the scripts' own loading of that fold
+    # the tested images, as the scripts load that fold
     for number, (trained, _) in enumerate(of_vanilla):
         record = RealImagesRecord(str(real_images_dir), fold=f"{number % 4 + 1}/4", fold_seed=number // 4)
         assert not set(trained) & set(pixels(load_real_images(record).test))
@@ -725,16 +732,18 @@ def test_folds_are_named_their_cells_kept_and_workers_give_the_same(run_folds, t
     assert "not searched on these images" in report and "style token of" not in report
     count = len(trained)
     assert run_folds(tmp_path / "alone", *flags) == comparison and len(trained) == count
-    beside = run_folds(tmp_path / "beside", *flags, "--num_workers", "2")
-    assert without_seconds(beside) == without_seconds(comparison)
+    other = run_folds(tmp_path / "other", *flags, "--num_workers", "2")
+    assert without_seconds(other) == without_seconds(comparison)
 
 
-def test_test_images_that_a_style_token_has_seen_are_told(run_folds, make_synthetic_dir, tmp_path, monkeypatch, capsys):
+def test_test_images_that_a_style_token_has_seen_are_reported(
+    run_folds, make_synthetic_dir, tmp_path, monkeypatch, capsys
+):
     fake_results_of_folds(monkeypatch)
     whole = make_synthetic_dir("whole", train_indices=list(range(60)))
     comparison = run_folds(tmp_path / "out", "--num_shots", "2", synthetic=whole)
-    (line,) = [line for line in comparison["findings"] if "style token" in line and "tested on" in line]
-    assert line.startswith("The style token of dsi has seen all images that the models with its images are tested on")
+    (line,) = [line for line in comparison["findings"] if "style token" in line and "test images" in line]
+    assert line.startswith("The style token of dsi has seen all test images of the models that use its images")
     (beyond,) = [line for line in comparison["findings"] if "do not train on" in line]
     assert "up to 39 real images that the runs with 2 shots" in beyond
     for printed in (capsys.readouterr().out, (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")):
@@ -767,26 +776,26 @@ def fake_results_of_folds(monkeypatch) -> None:
         (["--num_folds", "1"], "--num_folds 1: must be 2 or above"),
         (["--num_folds", "21"], "21 folds: class '.*' has 20 images, .*; take 20 folds or fewer"),
         (["--num_shots", "16"], "--num_shots 16: a class of the real set has only 15 training images"),
-        (["--num_repeats", "2", "--seeds", "4"], "--num_repeats 2: --seeds has 1, must be one for each repeat"),
+        (["--num_repeats", "2", "--seeds", "4"], "--num_repeats 2: --seeds must have one value per repeat, has 1"),
         (
             ["--learning_rates", "1e-4", "1e-3"],
-            "--learning_rates: searches on validation images, of which --num_folds 4",
+            "--learning_rates: needs validation images, but --num_folds 4",
         ),
-        (["--search_learning_rate"], "--search_learning_rate: searches on validation images"),
+        (["--search_learning_rate"], "--search_learning_rate: needs validation images"),
         (["--max_eval_samples", "6"], "--max_eval_samples 6: does nothing with --num_folds"),
         (["--test_split", "test"], "--test_split test: does nothing with --num_folds"),
-        (["--token_per_fold"], "--token_per_fold: makes the synthetic sets of which --synthetic_dataset has '{fold}'"),
-        (["--token_per_fold", "--synthetic_dataset", "x-{fold}", "--num_repeats", "2"], "must have '{seed}' too"),
+        (["--token_per_fold"], "--token_per_fold: makes the synthetic sets whose --synthetic_dataset path contains"),
+        (["--token_per_fold", "--synthetic_dataset", "x-{fold}", "--num_repeats", "2"], "must contain '{seed}' too"),
         (["--token_per_fold", "--synthetic_dataset", "x-{fold}"], "--dataset_name is missing"),
     ],
 )
-def test_what_does_not_go_with_folds_is_one_line(flags, message, run_folds, tmp_path):
+def test_flags_that_do_not_go_with_folds_are_one_line_errors(flags, message, run_folds, tmp_path):
     with pytest.raises(UserError, match=message):
         run_folds(tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 
 
-def test_sets_of_folds_without_folds_are_one_line(run, tmp_path):
+def test_sets_per_fold_without_folds_are_a_one_line_error(run, tmp_path):
     with pytest.raises(UserError, match="--synthetic_dataset set-{fold}: '{fold}' needs --num_folds"):
         run(tmp_path / "out", synthetic="set-{fold}")
 
@@ -818,8 +827,10 @@ def test_token_per_fold_runs_both_scripts_with_the_fold_and_its_set_is_compared(
     parse_flags("generate_synthetic.py", list(draw[1:]))
 
     def fail(self, step):
-        raise RuntimeError(f"{step.name} failed, see x.log; the same make command goes on from here")
+        raise RuntimeError(f"{step.name} failed, see x.log; the same make command resumes here")
 
     monkeypatch.setattr(StepRunner, "run", fail)
-    with pytest.raises(UserError, match="--token_per_fold: style token .* failed, see x.log; the same command goes on"):
+    with pytest.raises(
+        UserError, match="--token_per_fold: style token .* failed, see x.log; run the same command again"
+    ):
         run_folds(tmp_path / "out", *flags, synthetic=tmp_path / "syn-{seed}-{fold}")

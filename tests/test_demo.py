@@ -5,19 +5,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import load_dataset
+from diffusers import StableDiffusionPipeline
 
 import generate_synthetic
 import train_dsi
+from demo.run import print_ending
 from demo.style_figures import as_array, border_brightness, saturation
-from utils.cli.records import GENERATION_CONFIG, read_record
+from utils.cli.records import COMPARISON, GENERATION_CONFIG, read_record, write_record
+from utils.cli.step_runner import StepRunner
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
 def in_root(monkeypatch):
-    """Run from the repository root, as the demo's recipes name its folders from there."""
+    """Run from the repository root, as the paths in the demo's recipes are relative to it."""
     monkeypatch.chdir(ROOT)
 
 
@@ -31,7 +35,13 @@ def test_the_real_images_are_balanced_and_no_image_is_in_two_parts(in_root):
     assert not pixels["train"] & pixels["validation"]
 
 
-def test_the_target_style_is_none_of_the_named_ones(monkeypatch):
+def test_the_generator_draws_in_a_plain_pipeline_on_a_cpu(in_root):
+    pipe = StableDiffusionPipeline.from_pretrained("demo/generator")
+    assert {part.dtype for part in (pipe.text_encoder, pipe.unet, pipe.vae)} == {torch.float32}
+    assert pipe("A bag photo", num_inference_steps=1).images[0].size == (32, 32)
+
+
+def test_the_target_style_is_not_one_of_the_named_styles(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "demo" / "build")
     from styles import STYLE_NAMES, is_chromatic, style_parameters
 
@@ -72,6 +82,20 @@ def test_a_style_token_moves_the_images_towards_the_real_ones(seed, in_root, tmp
     assert health["loss_trained_token"] < health["loss_no_token"]
     assert figures["true"][0] < 0.05 < 0.25 < figures["false"][0]
     assert figures["true"][1] < 0.10 < 0.25 < figures["false"][1]
+
+
+def test_the_demo_ends_with_the_method_to_use_then_costs_figures_and_pictures(tmp_path, capsys):
+    (tmp_path / "comparison").mkdir()
+    write_record(tmp_path / "comparison" / COMPARISON, {"findings": ["Use mix with 1 shot.", "Another sentence."]})
+    (tmp_path / "style.txt").write_text("border brightness 0.01\n")
+    (tmp_path / "steps.json").write_text('{"comparison": {"seconds": 230.2, "peak_memory_gib": 1.3}}')
+    print_ending(StepRunner(ROOT, tmp_path), seconds=348)
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[1] == "\033[1mUse mix with 1 shot.\033[0m"
+    text = "\n".join(lines)
+    places = [text.index(part) for part in ("230 s    1.3 GiB", "348 s", "border brightness", "style.png")]
+    assert places == sorted(places)
+    assert "Another sentence." not in text
 
 
 def test_the_token_lowers_the_loss_of_images_that_it_has_not_seen(in_root, tmp_path):

@@ -1,4 +1,4 @@
-"""train_dsi.py where memory is too small: the same steps in smaller parts, told, recorded, and gone on with."""
+"""train_dsi.py with too little memory: the same steps in smaller parts, reported, recorded and resumed."""
 
 import json
 
@@ -16,7 +16,7 @@ from utils.style.monitor import Monitor
 
 pytest_plugins = ["tests.style.fixtures"]
 FLAGS = {"max_train_steps": 4, "train_batch_size": 6, "checkpointing_steps": 2}
-# as `train_dsi.py`, with a first process whose memory is enough
+# `train_dsi.py`, with enough memory in the first process only
 CHILD = """
 import os, sys
 from diffusers import UNet2DConditionModel
@@ -31,7 +31,7 @@ sys.stdout.write(f"sizes {sorted(set(sizes))}\\n")
 
 @pytest.fixture
 def memory(monkeypatch):
-    """Limit the memory of the U-Net with gradients for the rest of a test; return the sizes that it is called with."""
+    """Limit the memory of the U-Net with gradients for the rest of a test; return its batch sizes."""
 
     def limit(*args, **options) -> list[int]:
         context = limit_memory(UNet2DConditionModel, *args, **options)

@@ -1,4 +1,4 @@
-"""Which setting benchmarks.generate_quality takes, what it draws, and a whole run at tiny size."""
+"""The setting that benchmarks.generate_quality chooses, the sets that it draws, and a whole run at tiny size."""
 
 import json
 from dataclasses import replace
@@ -46,7 +46,7 @@ def names_of(results):
     return [result.setting.name for result in results]
 
 
-def test_the_fastest_that_is_good_enough_is_taken():
+def test_the_fastest_good_enough_setting_is_chosen():
     results = [
         LOOP_RESULT,
         make_result("ddim-12", 2.0, accuracy=70, frechet=800),  # better, and slower
@@ -64,14 +64,14 @@ def test_the_fastest_that_is_good_enough_is_taken():
     assert "fastest of 5 settings" in reason and "loss of 2.0 points" in reason
 
 
-def test_where_none_is_good_enough_or_faster_the_loops_setting_stays():
+def test_without_a_good_enough_faster_setting_the_loops_setting_stays():
     others = [make_result("dpm-4", 5.0, accuracy=50), make_result("ddim-12", 0.9, accuracy=70)]
     assert choose([LOOP_RESULT, *others]) == LOOP_RESULT
     answer, reason = describe_choice([LOOP_RESULT, *others])
     assert answer.startswith("**Stay with the loop's setting**") and "the 2 others" in reason
 
 
-def test_the_front_has_what_no_other_beats_in_both():
+def test_the_front_has_the_settings_that_no_other_beats_in_both():
     results = [
         make_result("dpm-4", 5.0, accuracy=55),
         LOOP_RESULT,
@@ -85,7 +85,7 @@ def test_the_front_has_what_no_other_beats_in_both():
     assert names_of(pareto_front(results, lambda result: -result.frechet)) == ["dpm-4"]
 
 
-def test_speed_is_that_beside_the_loop_and_not_that_of_a_busy_machine():
+def test_speed_is_relative_to_the_loop_and_independent_of_a_busy_machine():
     busy = replace(make_result("dpm-8", 3.0), speeds=[9.0, 30.0])
     assert busy.speed == 3.0
 
@@ -98,13 +98,13 @@ def test_every_row_has_its_own_name_and_flags_that_the_script_has():
     assert BY_NAME["unipc-6-guided"].flags["guidance_scale"] == 1.2 and BY_NAME["unipc-6"].flags["guidance_scale"] == 1
 
 
-def test_rows_whose_adapter_is_not_there_are_left_out_and_told(monkeypatch, tmp_path, capsys):
+def test_rows_without_their_adapter_are_left_out_with_a_message(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(quality_settings, "ROOT", tmp_path)
     chosen, lacking = select_settings(["adapter-4", "dpm-6"])
     assert names_of_settings(chosen) == ["loop", "dpm-6"] and names_of_settings(lacking) == ["adapter-4"]
     (tmp_path / "config.json").touch()
     generate_quality.parse_arguments(["--settings", "adapter-4", "--classifier", str(tmp_path)])
-    assert capsys.readouterr().out == "adapter-4 is left out: its adapter demo/few_steps is not there.\n"
+    assert capsys.readouterr().out == "adapter-4 is left out: its adapter demo/few_steps does not exist.\n"
     (tmp_path / "demo" / "few_steps").mkdir(parents=True)
     chosen, lacking = select_settings(None)
     assert chosen == list(SETTINGS) and lacking == []
@@ -115,19 +115,19 @@ def names_of_settings(settings):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--settings", "dpm-5"], "--settings dpm-5: unknown; there are loop, ddim-12,"),
-    (["--style_tokens", "none-{seed}"], "--style_tokens none-{seed}: none-0 has no dsi_config.json; name style"),
+    (["--settings", "dpm-5"], "--settings dpm-5: unknown; choose from loop, ddim-12,"),
+    (["--style_tokens", "none-{seed}"], "--style_tokens none-{seed}: none-0 has no dsi_config.json; must be"),
     (["--classifier", "none"], "--classifier none: has no config.json; `make install` makes the demo's."),
     (["--num_workers", "0"], "--num_workers 0: must be at least 1."),
-    (["--seeds", "1", "1"], "--seeds 1 1: a seed is there twice."),
+    (["--seeds", "1", "1"], "--seeds 1 1: duplicate values."),
 ])  # fmt: skip
-def test_wrong_flags_are_told(flags, message, capsys):
+def test_wrong_flags_are_errors(flags, message, capsys):
     with pytest.raises(SystemExit):
         generate_quality.parse_arguments(flags)
     assert message in capsys.readouterr().err
 
 
-def test_the_table_marks_what_is_taken_and_ends_with_real_images():
+def test_the_table_marks_the_choice_and_ends_with_real_images():
     rows = list_rows([LOOP_RESULT, make_result("dpm-8", 3.0, accuracy=61)], dict.fromkeys(SCORES, 0.25))
     assert [row["setting"] for row in rows] == ["loop", "**dpm-8**", "real images"]
     assert rows[0]["to the loop's setting"] == "" and rows[1]["to the loop's setting"] == "+1.0 [-1.0, 3.0]"
@@ -147,10 +147,10 @@ def test_the_picture_names_every_line_and_point_of_both_panels(tmp_path):
         assert {result.setting.series for result in results} <= texts
         assert {"12", "8", "6", "2"} <= texts
     figure.savefig(tmp_path / "picture.png")
-    assert figure.axes[1].yaxis_inverted()  # a small distance is good
+    assert figure.axes[1].yaxis_inverted()  # small distances are good
 
 
-def test_features_are_compared_with_as_many_of_each_class():
+def test_features_are_compared_with_equal_class_counts():
     rng = np.random.default_rng(0)
 
     def side(num_per_class, mean):
@@ -167,14 +167,14 @@ def test_features_are_compared_with_as_many_of_each_class():
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory, tiny_pipeline_dir, real_images_dir):
-    """Style tokens of two seeds, as a pattern."""
+    """Style tokens of two seeds, as a path pattern."""
     folder = tmp_path_factory.mktemp("tokens")
     for seed in (0, 1):
         save_token(folder / f"style-{seed}", tiny_pipeline_dir, real_images_dir)
     return str(folder / "style-{seed}")
 
 
-def test_a_set_of_other_inputs_is_another_one(tokens, tmp_path):
+def test_other_inputs_give_another_set(tokens, tmp_path):
     token = Path(tokens.replace("{seed}", "0"))
     drawn = SetToDraw(BY_NAME["dpm-6"], 0, token, 5, tmp_path)
     assert drawn.name == replace(drawn, work_dir=tmp_path / "other").name and drawn.num_images == 15
@@ -186,7 +186,7 @@ def test_a_set_of_other_inputs_is_another_one(tokens, tmp_path):
     assert replace(drawn).name != before
 
 
-def test_a_whole_run_draws_measures_and_trains_and_then_does_nothing_twice(
+def test_a_whole_run_draws_measures_and_trains_and_repeats_nothing(
     tokens, real_images_dir, classifiers, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(report, "FOLDER", tmp_path / "nothing-is-written")

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import generate_synthetic
 from generate_synthetic import main
+from tests.card_code import run_python
 from tests.conftest import CLASS_NAMES
 from tests.local_hub.faults import Fault
 from tests.style.pipelines import change_config
@@ -69,7 +70,7 @@ def test_load_dataset_gives_images_and_the_real_names(finished_set):
     assert images[1]["prompt"] == f"A green circle photo in the style of {PLACEHOLDER}"
     assert images[0]["guidance_scale"] == 3.0
     assert len(set(images["seed"])) == 21
-    for path in finished_set.glob("data/*.parquet"):  # each file by itself, without what the card says
+    for path in finished_set.glob("data/*.parquet"):  # each file by itself, without the card
         assert load_dataset("parquet", data_files=str(path), split="train").features == images.features
 
 
@@ -104,7 +105,40 @@ def test_records_and_card_name_sources_and_counts(finished_set, token_dir, real_
     assert card.data.dataset_info["splits"][0]["num_examples"] == 21
     assert f"--learned_embeds {token_dir}" in card.text
     assert "num_drawn" not in json.loads((finished_set / "run_config.json").read_text()), "it drew all of them"
+    assert "None" not in card.text and "| guidance_scale | `3.0` |" in card.text
     assert np.asarray(PILImage.open(finished_set / "preview.png")).shape[0] == 3 * 100  # rows are classes
+
+
+def test_python_code_of_a_set_card_loads_it(finished_set, monkeypatch):
+    monkeypatch.chdir(finished_set.parent)
+    assert len(run_python((finished_set / "README.md").read_text())["images"]) == 21
+
+
+def test_a_set_begun_before_there_was_an_article_keeps_its_prompts(
+    tiny_pipeline_dir, real_images_dir, tmp_path, monkeypatch
+):
+    def draw(num_images, *flags):
+        main([
+            "--learned_embeds", str(tmp_path / "style"), "--output_dir", str(tmp_path / "set"), "--batch_size", "1",
+            "--num_inference_steps", "1", "--classes", "red_square", "--num_images_per_class", str(num_images), *flags,
+        ])  # fmt: skip
+        settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
+        rows = load_dataset(str(tmp_path / "set"), split="train")
+        return {row["prompt"] for row in rows}, settings.get("article")
+
+    nouns = ["orange", "green circle", "blue-stripe"]
+    save_token(tmp_path / "style", tiny_pipeline_dir, real_images_dir, article="auto", prompt_nouns=nouns)
+    old, new = (f"{article} orange photo in the style of {PLACEHOLDER}" for article in ("A", "An"))
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_synthetic, "lacks_setting", lambda *_: True)
+        assert draw(1) == ({old}, None)
+    assert draw(2) == ({old}, None)
+    assert draw(3, "--article", "as_written") == ({old}, None)
+    with pytest.raises(UserError, match="article was None, now auto"):
+        draw(3, "--article", "auto")
+    assert draw(1, "--overwrite_output_dir") == ({new}, "auto")
+    with pytest.raises(UserError, match="article was auto, now as_written"):
+        draw(1, "--article", "as_written")
 
 
 def test_resume_after_lost_and_torn_shards_is_byte_identical(copied_set, options, monkeypatch, capsys):
@@ -133,7 +167,7 @@ def test_more_images_later_keep_the_first_ones(copied_set, options):
     assert len(load_dataset(str(copied_set), split="train")) == 27
 
 
-def test_other_settings_and_strange_files_are_refused_and_nothing_changes(copied_set, options):
+def test_other_settings_and_foreign_files_are_refused_and_nothing_changes(copied_set, options):
     def refuses(message, *flags):
         before = tree_hashes(copied_set)
         with pytest.raises(UserError, match=re.escape(message)):
@@ -143,9 +177,9 @@ def test_other_settings_and_strange_files_are_refused_and_nothing_changes(copied
     refuses("seed was 0, now 1", "--seed", "1")
     refuses("guidance_scale was [3.0], now [2.0]", "--guidance_scale", "2")
     refuses("can only grow", "--num_images_per_class", "6")
-    for name in ("train-00003.parquet", "train-of-thought.parquet"):  # load_dataset would mix it into the set
+    for name in ("train-00003.parquet", "train-of-thought.parquet"):  # load_dataset would add it to the set
         shutil.copy(copied_set / "data/train-00000.parquet", copied_set / "data" / name)
-        refuses(f"{name} is no shard of this set")
+        refuses(f"{name} is not a shard of this set")
         (copied_set / "data" / name).unlink()
 
 
@@ -160,7 +194,7 @@ def test_overwrite_replaces_a_set_but_no_other_folder(copied_set, options, tmp_p
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="is no synthetic set"):
+    with pytest.raises(UserError, match="is not a synthetic set"):
         main([*options, "--output_dir", str(other), "--overwrite_output_dir"])
     assert [path.name for path in other.iterdir()] == ["thesis.txt"]
 
@@ -180,7 +214,7 @@ def test_a_token_changes_the_images_of_the_same_prompts_and_seeds(kind, dims, re
     assert json.loads((tmp_path / "without/generation_config.json").read_text())["token"] is None
 
 
-def test_generator_without_token_takes_the_names_of_the_real_set(tiny_pipeline_dir, real_images_dir, tmp_path):
+def test_generator_without_token_uses_the_names_of_the_real_set(tiny_pipeline_dir, real_images_dir, tmp_path):
     main(["--pretrained_model_name_or_path", str(tiny_pipeline_dir), "--dataset_name", str(real_images_dir),
           "--num_images_per_class", "1", "--num_inference_steps", "2", "--scheduler", "default", "--batch_size", "3",
           "--image_format", "png", "--output_dir", str(tmp_path / "plain")])  # fmt: skip
@@ -203,19 +237,20 @@ def test_dry_run_writes_nothing(options, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["xl", "sd3", "flux"])
 def test_other_generators_draw_for_a_list_of_class_names(kind, request, tmp_path):
-    """Stable Diffusion XL, 3 and FLUX, at a size that is no power of two, as WebP."""
+    """Stable Diffusion XL, 3 and FLUX, at a size other than a power of two, as WebP."""
     pipeline_dir = request.getfixturevalue(f"tiny_{kind}_pipeline_dir")
     (tmp_path / "names.txt").write_text("apple_pie\nCraneFly\n")
     flags = ["--pretrained_model_name_or_path", str(pipeline_dir), "--class_names_file", str(tmp_path / "names.txt"),
              "--num_images_per_class", "3", "--num_inference_steps", "2", "--batch_size", "2", "--resolution", "48",
-             "--image_format", "webp", "--output_dir", str(tmp_path / "set")]  # fmt: skip
+             "--image_format", "webp", "--prompt_templates", "A photo of a {class}", "--output_dir",
+             str(tmp_path / "set")]  # fmt: skip
     main(flags)
     images = load_dataset(str(tmp_path / "set"), split="train")
     assert images.features["label"].names == ["apple_pie", "CraneFly"]
-    assert images["prompt"][:2] == ["A good photo of the apple pie", "A good photo of the crane fly"]
+    assert images["prompt"][:2] == ["A photo of an apple pie", "A photo of a crane fly"]
     assert {(image.size, image.format) for image in images["image"]} == {((48, 48), "WEBP")}
     card = (tmp_path / "set/README.md").read_text()
-    assert "for a list of class names" in card
+    assert "from a list of class names" in card
     assert "--synthetic_dataset set --dataset_name" in card
     assert main(flags)["num_drawn"] == 0
 
@@ -228,7 +263,7 @@ def test_excluded_classes_are_not_drawn_and_the_others_keep_labels_and_seeds(fin
     seeds = {(row["label"], row["class_index"]): row["seed"] for row in read_rows(finished_set)}
     assert all(seeds[row["label"], row["class_index"]] == row["seed"] for row in images)
     card = (tmp_path / "set/README.md").read_text()
-    assert "no images of the other 1 classes" in card
+    assert "The labels also name 1 class without images." in card
     assert "--synthetic_dataset set --allow_missing_classes\n" in card
     record = json.loads((tmp_path / "set" / "generation_config.json").read_text())
     assert record["settings"]["classes"] == CLASS_NAMES[::2]
@@ -250,11 +285,11 @@ def test_labels_are_those_of_classes_without_excluded_ones_in_any_case():
     ]:
         with pytest.raises(UserError, match=re.escape(message)):
             find_labels(classes, excluded, CLASS_NAMES)
-    with pytest.raises(UserError, match="--classes 'JAY': not clear .* 'JAY', 'Jay', 'jay' are the same"):
+    with pytest.raises(UserError, match="--classes 'JAY': ambiguous.* 'JAY', 'Jay', 'jay' differ"):
         find_labels(["JAY"], None, ["Jay", "jay"])
 
 
-def test_guidance_zero_is_one(finished_set, options, tmp_path):
+def test_guidance_scale_zero_means_one(finished_set, options, tmp_path):
     main([*options, "--guidance_scale", "0", "--output_dir", str(tmp_path / "set")])
     rows = read_rows(tmp_path / "set")
     assert {row["guidance_scale"] for row in rows} == {1.0}
@@ -267,7 +302,7 @@ def test_an_interval_of_guidance_is_recorded_and_draws_other_images(finished_set
     assert json.loads((finished_set / "generation_config.json").read_text())["settings"]["guidance_interval"] is None
     settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
     assert settings["guidance_interval"] == [0.0, 0.5]
-    assert "| `[0.0, 0.5]` |" in (tmp_path / "set/README.md").read_text()
+    assert "| `0.0`, `0.5` |" in (tmp_path / "set/README.md").read_text()
     assert all(
         mine["image"]["bytes"] != theirs["image"]["bytes"]
         for mine, theirs in zip(read_rows(tmp_path / "set"), read_rows(finished_set))
@@ -276,16 +311,18 @@ def test_an_interval_of_guidance_is_recorded_and_draws_other_images(finished_set
         main(flags)
 
 
-def test_a_generator_whose_guidance_is_an_input_takes_no_interval(tiny_flux_pipeline_dir, tmp_path):
+def test_a_generator_with_embedded_guidance_takes_no_interval(tiny_flux_pipeline_dir, tmp_path):
     (tmp_path / "names.txt").write_text("apple_pie\n")
     flags = ["--pretrained_model_name_or_path", str(tiny_flux_pipeline_dir), "--class_names_file",
              str(tmp_path / "names.txt"), "--resolution", "48", "--output_dir", str(tmp_path / "set")]  # fmt: skip
-    with pytest.raises(UserError, match="--guidance_interval 0.2 0.8: not with .* of Stable Diffusion 1.x and 2.x, St"):
+    with pytest.raises(
+        UserError, match="--guidance_interval 0.2 0.8: not supported by .* choose Stable Diffusion 1.x and 2"
+    ):
         main([*flags, "--guidance_interval", "0.2", "0.8"])
     assert not (tmp_path / "set").exists()
 
 
-def test_several_guidance_scales_are_recorded_and_are_those_drawn_with(finished_set, options, tmp_path):
+def test_several_guidance_scales_are_recorded_and_used(finished_set, options, tmp_path):
     main([*options, "--guidance_scale", "3", "7", "--output_dir", str(tmp_path / "set")])
     rows, of_one_scale = read_rows(tmp_path / "set"), read_rows(finished_set)
     assert {row["guidance_scale"] for row in rows} == {3.0, 7.0}
@@ -313,7 +350,7 @@ def test_guidance_scales_have_equal_shares_of_each_class_also_when_the_set_grows
     assert "share of each class's images, to within one; the column" in (tmp_path / "set/README.md").read_text()
     settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
     assert settings["guidance_shares"] == "per class"
-    for folder in (finished_set, tmp_path / "set"):  # a set of one scale has the settings that it always had
+    for folder in (finished_set, tmp_path / "set"):  # with one scale, settings are as in earlier versions
         settings = json.loads((folder / "generation_config.json").read_text())["settings"]
         assert ("guidance_shares" in settings) == (folder != finished_set)
     assert "share of" not in (finished_set / "README.md").read_text()
@@ -321,11 +358,11 @@ def test_guidance_scales_have_equal_shares_of_each_class_also_when_the_set_grows
         main([*flags, "--guidance_scale", "3"])
 
 
-def test_a_set_begun_with_guidance_scales_by_batch_goes_on_so_until_it_is_replaced(options, tmp_path, monkeypatch):
+def test_a_set_begun_with_guidance_scales_by_batch_keeps_them_until_it_is_replaced(options, tmp_path, monkeypatch):
     folder = tmp_path / "set"
     flags = [*options, "--guidance_scale", "2", "4", "--batch_size", "8", "--images_per_shard", "10"]
     with monkeypatch.context() as patch:
-        patch.setattr(generate_synthetic, "began_without", lambda *_: True)
+        patch.setattr(generate_synthetic, "lacks_setting", lambda *_: True)
         main([*flags, "--num_images_per_class", "6", "--output_dir", str(folder)])
         main([*flags, "--num_images_per_class", "10", "--output_dir", str(tmp_path / "whole")])
     assert sum(of_two for of_two, _ in shares_of(folder).values()) == 16
@@ -362,7 +399,7 @@ def test_a_negative_prompt_changes_the_images(finished_set, options, tmp_path):
     assert all(a["seed"] == b["seed"] and a["image"]["bytes"] != b["image"]["bytes"] for a, b in pairs)
 
 
-def test_the_doctors_file_is_edited_and_given_back(tiny_pipeline_dir, real_images_dir, tmp_path, capsys):
+def test_the_class_names_file_is_written_edited_and_read_again(tiny_pipeline_dir, real_images_dir, tmp_path, capsys):
     folder = save_token(tmp_path / "crane", tiny_pipeline_dir, real_images_dir, class_names=["crane", "n02123045"],
                         prompt_nouns=["crane", "n02123045"])  # fmt: skip
     names, output_dir = tmp_path / "names.yaml", tmp_path / "set"
@@ -379,7 +416,7 @@ def test_the_doctors_file_is_edited_and_given_back(tiny_pipeline_dir, real_image
     assert [row["prompt"].split(" photo")[0] for row in read_rows(output_dir)] == ["A crane bird", "A tabby cat"]
 
 
-def test_images_that_come_out_bad_for_some_seeds_are_drawn_again(finished_set, options, tmp_path, monkeypatch):
+def test_bad_images_are_drawn_again(finished_set, options, tmp_path, monkeypatch):
     from diffusers import StableDiffusionPipeline
 
     bad = dict(zip((row["seed"] for row in read_rows(finished_set)[1:20:9]), (0.0, torch.nan, 0.0)))
@@ -423,18 +460,20 @@ def test_a_full_disk_is_one_line_and_the_finished_shards_stay(options, tmp_path,
 
 
 @pytest.mark.parametrize("removed", ["", "data", ".shards"])
-def test_a_folder_that_is_removed_while_images_are_drawn_is_one_line_and_stays_away(
+def test_a_folder_removed_while_images_are_drawn_is_one_line_and_is_not_recreated(
     removed, finished_set, options, tmp_path, monkeypatch
 ):
     draw_shard, folder = Runner._draw_shard, tmp_path / "set"
 
     def draw_and_remove(runner, number):
         if number == 2:
-            (folder / removed).rename(tmp_path / "gone")  # at once, while the shard before may be in writing
+            (folder / removed).rename(tmp_path / "gone")  # at once, while the previous shard may still be written
         return draw_shard(runner, number)
 
     monkeypatch.setattr(Runner, "_draw_shard", draw_and_remove)
-    with pytest.raises(UserError, match=r"--output_dir .*set: was removed, or .* run the same command again"):
+    with pytest.raises(
+        UserError, match=r"--output_dir .*set: all or part of it was removed .* run the same command again"
+    ):
         main([*options, "--output_dir", str(folder)])
     assert not (folder / removed).exists()
     monkeypatch.undo()
@@ -442,7 +481,7 @@ def test_a_folder_that_is_removed_while_images_are_drawn_is_one_line_and_stays_a
     assert shard_hashes(folder) == shard_hashes(finished_set)
 
 
-def test_a_folder_that_is_removed_after_the_last_image_is_one_line_and_stays_away(options, tmp_path, monkeypatch):
+def test_a_folder_removed_after_the_last_image_is_one_line_and_is_not_recreated(options, tmp_path, monkeypatch):
     finish = SharedProgress.finish
 
     def finish_and_remove(progress):
@@ -450,13 +489,15 @@ def test_a_folder_that_is_removed_after_the_last_image_is_one_line_and_stays_awa
         shutil.rmtree(tmp_path / "set")
 
     monkeypatch.setattr(SharedProgress, "finish", finish_and_remove)
-    with pytest.raises(UserError, match=r"--output_dir .*set: was removed, or .* run the same command again"):
+    with pytest.raises(
+        UserError, match=r"--output_dir .*set: all or part of it was removed .* run the same command again"
+    ):
         main([*options, "--output_dir", str(tmp_path / "set")])
     assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize("has_notes", [True, False])
-def test_shards_without_a_record_are_taken_up_where_they_are_of_the_same_settings(
+def test_shards_without_a_record_are_kept_if_their_settings_are_the_same(
     has_notes, copied_set, options, monkeypatch, caplog
 ):
     from diffusers import AutoPipelineForText2Image
@@ -477,7 +518,7 @@ def test_shards_without_a_record_are_taken_up_where_they_are_of_the_same_setting
     for change, message in [
         (["--seed", "1"], "is not empty and has no generation_config.json"),
         (["--overwrite_output_dir"], "is not empty and has no generation_config.json"),
-        (["--num_images_per_class", "6"], "is a set of 7 a class, which can only grow"),
+        (["--num_images_per_class", "6"], "already has 7 per class, and a set can only grow"),
     ]:
         with pytest.raises(UserError, match=message):
             main([*flags, *change])
@@ -486,7 +527,7 @@ def test_shards_without_a_record_are_taken_up_where_they_are_of_the_same_setting
         patch.setattr(AutoPipelineForText2Image, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))
         assert main(flags)["num_drawn"] == 0
     assert (shard_hashes(copied_set), record()) == (before, recorded)
-    message = "3 shard(s) without a checksum were read in full and are kept."
+    message = "3 shard(s) without a checksum are intact and are kept."
     assert (message in caplog.messages) == (not has_notes)
 
     lose_record()
@@ -498,7 +539,7 @@ def test_shards_without_a_record_are_taken_up_where_they_are_of_the_same_setting
     assert (shard_hashes(copied_set), record()) == (before, recorded)
 
 
-def test_shards_are_published_while_later_ones_are_made_whatever_the_hub_does(
+def test_shards_are_published_while_later_ones_are_drawn_whatever_the_hub_does(
     options, local_hub, run_with_hub, tmp_path, monkeypatch
 ):
     local_hub.add_user("user", TOKEN)
@@ -507,10 +548,10 @@ def test_shards_are_published_while_later_ones_are_made_whatever_the_hub_does(
     draw_shard = Runner._draw_shard
 
     def draw_when_published(runner, number):
-        """Draw a shard once the one before the last is published; of the later ones, any four commits will do."""
+        """Draw a shard once the one before the last is published; for the later ones, any four commits will do."""
         deadline = time.monotonic() + 300
         while number > 1 and sum(len(repo.commits()) for repo in local_hub.repos()) < min(number, 4):
-            assert time.monotonic() < deadline, "waited in vain for a commit"
+            assert time.monotonic() < deadline, "no commit in time"
             time.sleep(0.01)
         return draw_shard(runner, number)
 
@@ -524,7 +565,7 @@ def test_shards_are_published_while_later_ones_are_made_whatever_the_hub_does(
     assert repo.private
     assert len(local_hub.faults_fired) == 3
     commits = [commit.title for commit in repo.commits()]
-    assert len(commits) > 3, commits  # the first, some shards, more shards, ..., what goes with them
+    assert len(commits) > 3, commits  # the first, some shards, more shards, ..., the other files
     files = repo.files()
     assert {name: files[f"data/{name}"] for name in shard_hashes(tmp_path / "cars-syn")} == {
         path.name: path.read_bytes() for path in (tmp_path / "cars-syn/data").iterdir()
@@ -569,10 +610,10 @@ def test_the_quality_report_is_part_of_the_card_until_the_set_grows(copied_set, 
     (["--learned_embeds", "{token}", "--resolution", "44"], "--resolution 44: must be a multiple of 8"),
     (["--learned_embeds", "{token}", "--max_redraws", "64"], "--max_redraws 64: must be at most 63"),
     (["--learned_embeds", "{token}", "--guidance_scale", "-1"], "--guidance_scale -1.0: must be 0 or above"),
-    (["--learned_embeds", "{token}", "--guidance_interval", "0.8", "0.2"], "must be two shares of the steps, the lo"),
-    (["--learned_embeds", "{token}", "--guidance_interval", "0", "0.2", "1"], "must be two shares of the steps, the"),
+    (["--learned_embeds", "{token}", "--guidance_interval", "0.8", "0.2"], "must be two fractions of the steps,"),
+    (["--learned_embeds", "{token}", "--guidance_interval", "0", "0.2", "1"], "must be two fractions of the steps,"),
     (["--learned_embeds", "{token}", "--guidance_interval", "0", "1.5"], "guidance_interval 1.5: must be from 0 to 1"),
-    (["--learned_embeds", "{token}", "--guidance_interval", "0", "0.5", "--guidance_scale", "0"], "is no guidance"),
+    (["--learned_embeds", "{token}", "--guidance_interval", "0", "0.5", "--guidance_scale", "0"], "turns guidance off"),
     (["--learned_embeds", "{token}", "--num_images_per_class", "20000000"], "at most 11,184,810 for 3 classes"),
     (["--learned_embeds", "{token}", "--classes", "red_sqare"], "no such class, did you mean red_square?"),
     (["--learned_embeds", "{token}", "--prompts_file", "x", "--prompt_set", "diverse"], "does nothing with --prompts_"),
@@ -609,12 +650,12 @@ def replace_weights(path: Path) -> None:
 
 @pytest.fixture
 def own_token(copy_pipeline, real_images_dir, tmp_path):
-    """A token, and the generator that its record names, which are this test's own."""
+    """A copied token, and a copy of the generator in its record."""
     return save_token(tmp_path / "style", copy_pipeline(), real_images_dir), tmp_path / "copied"
 
 
 @pytest.mark.parametrize("what", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json", "token"])
-def test_a_set_does_not_grow_from_another_generator_or_token_of_that_name(own_token, options, tmp_path, what):
+def test_a_set_does_not_grow_from_another_generator_or_token_of_the_same_name(own_token, options, tmp_path, what):
     token, generator = own_token
     flags = [*options, "--learned_embeds", str(token), "--output_dir", str(tmp_path / "set")]
     main([*flags, "--num_images_per_class", "3"])
@@ -624,19 +665,17 @@ def test_a_set_does_not_grow_from_another_generator_or_token_of_that_name(own_to
     else:
         replace_weights(token / "learned_embeds.safetensors" if what == "token" else generator / what)
     named = "learned_embeds_sha256" if what == "token" else "generator_contents"
-    with pytest.raises(UserError, match=rf"made with other settings \({named} was .*, now .*\); name another folder"):
+    with pytest.raises(UserError, match=rf"made with other settings \({named} was .*, now .*\); choose another folder"):
         main(flags)
     assert main([*flags, "--overwrite_output_dir"])["num_drawn"] == 21
 
 
 @pytest.mark.parametrize("what", ["generator_contents", "learned_embeds_sha256"])
-def test_shards_of_a_generator_that_is_replaced_meanwhile_are_not_written(
-    own_token, options, tmp_path, monkeypatch, what
-):
+def test_shards_are_not_written_after_the_generator_was_replaced(own_token, options, tmp_path, monkeypatch, what):
     token, generator = own_token
     load_sampler = runner.load_sampler
 
-    def replace_and_load(*args):  # after what it is was noted
+    def replace_and_load(*args):  # after its identity was recorded
         weights = token / "learned_embeds.safetensors"
         replace_weights(
             weights if what.startswith("learned") else generator / "unet/diffusion_pytorch_model.safetensors"
@@ -644,34 +683,32 @@ def test_shards_of_a_generator_that_is_replaced_meanwhile_are_not_written(
         return load_sampler(*args)
 
     monkeypatch.setattr(runner, "load_sampler", replace_and_load)
-    with pytest.raises(
-        UserError, match=f"{what} was .*: was replaced while images were drawn; the finished shards are"
-    ):
+    with pytest.raises(UserError, match=f"{what} was .*: replaced while images were drawn; the finished shards are"):
         main([*options, "--learned_embeds", str(token), "--output_dir", str(tmp_path / "set")])
     assert not list((tmp_path / "set" / "data").glob("*.parquet"))
 
 
-def test_a_set_of_an_earlier_version_that_noted_no_contents_grows(own_token, options, tmp_path, monkeypatch):
+def test_a_set_of_an_earlier_version_without_recorded_contents_grows(own_token, options, tmp_path, monkeypatch):
     flags = [*options, "--learned_embeds", str(own_token[0]), "--output_dir", str(tmp_path / "set")]
     with monkeypatch.context() as patch:
-        patch.setattr(generate_synthetic, "began_without", lambda *_: True)
+        patch.setattr(generate_synthetic, "lacks_setting", lambda *_: True)
         main([*flags, "--num_images_per_class", "3"])
     assert main(flags)["num_drawn"] > 0
     assert "generator_contents" not in json.loads((tmp_path / "set" / "generation_config.json").read_text())["settings"]
 
 
-def test_a_folder_in_which_no_image_was_drawn_is_taken_by_other_settings(options, tmp_path, monkeypatch, caplog):
+def test_a_folder_without_images_accepts_other_settings(options, tmp_path, monkeypatch, caplog):
     flags = [*options, "--output_dir", str(tmp_path / "set")]
     with monkeypatch.context() as patch, pytest.raises(UserError, match="out of paint"):
         patch.setattr(Runner, "_draw_batch", lambda *_: (_ for _ in ()).throw(UserError("out of paint")))
         main(flags)
     assert (tmp_path / "set" / "generation_config.json").exists()
     warn_once.cache_clear()
-    # fewer than were to be drawn, too
+    # also for fewer images than planned
     results = main([*flags, "--seed", "1", "--guidance_scale", "1", "--num_images_per_class", "1"])
     [line] = [message for message in caplog.messages if "no image" in message]
-    assert line.startswith(f"--output_dir {tmp_path / 'set'}: no image was drawn in it yet; from now on it has ")
-    assert line.endswith("other settings (guidance_scale was [3.0], now [1.0]; seed was 0, now 1).")
+    assert line.startswith(f"--output_dir {tmp_path / 'set'}: has no images yet; its settings change ")
+    assert line.endswith("settings change (guidance_scale was [3.0], now [1.0]; seed was 0, now 1).")
     assert results["num_drawn"] == len(load_dataset(str(tmp_path / "set"), split="train")) == 3
     record = json.loads((tmp_path / "set" / "generation_config.json").read_text())
     assert record["settings"]["seed"] == 1 and record["num_images"] == 3
@@ -679,7 +716,7 @@ def test_a_folder_in_which_no_image_was_drawn_is_taken_by_other_settings(options
         main([*flags, "--num_images_per_class", "1"])
 
 
-def test_a_finished_set_whose_shards_are_elsewhere_keeps_its_folder(copied_set, options):
+def test_a_finished_set_whose_shards_were_moved_keeps_its_folder(copied_set, options):
     shutil.rmtree(copied_set / "data")
     with pytest.raises(UserError, match="was made with other settings"):
         main([*options, "--output_dir", str(copied_set), "--seed", "1"])

@@ -1,4 +1,4 @@
-"""What shows on a CUDA GPU only: the memory that is free after an error, and the precision it computes in."""
+"""Behaviour on a CUDA GPU: freed memory after an error, and the precision of computations."""
 
 import time
 
@@ -13,7 +13,7 @@ from utils.transfer.waiting import WaitingTime
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU found")]
 
 
-def test_after_an_attempt_that_ran_out_of_memory_what_it_held_is_free():
+def test_a_failed_attempt_frees_its_memory():
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
@@ -26,7 +26,7 @@ def test_after_an_attempt_that_ran_out_of_memory_what_it_held_is_free():
     assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
 
 
-def test_a_step_that_does_not_fit_is_divided_and_has_the_same_gradients():
+def test_a_step_that_runs_out_of_memory_is_divided_and_has_the_same_gradients():
     torch.manual_seed(0)
     layers = [layer for n in range(8) for layer in (nn.Conv2d(32 if n else 3, 32, 3, padding=1), nn.SiLU())]
     model, images = nn.Sequential(*layers).cuda(), torch.randn(32, 3, 256, 256)
@@ -59,7 +59,7 @@ def test_a_step_that_does_not_fit_is_divided_and_has_the_same_gradients():
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2 * other.abs().max().item())
 
 
-def test_the_device_has_a_precision_of_its_own_and_float32_is_multiplied_in_tf32(monkeypatch):
+def test_the_precision_suits_the_device_and_float32_products_use_tf32(monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     assert device_precision() == ("bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16")
     before = torch.get_float32_matmul_precision()

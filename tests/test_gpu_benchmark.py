@@ -1,4 +1,4 @@
-"""benchmarks.gpu: its time, its parts that fail or are left out, its report, and all of it in its CPU form."""
+"""benchmarks.gpu: its time limit, parts that fail or are left out, its report, and a complete run on the CPU."""
 
 import json
 import os
@@ -27,14 +27,14 @@ from benchmarks.pipelines import TINY, Cost, save_pipeline
 WORKS, FAILS, HANGS = (
     "print('seen')",
     "import sys\nprint('first', file=sys.stderr)\nraise ValueError('why')",
-    # one that it started goes on writing after it
+    # a process that it started keeps writing
     "import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(60)",
 )
 CHILD = "import time, pathlib\nwhile True: pathlib.Path({path!r}).write_text(str(time.time())); time.sleep(0.05)"
 
 
 class Clock:
-    """Goes on by hand."""
+    """A clock that is set by hand."""
 
     now = 100.0
 
@@ -53,7 +53,7 @@ def bench(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """Run parts that are programs, by name; return their lines. Changes are counted."""
+    """Run parts given as programs by name; return their lines. Changes are counted."""
 
     def run(programs: dict[str, str], seconds: float = 60, parts=None) -> list[Line]:
         parts, results_path = parts or [make_part(name) for name in programs], tmp_path / "gpu.jsonl"
@@ -84,7 +84,7 @@ def test_a_part_has_its_share_of_the_time_limit_and_no_more_than_is_left():
     assert Budget(40, started=100, shares=0.5, clock=clock).limit(first) == 40  # alone
 
 
-def test_a_part_that_fails_is_a_line_with_the_last_of_its_error_and_the_next_one_runs(run):
+def test_a_failed_part_reports_the_last_line_of_its_error_and_the_next_one_runs(run):
     lines = run({"a": FAILS, "b": WORKS})
     [failure] = [line for line in lines if line.status == FAILED]
     assert (failure.part, str(failure)) == ("a", "all: failed: ValueError: why")
@@ -93,26 +93,26 @@ def test_a_part_that_fails_is_a_line_with_the_last_of_its_error_and_the_next_one
     assert run.changes >= 2
 
 
-def test_a_part_that_crashes_is_a_line_with_the_signal(run):
+def test_a_crashed_part_reports_the_signal(run):
     lines = run({"a": "import os\nos.kill(os.getpid(), 9)"})
-    assert str(lines[0]) == "all: failed: ended by SIGKILL"
+    assert str(lines[0]) == "all: failed: killed by SIGKILL"
 
 
-def test_a_part_that_hangs_is_ended_with_what_it_started_and_the_next_one_runs(run, monkeypatch, tmp_path):
+def test_a_hanging_part_is_stopped_with_its_processes_and_the_next_one_runs(run, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_parts, "MIN_SECONDS", 0.1)
     beat = tmp_path / "beat"
     hangs = HANGS.format(child=CHILD.format(path=str(beat)))
     began = time.monotonic()
     lines = run({"a": hangs, "b": WORKS}, seconds=10)
     assert time.monotonic() - began < 30
-    assert str(lines[0]) == "all: failed: ended after its 5 s"
+    assert str(lines[0]) == "all: failed: stopped after its 5 s"
     assert [line.status for line in lines if line.part == "b"] == [MEASURED]
     last = beat.read_text()
     time.sleep(0.3)
     assert beat.read_text() == last
 
 
-def test_what_a_machine_lacks_is_left_out_without_starting_anything(run):
+def test_parts_that_a_machine_cannot_run_are_left_out_without_a_process(run):
     parts = [make_part("a", modules=("torch", "no_such_module")), make_part("b", gib_on_disk=1e9), make_part("c")]
     lines = run({"a": FAILS, "b": FAILS, "c": WORKS}, parts=parts)
     assert str(lines[0]) == "all: left out: no_such_module is not installed"
@@ -122,10 +122,10 @@ def test_what_a_machine_lacks_is_left_out_without_starting_anything(run):
 
 def test_a_part_without_time_is_left_out(run):
     lines = run({"a": FAILS}, seconds=3)
-    assert str(lines[0]) == "all: left out: 3 s are left for it"
+    assert str(lines[0]) == "all: left out: only 3 s are left"
 
 
-def test_a_line_is_written_as_soon_as_it_is_known_and_one_that_is_cut_off_does_not_count(tmp_path, capsys):
+def test_a_line_is_written_at_once_and_an_incomplete_one_is_ignored(tmp_path, capsys):
     path = tmp_path / "gpu.jsonl"
     line = Line("dsi", "speed", "3 samples/s", values={"dsi_share": 12.0}, target="dsi_share", verdict="missed")
     append_line(path, line)
@@ -154,10 +154,10 @@ def test_the_report_has_the_targets_and_a_section_for_each_part_with_lines(tmp_p
     assert [file.name for file in tmp_path.iterdir()] == ["gpu.md"]
 
 
-def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_report_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
     path = tmp_path / "gpu.md"
     path.write_text("old")
-    monkeypatch.setattr(gpu_lines, "_format_targets", lambda _: "\ud800")  # fails while it is encoded
+    monkeypatch.setattr(gpu_lines, "_format_targets", lambda _: "\ud800")  # cannot be encoded
     with pytest.raises(UnicodeEncodeError):
         write_report(path, [], {}, "")
     assert path.read_text() == "old"
@@ -175,19 +175,19 @@ def test_several_lines_of_a_target_show_the_worst(tmp_path):
     [("dsi_share", 40, "reached"), ("dsi_share", 39.9, "missed"), ("resnet18_idle", 9.9, "reached"),
      ("resnet18_idle", 11, "missed"), ("parity", float("nan"), "missed")],
 )  # fmt: skip
-def test_a_target_is_reached_from_its_side(name, value, verdict):
+def test_a_target_is_an_upper_or_a_lower_limit(name, value, verdict):
     assert TARGETS[name].judge(value) == verdict
 
 
-def test_what_fails_within_a_part_is_a_line_and_the_part_goes_on(bench):
+def test_an_error_within_a_part_is_reported_and_the_part_continues(bench):
     with bench.measuring("a"):
         raise RuntimeError("python train.py: exit status 1\n\nOutOfMemoryError: too much\n")
     with bench.measuring("b"):
         raise LeftOutError("no kernel")
     with bench.measuring("c"):
-        bench.need(1000)
+        bench.require_seconds(1000)
     with bench.measuring("d"):
-        bench.tell("d", "1 image/s", target="generation_25", generation_25=1.0)
+        bench.report("d", "1 image/s", target="generation_25", generation_25=1.0)
     lines = read_lines(bench.results_path)
     assert [str(line) for line in lines[:2]] == ["a: failed: OutOfMemoryError: too much", "b: left out: no kernel"]
     assert "exit status 1" in lines[0].values["log"]
@@ -195,10 +195,10 @@ def test_what_fails_within_a_part_is_a_line_and_the_part_goes_on(bench):
     assert (lines[3].status, lines[3].verdict) == (MEASURED, "missed")
 
 
-def test_at_a_tests_size_nothing_is_judged_and_time_is_not_guessed(tmp_path):
+def test_at_tiny_size_no_target_is_judged_and_no_time_required(tmp_path):
     bench = Bench("dsi", "cpu", True, tmp_path, tmp_path / "gpu.jsonl", time.time())
-    bench.need(1000)
-    bench.tell("d", "1 image/s", target="generation_25", generation_25=1.0)
+    bench.require_seconds(1000)
+    bench.report("d", "1 image/s", target="generation_25", generation_25=1.0)
     assert read_lines(bench.results_path)[0].verdict is None
 
 
@@ -209,12 +209,12 @@ def test_the_difference_of_tensors_is_relative_to_the_largest_value_of_each():
     assert relative_error({"a": expected["a"], "b": torch.tensor([torch.nan, -2])}, expected) != pytest.approx(0)
 
 
-def test_the_gpus_use_is_that_of_the_steps():
+def test_the_gpus_use_is_measured_during_the_steps():
     use = GpuUse(is_cuda=False)
     use.reason = None
     use.looks = [(1.0, 0.0), (2.0, 90.0), (3.0, 70.0), (4.0, 0.0)]
     assert use.idle_share(1.5, 3.5) == pytest.approx(20)
-    with pytest.raises(LeftOutError, match="nothing of it"):
+    with pytest.raises(LeftOutError, match="reported nothing"):
         use.idle_share(7, 8)
     with pytest.raises(LeftOutError, match="no GPU"):
         GpuUse(is_cuda=False).idle_share(0, 1)
@@ -251,7 +251,7 @@ def test_diffusers_script_is_run_from_its_checkout(bench, tmp_path):
     here = replace(bench, diffusers=checkout)
     training.compare_dsi(here, case, (1000.0, child), is_first=True)
     [line] = read_lines(bench.results_path)
-    assert 10 < 1000 / line.values["dsi_diffusers"] < 101  # two images in a fiftieth of a second, if nothing else runs
+    assert 10 < 1000 / line.values["dsi_diffusers"] < 101  # two images in a fiftieth of a second on an idle machine
     assert line.target == "dsi_diffusers"
     with pytest.raises(LeftOutError, match="has no examples"):
         training.compare_dsi(replace(bench, diffusers=tmp_path), case, None, is_first=True)
@@ -267,7 +267,7 @@ def test_transformers_script_is_run_from_its_checkout(bench, tmp_path):
     assert (line.target, line.verdict) == ("resnet18_transformers", "reached")
 
 
-def test_what_is_foretold_stands_beside_what_was_measured(bench):
+def test_a_forecast_is_reported_with_the_measurement(bench):
     child = children.Child(1.0, {"device": 2048.0}, {})
 
     def main(argv: list[str]) -> dict:
@@ -280,7 +280,7 @@ def test_what_is_foretold_stands_beside_what_was_measured(bench):
     assert line.text == "needs 3.0 GiB with its margin, unknown images/s; measured: 2.0 GiB, 7.0 images/s"
 
 
-def test_what_nvidia_smi_does_not_know_is_no_use():
+def test_unknown_values_of_nvidia_smi_are_ignored():
     use = GpuUse(is_cuda=False)
     began = "2026/11/28 16:20:44.500"
     use.read([f"{began}, 12\n", f"{began}, [N/A]\n", "\n", "no devices\n", "2026/11/28 16:21:44.750, 100\n"])
@@ -289,7 +289,7 @@ def test_what_nvidia_smi_does_not_know_is_no_use():
 
 
 def test_a_bar_without_a_description_is_read():
-    """The Trainer's."""
+    """As drawn by the Trainer."""
     text = "\r  3%|3         | 8/256 [00:01<00:30,  8.00it/s]\rstyle token:  50%|#  | 1/2 [00:00<00:00,  1.00it/s]"
     assert children.BAR.findall(text) == [("", "8", "256"), ("style token", "1", "2")]
 
@@ -308,7 +308,7 @@ def test_a_pipeline_is_saved_in_half_precision_but_for_its_text_encoder(tmp_path
     ("argv", "message"),
     [(["--device", "cpu"], "add --tiny"), (["--parts", "nothing"], "invalid choice"), ([], "no CUDA GPU found")],
 )  # fmt: skip
-def test_what_cannot_be_run_is_one_line(argv, message, capsys, monkeypatch):
+def test_bad_arguments_are_one_line(argv, message, capsys, monkeypatch):
     monkeypatch.setattr(command, "has_gpu", lambda: False)
     with pytest.raises(SystemExit) as ended:
         command.main(argv)
@@ -333,7 +333,7 @@ def start(*flags, temporary: Path) -> subprocess.Popen:
 @pytest.mark.parametrize(
     "parts", [["machine", "parity"], pytest.param(["machine", "parity", "variants"], marks=pytest.mark.soak)]
 )
-def test_the_cpu_form_measures_and_leaves_nothing_behind(parts, tmp_path):
+def test_a_run_on_the_cpu_measures_and_leaves_nothing_behind(parts, tmp_path):
     (tmp_path / "tmp").mkdir()
     process = start("--parts", *parts, "--output_dir", str(tmp_path / "out"), temporary=tmp_path / "tmp")
     output, errors = process.communicate()
@@ -351,7 +351,7 @@ def test_the_cpu_form_measures_and_leaves_nothing_behind(parts, tmp_path):
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_a_run_that_is_ended_has_its_lines_and_leaves_nothing_behind(tmp_path):
+def test_a_stopped_run_has_its_lines_and_leaves_nothing_behind(tmp_path):
     (tmp_path / "tmp").mkdir()
     process = start("--parts", "machine", "parity", "--output_dir", str(tmp_path / "out"), temporary=tmp_path / "tmp")
     process.stdout.readline()

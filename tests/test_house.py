@@ -1,4 +1,4 @@
-"""The house of `utils/`: rooms on floors. A module imports its own room and the floors below, nothing above."""
+"""The layers of `utils/`: a module imports only its own package and the layers below."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# the ground first; rooms on one floor do not import each other
+# the lowest first; packages on one layer do not import each other
 FLOORS = (
     ("cli",),
     ("hub",),
@@ -26,7 +26,7 @@ MODULES = {
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Return the modules of `utils/` that a file imports, wherever in it."""
+    """Return the modules of `utils/` that a file imports anywhere."""
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     for node in nodes:
@@ -39,8 +39,8 @@ def room(module: str) -> str:
     return module.split(".")[1]
 
 
-def imports_against_the_floors(imports: dict[str, set[str]]) -> list[str]:
-    """Return `importer -> imported` for each import of a higher floor, or of another room on the same one."""
+def find_upward_imports(imports: dict[str, set[str]]) -> list[str]:
+    """Return `importer -> imported` for each import of a higher layer, or of another package on the same layer."""
     return [
         f"{importer} -> {imported}"
         for importer, modules in imports.items()
@@ -49,8 +49,8 @@ def imports_against_the_floors(imports: dict[str, set[str]]) -> list[str]:
     ]
 
 
-def find_circle(imports: dict[str, set[str]]) -> list[str]:
-    """Return modules of which each imports the next and the last the first; none where there is no circle."""
+def find_cycle(imports: dict[str, set[str]]) -> list[str]:
+    """Return modules of which each imports the next and the last the first; empty without a cycle."""
     done = set()
 
     def visit(module: str, way: list[str]) -> list[str]:
@@ -67,25 +67,25 @@ def find_circle(imports: dict[str, set[str]]) -> list[str]:
 IMPORTS = {module: imported_modules(path) for module, path in MODULES.items()}
 
 
-def test_every_room_has_its_floor():
+def test_every_package_has_its_layer():
     assert {room(module) for module in MODULES} == set(FLOOR_OF)
 
 
-def test_no_module_imports_against_the_floors():
-    assert imports_against_the_floors(IMPORTS) == []
+def test_no_module_imports_a_higher_layer():
+    assert find_upward_imports(IMPORTS) == []
 
 
-def test_no_modules_import_each_other_in_a_circle():
-    assert find_circle(IMPORTS) == []
+def test_no_modules_import_each_other_in_a_cycle():
+    assert find_cycle(IMPORTS) == []
 
 
 @pytest.mark.parametrize(
     ("importer", "imported"), [("data.a", "style.b"), ("cli.a", "hub.b"), ("quality.a", "transfer.b")]
 )
-def test_an_import_against_the_floors_is_found(importer, imported):
-    assert imports_against_the_floors({f"utils.{importer}": {f"utils.{imported}"}})
-    assert not imports_against_the_floors({"utils.comparison.a": {f"utils.{imported}"}})
+def test_an_import_of_a_higher_layer_is_found(importer, imported):
+    assert find_upward_imports({f"utils.{importer}": {f"utils.{imported}"}})
+    assert not find_upward_imports({"utils.comparison.a": {f"utils.{imported}"}})
 
 
-def test_a_circle_is_found():
-    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+def test_a_cycle_is_found():
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]

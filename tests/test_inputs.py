@@ -1,4 +1,4 @@
-"""Inputs are known by their contents: one that is replaced under its name, between two runs or during one, is told."""
+"""Inputs are identified by their contents: replacing one under its name, between or during runs, is noticed."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from utils.cli.errors import UserError
 from utils.cli.records import ALL_RESULTS, GENERATION_CONFIG, read_record, write_record
 from utils.data.image_set import RealImagesRecord
 from utils.data.real_images import identify_real_images
-from utils.hub.data_sets import load_data_set
+from utils.hub.image_datasets import load_image_dataset
 from utils.hub.repositories import Source
 from utils.transfer import run_method, stage
 
@@ -30,7 +30,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def inputs(classifiers, tmp_path) -> dict[str, Path]:
-    """A model, real images and a synthetic set of a run's own, by the flags that name them."""
+    """A model, real images and a synthetic set for one test, by their flags."""
     model = shutil.copytree(classifiers["vit"], tmp_path / "model")
     real = save_class_folders(tmp_path / "photos", dict.fromkeys(CLASS_NAMES, 20))
     synthetic = tmp_path / "synthetic"
@@ -61,7 +61,7 @@ def save_synthetic(folder: Path, num_per_class: int, real: Path, seed: int = 0) 
 
 
 def replace(flag: str, path: Path) -> None:
-    """Change what an input holds, and nothing of its names and sizes."""
+    """Change the contents of an input, but not its names and sizes."""
     if flag == "model_name_or_path":
         weights = load_file(path / "model.safetensors")
         save_file({name: value + 0.01 for name, value in weights.items()}, path / "model.safetensors", {"format": "pt"})
@@ -85,7 +85,7 @@ def run(inputs: dict[str, Path], folder: Path, *flags: str) -> dict:
 def test_a_classifier_of_inputs_that_were_replaced_is_not_finished(flag, inputs, tmp_path, monkeypatch):
     results = run(inputs, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("a finished run began anew"))
+        patch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("a finished run started again"))
         assert run(inputs, tmp_path / "out") == read_record(tmp_path / "out" / ALL_RESULTS)
     replace(flag, inputs[flag])
     with pytest.raises(
@@ -100,7 +100,7 @@ def test_a_classifier_of_inputs_that_were_replaced_is_not_finished(flag, inputs,
 
 
 @pytest.mark.parametrize("flag", ["model_name_or_path", "train_dir", "synthetic_dataset"])
-def test_a_run_that_was_interrupted_goes_on_with_the_same_inputs_only(flag, inputs, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_only_with_the_same_inputs(flag, inputs, tmp_path, monkeypatch):
     fine_tune = stage.fine_tune
 
     def die_in_stage_2(*args, **kwargs):
@@ -112,7 +112,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_same_inputs_only(flag, inpu
         patch.setattr(stage, "fine_tune", die_in_stage_2)
         run(inputs, tmp_path / "out")
     replace(flag, inputs[flag])
-    with pytest.raises(UserError, match=rf"was begun with other inputs \(--{flag} .* was .*, now .*\); start from"):
+    with pytest.raises(UserError, match=rf"was started with other inputs \(--{flag} .* was .*, now .*\); start from"):
         run(inputs, tmp_path / "out", "--resume_from_checkpoint", "latest")
 
 
@@ -125,12 +125,12 @@ def test_a_run_whose_inputs_change_while_it_reads_them_is_not_finished(flag, inp
         return predict(*args)
 
     monkeypatch.setattr(run_method, "predict", replace_and_predict)
-    with pytest.raises(UserError, match=rf"not finished, the inputs have changed while they were read \(--{flag} "):
+    with pytest.raises(UserError, match=rf"not finished, as the inputs changed while they were read \(--{flag} "):
         run(inputs, tmp_path / "out")
     assert not (tmp_path / "out" / "bridged_config.json").exists()
 
 
-def test_inputs_that_are_gone_at_the_end_cost_no_result(inputs, tmp_path, monkeypatch, caplog):
+def test_inputs_removed_at_the_end_do_not_cost_the_result(inputs, tmp_path, monkeypatch, caplog):
     predict = run_method.predict
 
     def remove_and_predict(*args):
@@ -139,27 +139,27 @@ def test_inputs_that_are_gone_at_the_end_cost_no_result(inputs, tmp_path, monkey
 
     monkeypatch.setattr(run_method, "predict", remove_and_predict)
     run(inputs, tmp_path / "out")
-    assert "whether the inputs have changed during the run cannot be checked" in caplog.text
+    assert "could not check whether the inputs changed during the run" in caplog.text
 
 
 def test_the_first_images_of_a_set_that_grew_are_the_same(inputs, tmp_path):
     run(inputs, tmp_path / "out", "--max_synthetic_samples_per_class", "4")
     save_synthetic(inputs["synthetic_dataset"], 2 * NUM_PER_CLASS, inputs["train_dir"])
-    next((tmp_path / "out").glob("stage*/stage.json")).unlink()  # would be missed
+    next((tmp_path / "out").glob("stage*/stage.json")).unlink()  # would be missing
     run(inputs, tmp_path / "out", "--max_synthetic_samples_per_class", "4")
     save_synthetic(inputs["synthetic_dataset"], 2 * NUM_PER_CLASS, inputs["train_dir"], seed=1)
     with pytest.raises(UserError, match="made from other inputs"):
         run(inputs, tmp_path / "out", "--max_synthetic_samples_per_class", "4")
 
 
-def test_a_folder_of_an_earlier_version_says_that_its_inputs_are_not_known(inputs, tmp_path, caplog):
+def test_a_folder_of_an_earlier_version_warns_that_its_inputs_are_unknown(inputs, tmp_path, caplog):
     run(inputs, tmp_path / "out")
     noted = read_record(tmp_path / "out" / "run_config.json")
     del noted["inputs"]
     write_record(tmp_path / "out" / "run_config.json", noted)
     replace("train_dir", inputs["train_dir"])
     run(inputs, tmp_path / "out")
-    assert "earlier version, which did not note the contents of its inputs" in caplog.text
+    assert "earlier version, which did not record the contents of its inputs" in caplog.text
 
 
 def compare(inputs: dict[str, Path], folder: Path, *flags: str) -> dict:
@@ -172,7 +172,7 @@ def compare(inputs: dict[str, Path], folder: Path, *flags: str) -> dict:
 
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
-    """The stages that are trained, by the names of their folders."""
+    """The trained stages, by the names of their folders."""
     names, fine_tune = [], stage.fine_tune
 
     def recorded(*args, **kwargs):
@@ -183,12 +183,12 @@ def trained(monkeypatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize(("flag", "anew"), [
+@pytest.mark.parametrize(("flag", "retrained"), [
     ("model_name_or_path", ["vanilla", "stage1", "stage2"]),
-    ("train_dir", ["vanilla", "stage2"]),  # stage 1 sees none of them
+    ("train_dir", ["vanilla", "stage2"]),  # stage 1 does not use them
     ("synthetic_dataset", ["stage1", "stage2"]),
 ])  # fmt: skip
-def test_cells_of_inputs_that_were_replaced_are_run_anew(flag, anew, inputs, tmp_path, trained, capsys):
+def test_cells_of_replaced_inputs_are_run_again(flag, retrained, inputs, tmp_path, trained, capsys):
     compare(inputs, tmp_path / "out")
     assert trained == ["vanilla", "stage1", "stage2"]
     trained.clear()
@@ -196,7 +196,7 @@ def test_cells_of_inputs_that_were_replaced_are_run_anew(flag, anew, inputs, tmp
     assert trained == [] and "Since the last comparison" not in capsys.readouterr().out
     replace(flag, inputs[flag])
     compare(inputs, tmp_path / "out")
-    assert trained == anew
+    assert trained == retrained
     assert f"Since the last comparison in {tmp_path}/out: --{flag} {inputs[flag]} was " in capsys.readouterr().out
 
 
@@ -216,12 +216,12 @@ def test_a_cell_whose_inputs_change_while_it_is_run_is_not_kept(inputs, tmp_path
         return predict(*args)
 
     monkeypatch.setattr(run_method, "predict", replace_and_predict)
-    with pytest.raises(UserError, match="--synthetic_dataset was .*, now .*: changed while it was read"):
+    with pytest.raises(UserError, match="--synthetic_dataset was .*, now .*: changed during the run"):
         compare(inputs, tmp_path / "out", "--methods", "bridged")
     assert not list((tmp_path / "out").glob("cells/*.json"))
 
 
-def test_no_output_of_an_earlier_run_is_left_beside_those_of_a_new_one(inputs, tmp_path):
+def test_no_output_of_an_earlier_run_remains_among_those_of_a_new_one(inputs, tmp_path):
     run(inputs, tmp_path / "out", "--use_peft")
     run(inputs, tmp_path / "out", "--use_peft", "--no_do_train", "--do_eval")
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -237,12 +237,12 @@ def test_files_that_no_run_has_made_are_not_overwritten(flags, inputs, tmp_path)
     (tmp_path / "out" / "model.safetensors").write_text("mine")
     with pytest.raises(UserError, match="out: holds model.safetensors, which would be overwritten, and is not the fo"):
         run(inputs, tmp_path / "out", *flags)
-    with pytest.raises(UserError, match="out: holds a classifier .bridged_config.json.; name another folder"):
+    with pytest.raises(UserError, match="out: holds a classifier .bridged_config.json.; choose another folder"):
         write_record(tmp_path / "out" / "bridged_config.json", {})
         compare(inputs, tmp_path / "out")
 
 
-def test_in_its_own_folder_a_run_takes_away_what_runs_make_and_nothing_else(inputs, tmp_path):
+def test_in_its_own_folder_a_run_removes_only_what_runs_make(inputs, tmp_path):
     run(inputs, tmp_path / "out", "--use_peft")
     for name in ("model_of_mine.safetensors", "adapter/notes.txt"):
         (tmp_path / "out" / name).write_text("mine")
@@ -254,24 +254,24 @@ def test_in_its_own_folder_a_run_takes_away_what_runs_make_and_nothing_else(inpu
 def test_inputs_that_have_moved_are_the_same(inputs, tmp_path, monkeypatch):
     run(inputs, tmp_path / "out")
     moved = {flag: shutil.move(path, tmp_path / f"moved-{path.name}") for flag, path in inputs.items()}
-    monkeypatch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("a finished run began anew"))
+    monkeypatch.setattr(train_bridged, "load_images", lambda *_: pytest.fail("a finished run started again"))
     run(moved, tmp_path / "out", "--train_dir", str(moved["train_dir"]), "--num_shots", "2")
 
 
-def test_a_set_of_other_images_of_the_same_size_and_time_is_read_anew(inputs):
+def test_other_images_of_the_same_size_and_time_are_read_again(inputs):
     source = Source(str(inputs["synthetic_dataset"]), "--synthetic_dataset", "dataset")
     shard = inputs["synthetic_dataset"] / "data" / "train-00000.parquet"
-    before, status = load_data_set(source, split="train")[0]["image"], os.stat(shard)
+    before, status = load_image_dataset(source, split="train")[0]["image"], os.stat(shard)
     save_synthetic(inputs["synthetic_dataset"], NUM_PER_CLASS, inputs["train_dir"], seed=1)
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert load_data_set(source, split="train")[0]["image"] != before
+    assert load_image_dataset(source, split="train")[0]["image"] != before
 
 
 @pytest.mark.parametrize(("name", "matters"), [
     ("README.md", False), ("red_square/Thumbs.db", False), ("@eaDir/a.jpg", False), ("notes.txt", False),
     ("LICENSE", False), ("red_square/.DS_Store", False), ("red_square/99.png", True),
 ])  # fmt: skip
-def test_what_is_beside_images_does_not_matter(name, matters, inputs):
+def test_files_next_to_images_do_not_matter(name, matters, inputs):
     record = RealImagesRecord(train_dir=str(inputs["train_dir"]))
     _, before = identify_real_images(record)
     path = inputs["train_dir"] / name
@@ -312,7 +312,7 @@ def test_a_repository_that_moved_on_is_another_input_and_its_earlier_commit_the_
     with pytest.raises(
         UserError,
         match=rf"made from other inputs \(--{flag} ann/input was commit {first}, now commit {second}\); choose another "
-        "folder or give --overwrite_output_dir; a flag that ends in revision names the earlier commit.$",
+        "folder or give --overwrite_output_dir; or pin the earlier commit with the flag that ends in revision.$",
     ):
         run(on_hub, tmp_path / "out")
     assert run(on_hub, tmp_path / "out", f"--{revision}", first) == read_record(tmp_path / "out" / ALL_RESULTS)
@@ -320,7 +320,7 @@ def test_a_repository_that_moved_on_is_another_input_and_its_earlier_commit_the_
 
 def test_a_torn_file_of_a_set_is_one_line(inputs, tmp_path):
     record = read_record(inputs["synthetic_dataset"] / GENERATION_CONFIG)
-    del record["num_images"]  # as in old sets, whose images are not counted
+    del record["num_images"]  # as in old sets, which have no count
     write_record(inputs["synthetic_dataset"] / GENERATION_CONFIG, record)
     (inputs["synthetic_dataset"] / "data" / "train-00001.parquet").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"^--synthetic_dataset \S+: its images cannot be read \(Parquet"):

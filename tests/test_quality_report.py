@@ -36,7 +36,7 @@ def real_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    """A ResNet with random weights, wide enough to tell the images apart."""
+    """A ResNet with random weights, wide enough to distinguish the images."""
     folder = tmp_path_factory.mktemp("models") / "resnet"
     torch.manual_seed(0)
     config = ResNetConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[1, 1], layer_type="basic")
@@ -47,7 +47,7 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def set_dir(tmp_path_factory, real_dir):
-    """A set of other images than the real ones, whose record names them and settings, as the generator writes it."""
+    """A set of images other than the real ones, with a record like the generator's."""
     folder = tmp_path_factory.mktemp("sets") / "cars-syn"
     save_image_set(folder, {"train": 30})
     change_images(folder, lambda row, image: image.transpose(Image.Transpose.ROTATE_90).point(lambda value: value // 2))
@@ -66,7 +66,7 @@ def read_shard(path) -> list[Image.Image]:
 
 
 def change_images(folder, change, split="train") -> None:
-    """Put `change(row, image)` in the place of each image."""
+    """Replace each image with `change(row, image)`."""
     path = folder / "data" / f"{split}-00000.parquet"
     table = pq.read_table(path)
     rows = table.to_pylist()
@@ -115,14 +115,14 @@ def test_record_pictures_and_the_terminal_show_the_same(finished):
     assert f"Written to {output_dir}" in printed
 
 
-def test_darkened_turned_images_are_told_from_all_of_the_records_real_ones(finished, real_dir):
+def test_darkened_rotated_images_are_distinguished_from_all_real_images_of_the_record(finished, real_dir):
     record, _, _ = finished
     assert record["real_images"]["dataset_name"] == str(real_dir)
     assert {name: count["used"] for name, count in record["num_images"].items()} == {
         "synthetic": 90, "train": 60, "held_out": 30, "test": 30
     }  # fmt: skip
     frechet = record["distance"]["frechet"]
-    assert record["distance"]["num_images"] == 30  # as many as there are held-out real ones, of each class
+    assert record["distance"]["num_images"] == 30  # the number of held-out real ones, in each class
     assert frechet["synthetic"] > 2 * frechet["floor"] > 0
     assert record["distance"]["kernel"]["synthetic"] > record["distance"]["kernel"]["floor"]
     shifts = [entry["shift"] for entry in record["classes"]]
@@ -158,7 +158,7 @@ def test_a_planted_copy_of_a_test_image_is_found_and_a_repetition_once_among_the
 
 
 @pytest.mark.parametrize("strength", [0.02, 1])
-def test_copies_are_the_same_however_little_the_model_tells_images_apart(strength, model_dir, tmp_path):
+def test_copies_do_not_depend_on_how_well_the_model_distinguishes_images(strength, model_dir, tmp_path):
     """Other real images of the same clothes, of which two are copies of test images, one compressed."""
     demo = load_dataset("demo/fashion-mnist")
     real, synthetic = tmp_path / "real" / "data", tmp_path / "synthetic" / "data"
@@ -171,7 +171,7 @@ def test_copies_are_the_same_however_little_the_model_tells_images_apart(strengt
     copied[1] = Image.open(tmp_path / "compressed.jpg")
     change_images(synthetic.parent, lambda row, image: copied[row] if row < 2 else image)
     model = ResNetForImageClassification.from_pretrained(shutil.copytree(model_dir, tmp_path / "model"))
-    with torch.no_grad():  # what is left of little is the same for all images
+    with torch.no_grad():  # almost the same features for all images
         for name, parameter in model.named_parameters():
             if name.endswith("convolution.weight"):
                 parameter.mul_(strength)
@@ -183,7 +183,7 @@ def test_copies_are_the_same_however_little_the_model_tells_images_apart(strengt
 
 
 def test_a_planted_copy_of_a_training_image_has_its_row_in_the_split(copied_set, real_images_dir, model_dir, tmp_path):
-    # a set without validation split: about a tenth of the training images is held out
+    # without a validation split, about a tenth of the training images is held out
     train = read_shard(real_images_dir / "data" / "train-00000.parquet")
     change_images(copied_set, lambda row, image: train[59 - row] if row < 20 else image)
     flags = "--dataset_name", str(real_images_dir), "--num_pairs", "20"
@@ -196,7 +196,7 @@ def test_a_planted_copy_of_a_training_image_has_its_row_in_the_split(copied_set,
     assert all(pair["other_row"] == 59 - pair["synthetic_row"] for pair in copies)
 
 
-def test_diversity_and_repetitions_do_not_depend_on_how_far_the_set_is(real_dir, model_dir, tmp_path):
+def test_diversity_and_repetitions_do_not_depend_on_the_distance_of_the_set(real_dir, model_dir, tmp_path):
     folder = tmp_path / "inverted"
     save_image_set(folder, {"train": 20})
     change_images(folder, lambda row, image: image.point(lambda value: 255 - value))
@@ -206,7 +206,7 @@ def test_diversity_and_repetitions_do_not_depend_on_how_far_the_set_is(real_dir,
     assert record["duplicates"]["synthetic"]["share_similar"] < 0.2
 
 
-def test_a_model_that_sees_no_difference_is_refused(set_dir, model_dir, tmp_path):
+def test_a_model_with_equal_features_for_all_images_is_refused(set_dir, model_dir, tmp_path):
     folder = shutil.copytree(model_dir, tmp_path / "blind")
     model = ResNetForImageClassification.from_pretrained(folder)
     with torch.no_grad():
@@ -220,14 +220,14 @@ def test_a_model_that_sees_no_difference_is_refused(set_dir, model_dir, tmp_path
 
 def test_real_images_as_synthetic_ones_are_near_the_floor(real_dir, model_dir, tmp_path):
     folder = tmp_path / "like-real"
-    save_image_set(folder, {"train": 40})  # the real training images, and as many more of the kind
+    save_image_set(folder, {"train": 40})  # the real training images, and as many similar ones
     record = report(folder, model_dir, tmp_path / "report", "--dataset_name", str(real_dir))
     assert record["distance"]["frechet"]["synthetic"] < 2 * record["distance"]["frechet"]["floor"]
     assert max(entry["shift"] for entry in record["classes"]) < 0.5
     assert levels(record)["copies of training images"] == "bad"
 
 
-def test_images_of_one_class_under_another_name_are_confusable(copied_set, real_dir, model_dir, tmp_path):
+def test_images_of_one_class_under_another_name_are_confused(copied_set, real_dir, model_dir, tmp_path):
     train = read_shard(real_dir / "data" / "train-00000.parquet")
     change_images(copied_set, lambda row, image: train[row % 60 // 3 * 3 + (row % 3 + 1) % 3])
     record = report(copied_set, model_dir, tmp_path / "report")
@@ -237,7 +237,7 @@ def test_images_of_one_class_under_another_name_are_confusable(copied_set, real_
     assert record["nearest_class"]["own_share"]["synthetic"] < 0.3 < record["nearest_class"]["own_share"]["held_out"]
 
 
-def test_repeating_one_image_of_each_class_is_no_diversity(copied_set, model_dir, tmp_path):
+def test_repeating_one_image_per_class_gives_no_diversity(copied_set, model_dir, tmp_path):
     images = read_shard(copied_set / "data" / "train-00000.parquet")
     change_images(copied_set, lambda row, image: images[row % 3])
     record = report(copied_set, model_dir, tmp_path / "report", draws_figures=True)
@@ -246,7 +246,7 @@ def test_repeating_one_image_of_each_class_is_no_diversity(copied_set, model_dir
     assert levels(record)["diversity"] == levels(record)["repetitions"] == "bad"
 
 
-def test_a_set_for_some_classes_is_compared_with_those(copied_set, model_dir, tmp_path):
+def test_a_set_of_some_classes_is_compared_with_those(copied_set, model_dir, tmp_path):
     keep_rows(copied_set, lambda row: row["label"] != 1)
     record_path = copied_set / GENERATION_CONFIG
     chosen = [CLASS_NAMES[0], CLASS_NAMES[2]]
@@ -257,7 +257,7 @@ def test_a_set_for_some_classes_is_compared_with_those(copied_set, model_dir, tm
 
 
 @pytest.mark.parametrize("per_class", [1, 2])
-def test_a_handful_of_real_images_gives_a_report_that_says_so(set_dir, model_dir, tmp_path, per_class):
+def test_few_real_images_give_a_report_with_caveats(set_dir, model_dir, tmp_path, per_class):
     folder = tmp_path / "few"
     save_image_set(folder, {"train": per_class})
     record = report(set_dir, model_dir, tmp_path / "report", "--dataset_name", str(folder), draws_figures=True)
@@ -277,7 +277,7 @@ def test_sets_on_the_hub_are_read_by_id(set_dir, real_dir, model_dir, local_hub,
     assert record["num_images"]["synthetic"]["used"] == 90
 
 
-def test_a_set_in_another_case_is_compared_class_by_class(set_dir, real_dir, tmp_path):
+def test_class_names_in_another_case_are_matched(set_dir, real_dir, tmp_path):
     names = [CLASS_NAMES[2].upper(), CLASS_NAMES[0].title(), CLASS_NAMES[1]]
     table = pq.read_table(set_dir / "data" / "train-00000.parquet")
     labels = [(label + 1) % 3 for label in table["label"].to_pylist()]
@@ -297,7 +297,7 @@ def test_a_set_in_another_case_is_compared_class_by_class(set_dir, real_dir, tmp
 
 @pytest.fixture(scope="module")
 def folders(set_dir, real_dir, model_dir, tmp_path_factory):
-    """Name -> a folder that flags can name; some are sets that do not go with the real images."""
+    """Name -> a folder for flags; some are sets that do not match the real images."""
     root = tmp_path_factory.mktemp("bad")
     save_image_set(root / "other", {"train": 2}, ("red_square", "green circle", "yellow"))
     save_image_set(root / "renamed", {"train": 2}, ("red square", *CLASS_NAMES[1:]))

@@ -1,4 +1,4 @@
-"""The recipes: flags of their scripts, class names without a warning, a miniature of each set in all three steps."""
+"""The recipes: their scripts' flags, class names without warnings, and a miniature of each dataset in all steps."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 
 from recipes import check, plan
 from recipes.plan import count_compared_images, make_plan, read_class_names, read_models, read_recipe, read_sets
-from recipes.reproduce import beside_the_paper, flags_of_config, list_steps, main
+from recipes.reproduce import compare_with_paper, flags_from_config, list_steps, main
 from tests.command_lines import SCRIPTS, parse_flags, split_command
 from tests.conftest import blank_figures
 from tests.local_hub.faults import Fault
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 SETS = read_sets()
 RATES = read_mapping(RECIPES / "rates.yaml", "rates")
-# columns beside image and label, as the published sets have them
+# further columns, as in the published datasets
 OTHER_COLUMNS = {
     "aircraft": {"family": Value("string"), "manufacturer": Value("string")},
     "pets": {"image_id": Value("string"), "label_cat_dog": ClassLabel(names=["cat", "dog"])},
@@ -44,7 +44,7 @@ OTHER_VALUES = {"label_cat_dog": 0, "bbox": [0, 0, 4, 4]}
 
 @pytest.fixture(autouse=True)
 def in_root(monkeypatch):
-    """Run from the repository root, as the recipes name their class names from there."""
+    """Run from the repository root, to which the recipes' paths are relative."""
     monkeypatch.chdir(ROOT)
 
 
@@ -64,7 +64,7 @@ def test_the_command_in_a_recipe_parses_and_gives_the_values_of_the_recipe(recip
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_the_header_of_an_image_set_says_what_it_is(name):
+def test_the_header_of_a_recipe_describes_its_dataset(name):
     lines = (RECIPES / name / "dsi.yaml").read_text().splitlines()
     header = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
     facts, dsi = SETS[name], read_recipe(f"{name}/dsi")
@@ -86,13 +86,13 @@ def test_the_class_names_pass_the_doctor(name):
     assert len(corrections) == SETS[name]["num_classes"]
     assert set(SETS[name].get("exclude_classes", [])) <= set(corrections)
     nouns = prompt_nouns(list(corrections), corrections)
-    assert diagnose(nouns, nouns) == []  # as if the nouns were all that is known: nobody vouches for them
+    assert diagnose(nouns, nouns) == []  # as if nobody had chosen the nouns
 
 
 def save_miniature(name: str, folder: Path, change_name=str, num_test: int = 1, without: str | None = None) -> None:
-    """Write an image set of a set's columns, class names and splits: two tiny images of a class to train on.
+    """Write a dataset with the columns, class names and splits of `name`: two tiny training images per class.
 
-    `change_name` changes class names, `num_test` is how many other images a class has, `without` leaves a column out.
+    `change_name` changes class names, `num_test` is the number of other images per class, `without` omits a column.
     """
     label_column, others = read_recipe(f"{name}/dsi")["label_column_name"], OTHER_COLUMNS.get(name, {})
     class_names = [change_name(class_name) for class_name in read_class_names(name)]
@@ -109,7 +109,7 @@ def save_miniature(name: str, folder: Path, change_name=str, num_test: int = 1, 
 
 
 def upload(name: str, folder: Path, local_hub) -> str:
-    """Put a miniature where the recipe has its image set, and return its commit."""
+    """Publish a miniature under the recipe's dataset id, and return its commit."""
     dataset_name = read_recipe(f"{name}/dsi")["dataset_name"]
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     if ("dataset", dataset_name) not in local_hub.repositories:
@@ -121,7 +121,7 @@ def upload(name: str, folder: Path, local_hub) -> str:
 def test_a_miniature_of_each_set_goes_through_all_three_steps(
     name, local_hub, tiny_pipeline_dir, classifiers, tmp_path, caplog, monkeypatch
 ):
-    """By the flags of `make reproduce`; what is given twice counts as it is given last."""
+    """With the flags of `make reproduce`; the last of repeated flags wins."""
     # the copy of Stanford Cars on the Hub probably has its class names in lower case
     change_name = str.lower if name == "cars" else str
     save_miniature(name, tmp_path / "set", change_name)
@@ -132,7 +132,7 @@ def test_a_miniature_of_each_set_goes_through_all_three_steps(
         "generate_synthetic.py": "--num_inference_steps 1 --batch_size 50 --strict_class_names",
         "train_bridged.py": f"--model_name_or_path {classifiers['timm']} --bridge_max_steps 1 --max_steps 1",
     }
-    monkeypatch.setattr(monitor, "NUM_TIMESTEPS", 1)  # measuring takes longer than a tiny model's training
+    monkeypatch.setattr(monitor, "NUM_TIMESTEPS", 1)  # measuring takes longer than training a tiny model
     results = []
     with blank_figures():
         for step in list_steps(name, "resnet18", 1, False, tmp_path)[:3]:
@@ -147,13 +147,13 @@ def test_a_miniature_of_each_set_goes_through_all_three_steps(
     assert generated["settings"]["prompt_nouns"] == list(names.values())
     assert generated["num_images"] == num_classes - len(SETS[name].get("exclude_classes", []))
     if name == "cars":
-        assert "196 class names matched in spite of case" in caplog.text
+        assert "196 class names matched ignoring case" in caplog.text
         assert "'AM General Hummer SUV 2000' is 'am general hummer suv 2000'" in caplog.text
 
 
 @pytest.fixture
 def expect(monkeypatch):
-    """Let the recipe of a set expect something else."""
+    """Change what a dataset's recipe expects."""
 
     def expect(name: str, **changes) -> None:
         others = check.read_expected
@@ -165,7 +165,7 @@ def expect(monkeypatch):
 
 @pytest.fixture
 def publish(local_hub, tmp_path, expect):
-    """Publish a miniature with a card, let the recipe expect its commit and numbers of images, return the commit."""
+    """Publish a miniature with a card, make the recipe expect its commit and counts, and return the commit."""
 
     def publish(name: str = "pets", license: str | None = None, **changes) -> str:
         folder, license = tmp_path / name, license or SETS[name].get("card_license")
@@ -185,7 +185,7 @@ def test_check_finds_that_all_miniatures_agree_and_reads_no_image(publish, monke
     monkeypatch.setattr(Image, "decode_example", lambda *_, **__: pytest.fail("decoded an image"))
     assert check.main([]) == 0
     printed = capsys.readouterr().out
-    assert "10 of 10 image sets agree with their recipes, 0 differ, 0 could not be seen in full." in printed
+    assert "10 of 10 datasets agree with their recipes, 0 differ, 0 could not be checked in full." in printed
     assert all(commit in printed for commit in commits)
     assert printed.count("the recipe names no commit") == 2
 
@@ -205,7 +205,7 @@ def test_check_finds_what_differs(changes, message, publish, capsys):
     [difference] = check.check_set("pets").differences
     assert message in difference
     assert check.main(["--recipe", "pets"]) == 1
-    assert "0 of 1 image sets agree with their recipes, 1 differ" in capsys.readouterr().out
+    assert "0 of 1 datasets agree with their recipes, 1 differ" in capsys.readouterr().out
 
 
 def test_check_notes_names_in_another_case_and_a_newer_commit(local_hub, publish, tmp_path):
@@ -215,14 +215,14 @@ def test_check_notes_names_in_another_case_and_a_newer_commit(local_hub, publish
     assert (report.differences, report.unseen) == ([], [])
     assert report.notes == [
         f"the newest commit is {newest}",
-        "196 class names are spelled otherwise: 'am general hummer suv 2000' is 'AM General Hummer SUV 2000' in the "
+        "196 class names have another spelling: 'am general hummer suv 2000' is 'AM General Hummer SUV 2000' in the "
         "recipe",
     ]
 
 
 def test_check_finds_a_missing_repository_commit_or_split(local_hub, publish, expect):
     [difference] = check.check_set("pets").differences
-    assert "dataset_name timm/oxford-iiit-pet: neither a folder nor a data set repository" in difference
+    assert "dataset_name timm/oxford-iiit-pet: neither a folder nor a public dataset repository" in difference
     agreeing = {"revision": publish(), "num_images": {"train": 74, "test": 37}}
     for change, messages in [
         ({"revision": "0" * 40}, ["has no branch, tag or commit '000"]),
@@ -235,19 +235,19 @@ def test_check_finds_a_missing_repository_commit_or_split(local_hub, publish, ex
         assert all(message in found for message, found in zip(messages, differences))
 
 
-def test_check_that_cannot_see_is_no_success_and_no_difference(local_hub, publish, monkeypatch, capsys):
+def test_check_without_access_is_neither_success_nor_difference(local_hub, publish, monkeypatch, capsys):
     publish()
     local_hub.inject(Fault("status", path="/api/datasets/timm", status=429))
     [busy] = check.check_set("pets").unseen
-    assert "answers with error 429" in busy
+    assert "returned error 429" in busy
     local_hub.repo("timm/oxford-iiit-pet", "dataset").gated = True
     assert "is gated; accept its conditions" in check.check_set("pets").unseen[0]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("COLUMNS", "200")
     assert check.main([]) == 2
     printed = capsys.readouterr().out
-    assert printed.count(f"not seen: all of it, the Hub ({local_hub.url}) cannot be reached") == 10
-    assert "0 of 10 image sets agree with their recipes, 0 differ, 10 could not be seen in full." in printed
+    assert printed.count(f"not seen: everything, as the Hub ({local_hub.url}) cannot be reached") == 10
+    assert "0 of 10 datasets agree with their recipes, 0 differ, 10 could not be checked in full." in printed
 
 
 def test_check_finds_a_card_that_counts_other_images_than_there_are(local_hub, publish, expect, tmp_path):
@@ -288,10 +288,10 @@ def test_a_plan_counts_images_and_hours():
     assert control.comparison_hours > plan.comparison_hours
     larger = make_plan("cars", "resnet18", RATES, 3000)
     latents = 7330 * 2 * 2 * 2 * 4 * 64 * 64  # two copies, mean and deviation, float16
-    assert plan.disk_gib * 2**30 == pytest.approx(2 * 196_000 * 108_000 + latents)  # the images, and their Arrow copy
+    assert plan.disk_gib * 2**30 == pytest.approx(2 * 196_000 * 108_000 + latents)  # the images and their Arrow copy
     assert larger.disk_gib * 2**30 == pytest.approx(3 * 2 * 196_000 * 108_000 + latents)
-    assert make_plan("flowers", "resnet18", RATES, 1).num_real == 1020  # has a validation part of its own
-    fewer = make_plan("caltech101", "resnet18", RATES, 1000)  # of one class nothing is drawn
+    assert make_plan("flowers", "resnet18", RATES, 1).num_real == 1020  # it has its own validation split
+    fewer = make_plan("caltech101", "resnet18", RATES, 1000)  # no images of one class
     assert (fewer.num_classes, fewer.num_synthetic) == (102, 101_000)
     assert fewer.synthetic_hours == pytest.approx(101_000 * 25 / 27.2 / 3600)
 
@@ -332,7 +332,7 @@ def test_a_set_that_has_more_images_stays_and_training_takes_fewer(tmp_path):
     assert (synthetic["num_images_per_class"], bridged["max_synthetic_samples_per_class"]) == (9, 7)
 
 
-def test_two_files_and_a_row_are_a_new_image_set(tmp_path, monkeypatch, capsys):
+def test_two_files_and_an_entry_make_a_new_dataset(tmp_path, monkeypatch, capsys):
     copy = tmp_path / "recipes"
     shutil.copytree(RECIPES, copy)
     (copy / "birds").mkdir()
@@ -359,9 +359,9 @@ def test_the_comparison_takes_precision_and_workers_of_a_configuration():
         "one_gpu": "--num_workers 1 --bf16", "eight_gpus": "--num_workers 8 --bf16",
         "two_machines": "--num_workers 8 --bf16", "two_cpu_processes": "--num_workers 2",
     }.items():  # fmt: skip
-        of_config = flags_of_config(read_mapping(RECIPES / "accelerate" / f"{config}.yaml", "configuration"))
-        assert " ".join(of_config) == flags
-        assert list_steps("cars", "resnet18", 7, False, Path("out"), of_config)[-1].text.endswith(f" {flags}")
+        config_flags = flags_from_config(read_mapping(RECIPES / "accelerate" / f"{config}.yaml", "configuration"))
+        assert " ".join(config_flags) == flags
+        assert list_steps("cars", "resnet18", 7, False, Path("out"), config_flags)[-1].text.endswith(f" {flags}")
 
 
 def test_a_configuration_hands_its_gpus_to_every_step_and_one_of_another_precision_is_refused(tmp_path, monkeypatch):
@@ -382,16 +382,16 @@ def test_a_configuration_hands_its_gpus_to_every_step_and_one_of_another_precisi
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
-def test_rates_that_lack_one_are_named(tmp_path):
+def test_missing_rates_are_named(tmp_path):
     (tmp_path / "rates.yaml").write_text("gpu: ours\n")
     with pytest.raises(UserError, match="has no bytes_per_image, dsi_images_per_second, sampling_"):
         main(["--dry_run", "--rates", str(tmp_path / "rates.yaml")])
 
 
-def test_the_table_of_a_reproduction_has_the_papers_figures_where_there_are_some():
+def test_the_table_of_a_reproduction_has_the_papers_figures_if_there_are_any():
     figures = [("vanilla", 80.0, 1.25), ("bridged", 90.04, None), ("bridged@plain", 85.0, 0.5), ("mix", 70.0, 0.5)]
     summary = [{"method": method, "mean": mean, "std": std} for method, mean, std in figures]
-    assert beside_the_paper(summary, {"vanilla": 83.8, "bridged_dsi": 92.0}, "Cars").splitlines()[2:] == [
+    assert compare_with_paper(summary, {"vanilla": 83.8, "bridged_dsi": 92.0}, "Cars").splitlines()[2:] == [
         "| vanilla | 80.0 ± 1.2 | 83.8 |", "| bridged | 90.0 | 92.0 |", "| bridged@plain | 85.0 ± 0.5 | ? |",
         "| mix | 70.0 ± 0.5 |  |",
     ]  # fmt: skip
@@ -402,7 +402,7 @@ def test_a_dry_run_prints_every_set_and_runs_nothing(capsys, monkeypatch, tmp_pa
     main(["--dry_run", "--output_dir", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert all(facts["title"] in printed for facts in SETS.values())
-    assert re.search(r"In all \d+ GPU-hours", printed)
+    assert re.search(r"Total: \d+ GPU-hours", printed)
     assert not (tmp_path / "out").exists()
 
 

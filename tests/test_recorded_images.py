@@ -1,4 +1,4 @@
-"""Real images that a record names and that are not there: every script tells whose record it is, and what to do."""
+"""Real images that a record names, but that are missing: every script says whose record it is, and what to do."""
 
 import shutil
 

@@ -44,7 +44,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def kill(monkeypatch):
-    """Make the next call of a function, where a module has it, the last of its run."""
+    """Let a function of a module end the run at its given call."""
 
     def kill(module, name: str, call: int) -> None:
         original, calls = getattr(module, name), []
@@ -80,7 +80,7 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_left_alone(
     assert [path.name for path in sorted(style.glob("checkpoint-*"))] == left
     assert not (style / "dsi_config.json").exists()
     assert read_record(style / RUN_CONFIG)["options"]["max_train_steps"] == 7
-    (style / RUN_CONFIG).unlink()  # as earlier versions left it, which wrote this record in the end
+    (style / RUN_CONFIG).unlink()  # as in earlier versions, which wrote this record at the end
     resumed = run_dsi(resume_from_checkpoint="latest", **flags)
     assert resumed == whole  # health and every loss
     for rows in zip(read_rows(tmp_path / "whole"), read_rows(style), strict=True):
@@ -89,8 +89,8 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_left_alone(
     assert {path.name for path in style.iterdir() if path.name.startswith(".")} == set()
 
 
-@pytest.mark.parametrize("call", [12, 24, 36])  # passes: with the first word, the second, after its checkpoint
-def test_a_run_that_began_again_from_another_word_is_resumed_exactly(run_dsi, kill, call, monkeypatch, tmp_path):
+@pytest.mark.parametrize("call", [12, 24, 36])  # with the first word, with the second, after its checkpoint
+def test_a_run_that_restarted_from_another_word_is_resumed_exactly(run_dsi, kill, call, monkeypatch, tmp_path):
     monkeypatch.setattr(token, "INITIALIZER_WORDS", ("style", "s"))
     flags = {"max_train_steps": 25, "learning_rate": 1e-12, "checkpointing_steps": 8}
     run_dsi(**flags, output_dir=tmp_path / "alone")
@@ -104,7 +104,33 @@ def test_a_run_that_began_again_from_another_word_is_resumed_exactly(run_dsi, ki
     assert all(map(torch.equal, read_rows(tmp_path / "alone"), read_rows(tmp_path / "style")))
 
 
-def test_a_checkpoint_by_its_path_is_gone_on_from_in_another_folder(run_dsi, tmp_path):
+@pytest.mark.parametrize("resume", ["latest", "checkpoint-2"])
+def test_a_run_begun_before_there_was_an_article_keeps_its_prompts(run_dsi, kill, resume, tmp_path):
+    (tmp_path / "names.yaml").write_text("red_square: orange\n")
+    flags = {"max_train_steps": 3, "checkpointing_steps": 2, "class_names_file": tmp_path / "names.yaml"}
+    run_dsi(**flags, article="as_written", output_dir=tmp_path / "whole")
+    kill(train_dsi, "denoising_loss", 3)
+    with pytest.raises(Killed):
+        run_dsi(**flags, article="as_written")
+    style = tmp_path / "style"
+    state = style / "checkpoint-2" / checkpoints.STATE_RECORD
+    for path, noted_in in ((style / RUN_CONFIG, ()), (state, ("progress",))):
+        record = read_record(path)
+        options = record["progress"]["options"] if noted_in else record["options"]
+        assert options.pop("article") == "as_written"
+        write_record(path, record)
+    checkpoint = resume if resume == "latest" else style / resume
+    with pytest.raises(UserError, match="article was None, now auto"):
+        run_dsi(**flags, resume_from_checkpoint=checkpoint, article="auto")
+    run_dsi(**flags, resume_from_checkpoint=checkpoint)
+    assert torch.equal(*(read_rows(tmp_path / folder)[0] for folder in ("whole", "style")))
+    assert "article" not in read_record(style / RUN_CONFIG)["options"]
+    assert "article" not in read_record(style / "dsi_config.json")
+    run_dsi(**flags, overwrite_output_dir=True)
+    assert read_record(style / "dsi_config.json")["article"] == "auto"
+
+
+def test_a_checkpoint_given_by_path_is_resumed_in_another_folder(run_dsi, tmp_path):
     whole, flags = tmp_path / "whole", FLAGS | {"max_train_steps": 13}
     (whole / "checkpoint-best").mkdir(parents=True)  # somebody's own
     run_dsi(output_dir=whole, **flags | {"checkpointing_steps": 3, "checkpoints_total_limit": 2})
@@ -117,13 +143,13 @@ def test_a_checkpoint_by_its_path_is_gone_on_from_in_another_folder(run_dsi, tmp
     assert read_record(whole / "checkpoint-9" / checkpoints.STATE_RECORD)["progress"]["step"] == 9
 
 
-def test_an_unfinished_run_is_not_started_again_unasked(run_dsi, kill, monkeypatch, tmp_path):
+def test_an_unfinished_run_is_not_replaced_without_the_flag(run_dsi, kill, monkeypatch, tmp_path):
     kill(train_dsi, "denoising_loss", 2 * 3)
     with pytest.raises(Killed):
         run_dsi(**FLAGS)
     with pytest.raises(UserError, match="holds checkpoint-2 of an unfinished run; give --resume_from_checkpoint"):
         run_dsi(**FLAGS)
-    with pytest.raises(UserError, match="nowhere: is no checkpoint of train_dsi.py; .* has checkpoint-2"):
+    with pytest.raises(UserError, match="nowhere: not a checkpoint of train_dsi.py; .* has checkpoint-2"):
         run_dsi(**FLAGS, resume_from_checkpoint="nowhere")
     with pytest.raises(UserError, match=r"was made with other options \(learning_rate was 0.1, now 0.2\)"):
         run_dsi(**FLAGS | {"learning_rate": 0.2}, resume_from_checkpoint="latest")
@@ -133,7 +159,7 @@ def test_an_unfinished_run_is_not_started_again_unasked(run_dsi, kill, monkeypat
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     record = tmp_path / "style" / "checkpoint-2" / checkpoints.STATE_RECORD
     write_record(record, (state := read_record(record)) | {"progress": state["progress"] | {"inputs": "others"}})
-    with pytest.raises(UserError, match="images, the prompts or the base model have changed"):
+    with pytest.raises(UserError, match="images, prompts or base model have changed"):
         run_dsi(**FLAGS, resume_from_checkpoint="latest")
     run_dsi(**FLAGS | {"checkpointing_steps": 100}, overwrite_output_dir=True)
     assert not list((tmp_path / "style").glob("checkpoint-*"))
@@ -142,7 +168,7 @@ def test_an_unfinished_run_is_not_started_again_unasked(run_dsi, kill, monkeypat
 def test_two_processes_give_the_same_token_as_one_and_resume_exactly(
     run_dsi, tiny_pipeline_dir, real_images_dir, tmp_path
 ):
-    """At the same images a step: two processes of 2 x 2 images, one process of 4 x 2."""
+    """With the same images per step: two processes of 2 x 2 images, one process of 4 x 2."""
     one = run_dsi(output_dir=tmp_path / "one", **FLAGS, train_batch_size=4)
     flags = {
         "pretrained_model_name_or_path": tiny_pipeline_dir, "dataset_name": real_images_dir, "learning_rate": 0.1,
@@ -164,7 +190,7 @@ def test_two_processes_give_the_same_token_as_one_and_resume_exactly(
     killed.communicate()
     assert killed.returncode != 0
     assert not (tmp_path / "killed" / "dsi_config.json").exists()
-    with pytest.raises(UserError, match="8 images a step over all processes, this run has 4"):
+    with pytest.raises(UserError, match="8 images per step over all processes, this run has 4"):
         run_dsi(**flags, output_dir=tmp_path / "killed", resume_from_checkpoint="latest")
     resumed = start_script(CHILD, [*argv, "--resume_from_checkpoint", "latest"], tmp_path, 2)
     _, errors = resumed.communicate()
@@ -174,7 +200,7 @@ def test_two_processes_give_the_same_token_as_one_and_resume_exactly(
 
 @pytest.fixture
 def inputs(tiny_pipeline_dir, tmp_path) -> dict:
-    """Inputs of a run's own, by the flags that name them."""
+    """Separate inputs of a run, by their flags."""
     nouns, templates = tmp_path / "nouns.yaml", tmp_path / "templates.txt"
     nouns.write_text("red_square: red square\n")
     templates.write_text("{class} like {token}\n")
@@ -187,7 +213,7 @@ def inputs(tiny_pipeline_dir, tmp_path) -> dict:
 
 
 def replace(inputs: dict, what: str) -> str:
-    """Change what an input holds, but nothing of its names; return the flag that names it."""
+    """Change the contents of an input, but not its name; return its flag."""
     if what.endswith(".safetensors"):
         path = inputs["pretrained_model_name_or_path"] / what
         save_file({name: value + 0.01 for name, value in load_file(path).items()}, path, {"format": "pt"})
@@ -207,16 +233,14 @@ REPLACED = [
 
 
 @pytest.mark.parametrize("what", REPLACED)
-def test_a_token_of_inputs_that_were_replaced_is_neither_finished_nor_gone_on_with(
-    run_dsi, kill, inputs, what, tmp_path
-):
+def test_a_run_whose_inputs_were_replaced_is_neither_finished_nor_resumed(run_dsi, kill, inputs, what, tmp_path):
     flags = FLAGS | inputs
     finished = run_dsi(output_dir=tmp_path / "finished", **flags)
     assert run_dsi(output_dir=tmp_path / "finished", **flags)["token_learned"] == finished["token_learned"]
     kill(train_dsi, "denoising_loss", 2 * 5 + 1)
     with pytest.raises(Killed):
         run_dsi(**flags)
-    if what == "train_dir":  # of the same images under another name, it goes on
+    if what == "train_dir":  # with the same images under another name, it resumes
         moved = {"train_dir": shutil.copytree(inputs["train_dir"], tmp_path / "moved")}
         run_dsi(
             resume_from_checkpoint=tmp_path / "style" / "checkpoint-4", output_dir=tmp_path / "new", **flags | moved
@@ -225,21 +249,21 @@ def test_a_token_of_inputs_that_were_replaced_is_neither_finished_nor_gone_on_wi
     changed = rf"\(--{flag} {inputs[flag]} was \d+ files, sha256 \w+, now \d+ files, sha256 \w+\)"
     with pytest.raises(UserError, match=f"holds a style token made from other inputs {changed}; choose another"):
         run_dsi(output_dir=tmp_path / "finished", **flags)
-    with pytest.raises(UserError, match=f"was begun with other inputs {changed}"):
+    with pytest.raises(UserError, match=f"was started with other inputs {changed}"):
         run_dsi(resume_from_checkpoint="latest", **flags)
-    with pytest.raises(UserError, match="the images, the prompts or the base model have changed"):
+    with pytest.raises(UserError, match="images, prompts or base model have changed"):
         run_dsi(resume_from_checkpoint=tmp_path / "style" / "checkpoint-4", output_dir=tmp_path / "other", **flags)
 
 
-def test_a_token_whose_images_change_while_it_is_trained_is_not_finished(run_dsi, inputs, monkeypatch, tmp_path):
+def test_a_token_whose_images_change_during_training_is_not_finished(run_dsi, inputs, monkeypatch, tmp_path):
     train = train_dsi.train
     monkeypatch.setattr(train_dsi, "train", lambda *args: (replace(inputs, "train_dir"), train(*args)))
-    with pytest.raises(UserError, match="not finished, the inputs have changed while they were read"):
+    with pytest.raises(UserError, match="not finished, as the inputs changed while they were read"):
         run_dsi(**FLAGS | inputs)
     assert not (tmp_path / "style" / "dsi_config.json").exists()
 
 
-def test_a_signal_and_a_full_disk_say_how_to_go_on(run_dsi, monkeypatch, tmp_path):
+def test_a_signal_and_a_full_disk_report_how_to_resume(run_dsi, monkeypatch, tmp_path):
     def interrupt(*_):
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -253,7 +277,7 @@ def test_a_signal_and_a_full_disk_say_how_to_go_on(run_dsi, monkeypatch, tmp_pat
 
     monkeypatch.setattr(monitor.Monitor, "end_step", after_three_steps)
     with pytest.raises(
-        Interrupted, match="checkpoint-2 is kept; go on with: accelerate launch .* --resume_from"
+        Interrupted, match="checkpoint-2 is kept; resume with: accelerate launch .* --resume_from"
     ) as end:
         run_dsi(**FLAGS)
     assert end.value.signal_number == signal.SIGTERM

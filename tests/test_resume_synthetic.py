@@ -1,4 +1,4 @@
-"""A synthetic set whose making is killed, and one that several processes make, is byte for byte one left alone."""
+"""A killed and resumed set, and a set from several processes, equal an uninterrupted one byte for byte."""
 
 import random
 import re
@@ -13,7 +13,7 @@ from tests.processes import start_script
 from tests.synthesis.tokens import shard_hashes
 
 pytest_plugins = ["tests.synthesis.fixtures"]
-# generate_synthetic.py, one process of which kills itself at a place
+# generate_synthetic.py, with one process that kills itself at a given point
 CHILD = """
 import os, signal
 from accelerate import PartialState
@@ -51,7 +51,7 @@ def many_shards(options):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, many_shards):
-    """The bytes of the set that was left alone: six shards."""
+    """The bytes of an uninterrupted set of six shards."""
     folder = tmp_path_factory.mktemp("whole") / "set"
     main([*many_shards, "--output_dir", str(folder)])
     hashes = shard_hashes(folder)
@@ -66,11 +66,11 @@ def run(argv: list[str], tmp_path, num_processes: int = 1, die_at: str = "nowher
 
 
 @pytest.mark.parametrize(("die_at", "num_finished"), [
-    ("draw 5 0", 2),  # in the third shard; the second may still be in writing
+    ("draw 5 0", 2),  # in the third shard; the second may still be written
     ("rename 4 0", 3),  # between a shard's last byte and its name
     ("finish 1 0", 6),  # after the last shard, before the records
 ])  # fmt: skip
-def test_a_killed_run_goes_on_to_the_very_same_set(die_at, num_finished, many_shards, whole, tmp_path):
+def test_a_killed_run_resumes_to_an_identical_set(die_at, num_finished, many_shards, whole, tmp_path):
     argv = [*many_shards, "--output_dir", str(tmp_path / "set")]
     status, _, errors = run(argv, tmp_path, die_at=die_at)
     assert status == -signal.SIGKILL, errors[-2000:]
@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_to_the_very_same_set(die_at, num_finished, many_sh
     assert len(load_dataset(str(tmp_path / "set"), split="train")) == 21
 
 
-def test_a_killed_run_with_an_interval_of_guidance_goes_on_to_the_very_same_set(many_shards, whole, tmp_path):
+def test_a_killed_run_with_a_guidance_interval_resumes_to_an_identical_set(many_shards, whole, tmp_path):
     argv = [*many_shards, "--num_inference_steps", "3", "--guidance_interval", "0.3", "0.7"]
     status, _, errors = run([*argv, "--output_dir", str(tmp_path / "killed")], tmp_path, die_at="draw 5 0")
     assert status == -signal.SIGKILL, errors[-2000:]
@@ -93,7 +93,7 @@ def test_a_killed_run_with_an_interval_of_guidance_goes_on_to_the_very_same_set(
     assert not set(shard_hashes(tmp_path / "alone").values()) & set(whole.values())
 
 
-def test_a_run_that_is_asked_to_end_says_how_it_goes_on(many_shards, whole, tmp_path):
+def test_a_terminated_run_reports_how_to_resume(many_shards, whole, tmp_path):
     argv = [*many_shards, "--output_dir", str(tmp_path / "set"), "--num_images_per_class", "700"]
     child = start_script(CHILD, argv, tmp_path, DIE_AT="nowhere 0 0")
     while len(list((tmp_path / "set" / "data").glob("train-*"))) < 3:
@@ -102,7 +102,7 @@ def test_a_run_that_is_asked_to_end_says_how_it_goes_on(many_shards, whole, tmp_
     child.send_signal(signal.SIGTERM)
     _, errors = child.communicate()
     assert child.returncode == 128 + signal.SIGTERM
-    found = re.search(r"(\d+) of 525 shards are finished and kept; go on with: accelerate launch gen.*", errors)
+    found = re.search(r"(\d+) of 525 shards are finished and kept; resume with: accelerate launch gen.*", errors)
     assert found[0].endswith("--num_images_per_class 700")
     finished = shard_hashes(tmp_path / "set")
     assert len(finished) == int(found[1]) >= 3
@@ -110,7 +110,7 @@ def test_a_run_that_is_asked_to_end_says_how_it_goes_on(many_shards, whole, tmp_
     assert finished["train-00000.parquet"] == whole["train-00000.parquet"]
 
 
-def test_two_processes_make_the_set_of_one_and_three_finish_what_they_began(many_shards, whole, tmp_path):
+def test_two_processes_draw_the_set_of_one_and_three_finish_it(many_shards, whole, tmp_path):
     argv = [*many_shards, "--output_dir", str(tmp_path / "two")]
     status, output, errors = run(argv, tmp_path, num_processes=2)
     assert status == 0, errors[-3000:]
@@ -129,7 +129,7 @@ def test_two_processes_make_the_set_of_one_and_three_finish_what_they_began(many
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_folder_that_goes_away_ends_every_process_with_a_line(num_processes, many_shards, tmp_path):
+def test_a_removed_folder_ends_every_process_with_one_line(num_processes, many_shards, tmp_path):
     folder = tmp_path / "set"
     argv = [*many_shards, "--output_dir", str(folder), "--num_images_per_class", "700"]
     child = start_script(CHILD, argv, tmp_path, num_processes, DIE_AT="nowhere 0 0")
@@ -139,13 +139,13 @@ def test_a_folder_that_goes_away_ends_every_process_with_a_line(num_processes, m
     folder.rename(tmp_path / "gone")
     _, errors = child.communicate(timeout=60)
     assert child.returncode == (2 if num_processes == 1 else 1)  # accelerate's own
-    assert f"error: --output_dir {folder}: was removed, or part of it, while images were drawn" in errors
+    assert f"error: --output_dir {folder}: all or part of it was removed while images were drawn" in errors
     assert "FileNotFoundError" not in errors
     assert not folder.exists()
 
 
 @pytest.mark.soak
-def test_fifty_kills_at_random_moments_leave_the_very_same_set(options, tmp_path):
+def test_fifty_kills_at_random_moments_leave_an_identical_set(options, tmp_path):
     argv = [*options, "--num_images_per_class", "2000", "--images_per_shard", "40"]
     main([*argv, "--output_dir", str(tmp_path / "whole")])
     rng, num_kills = random.Random(0), 0
@@ -157,7 +157,7 @@ def test_fifty_kills_at_random_moments_leave_the_very_same_set(options, tmp_path
             num_kills += 1
             continue
         assert child.returncode == 0, errors[-2000:]
-        for name in rng.sample(sorted((tmp_path / "set" / "data").iterdir()), 60):  # there must be something to kill
+        for name in rng.sample(sorted((tmp_path / "set" / "data").iterdir()), 60):  # so that there is work to interrupt
             name.unlink()
     main([*argv, "--output_dir", str(tmp_path / "set")])
     assert shard_hashes(tmp_path / "set") == shard_hashes(tmp_path / "whole")

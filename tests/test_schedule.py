@@ -1,4 +1,4 @@
-"""Inputs are replaced, processes killed and runs started again at random moments: no result is one of other inputs.
+"""Inputs are replaced, processes killed and runs restarted at random moments: every result belongs to its inputs.
 
 A history is a row of runs of one script into one folder. Its seed says which inputs are replaced, how, and at which
 file operation of a run (or after how many seconds), where a run is killed or asked to end, and what is run next. Each
@@ -38,20 +38,21 @@ CHILD = "from tests.test_schedule import be_child; be_child()"
 FILE_EVENTS = {"open", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir"}
 MANNERS = ("renamed", "in place", "same times", "swapped")
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
-PAST = 1_600_000_000  # when all files of all versions were written, as their times have it
+PAST = 1_600_000_000  # the modification time of all files of all versions
 OVERWRITE, KEEP, RESUME = (
     "--overwrite_output_dir", "--no_overwrite_output_dir", ["--resume_from_checkpoint", "latest"]
 )  # fmt: skip
 
 
 class Killed(BaseException):
-    """In place of SIGKILL, within the process of the tests."""
+    """Instead of SIGKILL, within the test process."""
 
 
 class Moments:
-    """Counts this process's file operations below a folder, in all threads, and does what is planned for some of them.
+    """Counts this process's file operations below a folder, in all threads, and runs the actions planned for some of
+    them.
 
-    While it does, threads that come to a file operation there wait.
+    Meanwhile, other threads wait at their file operations there.
     """
 
     watched: "Moments | None" = None
@@ -98,7 +99,7 @@ def watching(moments: Moments) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class World:
-    """The folders of a history. `versions` has those of each input by its flag and a number, 0 for the first."""
+    """The folders of a history. `versions` maps each input's flag to its versions, numbered from 0."""
 
     root: Path
     versions: Path
@@ -114,7 +115,7 @@ class World:
 
     @property
     def log(self) -> list[list]:
-        """What has been done to inputs and runs since the log was cleared."""
+        """The actions on inputs and runs since the log was cleared."""
         path = self.root / "log.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -150,7 +151,7 @@ class World:
             for path in files_of(target).values():
                 os.utime(path)
             return
-        if manner == "swapped":  # a folder that was there before comes back as it was
+        if manner == "swapped":  # the earlier folder comes back unchanged
             old, new = (self.root / "spare" / f"{flag}-{number}" for number in (state[flag], version))
             if not new.exists():
                 shutil.copytree(source, new)
@@ -167,7 +168,7 @@ class World:
         (self.root / "state.json").write_text(json.dumps(state | {flag: version}))
 
     def describe_changes(self) -> list[str]:
-        """Return what is other than it should be, outside the output folder and the caches."""
+        """Return unexpected changes outside the output folder and the caches."""
         changed = [
             f"--{flag} {name}"
             for flag, version in self.state.items()
@@ -203,7 +204,7 @@ def differing_files(folder: Path, other: Path) -> list[str]:
 
 
 def save_versions(folder: Path, base: Path, *changes: Callable[[Path], None]) -> None:
-    """Save a folder as it is and as each change leaves it, all files with the same times."""
+    """Save a folder unchanged and after each change, all files with the same times."""
     for number, change in enumerate([lambda _: None, *changes]):
         change(Path(shutil.copytree(base, folder / str(number))))
         for path in files_of(folder / str(number)).values():
@@ -211,7 +212,7 @@ def save_versions(folder: Path, base: Path, *changes: Callable[[Path], None]) ->
 
 
 def moved(name: str) -> Callable[[Path], None]:
-    """Return what moves the weights in a file of safetensors."""
+    """Return a function that shifts the weights in a safetensors file."""
 
     def change(folder: Path) -> None:
         from safetensors.torch import load_file, save_file
@@ -269,7 +270,7 @@ def save_photos(folder: Path, num_per_class: int) -> Path:
 
 
 def save_parquet(folder: Path, photos: Path, num_per_class: int, rows_per_file: int) -> Path:
-    """Save the first photos of each class as files whose sizes do not depend on what the images show."""
+    """Save the first photos of each class as files whose sizes do not depend on the contents."""
     from datasets import ClassLabel, Dataset, Features, Image, Value
 
     from tests.conftest import CLASS_NAMES
@@ -289,7 +290,7 @@ def save_parquet(folder: Path, photos: Path, num_per_class: int, rows_per_file: 
 
 
 def save_set(folder: Path, photos: Path, num_per_class: int, real: dict) -> Path:
-    """Save photos as a synthetic set that was made for real images; of more photos its first files are the same."""
+    """Save photos as a synthetic set for real images; with more photos, the first files stay the same."""
     from tests.conftest import CLASS_NAMES
     from utils.cli.records import GENERATION_CONFIG, write_record
 
@@ -377,15 +378,15 @@ def make_transfer_inputs(variant: "Variant", versions: Path, base: Path, root: P
 
 @dataclass(frozen=True)
 class Variant:
-    """A script with flags: how its inputs are made, where it notes them, and what of its results is compared."""
+    """A script with flags: how its inputs are made, where it records them, and which results are compared."""
 
     script: str
     flags: str
     make_inputs: Callable
     real: str | None = None
     volume: int | None = None
-    named: dict[str, str] = field(default_factory=dict)  # inputs whose flag names a file of theirs
-    hidden: tuple[str, ...] = ()  # inputs that a record of another input names
+    named: dict[str, str] = field(default_factory=dict)  # inputs whose flag names one of their files
+    hidden: tuple[str, ...] = ()  # inputs named in the record of another input
 
     @property
     def is_resumed_by_flag(self) -> bool:
@@ -393,7 +394,8 @@ class Variant:
 
     @property
     def can_overwrite(self) -> bool:
-        """Whether it has --overwrite_output_dir; without, the same command always gives the result of what is there."""
+        """Whether it has --overwrite_output_dir; without it, a command always gives the result of the current
+        inputs."""
         return self.script != "compare_transfer"
 
     def argv(self, world: World) -> list[str]:
@@ -406,7 +408,7 @@ class Variant:
         return [*inputs, *self.flags.split(), "--output_dir", str(world.out)]
 
     def identify(self, flag: str, folder: Path) -> str:
-        """Return what the scripts' records call the contents of an input's version."""
+        """Return the identity of an input's version in the scripts' records."""
         from utils.cli.contents import describe_files
         from utils.data.image_set import RealImagesRecord
         from utils.data.real_images import identify_real_images
@@ -432,7 +434,7 @@ class Variant:
         return identify_real_images(RealImagesRecord(**{flag: name}))[1][flag]
 
     def noted_inputs(self, out: Path) -> dict[str, str]:
-        """Return what the record of a finished run says of its inputs' contents, by flag."""
+        """Return flag -> identity of the inputs in the record of a finished run."""
         if self.script == "generate_synthetic":
             settings = json_of(out / "generation_config.json")["settings"]
             token = f"{settings['learned_embeds_sha256']} {settings['prompt_nouns']}"
@@ -443,7 +445,7 @@ class Variant:
         return json_of(out / "run_config.json")["inputs"]
 
     def result(self, out: Path) -> dict[str, object]:
-        """Return the parts of a result that are the same each time that a run is repeated."""
+        """Return the parts of a result that are equal in repeated runs."""
         if self.script == "train_dsi":
             return {name: (out / name).read_bytes() for name in ("learned_embeds.safetensors", "dsi_config.json")}
         if self.script == "generate_synthetic":
@@ -456,7 +458,7 @@ class Variant:
         return cells | {"summary": [without_costs(entry) for entry in json_of(out / "comparison.json")["summary"]]}
 
     def kept_files(self, out: Path) -> dict[str, tuple]:
-        """Return what a run that is finished must not touch: names with sizes and times."""
+        """Return the files that a finished run must not touch: names with sizes and times."""
         patterns = {
             "generate_synthetic": ["data/*"], "compare_transfer": ["cells/*.json", "stage1/**/*.safetensors"],
         }.get(self.script, ["**/*"])  # fmt: skip
@@ -504,12 +506,12 @@ VARIANTS = {
 }
 
 
-# --- a run, in a process of its own or in this one
+# --- a run, in a separate process or in this one
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: the exit status, of a signal minus its number, and what it wrote to stderr."""
+    """How a run ended: its exit status (minus the number of a signal), and its stderr."""
 
     status: int
     errors: str
@@ -517,7 +519,7 @@ class Outcome:
 
 @contextmanager
 def apart(world: World, script: str) -> Iterator[None]:
-    """Keep caches in the world, work in it, and leave out what takes longer than a tiny model's training."""
+    """Keep caches in the world, work in it, and skip what takes longer than training a tiny model."""
     import datasets
     from huggingface_hub import constants
     from matplotlib.figure import Figure
@@ -537,7 +539,7 @@ def is_child() -> bool:
 
 
 def be_child() -> None:
-    """Be a script, as a process of its own, in which things happen at some moments."""
+    """Act as a script in a separate process, with actions at some moments."""
     schedule = json.loads(os.environ["SCHEDULE"])
     world, script = World(Path(schedule["root"]), Path(schedule["versions"])), schedule["script"]
     sys.argv[0] = f"{script}.py"
@@ -550,14 +552,14 @@ def plan_of(world: World, actions: list) -> dict[int, Callable[[], None]]:
 
 
 def run_child(world: World, script: str, argv: list[str], actions: list, in_time: bool) -> Outcome:
-    """Run a script as a process; `actions` are moments with what is done: numbers of file operations, or seconds."""
+    """Run a script as a process; `actions` maps moments (numbers of file operations, or seconds) to what is done."""
     folder = world.versions.parent / "processes"
     folder.mkdir(exist_ok=True)
     schedule = {"root": str(world.root), "versions": str(world.versions), "script": script}
     schedule["actions"] = [] if in_time else actions
     child = start_script(CHILD, argv, folder, SCHEDULE=json.dumps(schedule))
     for path in child.outputs:
-        path.touch()  # a process that is killed at once makes none
+        path.touch()  # a process killed at once creates none
     started = time.monotonic()
     for moment, action in sorted(actions) if in_time else ():
         while time.monotonic() - started < moment and child.poll() is None:
@@ -617,13 +619,13 @@ def run_and_count(world: World, script: str, argv: list[str], actions: list) -> 
 
 @dataclass
 class Stage:
-    """Where histories of a variant are played: its world, and what clean runs of the versions give."""
+    """The stage for a variant's histories: its world, and the results of clean runs of the versions."""
 
     variant: Variant
     world: World
     tally: Counter = field(default_factory=Counter)
     clean: dict = field(default_factory=dict)
-    num_operations: int = 0  # on files, of a clean run
+    num_operations: int = 0  # file operations of a clean run
 
     @functools.cached_property
     def identities(self) -> dict[str, list[str]]:
@@ -641,7 +643,7 @@ class Stage:
         return {flag: self.identities[flag][version] for flag, version in state.items()}
 
     def result_of(self, state: dict[str, int], flags: list[str]) -> dict[str, object]:
-        """Return the result of a run that nothing happened to, at the same place, with caches of its own."""
+        """Return the result of an undisturbed run in the same place, with separate caches."""
         key = tuple(sorted(state.items())), tuple(flags)
         if key not in self.clean:
             root, aside = self.world.root, self.world.root.with_name("aside")
@@ -661,7 +663,7 @@ class Stage:
 
 @dataclass
 class History:
-    """Runs into one folder, one after another; `violations` are what went wrong, `log` is what was done."""
+    """Runs in one folder, one after another; `violations` lists what went wrong, `log` what was done."""
 
     stage: Stage
     rng: random.Random
@@ -670,9 +672,9 @@ class History:
     violations: list[str] = field(default_factory=list)
     num_images: int = 4
     is_begun: bool = False
-    consistent: dict[str, str] | None = None  # identities of the inputs of all that the folder holds, where known
-    finished: dict[str, str] | None = None  # of its result
-    advised: list[str] | None = None  # the arguments that the last run said to go on with
+    consistent: dict[str, str] | None = None  # identities of the inputs of everything in the folder, if known
+    finished: dict[str, str] | None = None  # identities of the inputs of its result
+    advised: list[str] | None = None  # the arguments with which the last run said to resume
 
     def __post_init__(self):
         self.stage.result_of(self.stage.first, self.size_flags())
@@ -687,7 +689,8 @@ class History:
         return self.stage.variant
 
     def play(self, num_runs: int, in_time: bool = False) -> None:
-        """Make random runs with replacements between and in them, then one from scratch, and one that finds it done."""
+        """Make random runs with replacements between and during them, then one from scratch and one that finds it
+        finished."""
         for _ in range(num_runs):
             for _ in range(self.rng.choice([0, 0, 1, 1, 2]) if self.is_begun else 0):
                 self.act(self.draw_replacement())
@@ -715,7 +718,7 @@ class History:
         return ["replace", flag, version, self.rng.choice(MANNERS)]
 
     def draw_actions(self, in_time: bool) -> list:
-        """Return what happens during a run: no input is replaced twice, so that none is put back."""
+        """Return the actions during a run: no input is replaced twice, so that none is restored."""
         actions = []
         for _ in range(self.rng.choice([0, 0, 1, 1, 2])):
             actions.append(self.draw_replacement(tuple(action[1] for action in actions)))
@@ -725,7 +728,7 @@ class History:
         return list({moment: [moment, action] for action in actions for moment in [draw()]}.values())
 
     def draw_flags(self) -> list[str]:
-        """Return the flags that are added to the command, or the arguments that the last run said to go on with."""
+        """Return the flags that are added to the command, or the arguments with which the last run said to resume."""
         if self.advised is not None and self.rng.random() < 0.7:
             return self.advised
         if self.variant.script == "generate_synthetic" and self.rng.random() < 0.3:
@@ -738,12 +741,12 @@ class History:
         return ["--num_images_per_class", str(self.num_images)] if is_sized else []
 
     def play_run(self, flags: list[str], actions: list = (), in_time: bool = False) -> None:
-        """Make a run, and check all that is promised of it."""
+        """Make a run, and check everything that is promised."""
         variant, world = self.variant, self.world
         before = self.stage.identities_of(world.state)
         argv = flags if flags is self.advised else [*variant.argv(world), *self.size_flags(), *flags]
-        overwrites = OVERWRITE in argv and KEEP not in argv  # the last of the two holds
-        is_anew = not self.is_begun or overwrites or not variant.can_overwrite
+        overwrites = OVERWRITE in argv and KEEP not in argv  # the last of the two wins
+        is_new = not self.is_begun or overwrites or not variant.can_overwrite
         is_done = self.finished == before and not overwrites
         goes_on = self.consistent == before and (RESUME[0] in argv or not variant.is_resumed_by_flag)
         kept, self.advised = variant.kept_files(world.out) if is_done else None, None
@@ -762,15 +765,15 @@ class History:
             self.check_signalled(outcome)
         elif "SIGKILL" not in signals or outcome.status != -signal.SIGKILL:
             self.fail(3, f"ended with status {outcome.status}: {outcome.errors[-3000:]}")
-        is_due = (is_anew or is_done or goes_on) and not replaced
+        is_due = (is_new or is_done or goes_on) and not replaced
         if is_due and not signals and outcome.status != 0:
-            self.fail(4 if is_anew else 3, f"was refused: {outcome.errors[-1000:]!r}")
+            self.fail(4 if is_new else 3, f"was refused: {outcome.errors[-1000:]!r}")
         if is_done and not replaced and variant.kept_files(world.out) != kept:
             self.fail(2, "touched what was finished")
         for change in world.describe_changes():
             self.fail(5, change)
-        if outcome.status != 0 and (outcome.status != 2 or replaced):  # else it was refused, and has changed nothing
-            has_begun = not self.is_begun or self.advised is not None or self.consistent == before  # for sure
+        if outcome.status != 0 and (outcome.status != 2 or replaced):  # else it was refused, without any change
+            has_begun = not self.is_begun or self.advised is not None or self.consistent == before  # certainly
             self.consistent = before if is_due and has_begun else None
             self.finished = self.finished if is_done else None
         self.is_begun = True
@@ -784,7 +787,8 @@ class History:
             tally[f"{happened} during a run"] += 1
 
     def check_result(self, before: dict[str, str], replaced: list[str]) -> None:
-        """Check that a result is that of the inputs of its record, and these, if nothing was replaced, those there."""
+        """Check that a result belongs to the inputs in its record, which are the current ones if nothing was
+        replaced."""
         variant, world, identities = self.variant, self.world, self.stage.identities
         noted, now = variant.noted_inputs(world.out), self.stage.identities_of(world.state)
         self.consistent = self.finished = noted
@@ -800,19 +804,19 @@ class History:
             self.fail(1, f"{wrong} are not those of its inputs {state}; on the disk is {world.state}")
 
     def check_signalled(self, outcome: Outcome) -> None:
-        """Check that a run which was asked to end says in one line how to go on, if it had begun its work."""
+        """Check that a run that was asked to end says in one line how to resume, if it had started its work."""
         script, lines = f"{self.variant.script}.py", self.lines_of(outcome)
         if "Traceback" in outcome.errors:
             self.fail(3, f"a traceback after a signal: {outcome.errors[-3000:]}")
-        early = f"{script}: interrupted. Nothing is lost: run the same command again."
+        early = f"{script}: interrupted. Nothing is lost; run the same command again."
         if outcome.status == -signal.SIGTERM or lines == [early]:
             self.stage.tally[f"ended by a signal before the work, status {outcome.status}"] += 1
             return
         self.stage.tally["ended by a signal with advice"] += 1
-        advice = r"go on with: accelerate launch \S+ (.*)"
+        advice = r"resume with: accelerate launch \S+ (.*)"
         found = re.fullmatch(rf"{re.escape(script)}: interrupted\. .*; {advice}", lines[0])
         if len(lines) != 1 or not found:
-            self.fail(3, f"how to go on is not said in one line: {outcome.errors[-1500:]!r}")
+            self.fail(3, f"how to resume is not said in one line: {outcome.errors[-1500:]!r}")
         if found := re.search(advice, outcome.errors):
             self.advised = shlex.split(found[1])
 
@@ -824,7 +828,7 @@ class History:
             self.fail(3, f"a traceback with an error: {outcome.errors[-3000:]}")
 
     def lines_of(self, outcome: Outcome) -> list[str]:
-        """Return the lines in which the script speaks, among progress bars and warnings of libraries."""
+        """Return the script's own lines, without progress bars and warnings of libraries."""
         lines = re.split(r"[\r\n]+", outcome.errors)
         return [line for line in lines if re.search(rf"{self.variant.script}\.py: (error|interrupted)", line)] or [""]
 
@@ -839,7 +843,7 @@ class History:
 
 @pytest.fixture(scope="module")
 def stage_of(tmp_path_factory, tiny_pipeline_dir, classifiers, real_images_dir, request) -> Iterator[Callable]:
-    """A function that returns the stage of a variant; what happened on all stages is told in the end."""
+    """A function that returns the stage of a variant; at the end, the events on all stages are reported."""
     fixtures = {"pipeline": tiny_pipeline_dir, "classifier": Path(classifiers["vit"]), "real": real_images_dir}
     stages = {}
 
@@ -864,7 +868,7 @@ def begin(stage_of) -> Callable[[str], History]:
 
 @pytest.fixture
 def during(monkeypatch) -> Callable[..., None]:
-    """Make something happen in a history when a function, 'module:name', is called for the first time."""
+    """Run an action in a history when a function, 'module:name', is called for the first time."""
 
     def arrange(target: str, history: History, *action) -> None:
         module, _, path = target.partition(":")
@@ -915,13 +919,13 @@ def test_a_result_of_other_inputs_than_its_record_says_is_found(begin, during, m
     assert [violation[0] for violation in history.violations] == ["1"]
 
 
-# --- faults that the long form once found
+# --- faults once found by the long form
 
 
 LOADS_UNET, TRAINS = "utils.style.base_models:BaseModel.load_unet", "train_dsi:train"
 
 
-def test_a_parquet_file_that_is_replaced_with_its_times_is_read_anew(begin):
+def test_a_parquet_file_replaced_with_its_times_is_read_again(begin):
     history = begin("dsi-parquet")
     history.play_run([])
     history.act(["replace", "dataset_name", 1, "same times"])
@@ -956,7 +960,7 @@ def test_cells_are_of_the_images_that_their_names_hold(begin, during):
     history.check()
 
 
-def test_a_set_that_grows_while_a_run_starts_is_known_as_what_it_has_become(begin, during):
+def test_a_set_that_grows_while_a_run_starts_is_known_by_its_new_contents(begin, during):
     history = begin("bridged-folders")
     during("train_bridged:identify_inputs", history, "replace", "synthetic_dataset", 2, "swapped")
     history.play_run([])
@@ -964,14 +968,14 @@ def test_a_set_that_grows_while_a_run_starts_is_known_as_what_it_has_become(begi
     history.check()
 
 
-def test_a_digest_is_not_noted_for_files_that_were_replaced_before_they_were_read(begin, monkeypatch):
+def test_a_digest_is_not_cached_for_files_replaced_before_they_were_read(begin, monkeypatch):
     from utils.cli import contents
 
     history = begin("dsi-folders")
     history.act(["replace", "train_dir", 1, "swapped"])
     history.act(["replace", "train_dir", 0, "swapped"])
     time.sleep(contents.SECONDS_TO_SETTLE + 0.1)
-    remembered, waiting = contents.remembered_digest, [["replace", "train_dir", 1, "swapped"]]
+    remembered, waiting = contents.cached_digest, [["replace", "train_dir", 1, "swapped"]]
 
     def replace_and_read(folder, names, read, what=""):
         def replaced():
@@ -981,14 +985,14 @@ def test_a_digest_is_not_noted_for_files_that_were_replaced_before_they_were_rea
 
         return remembered(folder, names, replaced, what)
 
-    monkeypatch.setattr(contents, "remembered_digest", replace_and_read)
+    monkeypatch.setattr(contents, "cached_digest", replace_and_read)
     history.play_run([])
     history.act(["replace", "train_dir", 0, "swapped"])
     history.play_run([OVERWRITE])
     history.check()
 
 
-# a touch looks the same, and must not cost a run; what would tell them apart is to hash all that is loaded
+# a touch looks the same and must not cost a run; only hashing everything that is loaded would tell them apart
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="an input that is put back in time is not noticed")
 def test_a_run_that_read_an_input_which_was_put_back_is_not_finished(begin, during):
     history = begin("dsi-folders")
@@ -999,7 +1003,7 @@ def test_a_run_that_read_an_input_which_was_put_back_is_not_finished(begin, duri
 
 
 @pytest.mark.parametrize("name", ["training_state.json", "learned_embeds.safetensors"])
-def test_a_run_that_is_killed_while_it_removes_a_checkpoint_is_gone_on_with(name, begin, monkeypatch):
+def test_a_run_killed_while_it_removes_a_checkpoint_is_resumed(name, begin, monkeypatch):
     history = begin("dsi-folders")
     history.play_run([])
 
@@ -1015,14 +1019,14 @@ def test_a_run_that_is_killed_while_it_removes_a_checkpoint_is_gone_on_with(name
     history.check()
 
 
-def test_the_error_of_a_set_whose_generator_is_replaced_is_a_line_of_its_own(begin, during):
+def test_a_replaced_generator_has_its_own_error_line(begin, during):
     history = begin("generate")
     during("utils.synthesis.runner:load_sampler", history, "replace", "generator", 1, "renamed")
     history.play_run([])
     history.check()
 
 
-def test_shards_that_are_said_to_be_kept_are_kept_by_the_command_that_is_advised(begin, during):
+def test_shards_reported_as_kept_are_kept_by_the_advised_command(begin, during):
     history = begin("generate")
     during("utils.synthesis.runner:SharedProgress.finish", history, "end", "SIGTERM")
     history.play_run([OVERWRITE])

@@ -1,4 +1,4 @@
-"""`--help` and wrong flags answer before what takes seconds to import."""
+"""`--help` and wrong flags answer before imports that take seconds."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def run(script):
 
 
 def run_python(code: str) -> list[str]:
-    """Return the words of the last line that a new process prints; the one before names what a wrong flag ends in."""
+    """Return the words of the last line that a new process prints; the line before names a wrong flag's exception."""
     done = subprocess.run([sys.executable, "-c", START + code], cwd=ROOT, capture_output=True, text=True, check=True)
     *_, ended, figures = done.stdout.splitlines()
     assert ended == "UserError"
@@ -27,16 +27,16 @@ def run_python(code: str) -> list[str]:
 
 
 @pytest.mark.parametrize("script", ["train_dsi", "generate_synthetic"])
-def test_help_and_a_wrong_flag_need_no_torch_and_less_than_three_seconds(script):
+def test_help_and_a_wrong_flag_need_no_torch_and_under_three_seconds(script):
     has_torch, seconds = run_python(
         f"import {script}; run({script}); print('torch' in sys.modules, time.process_time())"
     )
     assert has_torch == "False"
-    assert float(seconds) < 3  # of this process's own, whatever else the machine does
+    assert float(seconds) < 3  # CPU time of this process, whatever else the machine does
 
 
 def test_train_bridged_answers_soon_after_the_training_arguments_are_imported():
-    """It takes the Trainer's flags, whose import alone takes seconds; ours may add three tenths."""
+    """It imports the Trainer's flags, which alone takes seconds; our imports may add 30 %."""
     [ratio] = run_python(
         "began = time.process_time()\n"
         "from transformers import TrainingArguments\n"

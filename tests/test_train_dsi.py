@@ -25,7 +25,7 @@ pytest_plugins = ["tests.style.fixtures", "tests.synthesis.fixtures"]
 
 
 def spy_on_loading(monkeypatch) -> list[tuple]:
-    """Return, of each model that `BaseModel` loads from now on, the method, the model and its weights as loaded."""
+    """Return a list of the method, the model and its loaded weights for each model that `BaseModel` will load."""
     loaded = []
     for name in ("load_vae", "load_unet", "load_text_encoders"):
         original = getattr(BaseModel, name)
@@ -40,7 +40,7 @@ def spy_on_loading(monkeypatch) -> list[tuple]:
     return loaded
 
 
-def test_xl_learns_a_row_for_each_encoder_and_all_other_weights_stay_bit_equal(
+def test_xl_learns_a_row_per_encoder_and_all_other_weights_stay_bit_equal(
     run_dsi, tiny_xl_pipeline_dir, monkeypatch, tmp_path
 ):
     loaded = spy_on_loading(monkeypatch)
@@ -83,9 +83,7 @@ def test_the_record_holds_what_the_next_step_needs(run_dsi, tiny_pipeline_dir, r
     assert "style.png" not in (tmp_path / "style" / "README.md").read_text()
 
 
-def test_a_token_of_a_fold_has_seen_none_of_its_test_images_and_says_so_in_its_record(
-    run_dsi, real_images_dir, tmp_path
-):
+def test_a_token_of_a_fold_has_not_seen_its_test_images_and_records_the_fold(run_dsi, real_images_dir, tmp_path):
     run_dsi(fold="2/4", fold_seed=1)
     record = read_record(tmp_path / "style" / "dsi_config.json")
     assert (record["real_images"]["fold"], record["real_images"]["fold_seed"]) == ("2/4", 1)
@@ -98,8 +96,8 @@ MEAN, STD, SCALE = [-0.4, 0.3, 0.2, -0.1], [0.8, 1.2, 0.5, 2.0], 0.5
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
-def test_the_first_loss_is_what_the_pipelines_own_parts_give(run_dsi, copy_pipeline, monkeypatch, prediction_type):
-    """The untrained token is the word 'style'; the script only says what it drew.
+def test_the_first_loss_equals_that_of_the_pipelines_own_parts(run_dsi, copy_pipeline, monkeypatch, prediction_type):
+    """The untrained token is the word 'style'; only the random draws come from the script.
 
     A model of the image is Stable Diffusion XL whose VAE has statistics: its loss is that of the noise.
     """
@@ -137,7 +135,7 @@ def test_the_first_loss_is_what_the_pipelines_own_parts_give(run_dsi, copy_pipel
     assert loss == pytest.approx((prediction - target).square().mean().item(), rel=1e-3)
 
 
-def test_a_model_of_other_noise_ends_in_a_line_before_images_are_read(run_dsi, copy_pipeline, tmp_path, monkeypatch):
+def test_a_model_with_other_noise_is_one_line_before_images_are_read(run_dsi, copy_pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr("utils.style.style_images.load_style_images", lambda *_: pytest.fail("images were read"))
     config = {"sigma_data": 0.5, "prediction_type": "epsilon"}
     change_scheduler(folder := copy_pipeline("tiny_xl_pipeline_dir"), "EDMDPMSolverMultistepScheduler", config)
@@ -147,7 +145,7 @@ def test_a_model_of_other_noise_ends_in_a_line_before_images_are_read(run_dsi, c
 
 
 @pytest.mark.parametrize(("random_flip", "copies"), [(True, {1, 2}), (False, {1})])
-def test_mirrored_images_are_used_only_where_they_are_wanted(run_dsi, random_flip, copies, tmp_path):
+def test_mirrored_images_are_used_only_with_random_flip(run_dsi, random_flip, copies, tmp_path):
     run_dsi(random_flip=random_flip)  # held-out images have one copy
     folders = (tmp_path / "latents").glob("*/latents.json")
     assert {json.loads(path.read_text())["num_copies"] for path in folders} == copies
@@ -196,7 +194,7 @@ def test_a_compiled_unet_gives_the_same_token(run_dsi, tiny_pipeline_dir, monkey
     assert backends == ["aot_eager"]
 
 
-def test_rows_stay_float32_beside_a_model_in_half_precision(run_dsi, tiny_xl_pipeline_dir, monkeypatch, tmp_path):
+def test_rows_stay_float32_with_a_model_in_half_precision(run_dsi, tiny_xl_pipeline_dir, monkeypatch, tmp_path):
     loaded = spy_on_loading(monkeypatch)
     flags = {"pretrained_model_name_or_path": tiny_xl_pipeline_dir, "num_validation_images": 1}
     history = run_dsi(mixed_precision="bf16", **flags)["loss_history"]
@@ -209,13 +207,13 @@ def test_rows_stay_float32_beside_a_model_in_half_precision(run_dsi, tiny_xl_pip
         assert not torch.equal(rows, rows.bfloat16().float())
 
 
-def test_a_token_that_cannot_learn_is_said_plainly_also_in_the_card(run_dsi, capsys, tmp_path):
+def test_a_token_that_learned_nothing_is_reported_and_noted_in_the_card(run_dsi, capsys, tmp_path):
     assert run_dsi(draws_figures=True, learning_rate=1e-12)["token_learned"] is False
     assert "WARNING: the token learned nothing" in capsys.readouterr().out
     assert "This token learned nothing" in (tmp_path / "style" / "README.md").read_text()
 
 
-def test_the_word_with_the_lowest_loss_is_the_start_and_the_next_one_where_it_teaches_nothing(
+def test_the_token_starts_from_the_best_word_and_from_the_next_one_if_it_learns_nothing(
     run_dsi, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setattr(token, "INITIALIZER_WORDS", ("style", "s", "z"))
@@ -224,7 +222,7 @@ def test_the_word_with_the_lowest_loss_is_the_start_and_the_next_one_where_it_te
     best, second, last = sorted(losses, key=losses.get)
     capsys.readouterr()
     run_dsi()
-    assert f"The token begins from '{best}' (losses: {best} {losses[best]:.4f}, {second} " in capsys.readouterr().out
+    assert f"The token starts from '{best}' (losses: {best} {losses[best]:.4f}, {second} " in capsys.readouterr().out
     record = read_record(tmp_path / "style" / "dsi_config.json")
     assert (record["initializer_token"], record["num_restarts"]) == (best, 0)
     assert record["initializer_losses"] == {word: losses[word] for word in (best, second, last)}
@@ -233,9 +231,9 @@ def test_the_word_with_the_lowest_loss_is_the_start_and_the_next_one_where_it_te
     flags = {"max_train_steps": 25, "learning_rate": 1e-12, "checkpointing_steps": 5, "output_dir": tmp_path / "again"}
     health = run_dsi(**flags)
     printed = capsys.readouterr().out
-    assert f"The token learned nothing from '{best}' in 20 steps: it begins again from '{second}'." in printed
-    assert f"nothing from '{second}' in 20 steps: it begins again from '{last}'" in printed
-    assert printed.count("begins again") == 2
+    assert f"The token learned nothing from '{best}' in 20 steps; it starts again from '{second}'." in printed
+    assert f"nothing from '{second}' in 20 steps; it starts again from '{last}'" in printed
+    assert printed.count("starts again") == 2
     record = read_record(tmp_path / "again" / "dsi_config.json")
     assert (record["initializer_token"], record["num_restarts"]) == (last, 2)
     assert record["num_train_steps"] == len(health["loss_history"]) == 25
@@ -246,11 +244,9 @@ def test_the_word_with_the_lowest_loss_is_the_start_and_the_next_one_where_it_te
     assert traces == [f"checkpoint-{step}" for step in (10, 15, 20, 5)]
 
 
-def test_training_ends_early_where_the_loss_has_levelled_off_and_goes_on_if_asked(
-    run_dsi, monkeypatch, tmp_path, capsys
-):
+def test_training_ends_early_if_the_loss_has_plateaued_unless_told_otherwise(run_dsi, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(monitor, "is_clear_gain", lambda gain: True)
-    monkeypatch.setattr(monitor, "has_levelled_off", lambda looks: len(looks) > 2)
+    monkeypatch.setattr(monitor, "has_plateaued", lambda looks: len(looks) > 2)
     health = run_dsi(max_train_steps=40)
     assert len(health["loss_history"]) == 20
     assert "Training ends at step 20 of 40: the loss on " in capsys.readouterr().out
@@ -347,13 +343,13 @@ def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
 @pytest.mark.parametrize(("flags", "message"), [
     ({"dataset_name": None}, "--dataset_name is missing"),
     ({"dataset_name": "./nowhere"}, "--dataset_name ./nowhere: neither an existing folder"),
-    ({"pretrained_model_name_or_path": "user/nothing"}, "user/nothing: neither a folder nor a model repository"),
+    ({"pretrained_model_name_or_path": "user/nothing"}, "user/nothing: neither a folder nor a public model"),
     ({"label_column_name": "colour"}, "--label_column_name colour: not in"),
-    ({"placeholder_token": "style</w>"}, "--placeholder_token style</w>: the tokenizer has"),
-    ({"placeholder_token": "my style token"}, "the tokenizer does not find it in a prompt"),
-    ({"placeholder_token": ""}, "the tokenizer does not find it in a prompt"),
-    ({"initializer_token": "two words"}, "--initializer_token two words: is .* tokens, must be one"),
-    ({"initializer_token": ""}, "is 0 tokens"),
+    ({"placeholder_token": "style</w>"}, "--placeholder_token style</w>: style</w> is already in"),
+    ({"placeholder_token": "my style token"}, "not found by the tokenizer in a prompt"),
+    ({"placeholder_token": ""}, "not found by the tokenizer in a prompt"),
+    ({"initializer_token": "two words"}, "--initializer_token two words: must be one token, got"),
+    ({"initializer_token": ""}, "must be one token, got 0"),
     ({"prompt_templates": "a {class}"}, "--prompt_templates 'a {class}': has no {token}"),
     ({"prompt_templates": "a {token}"}, "--prompt_templates 'a {token}': has no {class}"),
     ({"prompt_templates": "a {class} {token}", "include_class_name": False}, "--include_class_name false: templ"),
@@ -365,9 +361,9 @@ def test_tensorboard_gets_losses_learning_rate_and_picture(run_dsi, tmp_path):
     ({"seed": -1}, "--seed -1: must be 0 or above"),
     ({"lr_scheduler": "steep"}, "--lr_scheduler.*: invalid choice: 'steep'"),
     ({"lr_warmup_steps": 5}, "does nothing with --lr_scheduler constant; give another --lr_scheduler .constant_with_"),
-    ({"report_to": "diary"}, "--report_to diary: is not installed"),
-    ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere: is no checkpoint"),
-    ({"max_train_step": 3}, "no such flag, did you mean --max_train_steps"),
+    ({"report_to": "diary"}, "--report_to diary: not installed"),
+    ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere: not a checkpoint"),
+    ({"max_train_step": 3}, "unknown flag, did you mean --max_train_steps"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_before_anything_loads_or_is_written(run_dsi, flags, message, tmp_path, monkeypatch):
     loaded = spy_on_loading(monkeypatch)
@@ -379,7 +375,7 @@ def test_bad_input_is_one_line_before_anything_loads_or_is_written(run_dsi, flag
 
 @pytest.mark.parametrize("max_train_steps", [1, 3])
 def test_a_token_that_diverges_is_one_line_and_is_not_written(run_dsi, tmp_path, max_train_steps):
-    with pytest.raises(UserError, match=r"^--learning_rate 1e\+30: .* at step \d or shortly before; try a lower one"):
+    with pytest.raises(UserError, match=r"^--learning_rate 1e\+30: .* at step \d or shortly before; try a lower rate"):
         run_dsi(learning_rate=1e30, max_train_steps=max_train_steps, checkpointing_steps=1)
     left = {path.name for path in (tmp_path / "style").iterdir()}
     assert not left & {"learned_embeds.safetensors", "dsi_config.json"}
@@ -403,13 +399,13 @@ def test_the_checkpoint_before_a_nan_is_kept_and_resumed_from(run_dsi, tmp_path,
         assert torch.equal(whole, resumed)
 
 
-def test_a_finished_token_is_not_overwritten_unasked(run_dsi, tmp_path, capsys):
+def test_a_finished_token_is_not_overwritten_without_the_flag(run_dsi, tmp_path, capsys):
     health = run_dsi()
     before = (tmp_path / "style" / "learned_embeds.safetensors").read_bytes()
     capsys.readouterr()
     again = run_dsi(resume_from_checkpoint="latest")
     assert again == {name: value for name, value in health.items() if name != "loss_history"}
-    assert "is finished, nothing is done again" in capsys.readouterr().out
+    assert "is already finished, nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds a style token made with other options \\(seed was 0, now 5\\)"):
         run_dsi(seed=5)
     with pytest.raises(UserError, match="initializer_token was auto"):
@@ -421,7 +417,7 @@ def test_a_finished_token_is_not_overwritten_unasked(run_dsi, tmp_path, capsys):
     assert (tmp_path / "style" / "learned_embeds.safetensors").read_bytes() != before
 
 
-def test_a_dry_run_tells_what_is_needed_and_writes_nothing(run_dsi, tmp_path, capsys):
+def test_a_dry_run_prints_what_is_needed_and_writes_nothing(run_dsi, tmp_path, capsys):
     needs = run_dsi(dry_run=True, train_batch_size=3, max_train_steps=50)
     printed = capsys.readouterr().out
     assert not (tmp_path / "style").exists() and not (tmp_path / "latents").exists()

@@ -1,4 +1,4 @@
-"""Pipelines of the real classes at tiny size: 32 pixels, random weights, the same whenever they are saved."""
+"""Pipelines of the real classes at tiny size: 32 pixels, with random weights that are always the same."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789-_<>.,/"
 
 
 def save_pipeline(kind: str, folder: Path) -> Path:
-    """Save one of `PIPELINES` into a new folder, and return that."""
+    """Save one of `PIPELINES` to a new folder; return the folder."""
     tokenizer = save_tokenizer(folder)
     torch.manual_seed(0)
     PIPELINES[kind](tokenizer).save_pretrained(folder)

@@ -1,14 +1,14 @@
-"""All that is worth knowing on a machine with a GPU, most important first, within a time limit; no network is needed.
+"""Measure everything of interest on a machine with a GPU, most important first, within a time limit, offline.
 
     python -m benchmarks.gpu --minutes 8
     python -m benchmarks.gpu --minutes 8 --diffusers diffusers --transformers transformers --output_dir out
     python -m benchmarks.gpu --parts generation variants
     python -m benchmarks.gpu --device cpu --tiny
 
-Models are built from their configurations with random weights. Each part is a process of its own, and each line is
-printed and written as soon as it is known: into gpu.jsonl, and into gpu.md as a report. With --diffusers and
---transformers, checkouts of their repositories, their own scripts are run beside ours. --tiny tries it in a minute, at
-a test's size; what it writes is thrown away unless --output_dir is given.
+Models are built from their configurations with random weights. Each part is a separate process, and each result is
+printed and written at once: into gpu.jsonl, and into gpu.md as a report. With --diffusers and --transformers, checkouts
+of these repositories, their scripts are also run for comparison. --tiny is a trial run of a minute at the size of a
+test; its results are discarded unless --output_dir is given.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks.gpu.lines import Line, read_lines, write_report
 from benchmarks.gpu.parts import PARTS, Budget, own_command, run_parts
 from utils.cli.records import package_versions
 
-SECONDS_TO_CLEAN_UP = 5.0  # of the time limit
+SECONDS_TO_CLEAN_UP = 5.0  # at the end of the time limit
 FOLDER = Path(__file__).parents[1]
 
 
@@ -34,14 +34,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of the run (default: 8)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of the run in minutes (default: 8)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="try it at a test's size")
+    parser.add_argument("--tiny", action="store_true", help="trial run at the size of a test")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
-    parser.add_argument("--diffusers", type=Path, help="checkout of its repository (default: its script is left out)")
-    parser.add_argument("--transformers", type=Path, help="checkout of its repository (default: as above)")
-    parser.add_argument("--output_dir", type=Path, help="folder of gpu.md and gpu.jsonl (default: benchmarks)")
-    # of a part's own process
+    parser.add_argument(
+        "--diffusers", type=Path, help="checkout of the diffusers repository (default: do not run its script)"
+    )
+    parser.add_argument(
+        "--transformers", type=Path, help="checkout of the transformers repository (default: do not run its script)"
+    )
+    parser.add_argument("--output_dir", type=Path, help="folder for gpu.md and gpu.jsonl (default: benchmarks)")
+    # for the process of a part
     parser.add_argument("--part", choices=names, help=argparse.SUPPRESS)
     for name, kind in (("deadline", float), ("work_dir", Path), ("results_path", Path)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
@@ -49,7 +53,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu: would take hours; add --tiny.")
     if args.device == "cuda" and args.part is None and not has_gpu():
-        parser.error("--device cuda: no CUDA GPU found; --device cpu --tiny tries the run without.")
+        parser.error("--device cuda: no CUDA GPU found; use --device cpu --tiny for a trial run without one.")
     return args
 
 
@@ -73,7 +77,7 @@ def run_part(args: argparse.Namespace) -> None:
 
 
 def flags_of(args: argparse.Namespace) -> list[str]:
-    """Return the flags that a part's process shares with the run."""
+    """Return the flags that are passed on to a part's process."""
     flags = ["--device", args.device, *(["--tiny"] if args.tiny else [])]
     for name in ("diffusers", "transformers"):
         if (checkout := getattr(args, name)) is not None:
@@ -90,7 +94,7 @@ def run_all(args: argparse.Namespace, work_dir: Path, output_dir: Path, command:
 
     def write(is_over: bool = False) -> None:
         seconds = time.time() - started
-        state = f"Done in {seconds:.0f} s." if is_over else f"Not over yet, or ended after {seconds:.0f} s."
+        state = f"Done in {seconds:.0f} s." if is_over else f"Not finished, or stopped after {seconds:.0f} s."
         intro = f"Written by `{command}`, {date.today()}; {versions}. {state}"
         titles = {part.name: part.title for part in parts}
         write_report(output_dir / "gpu.md", read_lines(results_path), titles, intro)
@@ -105,8 +109,8 @@ def run_all(args: argparse.Namespace, work_dir: Path, output_dir: Path, command:
     return read_lines(results_path)
 
 
-def end(*_) -> None:
-    """End by SIGTERM as by an error: the part's processes end, the working folder is removed."""
+def exit_on_signal(*_) -> None:
+    """Exit on SIGTERM as on an error: stop the part's processes and remove the working folder."""
     raise SystemExit(128 + signal.SIGTERM)
 
 
@@ -115,7 +119,7 @@ def main(argv: list[str] | None = None) -> list[Line]:
     if args.part is not None:
         run_part(args)
         return []
-    before = signal.signal(signal.SIGTERM, end)
+    before = signal.signal(signal.SIGTERM, exit_on_signal)
     command = shlex.join(["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)])
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
         work_dir = Path(folder)

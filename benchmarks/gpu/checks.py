@@ -1,4 +1,4 @@
-"""Whether a GPU computes what a CPU does, and what happens where its memory is too small, or a run is killed."""
+"""Whether a GPU computes the same as a CPU, and what happens when memory is too small or a run is resumed."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -28,8 +28,8 @@ from utils.style.families import LEARNED_EMBEDS
 from utils.style.token import Denoiser, PromptEncoder, PromptIds, add_placeholder_tokens, find_initializers
 from utils.synthesis.sampling import Sampler
 
-PARITY_PIXELS = 256  # a side, and a batch of two: seconds on a CPU
-CARDS = {8: 7.5, 12: 11.5}  # GB on the box: GiB for the allocator, half a GiB less for the CUDA context
+PARITY_PIXELS = 256  # image size; with a batch of two, seconds on a CPU
+CARDS = {8: 7.5, 12: 11.5}  # GB of a card: GiB for the allocator, half a GiB less for the CUDA context
 NUM_STEPS = 10
 PLACEHOLDER = "<dsi-style>"
 
@@ -39,7 +39,7 @@ Results = dict[str, torch.Tensor]
 
 @contextmanager
 def exact_products(is_exact: bool) -> Iterator[None]:
-    """Compute products of float32 in float32, not in TF32, or as the scripts do."""
+    """Compute float32 products in full float32 if `is_exact`, else in TF32 like the scripts."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest" if is_exact else "high")
     torch.backends.cudnn.allow_tf32 = not is_exact
@@ -51,13 +51,13 @@ def exact_products(is_exact: bool) -> Iterator[None]:
 
 
 def relative_error(results: Results, expected: Results) -> float:
-    """Return the largest difference of any tensor, relative to its own largest value; NaN where there is one."""
+    """Return the largest difference of any tensor relative to its largest value; NaN if any value is NaN."""
     errors = [(results[name] - value).abs().max() / value.abs().max() for name, value in expected.items()]
     return torch.stack(errors).max().item()
 
 
 def parity(bench: Bench) -> None:
-    """Compute the same step on the CPU and on the device: of a token, of an image, of a classifier."""
+    """Compute the same step on the CPU and on the device, for a token, an image and a classifier."""
     for name, prepare in (
         ("DSI step", dsi_step),
         ("sampling step", sampling_step),
@@ -68,20 +68,20 @@ def parity(bench: Bench) -> None:
 
 
 def compare_devices(bench: Bench, name: str, compute: Callable[[str, torch.dtype], Results]) -> None:
-    """Say by how much a step differs between CPU and device, and between float32 and bfloat16 on the device."""
+    """Report how much a step differs between CPU and device, and between float32 and bfloat16 on the device."""
     on_cpu = compute("cpu", torch.float32)
     with exact_products(True):
         exact = compute(bench.device, torch.float32)
     error = relative_error(exact, on_cpu)
     shown = ", ".join(exact)
-    bench.tell(
+    bench.report(
         f"{name}, CPU against {bench.device} in float32", f"{error:.1e} ({shown})", target="parity", parity=error
     )
     with exact_products(False):
         in_tf32 = compute(bench.device, torch.float32)
-    bench.tell(f"{name}, float32 in TF32 against float32", f"{relative_error(in_tf32, exact):.1e}")
+    bench.report(f"{name}, float32 in TF32 against float32", f"{relative_error(in_tf32, exact):.1e}")
     in_bf16 = compute(bench.device, torch.bfloat16)
-    bench.tell(f"{name}, bfloat16 against float32", f"{relative_error(in_bf16, exact):.1e}")
+    bench.report(f"{name}, bfloat16 against float32", f"{relative_error(in_bf16, exact):.1e}")
 
 
 def dsi_step(bench: Bench) -> Callable[[str, torch.dtype], Results]:
@@ -135,7 +135,7 @@ def sampling_step(bench: Bench) -> Callable[[str, torch.dtype], Results]:
 
 
 def classifier_step(bench: Bench) -> Callable[[str, torch.dtype], Results]:
-    """Return what computes the loss of a classifier and the gradients of its weights, under autocast in bfloat16."""
+    """Return a function for the loss and gradients of a classifier; in bfloat16 it uses autocast."""
     folder = save_model(bench.own_dir("classifier"), "tiny" if bench.is_tiny else "resnet18")
     size = 64 if bench.is_tiny else 224
     images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -153,7 +153,7 @@ def classifier_step(bench: Bench) -> Callable[[str, torch.dtype], Results]:
 
 
 def run_dsi(bench: Bench, pipeline_dir: Path, resolution: int, output_dir: Path, **flags) -> Path:
-    """Learn a token in this process; return its folder."""
+    """Learn a token in this process and return its folder."""
     work_dir = bench.work_dir / f"{bench.part}-images"
     if not work_dir.exists():
         write_textures(work_dir / "set", 32, resolution)
@@ -164,47 +164,47 @@ def run_dsi(bench: Bench, pipeline_dir: Path, resolution: int, output_dir: Path,
 
 
 def small_cards(bench: Bench) -> None:
-    """Learn a token with the defaults, and draw a large batch, with as little memory as smaller cards have."""
+    """Learn a token with the defaults, and draw a large batch, with the memory of smaller cards."""
     for card, gib in list(CARDS.items())[: 1 if bench.is_tiny else None]:
-        with bench.measuring(f"train_dsi.py, {card} GB"), limited(bench, gib):
-            bench.need(25)
+        with bench.measuring(f"train_dsi.py, {card} GB"), limited_memory(bench, gib):
+            bench.require_seconds(25)
             folder = run_dsi(
                 bench, bench.pipeline_dir, bench.shape.resolution, bench.work_dir / f"card-{card}", max_train_steps=3
             )
             record = read_record(folder / DSI_CONFIG)
             size, is_checkpointed = record.get(MICRO_BATCH_SIZE, 8), record.get(GRADIENT_CHECKPOINTING, False)
-            bench.tell(
+            bench.report(
                 f"train_dsi.py, {card} GB", f"{size} of 8 images at a time"
                 f"{', checkpointed' if is_checkpointed else ''}; {peak(bench)}",
                 micro_batch_size=size, is_checkpointed=is_checkpointed,
             )  # fmt: skip
     with bench.measuring("drawing, 8 GB"):
         if not bench.is_cuda:
-            raise LeftOutError("nothing limits the memory of a CPU")
-        with limited(bench, CARDS[8]):
-            bench.need(15)
-            draw_much(bench)
+            raise LeftOutError("the memory of a CPU cannot be limited")
+        with limited_memory(bench, CARDS[8]):
+            bench.require_seconds(15)
+            draw_large_batch(bench)
 
 
-def draw_much(bench: Bench, num_images: int = 64) -> None:
+def draw_large_batch(bench: Bench, num_images: int = 64) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(bench.pipeline_dir, dtype=bench.dtype, safety_checker=None)
     sampler = Sampler(
         pipe.to(bench.device), resolution=bench.shape.resolution, num_inference_steps=2, num_at_a_time=num_images
     )
     sampler.draw([f"A photo of a {NOUNS[0]}"] * num_images, list(range(num_images)), 3.0)
-    bench.tell("drawing, 8 GB", f"{sampler.num_at_a_time} of {num_images} images at a time; {peak(bench)}")
+    bench.report("drawing, 8 GB", f"{sampler.num_at_a_time} of {num_images} images at a time; {peak(bench)}")
 
 
 @contextmanager
-def limited(bench: Bench, gib: float) -> Iterator[None]:
-    """Give the device so little memory; a CPU's models run out of memory past one image instead."""
+def limited_memory(bench: Bench, gib: float) -> Iterator[None]:
+    """Limit the device's memory to `gib` GiB; on a CPU, let models run out of memory above one image instead."""
     if not bench.is_cuda:
         with limit_memory(UNet2DConditionModel, 1):
             yield
         return
     total = torch.cuda.get_device_properties(0).total_memory
     if total <= gib * 2**30:
-        raise LeftOutError(f"this GPU has no more than {gib} GiB itself")
+        raise LeftOutError(f"this GPU has at most {gib} GiB")
     torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
     try:
         yield
@@ -213,15 +213,15 @@ def limited(bench: Bench, gib: float) -> Iterator[None]:
 
 
 def peak(bench: Bench) -> str:
-    """Return the most that the allocator has given out and held since the last measurement, as words."""
+    """Return the peak of allocated and reserved memory since the last reset, in words."""
     if not bench.is_cuda:
         return "peak unknown on a CPU"
     numbers = (number() / 2**30 for number in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
-    return "peak {:.1f} GiB, with what the allocator keeps {:.1f}".format(*numbers)
+    return "peak {:.1f} GiB allocated, {:.1f} GiB reserved".format(*numbers)
 
 
 def resume(bench: Bench) -> None:
-    """Learn a token, then again from the checkpoint in the middle: the rows must be equal."""
+    """Learn a token, then resume from the checkpoint in the middle: the rows must be equal."""
     with bench.measuring("train_dsi.py"):
         pipeline_dir = save_pipeline(TINY, bench.work_dir / f"{bench.part}-pipeline")
         run = partial(
@@ -234,7 +234,7 @@ def resume(bench: Bench) -> None:
         )
         rows, expected = (load_file(folder / LEARNED_EMBEDS) for folder in (again, whole))
         if all(torch.equal(rows[name], value) for name, value in expected.items()):
-            bench.tell("train_dsi.py", "resumed from the middle, the token is equal in every bit")
+            bench.report("train_dsi.py", "resumed from the middle, the token is bit-identical")
         else:
             error = relative_error(rows, expected)
-            bench.tell("train_dsi.py", f"resumed from the middle, the token differs by {error:.1e}", FAILED)
+            bench.report("train_dsi.py", f"resumed from the middle, the token differs by {error:.1e}", FAILED)

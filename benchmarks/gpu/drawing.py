@@ -1,4 +1,4 @@
-"""Generation on a GPU: the script beside the loop that others write, and what else might be faster."""
+"""Generation on a GPU: the script compared with a plain loop, and variants that might be faster."""
 
 import time
 from collections.abc import Iterator
@@ -17,16 +17,16 @@ from utils.synthesis.sampling import Sampler
 
 OURS, LOOP = Program("generate_synthetic.py"), Program("the loop", is_loop=True)
 NO_GUIDANCE = 1.0
-NO_KERNEL = ("No available kernel", "No viable backend")  # as torch says that a backend cannot do it
+NO_KERNEL = ("No available kernel", "No viable backend")  # torch's messages for an unsuitable backend
 BATCH_SIZES = (8, 16, 32)
 BACKENDS = (
     SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 )  # fmt: skip
-SECONDS_TO_COMPILE = 75  # with an image or two
+SECONDS_TO_COMPILE = 75  # including an image or two
 
 
 def make_cases(bench: Bench) -> dict[str, Case]:
-    """Return what is drawn, by the names of the targets, as JPEG, which both programs write faster than PNG."""
+    """Return the cases by name of their target; both programs write JPEG, which is faster than PNG."""
     if bench.is_tiny:
         return {"generation_25": Case("", bench.pipeline_dir, 2, 2, 2, 3.0, image_format="jpeg")}
     case = replace(sd15_case(16, bench.work_dir, bench.pipeline_dir), image_format="jpeg")
@@ -40,23 +40,25 @@ def generation(bench: Bench) -> None:
     for name, case in cases.items():
         title = describe(case)
         with bench.measuring(title):
-            bench.need(30)
+            bench.require_seconds(30)
             run = run_program(OURS, case, bench.device)
             speeds[name] = speed = run.later_images_per_second
-            bench.tell(title, f"{speed:.1f} images/s; {describe_run(run)}", target=name, **{name: speed})
+            bench.report(title, f"{speed:.1f} images/s; {describe_run(run)}", target=name, **{name: speed})
             cost = drawing_cost(case.pipeline_dir, case.num_inference_steps, case.guidance_scale)
             share = 100 * speed * cost / bench.rate
-            bench.tell(f"{title}, of the matrix rate", f"{share:.0f} % of {bench.rate / 1e12:.3g} TFLOP/s", share=share)
+            bench.report(
+                f"{title}, of the matrix rate", f"{share:.0f} % of {bench.rate / 1e12:.3g} TFLOP/s", share=share
+            )
     for name, case in cases.items():
-        title = f"{describe(case)}, beside the loop"
+        title = f"{describe(case)}, compared with the loop"
         with bench.measuring(title):
             if name not in speeds:
-                raise LeftOutError("the script itself failed")
-            bench.need(30)
+                raise LeftOutError("our script failed")
+            bench.require_seconds(30)
             loop = run_program(LOOP, case, bench.device)
             ratio = speeds[name] / loop.later_images_per_second
             text = f"{ratio:.2f} times its {loop.later_images_per_second:.1f} images/s; {describe_run(loop)}"
-            bench.tell(title, text, target=f"{name}_loop", **{f"{name}_loop": ratio})
+            bench.report(title, text, target=f"{name}_loop", **{f"{name}_loop": ratio})
 
 
 def describe(case: Case) -> str:
@@ -70,7 +72,7 @@ def describe_run(run: Run) -> str:
 
 
 def variants(bench: Bench) -> None:
-    """Draw batches in this process, each with one thing changed."""
+    """Draw batches in this process, changing one thing at a time."""
     dtype = bench.dtype
     pipe = StableDiffusionPipeline.from_pretrained(bench.pipeline_dir, dtype=dtype, safety_checker=None)
     pipe.to(bench.device)
@@ -92,18 +94,18 @@ def time_variant(
     bench: Bench, pipe, name: str, batch_size: int, num_steps: int = 25, guidance_scale: float = 3.0,
     is_prepared: bool = False,
 ) -> None:  # fmt: skip
-    """Draw a batch with two steps, which warms up, and one with all; say how many images/s that are.
+    """Draw a batch with two steps to warm up, then one with all steps, and report its images/s.
 
-    `is_prepared` is a pipeline whose memory format is not to be changed.
+    `is_prepared` keeps the memory format of the pipeline.
     """
     with bench.measuring(name):
-        bench.need(10)
+        bench.require_seconds(10)
         sampler = make_sampler(bench, pipe, batch_size, is_prepared=is_prepared)
         seconds_of_batch(sampler, batch_size, 2, guidance_scale)
         seconds = seconds_of_batch(sampler, batch_size, 2 if bench.is_tiny else num_steps, guidance_scale)
         if sampler.num_at_a_time < batch_size:
-            raise LeftOutError(f"memory is enough for {sampler.num_at_a_time} images at a time")
-        bench.tell(name, f"{batch_size / seconds:.1f} images/s", images_per_second=batch_size / seconds)
+            raise LeftOutError(f"only {sampler.num_at_a_time} images at a time fit in memory")
+        bench.report(name, f"{batch_size / seconds:.1f} images/s", images_per_second=batch_size / seconds)
 
 
 def make_sampler(bench: Bench, pipe, batch_size: int, is_prepared: bool = False, **options) -> Sampler:
@@ -134,7 +136,7 @@ def seconds_of_batch(sampler: Sampler, batch_size: int, num_steps: int, guidance
 
 @contextmanager
 def contiguous(pipe) -> Iterator[None]:
-    """Lay the weights of the convolutional parts out as they are loaded, and in the end as they were."""
+    """Use the contiguous memory format for the convolutional parts, and restore theirs at the end."""
     formats = {name: memory_format_of(getattr(pipe, name)) for name in ("unet", "vae")}
     for name in formats:
         getattr(pipe, name).to(memory_format=torch.contiguous_format)
@@ -157,8 +159,8 @@ def fused(pipe) -> Iterator[None]:
 
 @torch.inference_mode()
 def time_attention(bench: Bench, unet, backend: SDPBackend, batch_size: int, num_passes: int = 5) -> None:
-    """Time passes of the U-Net for a batch with guidance, where attention is left one backend."""
-    bench.need(5)
+    """Time passes of the U-Net for a batch with guidance, with one attention backend."""
+    bench.require_seconds(5)
     options = {"device": bench.device, "dtype": bench.dtype}
     size, length = unet.config.sample_size, bench.shape.prompt_length
     latents = torch.randn(2 * batch_size, unet.config.in_channels, size, size, **options)
@@ -173,20 +175,20 @@ def time_attention(bench: Bench, unet, backend: SDPBackend, batch_size: int, num
     except RuntimeError as error:
         if not any(text in str(error) for text in NO_KERNEL):
             raise
-        raise LeftOutError("no kernel of this backend takes it here") from None
+        raise LeftOutError("this backend has no kernel for it here") from None
     name = f"U-Net alone, {backend.name}"
-    bench.tell(name, f"{1000 * seconds:.1f} ms a pass of 2 x {batch_size} images", seconds=seconds)
+    bench.report(name, f"{1000 * seconds:.1f} ms per pass of 2 x {batch_size} images", seconds=seconds)
 
 
 def time_compiled(bench: Bench, pipe, batch_size: int) -> None:
-    """Compile the denoiser; say how long that takes, and how fast it then is."""
+    """Compile the denoiser; report how long that takes, and the speed afterwards."""
     with bench.measuring("--torch_compile"):
-        bench.need(SECONDS_TO_COMPILE)
-        options = {"compile_backend": "eager"} if bench.is_tiny else {}  # a compiler takes longer than a test may
+        bench.require_seconds(SECONDS_TO_COMPILE)
+        options = {"compile_backend": "eager"} if bench.is_tiny else {}  # compiling takes too long for a test
         sampler = make_sampler(bench, pipe, batch_size, compile_model=True, **options)
         first, second = (seconds_of_batch(sampler, batch_size, 2, 3.0) for _ in range(2))
         seconds = seconds_of_batch(sampler, batch_size, 2 if bench.is_tiny else 25, 3.0)
-        bench.tell(
+        bench.report(
             f"--torch_compile, batch {batch_size}", f"{batch_size / seconds:.1f} images/s; compiling takes "
             f"{first - second:.0f} s", images_per_second=batch_size / seconds, compile_seconds=first - second,
         )  # fmt: skip

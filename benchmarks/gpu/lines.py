@@ -1,4 +1,4 @@
-"""What is known so far: a line of JSON for each result, and a markdown report that is rewritten from them."""
+"""The results so far: a line of JSON each, and a Markdown report that is rewritten from them."""
 
 import json
 import os
@@ -13,18 +13,18 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that is aimed at, for one H100 or H200."""
+    """A target value for one H100 or H200."""
 
     title: str
     value: float
     unit: str = ""
-    is_upper: bool = False  # at most, not at least
+    is_upper: bool = False  # an upper limit, not a lower one
 
     def judge(self, measured: float) -> str:
         return REACHED if (measured <= self.value if self.is_upper else measured >= self.value) else MISSED
 
     def describe(self, number: float | None = None) -> str:
-        """Return a number with the unit, the target's own with its direction."""
+        """Return a number with the unit; without a number, the target with its direction."""
         text = f"{self.value if number is None else number:.3g}{self.unit}"
         return f"{'at most' if self.is_upper else 'at least'} {text}" if number is None else text
 
@@ -32,19 +32,19 @@ class Target:
 TARGETS = {
     "parity": Target("CPU and GPU in float32, largest relative difference", 1e-3, is_upper=True),
     "generation_25": Target("generation, 25 steps with guidance", 10, " images/s"),
-    "generation_25_loop": Target("generation, 25 steps with guidance, beside the loop", 2, " times"),
+    "generation_25_loop": Target("generation, 25 steps with guidance, compared with the loop", 2, " times"),
     "generation_4": Target("generation, 4 steps without guidance", 60, " images/s"),
-    "generation_4_loop": Target("generation, 4 steps without guidance, beside the loop", 2, " times"),
+    "generation_4_loop": Target("generation, 4 steps without guidance, compared with the loop", 2, " times"),
     "dsi_share": Target("DSI, of the matrix rate", 40, " %"),
-    "dsi_diffusers": Target("DSI beside diffusers' script", 2.5, " times"),
-    "resnet18_transformers": Target("ResNet-18 beside run_image_classification", 1.5, " times"),
+    "dsi_diffusers": Target("DSI compared with diffusers' script", 2.5, " times"),
+    "resnet18_transformers": Target("ResNet-18 compared with run_image_classification", 1.5, " times"),
     "resnet18_idle": Target("ResNet-18, GPU idle", 10, " %", is_upper=True),
 }
 
 
 @dataclass(frozen=True)
 class Line:
-    """A result of a part: what was measured, or why not. `target` is one of `TARGETS`, `verdict` whether reached."""
+    """A result of a part: a measurement, or why there is none. `target` is a key of `TARGETS`, `verdict` its result."""
 
     part: str
     name: str
@@ -62,21 +62,21 @@ class Line:
 
 
 def append_line(path: Path, line: Line) -> None:
-    """Add a line to a JSON lines file, whole, then print it: the process may be ended at any time."""
+    """Append a complete line to a JSON lines file, then print it: the process may be stopped at any time."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(line)) + "\n")
     print(f"[{line.part}] {line}", flush=True)
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Return the lines of a file; one that is cut off at its end does not count."""
+    """Return the lines of a file, without an incomplete last line."""
     texts = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [Line(**json.loads(text)) for text in texts if text.endswith("\n")]
 
 
 def write_report(path: Path, lines: Sequence[Line], titles: dict[str, str], intro: str) -> None:
-    """Write the report, whole or not at all: the targets, then a section for each part that has lines."""
-    sections = [f"# On a GPU\n\n{intro}\n", f"## Targets, of one H100 or H200\n\n{_format_targets(lines)}\n"]
+    """Write the report atomically: the targets, then a section for each part with lines."""
+    sections = [f"# On a GPU\n\n{intro}\n", f"## Targets for one H100 or H200\n\n{_format_targets(lines)}\n"]
     for part, title in titles.items():
         own = [f"- {line}" for line in lines if line.part == part]
         if own:
@@ -87,7 +87,7 @@ def write_report(path: Path, lines: Sequence[Line], titles: dict[str, str], intr
 
 
 def _format_targets(lines: Sequence[Line]) -> str:
-    rows = ["| | wanted | measured | |", "| --- | --- | --- | --- |"]
+    rows = ["| | target | measured | |", "| --- | --- | --- | --- |"]
     for name, target in TARGETS.items():
         measured, verdict = NOT_MEASURED, ""
         if own := [line for line in lines if line.target == name]:

@@ -1,4 +1,4 @@
-"""Training on a GPU: a style token and classifiers, beside others' scripts, and memory against its count."""
+"""Training on a GPU: a style token and classifiers compared with others' scripts, and measured and counted memory."""
 
 import os
 import shutil
@@ -27,32 +27,32 @@ from utils.forecast.report import gib
 from utils.style import forecast
 from utils.style.base_models import open_base_model
 
-NUM_DISTINCT = 256  # photographs that are drawn; decoding them again takes as long as others
-WARMUP_SHARE = 0.2  # of the steps, in which the GPU's use does not count
+NUM_DISTINCT = 256  # photographs that are drawn and repeated; decoding takes the same time
+WARMUP_SHARE = 0.2  # of the steps, not counted in the GPU's use
 MILLISECONDS_BETWEEN_LOOKS = 100
 BATCH_SIZES = (4, 8, 16)
 
 
 def dsi(bench: Bench) -> None:
-    """Learn a token with train_dsi.py, and with diffusers' script where its checkout is given."""
+    """Learn a token with train_dsi.py, and with diffusers' script if its checkout is given."""
     cases = dsi_speed.gpu_cases(bench.work_dir, bench.is_tiny, bench.pipeline_dir)
     if bench.is_tiny:
         cases = [replace(cases[0], measured_steps=10)]
     measured = {}
     for case in cases:
         with bench.measuring(f"train_dsi.py, batch {case.batch_size}"):
-            bench.need(20)
+            bench.require_seconds(20)
             measured[case] = time_dsi(bench, case, is_first=case == cases[0])
     if bench.diffusers is None:
-        bench.tell("diffusers' script", "--diffusers CHECKOUT is not given", "left out")
+        bench.report("diffusers' script", "needs --diffusers CHECKOUT", "left out")
     for case in cases if bench.diffusers else []:
         with bench.measuring(f"diffusers' script, batch {case.batch_size}"):
-            bench.need(30)
+            bench.require_seconds(30)
             compare_dsi(bench, case, measured.get(case), is_first=case == cases[0])
     for case in cases:
         with bench.measuring(f"--dry_run of train_dsi.py, batch {case.batch_size}"):
-            bench.need(20)
-            argv = dsi_speed.ours(case, bench.own_dir(f"forecast-{case.batch_size}"))
+            bench.require_seconds(20)
+            argv = dsi_speed.build_our_command(case, bench.own_dir(f"forecast-{case.batch_size}"))
             compare_forecast(
                 bench, f"--dry_run of train_dsi.py, batch {case.batch_size}", train_dsi.main, argv, measured.get(case)
             )
@@ -61,7 +61,7 @@ def dsi(bench: Bench) -> None:
 def compare_forecast(
     bench: Bench, name: str, main: Callable, command: list[str], measured: tuple[float, Child] | None
 ) -> None:
-    """Say what `--dry_run` of a script foretells, beside the speed and the process that were measured."""
+    """Report the forecast of a script's `--dry_run`, and the measured speed and memory."""
     with redirect_stdout(sys.stderr):
         needs = main([*command[2:], "--dry_run=True"])
     rate = "unknown" if needs["images_per_second"] is None else f"{needs['images_per_second']:.1f}"
@@ -70,34 +70,34 @@ def compare_forecast(
         speed, child = measured
         device = f"{child.peaks['device'] / 1024:.1f} GiB, " if child.peaks["device"] else ""
         text += f"; measured: {device}{speed:.1f} images/s"
-    bench.tell(name, text, needed_bytes=needs["needed_bytes"], images_per_second=needs["images_per_second"])
+    bench.report(name, text, needed_bytes=needs["needed_bytes"], images_per_second=needs["images_per_second"])
 
 
 def time_dsi(bench: Bench, case: dsi_speed.Case, is_first: bool) -> tuple[float, Child]:
     """Return the samples/s of train_dsi.py, and its process.
 
-    The first of several batch sizes is the default, and has the target.
+    The first of several batch sizes is the default, to which the target applies.
     """
     work_dir, name = bench.own_dir(f"ours-{case.batch_size}"), f"train_dsi.py, batch {case.batch_size}"
-    child = run_child(dsi_speed.ours(case, work_dir), work_dir / "ours.log", bench.environment)
+    child = run_child(dsi_speed.build_our_command(case, work_dir), work_dir / "ours.log", bench.environment)
     speed = case.samples_per_second(child, TRAINING_BAR)
-    bench.tell(name, f"{speed:.1f} samples/s; {describe(child)}", samples_per_second=speed, peaks=child.peaks)
+    bench.report(name, f"{speed:.1f} samples/s; {describe(child)}", samples_per_second=speed, peaks=child.peaks)
     share = 100 * speed * case.cost.unet / bench.rate
     text = f"{share:.0f} % of {bench.rate / 1e12:.3g} TFLOP/s"
-    bench.tell(f"{name}, of the matrix rate", text, target="dsi_share" if is_first else None, dsi_share=share)
+    bench.report(f"{name}, of the matrix rate", text, target="dsi_share" if is_first else None, dsi_share=share)
     return speed, child
 
 
 def compare_dsi(bench: Bench, case: dsi_speed.Case, measured: tuple[float, Child] | None, is_first: bool) -> None:
     script = find_script(bench.diffusers, "--diffusers", dsi_speed.THEIR_SCRIPT)
     work_dir = bench.own_dir(f"theirs-{case.batch_size}")
-    child = run_child(dsi_speed.theirs(script, case, work_dir), work_dir / "theirs.log", bench.environment)
+    child = run_child(dsi_speed.build_their_command(script, case, work_dir), work_dir / "theirs.log", bench.environment)
     theirs = case.samples_per_second(child, dsi_speed.THEIR_BAR)
     if measured is None:
-        raise LeftOutError(f"ours failed; theirs has {theirs:.1f} samples/s")
+        raise LeftOutError(f"our script failed; theirs has {theirs:.1f} samples/s")
     ratio = measured[0] / theirs
-    bench.tell(
-        f"beside diffusers' script, batch {case.batch_size}", f"{ratio:.2f} times its {theirs:.1f} samples/s; "
+    bench.report(
+        f"compared with diffusers' script, batch {case.batch_size}", f"{ratio:.2f} times its {theirs:.1f} samples/s; "
         f"{describe(child)}", target="dsi_diffusers" if is_first else None, dsi_diffusers=ratio,
     )  # fmt: skip
 
@@ -114,7 +114,7 @@ def describe(child: Child) -> str:
 
 
 def classifiers(bench: Bench) -> None:
-    """Train ResNet-18 and ViT-B/16 from JPEG with train_bridged.py, and with transformers' script where it is given."""
+    """Train ResNet-18 and ViT-B/16 from JPEG with train_bridged.py, and with transformers' script if given."""
     num_workers = 0 if bench.is_tiny else max(1, len(os.sched_getaffinity(0)) - 2)
     cases = fine_tuning_cases.make_cases(
         bench.work_dir, bench.device, bench.is_tiny, num_workers, 8 if bench.is_tiny else NUM_DISTINCT
@@ -123,33 +123,33 @@ def classifiers(bench: Bench) -> None:
         name = "resnet18" if case == cases[0] else "vit_b16"
         measured = None
         with bench.measuring(case.name):
-            bench.need(20)
+            bench.require_seconds(20)
             measured = time_classifier(bench, case, name)
         if bench.transformers is None:
-            bench.tell(f"{case.name}, run_image_classification.py", "--transformers CHECKOUT is not given", "left out")
+            bench.report(f"{case.name}, run_image_classification.py", "needs --transformers CHECKOUT", "left out")
         else:
-            with bench.measuring(f"{case.name}, beside run_image_classification.py"):
-                bench.need(25)
+            with bench.measuring(f"{case.name}, compared with run_image_classification.py"):
+                bench.require_seconds(25)
                 compare_classifier(bench, case, name, measured)
         with bench.measuring(f"{case.name}, --dry_run"):
-            bench.need(15)
-            argv = fine_tuning_speed.ours(case, bench.own_dir(f"{name}-forecast"))
+            bench.require_seconds(15)
+            argv = fine_tuning_speed.build_our_command(case, bench.own_dir(f"{name}-forecast"))
             compare_forecast(bench, f"{case.name}, --dry_run", train_bridged.main, argv, measured)
 
 
 def time_classifier(bench: Bench, case: fine_tuning_cases.Case, name: str) -> tuple[float, Child]:
-    """Return the images/s of train_bridged.py and its process, and say how much of the time the GPU was idle."""
+    """Return the images/s of train_bridged.py and its process, and report the share of time the GPU was idle."""
     work_dir = bench.own_dir(name)
     with GpuUse(bench.is_cuda) as use:
         started = time.time()
         speed, child = fine_tuning_speed.train_ours(case, work_dir, bench.environment)
-    bench.tell(case.name, f"{speed:.0f} images/s; {describe(child)}", images_per_second=speed, peaks=child.peaks)
+    bench.report(case.name, f"{speed:.0f} images/s; {describe(child)}", images_per_second=speed, peaks=child.peaks)
     with bench.measuring(f"{case.name}, GPU idle"):
         ticks = child.bars["", case.num_steps]
         first = next(tick for tick in ticks if tick.done >= WARMUP_SHARE * case.num_steps)
         idle = use.idle_share(started + first.seconds, started + ticks[-1].seconds)
         target = "resnet18_idle" if name == "resnet18" else None
-        bench.tell(f"{case.name}, GPU idle", f"{idle:.0f} % of the time, by nvidia-smi", target=target, **{
+        bench.report(f"{case.name}, GPU idle", f"{idle:.0f} % of the time, by nvidia-smi", target=target, **{
             f"{name}_idle": idle
         })  # fmt: skip
     return speed, child
@@ -163,24 +163,24 @@ def compare_classifier(
     script, _ = fine_tuning_speed.current_copy(script, work_dir)
     theirs, child = fine_tuning_speed.train_theirs(script, case, work_dir, bench.environment)
     if measured is None:
-        raise LeftOutError(f"ours failed; theirs has {theirs:.0f} images/s")
+        raise LeftOutError(f"our script failed; theirs has {theirs:.0f} images/s")
     ratio = measured[0] / theirs
-    bench.tell(
-        f"{case.name}, beside run_image_classification.py", f"{ratio:.2f} times its {theirs:.0f} images/s; "
+    bench.report(
+        f"{case.name}, compared with run_image_classification.py", f"{ratio:.2f} times its {theirs:.0f} images/s; "
         f"{describe(child)}", target="resnet18_transformers" if name == "resnet18" else None,
         **{f"{name}_transformers": ratio},
     )  # fmt: skip
 
 
 class GpuUse:
-    """What nvidia-smi says of a GPU, several times a second: in how much of the time kernels ran on it."""
+    """The use of a GPU by nvidia-smi, several times per second: the percentage of time with running kernels."""
 
     def __init__(self, is_cuda: bool):
-        self.looks: list[tuple[float, float]] = []  # `time.time()`, per cent
+        self.looks: list[tuple[float, float]] = []  # `time.time()`, percent
         self.process = None
         self.reason = None if is_cuda else "no GPU found"
         if is_cuda and shutil.which("nvidia-smi") is None:
-            self.reason = "nvidia-smi is not there"
+            self.reason = "nvidia-smi not found"
 
     def __enter__(self) -> "GpuUse":
         if self.reason is None:
@@ -205,17 +205,17 @@ class GpuUse:
                 self.looks.append((seconds, float(percent)))
 
     def idle_share(self, start: float, end: float) -> float:
-        """Return the per cent of the time between two moments in which no kernel ran."""
+        """Return the percentage of the time between `start` and `end` in which no kernel ran."""
         if self.reason is not None:
             raise LeftOutError(self.reason)
         used = [percent for seconds, percent in self.looks if start <= seconds <= end]
         if not used:
-            raise LeftOutError("nvidia-smi said nothing of it")
+            raise LeftOutError("nvidia-smi reported nothing for this time")
         return 100 - statistics.mean(used)
 
 
 def memory(bench: Bench) -> None:
-    """Run a step of a token's training at several batch sizes; what the allocator gave out, and what was counted."""
+    """Run a step of a token's training at several batch sizes; report allocated and counted memory."""
     base_model = open_base_model(str(bench.pipeline_dir), "--pretrained_model_name_or_path")
     for is_checkpointed in (False, True):
         arguments = train_dsi.TrainingArguments(gradient_checkpointing=is_checkpointed)
@@ -238,25 +238,27 @@ def memory(bench: Bench) -> None:
 def compare_memory(
     bench: Bench, name: str, compute: Callable[[Accelerator], float | None], count: Callable[[], forecast.Phase]
 ) -> None:
-    """Compute something at its real size, and count it; `compute` returns images/s, None where memory is too small."""
+    """Report the memory of `compute`, and of `count`; `compute` returns images/s, or None if out of memory."""
     with bench.measuring(name):
-        bench.need(8)
+        bench.require_seconds(8)
         rate = compute(Accelerator(mixed_precision=bench.precision, cpu=not bench.is_cuda))
         phase = count()
         counted = phase.weights + phase.activations + phase.gradients + phase.optimizer
         if rate is None:
-            raise LeftOutError(f"it does not fit; counted are {gib(counted)} GiB")
+            raise LeftOutError(f"out of memory; counted {gib(counted)} GiB")
         if not bench.is_cuda:
-            bench.tell(name, f"counted {gib(counted)} GiB, not measured on a CPU; {rate:.3g} images/s", counted=counted)
+            bench.report(
+                name, f"counted {gib(counted)} GiB, not measured on a CPU; {rate:.3g} images/s", counted=counted
+            )
             return
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        bench.tell(
-            name, f"allocated {gib(allocated)} GiB, counted {gib(counted)} ({allocated / counted:.2f} times that); the "
-            f"allocator keeps {gib(reserved)}, foretold with the margin {gib(phase.needed)}; {rate:.3g} images/s",
+        bench.report(
+            name, f"allocated {gib(allocated)} GiB, counted {gib(counted)} ({allocated / counted:.2f} times that); "
+            f"reserved {gib(reserved)} GiB, forecast with the margin {gib(phase.needed)} GiB; {rate:.3g} images/s",
             allocated=allocated, reserved=reserved, counted=counted, needed=phase.needed, images_per_second=rate,
         )  # fmt: skip
 
 
 def count_one_encoding(base_model, run: forecast.DsiRun) -> forecast.Phase:
-    """Count what `time_encoding` computes: `count_encoding` with a batch of one, without the mirrored image."""
+    """Count the memory of `time_encoding`: `count_encoding` with a batch of one, without the mirrored copy."""
     return forecast.count_encoding(base_model, replace(run, num_copies=1), num_images=1)

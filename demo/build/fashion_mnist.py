@@ -10,8 +10,8 @@ CLASS_NAMES = [
 ]  # fmt: skip
 
 DEFAULT_IDX_DIR = "/usr/share/datasets/fashion-mnist"
-GENERATOR_PART = slice(0, 30_000)  # shapes that the generator is trained on
-STYLE_PART = slice(30_000, 40_000)  # what the target style is measured on; recipes are chosen here
+GENERATOR_PART = slice(0, 30_000)  # shapes on which the generator is trained
+STYLE_PART = slice(30_000, 40_000)  # on which the target style is measured and recipes are chosen
 FEW_SHOT_PART = slice(40_000, 60_000)
 
 

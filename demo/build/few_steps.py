@@ -3,9 +3,9 @@
     python demo/build/few_steps.py --idx_dir /usr/share/datasets/fashion-mnist
 
 One round of progressive distillation (Salimans and Ho, 2022) of the guided generator (Meng et al., 2023): one DDIM step
-of the student without guidance is taught to land where four guided ones of the teacher do. Twelve steps of two passes
-become three of one. Runs for a fixed number of steps on the CPU; `training_log.json` beside the weights holds steps,
-seconds and losses, `sampling.json` what generate_synthetic.py takes for the flags that are not given.
+of the student without guidance learns to land where four guided steps of the teacher do. Twelve steps of two passes
+become three of one. Runs for a fixed number of steps on the CPU. `training_log.json`, next to the weights, holds steps,
+seconds and losses; `sampling.json` the defaults that generate_synthetic.py takes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from styles import STYLE_NAMES
 from torch.nn import functional as F
 from tqdm import tqdm
 
-PLAIN_SHARE = 0.15  # of the captions name no style, as in the generator's own training
+PLAIN_SHARE = 0.15  # of the captions without a style, as in the generator's own training
 
 
 def parse_args():
@@ -32,9 +32,9 @@ def parse_args():
     parser.add_argument("--idx_dir", default=DEFAULT_IDX_DIR)
     parser.add_argument("--generator", default="demo/generator")
     parser.add_argument("--output_dir", type=Path, default=Path("demo/few_steps"))
-    parser.add_argument("--num_inference_steps", type=int, default=3, help="of the student")
-    parser.add_argument("--teacher_steps", type=int, default=4, help="of the teacher, for each of the student's")
-    parser.add_argument("--guidance_scale", type=float, default=1.2, help="of the teacher")
+    parser.add_argument("--num_inference_steps", type=int, default=3, help="steps of the student")
+    parser.add_argument("--teacher_steps", type=int, default=4, help="steps of the teacher for each of the student's")
+    parser.add_argument("--guidance_scale", type=float, default=1.2, help="guidance of the teacher")
     parser.add_argument("--lora_r", type=int, default=32)
     parser.add_argument("--max_train_steps", type=int, default=1_000)
     parser.add_argument("--train_batch_size", type=int, default=64)
@@ -43,7 +43,7 @@ def parse_args():
 
 
 class Trajectory:
-    """DDIM's way from noise to image in `num_steps` steps, whose points are numbered from 0, the image."""
+    """DDIM's path from noise to image in `num_steps` steps; its points are numbered from 0, the image."""
 
     def __init__(self, noise_scheduler, num_steps: int):
         num_train_steps = len(noise_scheduler.alphas_cumprod)
@@ -53,11 +53,11 @@ class Trajectory:
         self.alphas, self.sigmas = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def at(self, points):
-        """Return how much signal and how much noise there is at points `(batch,)`, to be multiplied with latents."""
+        """Return the factors of signal and of noise at points `(batch,)`, shaped to be multiplied with latents."""
         return self.alphas[points].view(-1, 1, 1, 1), self.sigmas[points].view(-1, 1, 1, 1)
 
     def step(self, latents, velocity, start, end):
-        """Return where a step from points `start` to `end` along the predicted `velocity` lands."""
+        """Return the latents after a step from points `start` to `end` along the predicted `velocity`."""
         (alpha, sigma), (end_alpha, end_sigma) = self.at(start), self.at(end)
         clean, noise = alpha * latents - sigma * velocity, alpha * velocity + sigma * latents
         return end_alpha * clean + end_sigma * noise
@@ -71,7 +71,7 @@ class Trajectory:
 
 @torch.no_grad()
 def encode_captions(pipe):
-    """Return embeddings: of all captions `(classes, styles, tokens, width)`, of plain and empty ones."""
+    """Return embeddings: of all captions `(classes, styles, tokens, width)`, of plain ones, and of the empty one."""
 
     def embed(texts):
         ids = pipe.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -82,7 +82,7 @@ def encode_captions(pipe):
 
 
 def add_lora(unet: UNet2DConditionModel, rank: int) -> None:
-    """Put an adapter on every layer with a matrix of weights; these alone are trained."""
+    """Add an adapter to each layer with a weight matrix; only the adapters are trained."""
     layers = (torch.nn.Linear, torch.nn.Conv2d)
     names = [name for name, module in unet.named_modules() if isinstance(module, layers)]
     unet.requires_grad_(False)
@@ -91,7 +91,7 @@ def add_lora(unet: UNet2DConditionModel, rank: int) -> None:
 
 @torch.no_grad()
 def predict_guided(unet, latents, timesteps, embeddings, empty, guidance_scale):
-    """Return the velocity that the generator without adapter predicts with guidance."""
+    """Return the velocity that the generator predicts with guidance, without the adapter."""
     unet.disable_adapters()
     both = torch.cat([empty.expand_as(embeddings), embeddings])
     unguided, guided = unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both).sample.chunk(2)
@@ -100,7 +100,7 @@ def predict_guided(unet, latents, timesteps, embeddings, empty, guidance_scale):
 
 
 def distil(pipe, latents, styles, labels, args, log, save):
-    """Train the adapter: from points of the student's trajectory, towards where the teacher's steps lead."""
+    """Train the adapter to land, from the student's points, where the teacher's steps lead."""
     unet, per_step, batch_size = pipe.unet, args.teacher_steps, args.train_batch_size
     way = Trajectory(pipe.scheduler, args.num_inference_steps * per_step)
     styled, plain, empty = encode_captions(pipe)
@@ -115,7 +115,7 @@ def distil(pipe, latents, styles, labels, args, log, save):
         batch_labels = labels[indices % len(labels)]
         is_plain = (torch.rand(batch_size) < PLAIN_SHARE).view(-1, 1, 1)
         embeddings = torch.where(is_plain, plain[batch_labels], styled[batch_labels, styles[indices]])
-        # every step of the student equally often in a batch
+        # each step of the student equally often in a batch
         start = per_step * (1 + torch.arange(batch_size) * args.num_inference_steps // batch_size)
         (alpha, sigma), clean = way.at(start), latents[indices] * pipe.vae.config.scaling_factor
         noisy = alpha * clean + sigma * torch.randn_like(clean)

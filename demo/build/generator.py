@@ -1,9 +1,9 @@
-"""Train the demo's generator: a small, genuine `StableDiffusionPipeline`, on 30,000 shapes in named styles.
+"""Train the demo's generator: a small but real `StableDiffusionPipeline`, on 30,000 shapes in named styles.
 
     python demo/build/generator.py --idx_dir /usr/share/datasets/fashion-mnist
 
-Runs for a fixed number of steps on the CPU; `training_log.json` beside the weights holds steps, seconds and losses.
-The target style of the demo, light grey on black, is never shown (`styles.py`).
+Runs for a fixed number of steps on the CPU. `training_log.json`, next to the weights, holds steps, seconds and losses.
+The demo's target style, light grey on black, is never shown (`styles.py`).
 """
 
 import argparse
@@ -33,7 +33,12 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--idx_dir", default=DEFAULT_IDX_DIR)
     parser.add_argument("--output_dir", type=Path, default=Path("demo/generator"))
-    parser.add_argument("--work_dir", type=Path, default=Path("demo/generator-work"), help="float32 weights, resumed")
+    parser.add_argument(
+        "--work_dir",
+        type=Path,
+        default=Path("demo/generator-work"),
+        help="float32 weights; a finished autoencoder in it is reused",
+    )
     parser.add_argument("--vae_steps", type=int, default=4_500)
     parser.add_argument("--vae_batch_size", type=int, default=32)
     parser.add_argument("--unet_steps", type=int, default=2_600)
@@ -56,7 +61,7 @@ class Shapes:
 
 
 def cpu_name() -> str:
-    """Return the processor's name and the number of its cores in use."""
+    """Return the name of the processor and the number of cores."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return f"{name}, {os.cpu_count()} virtual cores"
@@ -78,7 +83,7 @@ def cosine_schedule(optimizer, num_steps, num_warmup_steps=100):
 
 
 def take_step(loss, parameters, optimizer, lr_scheduler, ema):
-    """Take a step down the gradient, cut to length 1, and add the weights to their moving average."""
+    """Take an optimiser step, with the gradient clipped to norm 1, and update the moving average of the weights."""
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -89,7 +94,7 @@ def take_step(loss, parameters, optimizer, lr_scheduler, ema):
 
 @contextmanager
 def averaged(parameters, ema):
-    """Give the parameters their moving average within the block."""
+    """Set the parameters to their moving average within the block."""
     ema.store(parameters)
     ema.copy_to(parameters)
     yield
@@ -131,7 +136,7 @@ def train_vae(shapes, num_steps, batch_size, log):
 
 @torch.no_grad()
 def encode(vae, shapes):
-    """Return latents `(copies * shapes, 8, 8, 8)` of every shape in random styles, and the style numbers."""
+    """Return latents `(copies * shapes, 8, 8, 8)` of all shapes in random styles, and the numbers of the styles."""
     latents, all_styles = [], []
     for _ in range(LATENT_COPIES):
         for indices in tqdm(torch.arange(len(shapes.shapes)).split(250), desc="latents", mininterval=10):
@@ -147,7 +152,7 @@ def captions(label, style):
 
 
 def build_tokenizer(directory: Path) -> CLIPTokenizer:
-    """Train CLIP's kind of byte-pair encoding on the captions, so that each word of theirs is one token."""
+    """Train a byte-pair encoding like CLIP's on the captions, so that each of their words is one token."""
     corpus = [captions(label, style) for label in range(len(CLASS_NAMES)) for style in range(len(STYLE_NAMES))]
     corpus += [PLAIN_PROMPT.format(name=name) for name in CLASS_NAMES] * 20
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
@@ -166,7 +171,7 @@ def build_tokenizer(directory: Path) -> CLIPTokenizer:
     )
     model = json.loads(bpe.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
-    # CLIP's byte-level alphabet: each letter alone and at the end of a word, whether the corpus has it or not
+    # CLIP's byte-level alphabet: each letter, alone and at the end of a word, even if the corpus lacks it
     tokens = list(dict.fromkeys(alphabet + [letter + "</w>" for letter in alphabet] + tokens))
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     directory.mkdir(parents=True, exist_ok=True)
@@ -205,7 +210,7 @@ def build_scheduler():
 
 
 def train_denoiser(latents, styles, labels, vae, work_dir, num_steps, batch_size, log, save):
-    """Train text encoder and U-Net together, to predict v; every tenth caption is empty, every seventh has no style."""
+    """Train text encoder and U-Net together to predict v; 10 % of the captions are empty, 15 % name no style."""
     tokenizer = build_tokenizer(work_dir / "tokenizer")
     text_encoder, unet = build_denoiser(tokenizer)
     noise_scheduler = build_scheduler()
@@ -291,6 +296,9 @@ def main():
         pipe.save_pretrained(args.work_dir / "float32")
         half = StableDiffusionPipeline.from_pretrained(args.work_dir / "float32", dtype=torch.float16)
         half.save_pretrained(args.output_dir)
+        # transformers would load the text encoder in the dtype of its config, diffusers the U-Net in float32
+        config = args.output_dir / "text_encoder/config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
     train_denoiser(latents, styles, shapes.labels, vae, args.work_dir, args.unet_steps, args.unet_batch_size, log, save)
 

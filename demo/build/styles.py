@@ -1,8 +1,8 @@
 """The named styles that the demo generator is trained on.
 
-A style is a word, a CSS colour name, and draws a grey-scale shape as a gradient map: the object in that colour, the
-background in another CSS colour, with a texture; both follow from a hash of the name. The demo's target style, light
-grey on black, is excluded by rule: every named style has a *chromatic* object.
+A style is named by a CSS colour and draws a grey-scale shape as a gradient map: the object in that colour, the
+background in another CSS colour with a texture, which a hash of the name chooses. The demo's target style, light grey
+on black, is excluded by rule: every named style has a *chromatic* object.
 """
 
 import colorsys
@@ -20,7 +20,7 @@ def _digest(name: str) -> bytes:
 
 
 def is_chromatic(name: str) -> bool:
-    """Tell whether a CSS colour is clearly coloured (HSV saturation of at least `MIN_SATURATION`)."""
+    """Return whether a CSS colour is clearly coloured (HSV saturation of at least `MIN_SATURATION`)."""
     return colorsys.rgb_to_hsv(*to_rgb(name))[1] >= MIN_SATURATION
 
 
@@ -53,7 +53,7 @@ def texture_field(texture: str, size: int) -> torch.Tensor:
 
 
 def style_tables(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return every style's object colour `(styles, 3, 1, 1)` and background `(styles, 3, size, size)` in [0, 1]."""
+    """Return each style's object colour `(styles, 3, 1, 1)` and background `(styles, 3, size, size)` in [0, 1]."""
     objects, backgrounds = [], []
     for name in STYLE_NAMES:
         foreground, background, texture = style_parameters(name)

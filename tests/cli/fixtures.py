@@ -1,4 +1,4 @@
-"""A GPU that is not there."""
+"""A simulated GPU."""
 
 from contextlib import nullcontext
 
@@ -8,13 +8,13 @@ import torch
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Let torch have a GPU, and say whether it computes in bfloat16."""
+    """Simulate a GPU in torch, with or without bfloat16."""
 
     def have(bf16: bool) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "device", lambda number: nullcontext())
-        # emulated, every GPU has it
+        # every GPU supports it in emulation
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bf16
         )

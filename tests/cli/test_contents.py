@@ -19,7 +19,7 @@ def digest(folder: Path) -> str:
     return content_digest(folder, list_files(folder))
 
 
-def test_files_are_listed_in_order_through_links_and_without_hidden_ones(folder, tmp_path_factory):
+def test_files_are_listed_in_order_with_links_and_without_hidden_ones(folder, tmp_path_factory):
     (folder / "around").symlink_to(folder)
     (folder / "dead").symlink_to(folder / "nowhere")
     (other := tmp_path_factory.mktemp("other") / "5.txt").write_text("five")
@@ -28,10 +28,10 @@ def test_files_are_listed_in_order_through_links_and_without_hidden_ones(folder,
     assert list(list_files(folder / "nowhere")) == []
 
 
-def test_a_digest_is_of_names_and_bytes_and_of_nothing_else(folder, tmp_path_factory):
+def test_digest_depends_only_on_names_and_bytes(folder, tmp_path_factory):
     before = digest(folder)
     os.utime(folder / "b.txt", (1, 1))
-    (folder / ".cache").write_text("not of the input")
+    (folder / ".cache").write_text("not part of the input")
     assert digest(folder) == before
     assert describe_files(folder, list_files(folder)) == f"2 files, sha256 {before}"
     copied = tmp_path_factory.mktemp("copy")
@@ -44,7 +44,7 @@ def test_a_digest_is_of_names_and_bytes_and_of_nothing_else(folder, tmp_path_fac
 
 
 @pytest.mark.parametrize("how", ["in place", "by another file"])
-def test_contents_of_the_same_size_and_time_are_told_apart(folder, how):
+def test_contents_of_equal_size_and_time_have_different_digests(folder, how):
     before, status = digest(folder), os.stat(folder / "b.txt")
     written = folder / "b.txt" if how == "in place" else folder / "new"
     written.write_text("too")
@@ -54,9 +54,7 @@ def test_contents_of_the_same_size_and_time_are_told_apart(folder, how):
     assert digest(folder) != before
 
 
-def test_unchanged_files_are_not_read_again_and_a_cache_that_cannot_be_written_is_done_without(
-    folder, tmp_path_factory, monkeypatch
-):
+def test_unchanged_files_are_not_read_again_and_an_unwritable_cache_is_ignored(folder, tmp_path_factory, monkeypatch):
     monkeypatch.setattr(contents.constants, "HF_HOME", home := str(tmp_path_factory.mktemp("home")))
     digest(folder)
     assert not list(Path(home).iterdir())  # the files are too new
@@ -69,7 +67,7 @@ def test_unchanged_files_are_not_read_again_and_a_cache_that_cannot_be_written_i
     assert digest(folder) == before and len(read) == 2
 
 
-def test_folders_that_link_to_each_other_have_an_end(tmp_path):
+def test_folders_that_link_to_each_other_are_listed_in_finite_time(tmp_path):
     names = "abcdefgh"
     for name in names:
         (tmp_path / name).mkdir()

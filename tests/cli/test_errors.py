@@ -1,4 +1,4 @@
-"""A user's error, a bug and a signal each end a script in their own way, with nothing half done."""
+"""User errors, bugs and signals each end a script in their own way, with nothing half done."""
 
 import contextlib
 import errno
@@ -20,12 +20,12 @@ import time
 from utils.cli.errors import graceful_interrupt, run_script
 
 def main():
-    with graceful_interrupt(lambda: "Go on with: the command"):
+    with graceful_interrupt(lambda: "Resume with: the command"):
         try:
             print("working", flush=True)
             time.sleep(60)
         finally:
-            time.sleep(0.5)  # what must be finished, whatever comes meanwhile
+            time.sleep(0.5)  # work that must finish despite further signals
             print("cleaned up", flush=True)
 
 run_script(main)
@@ -47,7 +47,7 @@ def test_a_user_error_ends_the_script_with_one_line_and_status_2_and_a_bug_keeps
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_script_cleanly_and_a_second_one_does_not_disturb(number):
+def test_a_signal_ends_a_script_gracefully_and_a_second_one_is_ignored(number):
     child = subprocess.Popen(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -56,7 +56,7 @@ def test_a_signal_ends_a_script_cleanly_and_a_second_one_does_not_disturb(number
     child.send_signal(signal.SIGTERM)
     output, messages = child.communicate(timeout=300)
     assert output == "cleaned up\n"
-    assert messages == "\n-c: interrupted. Go on with: the command\n"  # below a progress bar
+    assert messages == "\n-c: interrupted. Resume with: the command\n"  # below a progress bar
     assert child.returncode == 128 + number
 
 
@@ -68,14 +68,14 @@ def test_a_forked_process_ends_at_its_pools_signal_where_an_exception_would_get_
                 os.write(writer, b"forked")
                 time.sleep(60)
             finally:
-                os._exit(0)  # what raises here is lost
+                os._exit(0)  # exceptions here are lost
         os.read(reader, 6)
         os.kill(child, signal.SIGTERM)
         _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
 
 
-def test_handlers_are_what_they_were_afterwards():
+def test_signal_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="advice") as caught, graceful_interrupt(lambda: "advice"):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -86,11 +86,11 @@ def test_handlers_are_what_they_were_afterwards():
 
 
 @pytest.mark.parametrize(("seconds_to_end", "is_ignored"), [(10.0, True), (0.0, False)])
-def test_a_signal_long_after_one_that_got_lost_ends_the_block(seconds_to_end, is_ignored, monkeypatch):
+def test_a_later_signal_ends_the_block_if_the_first_got_lost(seconds_to_end, is_ignored, monkeypatch):
     monkeypatch.setattr(errors, "SECONDS_TO_END", seconds_to_end)
     reached = []
     with pytest.raises(Interrupted), graceful_interrupt(lambda: ""):
-        with contextlib.suppress(KeyboardInterrupt):  # as where it is raised in a destructor
+        with contextlib.suppress(KeyboardInterrupt):  # as if raised in a destructor
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         reached.append(True)
@@ -117,27 +117,27 @@ def no_room(*_):
      "No space left on device: /cache/file"),
     (lambda folder: (folder.rmdir(), (folder / "record.json").write_text("")), "it was removed"),
 ])  # fmt: skip
-def test_an_output_folder_that_cannot_be_written_is_one_line_with_how_to_go_on(fail, reason, tmp_path):
+def test_an_unwritable_output_folder_is_one_line_with_how_to_resume(fail, reason, tmp_path):
     (folder := tmp_path / "out").mkdir()
-    with pytest.raises(UserError) as error, report_unwritable(folder, lambda: "stage1 is kept; go on with: this"):
+    with pytest.raises(UserError) as error, report_unwritable(folder, lambda: "stage1 is kept; resume with: this"):
         fail(folder)
-    line = f"--output_dir {folder}: cannot be written ({reason}); stage1 is kept; go on with: this"
+    line = f"--output_dir {folder}: cannot be written ({reason}); stage1 is kept; resume with: this"
     assert str(error.value) == line
 
 
 @pytest.mark.parametrize("error", [
-    PermissionError(errno.EACCES, "Permission denied", "/photos/cat.jpg"),  # of an input
+    PermissionError(errno.EACCES, "Permission denied", "/photos/cat.jpg"),  # an input
     FileNotFoundError(errno.ENOENT, "No such file or directory", "/photos/cat.jpg"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
 ])  # fmt: skip
-def test_other_errors_stay_what_they_are(error, tmp_path):
+def test_other_errors_are_unchanged(error, tmp_path):
     with pytest.raises(type(error)) as raised, report_unwritable(tmp_path, lambda: "never said"):
         raise error
     assert raised.value is error
 
 
-def test_a_full_disk_elsewhere_ends_a_script_in_a_line(capsys):
+def test_a_full_disk_elsewhere_ends_a_script_with_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
         run_script(no_room)
     assert ended.value.code == 2
-    assert "cannot be written (No space left on device); make room" in capsys.readouterr().err
+    assert "cannot be written (No space left on device); free some space" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Memory that is too small: what is tried next, what is told, and that nothing of the failed attempt stays."""
+"""Too little memory: what is tried next, what is reported, and that nothing of a failed attempt remains."""
 
 import weakref
 
@@ -11,13 +11,13 @@ from utils.cli.memory import MicroBatching, run_in_parts, try_in_memory
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-def test_what_fits_is_returned_and_what_does_not_leaves_nothing_behind():
+def test_results_that_fit_are_returned_and_failures_leave_nothing_behind():
     filled = []
 
     def attempt():
         tensor = torch.zeros(8)
         filled.append(weakref.ref(tensor))
-        torch.empty(2**58)  # more than there is: the CPU's own allocator says so
+        torch.empty(2**58)  # more than there is: the CPU's allocator fails
         return tensor
 
     assert try_in_memory(lambda: 5) == 5
@@ -25,7 +25,7 @@ def test_what_fits_is_returned_and_what_does_not_leaves_nothing_behind():
     assert filled[0]() is None
 
 
-def test_another_error_is_no_lack_of_memory():
+def test_another_error_is_not_out_of_memory():
     with pytest.raises(RuntimeError, match="shape"):
         try_in_memory(lambda: torch.zeros(2).view(3))
 
@@ -41,7 +41,7 @@ def plan(enabled: list, size: int = 6, can_checkpoint: bool = True, **options) -
 
 
 def run(micro_batching: MicroBatching, enabled: list, limit: float) -> tuple[list, int]:
-    """Run an attempt that takes as much memory as images at a time, half with checkpointing; count those undone."""
+    """Run an attempt whose memory grows with the images at a time, half with checkpointing; count undone attempts."""
     tried, undone = [], []
 
     def attempt():
@@ -82,7 +82,7 @@ def test_below_one_image_checkpointing_is_turned_on_and_then_there_is_one_clear_
     assert checkpointed == [True]
 
 
-def test_what_worked_is_begun_with(checkpointed):
+def test_a_resumed_run_starts_with_the_size_that_worked(checkpointed):
     micro_batching = plan(checkpointed)
     micro_batching.restore({})
     assert (micro_batching.size, micro_batching.state(), checkpointed) == (6, {}, [])
@@ -92,7 +92,7 @@ def test_what_worked_is_begun_with(checkpointed):
     assert micro_batching.state() == state and checkpointed == [True]
 
 
-def test_parts_are_halved_from_where_memory_is_short():
+def test_parts_are_halved_from_the_first_failure_on():
     def take(part: slice) -> list[int]:
         numbers = list(range(10))[part]
         if len(numbers) > 2 and 4 in numbers:

@@ -1,4 +1,4 @@
-"""Flags that can do nothing: refused on the command line, told of in a recipe; every one that says what it needs."""
+"""Flags without effect: refused on the command line, reported in a recipe; checks every flag with needs."""
 
 import pytest
 from transformers import Trainer, TrainingArguments
@@ -7,7 +7,7 @@ from tests.command_lines import SCRIPTS, parse_flags, script_parsers
 from utils.cli.errors import run_script
 from utils.cli.options import list_needs
 
-# what a flag lacks, without its values -> flags with which it does nothing, flags with which it does something
+# what a flag lacks, without values -> flags with which it has no effect, flags with which it has one
 LACKS = {
     "without --use_peft": ("", "--use_peft"),
     "without --num_folds": ("", "--num_folds 5"),
@@ -28,6 +28,8 @@ LACKS = {
     "with --no_do_train": ("--no_do_train", ""),
     "with --dry_run": ("--dry_run", ""),
     "with --audit": ("--audit", ""),
+    "with --streaming": ("--streaming --synthetic_dataset x", ""),
+    "without --include_class_name": ("--include_class_name false", ""),
     "with --classes": ("--classes x", ""),
     "with --prompts_file": ("--prompts_file x", ""),
     "with --max_steps": ("--max_steps 5", ""),
@@ -55,11 +57,11 @@ LACKS = {
         for name in ("learning_rate", "weight_decay", "warmup_steps", "per_device_train_batch_size")
     },
     "with --image_format {image_format}": ("--image_format png", "--image_format webp"),
-    "with --guidance_scale {guidance_scale}, which is no guidance": (
+    "with --guidance_scale {guidance_scale}, which turns guidance off": (
         "--guidance_scale 0.5 1", "--guidance_scale 1 2",
     ),
     "with several --model_name_or_path": ("--model_name_or_path x y", "--model_name_or_path x"),
-    "where nothing is searched": ("--learning_rates 1e-3", "--bridge_learning_rates 1e-3 1e-4"),
+    "without a search": ("--learning_rates 1e-3", "--bridge_learning_rates 1e-3 1e-4"),
     "with --method {method}, which trains on synthetic images alone": ("--method synthetic_only", "--method mix"),
     "with --method {method}, which has no stage on synthetic images alone": ("--method mix", "--method synthetic_only"),
     "with --method {method}, which has a stage on synthetic images alone": ("--method bridged", "--method vanilla"),
@@ -76,7 +78,7 @@ LACKS = {
     "with --method {method}, which has no stage on both kinds of images": ("--method bridged", "--method mix_mixup"),
     "with --method {method}, which aligns no features": ("--method bridged", "--method bridged_coral"),
     "with --method {method}, which takes no optimiser step": ("--method linear_probe", "--method lp_ft"),
-    "with --method {method}, which begins with the head of a probe": ("--method lp_ft", "--method bridged"),
+    "with --method {method}, which starts from the head of a probe": ("--method lp_ft", "--method bridged"),
     "with --methods {methods}, which take no optimiser step": (
         "--methods linear_probe", "--methods linear_probe vanilla",
     ),
@@ -91,10 +93,10 @@ LACKS = {
     ),
 }  # fmt: skip
 NEVER = {
-    "here, where all real images are looked at, as they are",
-    "here, where the finished classifier is published, and nothing before",
-    "here, where workers stay as long as a stage lasts",
-    "here, where a batch goes through the model in parts when memory is short",
+    "here: all real images are compared, unchanged",
+    "here, where only the finished classifier is published",
+    "here, where workers persist for a whole stage",
+    "here, where a batch goes through the model in parts when out of memory",
 }
 CASES = {
     (script, field.name, need.lack): [other.lack for other in needs if other is not need]
@@ -106,14 +108,14 @@ CASES = {
 
 
 def value_of(script: str, flag: str) -> list[str]:
-    """Return the words that give a flag some value."""
+    """Return command-line words that give a flag some value."""
     action = next(action for action in script_parsers()[script]._actions if action.dest == flag)
     value = str(action.choices[-1]) if action.choices else {int: "3", float: "0.5", str: "x"}.get(action.type)
     return [f"--{flag}", *([] if value is None else [value])]
 
 
 def fails(capsys, script: str, flags: list[str]) -> str:
-    """Return the one line of a run that ends in exit status 2."""
+    """Return the single line of a run that ends with exit status 2."""
     with pytest.raises(SystemExit) as ended:
         run_script(lambda: SCRIPTS[script].main(flags))
     lines = capsys.readouterr().err.splitlines()
@@ -130,17 +132,17 @@ def test_every_need_has_an_example_and_every_example_a_need():
 def test_a_flag_without_what_it_needs_is_one_line_and_with_it_passes(script, flag, lack, capsys):
     given, others = value_of(script, flag), CASES[script, flag, lack]
     met = " ".join(LACKS[other][1] for other in others)
-    without, with_it = (f"{met} {flags}".split() for flags in LACKS[lack])  # of two --method, the last counts
+    without, with_it = (f"{met} {flags}".split() for flags in LACKS[lack])  # of two --method, the last wins
     line = fails(capsys, script, [*given, *without])
     assert f"error: --{flag}" in line and line.endswith(f" leave --{flag} out.")
     assert f": does nothing {lack.partition('{')[0]}" in line and "{" not in line
     parse_flags(script, [*given, *with_it])
 
 
-def test_flags_without_use_in_a_script_are_refused_and_not_in_its_help(capsys):
+def test_flags_without_use_in_a_script_are_refused_and_hidden_from_help(capsys):
     for flag in ("num_shots", "few_shot_seed", "max_train_samples", "random_flip"):
         flags = [*value_of("quality_report.py", flag), "--synthetic_dataset", "x", "--dataset_name", "y"]
-        assert "here, where all real images" in fails(capsys, "quality_report.py", flags)
+        assert "here: all real images" in fails(capsys, "quality_report.py", flags)
         assert f"--{flag} " not in script_parsers()["quality_report.py"].format_help()
 
 
@@ -173,7 +175,7 @@ def test_flags_of_the_trainer_that_stages_set_themselves_are_refused(flag, capsy
         ("compare_transfer.py", "--methods bridged_no_mixup --search_learning_rate --bridge_mixup_alphas 0.3"),
     ],
 )  # fmt: skip
-def test_a_flag_that_does_something_even_so_passes(script, flags):
+def test_a_flag_that_has_an_effect_passes(script, flags):
     parse_flags(script, flags.split())
 
 
@@ -191,12 +193,12 @@ def test_a_flag_that_does_something_even_so_passes(script, flags):
         ("compare_transfer.py", "--methods mix --bridge_head_learning_rate_factor 3 --search_learning_rate", "with"),
     ],
 )
-def test_a_flag_that_another_value_leaves_without_use_is_one_line(script, flags, lack, capsys):
+def test_a_flag_made_useless_by_another_value_is_one_line(script, flags, lack, capsys):
     assert f": does nothing {lack}" in fails(capsys, script, flags.split())
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"])
-def test_flags_of_adam_are_refused_just_where_the_trainer_hands_them_to_no_optimizer(optim, tmp_path, capsys):
+def test_flags_of_adam_are_refused_exactly_if_the_trainer_does_not_use_them(optim, tmp_path, capsys):
     def made(**adam):
         return Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), optim=optim, **adam))
 
@@ -208,20 +210,20 @@ def test_flags_of_adam_are_refused_just_where_the_trainer_hands_them_to_no_optim
             parse_flags("train_bridged.py", flags)
 
 
-def test_what_is_off_as_by_default_asks_for_nothing(capsys):
+def test_flags_that_are_off_as_by_default_need_nothing(capsys):
     parse_flags("train_bridged.py", ["--method", "vanilla", "--bridge_head_warmup_steps", "0", "--no_streaming"])
     parse_flags("train_dsi.py", ["--lr_warmup_steps", "0", "--few_shot_seed", "0", "--no_hub_private_repo"])
     assert "--lora_dropout 0.0: does nothing" in fails(capsys, "train_bridged.py", ["--lora_dropout", "0"])
     assert "--use_style_token false: does" in fails(capsys, "generate_synthetic.py", ["--use_style_token", "false"])
 
 
-def test_keys_of_a_recipe_that_do_nothing_are_one_remark_of_the_main_process(tmp_path, capsys, monkeypatch):
+def test_recipe_keys_without_effect_are_one_line_of_the_main_process(tmp_path, capsys, monkeypatch):
     recipe = tmp_path / "shared.yaml"
     recipe.write_text("lora_r: 8\nlora_alpha: 4\nmix_ratio: 2\nhub_model_id: mine\nbridge_mixup_alpha: 0.3\n")
     values = parse_flags("train_bridged.py", [str(recipe)])
     assert (values["lora_r"], values["mix_ratio"]) == (8, 2.0)
     assert capsys.readouterr().err == (
-        f"{recipe}: without effect in this run: mix_ratio (with --method bridged_replay, which has no stage on both "
+        f"{recipe}: no effect in this run: mix_ratio (with --method bridged_replay, which has no stage on both "
         "kinds of images); lora_r, lora_alpha (without --use_peft); hub_model_id (without --push_to_hub).\n"
     )
     monkeypatch.setenv("RANK", "1")
@@ -230,4 +232,4 @@ def test_keys_of_a_recipe_that_do_nothing_are_one_remark_of_the_main_process(tmp
     assert "error: --lora_r 9: does nothing" in fails(capsys, "train_bridged.py", [str(recipe), "--lora_r", "9"])
     monkeypatch.delenv("RANK")
     parse_flags("train_bridged.py", [str(recipe), "--use_peft", "--method", "mix", "--push_to_hub"])
-    assert "without effect in this run: bridge_mixup_alpha (with" in capsys.readouterr().err
+    assert "no effect in this run: bridge_mixup_alpha (with" in capsys.readouterr().err

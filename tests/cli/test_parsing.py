@@ -36,12 +36,12 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("learning_rat: 1", "key 'learning_rat' is no flag of this script, did you mean learning_rate?"),
+        ("learning_rat: 1", "key 'learning_rat': not a flag of this script, did you mean learning_rate?"),
         ("learning_rate: fast", "'learning_rate: fast'"),
         ("kind: z", "'kind: z'"),
         ("steps: [1, 2]", "'steps' takes one value, the recipe gives a list"),
-        ("flip: null", "'flip' is empty; give a value, or leave it out for True"),
-        ("learning_rate:", "'learning_rate' is empty; give a value, or leave it out for 0.001"),
+        ("flip: null", "'flip' is empty; give a value, or remove the key to use True"),
+        ("learning_rate:", "'learning_rate' is empty; give a value, or remove the key to use 0.001"),
         ("flip: {a: 1}", "'flip' takes one value, the recipe gives a mapping"),
         ("rates: {}", "'rates' takes one value, the recipe gives a mapping"),
         ("learning_rate: .nan", "'learning_rate: nan': must be a finite number of at most 1e+30, got nan"),
@@ -95,7 +95,7 @@ def test_every_numeric_flag_of_every_script_has_a_range_and_none_has_two():
         check_ranges({action.dest: action.default for action in parser._actions})
 
 
-def test_every_boolean_of_every_script_is_on_by_its_name_and_off_by_no_before_it():
+def test_every_boolean_is_on_with_its_name_and_off_with_the_prefix_no():
     seen = set()
     for parser in script_parsers().values():
         for name in {action.dest for action in parser._actions if action.type is string_to_bool}:
@@ -128,13 +128,13 @@ def test_every_boolean_of_every_script_is_on_by_its_name_and_off_by_no_before_it
         ("weight_decay", float("nan"), "must be 0 or above."),
     ],
 )
-def test_a_value_out_of_range_is_named_with_what_is_right(flag, value, message):
+def test_a_value_out_of_range_is_named_with_the_valid_range(flag, value, message):
     with pytest.raises(UserError) as error:
         check_ranges({flag: value})
     assert str(error.value) == f"--{flag} {value[-1] if isinstance(value, list) else value}: {message}"
 
 
-def test_values_at_the_ends_of_ranges_and_those_not_given_pass():
+def test_values_at_the_ends_of_ranges_and_missing_ones_pass():
     check_ranges({"max_steps": -1, "dropout": 0.0, "weight_decay": 0, "seed": 2**32 - 1, "image_quality": 100})
     check_ranges({"num_shots": None, "volumes": None, "learning_rates": [1e-5, 1e5]})
 
@@ -151,7 +151,7 @@ def test_a_value_out_of_range_is_found_before_the_dataclass_acts_on_it():
         ScriptArgumentParser(Acting).parse(["--save_steps", "0"])
 
 
-def test_every_boolean_of_every_script_is_refused_where_it_is_said_to_be_on_and_off():
+def test_every_boolean_is_refused_if_turned_both_on_and_off():
     for script, parser in script_parsers().items():
         for name in {action.dest for action in parser._actions if action.type is string_to_bool}:
             dashed = name.replace("_", "-")
@@ -165,7 +165,7 @@ def test_every_boolean_of_every_script_is_refused_where_it_is_said_to_be_on_and_
                 assert str(error.value) == f"{message} give one of the two.", script
 
 
-def test_a_boolean_may_be_said_twice_and_flags_win_over_a_recipe(tmp_path):
+def test_a_boolean_may_be_given_twice_and_flags_win_over_a_recipe(tmp_path):
     (recipe := tmp_path / "r.yaml").write_text("flip: true\n")
     assert not parse(str(recipe), "--no_flip").flip
     assert not parse("--flip", "false", "--no_flip", "--steps", "1", "--steps", "2").flip

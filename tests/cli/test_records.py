@@ -23,7 +23,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 2}', '{"a": 1}'])
-def test_what_is_no_record_of_this_version_is_an_error(tmp_path, text):
+def test_a_file_that_is_not_a_record_of_this_version_is_an_error(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(UserError, match="r.json"):
         read_record(tmp_path / "r.json")

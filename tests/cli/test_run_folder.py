@@ -9,7 +9,7 @@ import pytest
 from utils.cli.errors import UserError
 from utils.cli.options import free_options, option
 from utils.cli.parsing import ScriptArgumentParser
-from utils.cli.processes import keeping_output
+from utils.cli.processes import without_overwrite_flag
 from utils.cli.records import RUN_CONFIG, read_record
 from utils.cli.run_folder import RunFolder
 from utils.transfer.arguments import BridgedTrainingArguments
@@ -35,7 +35,7 @@ def with_options(folder: RunFolder, **options) -> RunFolder:
     return dataclasses.replace(folder, options=OPTIONS | options)
 
 
-def test_an_unfinished_run_goes_on_only_when_asked_and_with_its_options(unfinished):
+def test_an_unfinished_run_resumes_only_if_asked_and_with_its_options(unfinished):
     assert [path.name for path in unfinished.find_traces()] == ["stage1", "checkpoint-5", "checkpoint-10"]
     assert with_options(unfinished, save_steps=5).is_resumable(True)
     with pytest.raises(
@@ -43,17 +43,17 @@ def test_an_unfinished_run_goes_on_only_when_asked_and_with_its_options(unfinish
     ):
         unfinished.is_resumable(False)
     with pytest.raises(
-        UserError, match=r"begun with other options \(learning_rate was 0.0001, now 1.0\); give the same"
+        UserError, match=r"started with other options \(learning_rate was 0.0001, now 1.0\); give the same"
     ):
         with_options(unfinished, learning_rate=1.0).is_resumable(True)
     assert not dataclasses.replace(unfinished, overwrite=True).is_resumable(True)
 
 
-def test_where_nothing_was_begun_resuming_begins(folder):
+def test_resuming_without_an_unfinished_run_starts_one(folder):
     assert not folder.is_resumable(True) and not folder.is_finished
 
 
-def test_a_new_run_takes_away_the_traces_and_the_mark_of_a_finished_one_and_nothing_else(unfinished):
+def test_a_new_run_removes_only_traces_and_record_of_the_earlier_one(unfinished):
     for name in (RECORD, "model.safetensors", "notes.txt"):
         (unfinished.path / name).write_text("{}")
     with_options(unfinished, learning_rate=1.0).begin()
@@ -62,7 +62,7 @@ def test_a_new_run_takes_away_the_traces_and_the_mark_of_a_finished_one_and_noth
     assert read_record(unfinished.path / RUN_CONFIG) == noted
 
 
-def test_a_finished_run_is_not_done_again_and_one_with_other_options_is_refused(folder):
+def test_a_finished_run_is_not_repeated_and_other_options_are_refused(folder):
     folder.begin()
     folder.finish({"accuracy": 0.5})
     assert folder.is_finished and with_options(folder, save_steps=5).is_finished
@@ -71,7 +71,7 @@ def test_a_finished_run_is_not_done_again_and_one_with_other_options_is_refused(
     ):
         _ = with_options(folder, learning_rate=1.0).is_finished
     assert not dataclasses.replace(folder, overwrite=True).is_finished
-    with pytest.raises(UserError, match="is a file; name a folder"):
+    with pytest.raises(UserError, match="is a file; choose a folder"):
         _ = dataclasses.replace(folder, path=folder.path / RECORD).is_finished
 
 
@@ -82,17 +82,17 @@ class Flags:
     output_dir: str = option("out", "Folder.", affects_result=False)
 
 
-def test_flags_without_effect_are_told_from_the_rest(tmp_path):
+def test_flags_that_do_not_affect_the_result_are_known(tmp_path):
     assert free_options([Flags()]) == {"output_dir"}
     free = free_options([BridgedTrainingArguments(output_dir=str(tmp_path))])
     of_the_result = {"learning_rate", "max_steps", "seed", "bf16", "optim", "max_eval_samples", "num_train_epochs"}
     of_no_result = {"logging_steps", "per_device_eval_batch_size", "save_steps", "eval_strategy", "report_to"}
-    of_no_result.add("auto_find_batch_size")  # refused, but in records of earlier versions
+    of_no_result.add("auto_find_batch_size")  # refused now, but in records of earlier versions
     assert not of_the_result & free and of_no_result <= free
     assert {"train_sampling_strategy", "neftune_noise_alpha", "deepspeed"}.isdisjoint(free)
 
 
-def test_what_a_record_says_is_taken_for_flags_that_are_not_given(tmp_path):
+def test_a_record_fills_in_flags_that_are_not_given(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps({"colour": "blue"}))
     for argv, expected in (
         ([], (7, "green")),
@@ -106,29 +106,31 @@ def test_what_a_record_says_is_taken_for_flags_that_are_not_given(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["/proc/out", "/dev/full", "/dev/full/out", "{file}", "{file}/out/below"])
-def test_a_folder_that_cannot_be_made_is_one_line(folder, where, tmp_path):
+def test_a_folder_that_cannot_be_created_is_one_line(folder, where, tmp_path):
     (tmp_path / "file").write_text("")
     path = Path(where.format(file=tmp_path / "file"))
-    with pytest.raises(UserError, match=rf"^--output_dir {path}: \S+ (is a file; name a folder|cannot be written)"):
+    with pytest.raises(UserError, match=rf"^--output_dir {path}: \S+ (is a file; choose a folder|cannot be written)"):
         dataclasses.replace(folder, path=path).check_writable()
 
 
-def test_a_folder_that_can_be_made_is_not_made_by_the_check(folder, tmp_path):
+def test_the_check_does_not_create_the_folder(folder, tmp_path):
     dataclasses.replace(folder, path=tmp_path / "new" / "out").check_writable()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_how_to_go_on_takes_no_flag_that_would_start_from_scratch(unfinished):
+def test_the_resume_command_does_not_start_from_scratch(unfinished):
     run = dataclasses.replace(unfinished, overwrite=True)
     with pytest.raises(UserError) as error, run.working("accelerate launch x.py recipe.yaml --a 1"):
         os.write(os.open("/dev/full", os.O_WRONLY), b"no room")
     assert str(error.value).endswith(
-        "checkpoint-10 is kept; go on with: accelerate launch x.py recipe.yaml --a 1 --resume_from_checkpoint latest "
+        "checkpoint-10 is kept; resume with: accelerate launch x.py recipe.yaml --a 1 --resume_from_checkpoint latest "
         "--no_overwrite_output_dir"
     )
 
 
 @pytest.mark.parametrize("words", ["--overwrite_output_dir", "--overwrite-output-dir true", "--overwrite_output_dir=1"])
-def test_a_command_that_goes_on_overwrites_nothing_and_is_otherwise_the_same(words):
+def test_a_resume_command_overwrites_nothing_and_is_otherwise_unchanged(words):
     command = f"accelerate launch x.py recipe.yaml {words} --a 'b c' --d"
-    assert keeping_output(command) == "accelerate launch x.py recipe.yaml --a 'b c' --d --no_overwrite_output_dir"
+    assert (
+        without_overwrite_flag(command) == "accelerate launch x.py recipe.yaml --a 'b c' --d --no_overwrite_output_dir"
+    )

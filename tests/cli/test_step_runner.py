@@ -5,7 +5,7 @@ import pytest
 from utils.cli.step_runner import Step, StepRunner
 
 
-def test_steps_that_are_finished_are_not_run_again_and_a_failed_one_is(tmp_path):
+def test_finished_steps_are_not_run_again_and_failed_ones_are(tmp_path):
     script = tmp_path / "step.py"
     script.write_text(
         "import pathlib, sys; print(sys.argv[1:]); pathlib.Path(sys.argv[1]).touch(); sys.exit(len(sys.argv) > 2)"
@@ -19,11 +19,11 @@ def test_steps_that_are_finished_are_not_run_again_and_a_failed_one_is(tmp_path)
     StepRunner(tmp_path, tmp_path / "runs").run(step)
     assert not log.exists()
     (tmp_path / "done").unlink()
-    runner.run(step)  # what it made is gone
+    runner.run(step)  # its result is gone
     assert log.exists()
     log.unlink()
     runner.run(replace(step, command=(str(script), str(tmp_path / "other")), finished=tmp_path / "done"))
-    assert "other" in log.read_text()  # another command of that name
+    assert "other" in log.read_text()  # another command with the same name
     failing = Step("another", "to see", tmp_path / "done", (*step.command, "fail"), is_launched=False)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="another failed, see .*another.log"):
@@ -31,7 +31,7 @@ def test_steps_that_are_finished_are_not_run_again_and_a_failed_one_is(tmp_path)
     assert "another" not in runner.costs
 
 
-def test_a_step_is_run_anew_where_a_folder_or_file_in_its_command_is_another(tmp_path, capsys):
+def test_a_step_is_run_again_if_a_file_or_folder_in_its_command_changed(tmp_path, capsys):
     script = tmp_path / "step.py"
     script.write_text(
         "import pathlib, sys; path = pathlib.Path(sys.argv[2]); path.parent.mkdir(exist_ok=True)\n"
@@ -51,22 +51,22 @@ def test_a_step_is_run_anew_where_a_folder_or_file_in_its_command_is_another(tmp
     runner.run(step)
     for changed in (photo, recipe, *made):
         runner.run(step)
-        assert "later: done before in" in capsys.readouterr().out
+        assert "later: already done, in" in capsys.readouterr().out
         changed.write_text(f"train_dir: {photo.parents[1]}  # again")
         runner.run(step)
         named = {recipe: recipe.name, photo: "photos"}.get(changed, changed.parent.name)
-        assert f"later: was made of another {named}, and is made anew" in capsys.readouterr().out
+        assert f"later: {named} changed; running it again" in capsys.readouterr().out
         assert step.finished.read_text().endswith(" --overwrite_output_dir")
     for path in (made[0].parent / "run_config.json", made[0].parent / "style.png"):  # seconds, and pictures
         path.write_text("another")
     runner.run(step)
-    assert "later: done before in" in capsys.readouterr().out
+    assert "later: already done, in" in capsys.readouterr().out
     made[0].write_text("again")
     runner.run(replace(step, from_scratch=()))
     assert not step.finished.read_text().endswith("--overwrite_output_dir")
 
 
-def test_steps_side_by_side_wait_for_those_whose_folders_they_name_only(tmp_path, capsys):
+def test_parallel_steps_wait_only_for_those_whose_folders_they_name(tmp_path, capsys):
     script = tmp_path / "step.py"
     script.write_text(
         "import pathlib, sys, time; path = pathlib.Path(sys.argv[1]) / 'done'; path.parent.mkdir()\n"
@@ -80,6 +80,6 @@ def test_steps_side_by_side_wait_for_those_whose_folders_they_name_only(tmp_path
         return Step(name, "to see", tmp_path / name / "done", command, is_launched=False)
 
     steps = [step("last", 0, "set", "plain"), step("set", 0, "style"), step("style", 0), step("plain", 1.5)]
-    StepRunner(tmp_path, tmp_path / "runs").run_side_by_side(steps)
+    StepRunner(tmp_path, tmp_path / "runs").run_in_parallel(steps)
     finished = [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines() if "finished in" in line]
     assert finished == ["style", "set", "plain", "last"]

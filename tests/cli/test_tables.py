@@ -5,12 +5,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from utils.cli.tables import print_table
+from utils.cli.tables import print_table, shorten
 
 
 @pytest.fixture
 def printed():
-    """Print a table at a width, and return what comes out."""
+    """Print a table at a width, and return the output."""
 
     def print_at(width: int, title: str | None = "all [b]images[/b]", name: str = "Textures (DTD)") -> str:
         table = Table("image set", "images", "steps (1, 2)", "", title=title, caption="of one\nGPU")
@@ -39,5 +39,11 @@ def test_a_wide_console_has_a_table_and_a_narrow_one_lines(printed):
     assert printed(30, title=None).startswith("image set\nTextures")
 
 
-def test_a_name_that_ends_as_a_cut_one_does_is_not_taken_for_one(printed):
+def test_a_name_that_ends_with_an_ellipsis_is_not_taken_for_a_cut_one(printed):
     assert "┃ image set ┃" in printed(80, name="Text…")
+
+
+def test_long_names_keep_their_ends():
+    names = [shorten(f"bridged_replay@a_very_long_name_{number}", 26) for number in range(2)]
+    assert len(set(names)) == 2 and {len(name) for name in names} == {26}
+    assert shorten("bridged@plain", 26) == "bridged@plain"

@@ -1,4 +1,4 @@
-"""How many threads a process computes with, and how they wait: what OpenMP itself says, and a container's limits."""
+"""The number of threads of a process and how they wait, as reported by OpenMP, and a container's limits."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ SCRIPTS = ["train_dsi", "generate_synthetic", "train_bridged", "compare_transfer
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Return a function that makes this a machine of 8 cores, none of which is known to be taken, with exceptions."""
+    """Return a function that simulates a machine with 8 free cores, with changes."""
 
     def make(own=range(8), group="/", limits=None, **environment):
         for name in (NUM_THREADS, WAIT_POLICY, *LOCAL_SIZES):
@@ -44,7 +44,7 @@ def machine(monkeypatch, tmp_path):
     processes.warn_once.cache_clear()
 
 
-def test_torchs_number_stays_where_no_limit_is_below_it(machine):
+def test_torchs_number_of_threads_stays_without_a_lower_limit(machine):
     assert machine() == (None, 8)
     assert machine(own=range(3)) == (None, 3)  # torch itself counts these
     assert machine(limits={"": "max 100000\n"}) == (None, 8)
@@ -56,11 +56,11 @@ def test_a_containers_limit_and_other_processes_leave_fewer_threads(machine):
     assert machine(limits={"": "300000 100000\n"}) == ("3", 3)
     assert machine(limits={"": "150000 100000\n"}) == ("2", 2)
     assert machine(limits={"": "50000 100000\n"}) == ("1", 1)
-    # the lowest limit of the groups around this one
+    # the lowest limit of the parent groups
     assert machine(group="/a/b", limits={"": "max 1", "a": "200000 100000", "a/b": "max 100000"}) == ("2", 2)
     assert machine(limits={"": "max 100000"}, LOCAL_WORLD_SIZE="2") == ("4", 8)
     assert machine(OMPI_COMM_WORLD_LOCAL_SIZE="16") == ("1", 8)
-    # bound to two cores by MPI, which no other process has
+    # bound by MPI to its own two cores
     assert machine(own=range(2), MPI_LOCALNRANKS="4") == (None, 2)
 
 
@@ -76,11 +76,11 @@ def test_workers_share_the_cores_and_each_has_at_most_the_users_number(machine):
     assert [threads.num_threads(workers) for workers in (1, 2, 3, 20)] == [8, 4, 2, 1]
     machine(OMP_NUM_THREADS="3,1")
     assert [threads.num_threads(workers) for workers in (1, 2, 3)] == [3, 3, 2]
-    machine(OMP_NUM_THREADS="many")  # OpenMP says itself that it ignores it
+    machine(OMP_NUM_THREADS="many")  # OpenMP itself reports that it ignores this
     assert threads.num_threads(2) == 4
 
 
-def test_what_was_chosen_is_said_and_recorded_and_nothing_else_is(machine, tmp_path, caplog):
+def test_only_a_chosen_number_of_threads_is_reported_and_recorded(machine, tmp_path, caplog):
     def told(*arguments) -> list[str]:
         caplog.clear()
         with caplog.at_level(logging.WARNING):
@@ -99,7 +99,7 @@ def test_what_was_chosen_is_said_and_recorded_and_nothing_else_is(machine, tmp_p
     assert told("cpu") == [] and "num_threads" not in recorded()
     machine(OMP_NUM_THREADS="1")  # as accelerate launch sets it
     [line] = told("cpu")
-    assert "OMP_NUM_THREADS: is 1, which leaves most of 8 cores idle" in line and "OMP_NUM_THREADS=8 before" in line
+    assert "OMP_NUM_THREADS: 1 leaves most of 8 cores idle" in line and "OMP_NUM_THREADS=8 before" in line
     assert told("cuda") == []
     processes.warn_once.cache_clear()
     assert told("cpu", 4) == [] and "num_threads" not in recorded()
@@ -107,7 +107,7 @@ def test_what_was_chosen_is_said_and_recorded_and_nothing_else_is(machine, tmp_p
     assert told("cpu") == []
 
 
-# each script is a process that imports all it needs; one that trains and one that draws are the short form
+# each script is a process with all imports; the short form has one that trains and one that generates
 IN_SHORT = ("train_dsi", "generate_synthetic")
 
 
@@ -115,7 +115,7 @@ IN_SHORT = ("train_dsi", "generate_synthetic")
     "script", [pytest.param(name, marks=[] if name in IN_SHORT else pytest.mark.soak) for name in SCRIPTS]
 )
 def test_threads_of_every_script_sleep_while_they_wait(script):
-    """OpenMP says with which values it was loaded, which is when it reads them: passive threads never spin."""
+    """OpenMP reports the values that it read on loading: passive threads never spin."""
     environment = {key: value for key, value in os.environ.items() if key not in (WAIT_POLICY, NUM_THREADS)}
     done = subprocess.run(
         [sys.executable, "-c", f"import {script}, torch"], cwd=ROOT, env=environment | {"OMP_DISPLAY_ENV": "verbose"},

@@ -22,7 +22,7 @@ def test_labels_are_the_last_part_of_the_name_unless_two_have_the_same(values, l
     assert [classifier.given for classifier in parse_classifiers(values)] == values
 
 
-def test_revisions_are_each_its_own_and_folders_have_none(tmp_path):
+def test_each_classifier_has_its_own_revision_and_folders_have_none(tmp_path):
     (tmp_path / "a@b").mkdir()
     parsed = parse_classifiers(["me/vit@refs/pr/2", "me/vit", str(tmp_path / "a@b")])
     assert [(classifier.name, classifier.revision) for classifier in parsed] == [

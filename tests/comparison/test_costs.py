@@ -1,4 +1,4 @@
-"""What synthetic images took to make, from the records of sets and of their style tokens."""
+"""The seconds for making synthetic images, from the records of sets and style tokens."""
 
 import hashlib
 
@@ -19,7 +19,7 @@ def row(label, volume=None) -> Row:
 
 @pytest.fixture
 def make_source(tmp_path):
-    """Make the records of a synthetic set, and of its style token where that took some seconds."""
+    """Write the records of a synthetic set, and of its style token if seconds are given for it."""
 
     def make(name: str, run: dict | None, token_seconds: float | None = None, weights: bytes = b"rows"):
         token = None
@@ -64,12 +64,12 @@ def test_a_set_that_seeds_share_counts_once_and_a_smaller_volume_has_its_share(m
     ("run", "expected"),
     [(None, None), ({"seconds": 20.0, "num_drawn": 100}, 120), ({"seconds": 3.0, "num_drawn": 0}, None)],
 )
-def test_seconds_of_a_run_that_drew_a_part_are_those_of_the_whole_set_or_not_known(run, expected, make_source):
+def test_seconds_of_a_run_that_drew_a_part_are_scaled_to_the_whole_set_or_unknown(run, expected, make_source):
     (found,) = costs_of([row("mix")], {("dsi", 0): make_source("set", run)})
     assert found == {"generator_seconds": expected}
 
 
-def test_seconds_that_no_record_says_are_not_known(make_source):
+def test_seconds_without_a_record_are_unknown(make_source):
     known, unknown = make_source("known", {"seconds": 20.0}, 5.0), make_source("unknown", None, 5.0, b"other rows")
     (found,) = costs_of([row("mix")], {("dsi", 0): known, ("dsi", 1): unknown}, seeds=(0, 1))
     assert found == {"generator_seconds": None, "style_token_seconds": None}

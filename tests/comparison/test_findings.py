@@ -51,7 +51,7 @@ def test_the_first_sentence_names_the_method_to_use_its_accuracy_and_its_gain_ov
     )
 
 
-def test_without_a_clear_gain_the_best_real_only_method_is_named_and_the_gain_that_is_not_clear():
+def test_without_a_clear_gain_the_best_real_only_method_is_named_with_the_unclear_gain():
     correct = correct_of({VANILLA: {16: 0.79}, MIXUP: {16: 0.8}, REPLAY: {16: 0.805}, MIX: {16: 0.6}})
     gain = paired_gain(correct[REPLAY][16], correct[MIXUP][16])
     first, *others = describe_findings(correct, VANILLA)
@@ -64,7 +64,7 @@ def test_without_a_clear_gain_the_best_real_only_method_is_named_and_the_gain_th
     assert "mix, the best with synthetic images, loses -20.0 [" in describe_findings(correct, VANILLA)[0]
 
 
-def test_of_several_classifiers_each_has_its_answer_first_and_what_holds_for_all_is_said_once():
+def test_with_several_classifiers_the_answers_come_first_and_common_limits_once():
     gaining = correct_of({VANILLA: {1: 0.5}, BRIDGED: {1: 0.6}, REPLAY: {1: 0.8}}, num_seeds=1)
     losing = correct_of({VANILLA: {1: 0.5}, BRIDGED: {1: 0.3}, REPLAY: {1: 0.4}}, num_seeds=1)
     found = findings.describe_findings({"resnet18": gaining, "vit": losing}, VANILLA)
@@ -84,7 +84,7 @@ def test_two_numbers_of_images_are_one_sentence():
     assert "the best without synthetic images; use vanilla_mixup with 16 shots: 80.0 %, no method with" in first
 
 
-def test_of_more_numbers_of_images_the_first_sentence_has_the_answers_and_each_has_a_sentence_of_its_own():
+def test_with_more_numbers_of_images_the_first_sentence_has_all_answers_and_each_has_its_own_sentence():
     shots = {1: 0.5, 2: 0.5, 4: 0.5, None: 0.8}
     gaining = {1: 0.7, 2: 0.6, 4: 0.7, None: 0.8}
     correct = correct_of({VANILLA: shots, MIX: gaining, REPLAY: gaining | {2: 0.7, 4: 0.5}})
@@ -94,7 +94,7 @@ def test_of_more_numbers_of_images_the_first_sentence_has_the_answers_and_each_h
     ]
     assert first == (
         f"Use mix with 1 ({gains[0]}) and 4 shots ({gains[1]}), bridged_replay with 2 shots ({gains[2]}), "
-        "vanilla_matched with all images; in parentheses what is gained over the best method without synthetic images."
+        "vanilla_matched with all images; in parentheses the gain over the best method without synthetic images."
     )
     assert [sentence.split(":")[0] for sentence in sentences[:4]] == [
         "Use mix with 1 shot", "Use bridged_replay with 2 shots", "Use mix with 4 shots",
@@ -102,8 +102,8 @@ def test_of_more_numbers_of_images_the_first_sentence_has_the_answers_and_each_h
     ]  # fmt: skip
 
 
-def test_a_method_whose_gain_is_clear_is_preferred_to_one_of_a_higher_mean_whose_gain_is_not():
-    """The higher mean comes from one lucky seed of three."""
+def test_a_clear_gain_is_preferred_to_a_higher_mean_without_one():
+    """The higher mean comes from one lucky seed out of three."""
     lucky = np.stack([runs(accuracy, 1)[0] for accuracy in (0.95, 0.5, 0.5)])
     correct = correct_of({VANILLA: {1: 0.5}, MIX: {1: 0.6}}) | {KEEP: {1: lucky}}
     assert lucky.mean() > 0.6
@@ -118,11 +118,11 @@ def test_the_best_without_synthetic_images_may_be_one_of_fewer_steps_but_not_at_
     assert recommend(correct_of({plain: {1: 0.5}, VANILLA: {1: 0.5}, MIX: {1: 0.9}}))[0].real_only == VANILLA
 
 
-def test_what_was_not_run_is_said():
+def test_missing_methods_are_mentioned():
     first, *_ = describe_findings(correct_of({BRIDGED: {1: 0.5}, MIX: {1: 0.6}}), None)
     assert first == (
-        "Use mix with 1 shot: 60.0 %, the best here; no method was run on real images alone, so what synthetic images "
-        "gain is not known."
+        "Use mix with 1 shot: 60.0 %, the best here; no method was run on real images alone, so the gain of "
+        "synthetic images is not known."
     )
     assert describe_findings(correct_of({VANILLA: {1: 0.5}, MIXUP: {1: 0.6}}), VANILLA) == [
         "Use vanilla_mixup with 1 shot: 60.0 %; no method with synthetic images was run."
@@ -131,7 +131,7 @@ def test_what_was_not_run_is_said():
     assert first.startswith("Use mix with 1 shot: 80.0 %, +30.0 points [") and others == []
 
 
-def test_what_cannot_be_judged_is_not_recommended():
+def test_methods_that_cannot_be_judged_are_not_recommended():
     ours, theirs = np.ones((3, 1), bool), np.zeros((3, 1), bool)
     first, second, *_ = describe_findings({VANILLA: {1: theirs}, BRIDGED: {1: ours}, MIX: {1: theirs}}, VANILLA)
     assert first == (
@@ -142,7 +142,7 @@ def test_what_cannot_be_judged_is_not_recommended():
     several = {VANILLA: {1: runs(0.5), 2: theirs, 4: theirs}, BRIDGED: {1: runs(0.9), 2: ours, 4: ours}}
     assert describe_findings(several, VANILLA)[0] == (
         f"Use bridged with 1 shot ({paired_gain(runs(0.9), runs(0.5))}); with 2 and 4 shots it cannot be judged which "
-        "method to use; in parentheses what is gained over the best method without synthetic images."
+        "method to use; in parentheses the gain over the best method without synthetic images."
     )
 
 
@@ -169,14 +169,18 @@ def test_with_volumes_the_largest_is_named():
     assert last.startswith("bridged, 3000 synthetic images per class instead of 500: gains at 1 shot (+50.0 [")
 
 
-def test_a_picture_highlights_what_to_use_the_best_on_real_images_and_the_usual_methods():
-    correct = correct_of({VANILLA: {1: 0.2, 4: 0.6}, MIXUP: {1: 0.3, 4: 0.5}, BRIDGED: {1: 0.4, 4: 0.4},
-                          KEEP: {1: 0.5, 4: 0.4}, REPLAY: {1: 0.8, 4: 0.6}})  # fmt: skip
-    highlighted = ["bridged_replay", "vanilla_matched", "vanilla_mixup", "bridged"]
-    assert list_highlights(recommend(correct), correct) == highlighted
+def test_a_picture_highlights_the_reference_the_default_what_the_answers_name_and_the_usual_methods():
+    accuracies = {VANILLA: {1: 0.2, 4: 0.5}, MIXUP: {1: 0.3, 4: 0.6}, ALONE: {1: 0.3, 4: 0.3}, KEEP: {1: 0.5, 4: 0.4},
+                  BRIDGED: {1: 0.4, 4: 0.4}, MIX: {1: 0.8, 4: 0.4}, REPLAY: {1: 0.7, 4: 0.5}}  # fmt: skip
+    correct = {"resnet18": correct_of(accuracies)}
+    first = ["vanilla_matched", "bridged_replay", "vanilla_mixup", "mix", "bridged"]
+    assert list_highlights(correct, VANILLA) == [*first, "synthetic_only"], "six of seven, the last by its place"
+    assert list_highlights(correct, None) == [*first[1:], "vanilla_matched", "synthetic_only"]
+    few = {"vit": correct_of({row: accuracies[row] for row in (KEEP, VANILLA)})}
+    assert list_highlights(few, VANILLA) == ["vanilla_matched", "bridged_keep"], "all, if there are few"
 
 
-def test_a_rival_is_not_said_to_beat_where_the_interval_is_not_known():
+def test_a_rival_with_an_unknown_interval_does_not_beat_the_bridged_methods():
     right = np.ones((1, 1), bool)
     sentences = describe_findings({VANILLA: {1: ~right}, BRIDGED: {1: ~right}, MIX: {1: right}}, VANILLA)
     assert not any("beats" in sentence for sentence in sentences)
@@ -186,7 +190,7 @@ def test_a_rival_is_not_said_to_beat_where_the_interval_is_not_known():
     "accuracy, verdict",
     [(0.9, "gains at 1 shot (+40.0"), (0.1, "loses at 1 shot (-40.0"), (0.51, "makes no clear difference at")],
 )
-def test_what_bridging_did_follows_also_when_it_loses(accuracy, verdict):
+def test_the_result_of_bridging_follows_also_if_it_loses(accuracy, verdict):
     correct = correct_of({VANILLA: {1: 0.5}, BRIDGED: {1: accuracy}, KEEP: {1: 0.95}})
     _, first, second, _ = describe_findings(correct, VANILLA)
     assert first.startswith("Over 3 seeds, in points of accuracy [95 % interval] over vanilla_matched: bridged ")
@@ -194,7 +198,7 @@ def test_what_bridging_did_follows_also_when_it_loses(accuracy, verdict):
     assert second.startswith("bridged_keep gains at 1 shot (+45.0 [")
 
 
-def test_findings_group_the_shot_counts_by_what_happened():
+def test_findings_group_the_shot_counts_by_verdict():
     correct = correct_of({VANILLA: {1: 0.3, None: 0.9}, BRIDGED: {1: 0.7, None: 0.4}, KEEP: {1: 0.7, None: 0.9}})
     _, sentence, second, _ = describe_findings(correct, VANILLA)
     assert "bridged gains at 1 shot (+40.0" in sentence and "; loses with all images (-50.0" in sentence
@@ -220,13 +224,13 @@ def test_one_seed_is_called_a_single_run():
     assert last == "The intervals cover the draw of the test images, not the luck of this one seed."
 
 
-def test_a_baseline_of_fewer_steps_is_called_that():
+def test_a_baseline_with_fewer_steps_is_described_as_such():
     plain = row("vanilla")
     sentences = describe_findings(correct_of({plain: {1: 0.5}, BRIDGED: {1: 0.6}}), plain)
     assert "over vanilla, which took fewer steps:" in sentences[1]
 
 
-def test_what_a_guard_left_out_is_counted():
+def test_runs_in_which_a_guard_left_images_out_are_counted():
     kept, dropped = {"guard": {"synthetic_share": 0.2}}, {"guard": {"synthetic_share": 0.0}}
     results = {"a": {REPLAY: {1: [kept, kept], 4: [kept, dropped], None: [dropped, dropped]}, MIX: {1: [{}, {}]}}}
     sentence = "bridged_replay left the synthetic images out in 1 of 2 runs with 4 shots, 2 of 2 runs with all images."

@@ -18,7 +18,7 @@ def stages_of(name, num_shots=4):
     return plan_cell(make_cell(row_of(name), num_shots, 0, RECIPE, BRIDGE), REST)
 
 
-def test_a_stage_takes_what_recipe_and_variant_leave_open_from_the_shared_settings():
+def test_a_stage_takes_settings_not_in_recipe_or_method_from_the_shared_ones():
     (stage,) = stages_of("vanilla")
     assert (stage.settings.batch_norm, stage.settings.weight_decay) == ("train", 0.1)
     assert (stage.settings.learning_rate, stage.settings.head_learning_rate_factor) == (1e-4, 10.0)

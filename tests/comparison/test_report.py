@@ -6,6 +6,7 @@ from huggingface_hub import ModelCard
 
 from utils.comparison.classifiers import parse_classifiers
 from utils.comparison.findings import describe_findings
+from utils.comparison.gains import plot_gains
 from utils.comparison.grid import Row
 from utils.comparison.plots import Panel, plot_comparison
 from utils.comparison.report import print_comparison, write_markdown
@@ -22,7 +23,7 @@ COSTS = {"stage1_steps": 90, "stage1_images_seen": 2880, "stage1_seconds": 2.5, 
 
 
 def compare(methods=("vanilla_matched", "mix", "bridged"), shots=(1, 4), volumes=(None,), num_seeds=2, num_images=200):
-    """Return results, each run a little better than the one before."""
+    """Return results in which each run is slightly better than the last."""
     rng = np.random.default_rng(0)
     results, accuracy = {}, 0.3
     for method in methods:
@@ -52,7 +53,7 @@ def facts():
 
 
 def table_of(text, heading):
-    """Return the cells of the first Markdown table below a heading, a list a row."""
+    """Return the cells of the first Markdown table below a heading, one list per row."""
     lines = text.split(f"## {heading}\n")[1].strip().split("\n\n")[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert len({len(row) for row in rows}) == 1, "every row has as many cells as the head"
@@ -66,6 +67,7 @@ def test_the_report_begins_with_its_finding_and_has_valid_metadata(facts, tmp_pa
     assert card.data.datasets == ["user/cars", "user/syn"]
     assert card.data.base_model == "timm/resnet18"
     assert facts["command"] in card.text and "![accuracy of each method](comparison.png)" in card.text
+    assert "\n\n![gain of each method over the reference](gain.png)\n\n## Costs\n" in card.text
 
 
 def test_the_tables_hold_the_figures_of_the_summary(facts, tmp_path):
@@ -74,8 +76,8 @@ def test_the_tables_hold_the_figures_of_the_summary(facts, tmp_path):
     text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
     head, _, *rows = table_of(text, "Test accuracy")
     assert head == ["method", "1 shot", "4 shots", "steps", "seconds per run"]
-    assert [row[0] for row in rows] == ["vanilla_matched", "mix, 500 a class", "mix, 1000 a class",
-                                        "bridged, 500 a class", "bridged, 1000 a class"]  # fmt: skip
+    assert [row[0] for row in rows] == ["vanilla_matched", "mix, 500 per class", "mix, 1000 per class",
+                                        "bridged, 500 per class", "bridged, 1000 per class"]  # fmt: skip
     entry = next(
         entry for entry in summary if (entry["method"], entry["volume"], entry["num_shots"]) == ("mix", 1000, 4)
     )
@@ -85,19 +87,19 @@ def test_the_tables_hold_the_figures_of_the_summary(facts, tmp_path):
     assert "on 200 test images" in text and "over 2 seeds" in text
     assert "- `mix`: real and synthetic images" in text
     settings = text.split("## Settings")[1]
-    assert "| bridged | 4 a class | 0.0001 | 30 | 10 x for a fresh head, 1 x for another |" in settings
+    assert "| bridged | 4 per class | 0.0001 | 30 | 10 x for a fresh head, 1 x otherwise |" in settings
     assert "| bridged | all | 0.0001 | 30 |" in settings
 
 
 @pytest.mark.parametrize("method", ["bridged", "bridged_replay"])
-def test_that_replay_divides_the_steps_anew_is_said_where_it_is_so(method, facts, tmp_path):
+def test_the_report_says_that_replay_redistributes_steps_if_it_does(method, facts, tmp_path):
     summary = summarise(compare(("vanilla_matched", method)), VANILLA)
     write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts)
     text = (tmp_path / "comparison.md").read_text()
-    assert ("methods that replay synthetic images divide the steps" in text) == (method == "bridged_replay")
+    assert ("methods that replay synthetic images redistribute the steps" in text) == (method == "bridged_replay")
 
 
-def test_one_seed_and_no_baseline_leave_out_what_there_is_not(facts, tmp_path):
+def test_with_one_seed_and_no_baseline_the_report_has_no_deviation_and_no_gain(facts, tmp_path):
     summary = summarise(compare(methods=("mix", "bridged"), shots=(None,), num_seeds=1), None)
     write_markdown(tmp_path / "comparison.md", summary, None, **facts | {"seeds": [0]})
     text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
@@ -114,12 +116,12 @@ def test_long_findings_are_whole_in_the_report(facts, tmp_path):
 
 
 def with_preparation(summary: list[dict]) -> list[dict]:
-    """Return a summary as `add_preparation` leaves it: mix by a set that has no style token, and no seconds."""
+    """Return a summary as after `add_preparation`; the set of mix has no style token and no recorded seconds."""
     costs = {"mix": {"generator_seconds": None}, "bridged": {"generator_seconds": 1234.4, "style_token_seconds": 60.0}}
     return [entry | costs.get(entry["method"], {}) for entry in summary]
 
 
-def test_costs_stand_beside_the_accuracy_in_both_tables(facts, tmp_path, capsys, monkeypatch):
+def test_both_tables_show_costs_next_to_the_accuracy(facts, tmp_path, capsys, monkeypatch):
     summary = with_preparation(summarise(compare(), VANILLA))
     write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts)
     text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
@@ -139,7 +141,7 @@ def test_costs_stand_beside_the_accuracy_in_both_tables(facts, tmp_path, capsys,
     assert "┃ generator seconds ┃" in wide and "not recorded" in wide and note in wide
 
 
-def test_several_classifiers_have_rows_recipes_and_a_stage_1_each(facts, tmp_path, capsys):
+def test_each_of_several_classifiers_has_rows_recipes_and_a_stage_1(facts, tmp_path, capsys):
     summaries = [with_preparation(summarise(compare(num_images=number), VANILLA)) for number in (200, 300)]
     names = ["vit", "resnet18"]
     summary = [{"classifier": name, **entry} for name, of_one in zip(names, summaries) for entry in of_one]
@@ -183,7 +185,7 @@ def test_the_printed_table_cuts_no_number(capsys):
     print_comparison(summary, findings, "vanilla_matched")
     printed = capsys.readouterr().out
     assert printed.splitlines()[0] == findings[0]
-    assert "bridged_head_warmup, 3000 a class" in printed and "…" not in printed
+    assert "bridged_head_warmup, 3000 per class" in printed and "…" not in printed
     for entry in summary:
         assert f"{entry['mean']:.1f} ± {entry['std']:.1f}" in printed
         if "gain" in entry:
@@ -191,11 +193,12 @@ def test_the_printed_table_cuts_no_number(capsys):
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])
-def test_intervals_that_are_not_known_are_words_in_every_table(num_seeds, facts, tmp_path, capsys):
+def test_unknown_intervals_are_words_in_every_table(num_seeds, facts, tmp_path, capsys):
     summary = summarise(compare(num_seeds=num_seeds, num_images=1), VANILLA)
     print_comparison(summary, ["It cannot be judged."], "vanilla_matched")
     write_markdown(tmp_path / "comparison.md", summary, "vanilla_matched", **facts)
-    plot_comparison(tmp_path / "comparison.png", [Panel("", summary)])
+    plot_comparison(tmp_path / "comparison.png", [Panel("", summary)], ["mix"])
+    plot_gains(tmp_path / "gain.png", summary, "vanilla_matched")
     text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
     printed = capsys.readouterr().out
     for shown in (text, printed):

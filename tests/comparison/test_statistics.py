@@ -27,7 +27,7 @@ def results_of(correct):
     return [pack_correct(right) for right in correct]
 
 
-def test_which_images_were_right_survives_packing_a_row_a_seed():
+def test_packing_keeps_which_images_were_right():
     right = np.random.default_rng(0).random((3, 1003)) < 0.5
     assert np.array_equal(stack_correct({BRIDGED: {4: results_of(right)}})[BRIDGED][4], right)
 
@@ -41,7 +41,7 @@ def test_interval_of_one_seed_is_students_t_over_the_test_images():
 
 
 def test_interval_of_several_seeds_is_that_of_the_two_way_table():
-    """Sums of squares written out, where both seeds and images vary by more than noise."""
+    """Sums of squares written out; both seeds and images vary by more than noise."""
     rng = np.random.default_rng(3)
     hard = rng.normal(0, 1, 60)
     ours, theirs = (rng.normal(0, 0.5, (4, 60)) + rng.normal(shift, 0.5, (4, 1)) + hard * turn > 0
@@ -62,8 +62,8 @@ def test_interval_of_several_seeds_is_that_of_the_two_way_table():
     assert (gain.mean, gain.low, gain.high) == pytest.approx((mean, mean - half, mean + half))
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
-    """400 comparisons of 3 seeds by 300 images whose true gain is 0, with seeds that differ and images that differ."""
+def test_interval_covers_the_truth_about_95_percent_of_the_time():
+    """400 comparisons of 3 seeds and 300 images with a true gain of 0; seeds and images both vary."""
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(400):
@@ -78,7 +78,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_seeds_that_agree_by_chance_do_not_make_the_interval_narrower_than_noise():
-    """Each seed gains exactly 10 points, on other images each time."""
+    """Each seed gains exactly 10 points, on different images."""
     gain = paired_gain(runs(0.6), runs(0.5))
     noise = 100 * np.sqrt(2 * 0.25 / (3 * 400))
     assert gain.high - gain.mean > 1.96 * noise
@@ -96,7 +96,7 @@ def test_equal_predictions_are_a_gain_of_exactly_nothing():
                    ((3, 2), "all differences are equal")]
 )  # fmt: skip
 @pytest.mark.parametrize(("ours", "theirs", "mean"), [(True, False, "+100.0"), (False, True, "-100.0")])
-def test_without_any_spread_the_interval_is_not_known_and_nothing_is_claimed(shape, why, ours, theirs, mean):
+def test_with_equal_differences_the_interval_is_unknown_and_nothing_is_claimed(shape, why, ours, theirs, mean):
     ours, theirs = np.full(shape, ours), np.full(shape, theirs)
     gain = paired_gain(ours, theirs)
     assert (gain.low, gain.high, gain.verdict) == (None, None, "cannot be judged")
@@ -106,13 +106,13 @@ def test_without_any_spread_the_interval_is_not_known_and_nothing_is_claimed(sha
 
 
 @pytest.mark.parametrize("num_images", [2, 5, 400])
-def test_seeds_that_repeat_each_other_say_no_more_than_one(num_images):
+def test_identical_seeds_count_as_one(num_images):
     ours, theirs = np.arange(num_images)[None] % 2 == 0, np.zeros((1, num_images), bool)
     one, three = (paired_gain(ours.repeat(count, 0), theirs.repeat(count, 0)) for count in (1, 3))
     assert (three.mean, three.low, three.high) == pytest.approx((one.mean, one.low, one.high))
 
 
-def test_an_interval_beyond_the_scale_is_said_as_it_is_computed():
+def test_an_interval_beyond_100_percent_is_shown_as_computed():
     gain = paired_gain(np.array([[True, False]]), np.zeros((1, 2), bool))
     half = stats.t.ppf(0.975, 1) * 50
     assert (gain.low, gain.high) == pytest.approx((50 - half, 50 + half)) and gain.high > 100
@@ -138,7 +138,7 @@ def test_costs_are_those_of_all_stages_averaged_over_seeds():
     seeds = [{"stage1_gpu_hours": 1.0, "stage2_gpu_hours": 0.5}, {"stage1_gpu_hours": 2.0, "stage2_gpu_hours": 0.5}]
     assert mean_costs(seeds)["gpu_hours"] == 2.0
     assert mean_costs([*seeds, {"stage1_gpu_hours": None}])["gpu_hours"] is None
-    # what a guard counts is no cost
+    # numbers of a guard are not costs
     assert mean_costs([{"stage1_steps": 3, "stage2_steps": 2, "guard": {"num_steps": 3}}])["steps"] == 5
 
 
@@ -157,7 +157,7 @@ def folds_of(differences, num_folds, seed=0):
 
 @pytest.mark.parametrize("num_repeats", [1, 3])
 def test_interval_of_folds_adds_the_images_variance_and_the_corrected_one_of_the_models(num_repeats):
-    """Sums written out, where folds differ by more than the images' noise."""
+    """Sums written out; folds differ by more than the images' noise."""
     rng = np.random.default_rng(1)
     num_images, num_folds = 40, 4
     ours, theirs = folds_of(rng.integers(-1, 2, (num_repeats, num_images)), num_folds)

@@ -24,7 +24,7 @@ def encode(image: PILImage.Image, image_format: str = "PNG", **options) -> bytes
 
 
 def image_column(encoded: list[bytes | str | None]) -> Dataset:
-    """Return a data set of encoded images: bytes, a path, or None."""
+    """Return a dataset of encoded images: bytes, a path, or None."""
     rows = [
         {"bytes": item, "path": None} if isinstance(item, bytes) else item and {"bytes": None, "path": item}
         for item in encoded
@@ -33,7 +33,7 @@ def image_column(encoded: list[bytes | str | None]) -> Dataset:
 
 
 def labelled_images(labels: list, feature=None, image_name: str = "image", label_name: str = "label") -> Dataset:
-    """Return drawn images with these labels, each class with a colour of its own; `feature` is the labels' type."""
+    """Return drawn images with these labels, one colour per class; `feature` is the labels' type."""
     rng = np.random.default_rng(0)
     colours = {label: number % 3 for number, label in enumerate(dict.fromkeys(labels))}
     rows = {image_name: [draw_image(colours[label], rng) for label in labels], label_name: labels}

@@ -24,7 +24,7 @@ def train_dir(tmp_path):
         ({"train_dir": "nowhere"}, "--train_dir nowhere: not a directory"),
         ({"train_dir": "{set}", "validation_dir": "nowhere"}, "--validation_dir nowhere: not a directory"),
         ({"train_dir": "{empty}"}, "--train_dir .*: has no class folders with images"),
-        ({"train_dir": "{set}/owl"}, "0.png is not directly in a class folder; right is .*/owl/class name/0.png"),
+        ({"train_dir": "{set}/owl"}, "0.png is not directly in a class folder; expected .*/owl/class name/0.png"),
         ({"train_dir": "{set}/.."}, "train/10/0.png is not directly in a class folder"),
         ({"train_dir": "{set}", "validation_dir": "{other}"}, "--validation_dir .* has no images of emu, fox[.]"),
         ({"dataset_name": "{set}/owl/0.png"}, "--dataset_name .*/0.png: is a file; give the folder"),
@@ -57,7 +57,7 @@ def test_check_real_images_given_takes_either_kind(train_dir):
     check_real_images_given(RealDataArguments(train_dir=str(train_dir), validation_dir=str(train_dir), num_shots=1))
 
 
-def test_train_bridged_takes_class_folders_of_the_record_or_beside_one_of_before_they_were(train_dir, tmp_path):
+def test_train_bridged_takes_class_folders_from_the_record_or_with_an_older_record(train_dir, tmp_path):
     record = RealImagesRecord(train_dir=str(train_dir), num_shots=2, max_train_samples=5)
 
     def real_arguments(recorded: dict, *argv):
@@ -78,5 +78,5 @@ def test_train_bridged_takes_class_folders_of_the_record_or_beside_one_of_before
 def test_an_output_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "notes").write_text("")
     for folder in (tmp_path / "notes", tmp_path / "notes" / "out"):
-        with pytest.raises(UserError, match="--output_dir .*: .*notes is a file; name a folder"):
+        with pytest.raises(UserError, match="--output_dir .*: .*notes is a file; choose a folder"):
             check_output_outside(folder, RealDataArguments())

@@ -10,7 +10,7 @@ from utils.data.audit import audit_images, list_findings, print_audit
 
 
 def draw(seed: int, size=(48, 64)) -> PILImage.Image:
-    """Return an image of soft random spots and a sharp frame, unlike that of any other seed."""
+    """Return an image of soft random spots and a sharp frame, different for every seed."""
     spots = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     pixels = np.array(PILImage.fromarray(spots).resize(size[::-1], PILImage.Resampling.BICUBIC))
     pixels[::47], pixels[:, ::63] = 255, 0
@@ -32,7 +32,7 @@ def audit(folder):
     return audit_images(load(train_dir=str(folder / "train"), validation_dir=str(folder / "test")))
 
 
-def test_good_images_are_counted_and_nothing_is_found(photos, capsys):
+def test_good_images_are_counted_without_findings(photos, capsys):
     found = audit(photos)
     assert (found.counts["train"] + found.counts["validation"]).tolist() == [10, 10]
     assert found.counts["validation"].min() > 0
@@ -41,12 +41,12 @@ def test_good_images_are_counted_and_nothing_is_found(photos, capsys):
     assert list_findings(found) == []
     print_audit(found, "photos")
     printed = capsys.readouterr().out
-    assert "Nothing wrong was found." in printed
+    assert "No problems were found." in printed
     assert "median 64 x 48" in printed
 
 
-def test_each_copy_is_told_by_where_it_is(photos):
-    """A copy is one whatever its format, and a leak in another split; within class and split it is harmless."""
+def test_each_copy_is_reported_by_its_place(photos):
+    """A copy in another format is still a copy; it is a leak in another split, and harmless within class and split."""
 
     def copy(source, target, **options):
         PILImage.open(photos / source).save(photos / target, **options)
@@ -68,7 +68,7 @@ def test_each_copy_is_told_by_where_it_is(photos):
 
 
 def test_altered_copies_look_alike_and_images_that_have_the_same_hash_by_chance_do_not(photos):
-    """Plain sheets have the same hash, whatever their colour; small details are lost in it."""
+    """Plain images of all colours have the same hash, which also loses small details."""
     photo, folder = draw(4), photos / "train" / "cat"
     photo.resize((32, 24)).save(folder / "smaller.png")
     photo.resize((160, 120)).save(folder / "larger.png")
@@ -80,8 +80,8 @@ def test_altered_copies_look_alike_and_images_that_have_the_same_hash_by_chance_
     ]  # fmt: skip
 
 
-def test_a_copy_of_a_look_alike_is_told_once(photos):
-    """A hash that two copies share with a third image by chance makes them no look-alikes; clear is seen on white."""
+def test_a_copy_of_a_look_alike_is_reported_once(photos):
+    """A hash that copies share with another image by chance makes no look-alikes; clear pixels appear white."""
     for name, colour in (("white", "white"), ("black", "black")):
         PILImage.new("RGB", (48, 64), colour).save(photos / "train" / "cat" / f"{name}.png")
     PILImage.new("RGBA", (48, 64), (0, 0, 0, 0)).save(photos / "train" / "cat" / "clear.png")
@@ -91,7 +91,7 @@ def test_a_copy_of_a_look_alike_is_told_once(photos):
 
 
 def save_of_mode(path, mode: str) -> None:
-    """Save a picture, much the same in every mode: greys from black to white."""
+    """Save a picture of greys from black to white, nearly the same in every mode."""
     levels = np.asarray(draw(99).convert("L"), np.float32) / 255
     pictures = {
         "I;16": PILImage.fromarray((levels * 65_535).astype(np.uint16)),
@@ -121,13 +121,13 @@ def test_images_of_every_mode_are_audited_as_training_reads_them(photos):
         "of more than 8 bits a channel, read with 0 as black and 4,095 as white",
     ]
     same = {place.file for group in (*found.copies, *found.look_alikes) for place in group}
-    assert len(same) >= len(modes) - 1  # black and white alone may differ
+    assert len(same) >= len(modes) - 1  # only black and white may differ
     (finding,) = [finding for finding in list_findings(found) if "4,095" in finding.what]
     assert finding.examples == ["train cat/mode1.tif"]
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
-def test_damaged_and_large_images_are_named_and_the_others_are_still_looked_at(photos, monkeypatch):
+def test_damaged_and_large_images_are_named_and_the_others_still_checked(photos, monkeypatch):
     monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 48 * 64)
     draw(1, (96, 65)).save(photos / "train" / "cat" / "large.png")
     (photos / "train" / "cat" / "1.png").write_bytes(b"no image")

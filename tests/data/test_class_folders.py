@@ -28,7 +28,7 @@ def classes_of(folder) -> list[str]:
 
 
 def names_of(images, class_names) -> list[str]:
-    """Return which class each image was drawn as, by its colour, to compare with its label."""
+    """Return the class that each image shows, by its colour, to compare with its label."""
     colours = [int(np.asarray(image).reshape(-1, 3).max(0).argmax()) for image in images["image"]]
     assert [("owl", "cat", "10")[colour] for colour in colours] == [class_names[label] for label in images["label"]]
     return sorted({class_names[label] for label in images["label"]})
@@ -56,7 +56,7 @@ def test_a_single_class_folder_is_a_class_and_numbers_are_in_their_order(tmp_pat
     assert classes_of(save_class_folders(tmp_path / "numbers", {"10": 1, "9": 1, "0": 1})) == ["0", "9", "10"]
 
 
-def test_what_is_left_out_is_told_once_by_the_main_process(train_dir, caplog, monkeypatch):
+def test_skipped_files_are_reported_once_by_the_main_process(train_dir, caplog, monkeypatch):
     (train_dir / "notes.txt").write_text("no image")
     check_real_images_given(RealDataArguments(train_dir=str(train_dir)))
     load(train_dir=str(train_dir))
@@ -88,9 +88,9 @@ def test_the_classes_of_split_folders_are_matched_by_name(tmp_path, caplog):
     splits = load_folder_set(read_local_set(str(tmp_path / "set")))
     assert {name: len(images) for name, images in splits.items()} == {"train": 20, "test": 6, "extra": 1}
     real = load(tmp_path / "set")
-    assert real.class_names == ["cat", "owl", "ant"]  # a class of a split that is not used is none
+    assert real.class_names == ["cat", "owl", "ant"]  # classes of unused splits do not count
     assert np.bincount(real.test["label"]).tolist() == [3, 2, 1]
-    assert "1 class name matched in spite of case, spaces or Unicode form: 'Owl' is 'owl'" in caplog.text
+    assert "1 class name matched ignoring case, spaces and Unicode form: 'Owl' is 'owl'" in caplog.text
     assert any("test images of classes without training images: 1 ('ant')" in remark for remark in real.remarks)
 
 
@@ -109,7 +109,7 @@ def test_folders_and_files_of_any_name_are_read_by_every_reader(tmp_path, monkey
     real = load(folder.name)
     assert real.class_names == sorted(ODD_NAMES)
     assert inspect_images(real.train, "training images")[1] == {}
-    monkeypatch.chdir("/")  # a row's path holds in every directory
+    monkeypatch.chdir("/")  # paths in rows are absolute
     labels = real.train["label"]
     expected = [colours[real.class_names[label]] for label in labels]
     assert [image.getpixel((0, 0)) for image in real.train["image"]] == expected
@@ -129,14 +129,14 @@ def test_validation_folders_have_the_labels_of_the_training_folders_by_name_what
     validation_dir = save_class_folders(tmp_path / "validation", {"OWL": 2, "cat": 0, "10": 1})
     real = load(train_dir=str(train_dir), validation_dir=str(validation_dir), num_shots=2)
     assert real.class_names == ["10", "cat", "owl"]
-    assert np.bincount(real.test["label"]).tolist() == [1, 0, 2]  # without a split 'test' they are the test
+    assert np.bincount(real.test["label"]).tolist() == [1, 0, 2]  # without a split 'test' they are the test part
     assert names_of(real.test, real.class_names) == ["10", "owl"]
     assert np.bincount(real.train["label"]).tolist() == [2, 2, 2]
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """Return a function that writes files below a folder 'set', images or text by their suffix, and returns it."""
+    """Return a function that writes image or text files, by suffix, below a folder 'set' and returns the folder."""
 
     def write(*files):
         for file in files:
@@ -177,7 +177,7 @@ def two_of(*folders) -> list[str]:
 def test_folders_are_classes_or_splits_with_classes(tree, folders, expected):
     found = read_local_set(tree(*two_of(*folders)))
     assert counts(found) == expected
-    assert list(found.splits) == list(expected)  # the training images' first, for the order of the classes
+    assert list(found.splits) == list(expected)  # training images first, for the order of the classes
     called = {name for name in folders if is_split_name(name) and "/" not in name}
     assert [note.partition("set: ")[2] for note in found.notes] == [
         f"treating {name} as a class (it holds images, not class folders)." for name in called
@@ -198,28 +198,28 @@ def test_an_unlabelled_test_folder_is_counted_and_not_used(tree):
     ("folders", "message"),
     [
         (["train", "test"], "only test, train hold images, .* If they are classes, give --train_dir .*set[.]"),
-        (["train", "valid", "sample"], "so no labels are seen"),
-        (["images"], "only images holds images, so no labels are seen; .* If it is a class, give --train_dir"),
+        (["train", "valid", "sample"], "so there are no labels"),
+        (["images"], "only images holds images, so there are no labels; .* If it is a class, give --train_dir"),
         (["train/cat", "samples"], "train hold class folders, but samples images; give --train_dir .*set/train for"),
         (["train/cat", "train"], "train/1.png is not directly in a class folder"),
-        (["cat", "dog", "."], "1.png is not directly in a class folder; right is .*set/class name/1.png[.]"),
-        (["cats/tabby", "dogs/pug"], "cats/tabby/1.png is not directly .*; right is .* or --dataset_name .*/cats"),
-        (["train/cats/tabby", "test/cats/tabby"], "train/cats/tabby/1.png is not .* right is .*train/class name/1.png"),
+        (["cat", "dog", "."], "1.png is not directly in a class folder; expected .*set/class name/1.png[.]"),
+        (["cats/tabby", "dogs/pug"], "cats/tabby/1.png is not directly .*; expected .* or --dataset_name .*/cats"),
+        (["train/cats/tabby", "test/cats/tabby"], "train/cats/tabby/1.png is not .* expected .*train/class name/1.png"),
     ],
 )  # fmt: skip
-def test_folders_that_may_mean_one_thing_or_another_are_one_line(tree, folders, message):
+def test_ambiguous_folders_are_one_line(tree, folders, message):
     with pytest.raises(UserError, match=message):
         read_local_set(tree(*two_of(*folders)))
 
 
 def test_a_train_dir_of_splits_says_how_to_give_them(tree):
     folder = tree(*two_of("test/cat", "train/cat", "train/dog"))
-    right = f"right is --train_dir {folder}/train --validation_dir {folder}/test, or --dataset_name {folder}"
+    right = f"try --train_dir {folder}/train --validation_dir {folder}/test, or --dataset_name {folder}"
     with pytest.raises(UserError, match=re.escape(right)):
         read_train_dirs(folder)
 
 
-def test_a_train_dir_takes_folders_called_as_splits_for_classes(tree):
+def test_a_train_dir_takes_folders_with_split_names_for_classes(tree):
     assert counts(read_train_dirs(tree(*two_of("train", "test")))) == {"train": {"test": 2, "train": 2}}
 
 
@@ -232,7 +232,7 @@ def test_a_train_dir_takes_folders_called_as_splits_for_classes(tree):
         ["train.tar", "notes.txt"],
         ["photos.zip"],
         ["data.jsonl"],
-        ["dataset_dict.json", "cat/1.png", "dog/1.png"],  # what save_to_disk writes
+        ["dataset_dict.json", "cat/1.png", "dog/1.png"],  # files of save_to_disk
     ],
 )
 def test_other_data_is_left_to_datasets(tree, files):
@@ -249,7 +249,7 @@ def test_a_card_that_names_data_files_is_left_to_datasets(tree):
         assert (read_local_set(folder) is not None) == is_ours
 
 
-def test_tables_and_archives_beside_class_folders_are_named(tree):
+def test_tables_and_archives_next_to_class_folders_are_named(tree):
     found = read_local_set(tree(*two_of("cat", "dog"), "labels.csv", "all.zip", "dog/metadata.csv"))
     assert counts(found) == {"train": {"cat": 2, "dog": 2}}
     told = "4 images of 2 classes; left out: 3 that are not images (all.zip, labels.csv, dog/metadata.csv)"
@@ -269,7 +269,7 @@ def test_a_folder_without_images_or_data_is_one_line(tree, files, message):
         read_local_set(tree(*files))
 
 
-def test_a_class_whose_files_are_all_left_out_is_no_class_and_told(tree):
+def test_a_class_without_any_readable_file_is_dropped_and_reported(tree):
     found = read_train_dirs(tree(*two_of("cat", "dog"), "owl/1.cr2"))
     assert load_folder_set(found)["train"].features["label"].names == ["cat", "dog"]
     assert "skipping empty class folders: owl" in found.notes[0]

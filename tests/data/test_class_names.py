@@ -4,10 +4,10 @@ import pytest
 
 from utils.cli.errors import UserError
 from utils.data.class_names import (
+    find_similar_names,
     fold_class_name,
     list_names,
     match_class_names,
-    near_equal_names,
     prompt_nouns,
     propose_noun,
     read_class_names,
@@ -19,13 +19,13 @@ CLASS_NAMES = ["n01440764", "no", "ankle_boot"]
 
 
 def read(path, text):
-    """Return what a file with this text says of `CLASS_NAMES`."""
+    """Return the nouns of `CLASS_NAMES` in a file with this text."""
     path.write_text(text, encoding="utf-8")
     return read_class_names_file(str(path), CLASS_NAMES)
 
 
 def read_alone(path, text):
-    """Return what it says where it is all that is known of the classes."""
+    """Return the classes and nouns in a file with this text."""
     path.write_text(text, encoding="utf-8")
     return read_class_names(str(path))
 
@@ -68,7 +68,7 @@ def test_prompt_nouns_have_single_spaces_and_are_corrected_where_a_correction_is
         (["wren", "Jay", "jay"], None, "classes 'Jay', 'jay': all are 'Jay' in a prompt"),
     ],
 )
-def test_prompt_nouns_that_collide_are_an_error_that_says_what_corrects_them(names, corrections, message):
+def test_prompt_nouns_that_collide_are_an_error_with_a_remedy(names, corrections, message):
     with pytest.raises(UserError, match=message):
         prompt_nouns(names, corrections)
 
@@ -111,22 +111,22 @@ def test_a_file_alone_gives_the_classes_in_order_and_nouns_are_proposed_where_it
 @pytest.mark.parametrize(
     ("readers", "name", "text", "message"),
     [
-        ([read], "nouns.txt", "tench\n", "has 1 nouns for 3 classes; .* the first class is 'n01440764'"),
+        ([read], "nouns.txt", "tench\n", "has 1 nouns for 3 classes; .* starting with 'n01440764'"),
         ([read], "nouns.json", '["a", "b", "c", "d"]', "has 4 nouns for 3 classes"),
         ([read], "nouns.yaml", "ankle_bot: boot", "entry 'ankle_bot': no such class, did you mean ankle_boot?"),
         ([read], "nouns.yaml", "xyz: boot", r"entry 'xyz': no such class\."),
         ([read], "nouns.json", '["a", null, "c"]', "entry 'no: None': put quotes"),
         ([read_alone], "names.txt", "# nothing\n\n", "has no classes"),
         ([read_alone], "names.json", "{}", "has no classes"),
-        ([read_alone], "names.txt", "cat\ndog\ncat\n", "class 'cat': is there twice"),
-        ([read_alone], "names.yaml", "- cat\n- no\n", r"class 2 \(False\): must be text, in YAML within quotes"),
+        ([read_alone], "names.txt", "cat\ndog\ncat\n", "class 'cat': duplicate"),
+        ([read_alone], "names.yaml", "- cat\n- no\n", r"class 2 \(False\): must be text; in YAML, use quotes"),
         ([read_alone], "names.json", '["cat", " "]', r"class 2 \(' '\): must be text"),
         ([read, read_alone], "nouns.yaml", "no: Noh mask", "entry 'False: Noh mask': put quotes"),
         ([read, read_alone], "nouns.yaml", "ankle_boot: 1", "entry 'ankle_boot: 1': put quotes"),
         ([read, read_alone], "nouns.json", '{"no": " "}', "entry 'no': its noun is empty"),
         ([read, read_alone], "nouns.json", '{" ": "cat"}', "entry ' : cat': its class name is empty"),
-        ([read, read_alone], "nouns.yaml", "'no': a\nankle_boot: b\n\"no\": c", "class 'no': is there twice"),
-        ([read, read_alone], "nouns.json", '{"no": "a", "no": "b"}', "class 'no': is there twice"),
+        ([read, read_alone], "nouns.yaml", "'no': a\nankle_boot: b\n\"no\": c", "class 'no': duplicate"),
+        ([read, read_alone], "nouns.json", '{"no": "a", "no": "b"}', "class 'no': duplicate"),
         ([read, read_alone], "nouns.yaml", "", "must be a mapping of class names to nouns, or a list"),
         ([read, read_alone], "nouns.yaml", "boot", "must be a mapping of class names to nouns, or a list"),
         ([read, read_alone], "nouns.json", "{", "is malformed: Expecting"),
@@ -165,7 +165,7 @@ def test_names_that_differ_in_case_spaces_or_unicode_form_match(name, class_name
     assert match_class_names([name], [class_name, "other"], "--flag f:") == {name: class_name}
     assert match_class_names([class_name], [name, "other"], "--flag f:") == {class_name: name}
     assert caplog.messages[0] == (
-        f"--flag f: 1 class name matched in spite of case, spaces or Unicode form: '{name}' is '{class_name}'."
+        f"--flag f: 1 class name matched ignoring case, spaces and Unicode form: '{name}' is '{class_name}'."
     )
 
 
@@ -188,31 +188,31 @@ def test_an_equal_name_wins_over_one_in_another_case(caplog):
 @pytest.mark.parametrize(
     ("names", "class_names", "listed"),
     [
-        (["JAY"], ["Jay", "jay"], "'JAY': .* 'JAY', 'Jay', 'jay' are the same; write"),
-        (["Jay", "JAY"], ["jay"], "'Jay', 'JAY': .* 'Jay', 'JAY', 'jay' are"),
-        (["Jay", "jay"], ["jay"], "'Jay': .* 'Jay', 'jay' are"),
-        (["Jay", "JAY"], ["Jay", "jay"], "'JAY': .* 'Jay', 'JAY', 'jay' are"),
+        (["JAY"], ["Jay", "jay"], "'JAY': .* 'JAY', 'Jay', 'jay' differ"),
+        (["Jay", "JAY"], ["jay"], "'Jay', 'JAY': .* 'Jay', 'JAY', 'jay' differ"),
+        (["Jay", "jay"], ["jay"], "'Jay': .* 'Jay', 'jay' differ"),
+        (["Jay", "JAY"], ["Jay", "jay"], "'JAY': .* 'Jay', 'JAY', 'jay' differ"),
     ],
 )
-def test_names_that_are_not_clear_are_one_line_that_lists_them(names, class_names, listed):
+def test_ambiguous_names_are_one_line_that_lists_them(names, class_names, listed):
     with pytest.raises(UserError, match=f"^--flag {listed}") as raised:
         match_class_names(["wren", *names], ["wren", *class_names], "--flag")
     assert "\n" not in str(raised.value)
 
 
-def test_several_names_of_one_class_are_taken_where_they_need_not_be_unique():
+def test_several_names_of_one_class_are_accepted_if_they_need_not_be_unique():
     names = ["Jay", "JAY", "jay"]
     assert match_class_names(names, ["jay"], "--flag x", is_unique=False) == dict.fromkeys(names, "jay")
-    with pytest.raises(UserError, match="--flag x 'JAY': not clear"):
+    with pytest.raises(UserError, match="--flag x 'JAY': ambiguous"):
         match_class_names(["JAY"], ["Jay", "jay"], "--flag x", is_unique=False)
 
 
 def test_a_file_in_another_case_gives_its_nouns_to_the_real_classes(tmp_path, caplog):
     nouns = read(tmp_path / "nouns.yaml", "Ankle_Boot: boot\n'NO': Noh mask\n")
     assert nouns == {"ankle_boot": "boot", "no": "Noh mask"}
-    assert caplog.messages[0].startswith(f"--class_names_file {tmp_path}/nouns.yaml: 2 class names matched in spite")
+    assert caplog.messages[0].startswith(f"--class_names_file {tmp_path}/nouns.yaml: 2 class names matched ignoring")
     for other, listed in (("NO", "'NO', 'No'"), ("no", "'No'")):
-        with pytest.raises(UserError, match=f"nouns.yaml: {listed}: not clear which class is meant"):
+        with pytest.raises(UserError, match=f"nouns.yaml: {listed}: ambiguous"):
             read(tmp_path / "nouns.yaml", f"'{other}': a\n'No': b\n")
 
 
@@ -230,6 +230,6 @@ def test_class_names_that_are_integers_are_in_numeric_order():
 
 def test_names_that_differ_in_case_blanks_or_accents_are_found():
     names = ["Cat", "cat ", "CAT", "dog", "caf\u00e9", "cafe\u0301", "cafe", "St. Bernard", "St.  bernard"]
-    assert near_equal_names(names) == [
+    assert find_similar_names(names) == [
         ["Cat", "cat ", "CAT"], ["caf\u00e9", "cafe\u0301"], ["St. Bernard", "St.  bernard"],
     ]  # fmt: skip

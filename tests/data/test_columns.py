@@ -1,4 +1,4 @@
-"""Which columns hold images and labels, among them bytes of files that do not say so, and labels of any kind."""
+"""Finding image and label columns, including encoded files in plain columns, and labels of any kind."""
 
 import numpy as np
 import pyarrow as pa
@@ -70,17 +70,17 @@ def test_columns_are_found_by_type_and_the_labels_by_a_usual_name_too(tmp_path):
     images = labelled_images(["owl", "cat"] * 6).add_column("mask", FILES[:12])
     images.to_parquet(tmp_path / "train.parquet")
     real = load(tmp_path)
-    assert real.record.image_column_name == "image"  # of type Image, before one of bytes
+    assert real.record.image_column_name == "image"  # type Image wins over bytes
     assert real.class_names == ["cat", "owl"]
     named = images.remove_columns("mask").rename_columns({"image": "img", "label": "kind"})
     named.to_parquet(tmp_path / "train.parquet")
     real = load(tmp_path, label_column_name="kind")
     assert real.class_names == ["cat", "owl"]
-    assert np.asarray(real.train[0]["image"])[..., 1 - real.train[0]["label"]].max() == 230  # of its class's colour
+    assert np.asarray(real.train[0]["image"])[..., 1 - real.train[0]["label"]].max() == 230  # the colour of its class
 
 
 def test_an_image_column_with_a_mode_is_read_without_it(tmp_path):
-    """Training reads files, evaluation what datasets decode: with a mode, these would be other pixels."""
+    """Training reads files, evaluation what datasets decodes: with a mode, the pixels would differ."""
     clear = encode(PILImage.new("RGBA", (4, 4), (0, 0, 0, 0)))
     for feature in (Image(mode="RGB"), Image(decode=False)):
         features = Features({"image": feature, "label": ClassLabel(names=["cat", "dog"])})
@@ -90,7 +90,7 @@ def test_an_image_column_with_a_mode_is_read_without_it(tmp_path):
 
 
 def test_a_column_of_paths_is_refused_with_what_to_do(tmp_path):
-    with pytest.raises(UserError, match="--image_column_name url: is of type string, no image column; .*cast_column"):
+    with pytest.raises(UserError, match="--image_column_name url: must hold images, got type string; .*cast_column"):
         load_table(tmp_path, "url", url=pa.array([f"https://example.com/{name}" for name in NAMES]))
 
 
@@ -122,7 +122,7 @@ def test_classes_are_in_their_natural_order(labels, feature, names):
     assert by_name["train"] == expected
 
 
-def test_classes_are_known_by_name_where_parts_number_them_otherwise():
+def test_classes_are_matched_by_name_if_splits_number_them_differently():
     train, test = ClassLabel(names=["cat", "dog", "owl"]), ClassLabel(names=["owl", "cat", "dog", "emu"])
     by_name, names = unify(train=labelled([0, 1, 2], train), test=labelled([0, 1, 2, 3], test))
     assert names == ["cat", "dog", "owl", "emu"]  # new ones last: the others keep their numbers
@@ -132,11 +132,11 @@ def test_classes_are_known_by_name_where_parts_number_them_otherwise():
     assert names == train.names
 
 
-def test_names_of_another_part_match_in_spite_of_case(caplog):
+def test_names_in_another_split_match_ignoring_case(caplog):
     by_name, names = unify(train=labelled(["cat", "dog"]), test=labelled(["Dog ", "CAT", "emu"]))
     assert names == ["cat", "dog", "emu"]
     assert by_name["test"] == ["dog", "cat", "emu"]
-    assert "--label_column_name kind: split 'test': 2 class names matched in spite of case" in caplog.text
+    assert "--label_column_name kind: split 'test': 2 class names matched ignoring case" in caplog.text
     with pytest.raises(UserError, match="CAT"):
         unify(train=labelled(["cat", "Cat"]), test=labelled(["CAT"]))
 
@@ -149,10 +149,10 @@ def test_labels_of_a_selection_are_those_of_its_rows():
 @pytest.mark.parametrize(
     ("labels", "feature", "message"),
     [
-        ([0.5, 1.5], None, "--label_column_name kind: is of type float64; one class per image is wanted"),
+        ([0.5, 1.5], None, "--label_column_name kind: is of type float64; must have one class per image"),
         ([0.006], Value("float32"), "is of type float32"),
         ([float("nan"), 1.0], None, "is of type float64"),
-        ([[1, 2], [3]], None, r"holds lists, several labels per image \(multi-label\); one class"),
+        ([[1, 2], [3]], None, r"holds lists, several labels per image \(multi-label\); must have one class"),
         ([["a", "b"], ["b"]], None, "multi-label"),
         ([[1, 0, 0], [0, 0, 1]], None, "holds one-hot vectors of 3 numbers"),
         ([[1.0, 0.0], [0.0, 1.0]], None, "holds one-hot vectors of 2 numbers"),
@@ -163,7 +163,7 @@ def test_labels_of_a_selection_are_those_of_its_rows():
         ([[0], [1]], None, "holds lists of one label each"),
         ([b"a", b"b"], None, "is of type binary"),
         ([{"id": 1}, {"id": 2}], None, "is of type dict"),
-        ([0, None, 1, -1], None, "2 of 4 images of split 'train' have no label, the first in row 1 .-1 is no class."),
+        ([0, None, 1, -1], None, "2 of 4 images of split 'train' have no label, .* in row 1 .-1 is not a class."),
         (["a", "", " ", None], None, "3 of 4 images of split 'train' have no label, the first in row 1"),
         ([True, None], None, "1 of 2 images .* row 1"),
         ([0, -1], ClassLabel(names=["a", "b"]), "1 of 2 images .* row 1"),
@@ -172,7 +172,7 @@ def test_labels_of_a_selection_are_those_of_its_rows():
         ([0, 1, -5], "tampered", "-5 in row 2 of split 'train' is not a class id"),
     ],
 )  # fmt: skip
-def test_what_is_no_class_is_one_line(labels, feature, message):
+def test_labels_that_are_not_classes_are_one_line(labels, feature, message):
     if feature == "tampered":  # as in a parquet file: `datasets` itself does not write such labels
         features = Features({"label": ClassLabel(names=["a", "b"])})
         images = Dataset(pa.table({"label": labels}, schema=features.arrow_schema))
@@ -183,11 +183,11 @@ def test_what_is_no_class_is_one_line(labels, feature, message):
 
 
 def test_labels_of_two_kinds_are_one_line():
-    with pytest.raises(UserError, match="not of one kind .integers in split 'train', names in split 'test'."):
+    with pytest.raises(UserError, match="different kinds .integers in split 'train', names in split 'test'."):
         unify(train=labelled([0, 1]), test=labelled(["a", "b"]))
 
 
-def test_a_split_is_labelled_where_one_image_is():
+def test_a_split_is_labelled_if_one_image_is():
     assert is_labelled(labelled([-1, 0]), "label")
     assert not is_labelled(labelled([-1, -1]), "label")
     assert not is_labelled(labelled([None, None], Value("string")), "label")

@@ -1,4 +1,4 @@
-"""Folds: every image is tested once, and the same images by every script."""
+"""Folds: every image is tested once, and every script uses the same folds."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_folds_test_every_image_once_and_every_class_evenly(num_folds):
 
 
 @pytest.mark.parametrize("text", ["6/5", "0/5", "1/1", "1", "1/5/2", "a/b", "-1/5"])
-def test_a_fold_that_there_is_not_is_one_line(text):
+def test_a_fold_that_does_not_exist_is_one_line(text):
     with pytest.raises(UserError, match=f"^--fold {text}: must be K/N, the K-th of N folds"):
         parse_fold(text)
 
@@ -64,11 +64,11 @@ def test_folds_stay_the_same_where_damaged_images_are_left_out(real_images_dir):
             assert np.array_equal(np.setdiff1d(all_of, [5, 17]), kept[left])
 
 
-def test_a_record_without_folds_says_nothing_of_them(real_images_dir):
+def test_a_record_without_folds_has_no_keys_for_them(real_images_dir):
     assert not {"fold", "fold_seed"} & set(RealImagesRecord(str(real_images_dir)).to_dict())
 
 
-def test_few_images_to_judge_by_are_one_line_that_names_the_smallest_class(tmp_path):
+def test_too_few_held_out_images_are_one_line_with_the_smallest_class(tmp_path):
     save_image_set(tmp_path / "few", {"train": 20, "validation": 6, "test": 4}, CLASS_NAMES)
     line = describe_small_parts(load_real_images(RealImagesRecord(str(tmp_path / "few"))))
     assert line.startswith("Warning: the test part has 4 images of its smallest class, too few")

@@ -65,7 +65,7 @@ def test_a_class_may_have_a_name_with_underscores_but_not_with_a_dot(tmp_path):
     ]  # fmt: skip
 
 
-def test_linked_folders_are_followed_and_circles_are_not(tmp_path):
+def test_linked_folders_are_followed_and_loops_are_not(tmp_path):
     write(tmp_path / "elsewhere", "1.jpg")
     write(tmp_path / "set", "cat/1.jpg")
     for link, target in (("dog", "../elsewhere"), ("all", "."), ("cat/up", ".."), ("gone", "nowhere"), ("me", "me")):
@@ -73,11 +73,11 @@ def test_linked_folders_are_followed_and_circles_are_not(tmp_path):
     files = find(tmp_path / "set")
     assert files.images == {(): [], ("cat",): ["1.jpg"], ("dog",): ["1.jpg"]}
     assert files.describe_left_out() == (
-        "left out: 2 links to nothing (gone, me), 2 linked folders that would go round in circles (all, cat/up)"
+        "left out: 2 links to nothing (gone, me), 2 linked folders that form a loop (all, cat/up)"
     )
 
 
-def test_folders_that_are_linked_to_each_other_come_to_an_end(tmp_path):
+def test_folders_that_link_to_each_other_are_walked_in_finite_time(tmp_path):
     names = [f"class {number}" for number in range(9)]  # some million paths
     write(tmp_path, *(f"{name}/notes.txt" for name in names), content=b"text")
     for name in names:
@@ -86,7 +86,7 @@ def test_folders_that_are_linked_to_each_other_come_to_an_end(tmp_path):
     assert sum(map(len, find(tmp_path).images.values())) == 0
 
 
-def test_a_named_pipe_is_left_out_and_not_waited_for(tmp_path):
+def test_a_named_pipe_is_left_out_without_blocking(tmp_path):
     (tmp_path / "cat").mkdir()
     for name in ("pipe", "pipe.jpg"):
         os.mkfifo(tmp_path / "cat" / name)
@@ -95,7 +95,7 @@ def test_a_named_pipe_is_left_out_and_not_waited_for(tmp_path):
     assert found.describe_left_out() == "left out: 2 that are not images (cat/pipe, cat/pipe.jpg)"
 
 
-def test_names_that_are_not_utf8_are_told_with_their_bytes(tmp_path):
+def test_names_that_are_not_utf8_are_reported_with_their_bytes(tmp_path):
     write(tmp_path, "cat/1.jpg")
     (tmp_path / "cat" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(JPEG)
     files = find(tmp_path)
@@ -110,7 +110,7 @@ def test_names_that_are_not_utf8_are_told_with_their_bytes(tmp_path):
         find(tmp_path / os.fsdecode(b"\xe9l\xe9phant"))
 
 
-def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+def test_unreadable_inputs_are_one_line(tmp_path, monkeypatch):
     write(tmp_path, "cat/1.jpg")
     with pytest.raises(UserError, match="--train_dir .*1.jpg: is a file"):
         find(tmp_path / "cat" / "1.jpg")

@@ -18,7 +18,7 @@ ORANGE = (200, 100, 50)
 
 
 def reopen(image, file_format, **options):
-    """Return the image as it comes out of a file."""
+    """Return the image after saving and opening it."""
     return Image.open(io.BytesIO(encode(image, file_format, **options)))
 
 
@@ -31,7 +31,7 @@ def grey(values, dtype):
 
 
 def levels(image):
-    """Return the grey levels of the first row, which must be the same in all channels."""
+    """Return the grey levels of the first row, equal in all channels."""
     row = np.asarray(to_rgb(image))[0].astype(int)
     assert (row == row[:, :1]).all()
     return row[:, 0].tolist()
@@ -50,7 +50,7 @@ def levels(image):
         ("CMYK", (0, 0, 0, 128), (127, 127, 127)), ("LA", (0, 64), (191, 191, 191)),
         ("LA", (128, 255), (128, 128, 128)), ("La", (0, 64), (191, 191, 191)),
         ("RGBA", (255, 0, 0, 0), (255, 255, 255)), ("RGBA", (255, 0, 0, 51), (255, 204, 204)),
-        ("RGBa", (51, 0, 0, 51), (255, 204, 204)),  # the same, colour times opacity
+        ("RGBa", (51, 0, 0, 51), (255, 204, 204)),  # the same as premultiplied colour
         ("LAB", (255, 128, 128), (255, 255, 255)), ("LAB", (0, 128, 128), (0, 0, 0)),
         ("LAB", (137, 128, 128), (128, 128, 128)),  # L* 53.6
     ],
@@ -112,7 +112,7 @@ def test_to_rgb_of_fewer_bits_in_16_has_their_white(white, file_format):
     assert describe_reading(image) == said
 
 
-def test_to_rgb_of_14_bits_in_16_is_dark_which_is_said():
+def test_to_rgb_of_14_bits_in_16_is_dark_and_reported():
     image = grey([0, 8_192, 16_383], np.uint16)
     assert levels(image) == [0, 32, 64]
     assert "65,535 as white, though no pixel is a quarter as bright" in describe_reading(reopen(image, "PNG"))
@@ -124,14 +124,14 @@ def test_to_rgb_of_14_bits_in_16_is_dark_which_is_said():
         ([0, 2047, 3000], np.uint16, {281: 4095}, [0, 127, 187]),
         ([0, 512, 1000], np.uint16, {281: 4095}, [0, 32, 62]),  # and not of 10 bits
         ([0, 100, 200], np.uint16, {281: 65_535}, [0, 0, 1]),
-        ([0, 512, 1000], np.uint16, {281: 1000}, [0, 128, 249]),  # its brightest pixel, which says nothing on white
+        ([0, 512, 1000], np.uint16, {281: 1000}, [0, 128, 249]),  # its brightest pixel, not white
         ([0, 512, 4000], np.uint16, {281: 1023}, [0, 32, 249]),  # wrong
         ([0, 25, 100], np.float32, {340: 0.0, 341: 100.0}, [0, 64, 255]),
         ([-10, 0, 30], np.float32, {340: -10.0, 341: 30.0}, [0, 64, 255]),
         ([0, 32_768, 65_535], np.uint16, {262: 0}, [255, 127, 0]),  # white is 0
         ([0, 0.25, 1], np.float32, {262: 0}, [255, 191, 0]),
         ([0, 128, 255], np.uint8, {262: 0}, [0, 128, 255]),  # Pillow inverts these on both sides
-        ([0, 16_384, 32_767], np.uint16, {339: 2}, [0, 128, 255]),  # signed: white is at their half
+        ([0, 16_384, 32_767], np.uint16, {339: 2}, [0, 128, 255]),  # signed: white is at half of the range
     ],
 )
 def test_to_rgb_of_a_tiff_goes_by_its_tags(values, dtype, tags, expected):
@@ -159,7 +159,7 @@ def test_to_rgb_of_several_frames_is_the_first(file_format):
 
 
 def deep_png(values: list[int]) -> Image.Image:
-    """Return an opened PNG of one pixel of 16 bits a channel, which Pillow reads but does not write."""
+    """Return an opened PNG of one pixel with 16 bits per channel, which Pillow can read but not write."""
     kind = {3: 2, 4: 6}[len(values)]
     header = (1).to_bytes(4) * 2 + bytes([16, kind, 0, 0, 0])
     pixels = zlib.compress(b"\0" + b"".join(value.to_bytes(2) for value in values))
@@ -179,11 +179,11 @@ def test_large_images_do_not_flood_the_terminal(tmp_path):
     Image.new("L", (50, 20)).save(tmp_path / "large.png")
     code = "from utils.data.images import Image; Image.MAX_IMAGE_PIXELS = 600; Image.open(r'{}')"
     command = [sys.executable, "-c", code.format(tmp_path / "large.png")]
-    assert subprocess.run(command, capture_output=True, check=True).stderr == b""  # pytest has filters of its own
+    assert subprocess.run(command, capture_output=True, check=True).stderr == b""  # pytest has its own warning filters
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
-def test_images_above_a_limit_of_pillow_are_said_to_be_large_and_not_damaged(monkeypatch):
+def test_images_above_pillows_limit_are_reported_as_large_and_not_damaged(monkeypatch):
     rows = [Image.new("L", size) for size in ((30, 20), (60, 30), (50, 20))] + [grey([0, 4095], np.uint16)]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
     images = image_column(list(map(encode, rows)))
@@ -193,7 +193,7 @@ def test_images_above_a_limit_of_pillow_are_said_to_be_large_and_not_damaged(mon
     assert notes[2].startswith("of more than 600 pixels")
     assert "4,095 as white" in notes[3]
     assert len(notes) == 2
-    message = r"row 1: not read \(too large: 1,800 .*; not read in all: 1; shrink or remove what is too large, or give"
+    message = r"row 1: not read \(too large: 1,800 .*; not read in total: 1; shrink or remove them, or give"
     with pytest.raises(UserError, match=message):
         open_synthetic(images, "photos", skip_bad_images=False)
 
@@ -220,7 +220,7 @@ def test_sizes_are_those_of_the_upright_image():
         ([0, 1, 128, 255], np.float32, [0, 1, 128, 255], "0 as black and 255 as white"),
         (SIXTEEN_BITS, np.float32, EIGHT_BITS, None),
         ([-0.5, np.nan, np.inf, 1], np.float32, [64, 0, 0, 255], "-1 as black and 1 as white"),
-        ([-0.05, 0, 0.5, 1], np.float32, [0, 0, 128, 255], "0 as black and 1 as white"),  # resizing leaves such
+        ([-0.05, 0, 0.5, 1], np.float32, [0, 0, 128, 255], "0 as black and 1 as white"),  # as resizing leaves
         ([-1.5, 0, 0.5, 1], np.float32, [0, 0, 128, 255], "0 as black and 1 as white"),
         ([-1, 0, 0.5, 1], np.float32, [0, 128, 191, 255], "-1 as black and 1 as white"),
         ([-2, 0.5, 3], np.float32, [0, 0, 3], "0 as black and 255 as white"),
@@ -228,7 +228,7 @@ def test_sizes_are_those_of_the_upright_image():
         ([0, 255], np.uint8, [0, 255], None),
     ],
 )
-def test_grey_without_a_white_takes_the_next_usual_one_and_that_is_said(values, dtype, expected, said):
+def test_grey_without_a_white_takes_the_next_usual_one_and_reports_it(values, dtype, expected, said):
     assert levels(grey(values, dtype)) == pytest.approx(expected, abs=1)
     found = describe_reading(reopen(grey(values, dtype), "TIFF"))
     assert found == (said and f"of more than 8 bits a channel, read with {said}")

@@ -17,12 +17,12 @@ def problems(*class_names: str, given=()) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def printed(capsys, monkeypatch):
-    """Return a function that gives what is printed of findings, 120 columns wide."""
+    """Return a function that returns the printed findings, 120 columns wide."""
     monkeypatch.setenv("COLUMNS", "120")
     return lambda findings: print_findings(findings) or capsys.readouterr().out
 
 
-def test_diagnose_of_good_names_says_nothing():
+def test_diagnose_of_good_names_finds_nothing():
     assert find("airplane", "T-shirt/top", "F-16A", "iPhone", "BMW X5", "red fox", "Ankle boot", "C-130", "A320") == []
 
 
@@ -68,7 +68,7 @@ def test_diagnose_names_each_spelling_and_numbering_in_all_classes_is_a_note():
     assert [finding.is_warning for finding in find("2_door_car", "bus")] == [True, False]
 
 
-def test_diagnose_of_a_noun_that_was_not_mended_warns():
+def test_diagnose_of_an_uncorrected_noun_warns():
     names, nouns = ["01.Wren", "02.RedFinch"], ["01.Wren", "02.RedFinch"]
     findings = diagnose(names, nouns)
     assert all(finding.is_warning for finding in findings)
@@ -91,7 +91,7 @@ def test_diagnose_of_a_noun_within_another_names_where():
         ("apple_pie", "underscores"),
         ("rice", "also part of 'rice bowl'"),
     ]
-    assert problems("sea lion", "sea mountain lion") == []  # not side by side
+    assert problems("sea lion", "sea mountain lion") == []  # not next to each other
 
 
 def test_diagnose_of_a_double_meaning_names_both_and_a_word_that_ends_like_a_plural_is_whole():
@@ -102,7 +102,7 @@ def test_diagnose_of_a_double_meaning_names_both_and_a_word_that_ends_like_a_plu
     assert problems("bus", "bu", "S", "glass house", "glas house") == []
 
 
-def test_double_meanings_are_settled_by_what_they_propose():
+def test_proposed_nouns_resolve_double_meanings():
     assert len(DOUBLE_MEANINGS) >= 60
     for word, meanings in DOUBLE_MEANINGS.items():
         assert [problem for _, problem in problems(word)] == [f"two meanings: write '{meanings[0]}' or '{meanings[1]}'"]
@@ -111,17 +111,17 @@ def test_double_meanings_are_settled_by_what_they_propose():
             assert problems(meaning) == []
 
 
-def test_diagnose_compares_with_nouns_that_a_person_chose_and_says_nothing_of_them():
+def test_diagnose_compares_with_nouns_that_a_person_chose_without_judging_them():
     names = ["n02123045", "crane", "apple", "apple_pie", "AnnualCrop"]
     assert problems(*names, given={"n02123045", "crane", "apple", "AnnualCrop"}) == [("apple_pie", "underscores")]
-    # as in the record of a style token, which has nouns and not who chose them
+    # as in the record of a style token, which has nouns without their origin
     nouns = ["tabby cat", "crane bird", "apple fruit", "apple pie", "field"]
     assert [finding.class_name for finding in diagnose(names, nouns)] == ["apple_pie"]
     (finding,) = diagnose(["n02123045", "tabby cat"], ["Tabby-cats", "tabby cat"], {"n02123045"})
     assert finding.class_name == "tabby cat"
 
 
-def test_the_time_of_diagnose_grows_with_the_classes_and_not_with_their_pairs():
+def test_the_time_of_diagnose_is_linear_in_the_number_of_classes():
     names = [f"thing {number} of kind {number % 7} and more words" for number in range(1000)]
 
     def seconds(num_classes: int) -> float:
@@ -156,7 +156,7 @@ def test_check_strict_lists_the_classes_with_warnings():
     check_strict(find("apple_pie", "wren"))
     with pytest.raises(UserError, match="--strict_class_names true: warnings for 'crane', 'BigBoeing737';"):
         check_strict(find("crane", "apple_pie", "BigBoeing737"))
-    with pytest.raises(UserError, match="'n00000009' and 2 more; --class_names_file settles them"):
+    with pytest.raises(UserError, match="'n00000009' and 2 more; --class_names_file resolves them"):
         check_strict(find(*(f"n{number:08}" for number in range(12))))
 
 
@@ -198,9 +198,9 @@ def test_write_class_names_that_fails_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "names.yaml"
     write_class_names(path, ["a"], ["a"], [])
     before = path.read_bytes()
-    (tmp_path / ".names.yaml.tmp").mkdir()  # in the place of the temporary file
-    with pytest.raises(UserError, match="names.yaml: class names cannot be written .Is a directory.; name"):
+    (tmp_path / ".names.yaml.tmp").mkdir()  # where the temporary file would be
+    with pytest.raises(UserError, match="names.yaml: class names cannot be written .Is a directory.; choose"):
         write_class_names(path, ["b"], ["b"], [])
     assert path.read_bytes() == before
-    with pytest.raises(UserError, match="names.txt: class names are written as YAML; .* ends in .yaml"):
+    with pytest.raises(UserError, match="names.txt: must end in .yaml, as class names are written as YAML"):
         write_class_names(tmp_path / "names.txt", ["a"], ["a"], [])

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, Image
 from tests.conftest import save_image_set
 from tests.data.builders import CLASSES, encode, image_column, load
 from utils.cli.errors import UserError
-from utils.data.opened_images import NUM_THREADS, content_places, inspect_images, open_all, open_synthetic
+from utils.data.opened_images import NUM_THREADS, content_positions, inspect_images, open_all, open_synthetic
 
 PHOTO = PIL.Image.effect_noise((160, 120), 60).convert("RGB")
 PNG, JPEG, PROGRESSIVE = encode(PHOTO), encode(PHOTO, "JPEG"), encode(PHOTO, "JPEG", progressive=True)
@@ -20,13 +20,13 @@ PNG, JPEG, PROGRESSIVE = encode(PHOTO), encode(PHOTO, "JPEG"), encode(PHOTO, "JP
 
 def test_inspect_images_hashes_the_bytes_as_stored_and_processes_share_the_rows(tmp_path, monkeypatch):
     (tmp_path / "photo.jpg").write_bytes(JPEG)
-    contents = [PNG, JPEG, PROGRESSIVE, PNG[:-40]] * (2 * NUM_THREADS + 1)  # more than one piece for each of three
+    contents = [PNG, JPEG, PROGRESSIVE, PNG[:-40]] * (2 * NUM_THREADS + 1)  # more than one piece per process
     images = image_column([str(tmp_path / "photo.jpg") if content is JPEG else content for content in contents])
     whole = inspect_images(images, "photos", with_digests=True)
     expected = [hashlib.sha256(content).hexdigest() for content in contents]
     assert whole.digests == {row: digest for row, digest in enumerate(expected) if row % 4 < 3}
     assert list(whole.problems) == list(range(3, len(contents), 4))
-    places = content_places(images)
+    places = content_positions(images)
     assert (np.unique(places).size, places.min() >= 0, places.max() < 1) == (4, True, True)
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr("accelerate.utils.gather_object", lambda own: own)
@@ -36,7 +36,7 @@ def test_inspect_images_hashes_the_bytes_as_stored_and_processes_share_the_rows(
         own = inspect_images(images, "photos", with_digests=True)
         of_whole = [{row: text for row, text in by_row.items() if row % 3 == rank} for by_row in whole]
         assert list(own) == of_whole
-        assert content_places(images)[rank::3].tolist() == places[rank::3].tolist()
+        assert content_positions(images)[rank::3].tolist() == places[rank::3].tolist()
 
 
 def decodes(data: bytes) -> bool:
@@ -48,7 +48,7 @@ def decodes(data: bytes) -> bool:
 
 
 @pytest.mark.parametrize("photo", [JPEG, PROGRESSIVE], ids=["baseline", "progressive"])
-def test_inspect_images_finds_what_decoding_a_jpeg_at_full_size_finds(photo):
+def test_inspect_images_finds_the_same_problems_as_full_jpeg_decoding(photo):
     rng = np.random.default_rng(0)
     broken = [photo[: len(photo) * share // 100] for share in (1, 30, 60, 95)] + [photo[:-2]]
     for length in rng.integers(2, len(photo) // 4, 20):
@@ -60,18 +60,18 @@ def test_inspect_images_finds_what_decoding_a_jpeg_at_full_size_finds(photo):
     assert {row for row, data in enumerate(broken) if not decodes(data)} == set(problems)
 
 
-def exif_that_datasets_cannot_read() -> bytes:
+def unreadable_exif() -> bytes:
     entries = bytes.fromhex("1201 0300 01000000 06000000 0101 0200 04000000 61626300")
     return b"Exif\0\0II*\0\x08\0\0\0\2\0" + entries + bytes(4)
 
 
-def test_inspect_images_says_what_is_wrong(tmp_path, monkeypatch):
+def test_inspect_images_names_the_problems(tmp_path, monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 160 * 120)
     bomb = encode(PIL.Image.new("1", (1600, 120)))
     text = tmp_path / "notes.jpg"
     text.write_text("no image")
-    unreadable_exif = encode(PHOTO, "JPEG", exif=exif_that_datasets_cannot_read())
-    broken = [None, bomb, str(text), str(tmp_path / "gone.jpg"), PNG[:-60], b"", unreadable_exif]
+    exif = encode(PHOTO, "JPEG", exif=unreadable_exif())
+    broken = [None, bomb, str(text), str(tmp_path / "gone.jpg"), PNG[:-60], b"", exif]
     images = image_column([*broken, PNG])
     hashes, problems, _ = inspect_images(images, "photos", with_digests=True)
     assert list(hashes) == [len(broken)]
@@ -81,11 +81,11 @@ def test_inspect_images_says_what_is_wrong(tmp_path, monkeypatch):
         assert re.search(message, problems[row]), problems[row]
     assert "0x" not in "".join(problems.values())
     for row in problems.keys() - {0}:
-        with pytest.raises(Exception):  # noqa: B017 (it stops training whatever it is)
+        with pytest.raises(Exception):  # noqa: B017 (any exception stops training)
             images[row]["image"].load()
 
 
-def test_inspect_images_names_the_kind_of_what_pillow_does_not_read_and_errors_without_words(monkeypatch):
+def test_inspect_images_names_unreadable_kinds_and_errors_without_a_message(monkeypatch):
     heic, jxl = b"\0\0\0\x18ftypheic" + bytes(40), b"\xff\x0a" + bytes(40)
     monkeypatch.setattr("utils.data.opened_images.to_rgb", lambda image: next(iter(())))
     _, problems, _ = inspect_images(image_column([heic, jxl, PNG]), "photos")
@@ -122,18 +122,18 @@ def test_damaged_images_of_all_parts_are_counted_and_the_first_is_named_as_the_u
     with pytest.raises(UserError) as error:
         open_all(load(damaged_dir))
     assert re.match(r"(train|validation) images: row (7|10), column 'photo': damaged \(", str(error.value))
-    assert "damaged in all: 3; repair or remove what is damaged, or give --skip_bad_images." in str(error.value)
-    with pytest.raises(UserError, match=r"test images: row 2, column 'photo': damaged .*; damaged in all: 1;"):
+    assert "damaged in total: 3; repair or remove them, or give --skip_bad_images." in str(error.value)
+    with pytest.raises(UserError, match=r"test images: row 2, column 'photo': damaged .*; damaged in total: 1;"):
         open_all(load(damaged_dir), ("test",))
 
 
-def test_skipped_images_leave_every_other_in_its_part(damaged_dir):
+def test_skipped_images_leave_every_other_image_in_its_part(damaged_dir):
     whole = load(damaged_dir, skip_bad_images=True)
     assert open_all(whole).digests == {"train": [], "validation": [], "test": []}
     found = open_all(whole, with_digests=True)
     opened, digests = found.images, found.digests
     assert found.num_skipped == 3
-    assert found.remarks[0].startswith("Warning: damaged images that are left out: 3, the first is ")
+    assert found.remarks[0].startswith("Warning: damaged images left out: 3, the first is ")
     for part in ("train", "validation", "test"):
         damaged = {7, 10} if part != "test" else {2}
         assert opened.parts[part].rows.tolist() == [row for row in whole.parts[part].rows if row not in damaged]
@@ -149,4 +149,4 @@ def test_a_damaged_synthetic_image_is_named_or_left_out():
         open_synthetic(images, "cars-syn", skip_bad_images=False)
     kept, remarks = open_synthetic(images, "cars-syn", skip_bad_images=True)
     assert len(kept) == 2
-    assert "damaged images that are left out: 1, the first is --synthetic_dataset cars-syn: row 1" in remarks[0]
+    assert "damaged images left out: 1, the first is --synthetic_dataset cars-syn: row 1" in remarks[0]

@@ -8,7 +8,7 @@ from utils.cli.errors import UserError
 from utils.cli.records import image_set_name
 from utils.data.image_set import PARTS, RealImagesRecord
 from utils.data.opened_images import open_all
-from utils.data.real_images import check_held_out, limit_held_out, load_labelled_splits, same_image_set
+from utils.data.real_images import check_held_out, is_same_image_set, limit_held_out, load_labelled_splits
 
 
 def test_validation_is_carved_from_train_where_the_set_has_none(real_images_dir):
@@ -26,7 +26,7 @@ def test_validation_is_carved_from_train_where_the_set_has_none(real_images_dir)
     assert real.parts["validation"].rows.tolist() == np.setdiff1d(np.arange(60), real.train_indices).tolist()
 
 
-def test_the_split_validation_is_the_test_where_there_is_no_other(tmp_path):
+def test_the_split_validation_is_the_test_part_without_another(tmp_path):
     save_image_set(tmp_path, {"train": 10, "validation": 3})
     real = load(tmp_path)
     assert len(real.train) + len(real.validation) == 30
@@ -49,7 +49,7 @@ def test_a_train_split_alone_gives_all_three_parts(tmp_path):
         assert pixels_of(getattr(real, part)) == pixels_of(whole.select(real.parts[part].rows))
 
 
-def test_an_image_that_is_removed_moves_no_other(tmp_path):
+def test_removing_an_image_moves_no_other(tmp_path):
     save_image_set(tmp_path, {"train": 20})
     path = tmp_path / "data" / "train-00000.parquet"
 
@@ -64,14 +64,14 @@ def test_an_image_that_is_removed_moves_no_other(tmp_path):
         whole.select(left[::-1]).to_parquet(path)  # in another order as well
         removed = pixels_of(whole.select([row]))[0]
         moved = {pixels for pixels, part in parts().items() if before[pixels] != part}
-        # but where it was a class's only one in its part, which must not be empty
+        # unless it was its class's only image in a part, which must not be empty
         of_class = [
             pixels for pixels in pixels_of(whole.select(range(row % 3, 60, 3))) if before[pixels] == before[removed]
         ]
         assert len(moved) == (1 if len(of_class) == 1 and before[removed] != "train" else 0)
 
 
-def test_train_val_split_is_kept_however_large(tmp_path):
+def test_a_large_train_val_split_is_respected(tmp_path):
     save_image_set(tmp_path, {"train": 100, "test": 1})
     for share, low, high in ((0.5, 100, 200), (0.85, 220, 270)):
         assert low < len(load(tmp_path, train_val_split=share).validation) < high
@@ -92,7 +92,7 @@ def test_held_out_parts_are_limited_to_evenly_spaced_images(real_images_dir):
     ("settings", "message"),
     [
         ({"label_column_name": "colour"}, "--label_column_name colour: not in .* columns are image, label"),
-        ({"image_column_name": "label"}, "one column cannot be both of image, label"),
+        ({"image_column_name": "label"}, "must be two different columns of image, label"),
         ({"train_split": "training"}, "--train_split training: .* has train .60 images., test .30 images."),
         ({"num_shots": 20}, "--num_shots 20: class 'red_square' of .* has 1. training images"),
         ({"dataset_name": "./no-such-folder"}, "--dataset_name ./no-such-folder: neither an existing folder nor"),
@@ -128,7 +128,7 @@ def test_shots_are_training_images_and_max_train_samples_begin_with_fewer_shots(
     assert len(three_shots.train) == 9
 
 
-def test_a_record_of_before_train_dir_is_read_and_has_a_name():
+def test_a_record_from_before_train_dir_is_read_and_has_a_name():
     old = {"dataset_name": "user/cars", "dataset_revision": None, "num_shots": 2, "few_shot_seed": 0}
     assert RealImagesRecord(**old).name == image_set_name(old) == "user/cars"
     record = RealImagesRecord(train_dir="photos")
@@ -143,14 +143,14 @@ def test_image_sets_are_the_same_by_name_or_by_folder(tmp_path, monkeypatch):
     folders = ["photos/train", "./photos/train/", "photos/../photos/train", "link/train", f"{tmp_path}/photos/train"]
     for theirs in folders:
         for ours in folders:
-            assert same_image_set(RealImagesRecord(train_dir=theirs).to_dict(), None, ours)
-            assert same_image_set({"dataset_name": theirs}, ours, None)
-        assert not same_image_set({"train_dir": theirs}, None, "photos")
-        assert not same_image_set({"train_dir": theirs}, theirs, None)
-    assert same_image_set({"dataset_name": "user/cars"}, "user/cars", None)
-    assert not same_image_set({"dataset_name": "user/cars"}, "user/vans", None)
-    assert not same_image_set({"dataset_name": "user/cars"}, None, "photos")
-    assert not same_image_set({}, "user/cars", None)
+            assert is_same_image_set(RealImagesRecord(train_dir=theirs).to_dict(), None, ours)
+            assert is_same_image_set({"dataset_name": theirs}, ours, None)
+        assert not is_same_image_set({"train_dir": theirs}, None, "photos")
+        assert not is_same_image_set({"train_dir": theirs}, theirs, None)
+    assert is_same_image_set({"dataset_name": "user/cars"}, "user/cars", None)
+    assert not is_same_image_set({"dataset_name": "user/cars"}, "user/vans", None)
+    assert not is_same_image_set({"dataset_name": "user/cars"}, None, "photos")
+    assert not is_same_image_set({}, "user/cars", None)
 
 
 def test_a_set_in_another_format_is_read_as_it_is_stored(tmp_path):
@@ -170,18 +170,18 @@ def test_splits_of_different_features_can_be_one_part(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nan", "None"])
-def test_what_may_be_a_missing_label_is_told(tmp_path, name):
+def test_possible_missing_labels_are_reported(tmp_path, name):
     labelled_images(["a", name] * 6).to_parquet(tmp_path / "train.parquet")
-    assert any(f"the class '{name}' may stand for images without a label" in line for line in load(tmp_path).remarks)
+    assert any(f"the class '{name}' may stand for missing labels" in line for line in load(tmp_path).remarks)
 
 
-def test_a_class_without_images_is_told_and_a_single_class_is_an_error(tmp_path):
+def test_a_class_without_images_is_reported_and_a_single_class_is_an_error(tmp_path):
     save_image_set(tmp_path, {"train": 10})
     path = tmp_path / "data" / "train-00000.parquet"
     whole = Dataset.from_parquet(str(path))
     whole.filter(lambda row: row["label"] != 1).to_parquet(path)
     real = load(tmp_path)
-    assert any("no part has images of 'green circle'" in remark for remark in real.remarks)
+    assert any("no split has images of 'green circle'" in remark for remark in real.remarks)
     check_held_out(real)
     whole.filter(lambda row: row["label"] == 1).to_parquet(path)
     with pytest.raises(UserError, match="all training images are of one class .green circle.; a classifier needs two"):

@@ -66,8 +66,8 @@ def test_a_split_without_labels_is_passed_over_unless_it_is_named():
     [
         ({"test": "tset"}, "--test_split tset: 'cars' has train .100 images., valid .20 images., .*'train.80%:.'"),
         ({"validation": "valid["}, r"--validation_split valid\[: 'cars' has"),
-        ({"test": "test[99:]"}, r"--test_split test\[99:\]: no images are in it"),
-        ({"test": "test[9:3]"}, r"--test_split test\[9:3\]: no images are in it"),
+        ({"test": "test[99:]"}, r"--test_split test\[99:\]: must not be empty"),
+        ({"test": "test[9:3]"}, r"--test_split test\[9:3\]: must not be empty"),
         ({"test": ""}, "--test_split : 'cars' has"),
         ({"test": "train[80%:]"}, r"test_split train\[80%:\]: 20 of its images are in --train_split train too; .*:80%"),
         ({"test": "train"}, "--test_split train: 100 of its images are in --train_split train too"),
@@ -80,7 +80,7 @@ def test_a_split_without_labels_is_passed_over_unless_it_is_named():
         ({"train": "train+test", "test": "test"}, "test_split test: 30 of its images are in --train_split train.test"),
     ],
 )
-def test_splits_that_cannot_be_meant_are_one_line(given, message):
+def test_invalid_splits_are_one_line(given, message):
     if message is None:
         assign(SIZES, **given)
         return
@@ -97,7 +97,7 @@ def test_a_selection_knows_its_rows_in_the_split():
     assert select(sets, "train", "train[8:]+train[:2]", "cars").rows.tolist() == [8, 9, 0, 1]
 
 
-def test_the_parts_are_told_in_one_line(tmp_path):
+def test_the_parts_are_described_in_one_line(tmp_path):
     save_image_set(tmp_path, {"train": 20, "valid": 3, "extra": 2})
     real = load(tmp_path)
     train, validation, _ = sizes(real)
@@ -139,7 +139,7 @@ def test_a_part_of_other_columns_is_an_error(tmp_path):
 LABELS = np.repeat([0, 1, 2], [30, 50, 20])
 
 
-def test_carve_takes_about_the_share_of_every_class_and_leaves_one_and_takes_one_of_two():
+def test_carve_takes_about_the_share_of_every_class_and_one_of_two():
     labels = np.repeat([0, 1], [3000, 1000])
     rest, part = carve(labels, np.random.default_rng(0).random(4000), np.arange(4000), 0.1)
     assert np.abs(np.bincount(labels[part]) - [300, 100]).max() < 50

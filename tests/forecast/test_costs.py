@@ -1,4 +1,4 @@
-"""Disk that is forecast against disk that loading fills: Arrow copies, downloads, latents."""
+"""Forecast disk space compared with the space that loading uses: Arrow copies, downloads, latents."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ import torch
 from tests.conftest import CLASS_NAMES, save_class_folders, save_image_set
 from utils.data.image_set import RealImagesRecord
 from utils.forecast.costs import DiskUse, folder_bytes, latent_bytes
-from utils.forecast.inputs import data_set_disk, missing_bytes, real_set_disk
-from utils.hub.data_sets import load_data_set
+from utils.forecast.inputs import dataset_disk, missing_bytes, real_set_disk
+from utils.hub.image_datasets import load_image_dataset
 from utils.hub.repositories import Source, open_source
 from utils.style.latents import DTYPE as LATENT_DTYPE
 from utils.style.latents import LatentCache
@@ -53,7 +53,7 @@ def save_classes(folder: Path) -> None:
     ("save", "is_copied"),
     [(save_parquet, True), (save_to_disk, False), (save_images_with_metadata, False), (save_classes, False)],
 )
-def test_the_arrow_copy_that_is_forecast_is_the_one_that_loading_writes(save, is_copied, tmp_path, empty_cache):
+def test_the_forecast_arrow_copy_is_the_one_that_loading_writes(save, is_copied, tmp_path, empty_cache):
     save(tmp_path / "set")
     record = RealImagesRecord(str(tmp_path / "set"))
     uses = real_set_disk(record)
@@ -63,7 +63,7 @@ def test_the_arrow_copy_that_is_forecast_is_the_one_that_loading_writes(save, is
     forecast = sum(use.num_bytes for use in uses)
     assert forecast == pytest.approx(written(empty_cache), rel=0.06, abs=2_000)
     assert (written(empty_cache) > 0.8 * images) == is_copied
-    assert sum(use.num_bytes for use in real_set_disk(record)) == 0  # it is there
+    assert sum(use.num_bytes for use in real_set_disk(record)) == 0  # it exists
 
 
 def load_real(record: RealImagesRecord) -> None:
@@ -77,12 +77,12 @@ def test_a_set_on_the_hub_is_downloaded_and_copied_once(local_hub, tmp_path, emp
     files = {str(path.relative_to(tmp_path / "set")): path for path in (tmp_path / "set").rglob("*.parquet")}
     local_hub.create_repo("user/set", "dataset").commit(files)
     source = open_source("user/set", "--dataset_name", "dataset")
-    download, copy = data_set_disk(source)
+    download, copy = dataset_disk(source)
     size = sum(path.stat().st_size for path in files.values())
     assert (download.num_bytes, copy.num_bytes) == (size, size)
-    load_data_set(source)
+    load_image_dataset(source)
     assert copy.num_bytes == pytest.approx(written(empty_cache), rel=0.06)
-    assert data_set_disk(source) == []
+    assert dataset_disk(source) == []
     assert missing_bytes(source, list(files)) == 0
 
 
@@ -102,7 +102,7 @@ def test_the_latent_cache_is_as_large_as_forecast(tmp_path):
     assert latent_bytes(3, 64, 2) == pytest.approx(shard.stat().st_size, abs=500)
 
 
-def test_a_set_that_is_read_takes_its_size_twice(tmp_path):
+def test_a_dataset_that_is_read_takes_twice_its_size(tmp_path):
     assert folder_bytes(10, 100.5) == 1005
     assert folder_bytes(10, 100.5, is_read=True) == 2010
     assert DiskUse("images", 1, tmp_path / "not" / "there").free > 0

@@ -1,4 +1,4 @@
-"""Memory that is counted against memory that is measured: saved tensors, the allocator, autograd with checkpoints."""
+"""Counted memory compared with measured memory: saved tensors, the allocator, gradient checkpointing."""
 
 import json
 
@@ -12,16 +12,16 @@ from utils.forecast.memory import (
     count_forward,
     count_step,
     needed_bytes,
+    shapes_only,
     state_bytes,
     weight_bytes,
-    without_values,
 )
 
 BATCH_SIZE = 2
 
 
 def unet_loss(unet, dtype=torch.float32):
-    """Return what computes a loss whose gradient goes back to the text embedding alone."""
+    """Return a function for a loss whose gradient reaches only the text embedding."""
     config = unet.config
 
     def compute():
@@ -60,8 +60,8 @@ def build_vit():
 
 
 def allocated_peak(compute, tmp_path) -> int:
-    """Return by how much the allocator's bytes grow at most, as PyTorch's profiler sees it, kernels on one thread."""
-    compute()  # what is made once
+    """Return the peak growth of allocated bytes in PyTorch's profiler, with kernels on one thread."""
+    compute()  # one-time allocations
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         compute()
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
@@ -75,7 +75,7 @@ def count_on_meta(build, make_loss, dtype=None, checkpointing=None):
         model = build().train()
     if checkpointing:
         getattr(model, checkpointing)()
-    with without_values(model):
+    with shapes_only(model):
         return count_step(make_loss(model), list(model.parameters()))
 
 
@@ -89,7 +89,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_counted_peak_is_the_allocators(case, tmp_path):
-    """The allocator is asked for a little more: by kernels, for their own use."""
+    """Kernels allocate a little more for their own use."""
     build, make_loss, checkpointing = CASES[case]
     counted = count_on_meta(build, make_loss, checkpointing=checkpointing)
     model = build().train()
@@ -132,7 +132,7 @@ def test_half_precision_takes_half_the_activations_and_the_same_gradients():
     assert half.gradients == whole.gradients == weight_bytes(build_vit())
     with torch.device("meta"):
         unet = build_unet().to(torch.bfloat16)
-    with without_values(unet):
+    with shapes_only(unet):
         counted = count_step(unet_loss(unet, torch.bfloat16), [])
     assert counted.kept == pytest.approx(count_on_meta(build_unet, unet_loss).kept / 2, rel=0.02)
 
@@ -144,11 +144,11 @@ def test_the_counted_peak_of_encoding_is_the_allocators(tmp_path):
     def encode(model):
         return lambda: model.encode(torch.zeros(BATCH_SIZE, 3, 64, 64)).latent_dist
 
-    with without_values(vae):
+    with shapes_only(vae):
         counted = count_forward(encode(vae))
     with torch.no_grad():
         measured = allocated_peak(encode(SCALED.build_vae()), tmp_path)
-    # 64 pixels a side are little: what oneDNN reorders of its weights is seen
+    # at 64 pixels, weights reordered by oneDNN are noticeable
     assert counted == pytest.approx(measured, rel=0.05)
 
 
@@ -167,5 +167,5 @@ def test_an_optimisers_states_are_what_it_keeps(make, times):
     assert state_bytes(make, weight_bytes(model)) == times * weight_bytes(model) == kept
 
 
-def test_the_margin_is_what_is_said():
+def test_the_margin_is_as_documented():
     assert needed_bytes(100 * 2**30) == 105 * 2**30 + 2**29

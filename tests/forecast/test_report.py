@@ -1,4 +1,4 @@
-"""What is said of a run's needs: what is too little, and what is unknown."""
+"""The printed needs of a run: what is not enough, and what is unknown."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from utils.forecast.report import MemoryForecast, Phase, TimeForecast, print_for
 
 
 def phase(gib: float, what: str = "training") -> Phase:
-    """Return a phase that needs so many GiB with its margin."""
+    """Return a phase that needs `gib` GiB with its margin."""
     return Phase(what, 0, round((gib * GIB - CONTEXT) / 1.05))
 
 
@@ -26,14 +26,14 @@ def forecast(training: float, other_way: float | None, other: float = 1.0, is_ch
          "needs about 6.1 GiB at batch 8, 9.6 without --gradient_checkpointing; your GPU has 11.8."),
         (forecast(9.6, None), "needs about 9.6 GiB at batch 8; your GPU has 11.8."),
         (forecast(19.6, 6.1), "needs about 19.6 GiB at batch 8, 6.1 with --gradient_checkpointing; your GPU has 11.8. "
-         "Too little: add --gradient_checkpointing."),
+         "Not enough: add --gradient_checkpointing."),
         (forecast(19.6, 16.1), "needs about 19.6 GiB at batch 8, 16.1 with --gradient_checkpointing; your GPU has "
-         "11.8. Too little: lower --train_batch_size and raise --gradient_accumulation_steps."),
-        (forecast(9.6, None, 43.2), "needs about 9.6 GiB at batch 8; your GPU has 11.8. More than that: encoding, 16 "
+         "11.8. Not enough: lower --train_batch_size and raise --gradient_accumulation_steps."),
+        (forecast(9.6, None, 43.2), "needs about 9.6 GiB at batch 8; your GPU has 11.8. Even more: encoding, 16 "
          "images at a time, 43.2 GiB."),
     ],
 )  # fmt: skip
-def test_a_line_tells_what_is_needed_and_what_to_do(memory, line):
+def test_a_line_says_what_is_needed_and_what_to_do(memory, line):
     assert memory.describe(round(11.8 * GIB), "your GPU has {}") == line
 
 
@@ -41,14 +41,14 @@ def test_the_needed_memory_is_that_of_the_largest_phase():
     assert forecast(9.6, None, 43.2).needed == pytest.approx(43.2 * GIB, rel=1e-6)
 
 
-def test_what_is_unknown_is_said_and_a_full_disk_too(tmp_path, capsys):
+def test_unknown_sizes_and_a_full_disk_are_reported(tmp_path, capsys):
     disk = [DiskUse("download of user/model", None, tmp_path), DiskUse("latent cache", 2**60, tmp_path)]
     times = [TimeForecast("images in 10 steps", 80, 160.0), TimeForecast("images", None, None)]
     needs = print_forecast(None, (0, ""), times, disk)
     printed = capsys.readouterr().out
     assert needs == {"needed_bytes": None, "images_per_second": None, "hours": None, "disk_bytes": None}
     assert "Time: 80 images in 10 steps, 160/s: 0 s." in printed and "Time: images, unknown: unknown." in printed
-    assert "and what is unknown (1)" in printed and f"The disk of {tmp_path} has too little free" in printed
+    assert "without 1 of unknown size." in printed and f"The disk of {tmp_path} has too little free" in printed
     known = print_forecast(None, (0, ""), [times[0], times[0]], [DiskUse("latent cache", 5, tmp_path)])
     assert (known["images_per_second"], known["disk_bytes"]) == (160.0, 5)
-    assert known["hours"] == pytest.approx(1 / 3600) and "too little" not in capsys.readouterr().out
+    assert known["hours"] == pytest.approx(1 / 3600) and "too little free" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A local Hub with a user who publishes the data set `ann/cars`, and what came of that."""
+"""A local Hub with a user who publishes the dataset `ann/cars`, and helpers to inspect it."""
 
 import time
 from pathlib import Path
@@ -15,7 +15,7 @@ SHARDS = ("data/train-*.parquet",)
 
 @pytest.fixture
 def hub(local_hub, monkeypatch):
-    """The local Hub with a user's tokens, and short pauses of our own and of the client."""
+    """The local Hub with a user's tokens, and short pauses of ours and of the client."""
     local_hub.add_user("ann", TOKEN)
     local_hub.add_user("ann", "hf_ann_reads", role="read")
     monkeypatch.setattr(targets, "FIRST_PAUSE", 0.01)
@@ -24,7 +24,7 @@ def hub(local_hub, monkeypatch):
 
 
 def published(hub, repo_name: str = "cars", repo_type: str = "dataset", revision: str = "main") -> dict[str, bytes]:
-    """Return the files of a repository but for the one that the Hub makes; none where there is no repository."""
+    """Return a repository's files, except the Hub's own; none if there is no repository."""
     if (repo_type, f"ann/{repo_name}") not in hub.repositories:
         return {}
     there = hub.repo(f"ann/{repo_name}", repo_type).files(revision)
@@ -32,7 +32,7 @@ def published(hub, repo_name: str = "cars", repo_type: str = "dataset", revision
 
 
 def contents_sent(hub) -> list[str]:
-    """Return the hash of every content that was sent, as often as it was sent."""
+    """Return the hash of each content that was sent, with repetitions."""
     return [request.path.rsplit("/", 1)[1] for request in hub.log if request.method == "PUT"]
 
 
@@ -43,5 +43,5 @@ def commits(hub) -> list[str]:
 def wait_until(condition, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.01)

@@ -1,9 +1,8 @@
-"""Publish a folder once undisturbed, then once for each request and each fault: what became of it, as JSON.
+"""Publish a folder without faults, then once for each request and fault; print the results as JSON.
 
     python -m tests.hub.fault_sweep set|model WORK_DIR
 
-A process of its own, as the client reads HF_ENDPOINT when it is imported. Only the pauses between tries are shortened,
-ours and the client's.
+It is a separate process because the client reads HF_ENDPOINT on import. Only the pauses between tries are shortened.
 """
 
 import json
@@ -39,7 +38,7 @@ PATTERNS = ("data/train-*.parquet", "*.safetensors", "*.json", "README.md")
 
 
 def write_folder(folder: Path, content: dict[str, bytes], mark: str) -> Path:
-    """Write files that are new to the Hub: `mark` makes those that are not text differ from folder to folder."""
+    """Write files that are new to the Hub: `mark` makes binary files differ between folders."""
     for name, data in content.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +54,7 @@ def publish(folder: Path, repo_name: str, repo_type: str) -> None:
 
 
 def requests_of(hub: LocalHub, repo_name: str) -> list[tuple[str, str, int]]:
-    """Return method, path (a regular expression that fits any repository and blob) and how often it came before."""
+    """Return method, path (a pattern for any repository and blob) and the number of earlier occurrences."""
     seen, requests = Counter(), []
     for request in hub.log:
         pattern = re.escape(request.path).replace(re.escape(repo_name), r"[\w-]+")
@@ -66,7 +65,7 @@ def requests_of(hub: LocalHub, repo_name: str) -> list[tuple[str, str, int]]:
 
 
 def sweep(kind: str, hub: LocalHub, work_dir: Path) -> dict:
-    """Return how many faults struck, by kind, and what went wrong, if anything."""
+    """Return the number of faults by kind, and the problems, if any."""
     repo_type = "dataset" if kind == "set" else "model"
     folder = write_folder(work_dir / "clean", FOLDERS[kind] | LEFT_OUT, "clean")
     publish(folder, "clean", repo_type)
@@ -80,7 +79,7 @@ def sweep(kind: str, hub: LocalHub, work_dir: Path) -> dict:
             hub.inject(Fault(method=method, path=f"^{path}$", skip=skip, **fault))
             try:
                 publish(folder, repo_name, repo_type)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is what the test reports
+            except Exception as error:  # noqa: BLE001 - the test reports any exception
                 problems.append(f"{name} at {method} {path} #{skip}: {type(error).__name__}: {error}"[:600])
                 continue
             survived[name] += len(hub.faults_fired)
@@ -96,7 +95,7 @@ def sweep(kind: str, hub: LocalHub, work_dir: Path) -> dict:
 
 
 def differences(hub: LocalHub, folder: Path, repo_name: str, kind: str) -> list[str]:
-    """Return in what a repository differs from what was to be published: files, their content, doubled commits."""
+    """Return how a repository differs from the expected one: files, their contents, duplicate commits."""
     repo = hub.repo(f"{USER}/{repo_name}", "dataset" if kind == "set" else "model")
     there = {path: data for path, data in repo.files().items() if path != ".gitattributes"}
     wanted = {name: (folder / name).read_bytes() for name in FOLDERS[kind]}

@@ -1,4 +1,4 @@
-"""A client for test_reading.py, in a process of its own: reads inputs by id, answers with commits or error lines.
+"""A client process for test_reading.py: reads inputs by id, and answers with commits or error lines.
 
 Cases come as JSON in lines of stdin: {"name": [kind, repository, revision, --hub_token, HF_TOKEN]}.
 """
@@ -21,7 +21,7 @@ from utils.transfer.synthetic_images import load_synthetic, open_synthetic
 
 SECONDS_SLEPT = []
 sleep = time.sleep
-# between tries; what a slow machine takes for the work is not in it
+# pauses between tries, without the time of the work itself
 time.sleep = lambda seconds: (SECONDS_SLEPT.append(seconds), sleep(seconds))
 
 

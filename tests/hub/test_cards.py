@@ -1,4 +1,4 @@
-"""What a person wrote in a card stays, what a run decides is replaced; licences are read out of cards."""
+"""A person's text in a card stays, the generated part is replaced; licenses are read from cards."""
 
 import pytest
 import yaml
@@ -11,7 +11,7 @@ pytest_plugins = ["tests.local_hub.fixtures"]
 
 
 def make_card(text: str = "our figures", around: tuple[str, str] = ("", ""), **metadata) -> str:
-    """Return a card as the templates make it; `around` is what a person wrote before and after the markers."""
+    """Return a card like those of the templates; `around` is a person's text before and after the markers."""
     before, after = around
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n{before}\n{BEGIN}\n{text}\n{END}\n{after}"
 
@@ -68,7 +68,7 @@ def test_text_after_a_lost_end_marker_survives_two_runs():
     assert "The end." in merged and "second" in merged and "first" not in merged
 
 
-def test_what_was_written_in_either_of_two_cards_is_in_both():
+def test_text_in_either_of_two_cards_is_in_the_merged_one():
     """The card in the folder was edited, and so was the one on the Hub."""
     ours = make_card("new", ("# From the folder\n", "\nfolder's end\n"))
     theirs = make_card("old", ("# From the Hub\n", "\nHub's end\n"))
@@ -80,30 +80,30 @@ def test_what_was_written_in_either_of_two_cards_is_in_both():
     assert "No markers here." in without_markers and "# From the Hub" in without_markers
 
 
-def test_metadata_that_a_run_decides_are_replaced():
+def test_generated_metadata_is_replaced():
     keys = ["dataset_info", "configs", "model-index", "base_model", "base_model_relation", "datasets"]
     keys += ["pipeline_tag", "library_name"]
     ours = {key: f"new {key}" for key in keys}
     assert metadata_of(merge_cards(make_card(**ours), make_card(**dict.fromkeys(keys, "old")))) == ours
 
 
-def test_other_metadata_of_a_person_stay_and_new_ones_come_below():
+def test_other_metadata_stays_and_new_entries_come_below():
     theirs = make_card(language="de", pretty_name="Mine", base_model="user/mine")
     merged = merge_cards(make_card(pretty_name="Ours", task_categories=["x"]), theirs)
     expected = {"language": "de", "pretty_name": "Mine", "base_model": "user/mine", "task_categories": ["x"]}
     assert list(metadata_of(merged).items()) == list(expected.items())
 
 
-def test_metadata_that_stay_are_not_rewritten():
+def test_metadata_that_stays_is_not_rewritten():
     merged = merge_cards(OURS, THEIRS["comments and quotes"])
-    assert "# who\nlanguage: no\n" in merged  # Norwegian; read and written again it would be 'false'
+    assert "# who\nlanguage: no\n" in merged  # Norwegian; rewritten, it would be 'false'
     assert "# the tags\n" in merged
 
 
 @pytest.mark.parametrize(
     ("theirs", "tags"), [(["b", "a"], ["b", "a", "c"]), ("a", ["a", "b", "c"]), (None, ["b", "c"])]
 )
-def test_tags_are_those_of_both_theirs_first(theirs, tags):
+def test_tags_of_both_cards_are_kept_theirs_first(theirs, tags):
     assert metadata_of(merge_cards(OURS, make_card(tags=theirs)))["tags"] == tags
 
 
@@ -121,21 +121,21 @@ def test_tags_are_those_of_both_theirs_first(theirs, tags):
          {"license": "other", "license_name": "rail"}),
     ],
 )  # fmt: skip
-def test_a_licence_that_is_named_stays_with_its_name_and_link(ours, theirs, expected):
+def test_a_known_license_stays_with_its_name_and_link(ours, theirs, expected):
     assert metadata_of(merge_cards(make_card(**ours), make_card(**theirs))) == expected
 
 
 @pytest.mark.parametrize(
     ("theirs", "message"),
     [
-        ("---\nlicense: [mit\n---\ntext", "are no YAML .* repair"),
-        ("---\ncreated: 2026-13-01\n---\ntext", "are no YAML .* repair"),
-        ("---\njust words\n---\ntext", "are no 'key: value' lines; repair"),
-        ("---\nlicense: mit\ntext", "do not end with one; add it"),
+        ("---\nlicense: [mit\n---\ntext", "is not valid YAML .* fix"),
+        ("---\ncreated: 2026-13-01\n---\ntext", "is not valid YAML .* fix"),
+        ("---\njust words\n---\ntext", "must be 'key: value' lines; fix"),
+        ("---\nlicense: mit\ntext", "no closing line '---'; add it"),
         (b"---\nlicense: \xff\n---\n", "cannot be read .* save it as UTF-8"),
     ],
 )
-def test_malformed_metadata_are_one_error_that_names_the_file_and_the_card_stays(theirs, message, tmp_path):
+def test_malformed_metadata_is_one_error_with_the_file_and_the_card_stays(theirs, message, tmp_path):
     path = tmp_path / "README.md"
     content = theirs if isinstance(theirs, bytes) else theirs.encode()
     path.write_bytes(content)
@@ -147,7 +147,7 @@ def test_malformed_metadata_are_one_error_that_names_the_file_and_the_card_stays
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_saving_writes_a_new_card_and_merges_with_one_that_is_there(tmp_path):
+def test_saving_writes_a_new_card_or_merges_with_an_existing_one(tmp_path):
     path = tmp_path / "new folder" / "README.md"
     check_card(path)
     save_card(OURS, path)
@@ -172,19 +172,19 @@ def test_saving_writes_a_new_card_and_merges_with_one_that_is_there(tmp_path):
         ("---\nlicense: mit\nno: key\nmodel-index: nonsense\n---\n", License("mit")),
     ],
 )  # fmt: skip
-def test_the_licence_of_a_folder_is_what_its_card_names(card, expected, tmp_path):
+def test_the_license_of_a_folder_is_read_from_its_card(card, expected, tmp_path):
     (tmp_path / "README.md").write_text(card)
     assert read_license(str(tmp_path), "model") == expected
 
 
-def test_a_licence_that_cannot_be_read_is_unknown(tmp_path):
+def test_a_license_that_cannot_be_read_is_unknown(tmp_path):
     assert read_license(str(tmp_path), "model") == License()  # no card
     assert read_license("user/out-of-reach", "dataset") == License()
     assert read_license("user/out-of-reach", "dataset", "0" * 40, "hf_secret") == License()
     assert read_license("neither folder nor id", "model") == License()
 
 
-def test_the_licence_of_a_repository_is_read_at_the_commit_with_the_token(local_hub):
+def test_the_license_of_a_repository_is_read_at_the_commit_with_the_token(local_hub):
     local_hub.add_user("ann", "hf_ann")
     repository = local_hub.create_repo("ann/cars", "dataset", private=True)
     commit = repository.commit({"README.md": b"---\nlicense: mit\n---\n"})
@@ -193,7 +193,7 @@ def test_the_licence_of_a_repository_is_read_at_the_commit_with_the_token(local_
     assert read_license("ann/cars", "dataset", commit, "hf_ann") == License("mit")
 
 
-def test_ids_are_those_of_repositories_each_once(tmp_path, monkeypatch):
+def test_hub_ids_are_repository_ids_without_duplicates(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/base").mkdir(parents=True)  # looks like an id
     assert hub_ids("models/base", "user/a", None, "user/a", "/abs", "user/b") == ["user/a", "user/b"]

@@ -1,4 +1,4 @@
-"""Shards that are uploaded while later ones are made: there early, whole after any fault, never twice, never mixed."""
+"""Shards uploaded while later ones are made: early, complete after any fault, never twice, never mixed."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def start_folder(folder: Path, fingerprint: str) -> Path:
 
 
 def write_shard(folder: Path, number: int, mark: str = "") -> str:
-    """Make a shard as the generator does: by rename. Its content is new to the Hub in every test."""
+    """Write a shard as the generator does, by renaming. Its content is new to the Hub in every test."""
     path = folder / f"data/train-{number:05d}.parquet"
     path.parent.mkdir(exist_ok=True)
     path.with_suffix(".tmp").write_bytes(f"shard {number} of {folder} {mark}".encode() * 100)
@@ -56,7 +56,7 @@ def grow(folder: Path, fingerprint: str = "ours", pause: float = 0.02, **options
 
 
 def finish(folder: Path, **options) -> None:
-    """End as the generator does: the card is written, and all is published."""
+    """Finish as the generator does: write the card and publish everything."""
     (folder / "README.md").write_text(OUR_CARD)
     publish_folder(folder, open_target(folder, "cars", "dataset", token=TOKEN, **options), PATTERNS)
 
@@ -67,7 +67,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def write_shards(folder: Path, hub, number: int) -> None:
-    """Make shards, each once the one before it is on the Hub."""
+    """Write shards, each after the previous one is on the Hub."""
     for path in (write_shard(folder, number) for number in range(number)):
         wait_until(lambda path=path: path in published(hub))
 
@@ -76,13 +76,14 @@ def warnings_of(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == growing.__name__]
 
 
-def test_shards_are_there_one_after_another_before_the_end_and_are_sent_once(hub, folder):
-    hub.create_repo("ann/cars", "dataset").commit({"README.md": CARD.encode()})  # a person's: it makes no set whole
+def test_shards_arrive_one_after_another_before_the_end_and_are_sent_once(hub, folder):
+    # a person's card, which does not mark a dataset as complete
+    hub.create_repo("ann/cars", "dataset").commit({"README.md": CARD.encode()})
     with grow(folder):
         for number in range(3):
             path = write_shard(folder, number)
             wait_until(lambda path=path: path in published(hub))
-            # without our card nobody takes it for whole
+            # without our card the dataset counts as incomplete
             assert published(hub) == files_of(folder) | {"README.md": CARD.encode()}
     write_shard(folder, 3)
     finish(folder)
@@ -113,7 +114,7 @@ def test_a_set_that_was_uploaded_early_loads_with_its_features_streaming_too(hub
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_fault_at_every_kind_of_request_loses_nothing(kind, hub, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(targets, "LONGEST_PAUSE", 0.01)  # where the Hub asks for one, it is a second at least
+    monkeypatch.setattr(targets, "LONGEST_PAUSE", 0.01)  # a pause that the Hub asks for is at least a second
     clean = start_folder(tmp_path / "clean", "ours")
     with grow(clean):
         write_shards(clean, hub, 3)
@@ -133,13 +134,13 @@ def test_a_fault_at_every_kind_of_request_loses_nothing(kind, hub, tmp_path, cap
     finish(folder)
     assert published(hub) == files_of(folder)
     assert len(hub.faults_fired) >= len(requests)
-    # an answer that was lost is no second commit
+    # a lost answer causes no second commit
     paths = [path for commit in hub.repo("ann/cars", "dataset").commits() for path in commit.paths]
     assert len([path for path in paths if path.endswith(".parquet")]) == 4
     assert warnings_of(caplog) == []
 
 
-def test_while_the_hub_is_down_the_work_goes_on_with_one_line_and_what_it_missed_follows(hub, folder, caplog):
+def test_while_the_hub_is_down_the_work_continues_with_one_line_and_uploads_follow(hub, folder, caplog):
     upload, down = grow(folder), Fault("status", path="", times=None)
     hub.inject(down)
     with upload:
@@ -149,11 +150,11 @@ def test_while_the_hub_is_down_the_work_goes_on_with_one_line_and_what_it_missed
         wait_until(lambda: hub.faults_fired.count(down) > 5 * targets.MAX_TRIES)
         [line] = warnings_of(caplog)
         assert re.fullmatch(
-            r"publishing ann/cars: gave up after 6 tries \(HfHubHTTPError: .*503.*\); the work goes on, its finished "
+            r"publishing ann/cars: gave up after 6 tries \(HfHubHTTPError: .*503.*\); the work continues, and finished "
             "shards are uploaded later.",
             line,
         )
-        # not even the tries are logged: they would be hundreds of lines in a night
+        # not even tries are logged: they would be hundreds of lines in a night
         assert [record for record in caplog.records if record.name == targets.__name__] == []
         hub.clear_faults()
         wait_until(lambda: len(published(hub)) == 3)
@@ -167,7 +168,7 @@ def test_while_the_hub_is_down_the_work_goes_on_with_one_line_and_what_it_missed
     assert published(hub) == files_of(folder)
 
 
-def test_a_record_that_cannot_be_fetched_for_a_while_is_not_taken_for_another_sets(hub, folder, caplog):
+def test_a_record_that_is_temporarily_unavailable_is_not_taken_for_another_dataset(hub, folder, caplog):
     with grow(folder):
         write_shard(folder, 0)
         wait_until(lambda: len(published(hub)) == 2)
@@ -183,18 +184,18 @@ def test_a_record_that_cannot_be_fetched_for_a_while_is_not_taken_for_another_se
     ("problem", "line"),
     [
         ("refused", "403"),
-        ("public", "'ann/cars' is there already, and public; make it private in its settings, or choose another with"),
+        ("public", "'ann/cars' already exists and is public; make it private in its settings, or choose another with"),
         ("token", "generation_config.json holds an access token"),
     ],
 )
-def test_what_forbids_an_upload_is_one_line_and_no_end_of_the_work(problem, line, hub, folder, caplog):
+def test_a_forbidden_upload_is_one_line_and_the_work_continues(problem, line, hub, folder, caplog):
     if problem == "refused":
         hub.inject(Fault("status", path="/commit/", status=403, times=None))
     if problem == "token":
         write_record(folder / GENERATION_CONFIG, {"fingerprint": "ours", "token": TOKEN})
     write_shard(folder, 0)
     upload = grow(folder, private=problem == "public")
-    if problem == "public":  # made after the check before the work
+    if problem == "public":  # created after the initial check
         hub.create_repo("ann/cars", "dataset")
     with upload:
         wait_until(lambda: len([request for request in hub.log if request.path.endswith("/ann/cars")]) > 3)
@@ -219,7 +220,7 @@ def test_each_kind_of_error_of_our_own_is_one_line_without_the_token_and_the_nex
     target = open_target(folder, "cars", "dataset", token=TOKEN)
     with GrowingUpload(folder, target, find_finished, "ours", pause=0.02):
         wait_until(lambda: len(published(hub)) == 2)
-    later = "the work goes on, its finished shards are uploaded later."
+    later = "the work continues, and finished shards are uploaded later."
     assert warnings_of(caplog) == [
         f"publishing ann/cars: ZeroDivisionError: a bug with ***, look 1; {later}",
         f"publishing ann/cars: KeyError: 'look 4'; {later}",
@@ -241,7 +242,7 @@ with grow(folder) as upload:
 
 
 @pytest.mark.parametrize("moment", ["between two commits", "in a commit"])
-def test_after_a_kill_a_new_run_knows_its_shards_and_ends_with_the_same_repository(moment, hub, folder, start_with_hub):
+def test_after_a_kill_a_new_run_recognizes_its_shards_and_completes_the_repository(moment, hub, folder, start_with_hub):
     if moment == "in a commit":
         hub.inject(Fault("hold", "POST", "/commit/", skip=1))
     child = start_with_hub(["-c", KILLED, folder], TOKEN)
@@ -270,10 +271,10 @@ def their_set(record: dict | None) -> dict[str, bytes]:
         ({"schema_version": 1, "fingerprint": "theirs"}, "its generation_config.json has another fingerprint"),
         ({"schema_version": 1}, "its generation_config.json has another fingerprint"),
         ({"schema_version": 9, "fingerprint": "ours"}, "its generation_config.json cannot be read"),
-        (None, "it has no generation_config.json, and a data/train-00000.parquet that is not of this set"),
+        (None, "it has no generation_config.json, and a data/train-00000.parquet that does not belong to this dataset"),
     ],
 )
-def test_another_set_in_the_repository_stays_whole_until_ours_replaces_it(record, reason, hub, folder, caplog):
+def test_another_dataset_in_the_repository_stays_complete_until_ours_replaces_it(record, reason, hub, folder, caplog):
     theirs = their_set(record)
     hub.create_repo("ann/cars", "dataset").commit(theirs)
     upload = grow(folder)
@@ -282,7 +283,8 @@ def test_another_set_in_the_repository_stays_whole_until_ours_replaces_it(record
             write_shard(folder, number)
         wait_until(lambda: not upload._thread.is_alive())
         assert warnings_of(caplog) == [
-            f"ann/cars holds another set ({reason}): nothing is uploaded before this one is whole and replaces it."
+            f"ann/cars holds another dataset ({reason}): nothing is uploaded until this one is complete "
+            "and replaces it."
         ]
         assert contents_sent(hub) == [] and published(hub) == theirs
     finish(folder)
@@ -290,7 +292,7 @@ def test_another_set_in_the_repository_stays_whole_until_ours_replaces_it(record
 
 
 @pytest.mark.parametrize("moment", ["between two commits", "in a commit"])
-def test_another_set_that_comes_in_the_meantime_is_left_alone_too(moment, hub, folder, caplog):
+def test_another_dataset_pushed_in_the_meantime_is_left_alone_too(moment, hub, folder, caplog):
     theirs = their_set({"schema_version": 1, "fingerprint": "theirs"})
     held = Fault("hold", "POST", "/preupload/", skip=1)
     if moment == "in a commit":
@@ -303,12 +305,12 @@ def test_another_set_that_comes_in_the_meantime_is_left_alone_too(moment, hub, f
         held.released.set()
         wait_until(lambda: warnings_of(caplog))
     assert (412 in [request.status for request in hub.log]) == (moment == "in a commit")
-    assert [line.split(" (")[0] for line in warnings_of(caplog)] == ["ann/cars holds another set"]
+    assert [line.split(" (")[0] for line in warnings_of(caplog)] == ["ann/cars holds another dataset"]
     assert published(hub) == theirs
 
 
-def test_shards_of_ours_without_a_record_are_known_by_their_content_and_get_it_again(hub, folder):
-    """So a push of many files is left when it is killed after its first commit: records come in the last."""
+def test_our_shards_without_a_record_are_recognized_by_content_and_get_it_again(hub, folder):
+    """The state of a large push killed after its first commit: records come last."""
     paths = [write_shard(folder, number) for number in range(2)]
     hub.create_repo("ann/cars", "dataset").commit({path: folder / path for path in paths})
     with grow(folder):
@@ -320,7 +322,7 @@ def test_shards_of_ours_without_a_record_are_known_by_their_content_and_get_it_a
     assert len(contents_sent(hub)) == 2
 
 
-def test_a_whole_set_that_grows_stays_as_its_card_says_until_the_end(hub, folder, caplog):
+def test_a_complete_dataset_that_grows_matches_its_card_until_the_end(hub, folder, caplog):
     write_shard(folder, 0)
     finish(folder)
     before, _ = published(hub), hub.clear_log()
@@ -332,7 +334,7 @@ def test_a_whole_set_that_grows_stays_as_its_card_says_until_the_end(hub, folder
         assert published(hub) == before and commits(hub) == []
     finish(folder)
     assert published(hub) == files_of(folder)
-    # the contents went ahead
+    # the contents were sent ahead
     assert len(contents_sent(hub)) == 2
     assert warnings_of(caplog) == []
 
@@ -341,7 +343,7 @@ def test_many_shards_go_in_commits_of_a_limited_size(hub, folder, monkeypatch):
     monkeypatch.setattr("utils.hub.publishing.MAX_FILES_PER_COMMIT", 3)
     for number in range(7):
         write_shard(folder, number)
-    with grow(folder, pause=10_000):  # the next look is not waited for
+    with grow(folder, pause=10_000):  # no second look
         wait_until(lambda: len(published(hub)) == 8)
     sizes = [len(commit.paths) for commit in hub.repo("ann/cars", "dataset").commits()]
     assert sizes == [2, 3, 3, 1]  # newest first; the last is the repository's own
@@ -367,7 +369,7 @@ def test_the_repository_is_made_with_the_first_shard_private_and_on_its_branch(h
 
 @contextmanager
 def grow_while_held(folder: Path, hub, *fault, **options):
-    """Grow with a request that the Hub answers only once the block is being left."""
+    """Grow with a request that the Hub answers only when the block is left."""
     held, upload = Fault("hold", *fault, **options), grow(folder)
     hub.inject(held)
     threading.Thread(target=lambda: upload._stop.wait() and held.released.set(), daemon=True).start()
@@ -400,7 +402,7 @@ def test_leaving_the_block_reads_no_more_shards(hub, folder, caplog):
     hub.create_repo("ann/cars", "dataset").commit({path: folder / path})
     with grow_while_held(folder, hub, "GET", "/tree/"):
         wait_until(lambda: hub.faults_fired)
-        (folder / path).unlink()  # which reading it would find out
+        (folder / path).unlink()  # so that reading it would fail
     assert warnings_of(caplog) == []
 
 
@@ -408,7 +410,7 @@ def test_leaving_the_block_reads_no_more_shards(hub, folder, caplog):
 def test_an_error_in_the_block_ends_the_thread_at_once_while_a_try_waits_for_the_next(error, hub, folder, monkeypatch):
     for pause in ("FIRST_PAUSE", "LONGEST_PAUSE"):
         monkeypatch.setattr(targets, pause, 10_000)
-    monkeypatch.setattr(growing, "SECONDS_TO_FINISH", 60)  # which a thread that is not woken would last
+    monkeypatch.setattr(growing, "SECONDS_TO_FINISH", 60)  # the wait without waking the thread
     hub.inject(Fault("status", "POST", "/commit/", times=None))
     write_shard(folder, 0)
     with pytest.raises(error), grow(folder):  # noqa: PT012 - the error comes while the upload waits
@@ -447,7 +449,7 @@ with grow(Path(sys.argv[1])):
 def test_a_process_ends_within_seconds_though_the_client_itself_waits_for_half_a_minute(
     method, path, hub, folder, start_with_hub
 ):
-    """Here the client waits for hours between its tries: a process that ends has waited for its thread only so long."""
+    """The client here waits for hours between tries: an ending process waits for its thread only briefly."""
     assert growing.SECONDS_TO_FINISH <= 2
     write_shard(folder, 0)
     write_shard(folder, 1)
@@ -479,14 +481,14 @@ def test_a_run_after_another_sends_nothing_again_by_either_way_to_upload(xet, hu
     for run in range(2):
         child = start_with_hub(["-c", ALONE, folder], TOKEN, xet=xet)
         wait_until(lambda: any("/tree/" in request.path for request in hub.log) and published(hub) == files_of(folder))
-        time.sleep(0.3)  # for what should not come
+        time.sleep(0.3)  # for requests that should not come
         _, stderr = child.communicate("now\n")
         assert child.returncode == 0, stderr
-        # no bar but that of the work, which is none here
+        # only the work's own bar, none here
         assert stderr == ""
         asked_to_upload = [request.path for request in hub.log if re.search("/preupload/|xet-write|lfs", request.path)]
         assert bool(asked_to_upload) is bool(commits(hub)) is (run == 0)
         assert any("xet" in path for path in asked_to_upload) is (xet and run == 0)
-        # what is known to be there is not asked for at every look
+        # known shards are not requested at every look
         assert run == 0 or len([request for request in hub.log if "/tree/" in request.path]) == 1
         hub.clear_log()

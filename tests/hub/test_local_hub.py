@@ -1,4 +1,4 @@
-"""The local Hub answers as HUB.md has measured it: asked by the real client, and over a bare connection."""
+"""The local Hub answers like the real one: to the real client, and over a plain connection."""
 
 import http.client
 import json
@@ -27,7 +27,7 @@ def hub(hub, tmp_path, monkeypatch):
 
 @pytest.fixture
 def connection(hub):
-    """One kept-alive connection, for what clients do not show."""
+    """One kept-alive connection, for behaviour that clients hide."""
     address = urlsplit(hub.url)
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=20)
     yield connection
@@ -50,8 +50,8 @@ def read(repo_id: str = "ann/open", token: str | bool = TOKEN, path: str = "a.tx
     return Path(hf_hub_download(repo_id, path, token=token, **options)).read_bytes()
 
 
-def test_what_is_uploaded_comes_back_and_is_not_sent_twice(hub, tmp_path_factory):
-    hub.page_size = 2  # every listing comes in pages
+def test_uploads_can_be_downloaded_and_are_not_sent_twice(hub, tmp_path_factory):
+    hub.page_size = 2  # listings come in pages
     folder = tmp_path_factory.mktemp("cars")
     api, where = HfApi(token=TOKEN), {"repo_id": "ann/cars", "repo_type": "dataset"}
     content = {"README.md": b"---\nlicense: mit\n---\n", "data/big.bin": BIG, "data/letters é.txt": b"a", "empty": b""}
@@ -88,7 +88,7 @@ def test_what_is_uploaded_comes_back_and_is_not_sent_twice(hub, tmp_path_factory
     ]  # fmt: skip
 
 
-# what a reader meets is in test_reading.py, by the line that it ends in
+# errors of readers are in test_reading.py, by their message
 REFUSALS = {
     "without a name": (lambda: read("gpt2"), "RepositoryNotFoundError", 404),
     "private, info": (lambda: HfApi().model_info("ann/hidden", token="hf_bob"), "RepositoryNotFoundError", 404),
@@ -105,7 +105,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusals_raise_what_the_hub_s_would(case, hub):
+def test_refusals_raise_the_same_errors_as_the_hub(case, hub):
     for name, settings in {"open": {}, "hidden": {"private": True}, "gated": {"gated": True}}.items():
         hub.create_repo(f"ann/{name}", "model", **settings).commit({"a.txt": b"a"})
     call, error, status = REFUSALS[case]

@@ -1,4 +1,4 @@
-"""Names, prompts and settings of any characters in cards: a Markdown parser reads them as they were."""
+"""Names, prompts and settings with any characters in cards: a Markdown parser reads them unchanged."""
 
 import html
 import re
@@ -31,7 +31,7 @@ def one_line(name: str) -> str:
 
 
 def seen(token) -> str:
-    """Return what a reader sees of an inline token."""
+    """Return the visible text of an inline token."""
     parts = []
     for child in token.children:
         assert child.type in ("text", "code_inline", "html_inline", "strong_open", "strong_close"), child
@@ -43,7 +43,7 @@ def seen(token) -> str:
 
 
 def tables(markdown: str) -> list[list[list[str]]]:
-    """Return the tables of a text, each as rows of cells as they are seen."""
+    """Return the tables of a text, as rows of visible cells."""
     found = []
     cell = False
     for token in PARSER.parse(markdown):
@@ -60,7 +60,7 @@ def tables(markdown: str) -> list[list[list[str]]]:
 
 @pytest.mark.parametrize("show", [text, code])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_read_as_it_is_wherever_it_stands(show, name):
+def test_a_name_is_shown_unchanged_in_every_position(show, name):
     shown = show(name)
     assert tables(f"| a | b | c |\n|---|---|---|\n| x | {shown} | y |") == [
         [["a", "b", "c"], ["x", one_line(name), "y"]]
@@ -96,8 +96,8 @@ def test_the_card_of_a_set_of_odd_names_shows_and_holds_them(tmp_path):
     real_images, folder = {"dataset_name": "folder|of `cars`"}, tmp_path / "a set"
     card = write_set_card(folder, {"a`b": UNKNOWN}, "user/sd|x", names, settings=settings, real_images=real_images)
     settings, classes = tables(card.text)
-    assert settings[1:3] == [["batch_size", "2"], ["prompt|s", "None"]]
-    assert settings[3:] == [[f"set {number}", one_line(name)] for number, name in enumerate(names)]
+    assert settings[1] == ["batch_size", "2"]  # what is None is not shown
+    assert settings[2:] == [[f"set {number}", one_line(name)] for number, name in enumerate(names)]
     assert classes[1:] == [[one_line(name), one_line(f"a {name}"), "1", "0"] for name in names]
     assert "folder|of `cars`" in html.unescape(re.sub("</?code>", "", card.text))
     features = metadata_load(folder / "README.md")["dataset_info"]["features"]
@@ -162,4 +162,15 @@ def test_a_license_with_odd_words_is_a_link():
     (inline,) = [token for token in PARSER.parse(f"- {shown}") if token.type == "inline"]
     link = inline.children[0]
     assert (link.type, link.attrs["href"]) == ("link_open", "https://x.org/a%20%28b%29?c=d#e")
-    assert str(UNKNOWN) == "unknown"
+    assert str(UNKNOWN).startswith("unknown (no license found in its card; look it up")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "not set"), ([1.2], "`1.2`"), ([3.0, "a"], "`3.0, a`"), ([], "`none`"), (True, "`true`"),
+        ({"steps": [1, None]}, "`steps: 1, not set`"), (0, "`0`"),
+    ],
+)  # fmt: skip
+def test_settings_are_shown_as_people_write_them(value, shown):
+    assert code(value) == shown

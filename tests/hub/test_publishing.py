@@ -1,4 +1,4 @@
-"""Publishing through the real client: whole after any fault, nothing sent twice, and only what belongs there."""
+"""Publishing with the real client: complete after any fault, nothing sent twice, and only the intended files."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def is_whole(hub, folder) -> bool:
 
 @pytest.fixture(scope="module")
 def sweeps(tmp_path_factory):
-    """What became of every fault at every request of each kind of upload; both run at the same time."""
+    """The results of every fault at every request of each kind of upload; both run at the same time."""
     children = {}
     for kind in FOLDERS:
         command = [sys.executable, "-m", "tests.hub.fault_sweep", kind, str(tmp_path_factory.mktemp(kind))]
@@ -91,7 +91,7 @@ def test_a_grown_set_sends_the_new_shard_only_and_a_smaller_one_leaves_none_behi
     assert [path for path in published(hub) if path.endswith(".parquet")] == ["data/train-00000.parquet"]
 
 
-def test_of_our_files_those_that_are_no_longer_in_the_folder_go_and_what_is_not_ours_stays(hub, tmp_path):
+def test_our_files_missing_from_the_folder_are_deleted_and_foreign_files_stay(hub, tmp_path):
     folder = tmp_path / "cars"
     ours = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
             "adapter/adapter_model.safetensors", "eval_results.json"]  # fmt: skip
@@ -102,7 +102,7 @@ def test_of_our_files_those_that_are_no_longer_in_the_folder_go_and_what_is_not_
     publish_finished(folder, open_target(folder, "cars", "model", token=TOKEN), patterns)
     there = hub.repo("ann/cars").files()
     assert there == theirs | {path: (folder / path).read_bytes() for path in ("model.safetensors", "config.json")} | {
-        "README.md": b"mine"  # a folder without a card leaves the one that is there
+        "README.md": b"mine"  # a folder without a card keeps the existing one
     }
     num_commits = len(hub.repo("ann/cars").commits())
     publish_finished(folder, open_target(folder, "cars", "model", token=TOKEN), (*patterns, "*"))
@@ -142,7 +142,7 @@ def test_after_a_kill_only_what_is_missing_is_sent(hub, folder, start_with_hub):
 
 
 def publish_while(hub, ours: Path, request: tuple[str, str], commit_theirs) -> None:
-    """Publish `ours` and let someone else commit while one of our requests waits for its answer."""
+    """Publish `ours` while someone else commits during one of our requests."""
     held, failures = Fault("hold", *request), []
     hub.inject(held)
 
@@ -162,13 +162,13 @@ def publish_while(hub, ours: Path, request: tuple[str, str], commit_theirs) -> N
         raise failures[0]
 
 
-# before it has been looked up on which commit ours comes, and after that
+# before and after the parent commit is looked up
 MOMENTS = [("GET", "/api/datasets/ann/cars/tree/"), ("POST", "/preupload/")]
 
 
 @pytest.fixture
 def ours(hub, folder):
-    """A set that is on the Hub but for a new shard and new words in its card; two of its shards are gone."""
+    """A dataset on the Hub, then changed locally: a new shard, new words in the card, two shards removed."""
     publish(folder)
     for number in (1, 2):
         (folder / f"data/train-{number:05d}.parquet").unlink()
@@ -178,7 +178,7 @@ def ours(hub, folder):
 
 
 @pytest.mark.parametrize("request_held", MOMENTS)
-def test_what_others_commit_during_a_push_stays_when_it_is_none_of_our_files(request_held, hub, ours):
+def test_commits_of_others_to_other_files_during_a_push_stay(request_held, hub, ours):
     theirs = {"data/train-00007.parquet": b"theirs", "data/train-00002.parquet": b"theirs too"}
     publish_while(hub, ours, request_held, lambda: hub.repo("ann/cars", "dataset").commit(theirs))
     assert (412 in [request.status for request in hub.log]) == (request_held[1] == "/preupload/")
@@ -190,13 +190,13 @@ def test_what_others_commit_during_a_push_stays_when_it_is_none_of_our_files(req
 
 @pytest.mark.parametrize("path", ["data/train-00009.parquet", "README.md"])
 @pytest.mark.parametrize("request_held", MOMENTS)
-def test_what_others_commit_during_a_push_to_the_same_file_is_explained_and_stays(request_held, path, hub, ours):
+def test_commits_of_others_to_the_same_file_during_a_push_are_reported_and_stay(request_held, path, hub, ours):
     with pytest.raises(UserError, match=f"someone else has just changed {path}"):
         publish_while(hub, ours, request_held, lambda: hub.repo("ann/cars", "dataset").commit({path: b"theirs"}))
     assert published(hub)[path] == b"theirs"
 
 
-def test_a_branch_is_made_and_main_stays(hub, folder):
+def test_a_branch_is_created_and_main_is_unchanged(hub, folder):
     publish(folder, revision="try-2")
     assert set(published(hub, revision="try-2")) == set(FOLDERS["set"])
     assert published(hub) == {}
@@ -218,7 +218,7 @@ def test_only_what_belongs_there_is_published_without_token_or_home(hub, tmp_pat
     assert all(request.path.startswith("/lfs-upload") is (request.token is None) for request in hub.log)
 
 
-def test_what_a_person_wrote_in_the_card_stays(hub, folder):
+def test_a_persons_text_in_the_card_stays(hub, folder):
     theirs = b"---\nlicense: mit\ntags:\n- cars\n---\n\nMy cars, taken in my street.\n"
     hub.create_repo("ann/cars", "dataset").commit({"README.md": theirs})
     publish(folder)

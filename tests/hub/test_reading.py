@@ -1,4 +1,4 @@
-"""Every input by id, through the real clients: the commit it comes from, and the one line when it cannot be read."""
+"""Every input by id, with the real clients: its commit, and the one-line error if it cannot be read."""
 
 import json
 import re
@@ -24,12 +24,12 @@ KINDS = {
     "synthetic": ("dataset", "syn", "--synthetic_dataset"),
     "classifier": ("model", "vit", "--model_name_or_path"),
 }
-NOWHERE = "http://127.0.0.1:9"  # nobody listens there
+NOWHERE = "http://127.0.0.1:9"  # nothing listens there
 OUT_OF_REACH = {"HF_HUB_OFFLINE": {"HF_HUB_OFFLINE": "1"}, "no network": {"HF_ENDPOINT": NOWHERE}}
 
 
 class Client:
-    """A client in a process of its own, with one environment, that is asked as often as there are questions for it."""
+    """A client process with its own environment, which answers any number of questions."""
 
     def __init__(self, hub: LocalHub, hf_home: Path, **environment):
         self.stderr_path = hf_home.with_name(f"{hf_home.name}.stderr")
@@ -40,7 +40,7 @@ class Client:
             )  # fmt: skip
 
     def ask(self, cases: dict) -> tuple[dict, str]:
-        """Return the answers, and what was written to stderr with them."""
+        """Return the answers, and the output to stderr."""
         num_lines = len(self.stderr())
         cases = {case: (*values, *[None] * (5 - len(values))) for case, values in cases.items()}
         self.process.stdin.write(json.dumps(cases) + "\n")
@@ -82,7 +82,7 @@ def world(tmp_path_factory, tiny_pipeline_dir, real_images_dir, synthetic_dir, c
             if name == "style":
                 write_token(folders[name], "ada/sd", commits["sd"]["v1"])
             files = files_of(folders[name])
-            # the later commits of a data set have two and three times the images
+            # later commits of a dataset have two and three times the images
             path, rows = "data/train", files.get("data/train-00000.parquet", b"no image")
             for access in ("", "-private", "-gated"):
                 repo_type = "dataset" if name in ("cars", "syn") else "model"
@@ -102,9 +102,9 @@ def world(tmp_path_factory, tiny_pipeline_dir, real_images_dir, synthetic_dir, c
 
 @pytest.fixture(scope="module")
 def clients(world):
-    """A client that reaches the Hub, and one for each way in which it is out of reach; each HF_HOME is empty at first.
+    """A client that reaches the Hub, and one for each way in which it cannot; each HF_HOME is empty at first.
 
-    They are started together: most of their time goes into imports.
+    They start together, as imports take most of their time.
     """
     environments = {"used": {}} | OUT_OF_REACH
     clients = {name: Client(world.hub, world.homes / name, **settings) for name, settings in environments.items()}
@@ -121,7 +121,7 @@ def client(clients):
 
 @pytest.fixture(scope="module")
 def asked(world, client):
-    """What a client with an empty HF_HOME makes of every input, and the requests that it sent."""
+    """The answers of a client with an empty HF_HOME for every input, and the requests that it sent."""
     world.hub.clear_log()
     cases = {}
     for kind, (repo_type, name, _) in KINDS.items():
@@ -139,7 +139,7 @@ def asked(world, client):
             f"{kind}, no revision": (kind, repo, "v9"),
             f"{kind}, no commit": (kind, repo, "0" * 40),
             f"{kind}, nothing in it": (kind, "ada/nothing-set" if repo_type == "dataset" else "ada/nothing"),
-            # before anything of it is in the cache
+            # before it is in the cache
             f"{kind}, empty --hub_token": (kind, repo, None, ""),
             f"{kind}, main": (kind, repo),
             f"{kind}, tag": (kind, repo, "v1"),
@@ -157,7 +157,7 @@ def asked(world, client):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_input_by_id_is_read_at_its_revision_and_its_commit_is_told(kind, asked, world):
+def test_an_input_by_id_is_read_at_its_revision_and_its_commit_is_reported(kind, asked, world):
     _, name, _ = KINDS[kind]
     public = world.commits[name]
     expected = {
@@ -168,7 +168,7 @@ def test_an_input_by_id_is_read_at_its_revision_and_its_commit_is_told(kind, ask
     assert {case: asked.answers[f"{kind}, {case}"].get("commit") for case in expected} == expected
 
 
-def test_what_is_read_is_that_of_the_revision(asked, world):
+def test_the_contents_are_those_of_the_revision(asked, world):
     for kind, number in (("real", 60), ("synthetic", 18)):
         counts = [asked.answers[f"{kind}, {case}"]["num_images"] for case in ("tag", "branch", "main", "commit")]
         assert counts == [number, 2 * number, 3 * number, number]
@@ -177,22 +177,24 @@ def test_what_is_read_is_that_of_the_revision(asked, world):
 
 
 NOT_FOUND = "neither a folder nor a {type} repository "
-NO_ACCOUNT = NOT_FOUND + "that is public; for a private one, log in with `hf auth login` or give --hub_token."
+NO_ACCOUNT = (
+    "neither a folder nor a public {type} repository; "
+    "for a private one, log in with `hf auth login` or give --hub_token."
+)
 LINES = {
     "missing": NO_ACCOUNT,
-    "missing, logged in": NOT_FOUND + "that the token (HF_TOKEN) may read; "
+    "missing, logged in": NOT_FOUND + "that the token (HF_TOKEN) can read; "
     "for a private one, set another HF_TOKEN or give --hub_token.",
     "private": NO_ACCOUNT,
-    "private, other user": NOT_FOUND + "that the token (--hub_token) may read; "
+    "private, other user": NOT_FOUND + "that the token (--hub_token) can read; "
     "for a private one, give another --hub_token.",
     "gated": "is gated; accept its conditions at {page}-gated, then log in with `hf auth login` or give --hub_token.",
     "gated, other user": "is gated; accept its conditions at {page}-gated, with the account of the token "
     "(--hub_token).",
-    "bad --hub_token": "the Hub does not accept the token (--hub_token), it is wrong or expired; "
-    "give another --hub_token.",
-    "bad HF_TOKEN": "the Hub does not accept the token (HF_TOKEN), it is wrong or expired; "
+    "bad --hub_token": "the Hub rejects the token (--hub_token) as wrong or expired; give another --hub_token.",
+    "bad HF_TOKEN": "the Hub rejects the token (HF_TOKEN) as wrong or expired; "
     "set another HF_TOKEN or give --hub_token.",
-    "other type": "is a {other type} repository, a {type} is wanted.",
+    "other type": "must be a {type}, but is a {other type} repository.",
     "no revision": "the repository has no branch, tag or commit 'v9'.",
     "no commit": "the repository has no branch, tag or commit '0000000000000000000000000000000000000000'.",
 }
@@ -204,11 +206,11 @@ REPOS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_cannot_be_read_is_one_line(kind, asked, world):
+def test_unreadable_inputs_are_one_line(kind, asked, world):
     repo_type, name, flag = KINDS[kind]
     is_model = repo_type == "model"
     words = {
-        "type": "model" if is_model else "data set", "other type": "data set" if is_model else "model",
+        "type": "model" if is_model else "dataset", "other type": "dataset" if is_model else "model",
         "repo": f"ada/{name}", "other repo": "ada/cars" if is_model else "ada/vit",
         "page": f"{world.hub.url}/{'' if is_model else 'datasets/'}ada/{name}",
     }  # fmt: skip
@@ -224,16 +226,16 @@ def test_what_cannot_be_read_is_one_line(kind, asked, world):
         ("synthetic, nothing in it", "the repository has no generation_config.json, so it is not a synthetic set of"),
         ("classifier, nothing in it", "the repository has no config.json, so it is not a checkpoint of transformers"),
         ("real, nothing in it", "doesn't contain any data files"),
-        ("headless", "--model_name_or_path ada/headless: has no weights; one of model.safetensors,"),
+        ("headless", "--model_name_or_path ada/headless: has no weights; must contain one of model.safetensors,"),
         ("torn", "--dataset_name ada/torn: cannot be loaded (Parquet file size is 4 bytes"),
         ("odd name", "--model_name_or_path ada/a--b..c: neither an existing folder nor a repository id like"),
     ],
 )
-def test_what_is_in_the_repository_does_not_do(case, message, asked):
+def test_a_repository_with_unsuitable_contents_is_one_line(case, message, asked):
     assert message in asked.answers[case]["line"]
 
 
-def test_after_the_commit_is_known_nothing_is_asked_of_a_branch(asked):
+def test_after_the_commit_is_known_no_branch_is_read(asked):
     reads = [re.search("/(resolve|tree|paths-info)/([^/]+)", request.path) for request in asked.log]
     assert {read[2] for read in reads if read and not re.fullmatch("[0-9a-f]{40}", read[2])} == set()
 
@@ -253,13 +255,13 @@ def test_a_stored_login_is_used_and_the_flag_wins(asked, world, client):
     answers, _ = client.ask(cases)
     login.unlink()
     assert answers["stored"]["commit"] == world.commits["vit-private"]["main"]
-    assert "that the token (--hub_token) may read" in answers["flag"]["line"]
-    assert "the token (of `hf auth login`) may read; for a private one, log in anew" in answers["missing"]["line"]
+    assert "that the token (--hub_token) can read" in answers["flag"]["line"]
+    assert "the token (from `hf auth login`) can read; for a private one, log in again" in answers["missing"]["line"]
 
 
 @pytest.fixture(scope="module", params=OUT_OF_REACH)
 def unreached(request, asked, world, clients):
-    """How a Hub is out of reach; what a client makes of it with an empty HF_HOME, then with what was read before."""
+    """An unreachable Hub, and a client's answers with an empty HF_HOME and then with a filled one."""
     how, home, client = request.param, world.homes / request.param, clients[request.param]
     cases = {kind: (kind, f"ada/{name}") for kind, (_, name, _) in KINDS.items()}
     with_empty_cache, _ = client.ask(cases | {"real, commit": ("real", "ada/cars", world.commits["cars"]["main"])})
@@ -270,19 +272,19 @@ def unreached(request, asked, world, clients):
     return SimpleNamespace(how=how, home=home, with_empty_cache=with_empty_cache, with_cache=with_cache, stderr=stderr)
 
 
-def test_out_of_reach_the_cache_is_used_at_the_same_commits(unreached, asked):
+def test_offline_the_cache_is_used_at_the_same_commits(unreached, asked):
     answers, stderr, is_tried = unreached.with_cache, unreached.stderr, unreached.how == "no network"
     for kind in KINDS:
         assert without_seconds(answers[kind]) == without_seconds(asked.answers[f"{kind}, main"])
     assert without_seconds(answers["synthetic, tag"]) == without_seconds(asked.answers["synthetic, tag"])
     assert [answers[case]["num_images"] for case in ("real, tag", "real, commit")] == [60, 120]
-    assert sum(answer["seconds_slept"] for answer in answers.values()) < 20  # no half minute of new tries for each
+    assert sum(answer["seconds_slept"] for answer in answers.values()) < 20  # no half minute of retries for each
     told = [name for _, name, _ in KINDS.values() if f"Using cached commit hash for 'ada/{name}'" in stderr]
     assert len(told) == (len(KINDS) if is_tried else 0)
     assert ("--dataset_name ada/cars: the Hub cannot be reached" in stderr) == is_tried
 
 
-def test_out_of_reach_and_not_in_the_cache_is_one_line(unreached, world):
+def test_offline_and_not_in_the_cache_is_one_line(unreached, world):
     answers, how = unreached.with_empty_cache, unreached.how
     for kind, (_, name, flag) in KINDS.items():
         reason = f"the Hub ({NOWHERE}) cannot be reached ([Errno 111] Connection refused), "
@@ -299,7 +301,7 @@ def test_a_hub_that_fails_is_one_line_or_the_cache(asked, world, client):
     world.hub.clear_faults()
     assert answers["cached"]["commit"] == world.commits["cars"]["main"]
     assert re.fullmatch(
-        r"--model_name_or_path ada/timm-private: the Hub \(.*\) answers with error 503.*; try again later\.",
+        r"--model_name_or_path ada/timm-private: the Hub \(.*\) returned error 503.*; try again later\.",
         answers["not cached"]["line"],
     )
 

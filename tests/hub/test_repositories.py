@@ -18,17 +18,17 @@ def test_a_folder_gives_its_files_and_has_no_commit(tmp_path):
 
 
 def test_a_revision_of_a_folder_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="is a local folder, a revision \\('main'\\)"):
+    with pytest.raises(UserError, match="is a local folder; a revision \\('main'\\)"):
         open_source(str(tmp_path), "--model", revision="main")
 
 
 @pytest.mark.parametrize("name", ["no-such-folder", "./a/b", "a/b/c", "/nowhere", ""])
-def test_what_is_neither_folder_nor_id_is_an_error(name):
+def test_a_name_that_is_neither_folder_nor_id_is_an_error(name):
     with pytest.raises(UserError, match="neither an existing folder nor a repository id"):
         open_source(name, "--model")
 
 
-def test_a_repository_out_of_reach_is_one_line(monkeypatch):
+def test_an_unreachable_repository_is_one_line(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="--model user/model: .*; unset HF_HUB_OFFLINE to download it"):
         open_source("user/model", "--model")

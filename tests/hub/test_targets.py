@@ -1,4 +1,4 @@
-"""Where a folder is published: what forbids it is said before any work, and nothing is created to find out."""
+"""Where a folder is published: problems are reported before any work, and checks create nothing."""
 
 import pytest
 from huggingface_hub import HfApi, constants
@@ -16,12 +16,12 @@ pytest_plugins = ["tests.local_hub.fixtures"]
 ROLES = {f"hf_{role}": role for role in ("read", "contributor", "write", "admin")}
 FINE_GRAINED = {"hf_mine": ("ann",), "hf_of_acme": ("acme",), "hf_one_repository": ("acme/ours",), "hf_nothing": ()}
 MAY_NOT_WRITE = "--push_to_hub: this access token may not write to '{}'"
-MAY_NOT_CREATE = "--push_to_hub: '{}' is not there, and this access token may not create it"
+MAY_NOT_CREATE = "--push_to_hub: '{}' does not exist, and this access token may not create it"
 
 
 @pytest.fixture
 def acme(hub):
-    """An organisation with a repository that ann has made, and one that somebody else has."""
+    """An organisation with repositories of ann and of others."""
     for token, role in ROLES.items():
         hub.add_user("ann", token, organisations={"acme": role})
     for token, writable in FINE_GRAINED.items():
@@ -34,7 +34,7 @@ def acme(hub):
 
 
 def try_to_write(repo_id: str, token: str) -> bool:
-    """Return whether the Hub lets a token create a repository, if need be, and commit to it."""
+    """Return whether the Hub lets a token create a repository, if needed, and commit to it."""
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, exist_ok=True)
@@ -49,14 +49,14 @@ def try_to_write(repo_id: str, token: str) -> bool:
     ("token", "name", "message"),
     [
         (None, "cars", "no access token"),
-        ("hf_nobody", "cars", "the Hub does not know this access token"),
-        ("hf_ann_reads", "cars", "only reads"),
-        (TOKEN, "bob/new", "'bob/new' is not yours to write; you are ann"),
+        ("hf_nobody", "cars", "the Hub rejects this access token"),
+        ("hf_ann_reads", "cars", "is read-only"),
+        (TOKEN, "bob/new", "no write access to 'bob/new'; you are ann"),
         (TOKEN, "my cars", "--push_to_hub: 'ann/my cars' is not a repository id; give one with --hub_model_id"),
         (TOKEN, "acme/ann/cars", "--push_to_hub: 'acme/ann/cars' is not a repository id"),
     ],
 )
-def test_what_may_not_be_published_is_said_before_any_work(token, name, message, hub, tmp_path):
+def test_a_forbidden_target_is_reported_before_any_work(token, name, message, hub, tmp_path):
     with pytest.raises(UserError, match=message):
         open_target(tmp_path, name, "model", token=token)
     assert hub.repos() == []
@@ -94,7 +94,7 @@ def test_a_role_that_may_not_write_is_refused_before_any_work(token, repo_id, me
             open_target(tmp_path, repo_id, "model", token=token)
     assert [repo.id for repo in acme.repos()] == before
     assert {request.method for request in acme.log} == {"GET"}
-    # the Hub itself judges likewise
+    # the Hub itself agrees
     assert try_to_write(repo_id, token) is (message is None)
 
 
@@ -105,13 +105,11 @@ def test_a_gated_repository_of_somebody_else_is_refused(acme, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "is_private"), [("public", False), ("hidden", True), ("new", None)])
-def test_a_public_repository_is_refused_before_any_work_when_a_private_one_is_asked_for(
-    name, is_private, hub, tmp_path
-):
+def test_a_public_repository_is_refused_before_any_work_if_a_private_one_is_wanted(name, is_private, hub, tmp_path):
     if is_private is not None:
         hub.create_repo(f"ann/{name}", "dataset", private=is_private)
     if is_private is False:
-        with pytest.raises(UserError, match="--hub_private_repo: 'ann/public' is there already, and public; "):
+        with pytest.raises(UserError, match="--hub_private_repo: 'ann/public' already exists and is public; "):
             open_target(tmp_path, name, "dataset", private=True, token=TOKEN)
         assert published(hub, name) == {}
         assert open_target(tmp_path, name, "dataset", token=TOKEN).repo_id == "ann/public"
@@ -122,10 +120,10 @@ def test_a_public_repository_is_refused_before_any_work_when_a_private_one_is_as
     assert set(published(hub, name)) == set(FOLDERS["set"])
 
 
-def test_a_repository_that_somebody_makes_public_during_the_work_gets_nothing(hub, tmp_path):
+def test_a_repository_made_public_during_the_work_receives_nothing(hub, tmp_path):
     target = open_target(tmp_path, "cars", "dataset", private=True, token=TOKEN)
     hub.create_repo("ann/cars", "dataset")
-    with pytest.raises(UserError, match="'ann/cars' is there already, and public"):
+    with pytest.raises(UserError, match="'ann/cars' already exists and is public"):
         publish_folder(write_folder(tmp_path / "cars", FOLDERS["set"], "x"), target, PATTERNS)
     assert published(hub) == {}
 

@@ -14,7 +14,7 @@ DEMO_REPOSITORIES = {"fashion-mnist": ("user/fashion", "dataset"), "generator": 
 
 
 def upload_demo(hub: LocalHub) -> list[str]:
-    """Upload the demo's image set and generator, as far as they are there, and say where they are."""
+    """Upload the demo's dataset and generator, if they exist, and print their addresses."""
     uploaded = []
     for folder_name, (repo_id, repo_type) in DEMO_REPOSITORIES.items():
         folder = DEMO / folder_name
@@ -33,7 +33,7 @@ def main() -> None:
             sys.exit(f"port {PORT}: {error.strerror}; is a local Hub running already?")
         with hub:
             hub.add_user("user", TOKEN, role="write")
-            # A cache of its own: what was loaded from the real Hub must not answer for this one.
+            # A separate cache: files from the real Hub must not answer for this one.
             settings = f"HF_ENDPOINT={hub.url} HF_TOKEN={TOKEN} HF_HUB_DISABLE_XET=1 HF_HOME={root}/hf-home"
             print(f"export {settings}", *upload_demo(hub), "# Ctrl-C ends it.", sep="\n", flush=True)
             try:

@@ -1,4 +1,4 @@
-"""Users, organisations and tokens: who asks, and what they may see and change."""
+"""Users, organisations and tokens: who asks, and what they may read and write."""
 
 from dataclasses import dataclass, field
 
@@ -34,7 +34,7 @@ class Account:
 
 
 def find_account(hub, request: Request) -> Account | None:
-    """Return who asks, None if anonymous.
+    """Return the account that asks, None if anonymous.
 
     Raises:
         HubError: the token is unknown.
@@ -56,14 +56,14 @@ def require_writer(hub, request: Request) -> Account:
 
 
 def repo_not_found(account: Account | None) -> HubError:
-    """Return the error for what is missing or hidden: clients tell it from a bad token by its code."""
+    """Return the error for missing and hidden repositories, which clients distinguish from a bad token by its code."""
     if account is None:
         return HubError(401, "Invalid username or password.", "RepoNotFound")
     return HubError(404, "Repository not found", "RepoNotFound")
 
 
 def find_repo(hub, request: Request, repo_type: str, repo_id: str) -> Repository:
-    """Return a repository whose name and settings the one who asks may see."""
+    """Return a repository whose name and settings the account may see."""
     account = find_account(hub, request)
     repo = hub.repositories.get((repo_type, repo_id))
     if repo is None or (repo.private if account is None else not account.may_see(repo)):
@@ -72,7 +72,7 @@ def find_repo(hub, request: Request, repo_type: str, repo_id: str) -> Repository
 
 
 def find_readable_repo(hub, request: Request, repo_type: str, repo_id: str) -> Repository:
-    """Return a repository whose files the one who asks may read."""
+    """Return a repository whose files the account may read."""
     repo = find_repo(hub, request, repo_type, repo_id)
     account = find_account(hub, request)
     if repo.gated and (account is None or account.name != repo.owner):
@@ -82,7 +82,7 @@ def find_readable_repo(hub, request: Request, repo_type: str, repo_id: str) -> R
 
 
 def find_writable_repo(hub, request: Request, repo_type: str, repo_id: str) -> Repository:
-    """Return a repository that the one who asks may change."""
+    """Return a repository that the account may write."""
     repo = find_repo(hub, request, repo_type, repo_id)
     if not require_writer(hub, request).may_write(repo):
         raise HubError(403, f"Forbidden: you may not write to {repo.id}.")

@@ -1,4 +1,4 @@
-"""The local Hub for tests, emptied for each, and clients in processes of their own."""
+"""The local Hub for tests, emptied before each, and clients in separate processes."""
 
 import itertools
 import subprocess
@@ -15,14 +15,14 @@ REPOSITORY_ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def local_hub_server(tmp_path_factory):
-    """A Hub for the whole session, on one port; use `local_hub`."""
+    """The Hub of the whole session, on one port; use `local_hub`."""
     with LocalHub(tmp_path_factory.mktemp("local-hub"), lfs_threshold=2**20) as hub:
         yield hub
 
 
 @pytest.fixture
 def local_hub(local_hub_server):
-    """An empty Hub. The test fails if the Hub itself broke."""
+    """An empty Hub. The test fails if the Hub itself fails."""
     local_hub_server.reset()
     yield local_hub_server
     assert local_hub_server.failures == []
@@ -30,7 +30,7 @@ def local_hub(local_hub_server):
 
 @pytest.fixture
 def start_with_hub(local_hub, tmp_path) -> Callable[..., subprocess.Popen]:
-    """Start a client in a process of its own, with its own empty HF_HOME: warm caches hide failures.
+    """Start a client process with its own empty HF_HOME, as warm caches hide failures.
 
     `start_with_hub(code_or_argv, token=None, hf_home=None, xet=False, **environment)` takes Python code, or the
     arguments after `python`, e.g. `["train_dsi.py", "--help"]`. It runs in the repository's root.
@@ -50,7 +50,7 @@ def start_with_hub(local_hub, tmp_path) -> Callable[..., subprocess.Popen]:
 
 @pytest.fixture
 def run_with_hub(start_with_hub) -> Callable[..., subprocess.CompletedProcess]:
-    """Run to its end, within `timeout` seconds, what `start_with_hub` starts; with `check` it must end well."""
+    """Run a process of `start_with_hub` to its end within `timeout` seconds; with `check` it must succeed."""
 
     def run(code_or_argv, *args, check=False, timeout=300, **options) -> subprocess.CompletedProcess:
         child = start_with_hub(code_or_argv, *args, **options)

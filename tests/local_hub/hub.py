@@ -14,7 +14,7 @@ from tests.local_hub.xet import XetFolders
 
 
 class LocalHub:
-    """A Hub on a loopback port, from `with` to its end.
+    """A Hub on a loopback port, while its `with` block runs.
 
     With `cdn`, files in LFS come from a second origin, as from the Hub: `resolve` answers 302 to a signed address.
     """
@@ -59,7 +59,7 @@ class LocalHub:
         self, repo_id: str, repo_type: str = "model", private: bool = False, gated: bool = False,
         creator: str | None = None,
     ) -> Repository:  # fmt: skip
-        """Create a repository, made by its owner or, where that is an organisation, by one of its members."""
+        """Create a repository as its owner or, for an organisation, as one of its members."""
         with self.lock:
             if (repo_type, repo_id) in self.repositories:
                 raise ValueError(f"{repo_type} {repo_id} is there already")
@@ -86,7 +86,7 @@ class LocalHub:
 
     @property
     def faults_fired(self) -> list[Fault]:
-        """The injected faults that struck, in order, once for each time."""
+        """The injected faults that occurred, in order, with repetitions."""
         return self.faults.fired
 
     def clear_log(self) -> None:
@@ -111,7 +111,7 @@ class LocalHub:
         self.has_cdn = self._had_cdn
 
     def environment(self, hf_home: Path, token: str | None = None, xet: bool = False) -> dict[str, str]:
-        """Return the whole environment for a child process that has this Hub for its only one."""
+        """Return the whole environment for a child process that uses only this Hub."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE_"))}
         settings = {
             "HF_ENDPOINT": self.url, "HF_HOME": str(hf_home), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",

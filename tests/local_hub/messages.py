@@ -1,4 +1,4 @@
-"""What goes over the wire: a request, its answer, and the errors of the Hub with the headers its clients look for."""
+"""Messages: requests, answers, and the Hub's errors with the headers that clients read."""
 
 import json
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class HubError(Exception):
 
 
 class Body:
-    """The body of a request, read from the connection as it is asked for."""
+    """The body of a request, read from the connection on demand."""
 
     def __init__(self, stream: BinaryIO, num_bytes: int):
         self.stream = stream
@@ -28,7 +28,7 @@ class Body:
         self.num_bytes_left = num_bytes
 
     def chunks(self):
-        """Yield what is left, in pieces that fit in memory.
+        """Yield the rest, in pieces that fit in memory.
 
         Raises:
             ConnectionError: the client went away before the end.
@@ -41,7 +41,7 @@ class Body:
             yield chunk
 
     def drain(self) -> None:
-        """Read what is left: the next request on the connection begins only after it."""
+        """Read the rest: the next request on the connection comes after it."""
         for _ in self.chunks():
             pass
 
@@ -49,7 +49,7 @@ class Body:
 @dataclass(frozen=True)
 class Request:
     method: str
-    path: str  # as it came, quoted: `refs%2Fpr%2F1` is one component
+    path: str  # as received, quoted: `refs%2Fpr%2F1` is one component
     query: str
     headers: dict[str, str]  # lower-case names
     body: Body
@@ -87,7 +87,7 @@ def error_answer(error: HubError) -> Answer:
 
 
 def file_answer(request: Request, path: Path, headers: dict[str, str]) -> Answer:
-    """Answer with a file, or with the range of it that was asked for (`bytes=2-5`, `bytes=2-`, `bytes=-4`).
+    """Answer with a file, or with the requested range (`bytes=2-5`, `bytes=2-`, `bytes=-4`).
 
     Raises:
         HubError: 416, the range begins past the end.

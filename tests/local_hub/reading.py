@@ -1,4 +1,4 @@
-"""Listing and downloading files: tree, paths-info, resolve, and the second origin that large files come from."""
+"""Listing and downloading files: tree, paths-info, resolve, and the second origin for large files."""
 
 import hashlib
 import hmac
@@ -17,7 +17,7 @@ def lfs_fields(file: StoredFile, name_of_oid: str = "oid") -> dict:
 
 
 def page(hub, request: Request, rows: list) -> Answer:
-    """Answer with `hub.page_size` rows, and say where the next ones are."""
+    """Answer with `hub.page_size` rows, and a link to the next ones."""
     start = int(request.parameters.get("cursor", 0))
     end = start + hub.page_size
     if end >= len(rows):
@@ -86,13 +86,13 @@ def resolve(hub, request: Request, repo_type: str, repo_id: str, revision: str, 
         headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
     if file.is_lfs and hub.cdn_url is not None:
         query = urlencode({"filename": path, "signature": sign(hub, file.sha256)})
-        del headers["ETag"]  # the Hub's is that of the redirect
+        del headers["ETag"]  # the Hub sends the redirect's
         return Answer(302, headers | {"Location": f"{hub.cdn_url}/files/{file.sha256}?{query}"})
     return file_answer(request, repo.blobs.path(file.sha256), headers)
 
 
 def sign(hub, sha256: str) -> str:
-    """Return what allows the content to be sent or fetched without a token."""
+    """Return a signature with which the content is sent or fetched without a token."""
     return hmac.new(hub.signing_key, sha256.encode(), "sha256").hexdigest()
 
 
@@ -102,7 +102,7 @@ def check_signature(hub, request: Request, sha256: str) -> None:
 
 
 def download_signed(hub, request: Request, sha256: str) -> Answer:
-    """Answer with a content on the second origin, which, like S3, refuses a token beside the signature."""
+    """Answer with a content on the second origin, which, like S3, refuses a token together with the signature."""
     if request.token is not None:
         raise HubError(400, "Only one auth mechanism allowed")
     check_signature(hub, request, sha256)

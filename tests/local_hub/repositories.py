@@ -1,4 +1,4 @@
-"""Making and describing repositories: create, info, branches."""
+"""Creating and describing repositories: create, info, branches."""
 
 from tests.local_hub.accounts import find_repo, find_writable_repo, require_writer
 from tests.local_hub.messages import Answer, HubError, Request, json_answer
@@ -19,7 +19,7 @@ def create(hub, request: Request) -> Answer:
     repo_id = f"{owner}/{asked['name']}"
     with hub.lock:
         if (repo_type, repo_id) in hub.repositories:
-            # With exist_ok the client goes on, and reads the address from this very body.
+            # With exist_ok the client continues, and reads the address from this body.
             url = repo_url(hub, hub.repositories[repo_type, repo_id])
             raise HubError(409, f"You already created this {repo_type} repo: {repo_id}", url=url)
         repo = hub.create_repo(repo_id, repo_type, private=asked.get("visibility") == "private", creator=account.name)

@@ -1,4 +1,4 @@
-"""Which function answers what, by the path as it came: a quoted slash does not separate."""
+"""Routes by the path as received: a quoted slash does not separate."""
 
 import re
 
@@ -11,10 +11,10 @@ SHA256 = "([0-9a-f]{64})"
 
 
 def _with_types(method: str, api: str, rest: str, function) -> list:
-    """Return a repository's route for models and for data sets: `models` and `datasets`, or '' and `datasets/`."""
+    """Return a repository's route for models and for datasets: `models` and `datasets`, or '' and `datasets/`."""
     prefixes = {"model": "/api/models/", "dataset": "/api/datasets/"}
     if api == "web":
-        prefixes = {"dataset": "/datasets/", "model": "/"}  # in this order: `datasets/name` is no model
+        prefixes = {"dataset": "/datasets/", "model": "/"}  # in this order: `datasets/name` is not a model
 
     def of_type(repo_type: str):
         return lambda hub, request, *groups: function(hub, request, repo_type, *groups)
@@ -46,7 +46,7 @@ CDN_ROUTES = [("GET", re.compile(f"/files/{SHA256}"), reading.download_signed)]
 
 
 def no_route(hub, request: Request) -> Answer:
-    """Answer what no route fits: a repository that cannot be here (`spaces/…`, `gpt2`), or a page."""
+    """Answer requests without a route: for unsupported repositories (`spaces/…`, `gpt2`), or for pages."""
     account = accounts.find_account(hub, request)
     if re.match("/api/(models|datasets|spaces)/", request.path) or "/resolve/" in request.path:
         raise accounts.repo_not_found(account)

@@ -1,4 +1,4 @@
-"""The transport: HTTP/1.1 on a loopback port, faults on the way, a log entry for each request."""
+"""The transport: HTTP/1.1 on a loopback port, with faults, and a log entry for each request."""
 
 import re
 import threading
@@ -31,7 +31,7 @@ class HubServer(ThreadingHTTPServer):
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
     def handle_error(self, request, client_address) -> None:
-        """Keep quiet: a client that goes away is part of the tests."""
+        """Do nothing: clients that disconnect are part of the tests."""
 
     def stop(self) -> None:
         self.shutdown()
@@ -45,7 +45,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
     server: HubServer
 
     def answer_request(self) -> None:
-        """Meet a fault or do the work; log; answer."""
+        """Apply a fault or do the work; log; answer."""
         path, _, query = self.path.partition("?")
         headers = {name.lower(): value for name, value in self.headers.items()}
         body = Body(self.rfile, int(headers.get("content-length", 0)))
@@ -54,10 +54,10 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         fault = self.server.hub.faults.strike(request.method, path)
         try:
             answer = self._find_answer(request, fault)
-            body.drain()  # an error may have come before it was read
+            body.drain()  # an error may have occurred before it was read
         except ConnectionError:
             answer = None
-        if self.server.hub.num_resets != num_resets:  # of a client that was killed in an earlier test
+        if self.server.hub.num_resets != num_resets:  # from a client that was killed in an earlier test
             self.close_connection = True
             return
         # Logged before it is sent: a test may look as soon as its client is done.
@@ -74,7 +74,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
             self.close_connection = True
             return error_answer(HubError(411, "the local Hub needs a Content-Length"))
         if fault is not None and fault.kind == "drop":
-            request.body.drain()  # closing on unread data would be another fault: a reset
+            request.body.drain()  # closing with unread data would cause a reset
             return None
         if fault is not None and fault.kind == "status":
             retry_after = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
@@ -89,7 +89,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
             return error_answer(error)
         except ConnectionError:
             raise
-        except Exception:  # whatever is wrong with the server: the fixture fails the test over `failures`
+        except Exception:  # any exception of the server: the fixture fails the test because of `failures`
             self.server.hub.failures.append(f"{request.method} {request.path}\n{traceback.format_exc()}")
             return error_answer(HubError(500, "the local Hub has a bug, see hub.failures"))
 
@@ -120,4 +120,4 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         self.server.log.append(LoggedRequest(*what, status, kind, num_bytes_in, request.headers))
 
     def log_message(self, format, *args) -> None:
-        """Keep quiet: `hub.log` has it."""
+        """Do nothing: `hub.log` has it."""

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from tests.local_hub.messages import CHUNK_SIZE, HubError
 
-# What the Hub's own `.gitattributes` send to LFS. `push_to_hub` relies on it for parquet.
+# Files that the Hub's `.gitattributes` send to LFS; `push_to_hub` relies on this for parquet.
 LFS_SUFFIXES = {
     ".7z", ".arrow", ".avro", ".bin", ".bmp", ".bz2", ".ckpt", ".flac", ".gif", ".gz", ".h5", ".jpeg", ".jpg",
     ".joblib", ".lz4", ".mp3", ".mp4", ".msgpack", ".npy", ".npz", ".onnx", ".parquet", ".pb", ".pickle", ".pkl",
@@ -32,7 +32,7 @@ def lfs_pointer(sha256: str, size: int) -> bytes:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of a commit. `git_oid` is git's name for it: of its content, or of its pointer if it is in LFS."""
+    """A file of a commit. `git_oid` is git's hash of its content, or of its pointer if it is in LFS."""
 
     sha256: str
     size: int
@@ -41,7 +41,7 @@ class StoredFile:
 
     @property
     def etag(self) -> str:
-        """What clients compare with their local file: sha256 in LFS, else git's sha1."""
+        """The hash that clients compare with their local file: sha256 in LFS, else git's sha1."""
         return self.sha256 if self.is_lfs else self.git_oid
 
 
@@ -56,7 +56,7 @@ class BlobStore:
         return self.folder / sha256
 
     def add(self, chunks: Iterable[bytes], expected_sha256: str | None = None) -> str:
-        """Write a content, under its name only once it is complete, and return its sha256.
+        """Write a content, renamed only when complete, and return its sha256.
 
         Raises:
             HubError: the content is not what it was announced to be.
@@ -102,7 +102,7 @@ class Commit:
 
 
 class Repository:
-    """A model or a data set with its history, written one commit at a time."""
+    """A model or a dataset with its history, written one commit at a time."""
 
     def __init__(
         self, repo_id: str, repo_type: str, private: bool, gated: bool, blobs: BlobStore, lfs_threshold: int,
@@ -167,7 +167,7 @@ class Repository:
             if missing := set(deletions) - set(before):
                 raise HubError(404, f"A file with this name doesn't exist: {missing}", "EntryNotFound")
             kept = {path: file for path, file in before.items() if path not in deletions}
-            # Clients keep file lists by commit: the time makes a commit's id unlike that of any other run.
+            # Clients cache file lists by commit: the time makes commit ids unique to a run.
             commit_id = hashlib.sha1(f"{self.id} {head and head.id} {time.time_ns()}".encode()).hexdigest()
             date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
             commit = Commit(commit_id, title, date, head, kept | additions, sorted({*additions, *deletions}))

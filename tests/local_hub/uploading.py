@@ -16,7 +16,7 @@ def validate_card(hub, request: Request) -> Answer:
 
 
 def preupload(hub, request: Request, repo_type: str, repo_id: str, revision: str) -> Answer:
-    """Say of each file whether it goes to LFS, and what is there now: clients skip what is there already."""
+    """Tell for each file whether it goes to LFS, and its current hash: clients skip unchanged files."""
     repo = find_writable_repo(hub, request, repo_type, repo_id)
     there = repo.find_commit(revision).files
     rows = []
@@ -29,7 +29,7 @@ def preupload(hub, request: Request, repo_type: str, repo_id: str, revision: str
 
 
 def start_lfs_upload(hub, request: Request, repo_type: str, repo_id: str) -> Answer:
-    """Answer the LFS batch call: an address for each object that is not here yet."""
+    """Answer the LFS batch call: an address for each object that is not stored yet."""
     repo = find_writable_repo(hub, request, repo_type, repo_id)
     objects = []
     for asked in request.json()["objects"]:
@@ -43,7 +43,7 @@ def start_lfs_upload(hub, request: Request, repo_type: str, repo_id: str) -> Ans
 
 
 def receive_lfs_object(hub, request: Request, sha256: str) -> Answer:
-    """Take an object. No token comes with it: the signature in its address says that it is welcome."""
+    """Store an object. It comes without a token: the signature in its address permits it."""
     check_signature(hub, request, sha256)
     hub.blobs.add(request.body.chunks(), expected_sha256=sha256)
     return Answer(200, {"ETag": f'"{sha256}"'})

@@ -16,7 +16,7 @@ from tests.local_hub.messages import Answer, Request, json_answer
 
 NUM_ATTEMPTS = 5
 PAUSE = 0.2  # seconds
-RECORD_SIZE = 48  # bytes, of a shard's header and of all that follows
+RECORD_SIZE = 48  # bytes, of a shard's header and of all records after it
 HAS_VERIFICATION, HAS_SHA256 = 1 << 31, 1 << 30
 
 
@@ -47,7 +47,7 @@ def give_write_token(hub, request: Request, repo_type: str, repo_id: str, revisi
 
 
 def fetch_from_xet(hub, wanted: set[str]) -> None:
-    """Add to the blobs what the stores have of the contents `wanted`, given by sha256."""
+    """Add to the blobs the contents `wanted` (by sha256) that the stores have."""
     for store in hub.xet_folders.stores():
         listed = {}
         for shard in store.rglob("shards/*.mdb"):

@@ -1,4 +1,4 @@
-"""Distances against values computed another way."""
+"""Distances compared with values computed another way."""
 
 import numpy as np
 import pytest
@@ -90,7 +90,7 @@ def test_shift_is_zero_for_other_images_of_the_classes_however_few():
     assert class_shifts(train, train) == pytest.approx([0, 0, 0])
 
 
-def test_shift_is_one_for_a_class_that_looks_like_the_nearest_other_and_unknown_for_a_single_class_or_image():
+def test_shift_is_one_for_a_class_like_the_nearest_other_and_unknown_for_a_single_class_or_image():
     train = sums(*classes(num_images=500))
     shifts = class_shifts(sums(*classes(1.0, num_images=500, seed=1)), train)
     assert shifts[2] == pytest.approx(1, abs=0.05) and shifts[:2].max() < 0.1
@@ -101,7 +101,7 @@ def test_shift_is_one_for_a_class_that_looks_like_the_nearest_other_and_unknown_
     assert np.isnan(class_shifts(one, sums(features, labels))).all()
 
 
-def test_shares_say_which_real_class_images_are_nearest_to():
+def test_shares_give_the_nearest_real_class_of_images():
     train, train_labels = classes(num_images=100)
     shares = nearest_class_shares(*classes(1.0, num_images=100, seed=1), sums(train, train_labels))
     assert shares.sum(1) == pytest.approx([1, 1, 1])

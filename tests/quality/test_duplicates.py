@@ -1,4 +1,4 @@
-"""Look-alikes and copies against values computed another way, and on images whose copies are known."""
+"""Look-alikes and copies compared with values computed another way, and on images with known copies."""
 
 import io
 
@@ -37,7 +37,7 @@ def test_nearest_is_that_of_the_whole_table_across_chunks(monkeypatch, same):
     assert some.rows.tolist() == table.argmax(1)[[3, 30]].tolist()
 
 
-def test_threshold_lies_above_99_percent_of_what_the_model_finds_alike():
+def test_threshold_is_above_99_percent_of_the_similarities():
     assert similarity_threshold(np.linspace(0, 0.9, 1001)) == pytest.approx(0.891)
     assert similarity_threshold(np.linspace(0.99, 1, 1001)) == pytest.approx(0.9999)  # a weak one
     assert similarity_threshold(np.zeros(0)) == UNCALIBRATED_THRESHOLD
@@ -48,7 +48,7 @@ def test_closest_pairs_are_copies_then_the_most_similar_and_once_within_a_set():
     none = np.full(4, -1)
     assert closest_pairs(nearest, none, 3, within=True) == [(2, 1), (0, 1), (3, 0)]
     assert closest_pairs(nearest, none, 3, within=False) == [(2, 1), (0, 1), (1, 0)]
-    copies = np.array([-1, -1, -1, 2])  # of another image than the most similar one
+    copies = np.array([-1, -1, -1, 2])  # not of the most similar image
     assert closest_pairs(nearest, copies, 2, within=False) == [(3, 2), (2, 1)]
 
 
@@ -59,7 +59,7 @@ def test_copies_and_look_alikes_are_counted():
 
 
 def pictures(count: int, seed: int) -> list[Image.Image]:
-    """Return images of soft spots in soft colours, 64 pixels wide."""
+    """Return images of soft spots in soft colors, 64 pixels wide."""
     spots = np.random.default_rng(seed).integers(60, 200, (count, 6, 8, 3), dtype=np.uint8)
     return [Image.fromarray(pixels).resize((64, 48), Image.Resampling.BICUBIC) for pixels in spots]
 
@@ -96,13 +96,13 @@ def test_an_altered_copy_is_one_of_its_own_image(monkeypatch, alteration):
     assert some.tolist() == [3, -1]
 
 
-def test_within_a_set_an_image_is_no_copy_of_itself_even_where_it_is_symmetric():
+def test_within_a_set_an_image_is_not_a_copy_of_itself_even_if_symmetric():
     symmetric = [Image.fromarray(np.hstack([half, half[:, ::-1]])) for half in map(np.asarray, pictures(20, 0))]
     images = thumbnails([*symmetric, *pictures(5, 1), symmetric[4]])
     assert np.flatnonzero(find_copies(images, images, "copies", "cpu") >= 0).tolist() == [4, 25]
 
 
-def test_other_colours_shades_and_plain_images_are_no_copies():
+def test_other_colors_shades_and_plain_images_are_not_copies():
     def gradient(low: int, high: int) -> Image.Image:
         return Image.fromarray(np.tile(np.linspace(low, high, 48).astype(np.uint8)[:, None], (1, 64)))
 

@@ -45,7 +45,7 @@ def save_backbone(name: str, folder) -> None:
 
 
 def before_the_head(folder, head_name: str, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return what the classification head of a checkpoint is given."""
+    """Return the input of a checkpoint's classification head."""
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     given = []
     model.get_submodule(head_name).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
@@ -61,7 +61,7 @@ def before_the_head(folder, head_name: str, pixel_values: torch.Tensor) -> torch
         ("convnext", "classifier", 16), ("swin", "classifier", 16), ("deit", "classifier", 16),
     ],
 )  # fmt: skip
-def test_features_are_what_the_classifier_sees(classifiers, tmp_path, name, head, size):
+def test_features_are_the_classifiers_pooled_output(classifiers, tmp_path, name, head, size):
     if name not in classifiers:
         save_backbone(name, tmp_path / name)
     folder = classifiers.get(name, tmp_path / name)
@@ -88,7 +88,7 @@ def test_the_same_features_at_each_load_and_batch_size_and_of_a_selection(classi
     assert first.shape == (7, 16) and first.dtype == np.float16
     np.testing.assert_allclose(first, second, atol=2e-3)
     assert np.abs(first[0] - first[1]).max() > 0.01
-    assert isinstance(first, np.memmap) and isinstance(thumbnails, np.memmap)  # on disk, however many there are
+    assert isinstance(first, np.memmap) and isinstance(thumbnails, np.memmap)  # on disk, for any number of images
     assert (thumbnails == [make_thumbnail(image) for image in images["image"]]).all()
     part, _ = extract_features(load(classifiers["vit"]), images.select([5, 2]), "images", tmp_path / "part", 4)
     np.testing.assert_allclose(part, first[[5, 2]], atol=2e-3)
@@ -130,7 +130,7 @@ def test_a_backbone_with_missing_weights_is_refused(classifiers, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights[next(name for name in weights if "layernorm" in name)]
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(UserError, match="its weights lack 1 of the backbone's"):
+    with pytest.raises(UserError, match="lacks 1 weights of the backbone"):
         load(folder)
 
 
@@ -141,7 +141,7 @@ def test_a_model_of_text_is_refused(tmp_path):
     text, vision = {**small, "vocab_size": 30}, {**small, "image_size": 32, "patch_size": 16}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
     ViTImageProcessor().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="takes input_ids first"):
+    with pytest.raises(UserError, match="not an image model, as its input is input_ids"):
         load(tmp_path)
 
 

@@ -11,7 +11,7 @@ def cloud(num_images, mean=0.0, seed=0):
 
 
 def by_hand(real, synthetic, num_neighbours):
-    """The definition, a pair at a time."""
+    """The definition, one pair at a time."""
 
     def share_among(points, others):
         radii = [sorted(np.linalg.norm(others - other, axis=1))[num_neighbours] for other in others]
@@ -24,7 +24,7 @@ def by_hand(real, synthetic, num_neighbours):
 
 
 @pytest.mark.parametrize("num_neighbours", [1, 3])
-def test_both_are_those_of_the_definition(num_neighbours):
+def test_precision_and_recall_match_their_definition(num_neighbours):
     real, synthetic = cloud(30), cloud(20, mean=3.0, seed=1)
     found = precision_and_recall(real, synthetic, num_neighbours)
     assert found == pytest.approx(by_hand(real, synthetic, num_neighbours))
@@ -37,7 +37,7 @@ def test_the_same_images_are_all_among_the_others_and_far_ones_are_not():
     assert precision_and_recall(real, real + np.float16(50)) == (0.0, 0.0)
 
 
-def test_images_that_all_look_alike_may_be_precise_but_recall_little():
+def test_similar_images_can_have_high_precision_but_low_recall():
     real = cloud(200)
     precision, recall = precision_and_recall(real, 0.05 * cloud(200, seed=1))
     assert precision > 0.95 and recall < 0.2

@@ -1,4 +1,4 @@
-"""Pictures and table of a quality report show the images and names of its record as they are."""
+"""The pictures and the table of a quality report show the images and names of its record unchanged."""
 
 import numpy as np
 from PIL import Image

@@ -1,4 +1,4 @@
-"""What a report says in words, and its section of the card."""
+"""Verdicts and caveats of a report, and its section of the card."""
 
 import copy
 
@@ -103,7 +103,7 @@ def test_a_flaw_changes_its_verdict_and_no_other(path, value, subject, level):
         assert {name for name in after if after[name] != before[name]} <= {subject}
 
 
-def test_verdicts_name_the_figures_and_the_worst():
+def test_verdicts_name_the_figures_and_the_worst_class():
     assert "1.2 times the floor" in text_of(good_record(), "whole set")
     assert "by the" not in text_of(good_record(), "whole set")
     assert "by the kernel one, the" in text_of(changed(("distance", "kernel", "synthetic"), 0.05), "whole set")
@@ -112,22 +112,22 @@ def test_verdicts_name_the_figures_and_the_worst():
     confused = [{"class": "bus", "nearest": "car", "share": 0.4, "real_share": None}]
     assert "bus near car (40%, real 0%)" in text_of(changed(("nearest_class", "confusions"), confused), "labels")
     copies = text_of(changed(("duplicates", "test"), duplicates(3, 3)), "copies of test images")
-    assert "3 of 1,000" in copies and "held-out real ones 0 of 1,000" in copies and "cannot be trusted" in copies
+    assert "3 of 1,000" in copies and "held-out real images, 0 of 1,000" in copies and "cannot be trusted" in copies
     assert "trusted" not in text_of(changed(("duplicates", "train"), duplicates(3, 3)), "copies of training images")
 
 
-def test_more_variety_than_the_real_images_have_is_no_praise():
-    assert "counts too" in text_of(changed(("diversity", "synthetic"), 0.7), "diversity")
+def test_more_variety_than_the_real_images_is_not_praised():
+    assert "that real images lack" in text_of(changed(("diversity", "synthetic"), 0.7), "diversity")
     assert "counts too" not in text_of(good_record(), "diversity")
 
 
-def test_caveats_say_what_few_images_and_limits_hide():
+def test_caveats_name_few_images_and_limits():
     assert len(list_caveats(good_record())) == 2
     few = list_caveats(changed(("distance", "num_images"), 300))
-    assert any("biased upwards" in caveat and "300 on a side" in caveat for caveat in few)
+    assert any("biased upwards" in caveat and "300 per side" in caveat for caveat in few)
     assert any("With only 40" in caveat for caveat in list_caveats(changed(("num_images", "held_out", "used"), 40)))
     cut = list_caveats(changed(("num_images", "synthetic", "all"), 6000))
-    assert any("synthetic images were looked at (2,000 of 6,000)" in caveat for caveat in cut)
+    assert any("synthetic images per class were compared (2,000 of 6,000)" in caveat for caveat in cut)
 
 
 def test_the_section_has_figures_verdicts_and_pictures():
@@ -138,12 +138,12 @@ def test_the_section_has_figures_verdicts_and_pictures():
     for words in (
         "| whole set | good | Frechet distance 12, 1.2 times the floor of 10",
         "| classes | **bad** |",
-        "| Frechet distance | 12 | 10 |",
+        "| Frechet | 12 | 10 |",
         "| car\\|van | 1.20 (0.00) | 0.50 (0.50) | 90% (90%) |",
         "| bus | - (0.00) |",
         "`timm/resnet18` (commit `abc`)",
         "](quality.png)",
-        "`duplicates.png` has the pairs",
+        "`duplicates.png` shows the most similar pairs",
         record["caveats"][-1],
     ):
         assert words in section
@@ -171,7 +171,7 @@ def test_the_section_is_empty_without_a_report_and_short_for_many_classes():
     assert "10 of 200" in section and "class 9 " in section and "class 10 " not in section
 
 
-def test_the_section_has_no_distances_where_none_are_known():
+def test_the_section_has_no_distances_if_none_are_known():
     record = changed(("distance", "frechet"), {"synthetic": None, "floor": None})
     record |= {"verdicts": judge(record), "caveats": list_caveats(record)}
-    assert "| Frechet distance |" not in quality_section(record)
+    assert "| Frechet |" not in quality_section(record)

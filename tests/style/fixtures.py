@@ -8,7 +8,7 @@ import train_dsi
 from tests.conftest import blank_figures
 from utils.style import monitor
 
-NUM_TIMESTEPS = 2  # at which the loss is measured
+NUM_TIMESTEPS = 2  # for measuring the loss
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Saved pipelines with other configs and other files of weights."""
+"""Changes to the configs and weight files of saved pipelines."""
 
 import json
 from pathlib import Path
@@ -20,13 +20,13 @@ def rename_to_fp16(folder: Path, parts) -> None:
 
 
 def pickle_weights(folder: Path, part: str) -> None:
-    """Put a pickled file in the place of a part's safetensors."""
+    """Replace a part's safetensors with a pickled file."""
     (weights,) = (folder / part).glob("*.safetensors")
     (folder / part / f"{'pytorch_model' if weights.stem == 'model' else weights.stem}.bin").touch()
     weights.unlink()
 
 
 def publish(local_hub, repo_id: str, folder: Path) -> str:
-    """Put a folder on the tests' Hub; return the commit."""
+    """Commit a folder to the tests' Hub; return the commit."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return local_hub.create_repo(repo_id, "model").commit(files)

@@ -19,7 +19,7 @@ def open_folder(folder):
     return open_base_model(str(folder), "--model")
 
 
-def test_a_family_is_named_in_the_table_only():
+def test_a_family_is_named_only_in_the_table():
     names = [*FAMILIES, *ROW_NAMES]
     paths = [path for path in ROOT.glob("utils/**/*") if path.suffix in (".py", ".jinja")] + list(ROOT.glob("*.py"))
     naming = [path.name for path in paths if any(name in path.read_text(encoding="utf-8") for name in names)]
@@ -27,17 +27,17 @@ def test_a_family_is_named_in_the_table_only():
 
 
 @pytest.mark.parametrize(("gone", "mirror"), MIRRORS.items())
-def test_an_id_that_is_gone_is_an_error_that_names_its_mirror(gone, mirror):
-    with pytest.raises(UserError, match=f"^--model {gone}: is gone from the Hub; its mirror is {mirror}.$"):
+def test_a_removed_repository_is_an_error_that_names_its_mirror(gone, mirror):
+    with pytest.raises(UserError, match=f"^--model {gone}: was removed from the Hub; its mirror is {mirror}.$"):
         open_base_model(gone, "--model")
 
 
-def test_an_id_that_is_there_again_is_taken(tiny_pipeline_dir, monkeypatch):
+def test_a_restored_repository_is_used(tiny_pipeline_dir, monkeypatch):
     monkeypatch.setitem(MIRRORS, str(tiny_pipeline_dir), "elsewhere")
     assert open_folder(tiny_pipeline_dir).pipeline_class == "StableDiffusionPipeline"
 
 
-NO_SIZE = "its configs do not say at how many pixels it draws"
+NO_SIZE = "its configs do not give its resolution"
 SUPPORTED = r"; supported: StableDiffusionPipeline \(Stable Diffusion 1.x and 2.x\), StableDiffusionXLPipeline \(.*XL\)"
 
 
@@ -49,14 +49,14 @@ SUPPORTED = r"; supported: StableDiffusionPipeline \(Stable Diffusion 1.x and 2.
     ({"index": {"_class_name": ["mine", "My"]}}, rf"is a \['mine', 'My'\], a community .* is not run{SUPPORTED}"),
     ({"index": {"_class_name": None}}, rf"its model_index.json names no pipeline class \(_class_name\){SUPPORTED}"),
     # parts of another class
-    ({"index": {"vae": ["diffusers", "AutoencoderTiny"]}}, "its vae is AutoencoderTiny; wanted is AutoencoderKL"),
-    ({"index": {"text_encoder": ["x", "Roberta"]}}, "its text_encoder is Roberta; wanted is CLIPTextModel"),
-    ({"index": {"unet": [None, None]}}, "its unet is None; wanted is UNet2DConditionModel"),
-    ({"index": {"unet": None}}, "its unet is None; wanted is UNet2DConditionModel"),
-    # numbers that are missing, or of an inpainting model
-    ({"unet": {"in_channels": 9}}, r"its U-Net has 9 in_channels, its VAE 4 latent .* must be equal \(.*token\)"),
-    ({"vae": {"scaling_factor": None}}, "its VAE's scaling_factor is None; a number other than 0 is wanted"),
-    ({"vae": {"scaling_factor": 0}}, "its VAE's scaling_factor is 0; a number other than 0 is wanted"),
+    ({"index": {"vae": ["diffusers", "AutoencoderTiny"]}}, "its vae must be AutoencoderKL, got AutoencoderTiny"),
+    ({"index": {"text_encoder": ["x", "Roberta"]}}, "its text_encoder must be CLIPTextModel, got Roberta"),
+    ({"index": {"unet": [None, None]}}, "its unet must be UNet2DConditionModel, got None"),
+    ({"index": {"unet": None}}, "its unet must be UNet2DConditionModel, got None"),
+    # missing numbers, and those of an inpainting model
+    ({"unet": {"in_channels": 9}}, r"its U-Net has 9 in_channels, its VAE 4 latent .* must be equal \(.*tokens\)"),
+    ({"vae": {"scaling_factor": None}}, "its VAE's scaling_factor must be a number other than 0, got None"),
+    ({"vae": {"scaling_factor": 0}}, "its VAE's scaling_factor must be a number other than 0, got 0"),
     ({"vae": {"block_out_channels": []}}, rf"{NO_SIZE} \(.*block_out_channels \[\] of its VAE\)"),
     ({"unet": {"sample_size": None}}, rf"{NO_SIZE} \(sample_size None of its U-Net.*\)"),
 ])  # fmt: skip
@@ -71,13 +71,13 @@ def test_statistics_of_another_number_of_channels_are_an_error(copy_pipeline):
         open_folder(copy_pipeline("tiny_xl_pipeline_dir", vae=statistics))
 
 
-def test_a_distilled_model_is_told(copy_pipeline, caplog):
+def test_a_distilled_model_gives_a_warning(copy_pipeline, caplog):
     base_model = open_folder(copy_pipeline(unet={"time_cond_proj_dim": 32}))
     assert base_model.load_noise_scheduler().config.prediction_type == "v_prediction"
     assert ["looks distilled for few steps (its denoiser" in message for message in caplog.messages] == [True]
 
 
-def test_weights_that_are_no_safetensors_are_an_error_before_anything_loads(copy_pipeline):
+def test_weights_other_than_safetensors_are_an_error_before_anything_loads(copy_pipeline):
     folder = copy_pipeline()
     for part in ("unet", "text_encoder"):
         pickle_weights(folder, part)
@@ -88,12 +88,12 @@ def test_weights_that_are_no_safetensors_are_an_error_before_anything_loads(copy
 
 
 @pytest.mark.parametrize("parts", [["unet"], ["text_encoder", "vae", "unet"]])
-def test_parts_in_half_precision_only_are_loaded(parts, copy_pipeline, tiny_pipeline_dir, local_hub, caplog):
+def test_parts_that_exist_only_in_half_precision_are_loaded(parts, copy_pipeline, tiny_pipeline_dir, local_hub, caplog):
     plain = open_folder(tiny_pipeline_dir)
     assert caplog.messages == []
     rename_to_fp16(folder := copy_pipeline(), parts)
     half = open_folder(folder)
-    assert [f"the weights of {', '.join(parts)} are there" in message for message in caplog.messages] == [True]
+    assert [f"weights of {', '.join(parts)} only in half" in message for message in caplog.messages] == [True]
     for model, other in (
         (plain.load_unet(torch.float32), half.load_unet(torch.float32)),
         (plain.load_vae(), half.load_vae()),
@@ -127,8 +127,9 @@ def test_the_pipelines_decoding_undoes_what_training_does_to_latents(kind, setti
 
     folder = copy_pipeline(kind, vae=settings)
     base_model = open_folder(folder)
-    told = [message for message in caplog.messages if ": ignored in training, as in a " in message]
-    assert [message.endswith(f"Pipeline: {ignored} of its VAE.") for message in told] == [True] * bool(ignored)
+    warned = [message for message in caplog.messages if "ignored in training" in message]
+    expected = f": {ignored} of its VAE: ignored in training, as in a "
+    assert [expected in message for message in warned] == [True] * bool(ignored)
     pipe = getattr(diffusers, base_model.pipeline_class).from_pretrained(folder)
     assert base_model.latent_scale == pipe.vae.config.scaling_factor
     pipe.set_progress_bar_config(disable=True)
@@ -137,7 +138,7 @@ def test_the_pipelines_decoding_undoes_what_training_does_to_latents(kind, setti
         latents = pipe.vae.encode(pixels).latent_dist.mode()
         expected = pipe.image_processor.postprocess(pipe.vae.decode(latents).sample, output_type="pt")
     scaled = base_model.scale_latents(latents)
-    # in place of what the last step gives, the pipeline decodes what training takes for the picture
+    # instead of the last step's result, the pipeline decodes the latents that training decodes
     drawn = pipe(
         "a", num_inference_steps=1, height=32, width=32, output_type="pt",
         callback_on_step_end=lambda *_: {"latents": scaled},
@@ -146,7 +147,7 @@ def test_the_pipelines_decoding_undoes_what_training_does_to_latents(kind, setti
     torch.testing.assert_close(base_model.unscale_latents(scaled), latents)
 
 
-def test_a_folders_vae_is_told_from_another_by_its_weights(copy_pipeline, tiny_pipeline_dir):
+def test_the_identity_of_a_folders_vae_depends_on_its_weights(copy_pipeline, tiny_pipeline_dir):
     folder = copy_pipeline()
     assert open_folder(folder).vae_identity == open_folder(tiny_pipeline_dir).vae_identity
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
@@ -160,5 +161,5 @@ def test_weights_of_other_names_are_an_error(part, copy_pipeline):
     save_file({f"module.{name}": value for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
     base_model = open_folder(folder)
     load = getattr(base_model, {"text_encoder": "load_text_encoders"}.get(part, f"load_{part}"))
-    with pytest.raises(UserError, match=rf"^--model .*copied: \d+ weights of its {part} are missing, such as"):
+    with pytest.raises(UserError, match=rf"^--model .*copied: its {part} lacks \d+ weights, such as"):
         load(*[torch.float32] * (part != "vae"))

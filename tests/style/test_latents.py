@@ -28,7 +28,7 @@ from utils.style.latents import LatentCache, latent_key
 NUM_IMAGES, IMAGES_PER_SHARD, BATCH_SIZE = 20, 8, 3
 SHARDS = ["shard-00000.safetensors", "shard-00001.safetensors", "shard-00002.safetensors"]
 
-# what a child process does before its test's own lines
+# the first lines of every child process
 CHILD = f"""
 import os, re, sys, time
 import torch
@@ -64,7 +64,7 @@ def vae(tiny_pipeline_dir):
 
 @pytest.fixture(scope="module")
 def whole_cache(vae, images, tmp_path_factory):
-    """A cache that one process has written undisturbed."""
+    """A cache written by one process without interruption."""
     cache = make_cache(tmp_path_factory.mktemp("whole"))
     encode_missing(cache, vae, images)
     return cache
@@ -72,7 +72,7 @@ def whole_cache(vae, images, tmp_path_factory):
 
 @pytest.fixture
 def start_child(tmp_path, tiny_pipeline_dir, images):
-    """A function that starts a Python process with a cache in `tmp_path`; what still runs is killed in the end."""
+    """A function that starts a Python process with a cache in `tmp_path`; it is killed at the end of the test."""
     children = []
 
     def start(program: str) -> ForkedPython:
@@ -121,7 +121,7 @@ def test_latents_of_every_image_and_copy_are_what_the_vae_gives(whole_cache, vae
     latents, indices, noise = whole_cache.open(), torch.arange(NUM_IMAGES).flip(0), torch.randn(NUM_IMAGES, 4, 16, 16)
     assert (latents.num_copies, latents.latent_shape) == (2, (4, 16, 16))
     pixels = np.stack([np.asarray(images[row]["image"], dtype=np.float32) for row in indices.tolist()]) / 127.5 - 1
-    for copy_index, view in enumerate((pixels, pixels[:, :, ::-1])):  # rows of pixels, backwards
+    for copy_index, view in enumerate((pixels, pixels[:, :, ::-1])):  # mirrored rows of pixels
         posterior = vae.encode(torch.from_numpy(view.transpose(0, 3, 1, 2).copy())).latent_dist
         drawn = latents.sample(indices, torch.full((NUM_IMAGES,), copy_index), noise)
         assert drawn.dtype == torch.float32
@@ -132,9 +132,7 @@ def test_latents_of_every_image_and_copy_are_what_the_vae_gives(whole_cache, vae
 
 
 @pytest.mark.parametrize("num_parts", [2, 3, 5])
-def test_any_number_of_processes_writes_the_same_bytes_and_any_other_reads_them(
-    whole_cache, vae, images, tmp_path, caplog, num_parts
-):
+def test_any_number_of_processes_writes_and_reads_the_same_bytes(whole_cache, vae, images, tmp_path, caplog, num_parts):
     cache = make_cache(tmp_path)
     for rank in reversed(range(num_parts)):
         encode_missing(cache, vae, images, rank, num_parts)
@@ -142,7 +140,7 @@ def test_any_number_of_processes_writes_the_same_bytes_and_any_other_reads_them(
     assert read_shards(cache) == read_shards(whole_cache)
     again = make_cache(tmp_path)
     assert [again.missing_shards(rank, 4) for rank in range(4)] == [[]] * 4
-    again.encode(None, images, [0, 1, 2], show_progress=False)  # as when another run was faster
+    again.encode(None, images, [0, 1, 2], show_progress=False)  # as if another run was faster
     assert caplog.text == ""  # absent is not damaged
 
 
@@ -190,7 +188,7 @@ def test_a_damaged_shard_is_named_and_encoded_again(whole_cache, vae, images, tm
     assert read_shards(cache) == read_shards(whole_cache)
 
 
-def test_a_whole_shard_in_another_ones_place_is_damage(whole_cache, tmp_path):
+def test_a_misplaced_shard_counts_as_damaged(whole_cache, tmp_path):
     cache = copy_cache(whole_cache, tmp_path / "copy")
     shutil.copy(cache.folder / SHARDS[0], cache.folder / SHARDS[1])
     other_vae = make_cache(tmp_path / "copy", "other")
@@ -210,7 +208,7 @@ def test_opened_latents_survive_pickling_without_their_data_and_a_missing_shard_
         cache.open()
 
 
-def test_the_key_differs_with_each_thing_that_decides_the_latents(monkeypatch):
+def test_the_key_depends_on_everything_that_decides_the_latents(monkeypatch):
     settings = {"image_digests": ["a", "b"], "resolution": 32, "vae_identity": "tiny", "num_copies": 2}
     others = [
         {"image_digests": ["a", "c"]}, {"image_digests": ["b", "a"]}, {"image_digests": ["a"]},
@@ -224,7 +222,7 @@ def test_the_key_differs_with_each_thing_that_decides_the_latents(monkeypatch):
     assert latent_key(**settings) == keys[-1]
 
 
-def test_progress_counts_images_and_the_folder_says_what_it_is(vae, images, tmp_path, capsys):
+def test_progress_counts_images_and_the_folder_has_a_description(vae, images, tmp_path, capsys):
     cache = make_cache(tmp_path)
     encode_missing(cache, vae, images, show_progress=True)
     progress = capsys.readouterr().err
@@ -234,9 +232,7 @@ def test_progress_counts_images_and_the_folder_says_what_it_is(vae, images, tmp_
     assert json.loads((cache.folder / "latents.json").read_text()) == facts
 
 
-def test_what_cannot_be_written_is_one_line_and_leaves_nothing_half_written(
-    whole_cache, vae, images, tmp_path, monkeypatch
-):
+def test_an_unwritable_cache_is_one_line_and_leaves_no_partial_files(whole_cache, vae, images, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--latent_cache_dir .*/file: cannot be written"):
         encode_missing(make_cache(tmp_path / "file"), vae, images)
@@ -298,7 +294,7 @@ cache.encode(vae, images, cache.missing_shards(), show_progress=False)
     assert list(read_shards(cache)) == SHARDS[:1]
     assert len(temporaries(cache)) == 1
     assert cache.missing_shards() == [1, 2]
-    on_another_machine = cache.folder / ".shard-00001.another-machine.1.tmp"  # which may be writing it right now
+    on_another_machine = cache.folder / ".shard-00001.another-machine.1.tmp"  # may be in use right now
     on_another_machine.touch()
     encode_missing(cache, vae, images)
     assert read_shards(cache) == read_shards(whole_cache)
@@ -364,10 +360,10 @@ def measure(num_images, hold=None):
 
 print(measure(500), measure(4_000), measure(2_000, hold=[]))
 """
-    # a started process: what a forked one has inherited is memory, too
+    # a new process, as a forked one inherits memory
     places = [tmp_path / "cache", tmp_path / "images", tmp_path / "vae"]
     done = subprocess.run([sys.executable, "-c", CHILD + program, *places], stdout=subprocess.PIPE, check=True)
     small, large, held = map(float, done.stdout.split())
-    # 4,000 images have 31 MiB of latents, and so much is what the VAE gives for 2,000
+    # the latents of 4,000 images take 31 MiB, as do the VAE's outputs for 2,000
     assert large - small < 8
     assert held - small > 25  # so it would be seen

@@ -1,4 +1,4 @@
-"""Which weights of a pipeline's parts are loaded."""
+"""The weights that are loaded for a pipeline's parts."""
 
 import logging
 
@@ -42,13 +42,13 @@ HALF = [with_variant(name, "fp16") for name in PLAIN]
     ([*PLAIN[:2], *(f"{UNET}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2))], [None, None, "fp16"]),
     ([*PLAIN[:2], f"{UNET}-00001-of-00001.safetensors"], [None, None, None]),
 ])  # fmt: skip
-def test_half_precision_is_loaded_only_where_there_is_nothing_else(names, variants, make_source, caplog):
+def test_half_precision_is_loaded_only_if_there_is_nothing_else(names, variants, make_source, caplog):
     source = make_source(names)
     with caplog.at_level(logging.WARNING):
         assert find_variants(source, PARTS) == dict(zip(PARTS, variants))
     only = [part for part, variant in zip(PARTS, variants) if variant]
-    told = f"--model {source.name}: the weights of {', '.join(only)} are there in half precision only; variant 'fp16' "
-    assert [message.startswith(told) for message in caplog.messages] == [True] * bool(only)
+    warned = f"--model {source.name}: has weights of {', '.join(only)} only in half precision; variant 'fp16' "
+    assert [message.startswith(warned) for message in caplog.messages] == [True] * bool(only)
 
 
 @pytest.mark.parametrize(("names", "parts"), [
@@ -65,20 +65,20 @@ def test_pickled_weights_are_an_error_that_names_the_parts_and_says_how_to_conve
     assert "use_safetensors=False).save_pretrained('FOLDER')" in message and "\n" not in message
 
 
-def test_weights_of_other_variants_only_are_an_error(make_source):
+def test_weights_only_of_other_variants_are_an_error(make_source):
     source = make_source([*PLAIN[:2], with_variant(PLAIN[2], "ema"), with_variant(PLAIN[2], "bf16")])
-    with pytest.raises(UserError, match="its unet has safetensors weights of variant bf16, ema only; those without a"):
+    with pytest.raises(UserError, match="its unet has only safetensors weights of variant bf16, ema; must be without"):
         find_variants(source, PARTS)
 
 
-def test_a_part_without_weights_is_left_to_what_loads_it(make_source):
+def test_a_part_without_weights_is_left_out(make_source):
     assert find_variants(make_source([*PLAIN[:2], "unet/flax_model.msgpack"]), PARTS) == dict.fromkeys(PARTS[:2])
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"), [("{", "its index.json is not JSON"), ("[]", "its index.json holds no JSON mapping")]
+    ("text", "problem"), [("{", "its index.json is not JSON"), ("[]", "its index.json is not a JSON mapping")]
 )
-def test_a_config_that_is_no_mapping_is_an_error(text, problem, tmp_path):
+def test_a_config_that_is_not_a_mapping_is_an_error(text, problem, tmp_path):
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(UserError, match=problem):
         read_config(Source(str(tmp_path), "--model"), "index.json")

@@ -1,4 +1,4 @@
-"""What a scheduler config says of the noise a model was trained with, and of the steps it was made for."""
+"""Noise and number of steps of a model, from its scheduler config."""
 
 import diffusers
 import pytest
@@ -57,21 +57,21 @@ FOREIGN = [
     ),
     ("EulerDiscreteScheduler", CONTINUOUS, "noise levels without steps (timestep_type continuous)"),
     ("EulerDiscreteScheduler", {**SD, "sigma_max": 700.0}, "larger noise than its betas give (sigma_max 700.0)"),
-    ("CogVideoXDDIMScheduler", SD, "noise levels of its own"),
-    ("IPNDMScheduler", {}, "noise levels of its own"),
-    ("HeunDiscreteScheduler", {"beta_schedule": "exp"}, "noise levels of its own"),  # DDPM has no such schedule
-    ("PNDMScheduler", ZERO_SNR, "noise levels of its own"),  # the class does not rescale, DDPM's does
+    ("CogVideoXDDIMScheduler", SD, "its own noise levels"),
+    ("IPNDMScheduler", {}, "its own noise levels"),
+    ("HeunDiscreteScheduler", {"beta_schedule": "exp"}, "its own noise levels"),  # DDPM has no such schedule
+    ("PNDMScheduler", ZERO_SNR, "its own noise levels"),  # the class does not rescale, DDPM's does
 ]
 
 
 @pytest.mark.parametrize(("class_name", "config", "noise"), FOREIGN)
-def test_other_noise_than_that_of_ddpm_is_an_error_that_says_which(class_name, config, noise):
+def test_noise_other_than_ddpms_is_an_error_that_names_it(class_name, config, noise):
     scheduler = own(class_name, config)
     with pytest.raises(UserError) as error:
         scheduler.check_trainable()
     assert str(error.value) == (
         f"--model model: its scheduler ({class_name}) has {noise}; a style token is learned with the noise of DDPM's "
-        "betas, as those of Stable Diffusion 1.x, 2.x and XL base; choose such a model."
+        "betas, as in Stable Diffusion 1.x, 2.x and XL base; choose such a model."
     )
     assert not scheduler.is_replaceable
 
@@ -93,33 +93,31 @@ def test_another_target_is_an_error_that_names_it():
     ("HeunDiscreteScheduler", SD, None, None),
     ("EulerDiscreteScheduler", {**SD, "timestep_spacing": "leading"}, None, None),
     ("DDIMScheduler", {**SD, "timestep_spacing": "trailing"}, None, None),
-    ("EulerDiscreteScheduler", ZERO_SNR, None, None),  # trailing is right for zero terminal SNR
+    ("EulerDiscreteScheduler", ZERO_SNR, None, None),  # zero terminal SNR needs trailing steps
     ("DDIMScheduler", {**SD, "prediction_type": "sample"}, None, None),
 ])  # fmt: skip
-def test_a_distilled_model_keeps_its_scheduler_an_ordinary_one_is_drawn_with_the_fast_one(
-    class_name, config, time_cond_proj_dim, signs
-):
+def test_only_a_distilled_model_keeps_its_own_scheduler(class_name, config, time_cond_proj_dim, signs):
     scheduler = own(class_name, config, time_cond_proj_dim=time_cond_proj_dim)
     assert scheduler.is_replaceable is (signs is None)
     assert scheduler.signs_of_distillation is None if signs is None else signs in scheduler.signs_of_distillation
 
 
-def test_a_scheduler_that_would_change_the_noise_is_not_taken_instead():
+def test_a_scheduler_that_would_change_the_noise_is_not_the_default():
     assert not own("HeunDiscreteScheduler", {}).is_replaceable  # without betas the classes differ
 
 
-@pytest.mark.parametrize(("entry", "said"), [
+@pytest.mark.parametrize(("entry", "name"), [
     (None, "None"),
     (["diffusers", "MyScheduler"], "MyScheduler"),
     (["my_scheduler", "DDIMScheduler"], "my_scheduler"),
     (["diffusers", "UNet2DModel"], "UNet2DModel"),
 ])  # fmt: skip
-def test_a_scheduler_that_diffusers_does_not_have_is_an_error(entry, said):
-    with pytest.raises(UserError, match=f"^--x y: its model_index.json names the scheduler .*{said}.*, which diffus"):
+def test_a_scheduler_that_diffusers_does_not_have_is_an_error(entry, name):
+    with pytest.raises(UserError, match=f"^--x y: its model_index.json names the scheduler .*{name}.*; must be"):
         check_scheduler_class(entry, "--x y:")
 
 
-def test_a_config_that_the_class_does_not_take_is_an_error():
+def test_a_config_that_the_class_rejects_is_an_error():
     with pytest.raises(UserError, match="^--model model: its DDIMScheduler cannot be made from its config .*my_betas"):
         own("DDIMScheduler", {"beta_schedule": "my_betas"}).check_trainable()
 

@@ -21,7 +21,7 @@ def latents(tiny_pipeline_dir, real_images_dir, tmp_path_factory):
 
 @pytest.fixture
 def make_steps(latents):
-    """A function that makes training steps; every image is a class of its own."""
+    """A function that makes training steps; every image has its own class."""
 
     def make_steps(**changes):
         defaults = {"seed": 0, "images_per_step": 8, "num_templates": 3, "num_train_timesteps": 1000}
@@ -31,7 +31,7 @@ def make_steps(latents):
 
 
 def rows_of(batches):
-    """Return the rows of batches in an order that does not depend on who drew them."""
+    """Return the rows of batches, sorted independently of the process that drew them."""
     rows = [
         tuple(value[i].flatten().tolist() for value in batch.values())
         for batch in batches
@@ -43,7 +43,7 @@ def rows_of(batches):
 def test_a_step_is_the_same_again_and_other_steps_and_seeds_are_others(make_steps):
     first = make_steps()[7]
     again = make_steps()
-    again[3]  # whatever was drawn before
+    again[3]  # regardless of earlier draws
     assert all(torch.equal(first[name], value) for name, value in again[7].items())
     for other in (make_steps()[8], make_steps(seed=1)[7]):
         for name in ("noise", "timesteps", "latents"):

@@ -44,12 +44,12 @@ def prompt_ids(tokenizers, *prompts):
     return PromptIds.tokenize(tokenizers, list(prompts), ["a", "b"], "cpu")
 
 
-def test_words_for_auto_are_those_that_are_one_token(tiny_xl_pipeline_dir, monkeypatch):
+def test_words_for_auto_are_single_tokens(tiny_xl_pipeline_dir, monkeypatch):
     tokenizers = open_base_model(str(tiny_xl_pipeline_dir), "--model").load_tokenizers()
-    assert list(find_initializers(tokenizers, "auto")) == ["style"]  # the only word that the tiny tokenizer has
+    assert list(find_initializers(tokenizers, "auto")) == ["style"]  # the only word of the tiny tokenizer
     assert [len(ids) for ids in find_initializers(tokenizers, "s").values()] == [2]
     monkeypatch.setattr(token, "INITIALIZER_WORDS", ("photo", "image"))
-    with pytest.raises(UserError, match="^--initializer_token auto: none of photo, image is one token of this base"):
+    with pytest.raises(UserError, match="^--initializer_token auto: none of photo, image is a single token of this"):
         find_initializers(tokenizers, "auto")
 
 
@@ -92,7 +92,7 @@ def test_xl_prompts_and_size_are_as_in_the_pipeline_that_loads_both_tokens(tiny_
 
 def test_distinct_prompts_are_encoded_once_and_come_back_in_order(tiny_xl_pipeline_dir):
     encoder, tokenizers = spliced(tiny_xl_pipeline_dir)
-    ids = prompt_ids(tokenizers, "a <s>", "b <s>", "<s> a", "<s> b")  # two templates of two classes
+    ids = prompt_ids(tokenizers, "a <s>", "b <s>", "<s> a", "<s> b")  # two templates and two classes
     sizes = []
     encoder.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     denoiser = Denoiser(None, None, None, encoder, ids, 32, torch.float32)
@@ -116,5 +116,5 @@ def test_the_norm_is_compared_with_the_vocabularys(tiny_pipeline_dir):
 def test_a_prompt_that_would_be_cut_is_an_error_that_shows_what_is_left(tiny_pipeline_dir):
     tokenizers = open_base_model(str(tiny_pipeline_dir), "--model").load_tokenizers()
     check_prompt_lengths(tokenizers, ["x " * 75])
-    with pytest.raises(UserError, match="is 78 tokens, the text encoder takes 77 and would see 'x x"):
+    with pytest.raises(UserError, match="has 78 tokens, the text encoder takes 77 and would only see 'x x"):
         check_prompt_lengths(tokenizers, ["x " * 76])

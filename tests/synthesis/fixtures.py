@@ -1,4 +1,4 @@
-"""A plugin for the tests of synthesis: a style token, flags for a small set drawn with it, changed pipelines."""
+"""A plugin for the tests of synthesis: a style token, flags for a small set, changed pipelines."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ def options(token_dir):
 
 @pytest.fixture
 def copy_pipeline(tmp_path, request):
-    """Return a function that copies a tiny pipeline, with other settings in the configs of its parts."""
+    """Return a function that copies a tiny pipeline and changes the configs of its parts."""
 
     def make(kind="tiny_pipeline_dir", **configs) -> Path:
         folder = shutil.copytree(request.getfixturevalue(kind), tmp_path / "copied")

@@ -1,4 +1,4 @@
-"""The card of a synthetic set has the licence of its sources where they agree."""
+"""The card of a synthetic set has the license of its sources if they agree."""
 
 import pytest
 from datasets import ClassLabel, Features, Image
@@ -12,7 +12,7 @@ MIT, UNKNOWN = License("mit"), License()
 
 
 def write_set_card(folder, licenses, generator="user/sd", names=CLASS_NAMES, **changes):
-    """Write the card of a set of three images; `changes` are those to its record."""
+    """Write the card of a set of three images; `changes` apply to its record."""
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
     record = {
         "generator": {"id": generator, "revision": None}, "token": None, "settings": {"seed": 0, "batch_size": 2},
@@ -33,7 +33,7 @@ def write_set_card(folder, licenses, generator="user/sd", names=CLASS_NAMES, **c
     ([License("mit, apache-2.0")] * 2, {"license": "unknown"}),
     ([], {"license": "unknown"}),
 ])  # fmt: skip
-def test_a_set_has_the_licence_of_its_sources_where_they_agree(licenses, expected, tmp_path):
+def test_a_set_has_the_license_of_its_sources_if_they_agree(licenses, expected, tmp_path):
     assert common_license(licenses).to_metadata() == expected
     card = write_set_card(tmp_path, dict(zip(("user/sd", "user/cars"), licenses)))
     assert {key: value for key, value in card.data.to_dict().items() if key.startswith("license")} == expected

@@ -1,4 +1,4 @@
-"""What a dry run measures and estimates."""
+"""Measurements and estimates of a dry run."""
 
 import diffusers
 import pytest
@@ -18,7 +18,7 @@ PROMPTS, SEEDS = ["a red square", "a green circle", "a red square"], [3, 4, 5]
 @pytest.mark.parametrize(("scale", "interval", "num_guided"), [(1.0, None, 0), (4.0, None, 4), (4.0, (0.25, 0.75), 2)])
 def test_a_pass_counts_the_images_that_the_denoiser_computes(kind, scale, interval, num_guided, request):
     if kind == "tiny_flux_pipeline_dir":
-        num_guided = 0  # the scale is an input of its denoiser
+        num_guided = 0  # its denoiser takes the scale as an input
         if interval:
             pytest.skip("FLUX has no guidance interval")
     pipe = diffusers.DiffusionPipeline.from_pretrained(request.getfixturevalue(kind))
@@ -33,8 +33,8 @@ def test_a_pass_counts_the_images_that_the_denoiser_computes(kind, scale, interv
     assert holder.forward == before
 
 
-def test_a_pass_and_the_rest_of_an_image_make_up_what_another_setting_takes():
-    # of 10 images with guidance: 5 s for the rest, 60 s for 20 steps of two passes each
+def test_the_cost_of_a_setting_is_its_passes_plus_the_rest():
+    # 10 images with guidance: 60 s for 20 steps of two passes each, 5 s for the rest
     cost = BatchCost(num_images=10, seconds=65.0, denoiser_seconds=60.0, num_seen=10 * 20 * 2)
     assert cost.seconds_per_image(Alternative(20, 3.0), doubles=True) == pytest.approx(6.5)
     assert cost.seconds_per_image(Alternative(12, 3.0), doubles=True) == pytest.approx(0.5 + 24 * 0.15)
@@ -44,7 +44,7 @@ def test_a_pass_and_the_rest_of_an_image_make_up_what_another_setting_takes():
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Set what batches take: half a second for the rest of an image, a tenth for a pass, in batches of three images."""
+    """Set the cost of batches of three images: 0.1 s for a pass and 0.5 s for the rest of an image."""
     scales = []
 
     def draw_batch(plan, start, scale, sampler, settings, sizes):
@@ -57,7 +57,7 @@ def measured(monkeypatch):
     return scales
 
 
-def test_alternatives_are_printed_below_what_was_asked_for(measured, options, tmp_path, capsys):
+def test_alternatives_are_printed_below_the_requested_settings(measured, options, tmp_path, capsys):
     estimate = main([*options, "--guidance_scale", "4", "--output_dir", str(tmp_path / "none"), "--dry_run"])
     assert estimate["seconds"] == pytest.approx(21 * (0.5 + 0.1 * 4))
     expected = {"25 steps, guidance 3": 5.5, "12 steps, guidance 3": 2.9, "12 steps, no guidance": 1.7}
@@ -65,12 +65,12 @@ def test_alternatives_are_printed_below_what_was_asked_for(measured, options, tm
     assert estimate["alternatives"] == pytest.approx({text: 21 * seconds for text, seconds in expected.items()})
     lines = capsys.readouterr().out.splitlines()
     start = lines.index(next(line for line in lines if line.startswith("With other settings")))
-    assert "0.1 s for a pass of the denoiser and 0.5 s for the rest" in lines[start]
-    assert [line.split("  ")[1] for line in lines[start + 1 :]] == ["as asked: 2 steps, guidance 4", *expected]
+    assert "0.1 s per pass of the denoiser and 0.5 s for the rest" in lines[start]
+    assert [line.split("  ")[1] for line in lines[start + 1 :]] == ["as requested: 2 steps, guidance 4", *expected]
     assert lines[start + 1].endswith("  19 s") and lines[start + 2].endswith("  116 s")
 
 
-def test_what_was_asked_for_is_no_alternative(measured, options, tmp_path):
+def test_the_requested_settings_are_not_an_alternative(measured, options, tmp_path):
     flags = [*options, "--num_inference_steps", "12", "--output_dir", str(tmp_path / "none"), "--dry_run"]
     same = main([*flags, "--guidance_scale", "3"])["alternatives"]
     assert len(same) == len(ALTERNATIVES) - 1 and "12 steps, guidance 3" not in same
@@ -79,7 +79,7 @@ def test_what_was_asked_for_is_no_alternative(measured, options, tmp_path):
         assert len(main([*flags, *other])["alternatives"]) == len(ALTERNATIVES)
 
 
-def test_of_several_scales_those_without_guidance_count_by_their_share(measured, options, tmp_path):
+def test_scales_without_guidance_count_by_their_share(measured, options, tmp_path):
     flags = [*options, "--output_dir", str(tmp_path / "none"), "--dry_run", "--guidance_scale"]
     estimate = main([*flags, "3", "1", "4"])
     assert set(measured) == {3.0, 1.0}  # one of each kind, warmed up

@@ -1,4 +1,4 @@
-"""What models and adapters that are distilled for few steps want, by their names, and what is done with it."""
+"""Sampling settings of models and adapters distilled for few steps, from their names, and their use."""
 
 import pytest
 
@@ -18,7 +18,7 @@ from utils.synthesis.few_steps import FewSteps, find_few_steps
     ("sd_xl_turbo_lora_v1.safetensors", "EulerAncestralDiscreteScheduler", 4, 1.0, "trailing"),
     ("black-forest-labs/FLUX.1-schnell", "default", 4, 1.0, None),
 ])  # fmt: skip
-def test_names_of_published_ones_tell_how_they_are_sampled(name, scheduler, steps, scale, spacing):
+def test_names_of_published_models_give_their_sampling(name, scheduler, steps, scale, spacing):
     found = find_few_steps(name)
     assert (found.scheduler, found.num_inference_steps, found.guidance_scale) == (scheduler, steps, scale)
     assert found.scheduler_config.get("timestep_spacing") == spacing
@@ -26,14 +26,14 @@ def test_names_of_published_ones_tell_how_they_are_sampled(name, scheduler, step
 
 
 @pytest.mark.parametrize("name", ["user/watercolour-lora", "pytorch_lora_weights.safetensors", "sd-legacy/sd-v1-5"])
-def test_other_names_tell_nothing(name):
+def test_other_names_give_no_sampling(name):
     assert find_few_steps(name) is None
 
 
 LCM = FewSteps("it says", "LCMScheduler")
 
 
-def test_flags_that_are_not_given_get_what_suits_and_that_is_said():
+def test_flags_that_are_not_given_get_suitable_values_and_a_report():
     flags, line = LCM.choose({})
     assert flags == {"num_inference_steps": 4, "guidance_scale": [1.0]}
     assert line == "--scheduler LCMScheduler --num_inference_steps 4 --guidance_scale 1, as it says"
@@ -46,13 +46,13 @@ def test_flags_that_are_not_given_get_what_suits_and_that_is_said():
 
 
 @pytest.mark.parametrize(("given", "line"), [
-    ({"guidance_scale": [1.0, 7.5]}, "--guidance_scale 1 7.5: known to draw noise or burnt images where it says; "
-     "--guidance_scale 1 suits it"),
+    ({"guidance_scale": [1.0, 7.5]}, "--guidance_scale 1 7.5: known to draw noise or oversaturated images, as it says; "
+     "try --guidance_scale 1"),
     ({"num_inference_steps": 25}, "--num_inference_steps 25: known"),
-    ({"scheduler": "DDIMScheduler"}, "--scheduler DDIMScheduler: known to draw noise or burnt images where it says; "
-     "--scheduler LCMScheduler suits it"),
+    ({"scheduler": "DDIMScheduler"}, "--scheduler DDIMScheduler: known to draw noise or oversaturated images, as it "
+     "says; try --scheduler LCMScheduler"),
 ])  # fmt: skip
-def test_what_is_given_wins_and_a_bad_combination_is_one_warning(given, line):
+def test_given_flags_win_and_a_bad_combination_is_one_warning(given, line):
     chosen, said = LCM.choose(given)
     assert not chosen.keys() & given.keys()
     assert f". WARNING: {line}" in said and said.count("WARNING") == 1

@@ -1,4 +1,4 @@
-"""Generators: what is read from their configs, and what loads."""
+"""Generators: facts from their configs, and loading."""
 
 import json
 
@@ -28,28 +28,28 @@ CPU = torch.device("cpu")
     ("tiny_sd3_pipeline_dir", "default", False, True, 32, 16),
     ("tiny_flux_pipeline_dir", "default", False, False, 256, 16),
 ])  # fmt: skip
-def test_what_a_generator_takes_is_known_before_it_loads(
+def test_the_arguments_of_a_generator_are_known_before_it_loads(
     kind, scheduler, takes_style_tokens, takes_negative_prompt, resolution, step, copy_pipeline, request, monkeypatch
 ):
     generator = open_folder(request.getfixturevalue(kind))
     assert generator.default_scheduler == scheduler
     assert generator.family.takes_style_tokens is takes_style_tokens
     assert generator.takes_negative_prompt is takes_negative_prompt
-    assert generator.native_resolution == resolution  # latents a side times two, the tiny VAE's scale
+    assert generator.native_resolution == resolution  # side of the latents times two, the tiny VAE's scale
     generator.check_scheduler(scheduler, 25)
     assert generator.few_steps is None
-    # at full size the resolution goes in steps of a patch
+    # at full size, the resolution is a multiple of a patch
     full = open_folder(copy_pipeline(kind, vae={"block_out_channels": [128, 256, 512, 512]}))
     assert full.resolution_step == step
     assert full.native_resolution == 4 * resolution
-    # where the table does not say it, the pipeline's call does
+    # without an entry in the table, the parameters of the pipeline's call decide
     monkeypatch.setitem(FAMILIES, generator.pipeline_class, Family())
     assert generator.takes_negative_prompt is takes_negative_prompt
 
 
-def test_a_generator_that_does_not_say_its_resolution_needs_one(copy_pipeline):
+def test_a_generator_without_a_resolution_in_its_config_needs_the_flag(copy_pipeline):
     generator = open_folder(copy_pipeline("tiny_flux_pipeline_dir", index={"_class_name": "ChromaPipeline"}))
-    with pytest.raises(UserError, match="^--model .*copied: its configs do not say .*; give --resolution.$"):
+    with pytest.raises(UserError, match="^--model .*copied: its configs do not give .*; add --resolution.$"):
         _ = generator.native_resolution
 
 
@@ -73,13 +73,13 @@ def test_another_pipeline_is_an_error_that_lists_the_supported(kind, copy_pipeli
 ])  # fmt: skip
 def test_scheduler_that_does_not_fit_is_an_error_that_lists_the_others(kind, scheduler, listed, request):
     generator = open_folder(request.getfixturevalue(kind))
-    with pytest.raises(UserError, match=f"^--scheduler {scheduler}: does not fit .* takes {listed}"):
+    with pytest.raises(UserError, match=f"^--scheduler {scheduler}: does not fit .* one of {listed}"):
         generator.check_scheduler(scheduler, 25)
 
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 TURBO = {**SD, "prediction_type": "epsilon", "timestep_spacing": "trailing"}
-ODD = {  # scheduler class, its config, settings of the U-Net, flags that suit
+ODD = {  # scheduler class, its config, settings of the U-Net, suitable flags
     "sdxl-turbo": ("EulerAncestralDiscreteScheduler", TURBO, {}, {"num_inference_steps": 4, "guidance_scale": [1.0]}),
     "lcm": ("LCMScheduler", SD, {"time_cond_proj_dim": 32}, {"num_inference_steps": 4}),
     "playground": ("EDMDPMSolverMultistepScheduler", {"sigma_data": 0.5, "prediction_type": "epsilon"}, {}, None),
@@ -93,7 +93,7 @@ def test_a_distilled_or_differently_trained_generator_keeps_its_scheduler(name, 
     class_name, config, unet, suited = ODD[name]
     folder = copy_pipeline("tiny_xl_pipeline_dir", vae={"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4})
     change_scheduler(folder, class_name, config)
-    if unet:  # random weights of the embedding that the copied ones lack
+    if unet:  # random weights for the added embedding
         unet_kind = type(load_pipeline(open_folder(folder), None, "default", torch.float32, CPU).unet)
         unet_kind.from_config(unet_kind.load_config(folder / "unet") | unet).save_pretrained(folder / "unet")
     generator = open_folder(folder)
@@ -113,7 +113,7 @@ def test_a_distilled_or_differently_trained_generator_keeps_its_scheduler(name, 
     (["--num_inference_steps", "25"], "--guidance_scale 1", "--num_inference_steps 25"),
     (["--num_inference_steps", "2", "--guidance_scale", "1"], None, None),
 ])  # fmt: skip
-def test_a_distilled_generator_gets_what_suits_it_and_that_is_said_once(
+def test_a_distilled_generator_sets_its_sampling_flags_and_reports_them_once(
     given, chosen, warned, copy_pipeline, tmp_path, capsys
 ):
     change_scheduler(folder := copy_pipeline(), "EulerDiscreteScheduler", TURBO)
@@ -127,7 +127,9 @@ def test_a_distilled_generator_gets_what_suits_it_and_that_is_said_once(
 
 def test_more_steps_than_the_scheduler_has_are_an_error(copy_pipeline):
     change_scheduler(folder := copy_pipeline(), "LCMScheduler", SD)
-    with pytest.raises(UserError, match="^--num_inference_steps 60: not with the LCMScheduler of .*copied .*than 50"):
+    with pytest.raises(
+        UserError, match="^--num_inference_steps 60: does not work with the LCMScheduler of .*copied .*than 50"
+    ):
         open_folder(folder).check_scheduler("default", 60)
 
 
@@ -149,7 +151,7 @@ def test_a_scheduler_that_would_change_the_noise_is_an_error(copy_pipeline):
     change_scheduler(folder := copy_pipeline(), "HeunDiscreteScheduler", {})
     generator = open_folder(folder)
     assert generator.default_scheduler == "default"
-    with pytest.raises(UserError, match="^--scheduler DDIMScheduler: makes other noise levels .* default is right.$"):
+    with pytest.raises(UserError, match="^--scheduler DDIMScheduler: has other noise levels .* try default.$"):
         generator.check_scheduler("DDIMScheduler", 25)
 
 
@@ -172,7 +174,7 @@ def test_style_token_is_in_every_text_encoder(kind, widths, num_vectors, tmp_pat
         torch.testing.assert_close(text_encoder.get_input_embeddings().weight[ids], value)
 
 
-def test_placeholder_is_the_records_whatever_the_file_calls_it(generator, tmp_path):
+def test_placeholder_comes_from_the_record_not_from_the_file(generator, tmp_path):
     save_file({"*": torch.ones(1, 16)}, tmp_path / "learned.safetensors")
     token = StyleToken("my-style", None, "", PLACEHOLDER, 1, tmp_path / "learned.safetensors")
     assert PLACEHOLDER in load_pipeline(generator, token, "default", torch.float32, CPU).tokenizer.get_vocab()
@@ -193,7 +195,7 @@ def test_style_token_of_another_generator_is_an_error(rows, generator, tiny_flux
     [(torch.float16, True, torch.float32), (torch.float16, False, torch.float16),
      (torch.bfloat16, True, torch.bfloat16)],
 )  # fmt: skip
-def test_vae_is_in_float32_where_it_overflows_in_half_precision(kind, dtype, force_upcast, vae_dtype, copy_pipeline):
+def test_vae_is_in_float32_if_it_overflows_in_half_precision(kind, dtype, force_upcast, vae_dtype, copy_pipeline):
     generator = open_folder(copy_pipeline(kind, vae={"force_upcast": force_upcast}))
     pipe = load_pipeline(generator, None, "default", dtype, CPU)
     assert pipe.vae.dtype == vae_dtype
@@ -204,7 +206,7 @@ def test_vae_is_in_float32_where_it_overflows_in_half_precision(kind, dtype, for
     assert pipe.vae.dtype == vae_dtype
 
 
-def test_vae_is_in_float32_where_its_config_says_nothing(copy_pipeline):
+def test_vae_is_in_float32_by_default(copy_pipeline):
     path = (folder := copy_pipeline()) / "vae" / "config.json"
     config = json.loads(path.read_text())
     del config["force_upcast"]
@@ -217,10 +219,10 @@ def test_vae_is_in_float32_where_its_config_says_nothing(copy_pipeline):
     ("tiny_xl_pipeline_dir", ["text_encoder", "text_encoder_2", "unet", "vae"]),
     ("tiny_flux_pipeline_dir", ["transformer", "text_encoder_2"]),
 ])  # fmt: skip
-def test_parts_in_half_precision_only_are_loaded(kind, parts, copy_pipeline, request, local_hub, caplog):
+def test_parts_that_exist_only_in_half_precision_are_loaded(kind, parts, copy_pipeline, request, local_hub, caplog):
     rename_to_fp16(folder := copy_pipeline(kind), parts)
     half = load_pipeline(open_folder(folder), None, "default", torch.float32, CPU)
-    assert sum("are there in half precision only; variant 'fp16' is loaded" in text for text in caplog.messages) == 1
+    assert sum("only in half precision; variant 'fp16' is loaded" in text for text in caplog.messages) == 1
     plain = load_pipeline(open_folder(request.getfixturevalue(kind)), None, "default", torch.float32, CPU)
     publish(local_hub, f"ann/{kind}", folder)
     published = open_generator(f"ann/{kind}", "--model", None, None)
@@ -238,12 +240,14 @@ def test_code_in_a_repository_is_not_run(copy_pipeline):
     assert not (folder / "ran").exists()
 
 
-def test_a_number_of_steps_that_a_scheduler_turns_into_nan_is_refused(copy_pipeline):
+def test_a_number_of_steps_that_gives_nan_timesteps_is_refused(copy_pipeline):
     folder = copy_pipeline()
-    # noise as that of the demo's generator, which leaves next to nothing of an image
+    # noise as in the demo's generator, which leaves next to nothing of an image
     noise = {"beta_schedule": "squaredcos_cap_v2", "beta_start": 0.0001, "beta_end": 0.02}
     change_scheduler(folder, "DDIMScheduler", noise | {"num_train_timesteps": 1000, "timestep_spacing": "trailing"})
     generator = open_folder(folder)
     generator.check_scheduler("KDPM2AncestralDiscreteScheduler", 12)
-    with pytest.raises(UserError, match=r"^--num_inference_steps 4: not with the KDPM2Anc.* \(its timesteps are NaN\)"):
+    with pytest.raises(
+        UserError, match=r"^--num_inference_steps 4: does not work with the KDPM2Anc.* \(its timesteps are NaN\)"
+    ):
         generator.check_scheduler("KDPM2AncestralDiscreteScheduler", 4)

@@ -1,4 +1,4 @@
-"""LoRA adapters of a generator: found, pinned, checked before a model loads, fused, recorded."""
+"""LoRA adapters of a generator: pinned, checked before a model loads, fused, recorded."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def save_lora(pipeline_dir, folder):
-    """Write what diffusers' scripts write: a large random adapter of the denoiser's attention."""
+    """Write a large random adapter of the denoiser's attention, as diffusers' scripts do."""
     pipe = DiffusionPipeline.from_pretrained(pipeline_dir)
     part = "unet" if "unet" in pipe.components else "transformer"
     denoiser = pipe.components[part]
@@ -73,14 +73,14 @@ def test_images_are_those_that_the_pipeline_draws_with_the_adapter(kind, request
 def test_a_distilled_adapter_brings_its_scheduler_steps_and_guidance(flags, lora_dir, tmp_path, capsys, monkeypatch):
     made, step = [], LCMScheduler.step
 
-    @functools.wraps(step)  # the pipeline looks at what it takes
+    @functools.wraps(step)  # the pipeline inspects its parameters
     def count(self, *args, **kwargs):
         made.append(len(args[2]))
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(LCMScheduler, "step", count)
     main([*flags, "--lora", f"{lora_dir}:0.8"])
-    assert made == [1, 1] + [2] * 4 * 2  # trials, and four steps of two batches
+    assert made == [1, 1] + [2] * 4 * 2  # two trials, then four steps of two batches
     captured = capsys.readouterr()
     assert (
         "--scheduler LCMScheduler --num_inference_steps 4 --guidance_scale 1, as the name lcm-lora says."
@@ -106,7 +106,7 @@ def test_a_distilled_adapter_brings_its_scheduler_steps_and_guidance(flags, lora
     assert shard_hashes(tmp_path / "set") == before
 
 
-def test_flags_win_over_what_the_adapter_wants(flags, lora_dir, tmp_path, capsys):
+def test_flags_override_the_adapters_settings(flags, lora_dir, tmp_path, capsys):
     main([*flags, "--lora", str(lora_dir), "--scheduler", "DDIMScheduler", "--num_inference_steps", "3"])
     out = capsys.readouterr().out
     assert "--guidance_scale 1, as the name" in out
@@ -115,7 +115,7 @@ def test_flags_win_over_what_the_adapter_wants(flags, lora_dir, tmp_path, capsys
     assert settings == settings | {"scheduler": "DDIMScheduler", "num_inference_steps": 3, "scheduler_config": None}
 
 
-def test_an_adapter_may_say_itself_how_it_is_sampled(tiny_pipeline_dir, flags, tmp_path, capsys):
+def test_an_adapter_can_bring_its_own_sampling_settings(tiny_pipeline_dir, flags, tmp_path, capsys):
     folder = save_lora(tiny_pipeline_dir, tmp_path / "mine")
     own = {"scheduler": "DDIMScheduler", "num_inference_steps": 3, "scheduler_config": {"timestep_spacing": "leading"}}
     (folder / "sampling.json").write_text(json.dumps(own))
@@ -131,20 +131,23 @@ def test_an_adapter_may_say_itself_how_it_is_sampled(tiny_pipeline_dir, flags, t
         ("{", "cannot be read as JSON"),
         (
             '{"steps": 3}',
-            "must be a mapping with no other keys than scheduler, num_inference_steps, guidance_scale, sch",
+            "must be a mapping with keys among scheduler, num_inference_steps, guidance_scale, sch",
         ),
         ("[1]", "must be a mapping"),
-        ('{"num_inference_steps": "four"}', "has num_inference_steps 'four'; must be a whole number above 0"),
-        ('{"num_inference_steps": 2.5}', "has num_inference_steps 2.5; must be"),
-        ('{"num_inference_steps": true}', "has num_inference_steps True; must be"),
-        ('{"num_inference_steps": -1}', "has num_inference_steps -1; must be"),
-        ('{"guidance_scale": "high"}', "has guidance_scale 'high'; must be a number, 0 or above, or null"),
-        ('{"guidance_scale": -3}', "has guidance_scale -3; must be"),
-        ('{"guidance_scale": NaN}', "has guidance_scale nan; must be"),
-        ('{"scheduler_config": "x"}', "has scheduler_config 'x'; must be a mapping"),
+        ('{"num_inference_steps": "four"}', "num_inference_steps must be a whole number above 0, got 'four'"),
+        ('{"num_inference_steps": 2.5}', "num_inference_steps must be a whole number above 0, got 2.5"),
+        ('{"num_inference_steps": true}', "num_inference_steps must be a whole number above 0, got True"),
+        ('{"num_inference_steps": -1}', "num_inference_steps must be a whole number above 0, got -1"),
+        ('{"guidance_scale": "high"}', "guidance_scale must be a number, 0 or above, or null, got 'high'"),
+        ('{"guidance_scale": -3}', "guidance_scale must be a number, 0 or above, or null, got -3"),
+        ('{"guidance_scale": NaN}', "guidance_scale must be a number, 0 or above, or null, got nan"),
+        ('{"scheduler_config": "x"}', "scheduler_config must be a mapping, got 'x'"),
         ('{"scheduler": "FooScheduler"}', "wants --scheduler FooScheduler: does not fit"),
         ('{"scheduler": "DDIMScheduler", "scheduler_config": {"timestep_spacing": "sideways"}}', "which does not work"),
-        ('{"scheduler": "LCMScheduler", "num_inference_steps": 5000}', "wants --num_inference_steps 5000: not with"),
+        (
+            '{"scheduler": "LCMScheduler", "num_inference_steps": 5000}',
+            "wants --num_inference_steps 5000: does not work",
+        ),
     ],
 )
 def test_a_bad_sampling_file_is_one_line_before_a_model_loads(values, message, lora_dir, flags, tmp_path, monkeypatch):
@@ -158,8 +161,8 @@ def test_a_bad_sampling_file_is_one_line_before_a_model_loads(values, message, l
 
 
 @pytest.mark.parametrize("scale", ["0", "-1", "abc", "", "nan"])
-def test_a_scale_that_is_none_is_said(scale, lora_dir):
-    with pytest.raises(UserError, match="the scale behind the colon must be a number above 0, such as .*lcm-lora:0.8"):
+def test_a_wrong_adapter_scale_is_an_error(scale, lora_dir):
+    with pytest.raises(UserError, match="the scale after the colon must be a number above 0, such as .*lcm-lora:0.8"):
         open_lora(f"{lora_dir}:{scale}", None, None)
 
 
@@ -171,11 +174,11 @@ def test_an_adapter_of_a_repository_is_pinned_and_named_by_file(lora_dir, tiny_p
     assert (lora.filename, lora.few_steps.num_inference_steps) == ("Hyper-SD15-2steps-lora.safetensors", 2)
     assert open_lora("user/loras", None, None).filename == WEIGHTS
     (lora_dir / WEIGHTS).rename(lora_dir / "a.safetensors")
-    with pytest.raises(UserError, match="has 2 files of weights .*; name one, as in --lora "):
+    with pytest.raises(UserError, match="has 2 weight files .*; name one, as in --lora "):
         open_lora(str(lora_dir), None, None)
 
 
-def test_what_cannot_be_fused_is_an_error_before_a_model_loads(
+def test_an_unusable_adapter_is_an_error_before_a_model_loads(
     lora_dir, flags, tiny_xl_pipeline_dir, tmp_path, monkeypatch
 ):
     from diffusers import AutoPipelineForText2Image
@@ -190,8 +193,8 @@ def test_what_cannot_be_fused_is_an_error_before_a_model_loads(
     (model := tmp_path / "model").mkdir()
     save_file({"unet.weight": torch.zeros(2, 2)}, model / WEIGHTS)
     for value, message in (
-        (str(other), "is for a model whose text is 40 wide, that of .* is 16; choose an adapter"),
-        (str(pickled), "has weights as pickles only"), (str(empty), "has no .safetensors file"),
+        (str(other), "with text embeddings of 40 numbers, those of .* have 16; choose an adapter"),
+        (str(pickled), "has only pickled weights"), (str(empty), "has no .safetensors file"),
         (str(torn), "cannot be read as safetensors"), (str(model), "has no weights of a LoRA adapter"),
         ("no such thing", "neither an existing folder"),
     ):  # fmt: skip
@@ -213,9 +216,7 @@ def with_nan(value: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("number", [torch.nan, -torch.inf])
-def test_an_adapter_with_a_weight_that_is_no_number_is_found_before_a_model_loads(
-    number, lora_dir, flags, tmp_path, monkeypatch
-):
+def test_an_adapter_with_a_nan_weight_is_found_before_a_model_loads(number, lora_dir, flags, tmp_path, monkeypatch):
     from diffusers import AutoPipelineForText2Image
 
     monkeypatch.setattr(AutoPipelineForText2Image, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))
@@ -225,11 +226,11 @@ def test_an_adapter_with_a_weight_that_is_no_number_is_found_before_a_model_load
     assert not (tmp_path / "set").exists()
 
 
-def test_weights_that_are_no_numbers_are_found_before_an_image_is_drawn(
+def test_nan_weights_are_found_before_an_image_is_drawn(
     lora_dir, flags, copy_pipeline, real_images_dir, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(Sampler, "draw", lambda *_: pytest.fail("drew an image"))
-    # finite by itself, and not with this scale
+    # finite, but not with this scale
     with pytest.raises(UserError, match=r"^--lora \S+lcm-lora:1e\+38: with it the unet has NaN or infinite"):
         main([*flags, "--lora", f"{lora_dir}:1e38"])
     broken = copy_pipeline()
@@ -244,7 +245,7 @@ def test_weights_that_are_no_numbers_are_found_before_an_image_is_drawn(
         main(["--learned_embeds", str(token), *flags[4:]])
 
 
-def test_of_an_adapter_of_another_architecture_our_line_alone_is_said(lora_dir, flags):
+def test_an_adapter_of_another_architecture_gives_only_our_line(lora_dir, flags):
     weights = load_file(lora_dir / WEIGHTS)
     others = {name: torch.zeros(2, 7) for name in weights if "to_q.lora_A" in name}
     save_file(weights | others, lora_dir / WEIGHTS)
@@ -274,7 +275,7 @@ def test_layers_that_a_file_of_mixed_names_leaves_out_are_counted(lora_dir, flag
     assert not any("PEFT" in str(warning.message) for warning in recwarn)
 
 
-@pytest.mark.soak  # the short forms: an adapter of a repository is pinned, and a local one fused, in one process
+@pytest.mark.soak  # shorter tests pin an adapter of a repository, and fuse a local one, in one process
 def test_an_adapter_of_the_hub_is_fused_in_every_process_of_a_launch(
     lora_dir, flags, local_hub, run_with_hub, tmp_path
 ):
@@ -285,7 +286,7 @@ def test_an_adapter_of_the_hub_is_fused_in_every_process_of_a_launch(
     done = run_with_hub([*launch, "generate_synthetic.py", *flags], check=True, ACCELERATE_USE_CPU="true")
     settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
     assert settings["lora"] == "user/loras" and settings["lora_revision"] == commit
-    assert "as the name user/loras says" not in done.stdout  # which does not tell of few steps
+    assert "as the name user/loras says" not in done.stdout  # which says nothing about few steps
     hashes = shard_hashes(tmp_path / "set")
     assert len(hashes) == 2
     main([*flags, "--output_dir", str(tmp_path / "alone")])

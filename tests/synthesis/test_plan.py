@@ -12,7 +12,7 @@ from utils.synthesis.prompts import TemplatePrompts, build_templates
 
 @dataclass(frozen=True)
 class NumberedPrompts:
-    """A prompt that tells label and number."""
+    """A prompt with label and number."""
 
     def prompt(self, label: int, class_index: int) -> str:
         return f"{'abcdefghij'[label]} {class_index}"
@@ -46,14 +46,14 @@ def test_image_seed_depends_on_seed_class_number_and_redraw_only():
 
 
 def test_no_two_of_many_images_start_from_the_same_noise():
-    # torch reads 32 bits: of as many hashes, about 23 would meet
+    # torch reads 32 bits: among this many hashes, about 23 would collide
     seeds = {scramble(0, number) for number in range(440_000)}
     assert len(seeds) == 440_000
     assert max(seeds) < 2**32
     assert scramble(0, 1) - scramble(0, 0) not in (1, -1)
 
 
-def test_redraws_have_numbers_of_their_own_up_to_the_limits():
+def test_redraws_have_unique_numbers_up_to_the_limits():
     assert (MAX_REDRAWS + 1) << NUMBER_BITS == 2**32
     plan = make_plan(num_classes=1, labels=(0,), num_images_per_class=MAX_IMAGES, batch_size=1000)
     assert 0 <= plan.image(MAX_IMAGES + 999, MAX_REDRAWS).seed < 2**32
@@ -88,19 +88,19 @@ def test_each_guidance_scale_has_an_equal_share_of_each_class_at_any_size(scales
         share = shares[image.label]
         share[image.guidance_scale] += 1
         assert max(share.values()) - min(share.values()) <= 1
-    # neither the set's size, nor its batches, shards and other classes have a say in it
+    # independent of the set's size, batches, shards and other classes
     other = make_plan(guidance_scales=scales, num_images_per_class=90, batch_size=5, images_per_shard=11, labels=(0, 2))
     scale_of = {(image.label, image.class_index): image.guidance_scale for image in all_images(other)}
     for image in images:
         assert image.label == 1 or scale_of[image.label, image.class_index] == image.guidance_scale
 
 
-def test_small_shards_and_large_batches_leave_the_guidance_scales_their_shares():
+def test_guidance_shares_hold_with_small_shards_and_large_batches():
     plan = make_plan(guidance_scales=(2.0, 4.0), num_images_per_class=6, batch_size=8, images_per_shard=10)
     assert Counter(image.guidance_scale for image in all_images(plan)) == {2.0: 9, 4.0: 9}
 
 
-def test_guidance_goes_neither_with_odd_and_even_numbers_nor_with_prompts_nor_with_classes():
+def test_guidance_scales_are_independent_of_numbers_prompts_and_classes():
     prompts = TemplatePrompts(tuple(build_templates("diverse", PLAIN_TEMPLATE)), ("dog", "house cat", "suv"))
     plan = make_plan(guidance_scales=(2.0, 4.0), prompts=prompts, num_images_per_class=20 * 192)
     images = all_images(plan)
@@ -136,13 +136,13 @@ def test_batches_hold_each_image_of_a_shard_once_with_others_of_its_guidance(sca
         assert all(batch in list(grown.batches(number)) for batch in batches)
 
 
-def test_a_set_of_the_first_rule_keeps_its_guidance_scales_by_batch():
+def test_a_set_of_an_earlier_version_keeps_its_guidance_scales_by_batch():
     plan = make_plan(guidance_scales=(1.5, 3.0, 6.0), num_images_per_class=600, scales_by_batch=True)
     first = [1.5] * 3 + [6.0] * 3 + [3.0] * 2 + [6.0] * 3 + [1.5] * 3 + [3.0] * 2  # two shards of 3, 3 and 2 images
     assert [plan.image(index).guidance_scale for index in range(16)] == first
 
 
-def test_the_rule_of_guidance_shares_is_a_setting_only_where_it_is_new_and_decides_something():
+def test_guidance_shares_are_a_setting_only_of_new_sets_with_several_scales():
     assert make_plan(guidance_scales=(2.0, 4.0)).guidance_settings == {"guidance_shares": "per class"}
     assert make_plan(guidance_scales=(2.0, 4.0), scales_by_batch=True).guidance_settings == {}
     assert make_plan().guidance_settings == {}

@@ -1,4 +1,4 @@
-"""Which prompts there are, and what text encoders read of them."""
+"""Prompts, and the part of them that text encoders read."""
 
 import json
 import subprocess
@@ -68,7 +68,7 @@ def test_prompt_sets_vary_viewpoint_background_and_light_and_leave_room_in_77_to
     for prompt_set, template in product(PROMPT_SETS, (DSI_TEMPLATE, PLAIN_TEMPLATE)):
         for variant in build_templates(prompt_set, template):
             prompt = variant.format(**{"class": "one two three four five six", "token": "<style>"})
-            # common words are one token each, a comma is one; begin and end are two
+            # common words and commas are one token each; begin and end are two
             assert len(prompt.replace(",", " ,").split()) + 2 <= 40
 
 
@@ -80,14 +80,14 @@ def test_prompt_is_pinned_and_filled_with_noun_and_token():
     assert TemplatePrompts(("a {class}",), NOUNS).prompt(2, 0) == "a suv"
 
 
-def test_prompt_is_the_same_beside_other_classes_and_in_any_order_of_templates():
+def test_prompt_does_not_depend_on_other_classes_or_the_order_of_templates():
     among = make_prompts()
     alone, turned = make_prompts(nouns=("suv",)), TemplatePrompts(among.templates[::-1], NOUNS, "<style>")
     for number in range(20):
         assert alone.prompt(0, number) == among.prompt(2, number) == turned.prompt(2, number)
 
 
-def test_prompts_give_each_template_an_equal_share_and_meet_all_that_alternates_with_the_number():
+def test_prompts_give_each_template_an_equal_share_of_all_alternating_settings():
     prompts = make_prompts(5)
     for label, rounds in product(range(3), range(4)):
         drawn = Counter(prompts.prompt(label, number) for number in range(5 * rounds, 5 * rounds + 5))
@@ -121,14 +121,14 @@ def test_longest_has_each_template_and_each_noun_at_its_longest():
     ]
 
 
-def test_longest_is_no_product_and_goes_to_the_first_place_where_there_are_two():
+def test_longest_is_not_a_product_and_ends_at_the_first_placeholder_of_two():
     prompts = make_prompts(200, tuple(f"thing {number}" for number in range(1000)))
     assert sum(1 for _ in prompts.longest()) == 1200
     prompts = TemplatePrompts(("a {class}, {token}, {class}, {token}",), ("dog",), "<s>")
     assert list(prompts.longest())[0] == ("a dog, <s>, dog, <s>", len("a dog, <s>"))
 
 
-def test_sha256_changes_with_all_that_decides_the_captions(tmp_path):
+def test_sha256_changes_with_everything_that_decides_the_captions(tmp_path):
     def digest(label="dog", prompt="a dog {token}", **options):
         return read(tmp_path, entry(label, prompt), **({"labels": [0]} | options)).sha256
 
@@ -159,13 +159,13 @@ def test_read_prompts_file_gives_each_class_its_captions_in_turn(tmp_path):
     assert example_prompts(read(tmp_path, *captions, labels=[0]), 0) == [f"dog {word}, <style>" for word in "abc"]
 
 
-def test_read_prompts_file_leaves_out_classes_that_are_not_drawn_and_takes_another_case(tmp_path, caplog):
+def test_read_prompts_file_leaves_out_other_classes_and_ignores_case(tmp_path, caplog):
     both = read(tmp_path, entry("dog", "a dog, {token}"), entry("suv", "a suv, {token}"), labels=[2])
     assert both == read(tmp_path, entry("suv", "a suv, {token}"), labels=[2])
     assert both.prompt(2, 0) == "a suv, <style>"
     other_case = read(tmp_path, entry("DOG", "a dog, {token}"), entry("dog", "a pup, {token}"), labels=[0])
     assert caplog.messages == [
-        f"--prompts_file {tmp_path}/p.jsonl: 1 class name matched in spite of case, spaces or Unicode form: 'DOG' is "
+        f"--prompts_file {tmp_path}/p.jsonl: 1 class name matched ignoring case, spaces and Unicode form: 'DOG' is "
         "'dog'."
     ]
     assert other_case == read(tmp_path, entry("dog", "a dog, {token}"), entry("dog", "a pup, {token}"), labels=[0])
@@ -175,29 +175,29 @@ def test_longest_of_captions_ends_behind_noun_and_token(tmp_path):
     needed = {
         "{token}: a {class}| at home": "<dog-style>: a dog",
         "a bulldog, dogma, {token}: a Dog| at home": "a bulldog, dogma, <dog-style>: a Dog",
-        "a hound, {token}, at home": "a hound, <dog-style>, at home",  # the class may be any part of it
+        "a hound, {token}, at home": "a hound, <dog-style>, at home",  # the class can be anywhere in it
         "many {class}s, {token}|, at home": "many dogs, <dog-style>",
     }
     captions = [entry("dog", caption.replace("|", "")) for caption in needed]
     prompts = read(tmp_path, *captions, labels=[0], placeholder="<dog-style>")
     assert [prompt[:end] for prompt, end in prompts.longest()] == list(needed.values())
     assert [prompt for prompt, _ in prompts.longest()][0] == "<dog-style>: a dog at home"
-    # the place of the token is no class of its name
+    # the token's placeholder is not a class of that name
     prompts = read(tmp_path, entry("dog", "{token} of a coin"), labels=[0], nouns=("token", "cat", "suv"))
     assert list(prompts.longest()) == [("<style> of a coin", len("<style> of a coin"))]
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ("{", "is no JSON .*; right is {"),
-    ("a suv in the rain", "is no JSON"),
-    ('["dog", "a dog"]', "must be an object with 'label' and 'prompt'; right is {"),
+    ("{", "must be JSON, such as {"),
+    ("a suv in the rain", "must be JSON"),
+    ('["dog", "a dog"]', "must be an object with 'label' and 'prompt', such as {"),
     ('"dog"', "must be an object"),
     ({"label": "dog"}, "must be an object with 'label' and 'prompt'"),
     ({"prompt": "a dog {token}"}, "must be an object with 'label' and 'prompt'"),
     (entry("dog", "a {token}") | {"negative_prompt": "x"}, "must be an object with 'label' and 'prompt'"),
     (entry("hose_cat", "a {token}"), "label 'hose_cat': no such class, did you mean house_cat"),
-    ({"label": 1, "prompt": "a {token}"}, "label 1: no such class"),
-    ({"label": ["dog"], "prompt": "a {token}"}, r"label \['dog'\]: no such class"),
+    ({"label": 1, "prompt": "a {token}"}, "label 1: must be text"),
+    ({"label": ["dog"], "prompt": "a {token}"}, r"label \['dog'\]: must be text"),
     (entry("dog", " "), "prompt ' ': must be text"),
     ({"label": "dog", "prompt": None}, "prompt None: must be text"),
     (entry("dog", "a dog"), "'a dog': has no {token}"),
@@ -208,11 +208,11 @@ def test_read_prompts_file_names_file_and_line(tmp_path, line, message):
         read(tmp_path, entry("dog", "a dog, {token}"), "", line)
 
 
-def test_read_prompts_file_refuses_a_token_that_is_not_there_and_a_class_without_captions(tmp_path):
+def test_read_prompts_file_refuses_a_missing_token_and_a_class_without_captions(tmp_path):
     assert read(tmp_path, entry("dog", "a dog"), labels=[0], placeholder=None).prompt(0, 3) == "a dog"
     with pytest.raises(UserError, match="line 1: 'a dog, {token}': has {token}, but there is no style token"):
         read(tmp_path, entry("dog", "a dog, {token}"), labels=[0], placeholder=None)
-    with pytest.raises(UserError, match="p.jsonl: has no prompt for 'house_cat', 'suv'; right is at least"):
+    with pytest.raises(UserError, match="p.jsonl: has no prompt for 'house_cat', 'suv'; each class needs at least"):
         read(tmp_path, entry("dog", "a dog, {token}"))
     with pytest.raises(UserError, match="has no prompt for 'dog'"):
         read(tmp_path, "", labels=[0])
@@ -238,23 +238,23 @@ def test_tokens_are_counted_with_start_end_and_every_vector(generator):
 def test_prompt_fits_up_to_the_last_token(generator):
     fits, longer = letters(75), letters(76)
     check_prompts_fit(generator, [(fits, len(fits))], None, 1)
-    with pytest.raises(UserError, match=f"^--x: '{longer}' has 78 tokens, .* takes 77 and would see '{fits}' only"):
+    with pytest.raises(UserError, match=f"^--x: '{longer}' has 78 tokens, .* takes 77 and would only see '{fits}'"):
         check_prompts_fit(generator, [("a", 1)] * 2500 + [(longer, len(longer))], None, 1, "--x")
 
 
 def test_vectors_of_the_style_token_take_their_place(generator, caplog):
     prompt = f"{letters(70)} {PLACEHOLDER}"
     check_prompts_fit(generator, [(prompt, len(prompt))], PLACEHOLDER, 5)
-    with pytest.raises(UserError, match="has 78 tokens.*<dsi-style>_4' only"):
+    with pytest.raises(UserError, match="has 78 tokens.*<dsi-style>_4', which lacks"):
         check_prompts_fit(generator, [(prompt, len(prompt))], PLACEHOLDER, 6)
     assert not caplog.messages
 
 
-def test_prompts_that_are_cut_behind_what_matters_are_counted_in_one_warning(generator, caplog):
+def test_prompts_truncated_after_the_essential_part_are_counted_in_one_warning(generator, caplog):
     prompts = [(f"{PLACEHOLDER} {letters(80)}", len(PLACEHOLDER)), (letters(10), 19), (letters(90), 75 * 2 - 1)]
     check_prompts_fit(generator, iter(prompts), PLACEHOLDER, 3)
     (message,) = caplog.messages
-    assert "longer than 77 tokens" in message and ": 2, for" in message and f"_2 {letters(72)}'" in message
+    assert "2 prompts are longer than 77 tokens" in message and f"_2 {letters(72)}'" in message
     with pytest.raises(UserError):
         check_prompts_fit(generator, [(letters(90), 75 * 2 + 1)], None, 1)
 
@@ -262,7 +262,7 @@ def test_prompts_that_are_cut_behind_what_matters_are_counted_in_one_warning(gen
 @pytest.mark.parametrize(("kind", "limit"), [("tiny_sd3_pipeline_dir", 256), ("tiny_flux_pipeline_dir", 512)])
 def test_the_encoder_that_reads_furthest_decides(kind, limit, request):
     generator = open_folder(request.getfixturevalue(kind))
-    assert count_prompt_tokens(generator, [letters(100)], None, 1) == [201]  # T5 has an end and no start
+    assert count_prompt_tokens(generator, [letters(100)], None, 1) == [201]  # T5 has an end token, but no start token
     fitting, longer = letters(limit // 2 - 1), letters(limit // 2)
     check_prompts_fit(generator, [(fitting, len(fitting))], None, 1)
     with pytest.raises(UserError, match=f"has {limit + 1} tokens, the text encoder takes {limit}"):

@@ -1,4 +1,4 @@
-"""Redraws, their cap, and what runs beside the sampling, with a sampler whose bad images are chosen by the test."""
+"""Redraws, their limit, and the work in parallel to sampling, with a sampler whose bad images the test chooses."""
 
 import io
 import threading
@@ -20,7 +20,7 @@ NAMES = ["a", "b", "c"]
 
 
 class ChosenSampler:
-    """Draws noise of the seed; image `index` is black before its redraw `good_redraws[index]`."""
+    """Draws noise from the seed; image `index` is black until its redraw `good_redraws[index]`."""
 
     def __init__(self, plan, good_redraws=None):
         self.num_at_a_time = plan.batch_size
@@ -88,7 +88,7 @@ def test_bad_images_are_drawn_again_together_with_the_next_seeds(tmp_path):
 
 def test_cap_of_redraws_is_an_error_with_classes_and_prompts_and_keeps_finished_shards(tmp_path):
     plan = make_plan()
-    message = r"--max_redraws 1: .* 2 images are still bad: b \('b 3'\): black; c \('c 2'\): black\. The finished"
+    message = r"--max_redraws 1: 2 images are still bad .*: b \('b 3'\): black; c \('c 2'\): black\. The finished"
     with pytest.raises(UserError, match=message):
         make_set(tmp_path, plan, ChosenSampler(plan, {8: 2, 10: 2}), max_redraws=1)
     assert Shards(tmp_path, plan, "f", NAMES).find_missing() == [1, 2]
@@ -108,7 +108,7 @@ def test_padding_is_left_out_and_never_drawn_again(tmp_path):
     assert shards.summarise()["images_at_a_time"] == 1
 
 
-def test_who_gives_the_encoders_too_much_waits(monkeypatch):
+def test_submitting_too_many_images_to_the_encoders_blocks(monkeypatch):
     running, go_on = Counter(), threading.Event()
 
     def slow(pixels, *_):
@@ -136,7 +136,7 @@ def test_who_gives_the_encoders_too_much_waits(monkeypatch):
 
 
 @pytest.mark.parametrize("image_format", ["jpeg", "png", "webp"])
-def test_encoded_images_are_what_they_are_called_and_quality_matters(image_format):
+def test_encoded_images_have_their_format_and_quality(image_format):
     ramp = np.arange(32)[:, None, None] * 5 + np.arange(48)[None, :, None] * 2
     pixels = np.random.default_rng(0).integers(0, 9, (32, 48, 3), dtype=np.uint8) + ramp.astype(np.uint8) % 200
     good, bad = (PILImage.open(io.BytesIO(encode_image(pixels, image_format, quality))) for quality in (95, 5))

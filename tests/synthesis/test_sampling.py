@@ -1,4 +1,4 @@
-"""Sampling with tiny pipelines of the real classes: what is drawn is what the pipeline itself draws."""
+"""Sampling with tiny pipelines of the real classes draws what the pipeline itself draws."""
 
 import logging
 
@@ -31,13 +31,13 @@ def make_sampler(pipe, num_at_a_time=3, **options) -> Sampler:
 
 
 def draw_alone(pipe, prompt, seed, **options) -> np.ndarray:
-    """Return what a user of diffusers gets, as levels."""
+    """Return the levels of the image that a user of diffusers gets."""
     generator = torch.Generator().manual_seed(seed)
     return np.rint(pipe(prompt, generator=generator, output_type="np", **SETTINGS, **options).images[0] * 255)
 
 
 def assert_same(drawn, levels):
-    """Equal but for the noise of other kernels, which may tip a few values over to the next level."""
+    """Return whether images are equal, up to a few values one level apart, as other kernels round differently."""
     difference = np.abs(np.asarray(levels, dtype=int) - drawn)
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
@@ -64,8 +64,8 @@ def test_images_are_those_the_pipeline_draws(kind, guidance_scale, negative_prom
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_asked_for_changes_the_image(kind, request):
-    """Else the comparison with the pipeline would say little."""
+def test_each_setting_changes_the_image(kind, request):
+    """Otherwise the comparison with the pipeline would mean little."""
     pipe = load(request.getfixturevalue(kind))
     pixels, _ = make_sampler(pipe).draw(["a red square", "a green circle", "zzz"], [3, 3, 3], 4.0)
     guided, _ = make_sampler(pipe).draw(["a red square"], [3], 40.0)
@@ -110,7 +110,7 @@ def count_calls(module) -> list:
     return calls
 
 
-# for the negative prompt diffusers encodes a prompt beside it; XL takes zeros for none, and FLUX has none
+# diffusers encodes a prompt together with the negative one; XL uses zeros without one, and FLUX has none
 @pytest.mark.parametrize(("kind", "encoder", "num_for_negative"), zip(KINDS, ["", "_2", "_3", "_2"], [2, 1, 2, 0]))
 def test_each_prompt_is_encoded_once(kind, encoder, num_for_negative, request):
     pipe = load(request.getfixturevalue(kind))
@@ -133,7 +133,7 @@ def test_cache_is_bounded_and_keeps_what_came_first(pipe):
             embeds = cache.batch([prompt], False)["prompt_embeds"]
             expected = pipe.encode_prompt(prompt, "cpu", 1, False)[0]
             torch.testing.assert_close(embeds, expected)
-    assert len(calls) - 6 == 4  # 'c' twice; 6 are the test's own
+    assert len(calls) - 6 == 4  # 'c' twice; 6 are from the test itself
     assert list(cache.kept) == ["a", "b"]
 
 
@@ -150,21 +150,23 @@ def limit_memory(pipe, num_images: int) -> list[int]:
     return sizes
 
 
-def test_out_of_memory_halves_the_batch_and_says_so_once(tiny_pipeline_dir, pipe, caplog):
+def test_out_of_memory_halves_the_batch_with_one_warning(tiny_pipeline_dir, pipe, caplog):
     expected, _ = make_sampler(load(tiny_pipeline_dir), 5).draw(["a"] * 5, [1, 2, 3, 4, 5], 1.0)
     sizes, sampler = limit_memory(pipe, 2), make_sampler(pipe, 5)
     pixels, problems = sampler.draw(["a"] * 5, [1, 2, 3, 4, 5], 1.0)
     assert_same(pixels, expected)
     assert problems == [None] * 5
     assert sampler.num_at_a_time == 2
-    assert sizes == [5] + [2] * 6  # two steps each for 2, 2 and the last one with its padding
+    assert sizes == [5] + [2] * 6  # two steps each for 2, for 2, and for the last one with padding
     sampler.draw(["a"] * 5, SEEDS + [1, 2], 1.0)
-    assert caplog.messages == ["Out of memory with 5 images at a time: from now on 2."]
+    assert caplog.messages == ["Out of memory with 5 images at a time; continuing with 2."]
 
 
-def test_out_of_memory_with_one_image_is_an_error_that_says_what_to_lower(pipe):
+def test_out_of_memory_with_one_image_is_an_error_that_names_the_flag(pipe):
     limit_memory(pipe, 0)
-    with pytest.raises(UserError, match=r"^--resolution 32: not even one image .* lower it, .*--mixed_precision bf16"):
+    with pytest.raises(
+        UserError, match=r"^--resolution 32: a single image does not .* lower it, .*--mixed_precision bf16"
+    ):
         make_sampler(pipe, 4).draw(["a"] * 4, [1, 2, 3, 4], 1.0)
 
 
@@ -172,14 +174,14 @@ def add_safety_checker(pipe, flags_all: bool) -> None:
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {**size, "image_size": 16, "patch_size": 8}
     checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=size, vision_config=vision, projection_dim=16))
-    checker.concept_embeds_weights.fill_(-2.0 if flags_all else 2.0)  # a cosine is never below or above these
+    checker.concept_embeds_weights.fill_(-2.0 if flags_all else 2.0)  # beyond any cosine
     checker.special_care_embeds_weights.fill_(2.0)
     processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     pipe.register_modules(safety_checker=checker.eval(), feature_extractor=processor)
 
 
 @pytest.mark.parametrize(("flags_all", "problem"), [(True, "flagged by the safety checker"), (False, None)])
-def test_the_safety_checker_of_a_repository_stays_and_its_word_counts(pipe, flags_all, problem, tmp_path):
+def test_the_safety_checker_of_a_repository_stays_and_its_flags_count(pipe, flags_all, problem, tmp_path):
     add_safety_checker(pipe, flags_all)
     pipe.save_pretrained(tmp_path)
     loaded = load_pipeline(open_folder(tmp_path), None, "default", torch.float32, torch.device("cpu"))
@@ -198,7 +200,7 @@ def test_nothing_is_printed_or_logged(pipe, capfd, caplog, monkeypatch):
     capfd.readouterr()
     sampler.draw([prompt] * 3, SEEDS, 4.0)
     assert (capfd.readouterr(), caplog.messages) == (("", ""), [])
-    draw_alone(pipe, prompt, 0)  # the pipeline itself tells of both, and may do so again
+    draw_alone(pipe, prompt, 0)  # the pipeline itself warns about both, and still does afterwards
     assert any("truncated" in message for message in caplog.messages)
     assert any("black image" in message for message in caplog.messages)
 
@@ -220,7 +222,7 @@ def test_compiled_model_is_not_compiled_again_for_batches_and_guidance_scales(ti
 
 
 def record_passes(sampler) -> list[int]:
-    """Return the sizes of the batches that the denoiser of a sampler with an interval sees from now on."""
+    """Return a list of the batch sizes that the denoiser of a sampler with an interval will see."""
     forward, sizes = sampler.interval.forward, []
     sampler.interval.forward = lambda sample, *args, **kwargs: (
         sizes.append(len(sample)), forward(sample, *args, **kwargs)
@@ -229,7 +231,7 @@ def record_passes(sampler) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
-def test_with_an_interval_other_steps_see_half_a_batch_and_are_drawn_as_without_guidance(kind, request):
+def test_steps_outside_the_interval_compute_half_a_batch_without_guidance(kind, request):
     def draw(interval, scale=4.0):
         sampler = Sampler(
             load(request.getfixturevalue(kind)), resolution=32, num_inference_steps=4, num_at_a_time=3,
@@ -272,7 +274,7 @@ def test_an_interval_is_of_all_passes_also_where_a_step_takes_two(scheduler, gui
 
 
 def flat(value: float, place=None, other: float = 0.0) -> torch.Tensor:
-    """Return an image of one level, with another one at a place."""
+    """Return an image of one level, with another level at one place."""
     pixels = torch.full((3, 8, 8), float(value))
     if place is not None:
         pixels[place] = other
@@ -305,10 +307,10 @@ JUDGED = [
 ]
 
 
-def test_what_is_wrong_is_named_for_each_image_of_a_batch_by_itself():
+def test_problems_are_named_for_each_image_of_a_batch():
     batch, expected = torch.stack([pixels for pixels, _ in JUDGED]), [problem for _, problem in JUDGED]
     assert find_problems(batch, [False] * len(batch))[1] == expected
-    flags = [number % 2 == 1 for number in range(len(batch))]  # also of black images, which a safety checker makes
+    flags = [number % 2 == 1 for number in range(len(batch))]  # also for black images, which a safety checker makes
     told = [problem if not flag else "flagged by the safety checker" for problem, flag in zip(expected, flags)]
     assert find_problems(batch, flags)[1] == told
 

@@ -1,4 +1,4 @@
-"""Shards on disk: what is found finished, and what is found out about files that are not."""
+"""Shards on disk: finished ones are found, and all others are detected."""
 
 import json
 import os
@@ -20,7 +20,7 @@ NAMES = ["a", "b", "c"]
 
 
 def write_all(folder: Path, fingerprint="f", **changes) -> Shards:
-    """Write all shards of a plan of 21 images, 8 a shard; image 1 was drawn again twice."""
+    """Write all shards of a plan of 21 images, 8 per shard; image 1 was redrawn twice."""
     shards = Shards(folder, make_plan(**changes), fingerprint, NAMES)
     make_folders(folder)
     for number in range(shards.plan.num_shards):
@@ -63,7 +63,7 @@ def test_a_damaged_shard_is_missing_and_no_other(tmp_path, damage):
     elif damage == "empty":
         path.write_bytes(b"")
     else:
-        # the footer, with the plan's fingerprint and the number of rows, is whole
+        # the footer, with fingerprint and number of rows, is intact
         middle = slice(100, 200) if damage == "torn" else slice(150, 151)
         content[middle] = bytes(byte ^ 1 for byte in content[middle])
         path.write_bytes(content)
@@ -80,7 +80,7 @@ def swap(tmp_path, first, second) -> None:
 
 def test_a_shard_of_other_settings_or_another_place_is_missing(tmp_path):
     shards, other = write_all(tmp_path / "ours"), write_all(tmp_path / "other", fingerprint="g")
-    for folder in ("data", STATE_DIR):  # with its notes: its bytes are as they were written
+    for folder in ("data", STATE_DIR):  # with its notes, its bytes are unchanged
         swap(tmp_path, shards.output_dir / folder, other.output_dir / folder)
     assert shards.find_missing() == [0, 1, 2]
     shards, other = write_all(tmp_path / "swapped"), write_all(tmp_path / "seeded", seed=1)
@@ -102,7 +102,7 @@ def test_finished_shards_are_not_read_again_where_size_and_time_are_as_noted(tmp
     monkeypatch.setattr(shards_module, "_sha256", lambda _: pytest.fail("was read again"))
     assert shards.find_missing() == []
     note = json.loads((tmp_path / STATE_DIR / "00001.json").read_text())
-    assert set(note) == {"sha256", "num_bytes", "mtime_ns"}  # no more than what a restart needs
+    assert set(note) == {"sha256", "num_bytes", "mtime_ns"}  # only what a restart needs
 
 
 def test_without_hidden_files_the_checksum_list_tells(tmp_path):
@@ -128,14 +128,14 @@ def test_without_any_checksum_a_shard_is_finished_if_all_of_it_can_be_read(tmp_p
         path.unlink()
     assert other.find_missing() == [0, 1, 2]
     assert shards.find_missing() == [1]
-    assert caplog.messages == ["2 shard(s) without a checksum were read in full and are kept."]
+    assert caplog.messages == ["2 shard(s) without a checksum are intact and are kept."]
     assert json.loads((tmp_path / STATE_DIR / "00000.json").read_text())["sha256"] == sha256
     grown = Shards(tmp_path, make_plan(num_images_per_class=9), "f", NAMES)
     (tmp_path / STATE_DIR / "00002.json").unlink()
     assert grown.find_missing() == [1, 2, 3]
 
 
-def test_checksum_list_is_what_sha256sum_reads(tmp_path):
+def test_checksum_list_is_read_by_sha256sum(tmp_path):
     shards = write_all(tmp_path)
     shards.write_checksums()
     check = ["sha256sum", "--check", "--strict", "SHA256SUMS"]

@@ -1,4 +1,4 @@
-"""What the tests of synthesis share: style tokens as train_dsi.py writes them, generators, the bytes of a set."""
+"""Shared by the tests of synthesis: style tokens as train_dsi.py writes them, generators, hashes of a set."""
 
 import hashlib
 from pathlib import Path
@@ -15,7 +15,7 @@ NOUNS = ["red square", "green circle", "blue-stripe"]
 
 
 def save_token(folder, pipeline_dir, real_images_dir, dims=(16,), num_vectors=1, **changes):
-    """Write what train_dsi.py writes, with a large random token; `dims` are those of the text encoders."""
+    """Write the files of train_dsi.py, with a large random token; `dims` are the sizes of the text encoders."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(1)
     names = [PLACEHOLDER] if len(dims) == 1 else ["clip_l", "clip_g"]

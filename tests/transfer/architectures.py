@@ -5,8 +5,8 @@ import transformers
 SQUARE, SHORTEST_EDGE = {"height": 32, "width": 32}, {"shortest_edge": 32}
 TRANSFORMER = {"hidden_size": 16, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 CONVOLUTIONAL = {"hidden_sizes": [8, 16], "depths": [1, 1]}
-# a family of transformers, its sizes, its image processor and the size that takes; with the usual range of initial
-# weights nothing would be left of an image behind so few channels
+# a family of transformers, its sizes, its image processor and the input size; with the usual range of initial weights,
+# so few channels would pass on nothing of an image
 NATIVE = {
     "vit": ("ViT", TRANSFORMER | {"num_hidden_layers": 1, "intermediate_size": 16}, "ViT", SQUARE),
     "resnet": ("ResNet", CONVOLUTIONAL | {"embedding_size": 8, "layer_type": "basic"}, "ConvNext", SHORTEST_EDGE),
@@ -29,7 +29,7 @@ NATIVE = {
     ),
     "dinov2": ("Dinov2", TRANSFORMER | {"num_hidden_layers": 2, "mlp_ratio": 1}, "Bit", SHORTEST_EDGE),
 }  # fmt: skip
-# timm's name and what makes it small; transformers has no classifier with a DINOv3 backbone
+# timm's name and options that make it small; transformers has no classifier with a DINOv3 backbone
 TIMM = {
     "timm": ("test_efficientnet", None),
     "timm_resnet": ("resnet10t", {"channels": [8, 8, 16, 16]}),
@@ -37,7 +37,7 @@ TIMM = {
     "timm_dinov3": ("vit_small_patch16_dinov3", {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 32}),
 }
 
-# the module that is the head, of each architecture
+# the head module of each architecture
 HEADS = {
     "vit": "classifier", "resnet": "classifier.1", "convnext": "classifier", "swin": "classifier",
     "efficientnet": "classifier", "dinov2": "classifier", "timm": "timm_model.classifier",

@@ -1,4 +1,4 @@
-"""Stages as tests run them, also in processes of their own: nothing of `conftest.py` is needed."""
+"""Stages for tests, also in separate processes: independent of `conftest.py`."""
 
 import torch
 from transformers import TrainingArguments
@@ -21,7 +21,7 @@ def run_plan(plan, path, images, folder, start=None, lora=None, resume=False, **
 
 
 class Killed(Exception):
-    """In place of a signal: nothing is written after it."""
+    """Raised instead of a signal: nothing is written after it."""
 
 
 def kill_in_step(monkeypatch, number: int) -> None:

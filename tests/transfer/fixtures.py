@@ -15,7 +15,7 @@ from utils.data.image_set import RealImagesRecord
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections():
-    """Keep garbage collections, of which each training makes two, from going through all of torch."""
+    """Exclude torch from garbage collections, of which each training makes two."""
     gc.collect()
     gc.freeze()
     yield

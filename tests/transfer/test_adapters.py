@@ -46,12 +46,12 @@ def trained_names(model) -> list[str]:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_the_head_and_low_rank_updates_are_trained_and_both_ways_of_loading_predict_the_same(
+def test_head_and_low_rank_updates_are_trained_and_merged_and_unmerged_predict_the_same(
     save_classifier_of, name, tmp_path
 ):
     path = save_classifier_of(name)
     model = adapted_classifier(path)
-    updates = [key for key in trained_names(model) if HEADS[name] not in key]  # the rest: tests of the head
+    updates = [key for key in trained_names(model) if HEADS[name] not in key]  # the head has its own tests
     assert updates and all("lora_A" in key or "lora_B" in key for key in updates)
     assert all(min(model.get_parameter(key).shape[:2]) <= LORA.r for key in updates)
     untrained = logits_of(load_classifier(path, CLASS_NAMES, True, seed=0))
@@ -71,7 +71,7 @@ def test_the_head_and_low_rank_updates_are_trained_and_both_ways_of_loading_pred
     assert torch.allclose(logits_of(loaded), trained, atol=tolerance)
 
 
-def test_adapter_goes_on_from_a_folder_with_its_head_and_is_trained_on(save_classifier_of, tmp_path):
+def test_an_adapter_and_its_head_are_loaded_from_a_folder_and_trained_further(save_classifier_of, tmp_path):
     path = save_classifier_of("resnet")
     model = train(adapted_classifier(path))
     save_adapter(model, tmp_path)
@@ -107,10 +107,10 @@ def test_same_seed_draws_the_same_adapter(save_classifier_of):
     [
         ("resnet.embedder.embedder.normalization.running_mean", "adapter"),
         ("resnet.embedder.embedder.convolution.base_layer.weight", "adapter"),
-        ("classifier.1.weight", "."),  # of what is saved merged
+        ("classifier.1.weight", "."),  # of the merged weights
     ],
 )
-def test_saved_weights_that_predict_otherwise_fail(save_classifier_of, tmp_path, monkeypatch, spoiled, folder):
+def test_saved_weights_with_other_predictions_fail(save_classifier_of, tmp_path, monkeypatch, spoiled, folder):
     path = save_classifier_of("resnet")
     model = train(adapted_classifier(path))
 
@@ -123,14 +123,14 @@ def test_saved_weights_that_predict_otherwise_fail(save_classifier_of, tmp_path,
         save_classifier(merged, *args)
 
     if folder == "adapter":
-        spoil(model.get_base_model())  # which the adapter's file does not hold
+        spoil(model.get_base_model())  # which is not in the adapter's file
     else:
         monkeypatch.setattr(adapters, "save_classifier", save_spoiled)
-    with pytest.raises(AssertionError, match=f"{tmp_path / folder}: loaded again, logits differ"):
+    with pytest.raises(AssertionError, match=f"{tmp_path / folder}: logits differ"):
         save_merged(model, load_image_processor(path), tmp_path)
 
 
-def test_settings_reach_the_layers_whose_names_end_so(save_classifier_of):
+def test_settings_apply_to_layers_with_matching_name_endings(save_classifier_of):
     lora = LoraSettings(r=2, alpha=5, dropout=0.3, target_modules=("q_proj",))
     model = adapted_classifier(save_classifier_of("vit"), lora)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -142,7 +142,7 @@ def test_settings_reach_the_layers_whose_names_end_so(save_classifier_of):
 @pytest.mark.parametrize(
     ("name", "target", "problem"),
     [
-        ("vit", "q_prij", "there is no such layer; of those that can, the first are "),
+        ("vit", "q_prij", "no such layer; layers that can: "),
         ("vit", "classifier", "classifier cannot take an adapter"),
         ("timm", "conv_dw", r"timm_model.blocks.3.0.conv_dw, .* cannot take an adapter"),  # grouped: cannot be merged
     ],

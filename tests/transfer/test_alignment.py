@@ -1,4 +1,4 @@
-"""Alignment: its losses against values computed another way, which images it sees, and that a stage stays exact."""
+"""Alignment: its losses against independent computations, the images it sees, and exact resume of a stage."""
 
 from collections import Counter
 from dataclasses import replace
@@ -58,7 +58,7 @@ def test_the_reversal_grows_with_the_steps_from_0_to_1():
     assert factors == pytest.approx([0, 0.46212, 0.98661, 0.99991], abs=1e-5)
 
 
-def test_the_coral_distance_is_that_of_covariances_as_numpy_has_them():
+def test_the_coral_distance_matches_numpys_covariances():
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(7, 4)), 3 * rng.normal(size=(9, 4)) + 5
     centred = [features - features.mean(0) for features in (first, second)]
@@ -83,7 +83,7 @@ def items(classifiers):
     return TrainItems(load_image_processor(classifiers["vit"]), mixup_alpha=0.2)
 
 
-def test_each_synthetic_image_comes_with_an_unlabelled_real_one_and_each_kind_in_epochs(images, synthetic, items):
+def test_each_synthetic_image_is_paired_with_an_unlabelled_real_one_and_each_kind_has_epochs(images, synthetic, items):
     aligned = AlignedImages(images, synthetic, Alignment("coral"))
     all_items = AlignedItems(aligned, items, seed=0, num_items=40)
     seen = [all_items[position] for position in range(len(all_items))]
@@ -132,7 +132,10 @@ def test_an_alignment_changes_features_by_its_weight_and_leaves_nothing_in_the_c
     assert light.keys() == heavy.keys() == other.keys()
     backbone = [key for key in light if "weight" in key and "classifier" not in key]
     assert all(not torch.equal(light[key], heavy[key]) for key in backbone)
-    assert (result.num_images_seen, alone.num_images_seen) == (2 * 28, 24)  # an epoch of ten ends with two
+    assert (result.num_images_seen, alone.num_images_seen) == (
+        2 * 28,
+        24,
+    )  # an epoch of ten images ends with a batch of two
 
 
 @pytest.mark.parametrize("name", ["resnet", "timm"])
@@ -152,7 +155,7 @@ def test_frozen_statistics_stay_and_trained_ones_are_those_of_both_kinds(run, na
     [("adversarial", "vit", 0, False), ("coral", "resnet", 2, False), ("adversarial", "timm", 0, False),
      ("adversarial", "vit", 0, True), ("coral", "vit", 0, True)],
 )  # fmt: skip
-def test_a_killed_stage_goes_on_to_the_same_weights(run, monkeypatch, kind, name, num_workers, lora):
+def test_a_killed_stage_resumes_to_the_same_weights(run, monkeypatch, kind, name, num_workers, lora):
     plan = PLAN if name == "vit" and not lora else replace(PLAN, settings=replace(SETTINGS, dropout=None))
     options = {"name": name, "plan": plan, "dataloader_num_workers": num_workers, "logging_strategy": "steps"}
     options |= {"logging_steps": 1, "lora": LoraSettings(r=2, alpha=4, dropout=0.3) if lora else None}
@@ -168,7 +171,7 @@ def test_a_killed_stage_goes_on_to_the_same_weights(run, monkeypatch, kind, name
     assert result.num_images_seen == resumed_result.num_images_seen == 2 * 28
 
 
-def test_the_domain_classifier_learns_at_the_heads_rate_and_is_in_checkpoints_alone(run, tmp_path, monkeypatch):
+def test_the_domain_classifier_learns_at_the_heads_rate_and_is_only_in_checkpoints(run, tmp_path, monkeypatch):
     groups = []
     create = StageTrainer.create_optimizer
 
@@ -204,7 +207,7 @@ def test_another_alignment_or_other_real_images_are_not_resumed(run, images):
     assert stage_inputs(replace(PLAN, alignment=Alignment("coral")), None, inputs) == inputs
 
 
-def test_a_head_that_is_not_linear_and_several_gpus_in_one_process_are_one_line(
+def test_a_nonlinear_head_or_several_gpus_in_one_process_is_a_one_line_error(
     run, images, synthetic, tmp_path, monkeypatch
 ):
     aligned = AlignedImages(images, synthetic, Alignment("coral"))
@@ -214,7 +217,7 @@ def test_a_head_that_is_not_linear_and_several_gpus_in_one_process_are_one_line(
     with pytest.raises(UserError, match="^--bridge_alignment: the head of .* is not linear on one feature vector; ch"):
         run_plan(plan, convolution, aligned, tmp_path / "stage")
     monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 2)
-    with pytest.raises(UserError, match="^--bridge_alignment coral: not on 2 GPUs in one process; start with acc"):
+    with pytest.raises(UserError, match="^--bridge_alignment coral: not possible on 2 GPUs in one process; start w"):
         run("stage", Alignment("coral"))
 
 

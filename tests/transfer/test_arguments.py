@@ -1,4 +1,4 @@
-"""What flags of train_bridged.py need, against the stages that come of them."""
+"""The needs of the flags of train_bridged.py, against the stages that result."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ NEEDS = {
 
 
 def other_value(name: str, value):
-    """Return a value that differs from a flag's default, and from what any method says."""
+    """Return a value that differs from a flag's default and from the value of every method."""
     if name in ("augmentation", "bridge_augmentation"):
         return "trivialaugment"
     return {"frozen": "train", False: True}.get(value, 3)
@@ -29,7 +29,7 @@ def other_value(name: str, value):
 
 @pytest.mark.parametrize("match_steps", [None, True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_flag_changes_the_stages_of_a_method_just_where_its_needs_are_met(method, match_steps):
+def test_a_flag_changes_the_stages_of_a_method_exactly_if_its_needs_are_met(method, match_steps):
     defaults = vars(script_parsers()["train_bridged.py"].parse_known_args([])[0])
     defaults |= {"learning_rate": 1e-3, "method": method, "match_steps": match_steps}
     of_method = {} if match_steps is None else {"match_steps": match_steps}

@@ -44,7 +44,7 @@ def make_batch(number: int, seed: int = 0) -> dict:
     return {"pixel_values": pixels.byte(), "labels": torch.arange(number) % 3, "colours": torch.from_numpy(colours)}
 
 
-def test_colours_of_a_batch_are_torchvisions_of_each_image():
+def test_colours_of_a_batch_match_torchvision_for_each_image():
     batch = make_batch(40)
     batch["colours"][:, -2] = 0  # no noise
     expected = []
@@ -100,7 +100,7 @@ def test_mixup_mixes_images_and_labels_with_the_same_weight():
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest", "lanczos"])
-def test_a_crop_is_torchvisions_of_the_decoded_image(interpolation):
+def test_a_crop_matches_torchvisions_of_the_decoded_image(interpolation):
     crop = CropAndFlip(ImageFormat((24, 32), FORMAT.mean, FORMAT.std, interpolation), "robust")
     photo = random_photo(60, 40, "png")
     pixels = crop(photo, np.random.default_rng(3))
@@ -122,7 +122,7 @@ def test_single_pixels_are_taken_from_the_whole_jpeg():
 
 
 @pytest.mark.parametrize("recipe", ["robust", "basic"])
-def test_half_of_the_crops_are_mirrored_or_none_and_nothing_else_changes(recipe):
+def test_random_flip_mirrors_half_of_the_crops_and_changes_nothing_else(recipe):
     image = Image.fromarray(np.repeat(np.linspace(0, 255, 60, dtype=np.uint8)[None, :, None], 40, 0).repeat(3, 2))
     with_flip, without = (CropAndFlip(FORMAT, recipe, random_flip) for random_flip in (True, False))
     num_mirrored, different = 0, set()
@@ -184,7 +184,7 @@ def test_train_images_depend_on_seed_epoch_and_index_only(processor, images):
     assert 0.5 <= first[2]["mixup_weight"] <= 1
 
 
-def test_workers_that_live_on_see_the_next_epoch(processor, images):
+def test_persistent_workers_see_the_next_epoch(processor, images):
     dataset = TrainImages(images, TrainItems(processor), seed=3)
     loader = DataLoader(dataset, batch_size=4, num_workers=2, persistent_workers=True)
     for epoch in range(2):
@@ -220,7 +220,7 @@ def test_workers_divide_a_stream_and_make_the_same_batches_again(processor, stre
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_streamed_image_is_another_in_every_epoch_and_for_every_seed(processor, stream):
+def test_a_streamed_image_is_augmented_differently_in_every_epoch_and_for_every_seed(processor, stream):
     pixels = [
         item["pixel_values"].numpy().tobytes()
         for seed in range(2)
@@ -229,7 +229,7 @@ def test_a_streamed_image_is_another_in_every_epoch_and_for_every_seed(processor
     assert len(set(pixels)) == 6
 
 
-def test_a_stage_trains_on_a_stream_and_goes_on_from_a_checkpoint_exactly(
+def test_a_stage_trains_on_a_stream_and_resumes_exactly_from_a_checkpoint(
     classifiers, processor, synthetic_dir, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
@@ -251,19 +251,21 @@ def test_a_stage_trains_on_a_stream_and_goes_on_from_a_checkpoint_exactly(
 @pytest.mark.parametrize(
     ("head_init", "batch_norm"), [("imprint", "frozen"), ("probe", "frozen"), ("reset", "recalibrate")]
 )
-def test_what_needs_all_images_at_once_is_refused_for_a_stream(classifiers, images, tmp_path, head_init, batch_norm):
+def test_settings_that_need_all_images_at_once_are_refused_for_a_stream(
+    classifiers, images, tmp_path, head_init, batch_norm
+):
     plan = StagePlan("stage1", "synthetic", head_init, StageSettings(1, 1e-2, batch_norm=batch_norm))
-    with pytest.raises(UserError, match="which a stream does not give"):
+    with pytest.raises(UserError, match="which a stream does not have"):
         run_plan(plan, classifiers["vit"], images.to_iterable_dataset(), tmp_path)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_damaged_image_in_a_stream_ends_a_stage_in_one_line(classifiers, tmp_path, num_workers):
+def test_a_damaged_image_in_a_stream_ends_a_stage_with_a_one_line_error(classifiers, tmp_path, num_workers):
     rows = [{"bytes": b"no image", "path": "cat.png"}] * 8
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASS_NAMES)})
     stream = datasets.Dataset.from_dict({"image": rows, "label": [0] * 8}, features=features).to_iterable_dataset()
     stage = StagePlan("stage1", "synthetic", "reset", StageSettings(2, 1e-3, per_device_train_batch_size=2))
     with pytest.raises(UserError) as error:
         run_plan(stage, classifiers["vit"], stream, tmp_path, use_cpu=True, dataloader_num_workers=num_workers)
-    assert str(error.value).startswith("--streaming: a synthetic image is damaged (no known image format), number 0 of")
+    assert str(error.value).startswith("--streaming: a synthetic image is damaged (no known image format): number 0 of")
     assert "file cat.png" in str(error.value) and "Traceback" not in str(error.value)

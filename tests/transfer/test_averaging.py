@@ -1,4 +1,4 @@
-"""Averages of weights: of two stages as a whole, and along the steps of the last one, with resume and evaluation."""
+"""Averages of weights: of two stages, and over the steps of the last one, with resume and evaluation."""
 
 import json
 from dataclasses import replace
@@ -28,7 +28,7 @@ EMA = StageSettings(7, 1e-2, 3.0, mixup_alpha=0.4, per_device_train_batch_size=4
 PLAN = StagePlan("stage1", "real", "reset", EMA)
 
 
-def test_averaged_are_all_weights_and_statistics_and_no_counts(save_classifier_of):
+def test_weights_and_statistics_are_averaged_but_not_counts(save_classifier_of):
     path = save_classifier_of("resnet")
     first, second = (load_classifier(path, CLASS_NAMES, True, seed) for seed in (0, 1))
     with torch.no_grad():
@@ -76,15 +76,15 @@ def test_the_row_and_the_flag_average_the_weights_of_both_stages(run, monkeypatc
         0.5, 0.5, "stage1",
     )  # fmt: skip
     assert "average" not in config["stages"][0]
-    assert "Its weights are averages: 50 % of those of stage2" in (folder / "README.md").read_text()
-    # killed while the classifier was evaluated: both stages are loaded, and averaged once more
+    assert "Its weights are an average: 50 % stage2" in (folder / "README.md").read_text()
+    # if killed while the classifier is evaluated, both stages are loaded and averaged again
     (folder / "bridged_config.json").unlink()
     monkeypatch.setattr(stage, "fine_tune", lambda *_: pytest.fail("a stage was trained again"))
     again = weights_of(run("--method", "wise_ft"))
     assert all(torch.equal(value, again[key]) for key, value in found.items())
 
 
-def test_a_flag_gives_another_share_and_the_rest_has_no_entries_of_it(run):
+def test_the_flag_sets_the_share_and_records_without_it_have_no_entry(run):
     averaged, plain = (
         run("--method", "bridged_keep", "--average", "0.25"),
         run("--method", "bridged_keep", name="plain"),
@@ -107,31 +107,31 @@ def test_a_head_warmup_is_averaged_with_the_first_stage(run):
     torch.testing.assert_close(found, (first + last) / 2)
 
 
-SHARE = r"--average 0\.5 \(of --method wise_ft, or given\): "
+SHARE = r"--average 0\.5 \(given, or from --method wise_ft\): "
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--method vanilla --average 0.5", f"{SHARE}needs a second stage that begins with the head of the first"),
+        ("--method vanilla --average 0.5", f"{SHARE}needs a second stage that starts from the head of the first"),
         ("--method bridged --average 0.5", f"{SHARE}needs a second stage"),
         ("--method wise_ft --head_init reset", f"{SHARE}needs a second stage"),
-        ("--method wise_ft --use_peft", f"{SHARE}not with --use_peft"),
+        ("--method wise_ft --use_peft", f"{SHARE}not possible with --use_peft"),
         ("--method bridged_keep --average 1", "--average 1.0: must be above 0 and below 1"),
         ("--ema_decay 0", "--ema_decay 0.0: must be above 0 and below 1"),
         ("--method linear_probe --ema_decay 0.9", "--ema_decay 0.9: does nothing with --method linear_probe, which"),
         ("--method synthetic_only --ema_decay 0.9", "--ema_decay 0.9: does nothing with --method synthetic_only, whi"),
-        ("--method lp_ft --head_init keep", "--head_init keep: does nothing with --method lp_ft, which begins with"),
+        ("--method lp_ft --head_init keep", "--head_init keep: does nothing with --method lp_ft, which starts from"),
     ],
 )
-def test_what_cannot_be_averaged_is_one_line_before_a_model_is_opened(flags, message, synthetic_dir, monkeypatch):
+def test_bad_averages_are_one_line_before_a_model_is_opened(flags, message, synthetic_dir, monkeypatch):
     monkeypatch.setattr(train_bridged, "identify_inputs", lambda *_: pytest.fail("a model was opened"))
     with pytest.raises(UserError, match=f"^{message}") as error:
         train_bridged.main(["--synthetic_dataset", str(synthetic_dir), *flags.split()])
     assert "\n" not in str(error.value)
 
 
-def test_a_moving_average_is_the_last_stages_alone():
+def test_only_the_last_stage_has_a_moving_average():
     settings = replace(EMA, head_warmup_steps=2)
     stages = plan_stages(METHODS["bridged_keep"], EMA, settings)
     assert [(part.name, part.settings.ema_decay) for part in stages] == [
@@ -145,7 +145,7 @@ def test_a_moving_average_is_the_last_stages_alone():
 
 
 class Notes(TrainerCallback):
-    """The weights after each step, and what was measured on the way."""
+    """The weights after each step, and the evaluations during training."""
 
     def __init__(self):
         self.weights, self.losses = [], []
@@ -163,10 +163,10 @@ def build(path, images, folder, settings, **options):
     return build_trainer(model, images, load_image_processor(path), settings, args, folder, images)
 
 
-def test_a_stage_ends_with_the_average_that_its_steps_have_by_hand(classifiers, images, tmp_path):
+def test_a_stage_ends_with_the_average_of_its_steps_computed_by_hand(classifiers, images, tmp_path):
     trainer = build(classifiers["resnet"], images, tmp_path, replace(EMA, batch_norm="train", ema_decay=0.45))
     trainer.add_callback(notes := Notes())
-    trainer.train_to_the_end(None)
+    trainer.train_to_end(None)
     expected = notes.weights[0]
     for number, weights in enumerate(notes.weights[1:], start=1):
         decay = min(0.45, (1 + number) / (10 + number))
@@ -176,23 +176,23 @@ def test_a_stage_ends_with_the_average_that_its_steps_have_by_hand(classifiers, 
     for value, wanted, _ in pairs:
         np.testing.assert_allclose(value.detach().numpy(), wanted, rtol=1e-5, atol=1e-6)
     assert any(np.abs(wanted - last).max() > 1e-3 for _, wanted, last in pairs)
-    # BatchNorm's own averages are those of the last step
+    # BatchNorm's running averages are those of the last step
     counts = [value for name, value in trainer.model.named_buffers() if "num_batches" in name]
     assert counts and all(value == 7 for value in counts)
 
 
-def test_what_is_evaluated_on_the_way_is_the_average_and_training_goes_on_without_it(classifiers, images, tmp_path):
+def test_the_average_is_evaluated_during_training_which_continues_without_it(classifiers, images, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 1}
     runs = []
     for folder, settings in (("average", EMA), ("plain", replace(EMA, ema_decay=None))):
         trainer = build(classifiers["vit"], images, tmp_path / folder, settings, **options)
         trainer.add_callback(notes := Notes())
-        trainer.train_to_the_end(None)
+        trainer.train_to_end(None)
         runs.append((trainer, notes))
     (averaged, notes), (plain, plain_notes) = runs
     for own, other in zip(notes.weights, plain_notes.weights, strict=True):
         assert all(np.array_equal(*pair) for pair in zip(own, other))
-    averaged.average = None  # what the model is now, as it is
+    averaged.average = None  # evaluate the model itself
     assert notes.losses[-1] == pytest.approx(averaged.evaluate()["eval_loss"], rel=1e-6)
     assert abs(notes.losses[-1] - plain_notes.losses[-1]) > 1e-4
     assert plain_notes.losses[-1] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
@@ -208,7 +208,7 @@ def run_stage(classifiers, images, tmp_path):
     return run
 
 
-def test_a_killed_stage_goes_on_to_the_same_average(run_stage, tmp_path, monkeypatch):
+def test_a_killed_stage_resumes_to_the_same_average(run_stage, tmp_path, monkeypatch):
     alone = run_stage("alone")
     kill_in_step(monkeypatch, 6)
     with pytest.raises(Killed):
@@ -222,7 +222,7 @@ def test_a_killed_stage_goes_on_to_the_same_average(run_stage, tmp_path, monkeyp
     assert_same(alone, run_stage("killed", resume=True))
 
 
-def test_killed_while_it_is_saved_a_stage_takes_the_average_of_its_last_checkpoint(run_stage, tmp_path, monkeypatch):
+def test_a_stage_killed_while_saving_takes_the_average_of_its_last_checkpoint(run_stage, tmp_path, monkeypatch):
     alone = run_stage("alone")
 
     def kill(*_):
@@ -235,7 +235,7 @@ def test_killed_while_it_is_saved_a_stage_takes_the_average_of_its_last_checkpoi
     assert_same(alone, run_stage("killed", resume=True))
 
 
-def test_a_torn_average_is_passed_over_with_its_checkpoint(run_stage, tmp_path, monkeypatch):
+def test_a_checkpoint_with_a_damaged_average_is_skipped(run_stage, tmp_path, monkeypatch):
     alone = run_stage("alone", save_total_limit=None)
     (tmp_path / "alone" / "stage.json").unlink()
     path = tmp_path / "alone" / "checkpoint-7" / "average.pt"

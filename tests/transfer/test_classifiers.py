@@ -27,7 +27,7 @@ pytest_plugins = ["tests.transfer.fixtures"]
 
 
 def tensors_of(model) -> dict[str, torch.Tensor]:
-    """Return parameters and buffers, also those that no checkpoint holds."""
+    """Return parameters and buffers, also those that are not in checkpoints."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
@@ -50,13 +50,13 @@ def test_reset_changes_the_head_only_and_keep_nothing(save_classifier_of, name, 
     path = save_classifier_of(name)
     first = load_classifier(path, CLASS_NAMES, True, seed=0)
     head = set(head_parameter_names(first))
-    pretrained = tensors_of(load_pretrained(path))  # of seven classes
+    pretrained = tensors_of(load_pretrained(path))  # has seven classes
     assert all(torch.equal(value, pretrained[key]) for key, value in tensors_of(first).items() if key not in head)
     save_classifier(first, load_image_processor(path), tmp_path)
     saved = tensors_of(load_classifier(str(tmp_path), CLASS_NAMES, False, seed=1))
     fresh = load_classifier(str(tmp_path), CLASS_NAMES, True, seed=1)
     changed = {key for key, value in tensors_of(fresh).items() if not torch.equal(value, saved[key])}
-    again = load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0)  # the same draw once more is no error
+    again = load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0)  # drawing the same again is not an error
     for model in (first, again):
         assert all(torch.equal(saved[key], value) for key, value in tensors_of(model).items())
     assert head == set(head_parameter_names(fresh))
@@ -72,7 +72,7 @@ def test_reset_changes_the_head_only_and_keep_nothing(save_classifier_of, name, 
         ("resnet", {"return_dict": False, "output_hidden_states": True, "output_attentions": True}),
     ],
 )
-def test_a_saved_channels_last_model_is_a_pipeline_of_softmax_probabilities_whatever_the_base_was_for(
+def test_a_saved_channels_last_model_is_a_pipeline_with_softmax_probabilities_for_any_base(
     save_classifier_of, name, inherited, tmp_path
 ):
     base, saved = tmp_path / "base", tmp_path / "saved"
@@ -107,14 +107,14 @@ def test_checkpoint_without_a_head_is_an_error(tmp_path):
         load_classifier(str(tmp_path), CLASS_NAMES, True, seed=0)
 
 
-def test_a_weight_that_a_checkpoint_lacks_is_told_and_drawn_from_the_seed(change_weights, caplog):
+def test_a_weight_missing_from_a_checkpoint_is_reported_and_drawn_from_the_seed(change_weights, caplog):
     lacking = "vit.embeddings.patch_embeddings.projection.weight"
     folder = change_weights(lambda name, value: None if name == lacking else (name, value))
     first, again, other = (
         load_classifier(folder, CLASS_NAMES, True, seed).get_parameter(lacking) for seed in (0, 0, 1)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert "changed: 1 of " in caplog.text and "they begin as random numbers" in caplog.text
+    assert "changed: 1 of " in caplog.text and "they are initialised at random" in caplog.text
 
 
 def test_a_checkpoint_whose_weights_have_other_names_is_an_error(change_weights):
@@ -124,7 +124,7 @@ def test_a_checkpoint_whose_weights_have_other_names_is_an_error(change_weights)
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", b"torn" * 100])
-def test_torn_weights_are_one_line(save_classifier_of, tmp_path, content):
+def test_damaged_weights_are_a_one_line_error(save_classifier_of, tmp_path, content):
     folder = shutil.copytree(save_classifier_of("vit"), tmp_path / "torn")
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="--model_name_or_path .*torn: does not load as an image classifier"):
@@ -177,7 +177,7 @@ def test_dropout_leaves_attention_alone(save_classifier_of):
     ],
 )  # fmt: skip
 def test_dropout_of_a_model_without_it_is_an_error(save_classifier_of, tmp_path, name, flag, kind):
-    if name == "densenet":  # of timm; it has the other kind
+    if name == "densenet":  # of timm, which has the other kind of dropout
         path = str(tmp_path)
         save_timm(tmp_path, "densenet121", {"growth_rate": 4, "block_config": [1, 1, 1, 1]})
         assert is_random_in_training(load_classifier(path, CLASS_NAMES, True, seed=0, dropout=0.5))
@@ -210,7 +210,7 @@ def rates_of(path, **options) -> tuple[tuple[float, float], str]:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_networks_that_normalise_by_batch_norm_get_higher_learning_rates(save_classifier_of, name):
+def test_networks_with_batch_norm_get_higher_learning_rates(save_classifier_of, name):
     found, reason = rates_of(save_classifier_of(name))
     architecture = TIMM[name][0] if name in TIMM else name
     if name in ("resnet", "efficientnet", "timm", "timm_resnet"):
@@ -223,7 +223,7 @@ def test_networks_that_normalise_by_batch_norm_get_higher_learning_rates(save_cl
     ("config", "expected", "reason"),
     [
         (transformers.ViTConfig(), SLOW, "vit has no BatchNorm, all its"),
-        (transformers.CvtConfig(), SLOW, "cvt has LayerNorm beside BatchNorm, all its"),
+        (transformers.CvtConfig(), SLOW, "cvt has LayerNorm as well as BatchNorm, all its"),
         (TimmWrapperConfig(architecture="resnet50"), FAST, "resnet50 normalises by BatchNorm"),
         (TimmWrapperConfig(architecture="vgg11"), SLOW, "vgg11 has no BatchNorm"),
         (TimmWrapperConfig(architecture="resnetv2_50x1_bit", num_labels=0), SLOW, "_bit has no BatchNorm"),
@@ -238,7 +238,7 @@ def test_learning_rates_need_no_weights_little_time_and_no_random_numbers(tmp_pa
     assert torch.equal(torch.get_rng_state(), state) and time.process_time() - started < 2
 
 
-def test_learning_rates_of_a_part_of_a_model_of_its_own_code_and_of_what_is_no_classifier(tmp_path):
+def test_learning_rates_for_adapters_custom_code_and_checkpoints_that_are_not_classifiers(tmp_path):
     assert rates_of("nowhere", use_peft=True) == (FAST, "an adapter and the head are trained")
     assert rates_of("nowhere", freeze_backbone=True) == (FAST, "the head alone is trained")
     (tmp_path / "own.py").write_text(OWN_CODE)

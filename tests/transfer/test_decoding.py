@@ -1,4 +1,4 @@
-"""Images as training decodes them: the same pixels, or a smaller picture of the same; and decoded once for all."""
+"""Decoding of training images: the same pixels, or a smaller version of the image; and the cache of decoded images."""
 
 import io
 from collections import namedtuple
@@ -117,11 +117,11 @@ def test_training_takes_the_same_pixels_from_decoded_images(photos, classifiers,
     assert cached.exists()
 
 
-def test_what_is_decoded_is_measured_before_and_needs_room(photos, monkeypatch):
+def test_decoded_images_are_measured_first_and_must_fit(photos, monkeypatch):
     num_bytes = 3 * (80 * 50 + 65 * 100 + 100 * 60 + 60 * 40 + 640 * 400)
     size = (32, 32)
     assert describe_cache([photos], size, is_asked_for=False) is None  # a moment's work
-    assert "5 images, 0.00 GiB to write" in describe_cache([photos], size, is_asked_for=True)
+    assert "5 images, 0.00 GiB are written" in describe_cache([photos], size, is_asked_for=True)
     monkeypatch.setattr(image_cache, "WORTH_CACHING", num_bytes)
     room = namedtuple("Room", ["free", "available"])
 
@@ -135,9 +135,9 @@ def test_what_is_decoded_is_measured_before_and_needs_room(photos, monkeypatch):
     have(1, 0)
     assert describe_cache([photos], size, is_asked_for=True) is not None
     have(0.9, 9)
-    with pytest.raises(UserError, match=r"--cache_images: needs 0.0 GiB in .*cache, which has 0.0 GiB free; leave it"):
+    with pytest.raises(UserError, match=r"--cache_images: needs 0.0 GiB in .*cache, which has 0.0 GiB free; leave the"):
         describe_cache([photos], size, is_asked_for=True)
     have(1, 0)
     cache_images(photos, size)
     have(0, 0)
-    assert "5 images, in " in describe_cache([photos], size, is_asked_for=False)  # is there already
+    assert "already decoded: 5 images in " in describe_cache([photos], size, is_asked_for=False)  # is there already

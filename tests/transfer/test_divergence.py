@@ -47,7 +47,7 @@ def spoil_step(monkeypatch, number: int) -> None:
         ("vit", 1, {"save_strategy": "steps", "save_steps": 1}),
     ],
 )
-def test_a_stage_that_diverges_is_one_line_and_not_finished(run, tmp_path, name, max_steps, options):
+def test_a_diverging_stage_ends_with_one_line_and_unfinished(run, tmp_path, name, max_steps, options):
     settings = replace(SETTINGS, max_steps=max_steps, learning_rate=1e30)  # weights of 1e30 are finite
     with pytest.raises(
         DivergedError,
@@ -87,7 +87,7 @@ def test_the_checks_change_no_weight(run, monkeypatch):
 
 
 @pytest.mark.parametrize("infinite", [INFINITE_FIRST, INFINITE_ALL])
-def test_steps_that_fp16_passes_over_are_normal_as_long_as_some_are_taken(run, monkeypatch, infinite):
+def test_steps_skipped_by_fp16_are_normal_as_long_as_some_are_taken(run, monkeypatch, infinite):
     create_optimizer, backward, calls = StageTrainer.create_optimizer, Accelerator.backward, []
 
     def with_scaler(self, *args):
@@ -113,9 +113,9 @@ def test_steps_that_fp16_passes_over_are_normal_as_long_as_some_are_taken(run, m
 @pytest.mark.parametrize(
     ("settings", "num_images", "message"),
     [
-        (SETTINGS, 3, "^--per_device_train_batch_size 4: only 0 of 6 steps were taken, there are too"),
+        (SETTINGS, 3, "^--per_device_train_batch_size 4: only 0 of 6 steps were taken, as there are too"),
         (replace(SETTINGS, learning_rate=1e-20), 12,
-         "--learning_rate 1e-20: no weight of the head has moved .* a higher one"),
+         "--learning_rate 1e-20: no weight of the head has moved .* a higher rate"),
     ],
 )  # fmt: skip
 def test_a_stage_of_too_few_steps_or_whose_head_never_moves_is_not_finished(

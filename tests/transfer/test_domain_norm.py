@@ -1,4 +1,4 @@
-"""BatchNorm by kind of image: each image is normalised as in a network with the statistics of its kind."""
+"""BatchNorm per kind of image: each image is normalised as in a network with the statistics of its kind."""
 
 import copy
 import shutil
@@ -80,7 +80,7 @@ def test_the_classifier_has_the_statistics_of_real_images_and_learns_other_weigh
     torch.testing.assert_close(*alike, rtol=1e-3, atol=1e-5)  # without synthetic images they are the same
 
 
-def test_a_network_without_batch_norm_is_trained_as_ever_and_that_is_said(run, caplog):
+def test_a_network_without_batch_norm_is_trained_as_usual_with_a_warning(run, caplog):
     trained_as_ever = run("frozen", "vit", "frozen")
     assert "BatchNorm" not in caplog.text
     assert_same(run("domain", "vit", "domain"), trained_as_ever)
@@ -88,7 +88,7 @@ def test_a_network_without_batch_norm_is_trained_as_ever_and_that_is_said(run, c
 
 
 @pytest.mark.parametrize("name", ["resnet", "timm"])
-def test_a_stage_goes_on_from_a_checkpoint_with_the_statistics_that_it_began_with(run, tmp_path, monkeypatch, name):
+def test_a_stage_resumes_with_the_statistics_it_started_with(run, tmp_path, monkeypatch, name):
     alone = run("stage", name, "domain")
     (tmp_path / "stage" / "stage.json").unlink()
     for step in (6, 7):

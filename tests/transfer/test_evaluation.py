@@ -38,7 +38,7 @@ COUNTS = (7, 4, 1)  # of images, for two processes
 
 
 class SeenItems(list):
-    """A list that remembers what was taken from it."""
+    """A list that records which items were read."""
 
     def __init__(self, items: list):
         super().__init__(items)
@@ -87,12 +87,12 @@ def leep_by_definition(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def random_predictions(num_images: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits of a classifier that is right about half of the time, and labels; the last class is in none."""
+    """Return logits of a classifier that is right about half of the time, and labels; no image has the last class."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, num_classes - 1, num_images)
     logits = rng.normal(size=(num_images, num_classes)).astype(np.float32)
     logits[np.arange(num_images), labels] += 2
-    logits *= rng.uniform(0.2, 6, (num_images, 1))  # some too sure of themselves, others not enough
+    logits *= rng.uniform(0.2, 6, (num_images, 1))  # some too confident, others not confident enough
     return logits, labels
 
 
@@ -102,14 +102,14 @@ def predictions_with(num_right: int, num_images: int) -> tuple[np.ndarray, np.nd
 
 
 @pytest.mark.parametrize(("name", "num_workers"), [("vit", 0), ("resnet", 2), ("timm", 0)])
-def test_logits_are_those_of_each_image_in_order(name, num_workers, classifiers):
+def test_logits_are_in_the_order_of_the_images(name, num_workers, classifiers):
     items = make_items(7)
     model = load(classifiers[name]).train()
     logits, labels = predict(model, items, batch_size=3, num_workers=num_workers)
     assert (logits.dtype, labels.dtype) == (np.float32, np.int64)
     assert labels.tolist() == [0, 5, 3, 1, 6, 4, 2]
     assert np.allclose(logits, logits_one_by_one(model, items), atol=1e-5)
-    assert np.abs(np.diff(logits, axis=0)).max() > 1e-3  # the images are told apart
+    assert np.abs(np.diff(logits, axis=0)).max() > 1e-3  # the images have different logits
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -135,15 +135,15 @@ def test_a_model_with_an_adapter_is_predicted_with_it_and_can_be_trained_afterwa
     model(items[0]["pixel_values"][None], labels=torch.tensor([1])).loss.backward()
 
 
-def test_outputs_that_are_not_finite_are_no_prediction(classifiers):
+def test_outputs_that_are_not_finite_are_an_error(classifiers):
     model = load(classifiers["vit"])
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
-    with pytest.raises(UserError, match="vit: the classifier's outputs are not finite; its weights are damaged"):
+    with pytest.raises(UserError, match="vit: the classifier's outputs are not finite; its weights, or mean"):
         predict(model, make_items(1))
 
 
-def test_two_processes_evaluate_each_image_once_and_both_have_all(classifiers, tmp_path):
+def test_two_processes_evaluate_each_image_once_and_both_get_all_results(classifiers, tmp_path):
     command = [sys.executable, "-c", CHILD, classifiers["resnet"], str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
@@ -160,7 +160,7 @@ def test_two_processes_evaluate_each_image_once_and_both_have_all(classifiers, t
         assert abs(len(seen[0]) - len(seen[1])) <= 1
 
 
-def test_leep_is_that_of_each_models_own_classes_from_images_read_once(classifiers, monkeypatch):
+def test_leep_uses_each_models_own_classes_and_reads_images_once(classifiers, monkeypatch):
     monkeypatch.setattr(evaluation, "ROWS_AT_A_TIME", 3)
     items = SeenItems(make_items(7))
     bridged = load(classifiers["resnet"])
@@ -188,7 +188,7 @@ def test_leep_is_zero_for_a_perfect_model():
     assert leep(np.eye(3)[labels], labels) == pytest.approx(0)
 
 
-def test_leep_of_many_images_takes_little_memory_beside_their_probabilities():
+def test_leep_of_many_images_needs_little_memory_in_addition_to_their_probabilities():
     labels = np.arange(100_000) % 100
     probabilities = np.full((100_000, 100), 0.01, np.float32)
     tracemalloc.start()
@@ -223,7 +223,7 @@ def test_a_model_that_tells_no_class_from_another_is_right_by_chance():
     assert found["expected_calibration_error"] == pytest.approx(0, abs=1e-6)
 
 
-def test_logits_that_are_no_numbers_are_wrong_answers():
+def test_nan_logits_count_as_wrong_answers():
     logits, labels = np.eye(6)[[1, 2, 3, 4]], np.array([1, 2, 3, 4])
     logits[:2] = np.nan
     found = classification_metrics(logits, labels)
@@ -232,13 +232,13 @@ def test_logits_that_are_no_numbers_are_wrong_answers():
 
 
 @pytest.mark.parametrize("num_classes", [3, 6])
-def test_the_metrics_that_a_flag_may_name_are_those_that_are_measured(num_classes):
+def test_a_flag_may_name_exactly_the_measured_metrics(num_classes):
     measured = classification_metrics(np.eye(num_classes), np.arange(num_classes))
     known = set(METRICS) - {"loss"}  # which the Trainer adds
     assert set(measured) == (known if num_classes > 5 else known - {"top5_accuracy"})
 
 
-def test_metrics_say_nothing_and_leave_random_numbers_alone(capfd, recwarn):
+def test_metrics_print_nothing_and_leave_random_states_alone(capfd, recwarn):
     before = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), random.getstate()
     evaluation.test_metrics(*random_predictions(40, 12))
     assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), random.getstate()) == before
@@ -248,7 +248,7 @@ def test_metrics_say_nothing_and_leave_random_numbers_alone(capfd, recwarn):
 
 @pytest.mark.parametrize(("num_right", "num_images"), [(80, 100), (900, 1500), (3, 40)])
 def test_the_accuracy_interval_is_that_of_the_binomial_distribution(num_right, num_images):
-    """A resample of n images has a binomial number of right ones."""
+    """A resample of n images has a binomially distributed number of correct ones."""
     predictions = predictions_with(num_right, num_images)
     found = accuracy_interval(*predictions)
     expected = binom.ppf([0.025, 0.975], num_images, num_right / num_images) / num_images
@@ -271,6 +271,6 @@ def test_the_accuracy_interval_takes_little_memory_and_depends_on_its_seed_alone
     assert accuracy_interval(*predictions, seed=0) == first != accuracy_interval(*predictions, seed=1)
 
 
-def test_the_accuracy_interval_without_a_spread():
+def test_the_accuracy_interval_for_equal_results():
     assert accuracy_interval(*predictions_with(1, 1)) == (0, 1)
     assert accuracy_interval(*predictions_with(30, 30)) == (1, 1)

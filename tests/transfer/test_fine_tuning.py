@@ -44,7 +44,7 @@ def test_soft_cross_entropy_matches_hand_computation_counts_images_and_smooths_a
 
 @pytest.mark.parametrize("mixup_alpha", [0.0, 0.4])
 def test_accumulated_small_batches_train_like_the_big_batch(classifiers, images, tmp_path, mixup_alpha, monkeypatch):
-    # Mixup pairs images within a batch: pair each with itself, so that only the soft labels are left
+    # Mixup pairs images within a batch: pair each with itself, so that only the soft labels remain
     monkeypatch.setattr(torch.Tensor, "roll", lambda tensor, *args: tensor)
     options = {"optim": "sgd", "max_grad_norm": 0.0}
     settings = StageSettings(2, 1e-2, mixup_alpha=mixup_alpha, per_device_train_batch_size=6)
@@ -76,6 +76,7 @@ def test_fine_tune_counts_steps_images_and_gpu_hours(
     _, _, result = train(classifiers["vit"], images.take(10), tmp_path, settings, **options)
     assert (result.num_steps, result.num_images_seen) == (num_steps, expected)
     costs = {"steps": num_steps, "images_seen": expected, "seconds": result.seconds, "gpu_hours": None}
+    costs["seconds_waiting"] = result.seconds_waiting
     assert result.summary() == costs
     assert StageResult(1, 1, 1800.0, 4, []).summary()["gpu_hours"] == 2.0
 
@@ -100,7 +101,7 @@ def test_a_stage_trains_as_the_plain_trainer_does(classifiers, images, tmp_path,
     )  # fmt: skip
     trainer.train()
     plain = trainer.model.state_dict()
-    for key in plain:  # the Trainer's smoothing adds in another order
+    for key in plain:  # the Trainer's smoothing sums in another order
         torch.testing.assert_close(ours[key], plain[key], rtol=0, atol=1e-6 if smoothing else 0)
 
 
@@ -150,7 +151,7 @@ def test_the_second_stage_starts_from_the_firsts_features_and_a_fresh_head(
         assert changed <= set(head_parameter_names(first))
         assert bool(changed) == (head_init != "keep")
         heads.append(second.get_parameter(head_parameter_names(second)[0]))
-    # nor is the fresh one that with which the first stage began
+    # and the fresh head differs from that of the first stage
     begun = load_classifier(classifiers[name], CLASS_NAMES, True, seed=42)
     heads.append(begun.get_parameter(head_parameter_names(begun)[0]))
     assert all(not torch.equal(first, second) for first, second in itertools.combinations(heads, 2))
@@ -163,7 +164,7 @@ def test_the_second_stage_of_an_adapter_starts_from_the_first_and_a_fresh_head(c
     plan = make_plan(replace(settings, max_steps=1, learning_rate=0.0), "stage2", start="stage1")
     second, _ = run_plan(plan, path, images, tmp_path / "stage2", tmp_path / "stage1", lora)
     changed = {key for key, value in second.state_dict().items() if not torch.equal(value, first.state_dict()[key])}
-    # beside it there is the base model's own head, which takes no part
+    # the base model's own head is there too, but is not used
     assert {key for key in changed if "original_module" not in key} == set(head_parameter_names(first))
     assert any(value.any() for key, value in second.state_dict().items() if "lora_B" in key)  # 0 in a fresh adapter
 

@@ -1,4 +1,4 @@
-"""The guard of replay: what share synthetic images get by what they are worth, and that a stage takes it."""
+"""The guard of replay: the share of synthetic images by what they add, and stages that use it."""
 
 from dataclasses import replace
 from functools import partial
@@ -43,11 +43,11 @@ def outline(stages):
         (1 / 3, None, None, 0.0), (0.3, 0.2, 0.9, 0.0),  # no better than guessing
     ],
 )  # fmt: skip
-def test_synthetic_images_count_what_they_add_to_a_probe(synthetic, probe, joint, weight):
+def test_the_weight_of_synthetic_images_is_what_they_add_to_a_probe(synthetic, probe, joint, weight):
     assert Usefulness(30, 3, synthetic, probe, joint).weight == pytest.approx(weight, abs=1e-4)
 
 
-def test_shares_and_steps_of_both_stages_fall_with_the_weight():
+def test_shares_and_steps_of_both_stages_decrease_with_the_weight():
     for weight, share, num_first in ((1.0, 0.75, 6), (0.5, 0.6, 6), (0.1, 0.6 / 2.6, 3)):
         stages = plan(weight)
         assert outline(stages) == [
@@ -64,7 +64,7 @@ def test_without_synthetic_images_all_steps_are_on_real_ones_from_the_head_of_a_
     assert with_fresh_head(stage).settings.head_learning_rate_factor == 10.0
     warmup, stage = plan(0.0, head_warmup_steps=0.5)
     assert outline([warmup, stage]) == [("stage2_head", None, "probe", 6), ("stage2", "stage2_head", "keep", 6)]
-    # what no synthetic image made is kept
+    # head inits that need no synthetic images are kept
     for head_init in ("imprint", "probe", "reset"):
         assert outline(plan(0.0, flags={"head_init": head_init})) == [("stage2", None, head_init, 12)]
     assert plan(0.0, "bridged_domain_norm")[0].settings.batch_norm == "frozen"
@@ -75,7 +75,7 @@ def test_without_synthetic_images_all_steps_are_on_real_ones_from_the_head_of_a_
     ("usefulness", "shares", "words"),
     [
         ((0.54, 0.61, 0.63), (0.27, 0.09), "the share of synthetic images is cut from 27 % to 9 %."),
-        ((0.54, 0.61, 0.7), (0.27, 0.27), "the share of synthetic images stays 27 %."),
+        ((0.54, 0.61, 0.7), (0.27, 0.27), "the share of synthetic images stays at 27 %."),
         ((0.54, 0.61, 0.6), (0.27, 0.0), "synthetic images are left out."),
         ((0.1, 0.61, 0.7), (0.27, 0.0), "synthetic images alone are no better than guessing (do they have the right "
          "labels?), and are left out."),
@@ -84,16 +84,17 @@ def test_without_synthetic_images_all_steps_are_on_real_ones_from_the_head_of_a_
 def test_the_finding_says_what_was_measured_and_done(usefulness, shares, words):
     synthetic, probe, joint = (100 * accuracy for accuracy in usefulness)
     assert Usefulness(160, 10, *usefulness).results(*shares)["finding"] == (
-        f"A probe of the pretrained features is right on {probe:.0f} % of 160 of your images (10 classes) when it is "
-        f"fitted on the others, on {synthetic:.0f} % when on synthetic images alone, on {joint:.0f} % when on both "
-        f"({joint - probe:+.1f} points): {words}"
+        "A linear probe of the pretrained features, tested on 160 of your images (10 classes), is right on "
+        f"{probe:.0f} % if fitted on other real images, {synthetic:.0f} % on synthetic images alone, and {joint:.0f} % "
+        f"on both ({joint - probe:+.1f} points): {words}"
     )
 
 
 def test_with_one_image_per_class_the_finding_says_that_nothing_was_compared():
     assert Usefulness(10, 10, 0.7).results(0.86, 0.86)["finding"] == (
-        "A probe of the pretrained features that is fitted on synthetic images is right on 70 % of 10 of your images "
-        "(10 classes); with one real image per class no other can be tested: the share of synthetic images stays 86 %."
+        "A linear probe of the pretrained features, fitted on synthetic images, is right on 70 % of 10 of your images "
+        "(10 classes); with one real image per class no other probe can be tested: the share of synthetic images stays "
+        "at 86 %."
     )
 
 
@@ -112,7 +113,7 @@ def measure(classifiers, images):
 def test_accuracies_are_those_of_probes_on_real_images_that_they_have_not_seen(measure, classifiers, images):
     measured = measure(images)
     assert (measured.num_images, measured.num_classes) == (12, 3)
-    assert measured.synthetic_accuracy > 0.9  # of images that it was fitted on
+    assert measured.synthetic_accuracy > 0.9  # on images that it was fitted on
     base, processor = (
         load_classifier(classifiers["resnet"], ["a", "b", "c"], True, 0),
         load_image_processor(classifiers["resnet"]),
@@ -124,7 +125,7 @@ def test_accuracies_are_those_of_probes_on_real_images_that_they_have_not_seen(m
     assert measured.joint_accuracy > measured.probe_accuracy
     others = np.random.default_rng(0).permutation(labels)
     assert hits.mean() > 0.5 > (cross_validated_predictions(features, others) == others).mean()
-    # of images that a probe has seen it is right on all: these it has not
+    # a probe is right on all images that it has seen, so it has not seen these
     assert build_probe(1e6).fit(features, labels).score(features, labels) == 1.0
 
 
@@ -136,8 +137,8 @@ def test_images_with_wrong_labels_add_nothing(measure, images):
     assert measured.joint_accuracy < measured.probe_accuracy
 
 
-def test_images_beside_weigh_as_much_as_their_share(images):
-    """Of two images in one place, the probe takes the side of those that weigh more."""
+def test_additional_images_have_the_weight_of_their_share(images):
+    """For two images with the same features, the probe predicts the label with the higher weight."""
     features, labels = np.repeat(np.eye(3), 4, 0) + 0.0, np.repeat(np.arange(3), 4)
     wrong = np.eye(3), np.array([1, 2, 0])
     for weight, is_right in ((0.5, True), (2.0, False)):
@@ -157,7 +158,7 @@ def test_classes_without_synthetic_images_are_not_judged_and_every_class_counts_
     assert (measured.num_images, measured.num_classes) == (6, 2)
 
 
-def test_of_a_stream_its_first_images_are_measured(measure, images):
+def test_the_first_images_of_a_stream_are_measured(measure, images):
     assert measure(images.to_iterable_dataset()) == measure(images)
 
 
@@ -173,7 +174,7 @@ def test_features_are_what_enters_the_head(classifiers, images, name):
     assert labels.tolist() == images["label"]
 
 
-def test_single_images_of_a_class_leave_nothing_to_compare_with():
+def test_one_image_per_class_gives_no_comparison():
     assert cross_validated_predictions(np.eye(3), np.arange(3)) is None
     assert cross_validated_predictions(np.eye(4), np.zeros(4)) is None  # one class
 
@@ -196,10 +197,12 @@ def test_the_guard_decides_and_is_recorded(classifiers, synthetic_dir, tmp_path,
     card = (tmp_path / "README.md").read_text()
     assert results["guard"]["finding"].replace("your images", "the real training images") in card
     assert ("with 75 % synthetic ones among them" in card) == is_useful
-    assert ("the synthetic images" in card and "were tried first, and left out" in card) == (not is_useful)
+    assert ("the synthetic images" in card and "were tested first and left out" in card) == (not is_useful)
 
 
-def test_left_out_images_leave_the_classifier_of_lp_ft(classifiers, synthetic_dir, tmp_path, monkeypatch):
+def test_without_its_synthetic_images_replay_gives_the_classifier_of_lp_ft(
+    classifiers, synthetic_dir, tmp_path, monkeypatch
+):
     monkeypatch.setattr(guard, "measure_usefulness", lambda *args: Usefulness(6, 3, 0.9, 0.8, 0.7))
     for method in ("bridged_replay", "lp_ft"):
         train_bridged.main(
@@ -211,7 +214,7 @@ def test_left_out_images_leave_the_classifier_of_lp_ft(classifiers, synthetic_di
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_share_of_less_than_one_image_of_a_batch_is_none(classifiers, images, monkeypatch):
+def test_a_share_of_less_than_one_image_per_batch_is_rounded_to_none(classifiers, images, monkeypatch):
     kinds, pretrained = ReplayedImages(images, images), open_pretrained(classifiers["resnet"], None, False, None)
 
     def guard_at(images_per_class):
@@ -219,31 +222,31 @@ def test_a_share_of_less_than_one_image_of_a_batch_is_none(classifiers, images, 
         make = partial(plan_stages, METHODS["bridged_replay"], *settings, images_per_class)
         return guard_stages(lambda weight: make(weight=weight), kinds, pretrained, ["a", "b", "c"], 0)
 
-    # with 32 images a batch, a thirty-second: at n = 6 a weight of 1 / 31
+    # with 32 images per batch, a share of 1 / 32: at n = 6 that is a weight of 1 / 31
     for gain, is_left_out in ((0.06 / 30, False), (0.06 / 32, True)):
         measured = Usefulness(6, 3, 0.9, 0.5, 0.5 + gain)
         monkeypatch.setattr(guard, "measure_usefulness", lambda *args, measured=measured: measured)
         stages, found = guard_at(6)
         assert (len(stages) == 1) == (found["guard"]["synthetic_share"] == 0) == is_left_out
-    monkeypatch.setattr(guard, "measure_usefulness", lambda *_: pytest.fail("measured in vain"))
+    monkeypatch.setattr(guard, "measure_usefulness", lambda *_: pytest.fail("measured needlessly"))
     stages, found = guard_at(187)
     assert [stage.images for stage in stages] == ["real"]
     assert found["guard"]["finding"] == (
-        "Beside so many real images less than one image of a batch would be synthetic: they are left out."
+        "With this many real images, less than one image per batch would be synthetic: they are left out."
     )
     with pytest.raises(pytest.fail.Exception):
         guard_at(185)
 
 
-def test_a_network_that_cannot_have_the_head_of_a_probe_begins_with_a_fresh_one(
-    classifiers, images, monkeypatch, caplog
-):
+def test_a_network_that_cannot_have_a_probe_as_head_starts_with_a_fresh_one(classifiers, images, monkeypatch, caplog):
     monkeypatch.setattr(guard, "measure_usefulness", lambda *args: Usefulness(6, 3, 0.9, 0.8, 0.7))
     pretrained = open_pretrained(classifiers["resnet"], None, False, None)
     kinds = ReplayedImages(images, images)
     stages, _ = guard_stages(plan, kinds, pretrained, ["a", "b", "c"], 0)
     assert outline(stages) == [("stage2", None, "probe", 12)]
-    some = ReplayedImages(images.select(np.flatnonzero(np.array(images["label"]) < 2)), images)  # a class has none
+    some = ReplayedImages(
+        images.select(np.flatnonzero(np.array(images["label"]) < 2)), images
+    )  # one class has no images
     stages, _ = guard_stages(plan, some, pretrained, ["a", "b", "c"], 0)
     assert outline(stages) == [("stage2", None, "reset", 12)]
     assert stages[0].settings.head_learning_rate_factor == 10.0
@@ -252,7 +255,7 @@ def test_a_network_that_cannot_have_the_head_of_a_probe_begins_with_a_fresh_one(
     assert "--average 0.5 does nothing: synthetic images were left out." in caplog.text
 
 
-def test_an_unguarded_row_takes_its_share_whatever_the_images_are_worth():
+def test_an_unguarded_method_takes_its_planned_share():
     unguarded = plan(name="bridged_unguarded")
     assert [replace(stage, guarded_by_probe=False) for stage in plan()] == unguarded
     assert "guarded_by_probe" not in unguarded[1].to_dict()

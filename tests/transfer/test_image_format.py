@@ -25,7 +25,7 @@ def square(edge: int) -> dict:
 
 CROP = {"size": square(36), "crop_size": square(32)}
 SHORTEST = CROP | {"size": {"shortest_edge": 36}}
-# small sizes, by what the classes call them; all of those that crop show 8/9 of a side
+# small sizes, as the classes name them; all processors that crop show 8/9 of a side
 SIZES = {
     "Beit": {"size": square(32)}, "Bit": SHORTEST, "CLIP": SHORTEST, "DeiT": CROP, "EfficientNet": {"size": square(32)},
     "ConvNext": {"size": {"shortest_edge": 32}, "crop_pct": 8 / 9}, "Gemma3": {"size": square(32)},
@@ -44,7 +44,7 @@ PADDING = {"Donut"}
 
 
 def processor_classes() -> dict[str, str]:
-    """Return every image processor that an image classifier of transformers has, and its family."""
+    """Return every image processor of transformers' image classifiers, and its family."""
     mappings = [IMAGE_PROCESSOR_MAPPING_NAMES.get(name, {}) for name in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES]
     names = {name for mapping in mappings for name in mapping.values()} - {"TimmWrapperImageProcessor"}
     return {name: name.removesuffix("Pil").removesuffix("ImageProcessor") for name in sorted(names)}
@@ -60,7 +60,7 @@ def noise(height: int, width: int) -> PILImage.Image:
 
 
 def trained_on(image_processor, image: PILImage.Image, box: tuple, monkeypatch) -> torch.Tensor:
-    """Return the pixels that the model gets of a box of an image in training, `(3, height, width)`."""
+    """Return the model's input for a box of an image in training, `(3, height, width)`."""
     items = TrainItems(image_processor, "basic", random_flip=False)
     drawn = dict(zip(("top", "left", "height", "width"), box))
     monkeypatch.setattr(items.crop_and_flip.crop, "make_params", lambda _: drawn)
@@ -70,7 +70,7 @@ def trained_on(image_processor, image: PILImage.Image, box: tuple, monkeypatch) 
 
 
 def assert_same_pixels(image_processor, box: tuple, size: tuple[int, int], monkeypatch) -> None:
-    """Assert that training gets the same pixels of the box which evaluation shows of an image of that size."""
+    """Assert that training and evaluation get the same pixels for the box that evaluation shows of an image."""
     image = noise(*size)
     trained = trained_on(image_processor, image, box, monkeypatch)
     evaluated = EvalImages([{"image": image, "label": 0}], image_processor)[0]["pixel_values"]
@@ -78,7 +78,7 @@ def assert_same_pixels(image_processor, box: tuple, size: tuple[int, int], monke
     assert trained.shape == evaluated.shape
     black, white = (image_processor(PILImage.new("RGB", (48, 48), colour)) for colour in ("black", "white"))
     level = (np.asarray(white["pixel_values"][0]) - np.asarray(black["pixel_values"][0])).max() / 255
-    # beyond the edges of a crop, the processor sees more of the image; it may round another way
+    # the processor sees the image beyond the edges of a crop, and may round differently
     assert (trained - evaluated)[:, 3:-3, 3:-3].abs().max() <= 1.01 * level
 
 
@@ -141,7 +141,7 @@ def test_training_gets_the_pixels_that_timms_transform_makes(settings, box, monk
 
 
 class Standardising(transformers.ViTImageProcessor):
-    """Takes each image's own mean off, as some medical models' processors do."""
+    """Subtracts each image's own mean, like processors of some medical models."""
 
     def __call__(self, images, **options):
         features = super().__call__(images, **options)
@@ -149,7 +149,7 @@ class Standardising(transformers.ViTImageProcessor):
 
 
 class Sharpening(transformers.ViTImageProcessor):
-    """Leaves what is flat as it is."""
+    """Does not change images of one colour."""
 
     def __call__(self, images, **options):
         pixels = super().__call__(images, **options)["pixel_values"]
@@ -157,7 +157,7 @@ class Sharpening(transformers.ViTImageProcessor):
 
 
 class Brightening(transformers.ViTImageProcessor):
-    """Leaves black and white as they are."""
+    """Does not change black and white."""
 
     def __call__(self, images, **options):
         pixels = super().__call__(images, **options)["pixel_values"]
@@ -169,7 +169,7 @@ class Brightening(transformers.ViTImageProcessor):
     [
         make("Donut"),  # pads
         make("CLIP", size={"shortest_edge": 24}),  # pads, crop_size is larger
-        make("MobileViT", size={"shortest_edge": 24}),  # as well, and swaps red and blue
+        make("MobileViT", size={"shortest_edge": 24}),  # pads too, and swaps red and blue
         TimmWrapperImageProcessor(pretrained_cfg={"input_size": (3, 32, 32), "crop_mode": "border"}),
         Standardising(size=square(32)),
         Sharpening(size=square(32)),
@@ -177,7 +177,7 @@ class Brightening(transformers.ViTImageProcessor):
     ],
     ids=lambda image_processor: type(image_processor).__name__,
 )
-def test_where_training_cannot_make_its_pixels_the_image_processor_does_and_one_line_says_so(
+def test_the_image_processor_itself_is_used_with_a_warning_if_training_cannot_repeat_it(
     image_processor, monkeypatch, caplog
 ):
     for size, box in ((40, 60), (0, 0, 40, 60)), ((60, 40), (10, 0, 30, 40)):
@@ -203,10 +203,10 @@ def test_colours_change_before_the_image_processor_and_crops_keep_their_pixels(m
     largest = []
     monkeypatch.setattr(items, "_process", lambda item: largest.append(item["pixel_values"].shape[1:]) or item)
     items.make(row, 0, 0, 1)
-    assert min(largest[0]) > 300  # the picture's own pixels, of which a processor may cut some out
+    assert min(largest[0]) > 300  # the image's own pixels, as a processor may crop them
 
 
-def test_a_wrong_mean_scale_order_or_interpolation_would_be_seen(monkeypatch):
+def test_a_wrong_mean_scale_order_or_interpolation_is_detected(monkeypatch):
     right = read_image_format(make("EfficientNetPil", image_std=[0.5, 0.6, 0.7]))
     assert right.channels == (0, 1, 2) and right.interpolation == "bicubic"
     assert right.mean == pytest.approx((0.5,) * 3, abs=1e-6)  # of two normalisations: 0.5 + 0.5 std

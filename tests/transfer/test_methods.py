@@ -59,7 +59,7 @@ STAGE_1 = ("stage1", "synthetic", "reset", None, 90)
         ("synthetic_only", {"match_steps": True}, [STAGE_1]),
     ],
 )  # fmt: skip
-def test_a_method_is_its_stages_with_the_flags_in_place_of_its_row(name, flags, expected):
+def test_flags_override_the_row_of_a_method(name, flags, expected):
     stages = plan(name, **flags)
     assert outline(stages) == expected
     assert {stage.name for stage in stages} <= set(stage_names())
@@ -72,7 +72,7 @@ def test_all_methods_but_vanilla_synthetic_only_and_the_probe_take_the_same_step
     }.get(name, 120)  # fmt: skip
 
 
-def test_methods_differ_from_their_rivals_in_what_their_name_says():
+def test_methods_differ_from_related_ones_as_their_names_say():
     def differences(name, rival):
         settings = [field.name for field in fields(StageSettings)]
         pairs = list(zip(plan(name), plan(rival)))
@@ -107,10 +107,10 @@ def test_replay_divides_the_steps_of_both_stages_by_the_number_of_real_images(
         ("stage2", "replayed", "keep", "stage1", num_steps - num_first),
     ]
     assert [stage.synthetic_share for stage in stages] == [None, pytest.approx(1 - real_share, abs=0.005)]
-    assert "synthetic_share" not in stages[0].to_dict()  # as records of before it have no such entry
+    assert "synthetic_share" not in stages[0].to_dict()  # as in records of earlier versions
 
 
-def test_a_flag_wins_over_what_the_row_says_of_that_stage():
+def test_a_flag_overrides_the_row_for_its_stage():
     assert plan("vanilla_mixup", mixup_alpha=0.0)[0].settings.mixup_alpha == 0.0
     assert plan("bridged_no_mixup", mixup_alpha=0.3)[0].settings.mixup_alpha == 0.0
     assert plan("bridged_no_mixup", bridge_mixup_alpha=0.2)[0].settings.mixup_alpha == 0.2
@@ -121,8 +121,8 @@ def test_a_flag_wins_over_what_the_row_says_of_that_stage():
     }  # fmt: skip
 
 
-def test_a_probe_takes_no_steps_whatever_a_recipe_says_and_is_real_only():
-    # keys of a recipe that have no effect are told, not refused
+def test_a_probe_takes_no_steps_and_no_synthetic_images_with_any_recipe():
+    # keys of a recipe without effect are reported, not refused
     assert outline(plan("linear_probe", max_steps=50, match_steps=True)) == [("probe", "real", "probe", None, 0)]
     assert outline(plan("lp_ft")) == [("vanilla", "real", "probe", None, 120)]
     real_only = [name for name in ("linear_probe", "lp_ft", "ema", "wise_ft") if not METHODS[name].uses_synthetic]
@@ -130,7 +130,7 @@ def test_a_probe_takes_no_steps_whatever_a_recipe_says_and_is_real_only():
     check_stages(plan("linear_probe"), FLAGS | {"dataloader_drop_last": True}, {"real": 3}, 5, 1)  # no batch is needed
 
 
-def test_a_head_warmup_is_a_stage_of_its_own_with_the_rest_frozen_and_counts_as_steps():
+def test_a_head_warmup_is_a_separate_stage_with_the_rest_frozen_and_counts_as_steps():
     bridge, real = replace(BRIDGE, head_warmup_steps=5), replace(REAL, head_warmup_steps=7)
     stages = plan("bridged", bridge, real)
     assert outline(stages) == [
@@ -145,7 +145,7 @@ def test_a_head_warmup_is_a_stage_of_its_own_with_the_rest_frozen_and_counts_as_
     assert {stage.name for stage in stages + matched} <= set(stage_names())
 
 
-def test_a_head_learns_faster_where_it_is_fresh_unless_a_rate_is_given():
+def test_a_fresh_head_learns_faster_unless_a_rate_is_given():
     unset = replace(BRIDGE, head_learning_rate_factor=None), replace(REAL, head_learning_rate_factor=None)
 
     def factors(name, *settings):
@@ -161,7 +161,7 @@ def test_a_head_learns_faster_where_it_is_fresh_unless_a_rate_is_given():
 @pytest.mark.parametrize(
     ("ratio", "num_real_rows", "num_synthetic_rows"), [(None, 4, 10), (2.5, 4, 10), (1.0, 10, 10), (5.0, 4, 20)]
 )
-def test_mixing_holds_its_ratio_by_repeating_what_is_too_few(ratio, num_real_rows, num_synthetic_rows):
+def test_mixing_keeps_its_ratio_by_repeating_the_kind_with_too_few_images(ratio, num_real_rows, num_synthetic_rows):
     rows = mix_indices(4, 10, ratio)
     real, synthetic = [row for row in rows if row < 4], [row - 4 for row in rows if row >= 4]
     assert (len(real), len(synthetic)) == (num_real_rows, num_synthetic_rows)
@@ -187,7 +187,7 @@ def settings_of(num_processes=1, method="bridged", **flags):
         ("bridged", {"gradient_accumulation_steps": 2}, 2, (5 * 8, 30 * 1)),
         ("bridged", {"bridge_max_steps": 7, "max_steps": 3}, 1, (7, 3)),
         ("bridged", {"dataloader_drop_last": True}, 1, (5 * 31, 30 * 1)),
-        ("mix", {}, 1, (5 * 32, 30 * 2)),  # those of stage 1 come on top
+        ("mix", {}, 1, (5 * 32, 30 * 2)),  # in addition to those of stage 1
         ("mix", {"match_steps": False}, 1, (5 * 32, 5 * 33)),  # the epochs of stage 1, over both kinds
     ],
 )
@@ -196,7 +196,7 @@ def test_epochs_become_steps_over_all_processes_and_accumulated_batches(method, 
     assert (bridge.max_steps, real.max_steps) == expected
 
 
-def test_stage_1_takes_over_what_has_no_flag_of_its_own_and_nothing_else():
+def test_stage_1_inherits_exactly_the_settings_without_a_flag_for_it():
     bridge, real = settings_of(
         learning_rate=1e-3, weight_decay=0.1, warmup_steps=5, dropout=0.3, mixup_alpha=0.4, augmentation="basic",
         label_smoothing_factor=0.1, batch_norm="train", head_warmup_steps=2, freeze_backbone=True,
@@ -214,7 +214,7 @@ def test_stage_1_takes_over_what_has_no_flag_of_its_own_and_nothing_else():
     assert (bridge.learning_rate, bridge.weight_decay, bridge.max_steps) == (5e-4, 0.0, 5 * 16)
 
 
-def test_a_heads_learning_rate_is_told_as_a_factor():
+def test_a_heads_learning_rate_is_recorded_as_a_factor():
     bridge, real = settings_of(bridge_head_learning_rate=1e-3, head_learning_rate=4e-4)
     assert (bridge.head_learning_rate_factor, real.head_learning_rate_factor) == (pytest.approx(5), pytest.approx(2))
 
@@ -222,7 +222,7 @@ def test_a_heads_learning_rate_is_told_as_a_factor():
 @pytest.mark.parametrize(
     ("flags", "num_processes", "message"),
     [
-        ({"dataloader_drop_last": True}, 2, "--dataloader_drop_last: stage2 would take no step, its 40 images"),
+        ({"dataloader_drop_last": True}, 2, "--dataloader_drop_last: stage2 would take no step: its 40 images"),
         (
             {"dataloader_drop_last": True, "per_device_train_batch_size": 41, "streaming": True},
             1,
@@ -234,10 +234,12 @@ def test_a_heads_learning_rate_is_told_as_a_factor():
             1,
             "--warmup_steps 160: stage1 has 160 steps, so the learning rate never reaches its p",
         ),
-        ({"metric_for_best_model": "top5_accuracy"}, 1, "top5_accuracy: needs more than 5 classes, there are 5"),
+        ({"metric_for_best_model": "top5_accuracy"}, 1, "top5_accuracy: needs more than 5 classes, got 5"),
     ],
 )
-def test_what_numbers_of_images_steps_and_classes_do_not_allow_is_found_before_a_stage(flags, num_processes, message):
+def test_flags_that_do_not_fit_the_numbers_of_images_steps_or_classes_are_found_before_training(
+    flags, num_processes, message
+):
     stages = plan("bridged", *settings_of(num_processes, **flags))
     with pytest.raises(UserError, match=message):
         check_stages(stages, FLAGS | flags, NUM_IMAGES, 5, num_processes)

@@ -1,4 +1,4 @@
-"""Stages where memory is too small: the same steps in smaller parts, told, recorded, and gone on with."""
+"""Stages that run out of memory: the same steps in smaller parts, reported, recorded and resumed."""
 
 import json
 import re
@@ -27,7 +27,7 @@ CLASSES = {
 }  # fmt: skip
 SETTINGS = StageSettings(4, 1e-2, mixup_alpha=0.4, per_device_train_batch_size=6)
 PLAN = StagePlan("stage1", "real", "reset", SETTINGS)
-# plain steps, which a wrong gradient shows in
+# plain steps, in which a wrong gradient shows
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "logging_strategy": "steps", "logging_steps": 1}
 CHILD = """
 import os, sys
@@ -78,7 +78,7 @@ def assert_close(first: dict, second: dict) -> None:
     ("vit", "real", {}, 0.5, 2, False),  # not without gradient checkpointing
     ("vit", "real", {"max_grad_norm": 0.1}, 3, 3, True),
 ])  # fmt: skip
-def test_a_step_is_the_same_in_smaller_parts_and_that_is_told_and_recorded(
+def test_a_step_in_smaller_parts_is_the_same_and_is_reported_and_recorded(
     run, images, real_images_dir, tmp_path, caplog, name, kind, options, limit, from_call, in_backward
 ):
     test_images, seen, plan = load_dataset(str(real_images_dir), split="test"), images, PLAN
@@ -97,7 +97,8 @@ def test_a_step_is_the_same_in_smaller_parts_and_that_is_told_and_recorded(
     expected = {"micro_batch_size": 1 if limit < 3 else 3} | ({"gradient_checkpointing": True} if limit < 1 else {})
     assert result.fitted == expected and whole_result.fitted == {}
     assert max(sizes[-2:]) <= max(limit, 1)
-    assert result.summary() == whole_result.summary() | expected | {"seconds": result.seconds}
+    times = {"seconds": result.seconds, "seconds_waiting": result.seconds_waiting}
+    assert result.summary() == whole_result.summary() | expected | times
     assert sum("out of memory" in line for line in caplog.messages) == {3: 1, 6: 1, 2: 2, 1: 2, 0.5: 3}[limit]
     assert "from now on 3, with gradients accumulated: a step stays the same." in caplog.text
     records = [json.loads((tmp_path / one / "stage.json").read_text())["result"] for one in ("whole", "divided")]
@@ -108,10 +109,10 @@ def test_a_step_is_the_same_in_smaller_parts_and_that_is_told_and_recorded(
 
 
 @pytest.mark.parametrize(("name", "batch_norm", "dropout"), [("vit", "frozen", 0.2), ("resnet", "train", None)])
-def test_a_step_that_failed_has_changed_nothing(run, monkeypatch, caplog, name, batch_norm, dropout):
-    """So the run is, to the bit, one that knew from the start: random states and statistics are those before the step.
+def test_a_failed_step_changes_nothing(run, monkeypatch, caplog, name, batch_norm, dropout):
+    """Random states and statistics are restored: the run is bit-identical to one with that size from the start.
 
-    With BatchNorm's statistics of each part it is not the run whose memory was enough, and that is told.
+    With BatchNorm's statistics per part it differs from a run with enough memory, and a warning says so.
     """
     plan = replace(PLAN, settings=replace(SETTINGS, batch_norm=batch_norm, dropout=dropout))
     whole, _ = run("whole", name, plan)
@@ -126,13 +127,13 @@ def test_a_step_that_failed_has_changed_nothing(run, monkeypatch, caplog, name, 
     assert any(not torch.allclose(whole[key], divided[key], atol=1e-4) for key in whole)
 
 
-def test_covariances_are_those_of_each_part_and_that_is_told(run, images, caplog):
+def test_covariances_are_computed_per_part_with_a_warning(run, images, caplog):
     with limit_memory(CLASSES["vit"], 6):
         run("stage", seen=AlignedImages(images, images, Alignment("coral", 1.0)))
     assert "a step has the same images, but the covariances of the alignment are those of each part." in caplog.text
 
 
-def test_a_killed_stage_goes_on_with_what_worked(run, monkeypatch, tmp_path):
+def test_a_killed_stage_resumes_with_the_size_that_fitted(run, monkeypatch, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2}
     with limit_memory(CLASSES["vit"], 0.5):
         alone, _ = run("alone", **options)
@@ -148,13 +149,15 @@ def test_a_killed_stage_goes_on_with_what_worked(run, monkeypatch, tmp_path):
     assert_same(alone, resumed)
 
 
-def test_where_memory_is_enough_a_checkpoint_holds_nothing_of_it(run, tmp_path):
+def test_with_enough_memory_checkpoints_record_nothing_about_it(run, tmp_path):
     run("stage", save_strategy="steps", save_steps=2)
     state = json.loads((tmp_path / "stage" / "checkpoint-2" / "trainer_state.json").read_text())
-    assert set(state["stateful_callbacks"]["StageProgress"]["attributes"]) == {"num_images", "seconds_before"}
+    assert set(state["stateful_callbacks"]["StageProgress"]["attributes"]) == {
+        "num_images", "seconds_before", "seconds_waiting",
+    }  # fmt: skip
 
 
-def test_what_does_not_fit_at_all_ends_in_a_line_that_says_what_to_do(run):
+def test_if_not_even_one_image_fits_the_error_says_what_to_do(run):
     flag = "^--per_device_train_batch_size 6: out of memory "
     with limit_memory(CLASSES["vit"], 0), pytest.raises(UserError, match=f"{flag}.*, even with gradient .*--use_peft"):
         run("vit")
@@ -167,11 +170,11 @@ def test_an_optimiser_that_does_not_fit_is_not_blamed_on_the_images(run, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
-    with pytest.raises(UserError, match="out of memory beside the forward and backward pass: for the optimiser"):
+    with pytest.raises(UserError, match="out of memory outside the forward and backward pass: in the optimiser"):
         run("stage")
 
 
-def test_of_two_processes_both_take_smaller_parts_where_one_is_short_of_memory(classifiers, real_images_dir, tmp_path):
+def test_both_processes_take_smaller_parts_if_one_is_out_of_memory(classifiers, real_images_dir, tmp_path):
     weights = {}
     for name, limit in (("whole", 99), ("divided", 2)):
         argv = [limit, classifiers["vit"], real_images_dir, tmp_path / name]
@@ -185,7 +188,7 @@ def test_of_two_processes_both_take_smaller_parts_where_one_is_short_of_memory(c
     assert_close(weights["whole"], weights["divided"])
 
 
-def test_a_process_that_is_short_of_memory_later_says_how_to_go_on(run, monkeypatch):
+def test_a_process_that_runs_out_of_memory_later_says_how_to_resume(run, monkeypatch):
     """Here one process plays one of two, none of which waits for another."""
 
     def training_step(self, model, inputs, num_items_in_batch):

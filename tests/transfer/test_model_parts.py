@@ -95,7 +95,7 @@ def test_imprinted_head_is_normalised_class_means_at_the_best_scale(save_classif
     assert losses[1] == min(losses) or np.isclose(np.diag(logits).mean(), 1000, rtol=0.01)
 
 
-def test_imprinted_head_tells_separable_features_apart_and_trains_on_with_an_adapter_too(save_classifier_of):
+def test_an_imprinted_head_separates_separable_features_and_can_be_trained_with_an_adapter_too(save_classifier_of):
     path = save_classifier_of("timm_vit")
     labels = [0, 1, 2] * 4
     items = coloured_items(path, labels)
@@ -119,7 +119,7 @@ def test_imprint_without_an_image_of_a_class_is_an_error(save_classifier_of):
     assert torch.equal(model.classifier.weight, before)
 
 
-def test_convolution_as_head_is_reset_and_not_imprinted(tmp_path):
+def test_a_convolution_as_head_is_reset_but_not_imprinted(tmp_path):
     save_timm(tmp_path, "resnetv2_50", {"layers": [1, 1, 1, 1], "channels": [32] * 4, "stem_chs": 8})
     model = load(str(tmp_path))
     before = model.timm_model.head.fc.weight.clone()

@@ -22,7 +22,7 @@ from utils.transfer.classifiers import load_classifier, load_image_processor, lo
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import METHODS, StageSettings, plan_stages
 from utils.transfer.model_parts import head_module_names
-from utils.transfer.probe import choose_probed, fit_probe, probe_head
+from utils.transfer.probe import choose_probe_images, fit_probe, probe_head
 
 pytest_plugins = ["tests.transfer.fixtures"]
 
@@ -140,7 +140,7 @@ def test_a_backbone_brings_its_own_weights(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", NO_CLASSIFIERS)
-def test_a_backbone_of_which_transformers_has_no_classifier_is_one_line(tmp_path, name):
+def test_a_backbone_without_a_classifier_in_transformers_is_a_one_line_error(tmp_path, name):
     family, kind, config, sizes = NO_CLASSIFIERS[name]
     sizes = getattr(transformers, f"{config}Config")(**sizes)
     getattr(transformers, f"{family}{kind}")(sizes).save_pretrained(tmp_path / name)
@@ -164,7 +164,7 @@ def test_a_probe_replaces_the_head_of_a_classifier_with_an_adapter_as_without(
     torch.testing.assert_close(own.weight.cpu(), other.weight.cpu(), rtol=1e-3, atol=1e-3)
 
 
-def test_two_classes_share_the_one_vector_of_their_regression():
+def test_two_classes_share_the_single_weight_vector_of_their_regression():
     random = np.random.default_rng(0)
     features, labels = random.normal(size=(40, 5)).astype(np.float32), np.arange(40) % 2
     features[:, 0] += labels
@@ -195,22 +195,22 @@ def test_a_finished_probe_is_loaded_when_it_is_resumed(classifiers, images, tmp_
     assert all(torch.equal(value.cpu(), again.state_dict()[key]) for key, value in first.state_dict().items())
 
 
-def test_of_many_images_as_many_of_each_class_are_taken_and_a_line_says_so(classifiers, images, tmp_path, caplog):
+def test_with_many_images_a_balanced_subset_is_fitted_and_logged(classifiers, images, tmp_path, caplog):
     labels = np.repeat([0, 1, 2], [50, 3, 20])
     with caplog.at_level(logging.INFO, "utils"):
-        rows = choose_probed(labels, 13)
+        rows = choose_probe_images(labels, 13)
         assert np.bincount(labels[rows]).tolist() == [5, 3, 5]
-        assert choose_probed(labels, 73).tolist() == list(range(73))
-    assert caplog.messages == ["The probe is fitted on 13 of 73 images, as many of each class as can be."]
+        assert choose_probe_images(labels, 73).tolist() == list(range(73))
+    assert caplog.messages == ["The probe is fitted on 13 of 73 images, balanced over classes."]
 
 
 def test_a_stage_fits_its_probe_on_the_chosen_images_alone(classifiers, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "choose_probed", lambda labels: choose_probed(labels, 6))
+    monkeypatch.setattr(stage, "choose_probe_images", lambda labels: choose_probe_images(labels, 6))
     _, result = run_plan(planned(), classifiers["vit"], images, tmp_path)
     assert result.num_images_seen == 6
 
 
-def test_the_search_is_held_on_few_images_and_the_probe_fitted_on_all(monkeypatch):
+def test_the_search_uses_few_images_and_the_probe_is_fitted_on_all(monkeypatch):
     seen = []
     fit = LogisticRegression.fit
     monkeypatch.setattr(LogisticRegression, "fit", lambda self, x, y: seen.append(len(x)) or fit(self, x, y))
@@ -230,7 +230,7 @@ def save_convolution(folder) -> None:
 
 
 @pytest.mark.parametrize("save", [save_two_heads, save_convolution])
-def test_a_head_that_is_not_one_linear_layer_is_one_line(images, tmp_path, save):
+def test_a_head_that_is_not_one_linear_layer_is_a_one_line_error(images, tmp_path, save):
     save(tmp_path / "odd")
     message = f"--head_init probe .*: the head of {tmp_path}/odd is not one linear layer on one feature vector."
     with pytest.raises(UserError, match=message):
@@ -250,12 +250,12 @@ def test_a_linear_layer_whose_outputs_are_not_the_logits_is_refused(classifiers,
         probe_head(model, items)
 
 
-def test_a_class_without_an_image_and_a_single_class_are_one_line(classifiers, images, tmp_path):
+def test_a_class_without_images_or_a_single_class_is_a_one_line_error(classifiers, images, tmp_path):
     labels = np.array(images["label"])
     with pytest.raises(UserError, match=f"--head_init probe .*: no image of {CLASS_NAMES[0]}.$"):
         run_plan(planned(), classifiers["vit"], images.select(np.flatnonzero(labels)), tmp_path / "missing")
     rows = images.select(np.flatnonzero(labels == 0))
     features = Features({"image": Image(), "label": ClassLabel(names=["only"])})
     alone = Dataset.from_dict({"image": list(rows["image"]), "label": [0] * len(rows)}, features)
-    with pytest.raises(UserError, match="--head_init probe .*: needs two classes or more, there is one"):
+    with pytest.raises(UserError, match="--head_init probe .*: needs at least two classes, got one"):
         run_plan(planned(), classifiers["vit"], alone, tmp_path / "single")

@@ -44,16 +44,16 @@ VIT, PROCESSOR = TRANSFORMER | SIZES, {"size": SQUARE, "crop_size": SQUARE}
          r"a trial run .*Input image size \(48\*48\) doesn't match model \(32\*32\)"),
         # before the model loads
         (("ViT", VIT, "LlavaNext", PROCESSOR | {"image_grid_pinpoints": [[32, 32], [32, 64]]}),
-         "its image processor makes .*1 x 3 x 3 x 32 x 32"),
+         "its image processor returns .*1 x 3 x 3 x 32 x 32"),
         (("ImageGPT", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 1024, "vocab_size": 513},
           "ImageGPT", {"clusters": [[0, 0, 0], [1, 1, 1]], "size": SQUARE}),
-         "its image processor makes .*input_ids"),
+         "its image processor returns .*input_ids"),
         (("Siglip2", {"vision_config": VIT | {"num_patches": 16}, "text_config": VIT},
           "Siglip2", {"patch_size": 8, "max_num_patches": 16}),
-         "its image processor makes .*1 x 16 x 192"),
+         "its image processor returns .*1 x 16 x 192"),
     ],
 )  # fmt: skip
-def test_an_image_classifier_that_does_not_take_the_pixels_is_one_line_that_names_it(run, tmp_path, model, message):
+def test_a_classifier_that_does_not_take_the_pixels_is_a_one_line_error_that_names_it(run, tmp_path, model, message):
     save = save_native if len(model) > 2 else save_timm
     save(tmp_path / "odd", *model)
     with pytest.raises(UserError, match=f"^--model_name_or_path .*odd: {message}"):
@@ -72,11 +72,13 @@ def test_an_image_classifier_that_does_not_take_the_pixels_is_one_line_that_name
         ({"report_to": "diary"}, "^--report_to diary: ValueError: diary is not supported"),
         ({"batch_eval_metrics": True, "eval_strategy": "steps"}, "^training flags: ValueError: .*`batch_eval_metrics`"),
         ({"gradient_checkpointing": True, "name": "resnet"}, "^--model_name_or_path .*not support activation checkp"),
-        ({"lora": LoraSettings(target_modules=("nowhere",))}, "^--lora_target_modules nowhere: there is no such layer"),
+        ({"lora": LoraSettings(target_modules=("nowhere",))}, "^--lora_target_modules nowhere: no such layer"),
         ({"settings": replace(SETTINGS, dropout=0.5), "name": "resnet"}, "^--dropout 0.5: .* has no dropout"),
     ],
 )
-def test_what_the_trainer_cannot_do_is_one_line_that_names_the_flag(run, classifiers, options, message):
+def test_options_that_the_trainer_cannot_use_are_a_one_line_error_that_names_the_flag(
+    run, classifiers, options, message
+):
     classifier = classifiers[options.pop("name", "vit")]
     with pytest.raises(UserError, match=message):
         run(classifier, **options)

@@ -23,7 +23,7 @@ pytest_plugins = ["tests.transfer.fixtures"]
 
 
 @pytest.mark.parametrize(("batch_size", "share"), [(32, 6 / 7), (32, 6 / 22), (8, 0.03), (5, 0.5), (4, 0.0)])
-def test_each_batch_has_its_share_and_each_kind_comes_in_order(batch_size, share):
+def test_each_batch_has_its_share_and_each_kind_is_in_order(batch_size, share):
     places = [place_in_kind(position, batch_size, share, seed=0) for position in range(50 * batch_size)]
     counts = [
         Counter(kind for kind, _ in places[start : start + batch_size])[SYNTHETIC]
@@ -54,7 +54,7 @@ def items(classifiers):
     return TrainItems(load_image_processor(classifiers["vit"]), mixup_alpha=0.2)
 
 
-def test_every_image_of_a_kind_is_seen_once_an_epoch_and_other_than_in_the_one_before(replayed, items):
+def test_every_image_of_a_kind_is_seen_once_per_epoch_with_new_augmentation(replayed, items):
     all_items = ReplayedItems(replayed, items, seed=0, batch_size=8, num_batches=16)
     assert len(all_items) == 128
     seen = [all_items[position] for position in range(128)]

@@ -1,4 +1,4 @@
-"""A method is one row: both scripts know it by its name, and train it to the same classifier."""
+"""A method is one row: both scripts find it by its name, and train the same classifier."""
 
 import re
 from dataclasses import replace
@@ -27,7 +27,7 @@ NEW = Method(
 
 @pytest.fixture
 def outputs(monkeypatch):
-    """A list that gets the logits on which each method is judged."""
+    """A list that collects the logits of each method."""
     seen = []
     predict = run_method_module.predict
 
@@ -62,7 +62,7 @@ def run(classifiers, synthetic_dir, tmp_path):
     return run_both
 
 
-def test_a_new_row_is_trained_by_its_name_in_both_scripts(run, outputs, monkeypatch, capsys):
+def test_both_scripts_train_a_new_row_by_its_name(run, outputs, monkeypatch, capsys):
     monkeypatch.setitem(METHODS, "in_three", NEW)
     config, comparison = run("in_three")
     assert [(stage["name"], stage["start"]) for stage in config["stages"]] == [

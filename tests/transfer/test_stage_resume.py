@@ -1,4 +1,4 @@
-"""A stage that is killed and goes on ends with the weights of one left alone, in one process and in two."""
+"""A stage that is killed and resumed ends with the weights of an uninterrupted one, in one process and in two."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def run(classifiers, images, tmp_path):
     ("name", "num_workers", "save_steps", "lora"),
     [("vit", 0, 2, False), ("resnet", 2, 2, False), ("timm", 0, 3, False), ("vit", 2, 2, True)],
 )
-def test_a_killed_stage_goes_on_to_the_same_weights(run, monkeypatch, name, num_workers, save_steps, lora):
+def test_a_killed_stage_resumes_to_the_same_weights(run, monkeypatch, name, num_workers, save_steps, lora):
     plan = PLAN if name == "vit" and not lora else replace(PLAN, settings=replace(SETTINGS, dropout=None))
     options = {"name": name, "plan": plan, "num_workers": num_workers, "save_steps": save_steps}
     options |= {"lora": LoraSettings(r=2, alpha=4, dropout=0.3) if lora else None}
@@ -76,7 +76,7 @@ def test_a_stage_counts_the_seconds_of_training_over_all_its_runs():
     assert 100 <= progress.seconds < 110 and progress.num_images == 5
 
 
-def test_killed_while_it_is_saved_a_stage_is_loaded_from_its_last_checkpoint(run, monkeypatch):
+def test_a_stage_killed_while_saving_resumes_from_its_last_checkpoint(run, monkeypatch):
     alone, result = run("alone")
 
     def save(*_):
@@ -90,13 +90,13 @@ def test_killed_while_it_is_saved_a_stage_is_loaded_from_its_last_checkpoint(run
     assert_same(alone, resumed)
     assert (resumed_result.num_steps, resumed_result.num_images_seen) == (7, result.num_images_seen)
     assert resumed_result.seconds > 0
-    # and once it is finished, it is only loaded
+    # once finished, it is only loaded
     again, again_result = run("killed", resume=True)
     assert_same(alone, again)
     assert again_result == resumed_result
 
 
-def test_a_finished_stage_with_an_adapter_is_loaded_and_a_torn_checkpoint_passed_over(run, tmp_path, monkeypatch):
+def test_a_finished_stage_with_an_adapter_is_loaded_and_a_damaged_checkpoint_skipped(run, tmp_path, monkeypatch):
     options = {"lora": LoraSettings(r=2), "plan": replace(PLAN, settings=replace(SETTINGS, dropout=None))}
     alone, result = run("stage", **options)
     loaded, loaded_result = run("stage", **options, resume=True)
@@ -112,7 +112,7 @@ def test_a_finished_stage_with_an_adapter_is_loaded_and_a_torn_checkpoint_passed
     assert_same(alone, resumed)
 
 
-def test_the_last_checkpoint_is_the_one_of_most_steps_that_every_process_has_written(tmp_path, caplog):
+def test_the_last_checkpoint_is_the_complete_one_with_most_steps(tmp_path, caplog):
     folder = stage_folder(tmp_path, {"num_processes": 2}, {})
     assert find_earlier_run(folder) == (None, None)
     folder.begin()
@@ -127,7 +127,7 @@ def test_the_last_checkpoint_is_the_one_of_most_steps_that_every_process_has_wri
     torch.save({"state": torch.zeros(1000)}, tmp_path / "checkpoint-16" / "optimizer.pt")
     os.truncate(tmp_path / "checkpoint-16" / "optimizer.pt", 1000)
     assert find_earlier_run(folder) == (None, str(tmp_path / "checkpoint-10"))
-    assert {line.split(": ")[2].split(" is not")[0] for line in caplog.messages} == {
+    assert {line.split(": ")[2].split(" is incomplete")[0] for line in caplog.messages} == {
         str(tmp_path / f"checkpoint-{step}") for step in (12, 14, 16)
     }
 
@@ -142,7 +142,7 @@ def test_resuming_with_other_settings_is_refused_and_names_them(run, tmp_path):
     assert (tmp_path / "stage" / "stage.json").exists()
 
 
-def test_without_resume_a_stage_begins_anew(run, tmp_path, monkeypatch):
+def test_without_resume_a_stage_starts_again(run, tmp_path, monkeypatch):
     run("stage")
     kill_in_step(monkeypatch, 1)
     with pytest.raises(Killed):
@@ -154,7 +154,7 @@ def test_without_resume_a_stage_begins_anew(run, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def two_processes(classifiers, real_images_dir, make_synthetic_dir, tmp_path_factory):
-    """What two real processes answered."""
+    """The results of two real processes."""
     folder = tmp_path_factory.mktemp("two-processes")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += ["-m", "tests.transfer.two_processes", classifiers["vit"], str(real_images_dir)]
@@ -177,7 +177,7 @@ def test_two_accumulated_batches_on_two_processes_train_as_the_big_batch(
         torch.testing.assert_close(big[key], small[key], atol=1e-6, rtol=1e-4)
 
 
-def test_averages_and_probes_are_on_each_of_two_processes_those_of_one(
+def test_averages_and_probes_of_two_processes_equal_those_of_one(
     two_processes, classifiers, real_images_dir, tmp_path, monkeypatch
 ):
     pair_with_itself(monkeypatch.setattr)
@@ -192,7 +192,7 @@ def test_averages_and_probes_are_on_each_of_two_processes_those_of_one(
             torch.testing.assert_close(value, first[key], atol=1e-6, rtol=1e-4)
 
 
-def test_a_stage_killed_on_two_processes_goes_on_to_the_same_weights(two_processes):
+def test_a_stage_killed_on_two_processes_resumes_to_the_same_weights(two_processes):
     assert_same(load_file(two_processes / "alone.safetensors"), load_file(two_processes / "resumed.safetensors"))
     # ten images in batches of four: accelerate fills the second step of an epoch up to whole batches
     assert json.loads((two_processes / "counted.json").read_text()) == [[5, 40], [5, 40]]

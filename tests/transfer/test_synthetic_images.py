@@ -30,14 +30,14 @@ KINDS = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "strea
 
 
 def draw(name: str, class_index: int) -> bytes:
-    """Return an image that no other image of any class is equal to."""
+    """Return an image that differs from all other images of all classes."""
     buffer = BytesIO()
     PIL.Image.new("RGB", (4, 4), (sum(name.encode()) % 256, class_index, 0)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def rows_of(class_names, num_per_class: int) -> list[dict]:
-    """Return rows as generate_synthetic.py makes them: the class is the inner order."""
+    """Return rows in the order of generate_synthetic.py: all classes in turn, then the next image of each."""
     return [
         {
             "image": {"bytes": draw(name, index), "path": None}, "label": label, "class_index": index, "seed": 0,
@@ -49,7 +49,7 @@ def rows_of(class_names, num_per_class: int) -> list[dict]:
 
 
 def save_set(folder: Path, class_names, rows: list[dict], **record) -> str:
-    """Write rows as a synthetic set with four images a shard."""
+    """Write rows as a synthetic set with four images per shard."""
     features = synthetic_features(class_names)
     schema = Features({name: features[name] for name in features if name in rows[0]}).arrow_schema
     (folder / "data").mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def save_set(folder: Path, class_names, rows: list[dict], **record) -> str:
 
 @pytest.fixture
 def whole_set(tmp_path) -> str:
-    """A finished set of six images a class in five shards."""
+    """A finished set of six images per class in five shards."""
     return save_set(tmp_path / "whole", CLASS_NAMES, rows_of(CLASS_NAMES, 6), **COUNTS)
 
 
@@ -77,7 +77,7 @@ def pairs_of(images) -> list[tuple[bytes, int]]:
 
 @KINDS
 @pytest.mark.parametrize("limit", [None, 1, 4])
-def test_a_permuted_set_gives_every_image_the_label_of_the_unpermuted(whole_set, tmp_path, streaming, limit):
+def test_labels_do_not_depend_on_the_order_of_a_sets_classes(whole_set, tmp_path, streaming, limit):
     order = [CLASS_NAMES[index] for index in (2, 0, 1)]
     permuted = save_set(tmp_path / "permuted", order, rows_of(order, 6), **COUNTS)
     images, unpermuted = load(permuted, limit, streaming=streaming), load(whole_set, limit)
@@ -100,12 +100,12 @@ def test_a_permuted_set_gives_every_image_the_label_of_the_unpermuted(whole_set,
         ),
         (["red_squares", "blue-stripe"], "renamed: 'red_square' is 'red_squares' .*; missing: green circle; --allow"),
         ([*CLASS_NAMES, "owl", "cat"], "real set; extra: cat, owl[.]"),
-        (CLASS_NAMES[:2], "real set; missing: blue-stripe; --allow_missing_classes takes"),
+        (CLASS_NAMES[:2], "real set; missing: blue-stripe; --allow_missing_classes accepts"),
         ([f"kind {i}" for i in range(13)], "extra: kind 0, kind 1, kind 10, kind 11, .*, kind 6 and 3 more; --allow"),
-        ([*CLASS_NAMES[::2], "Green Circle", "green  circle"], "'Green Circle', 'green  circle': not clear"),
+        ([*CLASS_NAMES[::2], "Green Circle", "green  circle"], "'Green Circle', 'green  circle': ambiguous"),
     ],
 )
-def test_other_classes_are_one_line_that_lists_them(tmp_path, names, message, streaming):
+def test_other_classes_are_a_one_line_error_that_lists_them(tmp_path, names, message, streaming):
     folder = save_set(tmp_path / "other", names, rows_of(names, 1))
     with pytest.raises(UserError, match=f"--synthetic_dataset .*/other: .*{message}"):
         load(folder, streaming=streaming)
@@ -118,9 +118,11 @@ def test_names_in_another_case_or_unicode_form_are_the_real_classes(tmp_path, st
     images = load(folder, class_names=real, allow_missing_classes=True, streaming=streaming)
     assert images.features["label"].names == real
     assert pairs_of(images) == [(draw(names[row % 2], row // 2), [2, 0][row % 2]) for row in range(4)]
-    assert f"{folder}: 2 class names matched in spite of case" in caplog.text
+    assert f"{folder}: 2 class names matched ignoring case" in caplog.text
     assert "'Red  Square' is 'red square'" in caplog.text or "'BLUE CAF\u00c9' is 'Blue cafe\u0301'" in caplog.text
-    with pytest.raises(UserError, match="its classes are not those of the real set; missing: green circle; --allow"):
+    with pytest.raises(
+        UserError, match="its classes differ from those of the real set; missing: green circle; --allow"
+    ):
         load(folder, class_names=real, streaming=streaming)
 
 
@@ -129,10 +131,10 @@ def test_names_in_another_case_or_unicode_form_are_the_real_classes(tmp_path, st
     ("folder", "message"),
     [
         ("unnamed", r"has no 'image' and 'label' \(ClassLabel\) columns"),
-        ("set*", "datasets does not read folders with [*] in"),  # else images of all folders that fit it were read
+        ("set*", "datasets cannot read folders with [*] in"),  # else images of all folders that fit it were read
     ],
 )
-def test_a_folder_that_cannot_be_read_as_a_set_is_one_line(tmp_path, folder, message, streaming):
+def test_a_folder_that_is_not_a_set_is_a_one_line_error(tmp_path, folder, message, streaming):
     folder = save_set(tmp_path / folder, CLASS_NAMES, rows_of(CLASS_NAMES, 1))
     for path in Path(folder).glob("data/*"):
         pq.write_table(pq.read_table(path).replace_schema_metadata(), path)
@@ -146,7 +148,7 @@ def test_a_set_of_some_classes_loads_when_that_is_allowed(tmp_path, streaming):
     some = save_set(tmp_path / "some", names, rows_of(names, 2))
     assert [label for _, label in pairs_of(load(some, allow_missing_classes=True, streaming=streaming))] == [2, 1, 2, 1]
     extra = save_set(tmp_path / "extra", ["owl"], rows_of(["owl"], 1))
-    with pytest.raises(UserError, match="not those of the real set; extra: owl[.]"):
+    with pytest.raises(UserError, match="differ from those of the real set; extra: owl[.]"):
         load(extra, allow_missing_classes=True, streaming=streaming)
 
 
@@ -154,25 +156,25 @@ def test_a_set_of_some_classes_loads_when_that_is_allowed(tmp_path, streaming):
 def test_classes_without_images_are_named_unless_allowed(tmp_path, streaming):
     rows = [row for row in rows_of(CLASS_NAMES, 2) if row["label"] == 1]
     folder = save_set(tmp_path / "set", CLASS_NAMES, rows, settings={"classes": ["green circle"]})
-    with pytest.raises(UserError, match="has no images of red_square, blue-stripe; --allow_missing_classes takes"):
+    with pytest.raises(UserError, match="has no images of red_square, blue-stripe; --allow_missing_classes accepts"):
         load(folder, streaming=streaming)
     assert [label for _, label in pairs_of(load(folder, allow_missing_classes=True, streaming=streaming))] == [1, 1]
 
 
 @pytest.mark.parametrize("content", [None, b"PAR1 torn"])
-def test_a_set_without_all_of_its_images_is_refused_when_it_is_opened(whole_set, content):
+def test_an_incomplete_set_is_refused_when_opened(whole_set, content):
     shard = Path(whole_set) / shard_name(1)
     shard.unlink() if content is None else shard.write_bytes(content)
-    with pytest.raises(UserError, match="is not whole, 14 of 18 images are there; wait until .* or run the command"):
+    with pytest.raises(UserError, match="incomplete, with 14 of 18 images; wait until .* or run the command"):
         open_synthetic(whole_set)
 
 
-def test_a_set_with_fewer_images_than_counted_is_refused_when_it_is_loaded_from_a_cache(whole_set):
-    with pytest.raises(UserError, match="is not whole, 18 of 1,900 images are there"):
+def test_a_set_with_missing_images_is_refused_when_loaded_from_a_cache(whole_set):
+    with pytest.raises(UserError, match="incomplete, with 18 of 1,900 images"):
         load_synthetic(SyntheticSource(whole_set, None, {"num_images": 1900}), CLASS_NAMES)
 
 
-def test_a_set_that_grew_and_one_that_counts_no_images_load(whole_set, tmp_path):
+def test_a_set_that_grew_and_a_record_without_counts_load(whole_set, tmp_path):
     grown = save_set(Path(whole_set), CLASS_NAMES, rows_of(CLASS_NAMES, 8), num_images=24, num_images_per_class=8)
     assert len(load(grown)) == num_images(open_synthetic(grown)) == 24
     old = save_set(tmp_path / "old", CLASS_NAMES, rows_of(CLASS_NAMES, 1))
@@ -208,7 +210,7 @@ def test_limits_of_a_set_without_numbers_keep_the_first_in_its_order(tmp_path):
 
 
 @KINDS
-def test_no_image_is_decoded_before_it_is_asked_for(whole_set, streaming, monkeypatch):
+def test_images_are_decoded_only_when_requested(whole_set, streaming, monkeypatch):
     decoded = []
     decode = Image.decode_example
     monkeypatch.setattr(Image, "decode_example", lambda *args, **options: decoded.append(1) or decode(*args, **options))
@@ -234,19 +236,19 @@ def test_a_set_on_the_hub_is_streamed_at_its_commit(whole_set, local_hub_server)
         assert pairs_of(stream) == pairs_of(load(whole_set, limit))
 
 
-def test_a_stream_out_of_reach_is_one_line(monkeypatch):
+def test_an_unreachable_stream_is_a_one_line_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="--streaming: ada/cars cannot be streamed, .*; without --streaming the cache"):
+    with pytest.raises(UserError, match="--streaming: ada/cars cannot be streamed, .* to use the cache"):
         load_synthetic(SyntheticSource("ada/cars", "0" * 40, {}), CLASS_NAMES, streaming=True)
 
 
-def test_a_set_that_is_still_uploaded_is_refused_until_all_shards_are_there(whole_set, local_hub_server):
+def test_a_set_that_is_being_uploaded_is_refused_until_all_shards_are_there(whole_set, local_hub_server):
     write_record(Path(whole_set) / GENERATION_CONFIG, {"num_images": 18})  # redraws are counted at the end
     files = files_of(whole_set)
     last = {path: files.pop(path) for path in (shard_name(0), shard_name(4))}
     repo = local_hub_server.create_repo("ada/growing", "dataset")
     repo.commit(files)
-    with pytest.raises(UserError, match="--synthetic_dataset ada/growing: is not whole, 12 of 18 images are there;"):
+    with pytest.raises(UserError, match="--synthetic_dataset ada/growing: incomplete, with 12 of 18 images;"):
         open_synthetic("ada/growing")
     repo.commit(last)
     source = open_synthetic("ada/growing")

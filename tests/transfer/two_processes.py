@@ -1,4 +1,4 @@
-"""What `test_stage_resume` has two real processes do; they write their answers into a folder."""
+"""The work of two real processes for `test_stage_resume`; they write their results into a folder."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def names_of(images: Dataset) -> list[str]:
 
 
 def pair_with_itself(setattr) -> None:
-    """Make Mixup, which pairs images within a batch, pair each with itself, so that only the soft labels are left."""
+    """Make Mixup, which pairs images within a batch, pair each with itself, so that only the soft labels remain."""
     setattr(torch.Tensor, "roll", lambda tensor, *args: tensor)
 
 
@@ -49,7 +49,7 @@ def train_big_batch(
     path: str, images_dir: str, folder: Path, batch_size: int = 8, accumulation: int = 1, seen: str = "real",
     ema_decay: float | None = None,
 ) -> dict:  # fmt: skip
-    """Train two steps (aligned: four) of eight images in all, by SGD without clipping, and return the weights."""
+    """Train two steps (aligned: four) on eight images in all, by SGD without clipping, and return the weights."""
     images = load_dataset(images_dir, split="train").take(8)
     model = load_classifier(path, names_of(images), True, seed=0)
     if seen == "replayed":
@@ -69,7 +69,7 @@ def train_big_batch(
 
 
 def kill_and_resume(path: str, images_dir: str, folder: Path) -> None:
-    """Train a stage alone, and one that is killed in the middle of its second epoch and goes on."""
+    """Train a stage, and one that is killed in the middle of its second epoch and resumed."""
     images = load_dataset(images_dir, split="train").take(10)
     plan = StagePlan("stage1", "real", "reset", StageSettings(**(vars(SETTINGS) | {"max_steps": 5})))
     train = StageTrainer.training_step
@@ -107,7 +107,7 @@ def probe(path: str, images_dir: str) -> dict:
 
 
 def stream(path: str, class_names: list[str], synthetic_dir: str, folder: Path) -> None:
-    """Train one epoch of 18 streamed images, nine a process, and write down which ones this process took."""
+    """Train one epoch of 18 streamed images, nine per process, and record which ones this process read."""
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 s at the end of every epoch, against hanging remote files
     images = load_synthetic(open_synthetic(synthetic_dir), class_names, streaming=True)
     taken = []

@@ -1,5 +1,4 @@
-"""The ground of the house. What OpenMP reads when torch is imported is set here, as every script begins with an import
-from this room."""
+"""The lowest layer of `utils`. It sets OpenMP's environment before torch is imported: every script imports it first."""
 
 from utils.cli.threads import prepare_threads
 

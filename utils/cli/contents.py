@@ -1,4 +1,4 @@
-"""Contents of local inputs: a hash that tells a file or a folder from another one of the same name."""
+"""Hashes of local inputs: they tell apart files and folders of the same name."""
 
 import hashlib
 import os
@@ -12,19 +12,19 @@ from huggingface_hub import constants
 
 from utils.cli.records import write_text
 
-# what systems and people put beside data, and is no part of it
+# what systems and people put next to data, but is not part of it
 HIDDEN_FOLDERS = {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",
                   "lost+found"}  # fmt: skip
 IGNORED = re.compile(r"\..*|Thumbs\.db|desktop\.ini|(README|LICENSE|LICENCE)(\..*)?", re.IGNORECASE)
-MAX_LINKS = 2  # from one linked folder into the next: of folders that are all linked to each other no one sees the end
+MAX_LINKS = 2  # symbolic links in a row; folders that link to each other would never end
 DIGITS = 32  # of a digest, in hexadecimal
 SECONDS_TO_SETTLE = 2.0  # clocks of disks are coarse: a new file may be written again in the same tick
 
 
 def list_files(folder: str | Path, above: tuple = (), num_links: int = 0) -> Iterator[str]:
-    """Yield the paths of files in a folder, relative to it, without those `IGNORED` and those that cannot be read.
+    """Yield the relative paths of a folder's files, except `IGNORED` and unreadable ones.
 
-    Links are followed, `MAX_LINKS` of them on the way to a file.
+    At most `MAX_LINKS` symbolic links are followed on the way to a file.
     """
     try:
         status, entries = os.stat(folder), sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -42,7 +42,7 @@ def list_files(folder: str | Path, above: tuple = (), num_links: int = 0) -> Ite
 
 
 def content_digest(folder: str | Path, names: Iterable[str]) -> str:
-    """Return a hash of some files of a folder: of their names and bytes. Unchanged files are not read again."""
+    """Return a hash of the names and bytes of some files in a folder. Unchanged files are not read again."""
     names = list(names)
 
     def compute() -> Iterator[bytes]:
@@ -50,19 +50,17 @@ def content_digest(folder: str | Path, names: Iterable[str]) -> str:
             with open(os.path.join(folder, name), "rb") as file:
                 yield os.fsencode(name) + b"\n" + hashlib.file_digest(file, "sha256").digest()
 
-    return remembered_digest(folder, names, compute)
+    return cached_digest(folder, names, compute)
 
 
-def remembered_digest(
-    folder: str | Path, names: Iterable[str], read: Callable[[], Iterable[bytes]], what: str = ""
-) -> str:
-    """Return a hash of what `read` yields of some files of a folder, noted for as long as these stay as they are.
+def cached_digest(folder: str | Path, names: Iterable[str], read: Callable[[], Iterable[bytes]], what: str = "") -> str:
+    """Return a hash of what `read` yields for some files of a folder, cached until one of them changes.
 
-    Files whose paths, sizes, times and places on the disk are those of an earlier call are not read: 10 GB cost no more
-    than the listing. `what` tells this `read` from others. Where the note cannot be written, all is read each time.
+    Files with the paths, sizes, times and inodes of an earlier call are not read again: 10 GB cost no more than the
+    listing. `what` distinguishes this `read` from others. Without a writable cache, everything is read each time.
     """
     names = list(names)
-    state, newest = _state_of(folder, names, what)
+    state, newest = _hash_metadata(folder, names, what)
     noted = Path(constants.HF_HOME, "bridged-transfer", "digests", state)
     with suppress(OSError):
         return noted.read_text(encoding="utf-8")
@@ -70,27 +68,27 @@ def remembered_digest(
     for part in read():
         contents.update(part)
     digest = contents.hexdigest()[:DIGITS]
-    # not of files that were replaced after they had been looked at
-    if time.time() - newest > SECONDS_TO_SETTLE and _state_of(folder, names, what)[0] == state:
+    # not for files that were replaced while they were read
+    if time.time() - newest > SECONDS_TO_SETTLE and _hash_metadata(folder, names, what)[0] == state:
         with suppress(OSError):
             write_text(noted, digest)
     return digest
 
 
-def _state_of(folder: str | Path, names: list[str], what: str) -> tuple[str, float]:
-    """Return a hash of all that is known of files without reading them, and when the last of them changed."""
+def _hash_metadata(folder: str | Path, names: list[str], what: str) -> tuple[str, float]:
+    """Return a hash of the files' paths, sizes, times and inodes, and the time of the latest change."""
     facts = hashlib.sha256(os.fsencode(Path(folder).resolve()) + f"\n{what}\n".encode())
     newest = 0.0
     for name in names:
         status = os.stat(os.path.join(folder, name))
         newest = max(newest, status.st_ctime)
-        # a file that was replaced or written to has another time of change, whatever its modification time says
+        # ctime changes with every write or replacement, whatever mtime says
         numbers = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
         facts.update(os.fsencode(name) + f"\n{numbers}\n".encode())
     return facts.hexdigest(), newest
 
 
 def describe_files(folder: str | Path, names: Iterable[str]) -> str:
-    """Return the identity of a folder's files, as records hold it: how many there are, and their digest."""
+    """Return the identity of a folder's files as records store it: their number and their digest."""
     names = list(names)
     return f"{len(names):,} files, sha256 {content_digest(folder, names)}"

@@ -1,4 +1,4 @@
-"""How a script ends early: bad input in one line with exit status 2, a signal cleanly, a bug with its traceback."""
+"""How a script ends early: bad input in one line with exit status 2, a signal gracefully, a bug with its traceback."""
 
 import errno
 import os
@@ -13,9 +13,9 @@ from typing import NoReturn
 
 # a disk is full, or read-only
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-# a folder may not be written, or was removed; inputs have these errors, too
+# a folder is not writable, or was removed; inputs can raise these errors too
 FOLDER_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
-# as libraries put it that do not raise an OSError: safetensors, and torch.save, which does not say why
+# in the words of libraries that do not raise OSError: safetensors, and torch.save, which gives no reason
 DISK_WORDS = re.compile("|".join([*map(os.strerror, DISK_ERRORS), "PytorchStreamWriter failed", "inline_container"]))
 REMOVED_WORDS = re.compile(r"[Dd]irectory \S+ does not exist|No such file or directory")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -23,15 +23,15 @@ SECONDS_TO_END = 10.0
 
 
 class UserError(ValueError):
-    """Bad input. The message names the flag and its value, what is wrong with it, and what would be right."""
+    """Bad input. The message gives the flag, its value, what is wrong and what would be right."""
 
 
 class DivergedError(UserError):
-    """Training came to losses or weights that are no finite numbers; the settings are at fault, not the data."""
+    """A loss or a weight is not finite; the settings are at fault, not the data."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came. The message says what is kept and how to go on."""
+    """A signal arrived. The message says what is kept and how to resume."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
@@ -42,17 +42,17 @@ class Interrupted(KeyboardInterrupt):
 def graceful_interrupt(advice: Callable[[], str]) -> Iterator[None]:
     """Turn SIGINT or SIGTERM within the block into `Interrupted` with `advice()` as its message.
 
-    Those that follow at once are ignored: `accelerate launch` sends its processes SIGTERM after the SIGINT of a Ctrl-C.
-    A process that was forked within the block ends at SIGTERM, as its pool expects.
+    Further signals within seconds are ignored: after Ctrl-C, `accelerate launch` sends SIGTERM as well. A process
+    forked within the block ends at SIGTERM, as its pool expects.
     """
     received, owner = [], os.getpid()
 
     def interrupt(signal_number: int, _) -> None:
         if signal_number == signal.SIGTERM and os.getpid() != owner:
-            os._exit(128 + signal_number)  # an exception can get lost, and its pool would wait for ever
+            os._exit(128 + signal_number)  # an exception can get lost, and its pool would wait forever
         received.append((signal_number, time.monotonic()))
         if received[-1][1] - received[0][1] > SECONDS_TO_END or len(received) == 1:
-            raise KeyboardInterrupt  # once more where the first got lost, as it does in a destructor
+            raise KeyboardInterrupt  # again if the first one got lost, as in a destructor
 
     handlers = {number: signal.signal(number, interrupt) for number in SIGNALS}
     try:
@@ -68,10 +68,10 @@ def graceful_interrupt(advice: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def report_unwritable(folder: str | Path, advice: Callable[[], str]) -> Iterator[None]:
-    """Turn an output that cannot be written within the block into one line, which ends in `advice()`.
+    """Turn a failure to write output within the block into a one-line error that ends with `advice()`.
 
     Raises:
-        UserError: the folder's disk is full or read-only, the folder may not be written, or was removed.
+        UserError: the disk is full or read-only, or the folder is not writable or was removed.
     """
     try:
         yield
@@ -84,14 +84,14 @@ def report_unwritable(folder: str | Path, advice: Callable[[], str]) -> Iterator
 
 
 @contextmanager
-def saying_how_to_go_on(folder: str | Path, advice: Callable[[], str]) -> Iterator[None]:
-    """Say `advice()` where a signal ends the block, or an output folder cannot be written."""
+def report_how_to_resume(folder: str | Path, advice: Callable[[], str]) -> Iterator[None]:
+    """End the message with `advice()` if a signal ends the block or the output folder cannot be written."""
     with graceful_interrupt(advice), report_unwritable(folder, advice):
         yield
 
 
 def _why_unwritable(error: Exception, folder: str | Path) -> str | None:
-    """Return why a file in a folder could not be written, None where the error is another one."""
+    """Return why a file in the folder could not be written; None for other errors."""
     name = getattr(error, "filename", None)
     name = None if name is None else Path(os.fsdecode(name)).absolute()
     is_ours = name is not None and name.is_relative_to(Path(folder).absolute())
@@ -106,12 +106,12 @@ def _why_unwritable(error: Exception, folder: str | Path) -> str | None:
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Call a script's `main`; a `UserError` ends it with one line and exit status 2, a bug keeps its traceback.
+    """Call a script's `main`: a `UserError` becomes one line and exit status 2, a bug keeps its traceback.
 
-    A signal ends it with exit status 128 and the signal's number, as a shell gives it.
+    After a signal the exit status is 128 plus the signal's number, as in a shell.
     """
     try:
-        with graceful_interrupt(lambda: "Nothing is lost: run the same command again."):
+        with graceful_interrupt(lambda: "Nothing is lost; run the same command again."):
             main()
     except UserError as error:
         _end(f"error: {' '.join(str(error).split())}", 2)
@@ -119,7 +119,7 @@ def run_script(main: Callable[[], object]) -> None:
         if error.errno not in DISK_ERRORS:
             raise
         named = f"{error.filename}: " if error.filename else ""
-        _end(f"error: {named}cannot be written ({error.strerror}); make room, or name another place.", 2)
+        _end(f"error: {named}cannot be written ({error.strerror}); free some space, or choose another location.", 2)
     except Interrupted as interruption:
         print(file=sys.stderr)  # below a progress bar
         _end(f"interrupted. {interruption}", 128 + interruption.signal_number)

@@ -1,4 +1,4 @@
-"""Steps that do not fit in memory: they go through the model in smaller micro-batches, then with checkpointing."""
+"""Steps that do not fit in memory: run in smaller micro-batches, then with gradient checkpointing."""
 
 import logging
 from collections.abc import Callable
@@ -17,31 +17,32 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SAME_STEP = "a step stays the same"
-# as a run's state and its record name them
+# keys in a run's state and record
 MICRO_BATCH_SIZE, GRADIENT_CHECKPOINTING = "micro_batch_size", "gradient_checkpointing"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a device or the host has no more memory."""
+    """Return whether a device or the host is out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def try_in_memory(attempt: Callable[[], T]) -> T | None:
-    """Return what `attempt` returns, None where it runs out of memory; what it had filled is free then."""
+    """Return the result of `attempt`, or None if it runs out of memory, which is then freed."""
     try:
         return attempt()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    # only here the error is gone, and with it the references to what filled the memory
+    # only here is the error gone, and with it the references to the memory in use
     clear_device_cache(garbage_collection=True)
     return None
 
 
 def run_in_parts(run: Callable[[slice], T], num_items: int, size: int, refusal: str) -> tuple[list[T], int]:
-    """Return what `run` returns of consecutive parts of `num_items`, and their size: at most `size`, halved as needed.
+    """Return the results of `run` for consecutive slices of `num_items`, and the size: at most `size`, halved as
+    needed.
 
-    For what needs no gradients, where parts are independent of each other.
+    For work without gradients, whose slices are independent.
 
     Raises:
         UserError: not even one item fits in memory; `refusal` is the message.
@@ -63,10 +64,10 @@ def run_in_parts(run: Callable[[slice], T], num_items: int, size: int, refusal: 
 class MicroBatching:
     """How many images of a training step go through the model at a time, and whether with gradient checkpointing.
 
-    Where memory is short, `size` is halved, and gradients are accumulated over more passes. Below one image
-    `enable_checkpointing` is called, which is None where a model has no gradient checkpointing, or has it already. Then
-    training ends with an error that names `flag` and `advice`. `caveat` continues the line that tells of a smaller
-    size: what of a step depends on it. All processes change together.
+    When memory runs out, `size` is halved and gradients are accumulated over more passes. At one image,
+    `enable_checkpointing` is called (None: not supported, or already on). After that, training ends with an error that
+    has `flag` and `advice`. `caveat` ends the warning about a smaller size: which part of a step depends on it. All
+    processes change together.
     """
 
     size: int
@@ -74,17 +75,17 @@ class MicroBatching:
     advice: str
     enable_checkpointing: Callable[[], None] | None = None
     caveat: str = SAME_STEP
-    is_checkpointing: bool = field(default=False, init=False)  # for want of memory
+    is_checkpointing: bool = field(default=False, init=False)  # because memory ran out
     _planned_size: int = field(init=False)
 
     def __post_init__(self):
         self._planned_size = self.size
 
     def run(self, attempt: Callable[[], T], undo: Callable[[], None]) -> T:
-        """Return what `attempt` returns in this process once it fits in the memory of every process.
+        """Return the result of `attempt` in this process once it fits in the memory of every process.
 
-        It takes `size` images at a time, and returns something other than None. `undo` clears what a failed attempt has
-        left, such as gradients. Each process has to call this equally often.
+        `attempt` takes `size` images at a time and does not return None. `undo` clears what a failed attempt left
+        behind, such as gradients. Every process must call this equally often.
 
         Raises:
             UserError: not even one image fits with gradient checkpointing.
@@ -98,20 +99,20 @@ class MicroBatching:
             self._reduce()
 
     def num_parts(self, num_images: int) -> int:
-        """Return in how many parts so many images are taken."""
+        """Return the number of passes for `num_images`."""
         return -(-num_images // self.size)
 
     def refuse(self, how: str) -> UserError:
-        """Return the error that memory is too small, `how` small says."""
+        """Return the out-of-memory error; `how` describes the attempt."""
         return UserError(f"{self.flag}: out of memory {how}; {self.advice}")
 
     def state(self) -> dict:
-        """Return what has changed for want of memory, for checkpoints and records: nothing where it was enough."""
+        """Return what was changed to fit in memory, for checkpoints and records; empty if nothing was."""
         changed = {MICRO_BATCH_SIZE: self.size} if self.size < self._planned_size else {}
         return changed | ({GRADIENT_CHECKPOINTING: True} if self.is_checkpointing else {})
 
     def restore(self, state: dict) -> None:
-        """Begin with what worked in the run that `state` was saved in."""
+        """Start from what fit in memory in the run that saved `state`."""
         self.size = min(self.size, state.get(MICRO_BATCH_SIZE, self.size))
         if state.get(GRADIENT_CHECKPOINTING) and self.enable_checkpointing is not None and not self.is_checkpointing:
             self.enable_checkpointing()
@@ -136,7 +137,7 @@ class MicroBatching:
 
 
 def _in_any_process(happened: bool) -> bool:
-    """Return in every process whether something happened in one of them."""
+    """Return, in every process, whether something happened in any of them."""
     state = PartialState()
     if state.num_processes == 1:
         return happened

@@ -1,4 +1,4 @@
-"""The options of a run: as a record holds them, which of them affect its result, and in which two runs differ."""
+"""The options of a run: as records store them, which affect the result, and how two runs differ."""
 
 import dataclasses
 import fnmatch
@@ -12,17 +12,17 @@ INPUTS = (
     "dataset_name", "train_dir", "validation_dir", "synthetic_dataset", "learned_embeds", "model_name_or_path",
     "pretrained_model_name_or_path",
 )  # fmt: skip
-# the commits that they name are compared in their place, where these were noted
+# the recorded commits are compared instead
 REVISIONS = frozenset({"revision", "dataset_revision", "model_revision", "synthetic_dataset_revision"})
-STYLE_TOKEN_OPTIONS = ("placeholder_token", "initializer_token")  # no access tokens
+STYLE_TOKEN_OPTIONS = ("placeholder_token", "initializer_token")  # not access tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What a flag needs to do anything.
+    """What a flag needs to have an effect.
 
-    `is_met` takes the values of a script's flags by name. `lack` continues "--flag does nothing" where it is not met,
-    with values in braces; `remedy` stands before "leave --flag out".
+    `is_met` takes the flags' values by name. If it is not met, `lack` continues "--flag: does nothing", with values in
+    braces; `remedy` comes before "leave --flag out".
     """
 
     lack: str
@@ -31,17 +31,17 @@ class Need:
 
 
 def with_flag(name: str) -> Need:
-    """Return the need that another flag is given, and not off."""
+    """Return the need for another flag that is on."""
     return Need(f"without --{name}", lambda values: bool(values[name]), "add it or ")
 
 
 def without_flag(name: str) -> Need:
-    """Return the need that another flag, which would take this one's place, is left out."""
+    """Return the need for the absence of another flag, which replaces this one."""
     return Need(f"with --{name}", lambda values: not values[name])
 
 
 def with_value(name: str, *right: str) -> Need:
-    """Return the need that another flag has one of these values."""
+    """Return the need for another flag with one of these values."""
     return Need(
         f"with --{name} {{{name}}}",
         lambda values: values[name] in right,
@@ -52,10 +52,10 @@ def with_value(name: str, *right: str) -> Need:
 def option(
     default: object, help_text: str, affects_result: bool = True, needs: Sequence[Need] = (), **options
 ) -> dataclasses.Field:
-    """Return the field of a flag; of a list or a function as default, each run gets a list, or a value, of its own.
+    """Return the dataclass field of a flag. A list or function as default gives each run its own list or value.
 
-    Two runs with the same result may differ in a flag that does not `affects_result`. Without all that it `needs`, a
-    flag does nothing, and is refused. `options` are those of `ArgumentParser.add_argument`, such as `choices`.
+    A flag without `affects_result` may differ between runs with the same result. A flag whose `needs` are not met has
+    no effect and is refused. `options` are those of `ArgumentParser.add_argument`, such as `choices`.
     """
     metadata = {"help": help_text, "affects_result": affects_result, "needs": needs, **options}
     if isinstance(default, list):
@@ -66,19 +66,19 @@ def option(
 
 
 def list_needs(group: type) -> Iterator[tuple[dataclasses.Field, Sequence[Need]]]:
-    """Yield the flags of a group with what they need; of inherited flags, `_inherited_needs` tells by name."""
+    """Yield the flags of a group with their needs; `_inherited_needs` has those of inherited flags."""
     inherited = getattr(group, "_inherited_needs", {})
     for field in dataclasses.fields(group):
         yield field, field.metadata.get("needs") or inherited.get(field.name, ())
 
 
 def absolute_if_local(name: str | None) -> str | None:
-    """Return a folder's absolute path, as records are read in other working directories; other names as they are."""
+    """Return a folder's absolute path, since records are read in other directories; other names unchanged."""
     return os.path.abspath(name) if name is not None and Path(name).is_dir() else name
 
 
 def resolve_options(groups: Iterable) -> dict:
-    """Return flag -> value of argument dataclasses, as JSON holds them; without access tokens, folders absolute."""
+    """Return flag -> value of argument dataclasses as JSON values, without access tokens, folders absolute."""
     resolved = {}
     for group in groups:
         values = group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
@@ -90,10 +90,9 @@ def resolve_options(groups: Iterable) -> dict:
 
 
 def free_options(groups: Iterable) -> frozenset[str]:
-    """Return the names of the options on which no result depends.
+    """Return the names of the options that do not affect the result.
 
-    Those are the flags that say so, and of those that a group inherits from a library the ones in its
-    `_inherited_free_options`, patterns of names.
+    These are the flags declared so, and inherited flags that match a pattern in a group's `_inherited_free_options`.
     """
     free = set()
     for group in groups:
@@ -106,9 +105,9 @@ def free_options(groups: Iterable) -> frozenset[str]:
 
 
 def differing_options(before: dict, now: dict, free: Iterable[str] = ()) -> list[str]:
-    """Return 'name was value, now value' for each option of `now` that was another before, those in `free` aside."""
+    """Return 'name was value, now value' for each option of `now` that differs from before, except those in `free`."""
     now = json.loads(json.dumps(now))
-    # records of earlier versions noted folders as they were given
+    # earlier versions recorded folders as given
     before = before | {name: absolute_if_local(before[name]) for name in INPUTS if isinstance(before.get(name), str)}
     names = [name for name in now if name not in free and before.get(name) != now[name]]
     return [f"{name} was {_shorten(before.get(name))}, now {_shorten(now[name])}" for name in names]

@@ -1,4 +1,4 @@
-"""Command lines: dataclasses into argument groups, recipes, ranges, and errors of one line."""
+"""Command lines: argument groups from dataclasses, recipes, ranges, and one-line errors."""
 
 import argparse
 import copy
@@ -19,10 +19,10 @@ from utils.cli.errors import UserError
 from utils.cli.options import list_needs
 from utils.cli.processes import is_main_process
 
-MAX_FLOAT = 1e30  # with larger ones float32 overflows
+MAX_FLOAT = 1e30  # float32 overflows with larger numbers
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 
-# what a value must be, the test, and the flags; what is not given passes
+# what a value must be, its test, and the flags; values that are not given pass
 RANGES = (
     ("above 0", lambda value: value > 0, (
         # real and synthetic images
@@ -39,7 +39,7 @@ RANGES = (
         "logging_steps", "eval_steps", "save_steps", "save_total_limit", "checkpointing_steps",
         "checkpoints_total_limit", "validation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor",
         "ddp_bucket_cap_mb", "ddp_timeout", "num_workers",
-        # drawing
+        # generating
         "num_images_per_class", "num_inference_steps", "images_per_shard",
     )),
     ("2 or above", lambda value: value >= 2, ("num_folds",)),
@@ -58,7 +58,7 @@ RANGES = (
     )),
     ("from 0 to 1", lambda value: 0 <= value <= 1, ("guidance_interval",)),
     ("above 0 and below 1", lambda value: 0 < value < 1, ("train_val_split", "average", "ema_decay")),
-    ("0 or above, and below 2**32", lambda value: 0 <= value < 2**32, (  # what NumPy takes as a seed
+    ("0 or above, and below 2**32", lambda value: 0 <= value < 2**32, (  # the seeds that NumPy accepts
         "seed", "data_seed", "few_shot_seed", "fold_seed", "seeds", "search_seeds",
     )),
     ("above 0, or left out to train for epochs", lambda value: value > 0 or value == -1, ("max_steps",)),
@@ -67,7 +67,7 @@ RANGES = (
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with a script's docstring as it is written, one spelling of each flag, and the defaults that are some."""
+    """Help that keeps the script's docstring as written, and has one spelling and the default, if any, of each flag."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
@@ -81,7 +81,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class ScriptArgumentParser(HfArgumentParser):
-    """`HfArgumentParser` without abbreviations, with recipes below flags, and with errors of one line."""
+    """`HfArgumentParser` without abbreviations, with recipes that flags override, and with one-line errors."""
 
     def __init__(self, dataclass_types, **kwargs):
         super().__init__(
@@ -91,10 +91,10 @@ class ScriptArgumentParser(HfArgumentParser):
             usage="%(prog)s [recipe.yaml] [flags; recipe keys are flags]",
             **kwargs,
         )
-        self.given: set[str] = set()  # names of the flags on the command line and in the recipe, once parsed
+        self.given: set[str] = set()  # names of the flags on the command line and in the recipe, after parsing
         self._typed: set[str] = set()  # those on the command line
         self._recipe: Path | None = None
-        # of TrainingArguments: flags that take JSON
+        # flags of TrainingArguments that take JSON
         self._dict_fields = {name for kind in self.dataclass_types for name in getattr(kind, "_VALID_DICT_FIELDS", ())}
 
     def error(self, message: str) -> NoReturn:
@@ -103,15 +103,15 @@ class ScriptArgumentParser(HfArgumentParser):
     def parse(self, argv: Sequence[str] | None = None) -> tuple:
         """Return the dataclass instances for `argv` (the process's own arguments when None).
 
-        A first argument that ends in .yaml, .yml or .json is a recipe: its keys are flag names, and flags given
-        beside it win.
+        A first argument that ends in .yaml, .yml or .json is a recipe: its keys are flag names, and flags override
+        them.
 
-        A flag on the command line that can do nothing, for want of what it needs, is an error. A recipe may serve
-        several runs: its keys that can do nothing in this one are told in one line.
+        A flag on the command line whose needs are not met is an error. A recipe may serve several runs: its keys
+        without effect in this one are listed in one line.
 
         Raises:
-            UserError: an unknown flag or recipe key, a value of the wrong type or out of its choices or range, flags
-                that do not go together, that can do nothing, or that this machine does not support.
+            UserError: an unknown flag or recipe key, a value of the wrong type or outside its choices or range, or
+                flags that exclude each other, have no effect, or are not supported by this machine.
         """
         argv = list(sys.argv[1:] if argv is None else argv)
         if argv and argv[0].endswith(RECIPE_SUFFIXES):
@@ -130,12 +130,12 @@ class ScriptArgumentParser(HfArgumentParser):
             raise UserError(str(error)) from None
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
-            raise UserError(f"{unknown[0]}: no such flag{suggestion(unknown[0], flags)}; --help lists them.")
+            raise UserError(f"{unknown[0]}: unknown flag{suggestion(unknown[0], flags)}; --help lists them.")
         return tuple(instances)
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-        """Add a field's flag; of its metadata, argparse does not know what is ours.
+        """Add a field's flag, without our own metadata, which argparse does not know.
 
         A `bool` or `bool | None` is on by `--name` and off by `--no_name`, whatever its default.
         """
@@ -144,7 +144,7 @@ class ScriptArgumentParser(HfArgumentParser):
         field.metadata = {key: value for key, value in field.metadata.items() if key not in ("affects_result", "needs")}
         field.metadata |= {"nargs": "?", "const": True} if is_open else {}
         HfArgumentParser._parse_dataclass_field(parser, field)
-        if is_open or (field.type is bool and field.default is not True):  # of True, it has added --no_name
+        if is_open or (field.type is bool and field.default is not True):  # for True, it has added --no_name
             names = f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"
             parser.add_argument(
                 *names, action="store_false", default=field.default, dest=field.name,
@@ -152,14 +152,15 @@ class ScriptArgumentParser(HfArgumentParser):
             )  # fmt: skip
 
     def parse_known_args(self, args=None, namespace=None) -> tuple:
-        """Parse as `ArgumentParser` does, and check values before the dataclasses are made, which act on them."""
+        """Parse as `ArgumentParser` does, and check the values before dataclasses are created from them."""
         namespace, unknown = super().parse_known_args(args, namespace)
         check_ranges(vars(namespace))
         self.check_needs(vars(namespace))
         return namespace, unknown
 
     def _check_switches(self, argv: Sequence[str]) -> None:
-        """Raise where the command line says yes and no, as --flag and --no_flag do; of other flags, the last holds."""
+        """Raise if the command line turns a flag both on and off, as in --flag --no_flag; for other flags, the last
+        wins."""
         said: dict[str, dict[bool, str]] = {}
         for word, following in zip(argv, [*argv[1:], "--"]):
             flag, has_value, value = word.partition("=")
@@ -170,7 +171,7 @@ class ScriptArgumentParser(HfArgumentParser):
                 flag, value = f"{flag} {following}", following
             try:
                 switch = string_to_bool(value) if value else bool(action.const)
-            except argparse.ArgumentTypeError:  # told by argparse
+            except argparse.ArgumentTypeError:  # argparse reports it
                 continue
             of_flag = said.setdefault(action.dest, {})
             of_flag[switch] = f"{flag}={value}" if has_value else flag
@@ -178,12 +179,12 @@ class ScriptArgumentParser(HfArgumentParser):
                 raise UserError(f"{of_flag[True]}: not together with {of_flag[False]}; give one of the two.")
 
     def check_needs(self, values: Mapping[str, object]) -> None:
-        """Check that each given flag in `values` can do something; what is off as by default asks for nothing.
+        """Check that each given flag in `values` has an effect; a flag that is off, as by default, needs nothing.
 
         Raises:
-            UserError: one on the command line cannot.
+            UserError: one on the command line has none.
         """
-        idle: dict[str, list[str]] = {}  # keys of the recipe, by what they lack
+        idle: dict[str, list[str]] = {}  # recipe keys by what they lack
         for field, needs in (item for kind in self.dataclass_types for item in list_needs(kind)):
             name, value = field.name, values.get(field.name)
             if name not in self.given or name not in values or (not value and value == field.default):
@@ -199,10 +200,10 @@ class ScriptArgumentParser(HfArgumentParser):
                 break
         if idle and is_main_process():
             told = "; ".join(f"{', '.join(names)} ({lack})" for lack, names in idle.items())
-            print(f"{self._recipe}: without effect in this run: {told}.", file=sys.stderr)
+            print(f"{self._recipe}: no effect in this run: {told}.", file=sys.stderr)
 
     def fill_in(self, groups: Iterable, values: Mapping[str, object]) -> None:
-        """Set, in place, the flags in `values` that are not given: what a record or a table says for them."""
+        """Set, in place, the flags in `values` that were not given, for example from a record."""
         for group in groups:
             for field in dataclasses.fields(group):
                 if field.name in values and field.name not in self.given:
@@ -210,7 +211,7 @@ class ScriptArgumentParser(HfArgumentParser):
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> object:
         value = super()._get_value(action, arg_string)
-        if isinstance(value, float) and not abs(value) <= MAX_FLOAT:  # so written, it refuses NaN too
+        if isinstance(value, float) and not abs(value) <= MAX_FLOAT:  # written this way, it refuses NaN too
             raise argparse.ArgumentError(action, f"must be a finite number of at most {MAX_FLOAT:g}, got {value}")
         return value
 
@@ -220,7 +221,7 @@ class ScriptArgumentParser(HfArgumentParser):
         defaults = {}
         for key, value in read_mapping(path, "recipe").items():
             if key not in actions:
-                raise UserError(f"{path}: key '{key}' is no flag of this script{suggestion(key, list(actions))}.")
+                raise UserError(f"{path}: key '{key}': not a flag of this script{suggestion(key, list(actions))}.")
             defaults[key] = self._convert(path, key, value, actions[key])
             actions[key].required = False
         self.given |= set(defaults)
@@ -228,7 +229,7 @@ class ScriptArgumentParser(HfArgumentParser):
 
     def _convert(self, path: Path, key: str, value: object, action: argparse.Action) -> object:
         if value is None and action.default is not None:
-            raise UserError(f"{path}: '{key}' is empty; give a value, or leave it out for {action.default}.")
+            raise UserError(f"{path}: '{key}' is empty; give a value, or remove the key to use {action.default}.")
         takes_many = action.nargs == "+"
         if isinstance(value, dict) and key not in self._dict_fields or isinstance(value, list) and not takes_many:
             kind = "a mapping" if isinstance(value, dict) else "a list"
@@ -246,7 +247,7 @@ class ScriptArgumentParser(HfArgumentParser):
 
 
 def _shown(value: object) -> str:
-    """Return a flag's value as one types it."""
+    """Return a flag's value as a user types it."""
     if isinstance(value, list):
         return " ".join(map(_shown, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -267,7 +268,7 @@ def check_ranges(values: Mapping[str, object]) -> None:
 
 
 def suggestion(name: object, known: Iterable[str]) -> str:
-    """Return ', did you mean x?' for the known name that is closest, nothing where none is close."""
+    """Return ', did you mean x?' for the closest known name; empty if none is close."""
     close = difflib.get_close_matches(str(name), known, n=1)
     return f", did you mean {close[0]}?" if close else ""
 
@@ -276,7 +277,7 @@ def read_mapping(path: Path, what: str) -> dict:
     """Return the mapping in a YAML or JSON file.
 
     Raises:
-        UserError: the file is missing, malformed, or holds something else than a mapping.
+        UserError: the file is missing, malformed, or not a mapping.
     """
     mapping = _read_yaml_or_json(path, f"{path}: {what}")
     if not isinstance(mapping, dict):
@@ -288,12 +289,12 @@ def _read_yaml_or_json(path: Path, name: str) -> object:
     text = read_text(path, name)
     try:
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError is also YAML's of the date 2020-13-01
+    except (yaml.YAMLError, ValueError) as error:  # YAML raises ValueError for the date 2020-13-01
         raise UserError(f"{name} is malformed: {error}") from None
 
 
 def read_entries(path: Path, name: str) -> object:
-    """Return what a YAML or JSON file holds, or the lines of any other file without blank ones and # comments.
+    """Return the content of a YAML or JSON file, or the lines of any other file, without blank lines and # comments.
 
     Raises:
         UserError: the file is missing or malformed; the message begins with `name`.
@@ -308,7 +309,7 @@ def read_text(path: Path, name: str) -> str:
     """Return the text of a UTF-8 file; messages begin with `name`.
 
     Raises:
-        UserError: the file is missing, or no text.
+        UserError: the file is missing or not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8-sig")

@@ -1,4 +1,4 @@
-"""The JSON records that connect the steps: one module writes and reads all of them."""
+"""The JSON records that connect the steps; only this module reads and writes them."""
 
 import json
 import math
@@ -30,27 +30,27 @@ PACKAGES = ("torch", "torchvision", "transformers", "diffusers", "datasets", "ac
 def write_record(path: str | Path, record: dict) -> None:
     """Write `record` with its schema version as JSON, whole or not at all.
 
-    JSON has no NaN and no infinity: such a number becomes null, as what is not known is.
+    JSON has neither NaN nor infinity: such numbers become null, like unknown values.
     """
     record = {"schema_version": SCHEMA_VERSION, **record}
     try:
         text = json.dumps(record, indent=2, allow_nan=False)
     except ValueError:
-        text = json.dumps(_without_nan(json.loads(json.dumps(record))), indent=2, allow_nan=False)
+        text = json.dumps(_replace_nan(json.loads(json.dumps(record))), indent=2, allow_nan=False)
     write_text(path, text + "\n")
 
 
-def _without_nan(value: object) -> object:
-    """Return what JSON holds with None for each number that is not finite."""
+def _replace_nan(value: object) -> object:
+    """Return JSON values with None for each number that is not finite."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: _replace_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
+        return [_replace_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file with its own line ends, whole or not at all."""
+    """Write a text file with its line endings unchanged, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -59,10 +59,10 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_record(path: str | Path) -> dict:
-    """Return a record without its schema version; NaN is read where an earlier version wrote it.
+    """Return a record without its schema version; NaN from earlier versions is read too.
 
     Raises:
-        UserError: the file is no record, or was written by a newer version of these scripts.
+        UserError: the file is not a record, or was written by a newer version of these scripts.
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -70,17 +70,17 @@ def read_record(path: str | Path) -> dict:
         raise UserError(f"{path}: cannot be read as a record ({error}).") from None
     version = record.pop("schema_version", None) if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
-        raise UserError(f"{path}: schema_version is {version}, this version of the scripts reads {SCHEMA_VERSION}.")
+        raise UserError(f"{path}: schema_version must be {SCHEMA_VERSION} for these scripts, got {version}.")
     return record
 
 
 def image_set_name(real_images: dict) -> str:
-    """Return what the real images of a record are called: their data set, else the folder of their class folders."""
+    """Return the name of a record's real images: their dataset, else their folder of class folders."""
     return real_images.get("dataset_name") or real_images["train_dir"]
 
 
 def package_versions() -> dict[str, str]:
-    """Return the installed versions of the packages that decide a result."""
+    """Return the installed versions of the packages that affect results."""
     return {name: metadata.version(name) for name in PACKAGES}
 
 
@@ -97,14 +97,14 @@ def peak_memory_gib() -> float:
     status = Path("/proc/self/status")
     if not status.exists():  # not Linux
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-    # a process inherits ru_maxrss from the one that started it, as from `accelerate launch`
+    # a process inherits ru_maxrss from its parent, such as `accelerate launch`
     return round(int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20, 2)
 
 
 def write_run_config(output_dir: str | Path, options: dict, started: float, **facts) -> dict:
     """Write `run_config.json`: options (of `resolve_options`), versions, hardware, seconds, peak memory, and `facts`.
 
-    `started` is the `time.time()` at which the script began.
+    `started` is the `time.time()` at the start of the script.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Runs commands as the steps of a longer work: what is finished is not done again, two may run side by side."""
+"""Runs commands as steps of a longer job: finished steps are not repeated, and two may run at once."""
 
 import fnmatch
 import glob
@@ -21,16 +21,16 @@ from utils.cli.parsing import RECIPE_SUFFIXES
 from utils.cli.records import ALL_RESULTS, RUN_CONFIG, write_text
 
 NUM_LANES = 2
-# of a step's folder, what no later one depends on: times, texts and pictures
-NO_RESULTS = (RUN_CONFIG, ALL_RESULTS, "*.md", "*.png", "SHA256SUMS", "quality.json")
+# files in a step's folder that no later step depends on: times, texts and pictures
+NOT_RESULTS = (RUN_CONFIG, ALL_RESULTS, "*.md", "*.png", "SHA256SUMS", "quality.json")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command (a script with its flags), why it is run, and the file that is there once it is finished.
+    """A command (a script with its flags), why it is run, and the file that exists once it is finished.
 
-    `is_launched` says whether `accelerate launch` runs the script, or Python by itself, `from_scratch` which flags let
-    it replace what it made of other inputs.
+    `is_launched` tells whether `accelerate launch` runs the script, or plain Python; `from_scratch` are the flags with
+    which it replaces a result made from other inputs.
     """
 
     name: str
@@ -42,21 +42,21 @@ class Step:
 
     @property
     def text(self) -> str:
-        """The command as one would type it."""
+        """The command as a user would type it."""
         return shlex.join([*(("accelerate", "launch") if self.is_launched else ("python",)), *self.command])
 
     def reads(self, other: "Step") -> bool:
-        """Say whether the command names the folder that another step makes."""
+        """Return whether the command names the folder that another step makes."""
         return other is not self and str(other.finished.parent) in self.command
 
 
 @dataclass
 class StepRunner:
-    """Runs steps in `root`, says what each does, and remembers in `runs_dir` its seconds and the memory it recorded.
+    """Runs steps in `root`, prints what each does, and records its seconds and peak memory in `runs_dir`.
 
-    A step is run again where its command has changed, or one of the files and folders in it, or what it made is gone.
+    A step is run again if its command or one of the files and folders in it changed, or if its result is gone.
 
-    `launch` are flags of `accelerate launch`, `environment` is added to this process's.
+    `launch` are flags of `accelerate launch`; `environment` is added to this process's environment.
     """
 
     root: Path
@@ -76,13 +76,13 @@ class StepRunner:
             RuntimeError: the command failed; the message names the log.
         """
         before, asked, inputs = self.costs.get(step.name, {}), step.text, self._describe_inputs(step)
-        noted = before.get("inputs", inputs)  # earlier versions noted none
+        noted = before.get("inputs", inputs)  # earlier versions recorded none
         changed = [name for name in {**noted, **inputs} if noted.get(name) != inputs.get(name)]
         if step.finished.exists() and before.get("command") == asked and not changed:
-            self.say(f"{step.name}: done before in {before['seconds']:.0f} s")
+            self.say(f"{step.name}: already done, in {before['seconds']:.0f} s")
             return
         if step.finished.exists() and changed:
-            self.say(f"{step.name}: was made of another {', '.join(changed)}, and is made anew")
+            self.say(f"{step.name}: {', '.join(changed)} changed; running it again")
             step = replace(step, command=(*step.command, *(set(step.from_scratch) - set(step.command))))
         self.say(f"\033[1m{step.name}\033[0m: {step.why}\n  $ {step.text}")
         log_path = self.runs_dir / "logs" / f"{step.name.replace(' ', '-').replace(',', '')}.log"
@@ -95,7 +95,7 @@ class StepRunner:
             )  # fmt: skip
         if result.returncode:
             where = "see above" if show else f"see {log_path}"
-            raise RuntimeError(f"{step.name} failed, {where}; the same make command goes on from here")
+            raise RuntimeError(f"{step.name} failed, {where}; the same make command resumes here")
         seconds = round(time.time() - started, 1)
         run_config = step.finished.parent / RUN_CONFIG
         memory = json.loads(run_config.read_text())["peak_memory_gib"] if run_config.exists() else None
@@ -105,8 +105,8 @@ class StepRunner:
         if not show:
             self.say(f"  {step.name}: finished in {seconds:.0f} s")
 
-    def run_side_by_side(self, steps: Sequence[Step], num_lanes: int = NUM_LANES) -> None:
-        """Run steps, so many at a time: of those whose inputs are finished the first given."""
+    def run_in_parallel(self, steps: Sequence[Step], num_lanes: int = NUM_LANES) -> None:
+        """Run steps, `num_lanes` at a time: always the first one whose inputs are finished."""
         waiting, running = list(steps), {}
         with ThreadPoolExecutor(num_lanes) as pool:
             while waiting or running:
@@ -123,13 +123,13 @@ class StepRunner:
             print(text, flush=True)
 
     def print_costs(self) -> None:
-        """Print what the steps cost, a line each."""
+        """Print the cost of each step in a line."""
         for name, cost in self.costs.items():
             memory = f" {cost['peak_memory_gib']:6.1f} GiB" if cost["peak_memory_gib"] else ""
             print(f"  {name:36s} {cost['seconds']:7.0f} s{memory}")
 
     def _describe_inputs(self, step: Step) -> dict[str, str]:
-        """Return what tells the contents of the files and folders that a command names from others, by path."""
+        """Return path -> identity of the contents of the files and folders that a command names."""
         finished = (self.root / step.finished).absolute()
         inputs, own = {}, {finished, *finished.parents}
         words = [word for word in step.command[1:] if "/" in word]
@@ -144,7 +144,7 @@ class StepRunner:
                     continue
                 folder, names = path.parent, [path.name]
                 if path.is_dir():
-                    folder, names = path, [name for name in list_files(path) if not _is_no_result(name)]
+                    folder, names = path, [name for name in list_files(path) if not _is_not_result(name)]
                 inputs[os.path.relpath(path, self.root)] = describe_files(folder, names)
         return inputs
 
@@ -155,5 +155,5 @@ class StepRunner:
         return [str(python.with_name("accelerate")), "launch", *self.launch, *step.command]
 
 
-def _is_no_result(name: str) -> bool:
-    return "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in NO_RESULTS)
+def _is_not_result(name: str) -> bool:
+    return "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in NOT_RESULTS)

@@ -1,4 +1,4 @@
-"""Tables on the terminal, without a cut figure: where it is too narrow for one, the rows are lines of text."""
+"""Tables on the terminal, never with a cut number: if it is too narrow, rows become lines of text."""
 
 from rich.console import Console
 from rich.table import Table
@@ -9,16 +9,16 @@ CUT = "…"  # how rich ends a word that it cuts
 
 
 def print_table(table: Table, console: Console) -> None:
-    """Print a table, in a pipe or on a narrow terminal as `first cell: head value; head value` if a word would be cut.
+    """Print a table; if a word would be cut (pipe, narrow terminal), print `first cell: head value; head value` lines.
 
-    Above these lines stands the table's title, or the head of its first column.
+    The lines come below the table's title, or else the head of its first column.
     """
 
     def num_cut(width: int) -> int:
         segments = console.render(table, console.options.update_width(width))
         return sum(segment.text.count(CUT) for segment in segments)
 
-    if num_cut(console.width) == num_cut(WIDE):  # a cell may have that character of its own
+    if num_cut(console.width) == num_cut(WIDE):  # a cell may contain that character itself
         console.print(table)
         return
 
@@ -32,3 +32,9 @@ def print_table(table: Table, console: Console) -> None:
         lines.append(f"{name}: " + "; ".join(f"{head} {cell}".strip() for head, cell in zip(heads, cells) if cell))
     lines += [plain(table.caption, " ")] if table.caption else []
     console.print(Text("\n".join(lines)), soft_wrap=True)
+
+
+def shorten(name: str, length: int) -> str:
+    """Return a name of at most `length` characters, cut in the middle: long names often begin alike."""
+    num_last = (length - 1) // 3
+    return name if len(name) <= length else f"{name[: length - 1 - num_last]}…{name[-num_last:]}"

@@ -1,4 +1,4 @@
-"""The cells of a comparison: data opened once, stage 1 trained once and shared, results kept; some side by side."""
+"""The cells of a comparison: data opened once, stage 1 trained once and shared, results kept, cells in parallel."""
 
 import atexit
 import dataclasses
@@ -43,19 +43,19 @@ from utils.transfer.run_method import images_per_class, run_method, select_image
 from utils.transfer.stage import Pretrained
 from utils.transfer.synthetic_images import SyntheticSource, identify_synthetic, load_synthetic
 
-MAX_BYTES_IN_MEMORY = 2**30  # of images that cells are evaluated on, again and again
+MAX_BYTES_IN_MEMORY = 2**30  # of images that cells are evaluated on repeatedly
 _runner: "CellRunner | None" = None  # of a worker process
 
 
 @dataclass
 class CellRunner:
-    """What all cells share. `sources` maps (name of a synthetic set, seed), and fold where there are, to the set.
+    """What all cells share. `sources` maps (name of a synthetic set, seed), with folds also the fold, to the set.
 
-    With `folds`, `real` are their images: all in its training part, of which each cell tests on a fold.
-    `settings` has what recipes and methods leave open, `shared_inputs` what told the contents of model and real images
-    from others before these were loaded. Several runners, in as many processes, may share `output_dir`: each cell and
-    each stage 1 has a lock, and is run once. `classifier` names `pretrained` where there are others too.
-    `caches_images` is None until `decode_once` has decided.
+    With `folds`, all images of `real` are in its training part, and each cell tests on a fold.
+    `settings` has the values that recipes and methods do not set, `shared_inputs` what identified the contents of model
+    and real images before these were loaded. Runners in several processes may share `output_dir`: each cell and each
+    stage 1 has a lock, and is run once. `classifier` names `pretrained` if there are several. `caches_images` is None
+    until `decode_once` has decided.
     """
 
     pretrained: Pretrained
@@ -75,12 +75,12 @@ class CellRunner:
     _identities: dict = field(default_factory=dict)
 
     def result(self, cell: Cell) -> dict:
-        """Return a cell's metrics on its split, from disk when it was run with the same settings before.
+        """Return a cell's metrics on its split, from disk if it was run with the same settings before.
 
-        Beside them: which images were right (`unpack_correct`), and the costs of each stage as `<stage>_<cost>`.
+        Also returned: which images were right (`unpack_correct`), and the costs of each stage as `<stage>_<cost>`.
 
         Raises:
-            UserError: a stage cannot be run, or diverged; the message names the cell. A cell of a search that diverged
+            UserError: a stage cannot be run, or diverged; the message names the cell. In a search, a cell that diverged
                 has a result, with an accuracy of None and the message as `diverged`.
         """
         path = self.path(cell)
@@ -90,17 +90,17 @@ class CellRunner:
                     results = self._run(cell)
                     self._check_unchanged(cell)
                 except UserError as error:
-                    message = f"{error} (in the cell '{cell.title}'{self.of_classifier})"
+                    message = f"{error} (in the cell '{cell.title}'{self.classifier_suffix})"
                     if not isinstance(error, DivergedError) or cell.split != "validation":
                         raise UserError(message) from None
                     results = {"accuracy": None, "diverged": message}
                 write_record(path, {"settings": self._cell_settings(cell), "results": results})
-                gc.collect()  # a Trainer is full of cycles
+                gc.collect()  # a Trainer has reference cycles
         return read_record(path)["results"]
 
     @property
-    def of_classifier(self) -> str:
-        """The end of a message: ` of <classifier>` where there are several."""
+    def classifier_suffix(self) -> str:
+        """The end of a message: ` of <classifier>` if there are several."""
         return f" of {self.classifier}" if self.classifier else ""
 
     def release_images(self) -> None:
@@ -108,7 +108,7 @@ class CellRunner:
         self._items.clear()
 
     def plan(self, cell: Cell, weight: float = 1.0) -> list[StagePlan]:
-        """Return the stages of a cell; `weight` is that of synthetic images, where a guard has measured it."""
+        """Return the stages of a cell; `weight` is the weight of synthetic images, if a guard has measured it."""
         return plan_cell(cell, self.settings, self._images_per_class, weight)
 
     @cached_property
@@ -120,7 +120,7 @@ class CellRunner:
         return self.folds and self.folds.names[0]
 
     def path(self, cell: Cell) -> Path:
-        """Return the file with a cell's result, which is there once the cell is finished."""
+        """Return the file with a cell's result, which exists once the cell is finished."""
         parts = [cell.row.label]
         if cell.row.method.uses_real:
             parts.append(f"{shots_key(cell.num_shots)}shots")
@@ -133,7 +133,7 @@ class CellRunner:
         return self.output_dir / "cells" / f"{'-'.join(parts)}.json"
 
     def bridge_dir(self, cell: Cell) -> Path | None:
-        """Return the folder with the stage 1 that a cell shares with others; None where it has none."""
+        """Return the folder with the stage 1 that a cell shares with others, or None without a stage 1."""
         stages = [stage for stage in self.plan(cell) if stage.images == "synthetic"]
         if not stages:
             return None
@@ -144,10 +144,10 @@ class CellRunner:
         return self.output_dir / "stage1" / f"{cell.row.synthetic}-seed{cell.seed}-{fingerprint(settings)}"
 
     def check(self, rows: list[Row], shots: list[int | None], volumes: list[int | None]) -> None:
-        """Check before any training that there are enough images, and that every synthetic set has the classes.
+        """Check before training that there are enough images, and that every synthetic set has the classes.
 
         Raises:
-            UserError: one of them does not fit, or a synthetic image is damaged.
+            UserError: there are too few images, classes differ, or a synthetic image is damaged.
         """
         draws = {(seed, *fold) for _, seed, *fold in self.sources}
         trained = [self.real.train.select(self.few_shot_rows(None, *draw)) for draw in draws]
@@ -164,12 +164,10 @@ class CellRunner:
                 raise UserError(f"--volumes {most}: {source.name} has only {smallest} images of a class.")
 
     def decode_once(self, rows: list[Row], volumes: list[int | None]) -> str | None:
-        """Decode all training images, where `caches_images` asks for that or leaves it open and they fit.
-
-        Return a line that says so; None where they are not.
+        """Decode all training images if `caches_images` is true, or None and they fit; return a line if so, else None.
 
         Raises:
-            UserError: what was asked for does not fit on the disk.
+            UserError: `caches_images` is true, and they do not fit on the disk.
         """
         if self.caches_images is False:
             return None
@@ -182,7 +180,7 @@ class CellRunner:
         return line
 
     def _used_sources(self, rows: list[Row]) -> list[SyntheticSource]:
-        """Return the sets of these rows, each once; several seeds may share one."""
+        """Return the synthetic sets of these rows, each once; several seeds may share one."""
         used = {row.synthetic for row in rows if row.method.uses_synthetic}
         sources = [source for (name, *_), source in self.sources.items() if name in used]
         return list({(source.name, source.revision): source for source in sources}.values())
@@ -192,14 +190,14 @@ class CellRunner:
         return read_image_format(self.pretrained.image_processor).crop_size
 
     def _training_images(self, images: Dataset) -> Dataset:
-        """Return images as training takes them, decoded where that is cached."""
+        """Return the images for training, with decoded images if these are cached."""
         return cache_images(images, self._crop_size) if self.caches_images else images
 
     def load_synthetic(self, source: SyntheticSource, volume: int | None = None) -> Dataset:
-        """Return the images of a set with the real set's labels, at most `volume` a class."""
+        """Return the images of a set with the real set's labels, at most `volume` per class."""
         key = source.name, source.revision, volume
         if key not in self._synthetic:
-            self.identity_of(source, volume)  # before it is loaded
+            self.synthetic_identity(source, volume)  # before it is loaded
             self._synthetic[key] = load_synthetic(
                 source, self.real.class_names, volume, self.pretrained.hub_options.get("token"),
                 allow_missing_classes=self.allow_missing_classes,
@@ -207,16 +205,16 @@ class CellRunner:
         return self._synthetic[key]
 
     def few_shot_rows(self, num_shots: int | None, seed: int, fold: str | None = None) -> np.ndarray:
-        """Return the rows of `real.train` that `load_real_images` gives for these shots; None is all.
+        """Return the rows of `real.train` that `load_real_images` selects for these shots; None is all.
 
-        With a fold they are those of its training part.
+        With a fold, they are from its training part.
         """
         labels = np.asarray(self.real.train["label"])
         rows = np.arange(len(labels)) if fold is None else self.folds.split(fold, seed)[0]
         return rows[balanced_indices(labels[rows], num_shots and num_shots * len(np.unique(labels[rows])), seed)]
 
     def _cell_settings(self, cell: Cell) -> dict:
-        """Return all that decides a cell's result."""
+        """Return everything that determines a cell's result."""
         settings = self._shared_settings(cell) | {
             "stages": [stage.to_dict() for stage in self.plan(cell)],
             "split": cell.split,
@@ -239,7 +237,7 @@ class CellRunner:
             "class_names": self.real.class_names, "lr_scheduler_type": str(self.training_args.lr_scheduler_type),
             **self._contents(cell, ["model_name_or_path"]),
         }  # fmt: skip
-        # cells of before it could be chosen stay
+        # keeps the cells of earlier versions, which had no precision
         return settings if precision == "no" else settings | {"mixed_precision": precision}
 
     def _real_settings(self, cell: Cell) -> dict:
@@ -250,19 +248,19 @@ class CellRunner:
 
     def _synthetic_settings(self, cell: Cell) -> dict:
         source = self.sources[cell.source]
-        # what a folder's record says of a set that grew does not matter where only its first images are used
+        # not the record of a folder, as it changes when the set grows, and its first images do not
         described = dataclasses.asdict(source) if source.revision else self.inputs(cell)["synthetic_dataset"]
         return {"synthetic_dataset": described, "volume": cell.row.volume}
 
     def inputs(self, cell: Cell) -> dict[str, str]:
-        """Return what tells the contents of a cell's inputs from others, by flag, as they were when first looked at."""
+        """Return what identifies the contents of a cell's inputs, by flag, as of the first look."""
         if not cell.row.method.uses_synthetic:
             return self.shared_inputs
         source = self.sources[cell.source]
-        return self.shared_inputs | {"synthetic_dataset": self.identity_of(source, cell.row.volume)}
+        return self.shared_inputs | {"synthetic_dataset": self.synthetic_identity(source, cell.row.volume)}
 
-    def identity_of(self, source: SyntheticSource, volume: int | None) -> str:
-        """Return what tells a set's images, at most so many per class, from others, as when first looked at."""
+    def synthetic_identity(self, source: SyntheticSource, volume: int | None) -> str:
+        """Return what identifies a set's images, at most `volume` per class, as of the first look."""
         key = source.name, source.revision, volume
         if key not in self._identities:
             self._identities[key] = identify_synthetic(source, volume)
@@ -277,7 +275,7 @@ class CellRunner:
         return inputs
 
     def _contents(self, cell: Cell, names: Iterable[str]) -> dict[str, str]:
-        """Return entries of settings for those inputs that are folders; commits of others are among these already."""
+        """Return entries for the inputs that are folders; commits of others are in the settings already."""
         inputs = self.inputs(cell)
         return {
             f"{name}_contents": inputs[name]
@@ -288,7 +286,7 @@ class CellRunner:
     def _check_unchanged(self, cell: Cell) -> None:
         before, now = self.inputs(cell), self._identify(cell)
         if changed := [f"--{name} was {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]:
-            raise UserError(f"{'; '.join(changed)}: changed while it was read; run the same command again.")
+            raise UserError(f"{'; '.join(changed)}: changed during the run; run the same command again.")
 
     def _run(self, cell: Cell) -> dict:
         """Train a cell's stages and return metrics, steps, images seen and seconds."""
@@ -326,7 +324,7 @@ class CellRunner:
         return FileLock(folder / f"{name}.lock")
 
     def _eval_items(self, cell: Cell) -> EvalImages | Subset | list[dict]:
-        """Return the images that a cell is judged on: their items in memory where these are not too large."""
+        """Return the images to evaluate a cell on; their items are in memory if these are not too large."""
         split = cell.split if cell.fold is None else "train"
         if split not in self._items:
             images = EvalImages(getattr(self.real, split), self.pretrained.image_processor)
@@ -340,7 +338,7 @@ class CellRunner:
 
 
 def _smallest_class(images: Dataset) -> int:
-    """Return the number of images of the class with the fewest, of those that have any."""
+    """Return the number of images of the smallest class that has any."""
     return min(Counter(images["label"]).values())
 
 
@@ -348,13 +346,13 @@ def run_cells(runner: CellRunner, cells: list[Cell], num_workers: int, descripti
     """Return the result of every cell; equal cells are run once, finished ones not again.
 
     Raises:
-        UserError: a cell cannot be run; no other is begun then.
+        UserError: a cell cannot be run; then no other is started.
     """
     cells = list(dict.fromkeys(cells))
     results = {cell: runner.result(cell) for cell in cells if runner.path(cell).exists()}
     waiting = [cell for cell in cells if cell not in results]
     with tqdm(
-        total=len(cells), initial=len(results), unit="cell", desc=f"{description}{runner.of_classifier}"
+        total=len(cells), initial=len(results), unit="cell", desc=f"{description}{runner.classifier_suffix}"
     ) as progress:
         if num_workers == 1:
             for cell in waiting:
@@ -362,15 +360,15 @@ def run_cells(runner: CellRunner, cells: list[Cell], num_workers: int, descripti
                 results[cell] = runner.result(cell)
                 progress.update()
         elif waiting:
-            for cell, result in _run_side_by_side(runner, waiting, min(num_workers, len(waiting))):
+            for cell, result in _run_in_parallel(runner, waiting, min(num_workers, len(waiting))):
                 progress.set_postfix_str(cell.title)
                 results[cell] = result
                 progress.update()
     return results
 
 
-def _run_side_by_side(runner: CellRunner, cells: list[Cell], num_workers: int) -> Iterator[tuple[Cell, dict]]:
-    """Yield (cell, result) as they come."""
+def _run_in_parallel(runner: CellRunner, cells: list[Cell], num_workers: int) -> Iterator[tuple[Cell, dict]]:
+    """Yield (cell, result) in the order of completion."""
     context = multiprocessing.get_context("spawn")  # a fork of a process that has used CUDA cannot use it
     numbers = context.SimpleQueue()
     for number in range(num_workers):
@@ -384,8 +382,8 @@ def _run_side_by_side(runner: CellRunner, cells: list[Cell], num_workers: int) -
                 yield futures[future], future.result()
         except BrokenProcessPool:
             raise UserError(
-                f"--num_workers {num_workers}: a worker process was killed, perhaps for want of memory; give fewer, "
-                "finished cells are kept."
+                f"--num_workers {num_workers}: a worker process was killed, perhaps out of memory; give fewer workers. "
+                "Finished cells are kept."
             ) from None
         except KeyboardInterrupt:  # a cell may take hours
             for worker in multiprocessing.active_children():
@@ -396,7 +394,7 @@ def _run_side_by_side(runner: CellRunner, cells: list[Cell], num_workers: int) -
 
 
 def order_for_workers(runner: CellRunner, cells: list[Cell]) -> list[Cell]:
-    """Return the cells so that few wait for each other: one for each stage 1, those without one, the others."""
+    """Return the cells in an order with little waiting: one per stage 1, then those without one, then the rest."""
     seen, keys = Counter(), {}
     for cell in cells:
         bridge_dir = runner.bridge_dir(cell)
@@ -412,7 +410,7 @@ def visible_gpus() -> list[str]:
 
 
 def use_one_gpu(number: int, gpus: list[str]) -> None:
-    """Let this process see one of `gpus` only, before it uses any: with several, the Trainer would split batches."""
+    """Let this process see only one of `gpus`, before it uses any: with several, the Trainer would split batches."""
     if len(gpus) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
 
@@ -421,16 +419,16 @@ def _start_worker(runner: CellRunner, numbers, num_workers: int, gpus: list[str]
     global _runner
     _runner = runner
     logging.set_verbosity(verbosity)
-    logging.disable_progress_bar()  # theirs would run across that of the cells
+    logging.disable_progress_bar()  # they would interfere with the bar of the cells
     use_one_gpu(numbers.get(), gpus)
     torch.set_num_threads(num_threads(num_workers))
-    gc.freeze()  # what was imported: a collection, of which each stage has several, would take half a second for it
-    atexit.register(gc.unfreeze)  # else a library says that it leaks
+    gc.freeze()  # imported objects: else each collection, of which a stage has several, takes half a second
+    atexit.register(gc.unfreeze)  # else a library reports leaks
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A killed parent says nothing to its workers, which would wait for ever."""
+    """End with the parent: a killed one does not tell its workers, which would wait forever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 

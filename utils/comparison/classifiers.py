@@ -1,4 +1,4 @@
-"""The classifiers of a comparison: what they are called in its tables, and the revision of each. No torch."""
+"""The classifiers of a comparison: their labels in its tables, and their revisions. No torch."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from utils.cli.errors import UserError
 
 @dataclass(frozen=True)
 class Classifier:
-    """A pretrained classifier as it was `given`; `label` is short, and tells it from the others that are compared."""
+    """A pretrained classifier as it was `given`; `label` is short and unique among those compared."""
 
     label: str
     given: str
@@ -18,9 +18,9 @@ class Classifier:
 
 
 def parse_classifiers(values: list[str], revision: str | None = None) -> list[Classifier]:
-    """Return the classifiers for values like `user/name`, `user/name@revision` or a folder; `revision` is of all.
+    """Return the classifiers for values like `user/name`, `user/name@revision` or a folder; `revision` applies to all.
 
-    A label is the last part of the path, with the revision; the whole value where two would be called the same.
+    A label is the last part of the path, with the revision, or the whole value if two labels would be equal.
 
     Raises:
         UserError: a classifier has two revisions.

@@ -1,4 +1,4 @@
-"""What synthetic images cost before any classifier is trained: seconds of generator and style token, from records."""
+"""What synthetic images cost before a classifier is trained: seconds of generator and style token, from records."""
 
 import hashlib
 from collections.abc import Iterable
@@ -17,9 +17,9 @@ GENERATOR, STYLE_TOKEN = "generator_seconds", "style_token_seconds"  # in a summ
 def summarise_all(
     results: dict[str, dict], correct: dict[str, dict], baseline: Row | None, **preparation
 ) -> list[dict]:
-    """Return the entries of all classifiers, each with its label where there are several, and all costs.
+    """Return the entries of all classifiers with all costs, and with the classifier's label if there are several.
 
-    `correct` has by classifier what `stack_correct` makes of its results.
+    `correct` maps each classifier to what `stack_correct` returns for its results.
     """
     summary = []
     for label, of_one in results.items():
@@ -33,10 +33,10 @@ def add_preparation(
     summary: list[dict], rows: Iterable[Row], sources: dict[tuple, SyntheticSource], seeds: list[int],
     token: str | None = None,
 ) -> None:  # fmt: skip
-    """Add to entries of methods with synthetic images what these took to make, in seconds, a mean over the seeds' sets.
+    """Add the seconds that making the synthetic images took, averaged over the seeds' sets, to methods that use them.
 
-    A smaller volume takes its share of the generator's seconds. None is what no record says; without a style token,
-    there is no entry for it. `token` is the Hub's.
+    A smaller volume takes its share of the generator's seconds. None means that no record says; without a style token
+    there is no entry for it. `token` is an access token for the Hub.
     """
     known = {(source.name, source.revision): source for source in sources.values()}
     measured = {key: _seconds_of(source, token) for key, source in known.items()}
@@ -59,7 +59,7 @@ def add_preparation(
 
 
 def describe_sharing(summary: list[dict]) -> str | None:
-    """Return who shares the generator's seconds in a summary, None where no two methods do."""
+    """Return a sentence on which methods share the generator's seconds, or None if no two methods do."""
     methods = {entry["method"] for entry in summary if GENERATOR in entry}
     sets = {method.partition("@")[2] for method in methods}
     if len(methods) == len(sets):
@@ -75,7 +75,7 @@ def _share(seconds: float | None, source: SyntheticSource, volume: int | None) -
 
 
 def _seconds_of(source: SyntheticSource, token: str | None) -> dict[str, float | None]:
-    """Return the seconds of the generator for a whole set, and those of its style token where it has one."""
+    """Return the generator's seconds for a whole set, and the style token's if the set has one."""
     run, num_all = _read_run(Source(source.name, FLAG, "dataset", source.revision, token)) or {}, num_images(source)
     seconds, num_drawn = run.get("seconds"), run.get("num_drawn", num_all)
     if seconds is not None and num_drawn != num_all:  # the last run drew what was missing
@@ -85,7 +85,7 @@ def _seconds_of(source: SyntheticSource, token: str | None) -> dict[str, float |
 
 
 def _style_seconds(style: dict, token: str | None) -> float | None:
-    """Return the seconds of a style token's training; None where its folder holds another one by now."""
+    """Return the seconds of a style token's training, or None if its folder now holds another token."""
     repository = Source(style["id"], "--learned_embeds", revision=style.get("revision"), token=token)
     run = _read_run(repository)
     return run["seconds"] if run and _sha256(repository) == style["sha256"] else None
@@ -101,5 +101,5 @@ def _sha256(repository: Source) -> str | None:
 def _read_run(repository: Source) -> dict | None:
     try:
         return read_record(repository.file(RUN_CONFIG)) if repository.has_one_of([RUN_CONFIG]) else None
-    except UserError:  # a comparison can do without
+    except UserError:  # a comparison can do without it
         return None

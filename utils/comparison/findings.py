@@ -1,10 +1,11 @@
-"""What a comparison says, in sentences: which method to use for each number of images, and what the others did.
+"""The findings of a comparison in sentences: which method to use per number of images, and how the others did.
 
-The method with the best test accuracy is named together with its gain on the same test images: of many methods, the
-best one's gain is likely overstated. The search's validation accuracies could not choose in its place: they are of one
-seed, of the shots that were searched, and themselves the best of several recipes; a sentence says so instead. No torch.
+The method with the best test accuracy is named together with its gain on the same test images. The gain of the best of
+many methods is likely overstated, and a sentence says so. The search's validation accuracies cannot choose instead:
+they come from one seed and the searched shots, and are themselves the best of several recipes. No torch.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,7 +16,8 @@ from utils.comparison.grid import Row, shots_title
 from utils.comparison.statistics import Gain, paired_gain
 from utils.transfer.methods import DEFAULT_METHOD
 
-USUAL = ("bridged", DEFAULT_METHOD, "mix")  # the paper's method, ours, and the plainest other one
+USUAL = ("bridged", DEFAULT_METHOD, "mix")  # the paper's method, ours, and the simplest alternative
+MAX_HIGHLIGHTS = 6  # more colours are hard to tell apart
 Correct = dict[Row, dict[int | None, np.ndarray]]
 
 
@@ -23,10 +25,10 @@ Correct = dict[Row, dict[int | None, np.ndarray]]
 class Recommendation:
     """The method to use for one number of images, and why.
 
-    `use` is the method with the best mean accuracy of those with synthetic images whose gain over `real_only` is clear,
-    else `real_only`; None where that cannot be judged. `real_only` is the best method without synthetic images.
-    `synthetic` is the one of `gain`: `use`, or the best of those that do not gain clearly. What was not run is None.
-    `leader` has a higher mean than `use`, but no clear gain.
+    `use` is the method with synthetic images that has the best mean accuracy among those with a clear gain over
+    `real_only`, or `real_only` if none has; None if that cannot be judged. `real_only` is the best method without
+    synthetic images. `synthetic` is the method that `gain` is about: `use`, or the best method without a clear gain.
+    `leader` has a higher mean than `use`, but no clear gain. What was not run is None.
     """
 
     num_shots: int | None
@@ -50,7 +52,7 @@ def _recommend_one(correct: Correct, rows: list[Row], num_shots: int | None) -> 
     def mean(row: Row) -> float:
         return correct[row][num_shots].mean()
 
-    # at a tie, the one of as many steps as the others
+    # at a tie, the method that takes as many steps as the others
     real_only = max(
         (row for row in rows if not row.method.uses_synthetic),
         key=lambda row: (mean(row), row.method.flags["match_steps"]), default=None,
@@ -71,13 +73,13 @@ def _recommend_one(correct: Correct, rows: list[Row], num_shots: int | None) -> 
 
 
 def describe_findings(by_classifier: dict[str, Correct], baseline: Row | None) -> list[str]:
-    """Return in sentences what was found, whichever way it went: first which method to use for each number of images.
+    """Return the findings in sentences, positive or not: first which method to use for each number of images.
 
-    `by_classifier` has what `stack_correct` returns by the classifiers' labels, `baseline` is the row that the gains of
-    the table are over. With several volumes the sentences are on the largest, and on what the largest adds to the
-    smallest. After the method to use come the bridged methods, other methods that beat the best of these, and what the
-    figures do not tell. With several classifiers each sentence names its own, the answers for all of them come first,
-    in the order in which they were given: which classifier is best is not judged.
+    `by_classifier` maps the classifiers' labels to what `stack_correct` returns; the table's gains are over `baseline`.
+    With several volumes the sentences are about the largest, and about its gain over the smallest. After the method to
+    use come the bridged methods, other methods that beat the best of them, and the limits of the figures. With several
+    classifiers each sentence names its classifier, and the methods to use come first for all of them, in the given
+    order; the classifiers are not compared with each other.
     """
     answers, details, limits = [], [], []
     for label, correct in by_classifier.items():
@@ -108,10 +110,10 @@ def _describe_methods(correct: Correct, baseline: Row | None) -> list[str]:
 
 
 def describe_recommendations(recommendations: list[Recommendation], correct: Correct) -> list[str]:
-    """Return which method to use, and what it gains: in one sentence, of more than two numbers of images one for each.
+    """Return which method to use and its gain: one sentence, or one for each number of images if these are over two.
 
-    The first of several names the method for every number of images, with what it gains over the best without synthetic
-    images.
+    If there are several, the first names the method for every number of images, with its gain over the best method
+    without synthetic images.
     """
     parts = [_describe_one(item, correct[_shown(item)][item.num_shots].mean()) for item in recommendations]
     if len(parts) <= 2:
@@ -125,7 +127,7 @@ def describe_recommendations(recommendations: list[Recommendation], correct: Cor
     answers = answers if choices else []
     answers += [f"{_join(unknown)} it cannot be judged which method to use"] if unknown else []
     if any(gains.values()):
-        answers.append("in parentheses what is gained over the best method without synthetic images")
+        answers.append("in parentheses the gain over the best method without synthetic images")
     return [f"{_capitalise('; '.join(answers))}.", *(f"{_capitalise(part)}." for part in parts)]
 
 
@@ -134,8 +136,8 @@ def _describe_one(item: Recommendation, accuracy: float) -> str:
     at, percent = _with(item.num_shots), f"{100 * accuracy:.1f} %"
     if item.real_only is None:
         return (
-            f"use {_name(item.use)} {at}: {percent}, the best here; no method was run on real images alone, so what "
-            "synthetic images gain is not known"
+            f"use {_name(item.use)} {at}: {percent}, the best here; no method was run on real images alone, so the "
+            "gain of synthetic images is not known"
         )
     if item.synthetic is None:
         return f"use {item.use.label} {at}: {percent}; no method with synthetic images was run"
@@ -192,15 +194,25 @@ def describe_guards(results: dict[str, dict[Row, dict]]) -> list[str]:
     return sentences
 
 
-def list_highlights(recommendations: list[Recommendation], correct: Correct) -> list[str]:
-    """Return the methods that a picture makes stand out: those to use, the best on real images, and the usual ones."""
-    labels = dict.fromkeys(item.use.label for item in recommendations if item.use)
-    labels |= dict.fromkeys(item.real_only.label for item in recommendations if item.real_only)
-    return [*labels, *(row.label for row in largest_volume(correct) if row.label in USUAL and row.label not in labels)]
+def list_highlights(by_classifier: dict[str, Correct], baseline: Row | None) -> list[str]:
+    """Return the methods that pictures show in colour, at most `MAX_HIGHLIGHTS`.
+
+    First the reference, then the default, then those that the answers name, the ones named most often first, then the
+    usual ones, then others in the order of the table.
+    """
+    named = Counter(
+        label
+        for correct in by_classifier.values()
+        for item in recommend(correct)
+        for label in {row.label: None for row in (item.use, item.real_only, item.synthetic, item.leader) if row}
+    )
+    labels = list(dict.fromkeys(row.label for correct in by_classifier.values() for row in correct))
+    first = [*([baseline.label] if baseline else []), DEFAULT_METHOD, *(label for label, _ in named.most_common())]
+    return [label for label in dict.fromkeys([*first, *USUAL, *labels]) if label in labels][:MAX_HIGHLIGHTS]
 
 
 def largest_volume(correct: Correct) -> list[Row]:
-    """Return the rows without those of a smaller volume than another of their method."""
+    """Return the rows with the largest volume of their method."""
     largest = {row.label: row for row in sorted(correct, key=lambda row: row.volume or 0)}
     return [row for row in correct if largest[row.label] == row]
 
@@ -254,7 +266,7 @@ def _with(num_shots: int | None) -> str:
 
 
 def _join(shots: list[int | None], gains: Mapping[int | None, Gain] = MappingProxyType({})) -> str:
-    """Return `with 1, 2 and 4 shots`, with the gains that there are: `with 1 (+9.1 [8.0, 10.2]) and 4 shots`."""
+    """Return `with 1, 2 and 4 shots`, with known gains in parentheses: `with 1 (+9.1 [8.0, 10.2]) and 4 shots`."""
     *others, last = ((num_shots, f" ({gain})" if (gain := gains.get(num_shots)) else "") for num_shots in shots)
     listed = ", ".join(f"{num_shots}{gain}" for num_shots, gain in others)
     return f"with {listed} and {shots_title(last[0])}{last[1]}" if others else f"{_with(last[0])}{last[1]}"

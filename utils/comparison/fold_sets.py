@@ -1,4 +1,4 @@
-"""A style token and a synthetic set for each fold, which have seen the fold's training part and nothing else."""
+"""A style token and a synthetic set for each fold, made from the fold's training part only."""
 
 import os
 from dataclasses import fields
@@ -21,16 +21,16 @@ def check_fold_sets(sets: dict[str, str], seeds: list[int], real_args: RealDataA
     """Check what `--token_per_fold` needs.
 
     Raises:
-        UserError: no path, or one that folds or repeats would share, or no real images are given.
+        UserError: no path has a place for the fold, folds or repeats would share a path, or real images are missing.
     """
     if not any(PLACEHOLDER in path for path in sets.values()):
         raise UserError(
-            f"--token_per_fold: makes the synthetic sets of which --synthetic_dataset has '{PLACEHOLDER}' in its path, "
-            f"none has; give for example --synthetic_dataset 'syn-{PLACEHOLDER}'."
+            f"--token_per_fold: makes the synthetic sets whose --synthetic_dataset path contains '{PLACEHOLDER}', but "
+            f"none does; give for example --synthetic_dataset 'syn-{PLACEHOLDER}'."
         )
     for path in sets.values():
         if PLACEHOLDER in path and len(seeds) > 1 and "{seed}" not in path:
-            raise UserError(f"--synthetic_dataset {path}: repeats have folds of their own; must have '{{seed}}' too.")
+            raise UserError(f"--synthetic_dataset {path}: each repeat has its own folds; must contain '{{seed}}' too.")
     check_real_images_given(real_args)
 
 
@@ -38,7 +38,7 @@ def list_steps(
     sets: dict[str, str], seeds: list[int], num_folds: int, real_args: RealDataArguments, dsi_recipe: str | None,
     synthesis_recipe: str | None,
 ) -> list[Step]:  # fmt: skip
-    """Return the commands that make what `check_fold_sets` allows, in their order; a token lies in `<set>-style`."""
+    """Return the commands that make the sets, in order; the token of `<set>` is in `<set>-style`."""
     flags = []
     for field in fields(real_args):
         value = getattr(real_args, field.name)
@@ -69,7 +69,7 @@ def list_steps(
 
 
 def make_fold_sets(steps: list[Step], output_dir: Path, token: str | None) -> None:
-    """Run the steps one after another, without those that are done; logs are in `output_dir`.
+    """Run the steps that are not done yet, one after another; logs are in `output_dir`.
 
     Raises:
         UserError: a step failed.
@@ -81,11 +81,11 @@ def make_fold_sets(steps: list[Step], output_dir: Path, token: str | None) -> No
             runner.run(step)
         except RuntimeError as error:
             failed = str(error).partition(";")[0]
-            raise UserError(f"--token_per_fold: {failed}; the same command goes on from there.") from None
+            raise UserError(f"--token_per_fold: {failed}; run the same command again to resume.") from None
 
 
 def check_folds(real_args: RealDataArguments, num_folds: int, token: str | None) -> None:
-    """Check that the real images can be divided into folds; none is read.
+    """Check that the real images can be divided into folds, without reading them.
 
     Raises:
         UserError: what `load_for_folds` raises.

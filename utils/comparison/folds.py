@@ -1,4 +1,4 @@
-"""Cross-validation in a comparison: how seeds and folds go together, and what is to be said of it."""
+"""Cross-validation in a comparison: how seeds and folds combine, and how the protocol is described."""
 
 from collections.abc import Mapping
 from itertools import product
@@ -7,17 +7,17 @@ from utils.cli.errors import UserError
 from utils.comparison.arguments import SEARCHED
 from utils.comparison.cells import CellRunner
 from utils.comparison.grid import shots_title
-from utils.data.real_images import same_image_set
+from utils.data.real_images import is_same_image_set
 from utils.transfer.synthetic_images import count_leaked_images
 
 PLACEHOLDER = "{fold}"
 
 
 def check_fold_values(values: Mapping[str, object]) -> None:
-    """Check flag -> value as far as they are on folds.
+    """Check the flags that concern folds, given as flag -> value.
 
     Raises:
-        UserError: sets of folds without folds, or a search with them.
+        UserError: synthetic sets per fold without folds, or a search with folds.
     """
     if values["num_folds"] is None:
         if with_fold := [path for path in values["synthetic_dataset"] if PLACEHOLDER in path]:
@@ -27,36 +27,36 @@ def check_fold_values(values: Mapping[str, object]) -> None:
     searched += [name for name in SEARCHED if len(values[name] or []) > 1]
     if searched:
         raise UserError(
-            f"--{searched[0]}: searches on validation images, of which --num_folds {values['num_folds']} leaves none; "
-            "give one value of each flag, or --settings."
+            f"--{searched[0]}: needs validation images, but --num_folds {values['num_folds']} leaves none; "
+            "give one value per flag, or --settings."
         )
 
 
 def choose_seeds(seeds: list[int], num_repeats: int, given: set[str]) -> list[int]:
-    """Return the seeds of the repeats, one for each; `given` are the names of the flags that are.
+    """Return one seed per repeat; `given` are the names of the flags on the command line.
 
     Raises:
-        UserError: there are more seeds than repeats, or fewer.
+        UserError: the numbers of seeds and repeats differ.
     """
     if "seeds" not in given:
         return list(range(num_repeats))
     if "num_repeats" in given and len(seeds) != num_repeats:
         raise UserError(
-            f"--num_repeats {num_repeats}: --seeds has {len(seeds)}, must be one for each repeat; leave out one of the "
-            "two flags."
+            f"--num_repeats {num_repeats}: --seeds must have one value per repeat, has {len(seeds)}; leave out one of "
+            "the two flags."
         )
     return seeds
 
 
-def list_tested(runner: CellRunner, seeds: list[int]) -> list:
-    """Return the places in `real.train` that are tested, by seed and then by fold."""
+def list_test_indices(runner: CellRunner, seeds: list[int]) -> list:
+    """Return the indices into `real.train` that are tested, by seed and then by fold."""
     return [runner.folds.split(fold, seed)[1] for seed, fold in product(seeds, runner.folds.names)]
 
 
 def describe_protocol(runner: CellRunner, seeds: list[int], shots: list[int | None], settings: str | None) -> list[str]:
-    """Return in sentences how images were trained and tested on, and which of these the style tokens had seen."""
+    """Return sentences on which images were trained and tested on, and which of them the style tokens had seen."""
     num_images, num_folds = len(runner.real.train), runner.folds.num_folds
-    trained = sorted({num_images - len(tested) for tested in list_tested(runner, seeds)})
+    trained = sorted({num_images - len(tested) for tested in list_test_indices(runner, seeds)})
     repeats = "" if len(seeds) == 1 else f" x {len(seeds)} repeats"
     times = {1: "once", 2: "twice"}.get(len(seeds), f"{len(seeds)} times")
     numbers = " to ".join(f"{number:,}" for number in dict.fromkeys([trained[0], trained[-1]]))
@@ -64,7 +64,7 @@ def describe_protocol(runner: CellRunner, seeds: list[int], shots: list[int | No
     recipes = "Recipes are given, the same in every fold, and not searched on these images"
     if settings is not None:
         recipes = (
-            f"Recipes are from {settings}, the same in every fold; chosen on some of these images, they favour them"
+            f"Recipes are from {settings}, the same in every fold; if chosen on some of these images, they favour them"
         )
     return [
         f"{num_folds} folds{repeats} over {num_images:,} images: every image is tested {times}, by models that have "
@@ -75,12 +75,12 @@ def describe_protocol(runner: CellRunner, seeds: list[int], shots: list[int | No
 
 
 def _describe_leaks(runner: CellRunner, num_shots: int | None) -> list[str]:
-    """Return a sentence for each set whose style token saw images that are tested on, or beyond the fewest shots."""
+    """Return a sentence for each set whose style token saw test images, or images beyond the fewest shots."""
     rows, record = runner.real.train_indices, runner.real.record
     seen, tested, beyond = {}, {}, {}
     for (name, seed, fold), source in runner.sources.items():
         recorded = source.record["real_images"]
-        if not recorded or not same_image_set(recorded, record.dataset_name, record.train_dir):
+        if not recorded or not is_same_image_set(recorded, record.dataset_name, record.train_dir):
             continue
         trained_here, tested_here = runner.folds.split(fold, seed)
         num_elsewhere = count_leaked_images(source.record, rows)
@@ -94,12 +94,12 @@ def _describe_leaks(runner: CellRunner, num_shots: int | None) -> list[str]:
         if seen[name]:
             number = "all" if seen[name] == tested[name] else f"{seen[name]:,} of the {tested[name]:,}"
             sentences.append(
-                f"The style token of {name} has seen {number} images that the models with its images are tested on: "
-                "their gains may be too good; --token_per_fold learns one for each fold."
+                f"The style token of {name} has seen {number} test images of the models that use its images: their "
+                "gains may be too high; --token_per_fold learns one token per fold."
             )
         if beyond[name]:
             sentences.append(
                 f"The style token of {name} has seen up to {beyond[name]:,} real images that the runs with "
-                f"{shots_title(num_shots)} do not train on: vanilla has seen fewer."
+                f"{shots_title(num_shots)} do not train on: vanilla has seen fewer images."
             )
     return sentences

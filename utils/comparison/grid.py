@@ -1,4 +1,4 @@
-"""Methods side by side: rows of a table, cells (method x shots x seed x volume), the recipe of each. No torch."""
+"""The grid of a comparison: rows of the table, cells (method x shots x seed x volume) and recipes. No torch."""
 
 import hashlib
 import json
@@ -12,9 +12,10 @@ from utils.transfer.methods import METHODS, Method, StagePlan, StageSettings, pl
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a method of `METHODS`, its synthetic set and, where volumes are compared, how much of it.
+    """A row of the table: a method of `METHODS`, its synthetic set and, if volumes are compared, how much of it.
 
-    `label` is `name` or `name@synthetic set`; `volume` is synthetic images per class, None for all of them, or none.
+    `label` is `name` or `name@synthetic set`. `volume` is the number of synthetic images per class; None means all, or
+    that the method uses none.
     """
 
     label: str
@@ -33,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the search chooses. A `head_learning_rate_factor` of None is 10 for a fresh head, 1 for another."""
+    """What the search chooses. A `head_learning_rate_factor` of None means 10 for a fresh head and 1 otherwise."""
 
     learning_rate: float
     max_steps: int
@@ -42,10 +43,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run, complete in itself; `split` is what it is judged on.
+    """One complete training run; `split` is the split it is evaluated on.
 
-    `num_shots` None is all real images, or none for a method that uses none; `bridge` are the settings of stage 1.
-    `fold`, such as `2/5`, is the part of the images on which it is tested, and not trained.
+    `num_shots` None means all real images, or that the method uses none. `bridge` holds the settings of stage 1.
+    `fold`, such as `2/5`, is the part of the images that it is tested on and does not train on.
     """
 
     row: Row
@@ -65,7 +66,7 @@ class Cell:
 
     @property
     def source(self) -> tuple:
-        """What names its synthetic set among the `sources` of a `CellRunner`."""
+        """The key of its synthetic set in the `sources` of a `CellRunner`."""
         return source_key(self.row.synthetic, self.seed, self.fold)
 
 
@@ -73,7 +74,7 @@ def make_cell(
     row: Row, num_shots: int | None, seed: int, recipe: Recipe | None, bridge: StageSettings, split: str = "test",
     fold: str | None = None,
 ) -> Cell:  # fmt: skip
-    """Return a cell without what its method does not use, so that equal runs are equal cells."""
+    """Return a cell, without the values that its method does not use, so that equal runs are equal cells."""
     if not row.method.uses_synthetic:
         row = replace(row, volume=None)
     if not row.method.uses_real:
@@ -84,16 +85,16 @@ def make_cell(
 
 
 def source_key(name: str, seed: int, fold: str | None = None) -> tuple:
-    """Return (name, seed), or (name, seed, fold) where there are folds."""
+    """Return (name, seed), or (name, seed, fold) with folds."""
     return (name, seed) if fold is None else (name, seed, fold)
 
 
 def plan_cell(
     cell: Cell, settings: StageSettings, images_per_class: float | None = None, weight: float = 1.0
 ) -> list[StagePlan]:
-    """Return the stages of a cell; `settings` has what its recipe and its method leave open.
+    """Return the stages of a cell; `settings` has the values that neither its recipe nor its method sets.
 
-    `images_per_class` are the real ones where a cell takes all of them; `weight` is as in `plan_stages`.
+    `images_per_class` is the number of real images per class if the cell takes all; `weight` is as in `plan_stages`.
     """
     of_recipe = replace(settings, **asdict(cell.recipe))
     return plan_stages(cell.row.method, cell.bridge, of_recipe, cell.num_shots or images_per_class, weight)
@@ -103,9 +104,9 @@ def plan_table(
     rows: list[Row], shots: list[int | None], seeds: list[int], volumes: list[int | None], chosen: dict,
     folds: Sequence[str | None] = (None,),
 ) -> dict[Row, dict[int | None, list[Cell]]]:  # fmt: skip
-    """Return the cells of the test table by row and shots, one for each seed, or for each of its folds in turn.
+    """Return the cells of the test table by row and shots: one per seed, or one per seed and fold.
 
-    `chosen` is what chosen_settings.json holds.
+    `chosen` is the content of chosen_settings.json.
     """
     bridge = StageSettings(**chosen["stage1"])
     table = {}
@@ -126,7 +127,7 @@ def plan_table(
 
 
 def parse_rows(methods: list[str], set_names: list[str]) -> list[Row]:
-    """Return the rows for `method` or `method@NAME`; the first synthetic set is the default.
+    """Return the rows for values like `method` or `method@NAME`; the first synthetic set is the default.
 
     Raises:
         UserError: an unknown method or synthetic set, or the same method twice.
@@ -135,12 +136,12 @@ def parse_rows(methods: list[str], set_names: list[str]) -> list[Row]:
     for label in methods:
         name, _, synthetic = label.partition("@")
         if name not in METHODS:
-            raise UserError(f"--methods {label}: unknown; there are {', '.join(METHODS)}, each also as method@NAME.")
+            raise UserError(f"--methods {label}: unknown; choose from {', '.join(METHODS)}, each also as method@NAME.")
         if synthetic and synthetic not in set_names:
-            raise UserError(f"--methods {label}: no synthetic set '{synthetic}'; there are {', '.join(set_names)}.")
+            raise UserError(f"--methods {label}: no synthetic set '{synthetic}'; choose from {', '.join(set_names)}.")
         rows.append(Row(label, name, synthetic or set_names[0]))
     if len(set(methods)) < len(methods):
-        raise UserError(f"--methods {' '.join(methods)}: a method is there twice.")
+        raise UserError(f"--methods {' '.join(methods)}: duplicate methods.")
     return rows
 
 
@@ -150,13 +151,13 @@ def parse_synthetic_sets(values: list[str]) -> dict[str, str]:
     One bare path has the name `dsi`.
 
     Raises:
-        UserError: several paths of which one has no name, or a name twice.
+        UserError: with several paths, one has no name or two have the same name.
     """
     if len(values) == 1 and "=" not in values[0]:
         return {"dsi": values[0]}
     sets = dict(value.split("=", 1) for value in values if "=" in value)
     if len(sets) < len(values):
-        raise UserError(f"--synthetic_dataset {' '.join(values)}: several sets need names, NAME=PATH, each once.")
+        raise UserError(f"--synthetic_dataset {' '.join(values)}: several sets need unique names, as NAME=PATH.")
     return sets
 
 
@@ -171,21 +172,22 @@ def rates_around(rate: float) -> list[float]:
 
 
 def shots_key(num_shots: int | None) -> str:
-    """Return what `chosen_settings.json` calls a shot count."""
+    """Return the key of a shot count in `chosen_settings.json`."""
     return "all" if num_shots is None else str(num_shots)
 
 
-def recipes_of(chosen: dict, row: Row) -> dict | None:
-    """Return the recipes of a method by shots, or of the same method with another synthetic set; None without any."""
+def find_recipes(chosen: dict, row: Row) -> dict | None:
+    """Return the recipes of a method by shots, else of the same method with another synthetic set, else None."""
     return chosen.get(row.label) or chosen.get(row.name)
 
 
 def look_up_recipe(chosen: dict, row: Row, num_shots: int | None) -> Recipe:
-    """Return the recipe of a method that has some, of `recipes_of`.
+    """Return the recipe of a method for which `find_recipes` finds some.
 
-    A shot count that was not searched takes the nearest smaller one, else the nearest; all images count as most.
+    A shot count that was not searched takes the recipe of the next smaller one that was, or of the smallest if there is
+    none. All images count as the largest shot count.
     """
-    entries = {math.inf if key == "all" else int(key): entry for key, entry in recipes_of(chosen, row).items()}
+    entries = {math.inf if key == "all" else int(key): entry for key, entry in find_recipes(chosen, row).items()}
     wanted = math.inf if num_shots is None else num_shots
     entry = entries[max((count for count in entries if count <= wanted), default=min(entries))]
     return Recipe(entry["learning_rate"], entry["max_steps"], entry["head_learning_rate_factor"])
@@ -197,5 +199,5 @@ def shots_title(count: int | None) -> str:
 
 
 def volume_title(volume: int) -> str:
-    """Return `500 a class`."""
-    return f"{volume} a class"
+    """Return `500 per class`."""
+    return f"{volume} per class"

@@ -1,4 +1,4 @@
-"""What people read after a comparison: the table on the terminal, and a Markdown report."""
+"""The results of a comparison for people: a table on the terminal, and a Markdown report."""
 
 from pathlib import Path
 
@@ -18,18 +18,18 @@ from utils.transfer.methods import METHODS, Method
 TEMPLATE = Path(__file__).with_name("report.md.jinja")
 NAMES = ("classifier", "method")  # columns of tables
 NO_COST = "–"  # of a method without synthetic images
-# beside the accuracy, by the keys of a summary; where no method has one, there is no such column
+# columns next to the accuracy, by key of a summary; a column that no method has a value for is left out
 SHOWN_COSTS = {
     "steps": "steps", "seconds": "seconds per run", GENERATOR: "generator seconds", STYLE_TOKEN: "style token seconds",
 }  # fmt: skip
 
 
 def print_comparison(summary: list[dict], findings: list[str], baseline: str | None) -> None:
-    """Print what was found, then the table."""
+    """Print the findings, then the table."""
     head, *rows = _accuracy_table(summary, "\n")
     console = Console(markup=False, emoji=False)
     for sentence in findings:
-        console.print(Text(sentence), soft_wrap=True)  # Text: brackets in names and intervals are no markup
+        console.print(Text(sentence), soft_wrap=True)  # Text: brackets in names and intervals are not markup
     num_runs, runs = count_runs(summary)
     title = f"test accuracy, %, {'one seed' if num_runs == 1 else f'mean ± deviation over {num_runs} {runs}'}"
     notes = [f"Below it the gain over {baseline} [95 % interval]."] if baseline else []
@@ -43,16 +43,16 @@ def print_comparison(summary: list[dict], findings: list[str], baseline: str | N
 
 
 def _unbroken(cell: str) -> Text:
-    """Return a cell whose lines are broken nowhere else: a folded number is hard to read."""
+    """Return a cell that rich does not wrap: a wrapped number is hard to read."""
     return Text(cell, no_wrap=True)
 
 
 def write_markdown(path: str | Path, summary: list[dict], baseline: str | None, **facts) -> None:
-    """Write the report: what was found, table, costs, settings; ready to be a README on the Hub.
+    """Write the report, ready to be a README on the Hub: findings, table, costs, settings.
 
-    `facts`: findings, seeds, sets (name -> path), own_sets (each seed has sets of its own), classifiers (of
-    `parse_classifiers`), real, chosen (by their labels, what `chosen_settings.json` holds), chosen_how, command; of
-    folds also num_folds.
+    `facts`: findings, seeds, sets (name -> path), own_sets (whether each seed has its own sets), classifiers (from
+    `parse_classifiers`), real, chosen (the content of `chosen_settings.json` by classifier label), chosen_how, command,
+    and num_folds with folds.
     """
     methods = list(dict.fromkeys(entry["method"] for entry in summary))
     real, models = facts["real"], hub_ids(*(classifier.name for classifier in facts["classifiers"]))
@@ -67,7 +67,7 @@ def write_markdown(path: str | Path, summary: list[dict], baseline: str | None, 
     }
     card = ModelCard.from_template(
         metadata, template_path=str(TEMPLATE), baseline=baseline, table=_to_markdown(_accuracy_table(summary, "<br>")),
-        sharing=describe_sharing(summary),
+        sharing=describe_sharing(summary), has_gains=any("gain" in entry for entry in summary),
         costs=_to_markdown(_cost_table(summary)), recipes=_to_markdown(_recipe_table(methods, facts["chosen"])),
         shots=_shots(summary),
         num_test_images=summary[0]["num_test_images"], methods={method: _describe(method) for method in methods},
@@ -77,24 +77,24 @@ def write_markdown(path: str | Path, summary: list[dict], baseline: str | None, 
 
 
 def _recipe_table(methods: list[str], chosen: dict[str, dict]) -> list[list[str]]:
-    rows = [["method", "real images", "learning rate", "steps", "head's rate"]]
+    rows = [["method", "real images", "learning rate", "steps", "head learning rate"]]
     rows[0] = ["classifier", *rows[0]] if len(chosen) > 1 else rows[0]
     for label, of_one in chosen.items():
         for method in methods:
             for shots, entry in of_one.get(method, {}).items():
                 factor = entry["head_learning_rate_factor"]
-                rate = "10 x for a fresh head, 1 x for another" if factor is None else f"{factor:g} x"
-                shown = "all" if shots == shots_key(None) else f"{shots} a class"
+                rate = "10 x for a fresh head, 1 x otherwise" if factor is None else f"{factor:g} x"
+                shown = "all" if shots == shots_key(None) else f"{shots} per class"
                 row = [method, shown, str(entry["learning_rate"]), str(entry["max_steps"]), rate]
                 rows.append([label, *row] if len(chosen) > 1 else row)
     return rows
 
 
 def _accuracy_table(summary: list[dict], separator: str) -> list[list[str]]:
-    """Return head and rows: a row a method (and volume), of each classifier, a column a shot count, and costs."""
+    """Return head and rows: one row per classifier, method and volume; one column per shot count, then the costs."""
     costs = [cost for cost in SHOWN_COSTS if any(cost in entry for entry in summary)]
     rows = []
-    for names, entries in _group_by_row(summary).items():
+    for names, entries in group_by_row(summary).items():
         accuracies = [_describe_accuracy(entry, separator) for entry in entries]
         rows.append([*names, *accuracies, *(_span(cost, entries) for cost in costs)])
     return [[*_names_of(summary), *map(shots_title, _shots(summary)), *(SHOWN_COSTS[cost] for cost in costs)], *rows]
@@ -109,17 +109,17 @@ def _describe_accuracy(entry: dict, separator: str) -> str:
 
 
 def _cost_table(summary: list[dict]) -> list[list[str]]:
-    rows = [[*names, *(_span(cost, group) for cost in COSTS)] for names, group in _group_by_row(summary).items()]
+    rows = [[*names, *(_span(cost, group) for cost in COSTS)] for names, group in group_by_row(summary).items()]
     return [[*_names_of(summary), "steps", "images seen", "seconds", "GPU-hours"], *rows]
 
 
 def _names_of(summary: list[dict]) -> list[str]:
-    """Return the heads of the columns that name a row."""
+    """Return the headings of the columns that identify a row."""
     return [name for name in NAMES if name in summary[0]]
 
 
-def _group_by_row(summary: list[dict]) -> dict[tuple[str, ...], list[dict]]:
-    """Return the entries of each row, by what names it: the classifier where there are several, method and volume."""
+def group_by_row(summary: list[dict]) -> dict[tuple[str, ...], list[dict]]:
+    """Return the entries of each row by its names: the classifier if there are several, method and volume."""
     groups = {}
     for entry in summary:
         names = [entry[name] for name in _names_of(summary)]
@@ -140,7 +140,7 @@ def _span(cost: str, entries: list[dict]) -> str:
 
 
 def _to_markdown(rows: list[list[str]]) -> str:
-    """Return a table whose first columns may be names."""
+    """Return a Markdown table; cells of columns with names are escaped."""
     num_names = sum(head in NAMES for head in rows[0])
     head, *body = (f"| {' | '.join([*map(text, row[:num_names]), *row[num_names:]])} |" for row in rows)
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])

@@ -1,4 +1,4 @@
-"""The search of recipes on validation images: of stage 1 first, then of each method by the same candidates."""
+"""The recipe search on validation images: first of stage 1, then of each method, with the same candidates for all."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from utils.cli.errors import UserError
 from utils.cli.parsing import MAX_FLOAT
 from utils.cli.records import read_record, write_record
 from utils.comparison.cells import CellRunner, run_cells
-from utils.comparison.grid import Cell, Recipe, Row, make_cell, rates_around, recipes_of, shots_key, shots_title
+from utils.comparison.grid import Cell, Recipe, Row, find_recipes, make_cell, rates_around, shots_key, shots_title
 from utils.transfer.methods import StageSettings, steps_per_epoch
 
-CLASSIFIERS = "classifiers"  # the key of a chosen_settings.json that has recipes for several
+CLASSIFIERS = "classifiers"  # the key in a chosen_settings.json with recipes for several
 LOST = [-1.0]  # the accuracies of a candidate that diverged
 SEARCHED = ("max_steps", "learning_rate", "head_learning_rate_factor", "mixup_alpha")  # of stage 1, by `list_bridges`
 STAGE_SETTINGS = tuple(field.name for field in dataclasses.fields(StageSettings))
 RECIPE = tuple(field.name for field in dataclasses.fields(Recipe))
-# what a number in a chosen_settings.json must be, and the test
+# what each number in a chosen_settings.json must be, and its check
 WANTED = {
     "max_steps": ("a whole number above 0", lambda value: isinstance(value, int) and value > 0),
     "learning_rate": ("a number above 0", lambda value: 0 < value <= MAX_FLOAT),
@@ -32,7 +32,7 @@ def choose_settings(
     runner: CellRunner, label: str, rows: list[Row], search_args, shared_args, shots: list[int | None],
     seeds: list[int], volume: int | None, num_workers: int,
 ) -> dict:  # fmt: skip
-    """Return the recipes of a classifier as chosen_settings.json holds them, read from one or searched."""
+    """Return the recipes of a classifier in the form of chosen_settings.json, read from such a file or searched."""
     if search_args.settings:
         return read_settings(search_args.settings, rows, runner.settings, label)
     num_synthetic = len(runner.load_synthetic(next(iter(runner.sources.values())), volume))
@@ -44,7 +44,7 @@ def choose_settings(
 
 
 def list_bridges(search_args, shared_args, settings: StageSettings, num_images: int) -> list[StageSettings]:
-    """Return the settings of stage 1 to choose from; `num_images` are those of the largest volume."""
+    """Return the candidate settings of stage 1; `num_images` is the number of images of the largest volume."""
     batch_size = settings.per_device_train_batch_size
     factor = shared_args.bridge_head_learning_rate_factor
     steps = search_args.bridge_step_counts or [epoch_steps(search_args.bridge_num_train_epochs, num_images, batch_size)]
@@ -55,7 +55,7 @@ def list_bridges(search_args, shared_args, settings: StageSettings, num_images: 
 
 
 def list_recipes(search_args, runner: CellRunner, shots: list[int | None]) -> dict[int | None, list[Recipe]]:
-    """Return the recipes to choose from by shots, which have their own number of steps an epoch."""
+    """Return the candidate recipes by shots; each shot count has its own number of steps per epoch."""
     rates = search_args.learning_rates
     rates = rates_around(*rates) if search_args.search_learning_rate else rates
     batch_size = runner.settings.per_device_train_batch_size
@@ -75,9 +75,9 @@ def epoch_steps(num_epochs: float, num_images: int, batch_size: int) -> int:
 def choose_bridge(
     runner: CellRunner, candidates: list[StageSettings], seeds: list[int], volume: int | None, num_workers: int
 ) -> StageSettings:
-    """Return the settings of stage 1 whose model, before it sees real images, is best on the validation images.
+    """Return the settings of stage 1 whose model is best on the validation images before it sees real ones.
 
-    They are chosen on the first synthetic set that was given and used for all of them.
+    They are chosen on the first synthetic set and used for all of them.
     """
     if len(candidates) == 1:
         return candidates[0]
@@ -87,16 +87,16 @@ def choose_bridge(
         bridge: [make_cell(row, None, seed, None, bridge, "validation") for seed in seeds] for bridge in candidates
     }
     scores = _score(runner, cells, num_workers, "search of stage 1")
-    return choose_best(scores, f"stage 1 (--bridge_learning_rates){runner.of_classifier}")[0]
+    return choose_best(scores, f"stage 1 (--bridge_learning_rates){runner.classifier_suffix}")[0]
 
 
 def choose_recipes(
     runner: CellRunner, rows: list[Row], recipes: dict[int | None, list[Recipe]], bridge: StageSettings,
     seeds: list[int], volume: int | None, num_workers: int,
 ) -> dict[str, dict]:  # fmt: skip
-    """Return, by method with steps on real images and by shots, the recipe with the best mean validation accuracy.
+    """Return the recipe with the best mean validation accuracy, by method with steps on real images and by shots.
 
-    `recipes` maps shots to the candidates; the only one is chosen as it is.
+    `recipes` maps shots to candidates; a single candidate is taken without a search.
     """
     rows = [dataclasses.replace(row, volume=volume) for row in rows if row.method.takes_recipe]
     cells = {
@@ -112,16 +112,16 @@ def choose_recipes(
         recipe, accuracy = candidates[0], None
         if len(candidates) > 1:
             scores_here = {recipe: scores[row, num_shots, recipe] for recipe in candidates}
-            what = f"{row.label} with {shots_title(num_shots)}{runner.of_classifier}"
+            what = f"{row.label} with {shots_title(num_shots)}{runner.classifier_suffix}"
             recipe, accuracy = choose_best(scores_here, what)
         chosen[row.label][shots_key(num_shots)] = dataclasses.asdict(recipe) | {"validation_accuracy": accuracy}
     return chosen
 
 
 def write_settings(path: Path, chosen: dict[str, dict]) -> None:
-    """Write a chosen_settings.json: of stage 1, which has all settings in `chosen`, those that were searched.
+    """Write a chosen_settings.json; of stage 1, only the settings that can be searched are written.
 
-    `chosen` maps the labels of classifiers to what was chosen for each; with several, so does the file.
+    `chosen` maps the labels of classifiers to what was chosen for each; with several classifiers, so does the file.
     """
     searched = {
         label: of_one | {"stage1": {name: of_one["stage1"][name] for name in SEARCHED}}
@@ -131,29 +131,29 @@ def write_settings(path: Path, chosen: dict[str, dict]) -> None:
 
 
 def join_classifiers(chosen: dict[str, dict]) -> dict:
-    """Return what records hold for settings by classifier: of a single one, its settings."""
+    """Return settings by classifier in the form of records: for a single classifier, just its settings."""
     return {CLASSIFIERS: chosen} if len(chosen) > 1 else next(iter(chosen.values()))
 
 
 def split_classifiers(chosen: dict) -> dict[str | None, dict]:
-    """Return the settings by classifier of what `join_classifiers` returned, a single one as None."""
+    """Return the settings by classifier from what `join_classifiers` returned; a single classifier has the key None."""
     return chosen.get(CLASSIFIERS, {None: chosen})
 
 
 def check_settings(path: str, rows: list[Row], classifier: str | None = None) -> dict:
-    """Return what a chosen_settings.json holds for a classifier, by its label, every value of it checked.
+    """Return the recipes of a chosen_settings.json for a classifier, given by its label, with every value checked.
 
-    A file with the recipes of one classifier is for any.
+    A file with the recipes of a single classifier serves any classifier.
 
     Raises:
-        UserError: it is no such file, or has no recipe for the classifier or for a method.
+        UserError: it is not such a file, or has no recipe for the classifier or for a method.
     """
     chosen = read_record(path)
     if CLASSIFIERS in chosen:
         by_label = chosen[CLASSIFIERS]
         if not isinstance(by_label, dict) or not all(isinstance(of_one, dict) for of_one in by_label.values()):
             raise UserError(
-                f"--settings {path}: is no chosen_settings.json of this script ({CLASSIFIERS} must map names to "
+                f"--settings {path}: not a chosen_settings.json of this script ({CLASSIFIERS} must map names to "
                 "recipes)."
             )
         if classifier not in by_label:
@@ -164,36 +164,36 @@ def check_settings(path: str, rows: list[Row], classifier: str | None = None) ->
     methods = {name: by_shots for name, by_shots in chosen.items() if name != "stage1"}
     for name, by_shots in methods.items():
         if not isinstance(by_shots, dict) or not all(shots == "all" or shots.isdecimal() for shots in by_shots):
-            problems.append(f"{name} is {by_shots!r}, no mapping of shots to recipes")
+            problems.append(f"{name} is {by_shots!r}, must be a mapping of shots to recipes")
             continue
         problems += [_find_problem(f"{name} with {shots} shots", entry, RECIPE) for shots, entry in by_shots.items()]
     if problem := next(filter(None, problems), None):
-        raise UserError(f"--settings {path}: is no chosen_settings.json of this script ({problem}).")
+        raise UserError(f"--settings {path}: not a chosen_settings.json of this script ({problem}).")
     for row in rows:
-        if row.method.takes_recipe and not recipes_of(chosen, row):
+        if row.method.takes_recipe and not find_recipes(chosen, row):
             raise UserError(f"--settings {path}: has no recipe for '{row.label}'; it has {', '.join(methods)}.")
     return chosen
 
 
 def _find_problem(where: str, part: object, names: Sequence[str], known: Sequence[str] | None = None) -> str | None:
-    """Return what is wrong with a mapping that must have `names`, and may have those `known`; None if nothing is."""
+    """Return what is wrong with a mapping that must have `names` and may have `known`, or None."""
     if not isinstance(part, dict):
-        return f"{where} is {part!r}, no mapping of settings to values"
+        return f"{where} is {part!r}, must be a mapping of settings to values"
     for name in names:
         if name not in part:
             return f"{where} has no {name}"
-        value, (wanted, is_right) = part[name], WANTED[name]
+        value, (wanted, is_valid) = part[name], WANTED[name]
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (is_right(value) if is_number else value is None and name == "head_learning_rate_factor"):
+        if not (is_valid(value) if is_number else value is None and name == "head_learning_rate_factor"):
             return f"{name} of {where} is {value!r}, must be {wanted}"
     unknown = [name for name in part if known is not None and name not in known]
     return f"{where} has an unknown {unknown[0]}" if unknown else None
 
 
 def read_settings(path: str, rows: list[Row], settings: StageSettings, classifier: str | None = None) -> dict:
-    """Return what a chosen_settings.json holds for a classifier; what is not searched in stage 1 is as in `settings`.
+    """Return the recipes of a chosen_settings.json for a classifier; the rest of stage 1 is as in `settings`.
 
-    Where older files, which hold all of stage 1, have other values for that, one line says so.
+    Older files hold all settings of stage 1; if these differ from `settings`, a warning says so.
 
     Raises:
         UserError: what `check_settings` raises.
@@ -204,14 +204,14 @@ def read_settings(path: str, rows: list[Row], settings: StageSettings, classifie
     others = [f"{name} {value}" for name, value in recorded.items() if value != chosen["stage1"].get(name)]
     if others:
         print(
-            f"Warning: --settings {path}: its stage 1 was searched with {', '.join(others)}; the values of this run "
-            "hold, for every method."
+            f"Warning: --settings {path}: its stage 1 was searched with {', '.join(others)}; this run uses its own "
+            "values, for every method."
         )
     return chosen
 
 
 def describe_choice(settings_path: str | None, chosen: dict[str, dict], seeds: list[int]) -> str:
-    """Return how the recipes of each classifier were chosen, to follow 'recipes were'."""
+    """Return how the recipes of each classifier were chosen, as the end of a sentence that begins 'Recipes were'."""
     if settings_path is not None:
         return f"taken from `{settings_path}`"
     entries = [
@@ -225,11 +225,11 @@ def describe_choice(settings_path: str | None, chosen: dict[str, dict], seeds: l
         return "given, not searched for"
     numbers = ", ".join(map(str, seeds))
     each = " for each classifier" if len(chosen) > 1 else ""
-    return f"chosen{each} on the validation images of seed {numbers}, for every method from the same candidates"
+    return f"chosen{each} on the validation images of seed {numbers}, from the same candidates for every method"
 
 
 def _score(runner: CellRunner, cells: dict[object, list[Cell]], num_workers: int, what: str) -> dict:
-    """Return each candidate's accuracies, one a seed; one that diverged on any seed is told of, and has lost."""
+    """Return each candidate's accuracies, one per seed; a candidate that diverged on any seed loses, with a warning."""
     results = run_cells(runner, [cell for by_seed in cells.values() for cell in by_seed], num_workers, what)
     for diverged in dict.fromkeys(result["diverged"] for result in results.values() if "diverged" in result):
         print(f"Warning: a candidate of the {what} was dropped: {diverged}")
@@ -245,5 +245,5 @@ def choose_best(scores: dict, what: str) -> tuple[object, float]:
     """
     best = max(scores, key=lambda candidate: np.mean(scores[candidate]))
     if scores[best] is LOST:
-        raise UserError(f"--learning_rates: every candidate of {what} diverged; give lower ones.")
+        raise UserError(f"--learning_rates: every candidate of {what} diverged; give lower rates.")
     return best, float(np.mean(scores[best]))

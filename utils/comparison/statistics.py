@@ -1,4 +1,4 @@
-"""What a comparison measures: accuracies, costs, gains paired by seed and test image, their intervals. No torch."""
+"""Accuracies and costs of a comparison, and gains paired by seed and test image with intervals. No torch."""
 
 import base64
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ COSTS = ("steps", "images_seen", "seconds", "gpu_hours")
 class Gain:
     """Mean gain over `num_images` test images and its 95 % interval, in points of accuracy (percent).
 
-    Without any spread, `low` and `high` are None: not known. Of a few images they may lie beyond 100.
+    If all differences are equal, or there is one image, `low` and `high` are None. With few images they may exceed 100.
     """
 
     mean: float
@@ -41,7 +41,7 @@ class Gain:
 
 
 def pack_correct(correct: np.ndarray) -> dict:
-    """Return `(n,)` bool, which images a model got right, as JSON holds it in a bit an image."""
+    """Return which images a model got right, `(n,)` bool, for JSON: one bit per image, in base64."""
     return {"correct": base64.b64encode(np.packbits(correct).tobytes()).decode(), "num_images": len(correct)}
 
 
@@ -54,22 +54,22 @@ def unpack_correct(results: dict) -> np.ndarray:
 def paired_gain(correct: np.ndarray, other: np.ndarray) -> Gain:
     """Return how much more often `correct` is right than `other`, both `(seeds, test images)` bool in the same order.
 
-    Of folds both are `(folds, images)`, masked as by `stack_correct`, and the interval is that of `_fold_gain`. What
-    follows is on seeds that all test on the same images.
+    With folds both are `(folds, images)`, masked as in `stack_correct`, and the interval is that of `_fold_gain`. The
+    rest is about seeds that all test on the same images.
 
-    The differences, paired by seed and test image, are a two-way table of seeds and images, both drawn at random: the
-    interval allows for both, widens with few seeds as Student's t does, and is never narrower than the images' own
-    noise in the runs. A seed is the draw of the shots, of the style token and its images where each seed has its own,
-    and of all randomness in training. With one seed the interval is Student's t over the test images, and knows
-    nothing of the luck of the seed. It is not known of one test image, nor where every difference is the same gain or
-    loss; equal predictions are a gain of exactly nothing.
+    The differences, paired by seed and test image, form a two-way table of seeds and images, both drawn at random. The
+    interval allows for both draws, widens with few seeds as Student's t does, and is never narrower than the images'
+    own noise. A seed determines the shots, the style token and its images if each seed has its own, and all randomness
+    in training. With one seed the interval is Student's t over the test images and does not cover the luck of the seed.
+    It is unknown for one test image, and if every difference is the same gain or loss; equal predictions are a gain of
+    exactly zero.
 
-    It does not cover the choice of recipes, another data set, model or generator, nor that many gains are compared: of
-    twenty true zeros, one lies outside on average.
+    It does not cover the choice of recipes, another dataset, model or generator, or that many gains are compared: of
+    twenty gains that are truly zero, one interval misses zero on average.
 
     Source: Hillis 2007, A comparison of denominator degrees of freedom methods for multiple observer ROC analysis,
-    Statistics in Medicine 26: readers are our seeds, cases our images, on one table of differences. The degrees of
-    freedom, there of very many cases, are here at most those of the images, so seeds that agree say no more than one.
+    Statistics in Medicine 26; its readers are our seeds, its cases our images, on one table of differences. It assumes
+    very many cases; here the degrees of freedom are at most those of the images, so seeds that agree count as one.
     """
     differences = 100 * (correct.astype(float) - other.astype(float))
     if isinstance(differences, np.ma.MaskedArray):
@@ -84,7 +84,7 @@ def paired_gain(correct: np.ndarray, other: np.ndarray) -> Gain:
     else:
         residuals = differences - differences.mean(0) - differences.mean(1, keepdims=True) + mean
         noise = (residuals**2).sum() / ((num_seeds - 1) * (num_images - 1))
-        # of seeds that differ by nothing else than noise, three may by chance agree better than noise allows
+        # three seeds that differ by noise alone may by chance agree better than noise allows
         over_seeds = max(num_images * differences.mean(1).var(ddof=1), noise)
         variance = over_seeds + max(over_images - noise, 0)
         freedom = (num_seeds - 1) * (variance / over_seeds) ** 2 if over_seeds > 0 else np.inf
@@ -94,16 +94,16 @@ def paired_gain(correct: np.ndarray, other: np.ndarray) -> Gain:
 
 
 def _fold_gain(differences: np.ma.MaskedArray) -> Gain:
-    """Return the mean of `(folds, images)` differences, masked where a fold did not test, and its interval.
+    """Return the mean of `(folds, images)` differences, masked where a fold did not test, with its interval.
 
-    The folds of a repeat follow each other. Two variances are added: that of the images' means over repeats, and that
-    of what models of different folds gain, as far as their folds differ by more than the images' noise. Training parts
-    overlap, so the latter is weighted by 1 / folds + test images / training images. The truth that is meant is the mean
-    gain of models trained on as many images as a fold's training part has, drawn at random.
+    The folds of a repeat are adjacent. Two variances are added: the variance of the images' means over repeats, and the
+    variance of the gain between models of different folds, as far as it exceeds the images' noise. Training parts
+    overlap, so the latter is weighted by 1 / folds + test images / training images. The interval is for the mean gain
+    of models trained on as many randomly drawn images as a fold's training part has.
 
     Source: Nadeau & Bengio 2003, Inference for the generalization error, Machine Learning 52, for the weight. There it
-    is that of all variance; but the images' own noise is not shared by folds, which test on different ones, and with it
-    intervals are twice as wide as they need be (benchmarks/fold_coverage.py).
+    weights all variance; but folds test on different images and do not share the images' noise, and weighting that too
+    makes intervals twice as wide as needed (benchmarks/fold_coverage.py).
     """
     num_runs, num_images = differences.shape
     mean, values = float(differences.mean()), differences.compressed()
@@ -125,7 +125,7 @@ def _fold_gain(differences: np.ma.MaskedArray) -> Gain:
 
 
 def count_folds(masked: np.ma.MaskedArray) -> int:
-    """Return how many of the `(folds, images)` make a repeat, which tests on each image once."""
+    """Return how many folds a repeat has, from `(folds, images)`; a repeat tests each image once."""
     return masked.size // int(masked.count())
 
 
@@ -134,8 +134,8 @@ def stack_correct(
 ) -> dict[Row, dict]:
     """Return row -> shots -> `(seeds, test images)` bool from row -> shots -> results of the seeds.
 
-    Of folds, `tested` are the places of the `num_images` images on which each one was tested: `(folds, images)`,
-    masked where a fold was not.
+    With folds, `tested` holds the indices, among `num_images` images, that each fold was tested on; the result is
+    `(folds, images)`, masked where a fold did not test.
     """
 
     def stack(by_run: list[dict]) -> np.ndarray:
@@ -152,11 +152,11 @@ def stack_correct(
 
 
 def summarise(results: dict[Row, dict], baseline: Row | None, correct: dict[Row, dict] | None = None) -> list[dict]:
-    """Return one entry for each row and shot count: accuracy in percent over seeds, gain over `baseline`, mean costs.
+    """Return one entry per row and shot count: accuracy in percent over seeds, gain over `baseline`, mean costs.
 
     `results` is row -> shots (None: all images) -> results of the seeds' cells. `std` is the sample standard deviation
-    over seeds, None for one seed. `correct` is what `stack_correct` makes of the results, where that is of folds; a
-    fold of a seed, which has `num_folds`, is then what a seed is otherwise.
+    over seeds, None for one seed. `correct` is what `stack_correct` returns for the results, needed with folds; then
+    each fold of a seed counts as a run, and entries have `num_folds`.
     """
     summary = []
     correct = stack_correct(results) if correct is None else correct
@@ -180,7 +180,7 @@ def summarise(results: dict[Row, dict], baseline: Row | None, correct: dict[Row,
 
 
 def mean_costs(results: list[dict]) -> dict:
-    """Return what one run costs on average, all stages together, as if none was shared; None for what is not known."""
+    """Return the mean costs of one run with all its stages, also shared ones; None for unknown costs."""
     costs = {}
     for cost in COSTS:
         values = [value for result in results for key, value in result.items() if key.endswith(f"_{cost}")]
@@ -189,5 +189,5 @@ def mean_costs(results: list[dict]) -> dict:
 
 
 def count_runs(summary: list[dict]) -> tuple[int, str]:
-    """Return how many runs a mean is over, and what these are."""
+    """Return how many runs a mean is over, and what they are: folds or seeds."""
     return len(summary[0]["values"]), "folds" if "num_folds" in summary[0] else "seeds"

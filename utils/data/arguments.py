@@ -1,4 +1,4 @@
-"""The flags that name the labelled real images, and the check that they name one set. Opens no image."""
+"""The flags for the labelled real images, and their checks. Opens no image."""
 
 import os
 import re
@@ -12,15 +12,15 @@ from utils.cli.options import Need, option
 from utils.cli.parsing import check_ranges
 from utils.data.class_folders import read_local_set, read_train_dirs
 
-# of a synthetic set's record: its real images may be shots
-OF_SHOTS = ("num_shots", "max_train_samples", "synthetic_dataset")
+# a synthetic dataset's record may have real images that are shots
+SHOT_FLAGS = ("num_shots", "max_train_samples", "synthetic_dataset")
 WITH_SHOTS = Need(
     "without --num_shots or --max_train_samples",
-    lambda values: any(values.get(name) for name in OF_SHOTS),
+    lambda values: any(values.get(name) for name in SHOT_FLAGS),
     "add one or ",
 )
 
-OF_FOLD = Need(
+WITH_FOLD = Need(
     "without --fold", lambda values: bool(values.get("fold") or values.get("synthetic_dataset")), "add it or "
 )
 NO_FOLD = Need("with --fold, which tests on training images", lambda values: not values.get("fold"))
@@ -34,54 +34,57 @@ class RealDataArguments:
 
     dataset_name: str | None = option(
         None,
-        "Real image set: a data set id on the Hub, or a local folder: class folders, alone or within "
-        "folders called train, valid, test; data files; what save_to_disk wrote.",
+        "Real image dataset: an id on the Hub, or a local folder with class folders (also inside folders named train, "
+        "valid, test), with data files, or from save_to_disk.",
     )
     train_dir: str | None = option(
-        None, "In place of --dataset_name: a folder with a subfolder of images for each class."
+        None, "Folder with a subfolder of training images per class, instead of --dataset_name."
     )
-    validation_dir: str | None = option(None, "Held-out images in class folders: the test part; needs --train_dir.")
-    dataset_config_name: str | None = option(None, "Configuration of the data set.")
-    dataset_revision: str | None = option(None, "Branch, tag or commit of the data set on the Hub.")
-    image_column_name: str | None = option(None, "Column with the images; found by its type when not given.")
-    label_column_name: str | None = option(None, "Column with the labels; found by its type when not given.")
+    validation_dir: str | None = option(
+        None, "Folder with a subfolder of held-out images per class, for testing; needs --train_dir."
+    )
+    dataset_config_name: str | None = option(None, "Configuration of the dataset.")
+    dataset_revision: str | None = option(None, "Branch, tag or commit of the dataset on the Hub.")
+    image_column_name: str | None = option(None, "Column with the images (default: found by type).")
+    label_column_name: str | None = option(None, "Column with the labels (default: found by type).")
     train_split: str = option("train", "Split with the training images, or a slice such as 'train[:80%%]'.")
     validation_split: str | None = option(
-        None, "Split or slice for validation (default: validation, valid, dev or val; else carved off)."
+        None,
+        "Split or slice for validation (default: one named validation, valid, dev or val, else carved off for it).",
     )
     test_split: str | None = option(
         None,
-        "Split or slice for the test, such as 'train[80%%:]' (default: test, testing, eval or evaluation; "
-        "else that of validation; else a tenth, carved off).",
+        "Split or slice for testing, such as 'train[80%%:]' (default: one named test, testing, eval or evaluation, "
+        "else the validation split, else a tenth of the training images).",
         needs=[NO_FOLD],
     )
     train_val_split: float = option(
-        0.1, "Share of the training images, above 0 and below 1, carved off where no split is for validation."
+        0.1, "Share of the training images for validation, above 0 and below 1, unless a split is for it."
     )
-    num_shots: int | None = option(None, "Use this many training images per class; all of them when not given.")
+    num_shots: int | None = option(None, "Number of training images per class (default: all).")
     few_shot_seed: int = option(
-        0, "Which images the shots are; the K-shot images are among the K+1-shot ones.", needs=[WITH_SHOTS]
+        0, "Seed of the subset of training images; K shots are among the K+1 shots.", needs=[WITH_SHOTS]
     )
     max_train_samples: int | None = option(
-        None, "Use at most so many training images, as many of each class; all when not given."
+        None, "Maximum number of training images, balanced over the classes (default: all)."
     )
     random_flip: bool = option(
-        True, "Train on mirrored images too; false where left is not right (text, signs, arrows)."
+        True, "Also train on mirrored images; turn off if left and right matter (text, signs, arrows)."
     )
-    skip_bad_images: bool = option(False, "Leave damaged images out and count them (default: an error).")
+    skip_bad_images: bool = option(False, "Leave out and count damaged images, which are an error otherwise.")
     fold: str | None = option(
         None,
-        "K/N, such as 1/5: test on the K-th of N stratified folds of the training images, and train on the others, as "
-        "one fold of compare_transfer.py --num_folds N does; a test part of the set's own is not used.",
+        "K/N, such as 1/5: test on the K-th of N stratified folds of the training images and train on the others, as "
+        "in compare_transfer.py --num_folds N; the dataset's own test split is not used.",
     )
-    fold_seed: int = option(0, "Which images the folds are.", needs=[OF_FOLD])
+    fold_seed: int = option(0, "Seed of the division into folds.", needs=[WITH_FOLD])
 
 
 def parse_fold(text: str) -> tuple[int, int]:
     """Return (2, 5) for `2/5`, the second of five folds.
 
     Raises:
-        UserError: it is not written so, or there is no such fold.
+        UserError: it has another form, or there is no such fold.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     number, num_folds = map(int, match.groups()) if match else (0, 0)
@@ -91,15 +94,15 @@ def parse_fold(text: str) -> tuple[int, int]:
 
 
 def check_real_images_given(real_data: RealDataArguments) -> None:
-    """Check that one image set is given, and that the other flags go with it. Opens no image.
+    """Check that one image dataset is given and that the other flags fit it. Opens no image.
 
     Raises:
-        UserError: none or two are given, class folders are not as they should be, a value is out of range.
+        UserError: none or two are given, class folders are malformed, or a value is out of range.
     """
     if real_data.dataset_name is None and real_data.train_dir is None:
         raise UserError(
-            "--dataset_name is missing: a data set id on the Hub, or a local folder; or give --train_dir, a folder "
-            "with a subfolder of images for each class."
+            "--dataset_name is missing: give a dataset id on the Hub or a local folder, or give --train_dir, a folder "
+            "with a subfolder of images per class."
         )
     if real_data.dataset_name is not None and real_data.train_dir is not None:
         raise UserError(
@@ -129,8 +132,8 @@ def check_real_images_given(real_data: RealDataArguments) -> None:
 
 
 @contextmanager
-def named_in_record(real_data: RealDataArguments, recorded_in: str | None) -> Iterator[None]:
-    """Let an error about the real images tell that the record of `recorded_in` names them; None: a flag does."""
+def explain_recorded_name(real_data: RealDataArguments, recorded_in: str | None) -> Iterator[None]:
+    """Add to errors about the real images that the record of `recorded_in` names them (None: a flag does)."""
     try:
         yield
     except UserError as error:
@@ -151,18 +154,18 @@ def named_in_record(real_data: RealDataArguments, recorded_in: str | None) -> It
 
 
 def check_output_outside(output_dir: str | Path, real_data: RealDataArguments) -> None:
-    """Check that results are not written among the images, where the next run would take them for images.
+    """Check that results are not written among the images, where the next run would read them as images.
 
     Raises:
-        UserError: the output folder is in one of the image folders, or is a file.
+        UserError: the output folder is inside an image folder, or is a file.
     """
     output = Path(output_dir).resolve()
     if file := next((path for path in (output, *output.parents) if path.is_file()), None):
-        raise UserError(f"--output_dir {output_dir}: {file} is a file; name a folder.")
+        raise UserError(f"--output_dir {output_dir}: {file} is a file; choose a folder.")
     for flag in ("dataset_name", "train_dir", "validation_dir"):
         folder = getattr(real_data, flag)
         if folder is not None and os.path.isdir(folder) and output.is_relative_to(Path(folder).resolve()):
             raise UserError(
-                f"--output_dir {output_dir}: is inside --{flag} {folder}, whose files are the images; name a folder "
-                "outside of it."
+                f"--output_dir {output_dir}: is inside --{flag} {folder}, the folder of images; choose a folder "
+                "outside it."
             )

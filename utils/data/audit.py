@@ -1,4 +1,4 @@
-"""What is wrong with labelled images, found before any training: damaged files, copies, leaks between splits."""
+"""Problems of labelled images, found before any training: damaged files, duplicates, leaks between splits."""
 
 import contextlib
 import io
@@ -19,8 +19,8 @@ from utils.data.images import TOO_LARGE, to_rgb, upright_size
 from utils.data.opened_images import inspect_image, map_encoded
 
 MAX_EXAMPLES = 3
-FEW_IMAGES = 500  # starting processes takes longer than looking at so many
-# cleanvision's names of what an image may be -> ours
+FEW_IMAGES = 500  # for fewer images, starting processes takes longer than the check
+# cleanvision's names of issues -> ours
 ODDITIES = {
     "dark": "very dark",
     "light": "very bright",
@@ -30,12 +30,12 @@ ODDITIES = {
 }
 THUMBNAIL = 16  # pixels a side
 LOWEST_CORRELATION = 0.99
-LOWEST_CONTRAST = 4  # standard deviation, in levels of 255: below it an image is plain
+LOWEST_CONTRAST = 4  # standard deviation of levels up to 255; an image below it is plain
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an image is: its split, its row there, its class, and its file's name where it has one."""
+    """Where an image is: its split, its row there, its class, and its file name, if it has one."""
 
     split: str
     row: int
@@ -50,10 +50,10 @@ class Place:
 class ImageAudit:
     """What was found.
 
-    `counts` maps split -> images of each class, `(num_classes,)` int; `sizes` is `(n, 2)` int, width and height in
-    pixels of the images that open. `copies` are groups of images with the same pixels, `look_alikes` those with the
-    same perceptual hash and thumbnail that are no copies; `oddities` maps a description -> the images, `readings` what
-    `describe_reading` says -> the images.
+    `counts` maps split -> images per class, `(num_classes,)` int; `sizes` is `(n, 2)` int, width and height in pixels
+    of the readable images. `copies` are groups of images with the same pixels, `look_alikes` groups with the same
+    perceptual hash and thumbnail but other pixels; `oddities` maps a description -> its images, `readings` a note of
+    `describe_reading` -> its images.
     """
 
     class_names: list[str]
@@ -67,7 +67,7 @@ class ImageAudit:
 
 
 def audit_images(real: RealImages) -> ImageAudit:
-    """Look at every image of every split, on all cores, with the pixels that training takes.
+    """Check every image of every split, on all cores, with the pixels that training sees.
 
     Source: cleanvision, for copies, look-alikes (64-bit perceptual hash, then `_are_alike`) and odd images.
     """
@@ -88,14 +88,14 @@ def audit_images(real: RealImages) -> ImageAudit:
             if note is not None:
                 readings.setdefault(note, []).append(place)
         good.append(images.select(rows))
-    images = concatenate_datasets(good).cast_column("image", Image())  # a set may be stored as encoded bytes
+    images = concatenate_datasets(good).cast_column("image", Image())  # a dataset may store encoded bytes
     copies, look_alikes, oddities = _find_issues(images, places)
     sizes = np.array(sizes).reshape(-1, 2)
     return ImageAudit(real.class_names, counts, sizes, damaged, copies, look_alikes, oddities, readings)
 
 
 def _look_at(row: int, encoded: dict | None) -> tuple[str | None, tuple[int, int] | None, str | None, str | None]:
-    """Return an image's file with its folder, which is the class in class folders, its size, and `inspect_image`'s."""
+    """Return an image's file with its folder (in class folders, its class), its size, problem and note."""
     path = (encoded or {}).get("path")
     file = os.sep.join(str(path).split(os.sep)[-2:]) if path else None
     _, problem, note = inspect_image(row, encoded)
@@ -111,10 +111,10 @@ def _find_issues(images: Dataset, places: list[Place]) -> tuple[list, list, dict
         return [], [], {}
     from cleanvision import Imagelab  # takes seconds to import
 
-    images = images.with_transform(_read)  # an image at a time, where it is looked at
+    images = images.with_transform(_read)  # one image at a time, when it is checked
     lab = Imagelab(hf_dataset=images, image_key="image")
     num_processes = 1 if len(images) < FEW_IMAGES else None  # None: one for each core
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports by itself, as tables of its own
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its own tables
         lab.find_issues(
             {name: {} for name in (*ODDITIES, "exact_duplicates", "near_duplicates")},
             n_jobs=num_processes,
@@ -135,11 +135,11 @@ def _read(batch: dict) -> dict:
 
 
 def _confirm(similar: list[list[int]], copies: list[list[int]], images: Dataset) -> list[list[int]]:
-    """Return groups of rows with thumbnails that are alike: plain or small images have the same hash by chance."""
+    """Return groups of rows with similar thumbnails: plain or small images share a hash by chance."""
     number_of_copy = {row: number for number, rows in enumerate(copies) for row in rows}
     confirmed = []
     for rows in similar:
-        groups = []  # of a thumbnail, and the rows that are like it
+        groups = []  # a thumbnail, and the rows similar to it
         for row in rows:
             thumbnail = _thumbnail(images[row]["image"])
             group = next((group for other, group in groups if _are_alike(thumbnail, other)), None)
@@ -156,10 +156,10 @@ def _thumbnail(image: PIL.Image.Image) -> np.ndarray:
 
 
 def _are_alike(one: np.ndarray, other: np.ndarray) -> bool:
-    """Say whether two thumbnails show the same at any brightness.
+    """Return whether two thumbnails show the same, at any brightness.
 
-    Of the 324 pairs of different clothes in 6,000 images of Fashion-MNIST that have the same hash, 2 have a correlation
-    above 0.99; of resized, compressed and brightened copies of photos, 885 of 897 have; of cropped ones fewer.
+    Among 6,000 images of Fashion-MNIST, 324 pairs of different clothes have the same hash, of which 2 have a
+    correlation above 0.99; of resized, compressed or brightened copies of photos, 885 of 897 do; of cropped ones fewer.
     """
     if min(one.std(), other.std()) < LOWEST_CONTRAST:
         return bool(np.abs(one - other).mean() < LOWEST_CONTRAST)
@@ -167,10 +167,10 @@ def _are_alike(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def print_audit(audit: ImageAudit, name: str) -> None:
-    """Print images and classes by split, and what was found with examples and what to do about it."""
+    """Print images and classes per split, and the findings with examples and advice."""
     console = Console()
-    title = Text(f"images of {name}", "table.title")  # Text: brackets in names are no markup
-    table = Table("split", "images", "classes", "images of a class", "fewest", title=title)
+    title = Text(f"images of {name}", "table.title")  # Text: brackets in names are not markup
+    table = Table("split", "images", "classes", "images per class", "fewest", title=title)
     for split, counts in audit.counts.items():
         present = counts[counts > 0]
         if not present.size:
@@ -189,7 +189,7 @@ def print_audit(audit: ImageAudit, name: str) -> None:
         )
     findings = list_findings(audit)
     if not findings:
-        console.print("Nothing wrong was found.")
+        console.print("No problems were found.")
         return
     table = Table("what was found", "", "examples", "what to do", title="findings")
     for finding in findings:
@@ -199,7 +199,7 @@ def print_audit(audit: ImageAudit, name: str) -> None:
 
 @dataclass(frozen=True)
 class Finding:
-    """A kind of thing that is wrong: how often, a few examples, and what to do."""
+    """A kind of problem: how often it occurs, a few examples, and what to do."""
 
     what: str
     number: int
@@ -208,7 +208,7 @@ class Finding:
 
 
 def list_findings(audit: ImageAudit) -> list[Finding]:
-    """Return what is wrong, the gravest first; what is not there is left out."""
+    """Return the problems that were found, the most serious first."""
     leaks, alike = _differing(audit.copies, "split"), _differing(audit.look_alikes, "split")
     mislabelled = _differing(audit.copies, "class_name")
     repeated = [group for group in audit.copies if group not in leaks and group not in mislabelled]
@@ -238,7 +238,7 @@ def list_findings(audit: ImageAudit) -> list[Finding]:
 
 
 def _differing(groups: list[list[Place]], what: str) -> list[list[Place]]:
-    """Return the groups of which the images differ in their `split`, or `class_name`."""
+    """Return the groups whose images differ in the attribute `what`: `split` or `class_name`."""
     return [group for group in groups if len({getattr(place, what) for place in group}) > 1]
 
 

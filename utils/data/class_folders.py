@@ -1,4 +1,4 @@
-"""Local folders of images: what they mean, classes, or splits that hold the classes, and the images in them."""
+"""Local image folders: which are classes, which are splits of classes, and the images in them."""
 
 import os
 import re
@@ -17,11 +17,11 @@ from utils.hub.repositories import is_saved_to_disk
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-# as `datasets` knows them (data_files.SPLIT_KEYWORDS), which takes a second to import
+# as in `datasets` (data_files.SPLIT_KEYWORDS), which takes a second to import
 SPLIT_WORDS = {"train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation"}
 TRAIN_WORDS = {"train", "training"}
 TABLES_OF_IMAGES = (".parquet", ".arrow")
-METADATA_FILES = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # which imagefolder reads
+METADATA_FILES = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # read by imagefolder
 OTHER_DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".tar", ".tgz", ".gz", ".zip", ".h5", ".hdf5", ".xml",
                     ".lance")  # fmt: skip
 
@@ -32,9 +32,9 @@ Classes = dict[str, list[str]]
 
 @dataclass
 class FolderSet:
-    """A set of class folders: split -> class -> absolute paths of its images, sorted by name.
+    """A dataset of class folders: split -> class -> absolute paths of its images, sorted by name.
 
-    A folder without images is a class with an empty list. `notes` are the lines that a user should read.
+    A folder without images is a class with an empty list. `notes` are lines for the user.
     """
 
     splits: dict[str, Classes]
@@ -45,8 +45,8 @@ def read_train_dirs(train_dir: str, validation_dir: str | None = None) -> Folder
     """Return the class folders of --train_dir, and of --validation_dir.
 
     Raises:
-        UserError: a folder is not there, has no images, or some that are not directly in a class folder; a class of
-            `validation_dir` is none of `train_dir`.
+        UserError: a folder does not exist, has no images, or has images outside class folders; a class of
+            `validation_dir` is not in `train_dir`.
     """
     found = FolderSet({})
     folders = {"train": ("--train_dir", train_dir), "validation": ("--validation_dir", validation_dir)}
@@ -69,13 +69,13 @@ def read_train_dirs(train_dir: str, validation_dir: str | None = None) -> Folder
 
 
 def read_local_set(folder: str) -> FolderSet | None:
-    """Return the class folders of a local data set; None for one of other files, which `datasets` reads.
+    """Return the class folders of a local dataset; None for other files, which `datasets` reads.
 
-    It is a folder of class folders, or of split folders (train, valid, test, ...) that hold class folders. A split
-    folder with images and no class folders, as Kaggle's test, is not used, and noted.
+    It is a folder of class folders, or of split folders (train, valid, test, ...) that contain class folders. A split
+    folder with images but no class folders, such as Kaggle's test, is not used, with a note.
 
     Raises:
-        UserError: there are neither images nor other data; the folders may mean one thing or another.
+        UserError: there are neither images nor other data, or the folders are ambiguous.
     """
     if is_saved_to_disk(folder) or has_card_with_data(folder):
         return None
@@ -91,19 +91,19 @@ def read_local_set(folder: str) -> FolderSet | None:
 
 
 def load_folder_set(found: FolderSet) -> "DatasetDict":
-    """Return the splits of class folders as `load_dataset("imagefolder", drop_labels=False)` makes them of tidy ones.
+    """Return the splits of class folders, as `load_dataset("imagefolder", drop_labels=False)` reads tidy folders.
 
-    That one stops at a stray metadata.csv, takes photo.jpg.txt for an image and an archive for a folder, and leaves out
-    linked folders, and the images whose names have a word like train or test where others have none. Rows hold absolute
-    paths. What is left out is told.
+    imagefolder itself stops at a stray metadata.csv, takes photo.jpg.txt for an image and an archive for a folder, and
+    skips linked folders and images selected by words such as train or test in their names. Rows have absolute paths.
+    Skipped files are reported.
     """
-    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image  # takes a second, and checks need none
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image  # takes a second, and checks do not need it
 
     for note in found.notes:
         warn_once(note)
     loaded = DatasetDict()
     for split, classes in found.splits.items():
-        # each split has its own classes: which are the same, `unify_labels` finds out for those that are used
+        # each split has its own classes; `unify_labels` matches those of the used splits
         class_names = sort_class_names(name for name, paths in classes.items() if paths)
         rows = [(path, label) for label, name in enumerate(class_names) for path in classes[name]]
         images, labels = zip(*rows)
@@ -113,7 +113,7 @@ def load_folder_set(found: FolderSet) -> "DatasetDict":
 
 
 def is_split_name(name: str, words: set[str] = SPLIT_WORDS) -> bool:
-    """Return whether a folder is called as a split, or has that as one of its words, as 'seg_train' and 'Test-2'."""
+    """Return whether a folder has a split's name, or contains one as a word, such as 'seg_train' and 'Test-2'."""
     return not words.isdisjoint(split_words(name))
 
 
@@ -122,12 +122,12 @@ def _training_first(name: str) -> tuple[bool, str]:
 
 
 def split_words(name: str) -> list[str]:
-    """Return the words of a split's name in lower case: those of 'seg_train' and 'Test-2' say what it is for."""
+    """Return the words of a split's name in lower case; 'seg_train' and 'Test-2' contain their purpose."""
     return re.split(r"[-._ 0-9]+", name.casefold())
 
 
 def _read_layout(files: ImageFiles, prefix: tuple[str, ...]) -> FolderSet:
-    """Return the splits below the folder `prefix` of a local data set."""
+    """Return the splits below the folder `prefix` of a local dataset."""
     depth = len(prefix)
     with_images = [parts for parts, names in files.images.items() if names and parts[:depth] == prefix]
     if prefix in with_images:
@@ -149,7 +149,7 @@ def _read_layout(files: ImageFiles, prefix: tuple[str, ...]) -> FolderSet:
     splits = sorted(nested, key=_training_first)
     if not any(is_split_name(name) for name in nested):
         if len(nested) == 1 and not flat:
-            return _read_layout(files, (*prefix, nested[0]))  # an archive has often one folder around all
+            return _read_layout(files, (*prefix, nested[0]))  # archives often have one folder around everything
         raise _not_in_class_folder(files, prefix, max(with_images, key=len))
     stray = [name for name in flat if not is_split_name(name)]
     if stray:
@@ -170,19 +170,19 @@ def _read_layout(files: ImageFiles, prefix: tuple[str, ...]) -> FolderSet:
 
 
 def _check_classes(files: ImageFiles, prefix: tuple[str, ...], names: list[str]) -> None:
-    """Check that folders with images are classes: splits without labels, or one folder of images, look the same."""
+    """Check that folders with images are classes, and not splits without labels or a single folder of images."""
     if len(names) > 1 and sum(map(is_split_name, names)) < 2:
         return
     many = len(names) > 1
     raise UserError(
-        f"{files.place}: only {name_some(names)} {'hold' if many else 'holds'} images, so no labels "
-        f"are seen; right is a folder for each class, with or without train and test around them. If "
+        f"{files.place}: only {name_some(names)} {'hold' if many else 'holds'} images, so there are no "
+        f"labels; expected a folder per class, optionally inside train and test folders. If "
         f"{'they are classes' if many else 'it is a class'}, give --train_dir {files.path(*prefix)}."
     )
 
 
 def _classes_below(files: ImageFiles, prefix: tuple[str, ...]) -> Classes:
-    """Return the classes below the folder `prefix`, which holds class folders and nothing else.
+    """Return the classes below the folder `prefix`, which must contain only class folders.
 
     Raises:
         UserError: there are images elsewhere below it.
@@ -200,7 +200,7 @@ def _classes_below(files: ImageFiles, prefix: tuple[str, ...]) -> Classes:
 
 
 def _count(files: ImageFiles, splits: Iterable[Classes], unlabelled: Sequence[str] = ()) -> list[str]:
-    """Return the lines on what is used and what is left out, none where every file is used."""
+    """Return lines on what is used and left out; none if every file is used."""
     numbers = Counter()
     for classes in splits:
         numbers.update({name: len(paths) for name, paths in classes.items()})
@@ -220,7 +220,7 @@ def _count(files: ImageFiles, splits: Iterable[Classes], unlabelled: Sequence[st
 
 
 def has_card_with_data(folder: str) -> bool:
-    """Return whether a card says which files are the data: then `datasets` reads them."""
+    """Return whether a card names the data files, which `datasets` then reads."""
     try:
         text = (Path(folder) / CARD).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -248,9 +248,9 @@ def _not_in_class_folder(files: ImageFiles, prefix: tuple[str, ...], folder: tup
     if files.flag == "--train_dir" and len(folder) == 2 and folder[0] in splits:
         others = f" --validation_dir {files.path(splits[1])}" if len(splits) > 1 else ""
         return UserError(
-            f"{place} is not directly in a class folder; right is --train_dir {files.path(splits[0])}{others}, or "
+            f"{place} is not directly in a class folder; try --train_dir {files.path(splits[0])}{others}, or "
             f"--dataset_name {escape_name(files.root)}, which takes {name_some(splits)} as splits."
         )
     right = files.path(*prefix, "class name", name)
     others = f", or {files.flag} {files.path(*folder[:-1])}" if len(folder) > len(prefix) + 1 else ""
-    return UserError(f"{place} is not directly in a class folder; right is {right}{others}.")
+    return UserError(f"{place} is not directly in a class folder; expected {right}{others}.")

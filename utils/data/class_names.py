@@ -1,4 +1,4 @@
-"""Class names into the nouns that stand for them in prompts. No torch."""
+"""Turns class names into nouns for prompts. No torch."""
 
 import difflib
 import json
@@ -15,16 +15,16 @@ from utils.cli.processes import warn_once
 
 # '001.Black_footed_Albatross', '3_dog', '12 - dog', '00-dog', 'n02085620-Chihuahua'; but not '18-wheeler', '737-200'
 NUMBERING = re.compile(r"(?:n\d{8}[-_ ]+|\d+(?:\s*[._)]+\s*|\s+-\s+)|0\d*[- ]+)(?=[^\W\d_])")
-# three letters make a word, as in 'boeing737' and '18wheeler'; with fewer it is a type, as 'A320', 'ak47', '500ml'
+# three letters are a word, as in 'boeing737' and '18wheeler'; fewer are a type, as in 'A320', 'ak47', '500ml'
 GLUED_DIGITS = re.compile(r"(?<=[A-Za-z]{2}[a-z])(?=\d)|(?<=\d)(?=[A-Za-z][a-z]{2})")
 MAX_LISTED = 10
-SIMILARITY = 0.8  # from which on two names are taken for spellings of one
+SIMILARITY = 0.8  # two names this similar are taken for spellings of one
 
 
 def propose_noun(class_name: str) -> str:
-    """Return the noun of a class as far as its name tells it: without numbering in front, in separate words.
+    """Return a noun made from a class name: without a leading number, in separate words.
 
-    It is the class name itself where nothing would be left.
+    If nothing would be left, it is the class name itself.
     """
     text = separate_digits(drop_numbering(class_name).replace("_", " "))
     return split_camel_case(" ".join(text.split())) or class_name
@@ -47,7 +47,7 @@ def split_camel_case(text: str) -> str:
 
 
 def _split_word(word: str) -> str:
-    """Split one word, unless a part is too short for a word of its own: 'iPhone', 'McLaren', 'WiFi', 'DeLorean'."""
+    """Split one word, unless a part is too short to be a word: 'iPhone', 'McLaren', 'WiFi', 'DeLorean'."""
     parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", word)
     is_split = (
         len(parts) > 1
@@ -59,10 +59,10 @@ def _split_word(word: str) -> str:
 
 
 def prompt_nouns(class_names: list[str], corrections: dict[str, str] | None = None) -> list[str]:
-    """Return class names as they are written in prompts: corrected, or as `propose_noun` does it.
+    """Return the nouns of classes in prompts: from `corrections`, or else by `propose_noun`.
 
     Raises:
-        UserError: two classes would get the same noun; upper and lower case are the same to a text encoder.
+        UserError: two classes would get the same noun, ignoring case as text encoders do.
     """
     corrections = corrections or {}
     nouns = [" ".join(corrections[name].split()) if name in corrections else propose_noun(name) for name in class_names]
@@ -80,14 +80,13 @@ def prompt_nouns(class_names: list[str], corrections: dict[str, str] | None = No
 def match_class_names(
     names: Sequence[str], class_names: Sequence[str], flag: str, is_unique: bool = True
 ) -> dict[str, str]:
-    """Return name -> the one of `class_names` that it stands for; names that stand for none are left out.
+    """Return name -> its class in `class_names`, without names that match none.
 
-    That is the same name, or else the only one that `fold_class_name` makes the same; a warning counts the latter.
-    `flag` begins the messages. Where not `is_unique`, several of `names` may stand for one class.
+    A match is the same name, or else the only one equal by `fold_class_name`; a warning counts the latter. Messages
+    begin with `flag`. Unless `is_unique`, several of `names` may match one class.
 
     Raises:
-        UserError: a name is not a class name exactly, and more than one is the same without case, spaces and Unicode
-            form.
+        UserError: a name is not exactly a class name, and several are equal by `fold_class_name`.
     """
     spellings: dict[str, tuple[list[str], list[str]]] = {}
     for side, of_side in enumerate((names, class_names)):
@@ -99,20 +98,21 @@ def match_class_names(
         left = [name for name in ours if name not in theirs]
         if left and theirs:
             if len(theirs) > 1 or (is_unique and len(ours) > 1):
+                same = list_names(list(dict.fromkeys([*ours, *theirs])))
                 raise UserError(
-                    f"{flag} {list_names(left)}: not clear which class is meant, without case, spaces and Unicode form "
-                    f"{list_names(list(dict.fromkeys([*ours, *theirs])))} are the same; write the class name exactly."
+                    f"{flag} {list_names(left)}: ambiguous, as {same} differ only in case, spaces or Unicode form; "
+                    "write the class name exactly."
                 )
             folded |= dict.fromkeys(left, theirs[0])
     if folded:
         name, class_name = next(iter(folded.items()))
         number = "1 class name" if len(folded) == 1 else f"{len(folded)} class names"
-        warn_once(f"{flag} {number} matched in spite of case, spaces or Unicode form: '{name}' is '{class_name}'.")
+        warn_once(f"{flag} {number} matched ignoring case, spaces and Unicode form: '{name}' is '{class_name}'.")
     return matched | folded
 
 
 def fold_class_name(name: str) -> str:
-    """Return what the spellings of a class name have in common: no case, one Unicode form, single spaces.
+    """Return a class name without case, in one Unicode form and with single spaces, to compare spellings.
 
     Underscores and hyphens stay: '737-200' and '737 200', or 'a_10' and 'a-10', may well be two classes.
     """
@@ -120,22 +120,22 @@ def fold_class_name(name: str) -> str:
 
 
 def read_class_names_file(path: str, class_names: list[str]) -> dict[str, str]:
-    """Return class name -> noun, as a file gives them: a mapping (some classes are enough), or a noun for each class.
+    """Return class name -> noun from a file: a mapping (of some or all classes), or a list with a noun per class.
 
-    A mapping or list is YAML or JSON by its suffix, any other file has a noun a line; a list is in label order. The
-    class names of a mapping may be spelled in another case, as `match_class_names` has it.
+    Mappings and lists are YAML or JSON, by suffix; any other file has one noun per line. Lists are in label order.
+    Class names in a mapping are matched by `match_class_names`.
 
     Raises:
-        UserError: the file cannot be read; a class is unknown, there twice or not clear; a noun is empty or no text;
-            too few or too many nouns.
+        UserError: the file cannot be read; a class is unknown, duplicate or ambiguous; a noun is empty or not text;
+            there are too few or too many nouns.
     """
     flag = f"--class_names_file {path}:"
     entries = _read_names(path, flag)
     if isinstance(entries, list):
         if len(entries) != len(class_names):
             raise UserError(
-                f"{flag} has {len(entries)} nouns for {len(class_names)} classes; right is one for each, in label "
-                f"order; the first class is '{class_names[0]}'."
+                f"{flag} has {len(entries)} nouns for {len(class_names)} classes; expected one per class, in label "
+                f"order, starting with '{class_names[0]}'."
             )
         entries = dict(zip(class_names, entries))
     for name, noun in entries.items():
@@ -148,13 +148,13 @@ def read_class_names_file(path: str, class_names: list[str]) -> dict[str, str]:
 
 
 def read_class_names(path: str) -> dict[str, str]:
-    """Return class name -> noun in the order of the label ids, for a set of images that has no real one beside it.
+    """Return class name -> noun in label order, for a synthetic dataset without real images.
 
-    The file is a mapping of class names to nouns, or a list of class names, whose nouns are then proposed; YAML or
-    JSON by its suffix, any other file has a class name a line.
+    The file is a mapping of class names to nouns, or a list of class names, for which nouns are proposed; YAML or JSON
+    by suffix, any other file has one class name per line.
 
     Raises:
-        UserError: the file cannot be read or is empty; a class is there twice; a name or noun is empty or no text; two
+        UserError: the file cannot be read or is empty; a class is duplicate; a name or noun is empty or not text; two
             classes would get the same noun.
     """
     flag = f"--class_names_file {path}:"
@@ -164,7 +164,7 @@ def read_class_names(path: str) -> dict[str, str]:
     if isinstance(entries, list):
         for number, name in enumerate(entries, 1):
             if not isinstance(name, str) or not name.strip():
-                raise UserError(f"{flag} class {number} ({name!r}): must be text, in YAML within quotes.")
+                raise UserError(f"{flag} class {number} ({name!r}): must be text; in YAML, use quotes.")
         _check_single(flag, entries)
         return dict(zip(entries, prompt_nouns(entries)))
     for name, noun in entries.items():
@@ -173,7 +173,7 @@ def read_class_names(path: str) -> dict[str, str]:
 
 
 def list_names(names: list[str]) -> str:
-    """Return names in quotes, as most messages list them."""
+    """Return names in quotes for messages."""
     return join_names([repr(name) for name in names])
 
 
@@ -187,7 +187,7 @@ def _read_names(path: str, flag: str) -> dict | list:
 
 
 def _read_keys(path: Path, flag: str) -> list[str]:
-    """Return the keys of a mapping as they are written: a parsed one has lost all but the last of equal ones."""
+    """Return the keys of a mapping as written, with duplicates, which parsing drops."""
     text = read_text(path, flag)
     if path.suffix == ".json":
         return [key for key, _ in json.loads(text, object_pairs_hook=list)]
@@ -198,13 +198,13 @@ def _check_single(flag: str, names: list[str]) -> None:
     seen = set()
     for name in names:
         if name in seen:
-            raise UserError(f"{flag} class '{name}': is there twice.")
+            raise UserError(f"{flag} class '{name}': duplicate.")
         seen.add(name)
 
 
 def _check_text(flag: str, name: object, noun: object) -> None:
     if not isinstance(name, str) or not isinstance(noun, str):
-        raise UserError(f"{flag} entry '{name}: {noun}': put quotes around what is no text in YAML, as 'no' and '1'.")
+        raise UserError(f"{flag} entry '{name}: {noun}': put quotes around words that are not text in YAML, as 'no'.")
     if not name.strip():
         raise UserError(f"{flag} entry '{name}: {noun}': its class name is empty.")
     if not noun.strip():
@@ -212,18 +212,18 @@ def _check_text(flag: str, name: object, noun: object) -> None:
 
 
 def sort_class_names(names: Iterable[str]) -> list[str]:
-    """Return class names in the order of their labels: as text, but integers by their value."""
+    """Return class names in label order: alphabetical, but integers by value."""
     names = sorted(names)
     return sorted(names, key=int) if all(re.fullmatch(r"-?\d{1,18}", name) for name in names) else names
 
 
-def near_equal_names(names: Sequence[str]) -> list[list[str]]:
-    """Return the groups of names that differ in case, spaces or Unicode form only."""
+def find_similar_names(names: Sequence[str]) -> list[list[str]]:
+    """Return the groups of names that differ only in case, spaces or Unicode form."""
     return [group for group in group_names(names, map(fold_class_name, names)).values() if len(group) > 1]
 
 
 def group_names(names: Iterable[str], keys: Iterable[str]) -> dict[str, list[str]]:
-    """Return key -> the names that have it, both in order; `keys` are those of the names one by one."""
+    """Return key -> its names, both in order; `keys` has the key of each name."""
     groups: dict[str, list[str]] = {}
     for name, key in zip(names, keys):
         groups.setdefault(key, []).append(name)
@@ -234,13 +234,13 @@ def match_labels(
     names: Sequence[str], class_names: Sequence[str], flag: str, what: str, allow_missing: bool = False,
     advice: str = "",
 ) -> dict[str, int]:  # fmt: skip
-    """Return each of `names`, in its order, with its place in the real set's `class_names`.
+    """Return name -> its index in the real dataset's `class_names`, in the order of `names`.
 
-    `flag` begins the messages; `what` has the names, as in "the synthetic set"; `advice` ends what is said of missing
+    Messages begin with `flag`; `what` has the names, as in "the synthetic set"; `advice` ends the message on missing
     classes.
 
     Raises:
-        UserError: names are not clear; classes are renamed, extra or, unless `allow_missing`, missing.
+        UserError: names are ambiguous; classes are renamed, extra or, unless `allow_missing`, missing.
     """
     matched = match_class_names(names, class_names, flag)
     missing = sorted(set(class_names) - set(matched.values()))
@@ -256,13 +256,13 @@ def match_labels(
     problems = "; ".join(f"{kind}: {join_names(listed)}" for kind, listed in found.items() if listed)
     if problems:
         hint = f"; {advice}" if missing and advice else ""
-        raise UserError(f"{flag} its classes are not those of the real set; {problems}{hint}.")
+        raise UserError(f"{flag} its classes differ from those of the real set; {problems}{hint}.")
     places = {name: place for place, name in enumerate(class_names)}
     return {name: places[matched[name]] for name in names}
 
 
 def _find_renamed(missing: list[str], extra: list[str]) -> dict[str, str]:
-    """Return missing name -> the extra one that is the same but for case and signs, else much alike."""
+    """Return missing name -> the extra name that is equal apart from case and punctuation, or else very similar."""
     left = {re.sub(r"[\W_]", "", other.casefold()): other for other in extra}
     plain = {known: re.sub(r"[\W_]", "", known.casefold()) for known in missing}
     renamed = {known: left.pop(key) for known, key in plain.items() if key in left}
@@ -273,6 +273,6 @@ def _find_renamed(missing: list[str], extra: list[str]) -> dict[str, str]:
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Return the first ten of some names, and how many more there are."""
+    """Return the first ten names, and the number of further ones."""
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more

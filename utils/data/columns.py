@@ -1,4 +1,4 @@
-"""The image and the label column of a set: found, and of any usual kind made into images and classes."""
+"""Finds a dataset's image and label columns, and converts common kinds of them to images and classes."""
 
 import numpy as np
 import pyarrow as pa
@@ -10,17 +10,17 @@ from utils.data.class_names import match_class_names, sort_class_names
 from utils.data.image_set import RealImagesRecord
 
 USUAL_LABEL_NAMES = ("label", "labels")
-NO_LABEL = -1  # of integers and of ClassLabel, as `datasets` has it
+NO_LABEL = -1  # for integers and ClassLabel, as in `datasets`
 
 
 def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str]:
-    """Return the names of the image and of the label column: as given, else by type.
+    """Return the names of the image and the label column, as given or else by type.
 
-    Where no column is of type Image, the one that holds the bytes of files is taken; where none is of type ClassLabel,
-    the one with a usual name.
+    Without a column of type Image, one with encoded files is used; without one of type ClassLabel, one with a common
+    name.
 
     Raises:
-        UserError: a given column is not there, or there is not exactly one of that type.
+        UserError: a given column does not exist, or not exactly one column has that type.
     """
     columns = ", ".join(features)
     for flag, name in (("image", record.image_column_name), ("label", record.label_column_name)):
@@ -45,42 +45,42 @@ def find_columns(features: Features, record: RealImagesRecord) -> tuple[str, str
     label = record.label_column_name or only(ClassLabel, "label")
     if image == label:
         raise UserError(
-            f"--image_column_name {image}, --label_column_name {label}: one column cannot be both of {columns}."
+            f"--image_column_name {image}, --label_column_name {label}: must be two different columns of {columns}."
         )
     return image, label
 
 
 def _holds_files(feature: object) -> bool:
-    """Say whether a column holds the bytes of files, alone or beside a path, as pandas, pyarrow and duckdb write it."""
+    """Return whether a column holds encoded files, with or without a path, as written by pandas, pyarrow and duckdb."""
     content = feature.get("bytes") if isinstance(feature, dict) else feature
     return isinstance(content, Value) and content.dtype in ("binary", "large_binary")
 
 
 def standardise(images: Dataset, split: str, record: RealImagesRecord) -> Dataset:
-    """Return the images of a split with the two columns, as `image` (decoded, in its own mode) and `label`."""
+    """Return a split with two columns: `image` (decoded, in its own mode) and `label`."""
     columns = [record.image_column_name, record.label_column_name]
     for flag, name in zip(("image", "label"), columns):
         if name not in images.features:
             raise UserError(f"--{flag}_column_name {name}: not in split '{split}' of '{record.name}'.")
     images = images.with_format(None).select_columns(columns).rename_columns(dict(zip(columns, ("image", "label"))))
     kind = images.features["image"]
-    # an Image with a mode would be converted by datasets, where that decodes it, and not by `to_rgb`
+    # datasets would convert an Image with a mode on decoding, before `to_rgb`
     if _holds_files(kind) or (isinstance(kind, Image) and (kind.mode or not kind.decode)):
         return images.cast_column("image", Image())
     if not isinstance(kind, Image):
         kind = kind.dtype if isinstance(kind, Value) else type(kind).__name__
-        cure = "; store the images that it names by `cast_column` and `to_parquet` of datasets" if "str" in kind else ""
-        raise UserError(f"--image_column_name {record.image_column_name}: is of type {kind}, no image column{cure}.")
+        cure = "; store the images at these paths by datasets' `cast_column`, `to_parquet`" if "str" in kind else ""
+        raise UserError(f"--image_column_name {record.image_column_name}: must hold images, got type {kind}{cure}.")
     return images
 
 
 def _label_column(images: Dataset, column: str) -> pa.ChunkedArray:
-    """Return the labels as they are stored."""
+    """Return the labels as stored."""
     return images.select_columns(column).with_format("arrow")[:][column]
 
 
-def _without_label(column: pa.ChunkedArray) -> np.ndarray:
-    """Return the rows without a label: null, not a number, -1, or text without a letter."""
+def _find_unlabelled(column: pa.ChunkedArray) -> np.ndarray:
+    """Return the rows without a label: null, NaN, -1 or blank text."""
     missing = pc.is_null(column, nan_is_null=True)
     if pa.types.is_signed_integer(column.type):
         missing = pc.or_(missing, pc.equal(column, NO_LABEL).fill_null(False))
@@ -95,28 +95,28 @@ def _is_text(column: pa.ChunkedArray) -> bool:
 
 def is_labelled(images: Dataset, column: str) -> bool:
     """Return whether at least one image has a label."""
-    return column in images.features and len(_without_label(_label_column(images, column))) < len(images)
+    return column in images.features and len(_find_unlabelled(_label_column(images, column))) < len(images)
 
 
 def unify_labels(splits: dict[str, Dataset], column_name: str) -> tuple[dict[str, Dataset], list[str]]:
-    """Return splits with a ClassLabel column `label` of the same classes, and the class names.
+    """Return the splits with a common ClassLabel column `label`, and the class names.
 
-    Integers, texts and booleans become classes in their natural order. Classes are known by their names, as
-    `match_class_names` finds them: where a split numbers them otherwise, its labels are changed; those that the first
-    split lacks come last. `column_name` is the user's name of the column.
+    Integers, text and booleans become classes in their natural order. Classes are matched by name, with
+    `match_class_names`: labels with another numbering are changed, and classes missing in the first split come last.
+    `column_name` is the column's original name.
 
     Raises:
-        UserError: the column is of another kind, of different kinds in different splits, an image has no label, or a
-            number stands for no class.
+        UserError: the column is of another kind or of different kinds in different splits, an image has no label, or a
+            number is not a class id.
     """
     flag = f"--label_column_name {column_name}:"
     kinds, names_of, codes_of = {}, {}, {}
     for split, images in splits.items():
         feature, column = images.features["label"], _label_column(images, "label")
         kinds[split] = _check_kind(flag, feature, column)
-        missing = _without_label(column)
+        missing = _find_unlabelled(column)
         if missing.size:
-            hint = f" ({NO_LABEL} is no class)" if pa.types.is_integer(column.type) else ""
+            hint = f" ({NO_LABEL} is not a class)" if pa.types.is_integer(column.type) else ""
             raise UserError(
                 f"{flag} {len(missing)} of {len(images)} images of split '{split}' have no label, the first in row "
                 f"{missing[0]}{hint}."
@@ -124,7 +124,7 @@ def unify_labels(splits: dict[str, Dataset], column_name: str) -> tuple[dict[str
         names_of[split], codes_of[split] = _encode(flag, split, feature, column)
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{kind} in split '{split}'" for split, kind in kinds.items())
-        raise UserError(f"{flag} is not of one kind ({listed}); make all of them integers, or all texts.")
+        raise UserError(f"{flag} has labels of different kinds ({listed}); make them all integers, or all text.")
     class_names = list(next(iter(names_of.values())))
     for split, names in names_of.items():
         matched = match_class_names(names, class_names, f"{flag} split '{split}':")
@@ -144,7 +144,7 @@ def unify_labels(splits: dict[str, Dataset], column_name: str) -> tuple[dict[str
 
 
 def _check_kind(flag: str, feature: object, column: pa.ChunkedArray) -> str:
-    """Return whether labels are numbers or names."""
+    """Return the kind of labels: integers, booleans or names."""
     if isinstance(feature, ClassLabel):
         return "names"
     if isinstance(feature, Value):
@@ -154,7 +154,7 @@ def _check_kind(flag: str, feature: object, column: pa.ChunkedArray) -> str:
             return "booleans"
         if _is_text(column):
             return "names"
-    right = "one class per image is wanted, as an integer, a text, a boolean or a ClassLabel"
+    right = "must have one class per image: an integer, text, boolean or ClassLabel"
     if isinstance(feature, List | LargeList):
         raise UserError(f"{flag} holds {_describe_lists(column)}; {right}.")
     what = feature.dtype if isinstance(feature, Value) else type(feature).__name__
@@ -162,7 +162,7 @@ def _check_kind(flag: str, feature: object, column: pa.ChunkedArray) -> str:
 
 
 def _describe_lists(column: pa.ChunkedArray) -> str:
-    """Return what kind of lists these are: one-hot vectors, or several labels per image."""
+    """Return a description of list labels: one-hot vectors, or several labels per image."""
     rows = column.slice(0, 1000).drop_null().to_pylist()
     lengths = {len(row) for row in rows}
     if lengths == {1}:
@@ -173,7 +173,7 @@ def _describe_lists(column: pa.ChunkedArray) -> str:
 
 
 def _encode(flag: str, split: str, feature: object, column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
-    """Return the class names of a split, and of each image the place of its own; those of a ClassLabel are checked."""
+    """Return the class names of a split and each image's index in them; checks ClassLabel ids."""
     if not isinstance(feature, ClassLabel):
         values = pc.unique(column)
         return [str(value) for value in values.to_pylist()], pc.index_in(column, value_set=values).to_numpy()

@@ -10,9 +10,9 @@ from utils.data.image_set import RealImages, RealImagesRecord
 
 
 def split_fold(labels: np.ndarray, fold: str, seed: int, class_names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sorted rows that a fold trains on, and those that it tests on. `labels` are `(n,)` int, of all images.
+    """Return the sorted rows for training and for testing of a fold. `labels` are `(n,)` int, of all images.
 
-    The folds of a seed test on each image once, and each of them on about as many images of every class.
+    The folds of a seed test each image once, each fold with nearly the same number of images per class.
 
     Raises:
         UserError: a class has fewer images than there are folds.
@@ -36,10 +36,10 @@ def split_fold(labels: np.ndarray, fold: str, seed: int, class_names: list[str])
 
 @dataclass(frozen=True)
 class Folds:
-    """The folds of all images of a training split, `images.train`, of which none is held out otherwise.
+    """The folds of a whole training split, `images.train`, from which nothing else is held out.
 
-    `rows` and `labels` are those of the whole split: damaged images, which `images` may lack, take their places in the
-    folds, so that folds are those of `load_real_images` with the same `fold` and `fold_seed`.
+    `rows` and `labels` cover the whole split, including damaged images that `images` lacks, so that the folds equal
+    those of `load_real_images` with the same `fold` and `fold_seed`.
     """
 
     images: RealImages
@@ -52,10 +52,10 @@ class Folds:
         return [f"{number}/{self.num_folds}" for number in range(1, self.num_folds + 1)]
 
     def split(self, fold: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the places in `images.train` that a fold trains on, and those that it tests on.
+        """Return the indices in `images.train` for training and for testing of a fold.
 
         Raises:
-            UserError: what `split_fold` raises.
+            UserError: from `split_fold`.
         """
         is_tested = np.zeros(len(self.rows), bool)
         is_tested[split_fold(self.labels, fold, seed, self.images.class_names)[1]] = True
@@ -63,5 +63,5 @@ class Folds:
         return np.flatnonzero(~is_tested), np.flatnonzero(is_tested)
 
     def record(self, fold: str, seed: int) -> RealImagesRecord:
-        """Return the record with which `load_real_images` gives the test images of a fold."""
+        """Return the record with which `load_real_images` loads the test images of a fold."""
         return replace(self.images.record, fold=fold, fold_seed=seed)

@@ -1,4 +1,4 @@
-"""Which files below a folder are images: every file is one, or is counted as left out, with the reason."""
+"""Finds the images below a folder; every other file is counted as left out, with a reason."""
 
 import os
 from collections import defaultdict
@@ -14,12 +14,11 @@ from utils.cli.errors import UserError
 
 MAX_NAMED = 3
 NOT_IMAGE, HIDDEN, BAD_NAME, NO_ACCESS, DEAD_LINK, LOOP = range(6)
-# of systems and programs, beside the names that begin with a dot; a class may well be called __other__
-# Pillow knows these by name only: opened, they have no pixels
+# formats that Pillow knows by name only: opened, they have no pixels
 NO_PIXELS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-# told by their content; the other formats' signatures are so short that anything may begin with them
+# recognized by content; other formats have signatures so short that any file may begin with them
 BY_CONTENT = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "JPEG2000", "AVIF", "HEIF", "PSD", "QOI")
-# kinds of pictures that Pillow does not read, at least not alone: suffixes, and what to do
+# kinds of pictures that Pillow alone does not read: suffixes, and what to do
 UNREADABLE_KINDS = {
     "HEIC": (".heic .heif .heics .heifs .hif", "pip install pillow-heif"),
     "AVIF": (".avif .avifs", "pip install -U pillow"),
@@ -41,10 +40,10 @@ HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 
 @dataclass
 class ImageFiles:
-    """The files below `root`, which is given with a flag.
+    """The files below `root`, the value of `flag`.
 
-    `images` maps each folder below, by the parts of its path, to the sorted names of its images; `left_out` a reason or
-    an unreadable kind to the relative paths of files; `by_content` are the images whose suffix says otherwise.
+    `images` maps each folder below, as path parts, to the sorted names of its images; `left_out` maps a reason or an
+    unreadable kind to relative paths; `by_content` are images without an image's suffix.
     """
 
     root: str
@@ -55,16 +54,17 @@ class ImageFiles:
 
     @property
     def place(self) -> str:
-        """The flag and its value, which begin a message."""
+        """The flag and its value, with which messages begin."""
         return f"{self.flag} {escape_name(self.root)}"
 
     def path(self, *names: str) -> str:
-        """Return the path of a folder or file below `root` as it can be printed."""
+        """Return the printable path of a folder or file below `root`."""
         return escape_name(os.path.join(self.root, *names))
 
     def describe_left_out(self) -> str:
-        """Return 'left out: 3 that are not images (notes.txt, ...), 2 HEIC (...)', nothing where all are images."""
-        reasons = (NOT_IMAGE, *UNREADABLE_KINDS, BAD_NAME, NO_ACCESS, DEAD_LINK, LOOP, HIDDEN)  # the most telling first
+        """Return 'left out: 3 that are not images (notes.txt, ...), 2 HEIC (...)'; empty if all are images."""
+        # the most informative first
+        reasons = (NOT_IMAGE, *UNREADABLE_KINDS, BAD_NAME, NO_ACCESS, DEAD_LINK, LOOP, HIDDEN)
         parts = [_describe(reason, self.left_out[reason]) for reason in reasons if self.left_out[reason]]
         return f"left out: {', '.join(parts)}" if parts else ""
 
@@ -73,7 +73,7 @@ def find_image_files(folder: str, flag: str) -> ImageFiles:
     """Return the files below a folder; linked folders are followed. Only files without an image's suffix are opened.
 
     Raises:
-        UserError: it is not a directory, or may not be read; the name of a folder is not UTF-8.
+        UserError: it is not a directory or not readable, or a folder's name is not UTF-8.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{flag} {folder}: {'is a file' if os.path.isfile(folder) else 'not a directory'}.")
@@ -97,19 +97,19 @@ def find_image_files(folder: str, flag: str) -> ImageFiles:
 
 
 def escape_name(name: str) -> str:
-    r"""Return a name as it can be printed, in one line: bytes that are not UTF-8 as \xe9, a new line as \n."""
+    r"""Return a name in printable form, in one line: bytes that are not UTF-8 as \xe9, a newline as \n."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def name_some(names: list[str]) -> str:
-    """Return the first three of some names, with '...' where there are more."""
+    """Return the first three names, and '...' if there are more."""
     shown = ", ".join(escape_name(name) for name in names[:MAX_NAMED])
     return f"{shown}, ..." if len(names) > MAX_NAMED else shown
 
 
 def unreadable_kind(head: bytes) -> str | None:
-    """Return the key in `UNREADABLE_KINDS` of an encoded image that Pillow does not know, by its first 32 bytes."""
+    """Return the key in `UNREADABLE_KINDS` of an encoded image, by its first 32 bytes."""
     if head[4:8] == b"ftyp":
         brand = head[8:12]
         return "AVIF" if brand in (b"avif", b"avis") else "HEIC" if brand in HEIC_BRANDS else None
@@ -117,7 +117,7 @@ def unreadable_kind(head: bytes) -> str | None:
 
 
 def _walk(found: ImageFiles) -> Iterator[tuple[tuple[str, ...], list[str]]]:
-    """Yield each folder's parts and its files, sorted by folder; what is hidden goes into `found.left_out`."""
+    """Yield each folder's path parts and files, sorted by folder; hidden ones are added to `found.left_out`."""
     pending = [((), frozenset(), 0)]
     while pending:
         parts, above, num_links = pending.pop()
@@ -144,7 +144,7 @@ def _walk(found: ImageFiles) -> Iterator[tuple[tuple[str, ...], list[str]]]:
                 raise _not_utf8(path, found.flag, name)
             elif is_link or entry.is_file():
                 files.append(name)
-            else:  # a named pipe, for one: to read it would wait for ever
+            else:  # such as a named pipe, which would block forever
                 found.left_out[NOT_IMAGE].append(relative)
         pending += reversed(folders)
         yield parts, files
@@ -159,12 +159,12 @@ def _files_below(folder: str, relative: str) -> list[str]:
 
 
 def _kind_of(path: str, name: str, suffixes: set[str]) -> int | str | None:
-    """Return why a file is left out, None for an image."""
+    """Return the reason why a file is left out, None for an image."""
     suffix = Path(name).suffix.lower()
     if suffix not in suffixes:
         if suffix in KIND_OF_SUFFIX:
             return KIND_OF_SUFFIX[suffix]
-        if not os.path.isfile(path):  # nor is it opened: a named pipe would wait for ever
+        if not os.path.isfile(path):  # not opened either: a named pipe would block forever
             return DEAD_LINK if os.path.islink(path) else NOT_IMAGE
         try:
             with open(path, "rb") as file:
@@ -182,7 +182,7 @@ def _is_read_by_pillow(file) -> bool:
         PIL.Image.open(file, formats=[name for name in BY_CONTENT if name in PIL.Image.OPEN])
     except PIL.Image.DecompressionBombError:
         return True
-    except Exception:  # on damaged files Pillow raises nearly anything
+    except Exception:  # Pillow raises almost any exception for damaged files
         return False
     return True
 
@@ -218,6 +218,6 @@ def _describe(reason: int | str, paths: list[str]) -> str:
         BAD_NAME: f"{number} whose name is not UTF-8 ({names}; rename with convmv)",
         NO_ACCESS: f"{number} that cannot be read ({names})",
         DEAD_LINK: f"{number} {'link' if one else 'links'} to nothing ({names})",
-        LOOP: f"{number} linked {'folder' if one else 'folders'} that would go round in circles ({names})",
+        LOOP: f"{number} linked {'folder' if one else 'folders'} that form a loop ({names})",
         HIDDEN: f"{number} hidden",
     }.get(reason) or f"{number} {reason} ({UNREADABLE_KINDS[reason][1]})"

@@ -1,4 +1,4 @@
-"""A labelled image set: the record that names it, its parts, and which rows of which split they are."""
+"""A labelled image dataset: its record, its parts, and the rows of the splits that they consist of."""
 
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -15,7 +15,7 @@ PLACES = ("dataset_name", "train_dir", "validation_dir")
 
 @dataclass
 class RealImagesRecord(RealDataArguments):
-    """What one needs to load the same images again, the flags' values; part of every step's record."""
+    """The flags' values that load the same images again; part of every step's record."""
 
     @property
     def name(self) -> str:
@@ -23,12 +23,12 @@ class RealImagesRecord(RealDataArguments):
 
     @classmethod
     def from_arguments(cls, arguments: RealDataArguments) -> "RealImagesRecord":
-        """Return the record of a script's flags, folders absolute."""
+        """Return the record of a script's flags, with absolute folders."""
         values = {field.name: getattr(arguments, field.name) for field in fields(cls)}
         return cls(**values | {name: absolute_if_local(values[name]) for name in PLACES})
 
     def to_dict(self) -> dict:
-        """Return the record as JSON holds it; that of a set without folds says nothing of them."""
+        """Return the record as JSON values, without the keys of folds if there are none."""
         record = asdict(self)
         if self.fold is None:
             del record["fold"], record["fold_seed"]
@@ -37,7 +37,7 @@ class RealImagesRecord(RealDataArguments):
 
 @dataclass(frozen=True)
 class Part:
-    """Where images come from: the split as a flag names it, and their rows there; carved off the training images?"""
+    """Where images come from: the split as a flag names it, their rows there, and whether they were carved off."""
 
     split: str
     rows: np.ndarray
@@ -48,8 +48,8 @@ class Part:
 class RealImages:
     """Train, validation and test images with the columns `image` and `label`; `train` may be a subset.
 
-    `record` is resolved (columns found, commit pinned). `parts` says of each part which rows it holds. `remarks` are
-    lines for the user: which split serves as what, and what may not be meant.
+    `record` is resolved (columns found, commit pinned). `parts` gives the rows of each part. `remarks` are lines for
+    the user: the role of each split, and warnings.
     """
 
     train: Dataset
@@ -62,11 +62,11 @@ class RealImages:
 
     @property
     def train_indices(self) -> np.ndarray:
-        """The rows of the train split that `train` holds: what a token or a classifier has seen."""
+        """The rows of the train split that are in `train`, which a token or classifier has seen."""
         return self.parts["train"].rows
 
     def select(self, rows: dict[str, np.ndarray]) -> "RealImages":
-        """Return some images of each part, by their places in it; parts that are not named stay whole."""
+        """Return a subset of each part, by indices in it; parts that are not named stay whole."""
         parts = {part: replace(self.parts[part], rows=self.parts[part].rows[kept]) for part, kept in rows.items()}
         images = {part: getattr(self, part).select(kept) for part, kept in rows.items()}
         return replace(self, **images, parts=self.parts | parts)

@@ -1,4 +1,4 @@
-"""Images of any mode into RGB, and into the tensors that diffusion models take."""
+"""Converts images of any mode to RGB, and to the arrays for diffusion models."""
 
 import re
 import warnings
@@ -10,42 +10,41 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 try:
     import pillow_heif
 except ImportError:
-    pass  # HEIC is left out of class folders, and named
+    pass  # HEIC files in class folders are then left out and reported
 else:
     pillow_heif.register_heif_opener()  # here, as every process that reads images imports this module
 
-# between this limit and its double, where it stops, Pillow warns of each image: `describe_reading` says it once
+# Pillow warns of each image between this limit and its double, which is an error; `describe_reading` reports it once
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 TOO_LARGE = "too large"
-# Grey of more than 8 bits does not say how bright white is: all of 8, 10, 12 or 16 bits. Not of 14: many a photo of 16
-# bits is no brighter, and one of 14 can still be seen when it is read as of 16
+# Grey of more than 8 bits does not define white: the maximum of 8, 10, 12 or 16 bits. Not of 14: many 16-bit photos are
+# no brighter, and a 14-bit photo is still visible when read as 16 bits
 POSSIBLE_WHITES = (255, 1_023, 4_095, 65_535)
-BELOW_ZERO = -0.1  # what is less negative in a floating-point image comes from resizing it, not from a range [-1, 1]
+BELOW_ZERO = -0.1  # less negative values in a floating-point image come from resizing, not from a range [-1, 1]
 
-# of TIFF
+# TIFF tags
 BITS_PER_SAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLE_FORMAT = 258, 262, 339
 LOWEST_TAGS, HIGHEST_TAGS = (340, 280), (341, 281)  # (S)MinSampleValue, (S)MaxSampleValue
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an upright RGB image: more than 8 bits of grey are scaled, transparency is laid on white.
+    """Return an upright RGB image: grey of more than 8 bits is scaled, transparency is blended with white.
 
-    White of such grey is what a TIFF file says (MaxSampleValue, or fewer than 16 bits), else the first of
-    `POSSIBLE_WHITES` (in floating point 1 before them) that no pixel exceeds, else the brightest pixel. Floating point
-    from -1 to 1 is scaled from -1; other values below 0, infinite ones and those that are not a number are black. Of
-    colour of 16 bits a channel Pillow reads the upper 8, of several frames the first is taken. EXIF that cannot be read
-    is ignored.
+    White is what a TIFF file declares (MaxSampleValue, or fewer than 16 bits), else the first of `POSSIBLE_WHITES` (for
+    floating point, 1 comes first) that no pixel exceeds, else the brightest pixel. Floating point from -1 to 1 is
+    scaled from -1; other negative, infinite and NaN values are black. Pillow reads the upper 8 of 16 bits of colour; of
+    several frames the first is used. Unreadable EXIF is ignored.
     """
-    image.load()  # or the next lines would take a truncated file for unreadable EXIF
+    image.load()  # otherwise the next lines would take a truncated file for unreadable EXIF
     grey_range = _grey_range(image) if _is_deep_grey(image) else None
-    # Pillow inverts 8 bits itself
+    # Pillow inverts 8-bit images itself
     is_inverted = grey_range and getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0
     image = _upright(image)
     if grey_range:
         image = _scale_grey(image, *grey_range[:2])
         image = ImageOps.invert(image) if is_inverted else image
-    if image.mode == "La":  # Pillow converts it to nothing else
+    if image.mode == "La":  # the only conversion that Pillow has
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -56,9 +55,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def describe_reading(image: Image.Image) -> str | None:
-    """Return what is to be said of how `to_rgb` reads an opened image that is not loaded yet, None for most.
+    """Return a note on how `to_rgb` reads an image (opened, not loaded), None for most.
 
-    The words are the same for all images of a kind, so that these can be counted: "12 images " and the words.
+    Images of a kind get the same note, to be counted: "12 images " and the note.
     """
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or np.inf):
         return f"of more than {Image.MAX_IMAGE_PIXELS:,} pixels, which take much time and memory"
@@ -67,14 +66,12 @@ def describe_reading(image: Image.Image) -> str | None:
         image.load()
         return _grey_range(image)[2]
     if is_deep_colour and max(high for _, high in image.convert("RGB").getextrema()) < 64:
-        return (
-            "in colour of 16 bits a channel, of which the upper 2 or more are not used: they are read as nearly black"
-        )
+        return "in colour of 16 bits a channel, of which the upper 2 or more are unused: they are read as nearly black"
     return None
 
 
 def describe_error(error: Exception) -> str:
-    """Return in a few words why an image does not open, for what Pillow raised."""
+    """Return in a few words why an image cannot be opened, from Pillow's exception."""
     if isinstance(error, UnidentifiedImageError):
         return "no known image format"
     if isinstance(error, Image.DecompressionBombError):
@@ -92,7 +89,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return width and height of an opened image as `to_rgb` turns it; only its header is read."""
+    """Return width and height of an opened image after `to_rgb`; reads only its header."""
     width, height = image.size
     is_turned = image.format != "TIFF" and orientation(image) in (5, 6, 7, 8)  # the size of a TIFF is the upright one
     return (height, width) if is_turned else (width, height)
@@ -112,7 +109,7 @@ def to_model_range(images: list[Image.Image]) -> np.ndarray:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # on malformed EXIF Pillow raises nearly anything; the image itself is loaded
+    except Exception:  # Pillow raises almost any exception for malformed EXIF; the image itself is loaded
         return image
 
 
@@ -121,7 +118,7 @@ def _is_deep_grey(image: Image.Image) -> bool:
 
 
 def _grey_range(image: Image.Image) -> tuple[float, float, str | None]:
-    """Return the values of black and of white of a loaded grey image, and what is to be said where they are a guess."""
+    """Return the black and white values of a loaded grey image, and a note if they are a guess."""
     values = np.asarray(image)
     values = values[np.isfinite(values)]
     darkest, brightest = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
@@ -143,10 +140,10 @@ def _grey_range(image: Image.Image) -> tuple[float, float, str | None]:
 
 
 def _declared_range(tags: Mapping[int, object], mode: str) -> tuple[float, float] | None:
-    """Return the values of black and of white as the tags of a TIFF file say them.
+    """Return the black and white values that a TIFF file's tags declare.
 
-    MaxSampleValue is often the brightest value of this one image: it is taken for integers where it is all of some
-    number of bits, for floating point where there is a MinSampleValue too.
+    MaxSampleValue is often just the image's brightest value: for integers it counts if it is the maximum of a number of
+    bits, for floating point if there is a MinSampleValue too.
     """
     low, high = (
         next((_number(tags[tag]) for tag in names if tag in tags), None) for names in (LOWEST_TAGS, HIGHEST_TAGS)

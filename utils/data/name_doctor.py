@@ -1,4 +1,4 @@
-"""The class-name doctor: what in class names makes a generator draw something else, and what to write instead."""
+"""The class-name doctor: finds class names that make a generator draw something else, and proposes others."""
 
 import re
 from collections import Counter
@@ -23,9 +23,9 @@ from utils.data.class_names import (
     split_camel_case,
 )
 
-MAX_ROWS = 8  # of one and the same warning in the printed table; a file has them all
+MAX_ROWS = 8  # rows per warning in the printed table; a file has all
 
-# words of image sets such as ImageNet, CIFAR, Caltech and iNaturalist -> how each of two meanings is written
+# words in datasets such as ImageNet, CIFAR, Caltech and iNaturalist -> a noun for each of two meanings
 # fmt: off
 DOUBLE_MEANINGS = {
     "admiral": ("admiral butterfly", "navy officer"), "bank": ("bank building", "river bank"),
@@ -80,9 +80,9 @@ ID = re.compile(
 
 @dataclass(frozen=True)
 class Finding:
-    """What is noticed about the noun of a class in prompts.
+    """A finding on the noun of a class in prompts.
 
-    A note (`is_warning` false) needs no look. `proposal` is the noun to write; None where only a person knows it.
+    A note (`is_warning` false) needs no action. `proposal` is the noun to use; None if only a person can know it.
     """
 
     class_name: str
@@ -93,10 +93,10 @@ class Finding:
 
 
 def diagnose(class_names: list[str], nouns: list[str], given: Collection[str] = ()) -> list[Finding]:
-    """Return what is noticed about class names and their nouns, in label order.
+    """Return the findings on class names and their nouns, in label order.
 
-    Nothing is said of a class whose noun a person has chosen: those in `given`, and those whose noun is not made of
-    the class name, as in the record of a style token.
+    There are none for nouns that a person has chosen: those in `given`, and those not made from the class name, as in
+    the record of a style token.
     """
     all_numbered = all(drop_numbering(name) != name for name in class_names)
     # 'T-shirt', 't shirts' and 'tshirt' are the same
@@ -113,7 +113,7 @@ def diagnose(class_names: list[str], nouns: list[str], given: Collection[str] = 
             continue
         is_sure = all_numbered and noun == proposal
         findings += [Finding(name, noun, *spelling, proposal) for spelling in _find_spellings(name, is_sure)]
-        doubles = _find_doubles(name, noun, twins, containers)
+        doubles = _find_ambiguities(name, noun, twins, containers)
         findings += [Finding(name, noun, problem, True, None) for problem in doubles]
     return findings
 
@@ -127,10 +127,10 @@ def _find_id(name: str) -> str | None:
 
 
 def _find_spellings(name: str, is_numbering: bool) -> Iterator[tuple[str, bool]]:
-    """Yield what `propose_noun` mends, and whether that is a guess to look at."""
+    """Yield what `propose_noun` corrects, and whether that is a guess to check."""
     text = drop_numbering(name)
     if text != name:
-        yield "numbering in front", not is_numbering  # in one class alone it may belong to it: '2_door_car'
+        yield "numbering in front", not is_numbering  # in a single class it may belong to the name: '2_door_car'
     if "_" in text:
         yield "underscores", False
     text = text.replace("_", " ")
@@ -141,8 +141,8 @@ def _find_spellings(name: str, is_numbering: bool) -> Iterator[tuple[str, bool]]
         yield "CamelCase", True
 
 
-def _find_doubles(name: str, noun: str, twins: dict, containers: dict) -> Iterator[str]:
-    """Yield what is wrong with a noun that reads well: it is taken for another class, or for another thing."""
+def _find_ambiguities(name: str, noun: str, twins: dict, containers: dict) -> Iterator[str]:
+    """Yield problems of a readable noun: it may be taken for another class or another thing."""
     others = [other for other in twins["".join(_words(noun))] if other != name]
     if others:
         yield f"nearly the same as {list_names(others)}"
@@ -159,14 +159,14 @@ def _words(noun: str) -> tuple[str, ...]:
 
 
 def _singular(word: str) -> str:
-    """Return a word without its plural's ending, and with 'y' for 'ie': what 'cookies' and 'puppies' have in common."""
+    """Return a word without its plural ending, and with 'y' for 'ie', as in 'cookies' and 'puppies'."""
     if len(word) > 3 and word.endswith("s") and not word.endswith("ss"):
         word = word[:-2] if word.endswith(("sses", "xes", "ches", "shes")) else word[:-1]
     return word[:-2] + "y" if word.endswith("ie") else word
 
 
 def _find_containers(nouns: list[str]) -> dict[tuple[str, ...], list[str]]:
-    """Return words of a noun -> the nouns that have them among more words, side by side."""
+    """Return words of a noun -> the nouns that contain them next to each other, among other words."""
     containers: dict[tuple[str, ...], list[str]] = {_words(noun): [] for noun in nouns}
     for noun in nouns:
         words = _words(noun)
@@ -178,14 +178,14 @@ def _find_containers(nouns: list[str]) -> dict[tuple[str, ...], list[str]]:
 
 
 def print_findings(findings: list[Finding]) -> None:
-    """Print the warnings as a table, a few of each kind, and the notes as one line a kind."""
+    """Print the warnings as a table, a few of each kind, and the notes in one line per kind."""
     console = Console()
     table = Table("class", "noun in the prompt", "what is noticed", "proposal", title="class names")
     counts = Counter()
     for finding in findings:
         counts[finding.is_warning, finding.problem] += 1
         if finding.is_warning and counts[True, finding.problem] <= MAX_ROWS:
-            # Text: brackets in a name are no markup
+            # Text: brackets in a name are not markup
             table.add_row(*map(Text, (finding.class_name, finding.noun, finding.problem, finding.proposal or "?")))
     if table.row_count:
         print_table(table, console)
@@ -203,32 +203,32 @@ def check_strict(findings: list[Finding]) -> None:
     """Check that no class has a warning, for `--strict_class_names`.
 
     Raises:
-        UserError: some have; all of them are listed in one line, or the first ten.
+        UserError: some have; the message lists up to ten.
     """
     names = list(dict.fromkeys(finding.class_name for finding in findings if finding.is_warning))
     if names:
         raise UserError(
-            f"--strict_class_names true: warnings for {list_names(names)}; --class_names_file settles them, with a "
+            f"--strict_class_names true: warnings for {list_names(names)}; --class_names_file resolves them, with a "
             "noun for each."
         )
 
 
 def write_class_names(path: str | Path, class_names: list[str], nouns: list[str], findings: list[Finding]) -> None:
-    """Write class name -> noun as YAML to edit, each finding as a comment above its class, whole or not at all.
+    """Write class name -> noun as YAML for editing, with findings as comments above the classes, whole or not at all.
 
     Raises:
-        UserError: the file would not be read as YAML, by its suffix; it cannot be written.
+        UserError: the file's suffix is not that of YAML, or it cannot be written.
     """
     path = Path(path)
     if path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{path}: class names are written as YAML; right is a file name that ends in .yaml.")
+        raise UserError(f"{path}: must end in .yaml, as class names are written as YAML.")
     comments: dict[str, list[str]] = {}
     for finding in findings:
         proposal = f"; proposal: {finding.proposal}" if finding.proposal not in (None, finding.noun) else ""
         comments.setdefault(finding.class_name, []).append(_comment(f"{finding.problem}{proposal}"))
     lines = [
-        "# What stands for each class in prompts, in the order of the labels. Edit what is behind the colons,",
-        "# then give this file with --class_names_file.",
+        "# The noun of each class in prompts, in label order. Edit the text after the colons,",
+        "# then pass this file with --class_names_file.",
     ]
     for name, noun in zip(class_names, nouns):
         lines += comments.get(name, [])
@@ -236,9 +236,9 @@ def write_class_names(path: str | Path, class_names: list[str], nouns: list[str]
     try:
         write_text(path, "\n".join(lines) + "\n")
     except OSError as error:
-        raise UserError(f"{path}: class names cannot be written ({error.strerror}); name another file.") from None
+        raise UserError(f"{path}: class names cannot be written ({error.strerror}); choose another file.") from None
 
 
 def _comment(text: str) -> str:
-    # a class name that is quoted in it may hold what ends a comment's line, or what YAML refuses anywhere
+    # a quoted class name may contain line breaks, or characters that YAML refuses
     return "# " + " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

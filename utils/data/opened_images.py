@@ -1,4 +1,4 @@
-"""Every image that a run uses is opened once, before a model loads: damaged ones are named, or left out and counted."""
+"""Opens every image of a run once, before a model loads: damaged ones are an error, or left out and counted."""
 
 import hashlib
 import os
@@ -31,10 +31,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class OpenedImages:
-    """Images of which each was opened, without the damaged ones.
+    """Images that were all opened, without the damaged ones.
 
-    `digests` maps part -> SHA-256 of each image's encoded bytes, in order, where they were asked for; `remarks` are
-    lines for the user: what was left out, and what was guessed in reading.
+    `digests` maps part -> SHA-256 of each image's encoded bytes, in order, if asked for; `remarks` are lines for the
+    user on images left out and on guesses in reading.
     """
 
     images: RealImages
@@ -44,10 +44,10 @@ class OpenedImages:
 
 
 class Inspected(NamedTuple):
-    """What opening each image shows, by row.
+    """The results of opening images, by row.
 
-    `digests` are SHA-256 of the encoded bytes of the good ones, where they are asked for, `problems` what is wrong with
-    the damaged ones, `notes` what `describe_reading` says of good ones.
+    `digests` are SHA-256 of the encoded bytes of good images, if asked for; `problems` are those of damaged images,
+    `notes` from `describe_reading` on good ones.
     """
 
     digests: dict[int, str]
@@ -56,12 +56,12 @@ class Inspected(NamedTuple):
 
 
 def open_all(real: RealImages, parts: tuple[str, ...] = PARTS, with_digests: bool = False) -> OpenedImages:
-    """Open every image of some parts once, each in one of the processes, as training will read it.
+    """Open every image of some parts once, divided over the processes, as training will read them.
 
-    Damaged ones are left out where the record's `skip_bad_images` allows that. Memory grows with the digests only.
+    Damaged images are left out if the record's `skip_bad_images` allows it. Only the digests stay in memory.
 
     Raises:
-        UserError: an image is damaged and may not be left out, or a class has no other training images.
+        UserError: an image is damaged and must not be left out, or a class has only damaged training images.
     """
     found = {part: inspect_images(getattr(real, part), f"{part} images", with_digests) for part in parts}
     problems = {
@@ -69,7 +69,7 @@ def open_all(real: RealImages, parts: tuple[str, ...] = PARTS, with_digests: boo
         for part, inspected in found.items()
         for row, problem in sorted(inspected.problems.items())
     }
-    remarks = _settle_damaged(problems, real.record.skip_bad_images)
+    remarks = _handle_damaged(problems, real.record.skip_bad_images)
     kept = {part: _good_rows(getattr(real, part), inspected) for part, inspected in found.items() if inspected.problems}
     _check_classes_left(real, kept.get("train"))
     digests = {part: [digest for _, digest in sorted(inspected.digests.items())] for part, inspected in found.items()}
@@ -79,14 +79,14 @@ def open_all(real: RealImages, parts: tuple[str, ...] = PARTS, with_digests: boo
 
 
 def open_synthetic(images: Dataset, name: str, skip_bad_images: bool) -> tuple[Dataset, list[str]]:
-    """Open every image of a synthetic set once; return it without the damaged ones, and lines for the user.
+    """Open every image of a synthetic dataset once; return it without the damaged ones, and lines for the user.
 
     Raises:
-        UserError: an image is damaged and may not be left out.
+        UserError: an image is damaged and must not be left out.
     """
     inspected = inspect_images(images, "synthetic images")
     problems = {f"--synthetic_dataset {name}: row {row}": text for row, text in sorted(inspected.problems.items())}
-    remarks = _settle_damaged(problems, skip_bad_images)
+    remarks = _handle_damaged(problems, skip_bad_images)
     return images.select(_good_rows(images, inspected)) if problems else images, remarks
 
 
@@ -94,27 +94,27 @@ def _good_rows(images: Dataset, inspected: Inspected) -> np.ndarray:
     return np.setdiff1d(np.arange(len(images)), list(inspected.problems))
 
 
-def _settle_damaged(problems: dict[str, str], may_skip: bool) -> list[str]:
-    """Return what is said of images that do not open, given as place -> what is wrong, where they may be left out.
+def _handle_damaged(problems: dict[str, str], may_skip: bool) -> list[str]:
+    """Return lines for the user on damaged images, given as place -> problem, if they may be left out.
 
     Raises:
-        UserError: they may not.
+        UserError: they must not.
     """
     if not problems:
         return []
     place, problem = next(iter(problems.items()))
     if may_skip:
-        return [f"Warning: damaged images that are left out: {len(problems)}, the first is {place} ({problem})."]
-    state, cure = "damaged", "repair or remove what is damaged"
+        return [f"Warning: damaged images left out: {len(problems)}, the first is {place} ({problem})."]
+    state, cure = "damaged", "repair or remove them"
     if problem.startswith(TOO_LARGE):
-        state, cure = "not read", "shrink or remove what is too large"
+        state, cure = "not read", "shrink or remove them"
     raise UserError(
-        f"{place}: {state} ({problem}); {state} in all: {len(problems)}; {cure}, or give --skip_bad_images."
+        f"{place}: {state} ({problem}); {state} in total: {len(problems)}; {cure}, or give --skip_bad_images."
     )
 
 
 def _check_classes_left(real: RealImages, kept: np.ndarray | None) -> None:
-    """Raise where a class has no training images but damaged ones."""
+    """Raise if all training images of a class are damaged."""
     labels = np.asarray(real.train["label"])
     lost = np.setdiff1d(labels, labels if kept is None else labels[kept])
     if lost.size:
@@ -123,7 +123,7 @@ def _check_classes_left(real: RealImages, kept: np.ndarray | None) -> None:
 
 
 def inspect_images(images: Dataset, what: str, with_digests: bool = False) -> Inspected:
-    """Decode each image once, in one of the processes, in threads; return what all of them have found."""
+    """Decode each image once, divided over processes and threads; return the results of all."""
     inspected = Inspected({}, {}, {})
     inspect = partial(inspect_image, with_digest=with_digests)
     for row, results in _for_each(images, inspect, f"checking {what}"):
@@ -133,13 +133,13 @@ def inspect_images(images: Dataset, what: str, with_digests: bool = False) -> In
     return inspected
 
 
-def content_places(images: Dataset) -> np.ndarray:
-    """Return a number in [0, 1) for each image, evenly spread, that depends on nothing but its encoded bytes."""
+def content_positions(images: Dataset) -> np.ndarray:
+    """Return a uniformly distributed number in [0, 1) for each image, which depends only on its encoded bytes."""
 
     def place(row: int, encoded: dict | None) -> float:
         try:
             digest = hashlib.sha256(_read_encoded(encoded) or b"").digest()
-        except OSError:  # told when the images are opened
+        except OSError:  # reported when the images are opened
             digest = hashlib.sha256(repr(encoded).encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -150,12 +150,12 @@ def content_places(images: Dataset) -> np.ndarray:
 
 
 def check_digests(images: Dataset, digests: Sequence[str], rows: range, where: str) -> None:
-    """Check that some rows have the images, by their encoded bytes, of which `digests` has the SHA-256 of every row.
+    """Check the encoded bytes of some rows against `digests`, the SHA-256 of every row.
 
     `where` is the flag that names them, and its value.
 
     Raises:
-        UserError: one was replaced since.
+        UserError: one was replaced.
     """
     encoded = images.select_columns("image").cast_column("image", Image(decode=False))
     for row in rows:
@@ -166,8 +166,8 @@ def check_digests(images: Dataset, digests: Sequence[str], rows: range, where: s
 def _for_each(
     images: Dataset, function: Callable[[int, dict | None], Result], what: str
 ) -> Iterator[tuple[int, Result]]:
-    """Yield each row with what a function of it and its encoded image gives, computed in one of the processes."""
-    if num_launched() == 1:  # without a state of accelerate, which would take up a GPU
+    """Yield each row with the result of `function` on it and its encoded image, divided over the processes."""
+    if num_launched() == 1:  # without accelerate's state, which would occupy a GPU
         yield from enumerate(map_encoded(images, function, range(len(images)), what))
         return
     from accelerate import PartialState
@@ -183,9 +183,9 @@ def map_encoded(
     images: Dataset, function: Callable[[int, dict | None], Result], rows: range, what: str,
     show_progress: bool = True, piece: int = 4 * NUM_THREADS,
 ) -> Iterator[Result]:  # fmt: skip
-    """Yield what a function of a row and its encoded image gives for each of the rows, in order, from threads.
+    """Yield the result of `function` on each row and its encoded image, in order, computed in threads.
 
-    They are a piece ahead of the one that is taken. No more is in memory: these are the bytes of whole files.
+    They run one piece ahead of the consumer, so that few whole files are in memory.
     """
     encoded = images.select_columns("image").cast_column("image", Image(decode=False))
     with (
@@ -202,12 +202,12 @@ def map_encoded(
 
 
 def _read_encoded(encoded: dict | None) -> bytes | None:
-    """Return an image's encoded bytes, None where there are none: a local file of any name, a URL, or in an archive."""
+    """Return an image's encoded bytes, or None; from a local file of any name, a URL, or an archive."""
     if encoded is None or encoded["bytes"] is not None or encoded["path"] is None:
         return encoded and encoded["bytes"]
     if os.path.isfile(encoded["path"]):
         return Path(encoded["path"]).read_bytes()
-    from datasets.utils.file_utils import xopen  # to which a name with :: is a file in an archive; takes a second
+    from datasets.utils.file_utils import xopen  # it takes a :: in a name for an archive; importing takes a second
 
     with xopen(encoded["path"], "rb") as file:
         return file.read()
@@ -216,7 +216,7 @@ def _read_encoded(encoded: dict | None) -> bytes | None:
 def inspect_image(
     row: int, encoded: dict | None, with_digest: bool = False
 ) -> tuple[str | None, str | None, str | None]:
-    """Return the hash of an image's bytes, what is wrong with the image, and what is to be said of its reading."""
+    """Return the hash of an image's bytes, its problem, and a note on how it is read; each may be None."""
     content = b""
     try:
         content = _read_encoded(encoded)
@@ -224,13 +224,13 @@ def inspect_image(
             return None, "no image", None
         image = PIL.Image.open(BytesIO(content))
         note = describe_reading(image)
-        image.draft("RGB", (1, 1))  # a JPEG is decoded to an eighth of its size, which still reads all of its bytes
+        image.draft("RGB", (1, 1))  # decodes a JPEG at an eighth of its size, which still reads all bytes
         image.load()
         if image.getexif().get(PIL.ExifTags.Base.Orientation) is not None:
-            PIL.ImageOps.exif_transpose(image)  # as `datasets` does, which stops at EXIF that `to_rgb` ignores
+            PIL.ImageOps.exif_transpose(image)  # as `datasets` does, which fails on EXIF that `to_rgb` ignores
         to_rgb(image)
     except Exception as error:  # on damaged files Pillow raises nearly anything
-        kind = unreadable_kind(content[:32])  # such as HEIC under the name of a JPEG
+        kind = unreadable_kind(content[:32])  # such as HEIC named as JPEG
         reason = f"{kind}, which is not read: {UNREADABLE_KINDS[kind][1]}" if kind else describe_error(error)
         return None, f"{reason}, file {encoded['path']}" if encoded["path"] else reason, None
     return hashlib.sha256(content).hexdigest() if with_digest else None, None, note

@@ -1,4 +1,4 @@
-"""The labelled real images: load, find columns, split and check. The same images for every script and method."""
+"""Loads, splits and checks the labelled real images: the same ones for every script and method."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,21 +9,21 @@ from datasets import Dataset, DatasetDict
 from utils.cli.contents import content_digest
 from utils.cli.errors import UserError
 from utils.data.class_folders import CARD, has_card_with_data, load_folder_set, read_local_set, read_train_dirs
-from utils.data.class_names import list_names, near_equal_names
+from utils.data.class_names import find_similar_names, list_names
 from utils.data.columns import find_columns, is_labelled, standardise, unify_labels
 from utils.data.folds import Folds, split_fold
 from utils.data.image_set import PARTS, PLACES, Part, RealImages, RealImagesRecord
-from utils.data.opened_images import content_places
+from utils.data.opened_images import content_positions
 from utils.data.splits import TEST_SHARE, assign_splits, balanced_indices, carve, evenly_spaced, select
-from utils.hub.data_sets import list_data_files, load_data_set
+from utils.hub.image_datasets import list_data_files, load_image_dataset
 from utils.hub.repositories import open_source
 
-MISSING_VALUES = ("nan", "none", "null", "n/a", "na", "<na>")  # what programs write where there is no label
+MISSING_VALUES = ("nan", "none", "null", "n/a", "na", "<na>")  # what programs write for a missing label
 
 
 @dataclass(frozen=True)
 class LabelledSplits:
-    """The splits that serve as parts, before anything is carved off; `unused` maps the others to their numbers."""
+    """The splits used as parts, before anything is carved off; `unused` maps the others to their sizes."""
 
     images: dict[str, Dataset]
     parts: dict[str, Part]
@@ -33,10 +33,10 @@ class LabelledSplits:
 
 
 def load_labelled_splits(record: RealImagesRecord, token: str | None = None) -> LabelledSplits:
-    """Load the splits of a labelled image set that `assign_splits` chooses; no image is read.
+    """Load the splits of a labelled image dataset that `assign_splits` chooses; reads no image.
 
     Raises:
-        UserError: the set, a split or a column is not there; labels are missing or of no use.
+        UserError: the dataset, a split or a column does not exist, or labels are missing or unusable.
     """
     splits, record = _load_splits(record, token)
     train_split = select(splits, "train", record.train_split, record.name).splits[0]
@@ -57,14 +57,14 @@ def load_labelled_splits(record: RealImagesRecord, token: str | None = None) -> 
 
 
 def load_real_images(record: RealImagesRecord, token: str | None = None) -> RealImages:
-    """Load a labelled image set and split it.
+    """Load a labelled image dataset and split it.
 
-    A part that no split serves for is carved off the training images, class by class, before shots are drawn: test a
-    tenth of the whole, validation `train_val_split`. With the record's `fold` the test part is that fold of the
-    training images, whatever part the set has for it.
+    Without a split for it, a part is carved off the training images, class by class, before shots are drawn: a tenth
+    for testing, `train_val_split` for validation. With the record's `fold`, the test part is that fold of the training
+    images, even if the dataset has a test split.
 
     Raises:
-        UserError: what `load_labelled_splits` raises; too few images for the shots, or none left to train on.
+        UserError: from `load_labelled_splits`; too few images for the shots, or none left to train on.
     """
     found = load_labelled_splits(record, token)
     record, images, parts = found.record, dict(found.images), dict(found.parts)
@@ -74,7 +74,7 @@ def load_real_images(record: RealImagesRecord, token: str | None = None) -> Real
         kept, tested = split_fold(labels, record.fold, record.fold_seed, found.class_names)
         images["test"], parts["test"] = whole.select(tested), Part(parts["train"].split, rows[tested], is_carved=True)
     carved = [part for part in ("test", "validation") if part not in images]
-    places, end = content_places(whole) if carved else None, 0.0
+    places, end = content_positions(whole) if carved else None, 0.0
     for part in carved:
         end += TEST_SHARE if part == "test" else record.train_val_split
         if end >= 1:
@@ -88,14 +88,14 @@ def load_real_images(record: RealImagesRecord, token: str | None = None) -> Real
     images["train"], parts["train"] = whole.select(kept), replace(parts["train"], rows=rows[kept])
     real = RealImages(**images, class_names=found.class_names, record=record, parts=parts)
     unused = found.unused | ({} if record.fold is None else count_images(found, "test"))
-    return replace(real, remarks=(_describe_parts(real, unused), *_list_doubts(real)))
+    return replace(real, remarks=(_describe_parts(real, unused), *_list_warnings(real)))
 
 
 def load_for_folds(record: RealImagesRecord, num_folds: int, token: str | None = None) -> Folds:
-    """Load all images of the training split as folds; none is carved off, and other splits are not used.
+    """Load the whole training split as folds; nothing is carved off, and other splits are not used.
 
     Raises:
-        UserError: what `load_labelled_splits` raises; a class has fewer images than there are folds.
+        UserError: from `load_labelled_splits`; a class has fewer images than there are folds.
     """
     found = load_labelled_splits(record, token)
     whole, part = found.images["train"], found.parts["train"]
@@ -106,19 +106,19 @@ def load_for_folds(record: RealImagesRecord, num_folds: int, token: str | None =
     folds.split(folds.names[0], 0)
     unused = found.unused | count_images(found, "validation", "test")
     remark = f"{record.name}: {len(whole):,} images (split '{part.split}') in {num_folds} folds{_list_unused(unused)}."
-    return replace(folds, images=replace(real, remarks=(remark, *_list_doubts(real))))
+    return replace(folds, images=replace(real, remarks=(remark, *_list_warnings(real))))
 
 
 def count_images(found: LabelledSplits, *parts: str) -> dict[str, int]:
-    """Return how many images those of some parts have that are splits, by what names the split."""
+    """Return split -> number of images of the given parts, as far as they come from splits."""
     return {found.parts[part].split: len(found.parts[part].rows) for part in parts if part in found.parts}
 
 
 def identify_real_images(record: RealImagesRecord, token: str | None = None) -> tuple[RealImagesRecord, dict[str, str]]:
-    """Return the record with its commit pinned, and what tells the contents of each of its `PLACES` from others.
+    """Return the record with its commit pinned, and the identity of the contents of each of its `PLACES`.
 
     Raises:
-        UserError: a place is neither a folder nor a repository that can be read.
+        UserError: a place is neither a folder nor an accessible repository.
     """
     identities = {}
     for place in PLACES:
@@ -128,15 +128,15 @@ def identify_real_images(record: RealImagesRecord, token: str | None = None) -> 
         revision = record.dataset_revision if place == "dataset_name" else None
         source = open_source(name, f"--{place}", "dataset", revision, token)
         identities[place] = source.identity(list_data_files)
-        if source.is_local and has_card_with_data(name):  # which says which files are the data
+        if source.is_local and has_card_with_data(name):  # which names the data files
             identities[place] += f", card {content_digest(name, [CARD])}"
         if place == "dataset_name":
             record = replace(record, dataset_revision=source.revision)
     return record, identities
 
 
-def same_image_set(record: dict, dataset_name: str | None, train_dir: str | None) -> bool:
-    """Say whether a record's real images (`real_images`) are those of the two flags: the same folder or id."""
+def is_same_image_set(record: dict, dataset_name: str | None, train_dir: str | None) -> bool:
+    """Return whether a record's real images (`real_images`) have the folder or id of the two flags."""
 
     def place(name: str | None) -> str | Path | None:
         return Path(name).resolve() if name is not None and Path(name).is_dir() else name
@@ -155,7 +155,7 @@ def _training_subset(labels: np.ndarray, class_names: list[str], record: RealIma
                 f"--num_shots {record.num_shots}: class '{class_names[fewest]}' of '{record.name}' has "
                 f"{counts[fewest]} training images; lower --num_shots, add images, or remove the class."
             )
-        # the shots are the first of the balanced order
+        # shots come first in the balanced order
         num_samples = min(num_samples, record.num_shots * np.count_nonzero(counts))
     return balanced_indices(labels, num_samples, record.few_shot_seed)
 
@@ -165,12 +165,12 @@ def _load_splits(record: RealImagesRecord, token: str | None) -> tuple[DatasetDi
         return load_folder_set(read_train_dirs(record.train_dir, record.validation_dir)), record
     source = open_source(record.dataset_name, "--dataset_name", "dataset", record.dataset_revision, token)
     found = read_local_set(source.name) if source.is_local else None
-    splits = load_data_set(source, record.dataset_config_name) if found is None else load_folder_set(found)
+    splits = load_image_dataset(source, record.dataset_config_name) if found is None else load_folder_set(found)
     return splits, replace(record, dataset_revision=source.revision)
 
 
 def _describe_parts(real: RealImages, unused: dict[str, int]) -> str:
-    """Return a line that says which split serves as what; `unused` maps the other splits to their numbers of images."""
+    """Return a line on the role of each split; `unused` maps the other splits to their sizes."""
     listed = []
     for part in PARTS:
         source = real.parts[part]
@@ -186,8 +186,8 @@ def _list_unused(unused: dict[str, int]) -> str:
     return f"; not used: {left}" if left else ""
 
 
-def _list_doubts(real: RealImages) -> list[str]:
-    """Return warnings: classes that look like one, that are tested without having been trained, or not tested."""
+def _list_warnings(real: RealImages) -> list[str]:
+    """Return warnings about classes that look alike, are tested but not trained, or are not tested."""
 
     def named(is_meant: np.ndarray) -> str:
         return list_names([real.class_names[label] for label in np.flatnonzero(is_meant)])
@@ -196,7 +196,7 @@ def _list_doubts(real: RealImages) -> list[str]:
         # ascii: two Unicode forms of a letter look the same
         f"Warning: the classes {', '.join(map(ascii, names))} differ in case, spaces or Unicode form only; they stay "
         "separate classes, and train_dsi.py refuses two that are the same in a prompt: merge or rename them."
-        for names in near_equal_names(real.class_names)
+        for names in find_similar_names(real.class_names)
     ]
     counts = {
         part: np.bincount(np.asarray(getattr(real, part)["label"], int), minlength=len(real.class_names))
@@ -204,13 +204,11 @@ def _list_doubts(real: RealImages) -> list[str]:
     }
     absent = sum(counts.values()) == 0
     if absent.any():
-        doubts.append(
-            f"Warning: no part has images of {named(absent)}; the classifier has an output for each all the same."
-        )
+        doubts.append(f"Warning: no split has images of {named(absent)}; the classifier still has an output for each.")
     missing_values = [name for name in real.class_names if name.casefold() in MISSING_VALUES]
     if missing_values:
         doubts.append(
-            f"Warning: the class {list_names(missing_values)} may stand for images without a label; it is a class here."
+            f"Warning: the class {list_names(missing_values)} may stand for missing labels; it is used as a class."
         )
     for part in ("validation", "test"):
         tested, trained = counts[part] > 0, counts["train"] > 0
@@ -228,9 +226,9 @@ def _list_doubts(real: RealImages) -> list[str]:
 
 
 def describe_small_parts(real_images: RealImages, fewest: int = 5) -> str | None:
-    """Return a line on validation and test parts with fewer images than that of some class, None where there is none.
+    """Return a warning about validation and test parts with fewer than `fewest` images of some class, or None.
 
-    Of a class without any, `remarks` tells.
+    Classes without images are in `remarks`.
     """
     small = []
     for part in ("validation", "test"):
@@ -247,17 +245,17 @@ def describe_small_parts(real_images: RealImages, fewest: int = 5) -> str | None
 
 
 def limit_held_out(real_images: RealImages, max_images: int | None) -> RealImages:
-    """Return the images with at most `max_images` in the validation and in the test part, evenly spread over it."""
+    """Return the images with at most `max_images`, evenly spaced, in each of the validation and test parts."""
     return real_images.select(
         {part: evenly_spaced(len(getattr(real_images, part)), max_images) for part in ("validation", "test")}
     )
 
 
 def check_held_out(real_images: RealImages, parts: tuple[str, ...] = PARTS) -> None:
-    """Check of the parts that are used that training has two classes to tell apart, and the others have images.
+    """Check that, of the parts used, the training part has two classes and the others have images.
 
     Raises:
-        UserError: there are not, as where every class has a single image.
+        UserError: they have not, for example if every class has a single image.
     """
     classes = {real_images.class_names[label] for label in set(real_images.train["label"])}
     if "train" in parts and len(classes) < 2:
@@ -268,6 +266,6 @@ def check_held_out(real_images: RealImages, parts: tuple[str, ...] = PARTS) -> N
     for split in ("validation", "test"):
         if split in parts and not len(getattr(real_images, split)):
             raise UserError(
-                f"{real_images.record.name}: no images are left for the {split} part; give three or more of a class, "
-                "or test images of their own (a split 'test', or --validation_dir)."
+                f"{real_images.record.name}: no images are left for the {split} part; give at least three per class, "
+                "or separate test images (a split 'test', or --validation_dir)."
             )

@@ -1,4 +1,4 @@
-"""Which split serves as training, validation and test part, and which of its images are in a part or a subset."""
+"""Assigns splits to the training, validation and test parts, and images to parts and subsets."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,37 +11,37 @@ from datasets.data_files import SPLIT_KEYWORDS
 from utils.cli.errors import UserError
 from utils.data.class_folders import split_words
 
-# train, validation, test -> the names that `datasets` knows for it, the usual one first
+# train, validation, test -> the names that `datasets` accepts, the usual one first
 KNOWN_NAMES = {str(role): tuple(names) for role, names in SPLIT_KEYWORDS.items()}
-TEST_SHARE = 0.1  # of a set without a test part
+TEST_SHARE = 0.1  # of a dataset without a test split
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a flag such as `--test_split` selects: the text, and the slices of splits that it stands for, in order."""
+    """What a flag such as `--test_split` selects: its text, and the slices of splits, in order."""
 
     spec: str
     slices: tuple[tuple[str, range], ...]
 
     @property
     def rows(self) -> np.ndarray:
-        """The rows in the split; where several splits are put together, the places in the whole."""
+        """The rows in the split; for several splits together, indices in the whole."""
         rows = np.concatenate([np.arange(rows.start, rows.stop) for _, rows in self.slices])
         return rows if len(self.splits) == 1 else np.arange(len(rows))
 
     @property
     def splits(self) -> list[str]:
-        """The splits that it takes rows of, each once."""
+        """The splits that the rows come from, each once."""
         return list(dict.fromkeys(split for split, _ in self.slices))
 
     def read(self, splits: dict[str, Dataset]) -> Dataset:
-        """Return the images; the splits have the same features."""
+        """Return the images; the splits must have the same features."""
         parts = [splits[split].select(rows) for split, rows in self.slices]
         return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
 def count_shared(slices: Iterable[tuple[str, range]], others: Iterable[tuple[str, range]]) -> int:
-    """Return how many rows are in both."""
+    """Return the number of rows in both."""
     return sum(
         len(range(max(rows.start, theirs.start), min(rows.stop, theirs.stop)))
         for (split, rows), (their_split, theirs) in product(slices, others)
@@ -52,17 +52,17 @@ def count_shared(slices: Iterable[tuple[str, range]], others: Iterable[tuple[str
 def assign_splits(
     splits: DatasetDict, given: dict[str, str | None], name: str, is_labelled: Callable[[str], bool]
 ) -> dict[str, Selection]:
-    """Return the selections for `train`, `validation` and `test`, without a part that is to be carved off train.
+    """Return the selections for `train`, `validation` and `test`, without parts to be carved off `train`.
 
-    `given` has the flags' values by part. Where there is none, test is the split with one of test's usual names, else
-    that with one of validation's; validation is such a one that is left. A split by such a name of which no image has
-    a label (`is_labelled`) is passed over. `name` is the image set's.
+    `given` has the flags' values by part. By default, test is the split with a usual name for it, else the one with a
+    name for validation; validation is a split with its name that is left. Splits without any label (`is_labelled`) are
+    skipped. `name` is the dataset's.
 
     Raises:
-        UserError: there is no such split or slice, it is empty, or two parts share images.
+        UserError: a split or slice does not exist or is empty, or two parts share images.
     """
     chosen = {part: select(splits, part, spec, name) for part, spec in given.items() if spec is not None}
-    # a single split by a name of validation's is the test
+    # a single split with a name for validation is the test part
     for part in ("test", "validation", "validation"):
         if part in chosen:
             continue
@@ -82,17 +82,17 @@ def assign_splits(
 
 
 def named_for(part: str, splits: list[str]) -> list[str]:
-    """Return the splits with a usual name of a part, then those that have one among their words, as 'seg_test'."""
+    """Return the splits with a usual name of a part, then those with such a word, as in 'seg_test'."""
     words = {split: split_words(split) for split in splits}
     exact = [split for known in KNOWN_NAMES[part] for split in splits if words[split] == [known]]
     return exact + [split for split in splits if split not in exact and set(KNOWN_NAMES[part]) & set(words[split])]
 
 
 def select(splits: DatasetDict, part: str, spec: str, name: str) -> Selection:
-    """Return what `spec` stands for: a split, or slices such as `train[80%:]` and `train+extra`.
+    """Return the selection of `spec`: a split, or slices such as `train[80%:]` and `train+extra`.
 
     Raises:
-        UserError: there is no such split, the text is no slice, or nothing is in it.
+        UserError: there is no such split, the text is not a slice, or it is empty.
 
     Source: datasets, `ReadInstruction`, for the slices.
     """
@@ -112,18 +112,18 @@ def select(splits: DatasetDict, part: str, spec: str, name: str) -> Selection:
         slices = [(piece.splitname, range(piece.from_, piece.to)) for piece in pieces]
     slices = [(split, rows) for split, rows in slices if rows]
     if not slices:
-        raise UserError(f"--{part}_split {spec}: no images are in it.")
+        raise UserError(f"--{part}_split {spec}: must not be empty.")
     if any(count_shared([one], [other]) for one, other in combinations(slices, 2)):
         raise UserError(f"--{part}_split {spec}: takes some images twice; its slices must not overlap.")
     return Selection(spec, tuple(slices))
 
 
 def carve(labels: np.ndarray, places: np.ndarray, rows: np.ndarray, end: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return those of the sorted `rows` that stay, and those that are carved off: about a share `end` of each class.
+    """Return which of the sorted `rows` stay and which are carved off: about a share `end` of each class.
 
-    `labels` are `(n,)` int, `places` `(n,)` numbers in [0, 1) that depend on an image's content only: below `end` it is
-    carved off. So an image that is added or removed moves no other, but where it is a class's only one in its part: of
-    two images or more one is carved off and one stays, a single one stays.
+    `labels` are `(n,)` int, `places` are `(n,)` numbers in [0, 1) that depend on the image's content only: those below
+    `end` are carved off. So adding or removing an image moves no other, unless it is its class's only one in a part: of
+    two or more images, at least one is carved off and one stays; a single one stays.
     """
     is_carved = places[rows] < end
     for label in np.unique(labels[rows]):
@@ -136,15 +136,15 @@ def carve(labels: np.ndarray, places: np.ndarray, rows: np.ndarray, end: float) 
 
 
 def evenly_spaced(number: int, limit: int | None) -> np.ndarray:
-    """Return at most `limit` of `number` rows, evenly spaced: a set may be sorted by class."""
+    """Return at most `limit` of `number` rows, evenly spaced, as a dataset may be sorted by class."""
     return np.linspace(0, number - 1, number if limit is None else min(limit, number)).astype(int)
 
 
 def balanced_indices(labels: np.ndarray, num_samples: int | None, seed: int) -> np.ndarray:
-    """Return the sorted indices of `num_samples` images, taken from the classes in turn; all where there are fewer.
+    """Return the sorted indices of `num_samples` images, taken from the classes in turn; all if there are fewer.
 
-    They are among those of any larger number. K shots are K times as many as there are classes. With fewer samples than
-    classes the last classes have none.
+    A larger number includes the images of a smaller one. K shots are K times the number of classes. With fewer samples
+    than classes, the last classes get none.
     """
     classes = [
         np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))

@@ -1,4 +1,4 @@
-"""What the inputs of a run take on the disk before it begins: downloads, and the Arrow copies of image sets."""
+"""The disk space of a run's inputs: downloads, and Arrow copies of image datasets."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,22 +11,22 @@ from huggingface_hub.hf_api import RepoFile
 from utils.cli.errors import UserError
 from utils.data.class_folders import read_local_set
 from utils.data.image_set import RealImagesRecord
-from utils.forecast.costs import BYTES_OF_A_ROW, COPIED, DiskUse, arrow_bytes
-from utils.hub.data_sets import open_builder
+from utils.forecast.costs import BYTES_PER_ROW, COPIED_SUFFIXES, DiskUse, arrow_bytes
+from utils.hub.image_datasets import open_builder
 from utils.hub.repositories import CLIENT_ERRORS, Source, is_saved_to_disk, open_source
 
 
 def missing_bytes(source: Source, filenames: Iterable[str]) -> int | None:
-    """Return how many bytes of some files of a repository are not in the cache yet; 0 of a folder.
+    """Return the bytes of some files of a repository that are not in the cache yet; 0 for a folder.
 
-    None where the Hub, which knows their sizes, cannot be reached.
+    None if the Hub, which knows their sizes, is unreachable.
     """
     sizes = file_sizes(source, [name for name in filenames if not _is_cached(source, name)])
     return None if sizes is None else sum(sizes.values())
 
 
 def file_sizes(source: Source, filenames: Iterable[str]) -> dict[str, int] | None:
-    """Return the bytes of some files of a repository, as the Hub lists them; None where it cannot be reached."""
+    """Return the bytes of some files of a repository, as the Hub lists them; None if it is unreachable."""
     wanted = set(filenames)
     if source.is_local or not wanted:
         return {}
@@ -47,7 +47,7 @@ def _is_cached(source: Source, filename: str) -> bool:
 
 
 def model_download(source: Source, filenames: Iterable[str]) -> list[DiskUse]:
-    """Return the download of a model's files, none of a folder's; unknown where no files are known of a repository."""
+    """Return the download of a model's files: none for a folder, unknown if `filenames` is empty."""
     if source.is_local:
         return []
     filenames = list(filenames)
@@ -56,28 +56,28 @@ def model_download(source: Source, filenames: Iterable[str]) -> list[DiskUse]:
 
 
 def real_set_disk(record: RealImagesRecord, token: str | None = None) -> list[DiskUse]:
-    """Return what loading the real images writes; nothing for class folders, whose files are read where they are.
+    """Return what loading the real images writes; nothing for class folders, which are read in place.
 
     Raises:
-        UserError: there is no such set.
+        UserError: there is no such dataset.
     """
     if record.train_dir is not None:
         return []
     source = open_source(record.dataset_name, "--dataset_name", "dataset", record.dataset_revision, token)
     if source.is_local and read_local_set(source.name) is not None:
         return []
-    return data_set_disk(source, record.dataset_config_name)
+    return dataset_disk(source, record.dataset_config_name)
 
 
-def data_set_disk(source: Source, config_name: str | None = None) -> list[DiskUse]:
-    """Return the download and the Arrow copy of a set that `datasets` loads, none where they are there already.
+def dataset_disk(source: Source, config_name: str | None = None) -> list[DiskUse]:
+    """Return the download and the Arrow copy of a dataset that `datasets` loads; none if they exist already.
 
-    Sizes are None where the Hub cannot be reached.
+    Sizes are None if the Hub is unreachable.
 
     Raises:
-        UserError: a folder's path cannot be read by `datasets`.
+        UserError: `datasets` cannot read the folder's path.
     """
-    if source.is_local and is_saved_to_disk(source.name):  # read where it is
+    if source.is_local and is_saved_to_disk(source.name):  # read in place
         return []
     download, copy = (
         DiskUse(f"{what} of {source.name}", None, folder)
@@ -99,6 +99,6 @@ def data_set_disk(source: Source, config_name: str | None = None) -> list[DiskUs
     names = [path.partition(f"@{source.revision}/")[2] for path in files]
     sizes, missing = file_sizes(source, names), missing_bytes(source, names)
     copied = None if sizes is None else sum(
-        size if name.endswith(COPIED) else BYTES_OF_A_ROW + len(name) for name, size in sizes.items()
+        size if name.endswith(COPIED_SUFFIXES) else BYTES_PER_ROW + len(name) for name, size in sizes.items()
     )  # fmt: skip
     return [DiskUse(download.what, missing, download.folder), DiskUse(copy.what, copied, copy.folder)]

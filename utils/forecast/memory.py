@@ -1,4 +1,4 @@
-"""The memory that a model takes, counted by its shapes: nothing is computed, no weight is loaded."""
+"""The memory of a model, counted from its shapes: nothing is computed, no weight is loaded."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -11,19 +11,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Not counted: what the allocator loses between blocks, workspaces of convolutions and matrix products. Chosen, not
-# measured on a GPU; on a CPU a step of Stable Diffusion's kind stays within 2 % of the count (tests/forecast).
+# Covers what is not counted: fragmentation, and workspaces of convolutions and matrix products. Chosen, not measured on
+# a GPU; on a CPU, a step of a small Stable Diffusion stays within 2 % of the count (tests/forecast).
 MARGIN = 0.05
-CONTEXT = 2**29  # bytes of a CUDA context with its kernels; on a CPU about what the libraries take
-FLOOR_OF_STATE = 64  # numbers a side of the weight that an optimiser is tried on
+CONTEXT = 2**29  # bytes of a CUDA context with its kernels; on a CPU, roughly of the libraries
+PROBE_SIDE = 64  # rows and columns of the weight on which an optimiser is tried
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that a forward and backward pass take besides the weights that are there before it.
+    """Bytes of a forward and backward pass, without the existing weights.
 
-    `kept` is what lies between the passes: activations saved for the backward pass, outputs, inputs made on the way.
-    `peak` is the most at any moment of both, the gradients of trained weights among it, which are `gradients`.
+    `kept` is what exists between the passes: activations saved for the backward pass, outputs, and inputs made on the
+    way. `peak` is the maximum during both, including the `gradients` of trained weights.
     """
 
     kept: int
@@ -32,9 +32,9 @@ class StepMemory:
 
 
 class StorageCounter(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, each once however many tensors view it, until freed.
+    """Counts the bytes of the storages that operations create, each once for all its views, until freed.
 
-    `live` are those at the moment, `peak` the most since the start; both leave out what existed before.
+    `live` is the current number, `peak` the maximum since the start; both without what existed before.
     """
 
     def __init__(self):
@@ -64,14 +64,14 @@ def _tensors(values: object) -> list[torch.Tensor]:
 
 
 def _key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # the same for all views, as long as the storage lives
+    return tensor.untyped_storage()._cdata  # the same for all views while the storage exists
 
 
 @contextmanager
-def without_values(*modules: nn.Module) -> Iterator[None]:
-    """Let modules built on `torch.device("meta")`, and all tensors made within the block, have shapes and no values.
+def shapes_only(*modules: nn.Module) -> Iterator[None]:
+    """Give modules built on `torch.device("meta")`, and all tensors created in the block, shapes but no values.
 
-    Unlike on the meta device itself, attention and autocast then choose what they choose on a real device.
+    Unlike on the meta device itself, attention and autocast choose the same kernels as on a real device.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in modules:
@@ -80,13 +80,13 @@ def without_values(*modules: nn.Module) -> Iterator[None]:
 
 
 def count_step(compute_loss: Callable[[], torch.Tensor], parameters: list[nn.Parameter]) -> StepMemory:
-    """Return what a forward and backward pass take; `parameters` are those with gradients, which end without.
+    """Return the memory of a forward and backward pass; clears the gradients of `parameters`, those that are trained.
 
-    What `compute_loss` makes is counted, what it refers to is not: inputs that lie on the device should be made in it.
-    In `without_values` nothing is computed. Attention is counted as PyTorch's fused kernels do it: they keep no matrix
-    of scores.
+    Only what `compute_loss` creates is counted, so it should also create the inputs on the device. In `shapes_only`
+    nothing is computed. Attention is counted as in PyTorch's fused kernels, which keep no matrix of scores.
 
-    Left out: workspaces of kernels, fragmentation, and the CUDA context of about half a GB; `needed_bytes` adds them.
+    Not counted: workspaces of kernels, fragmentation, and the CUDA context of about half a GB; `needed_bytes` adds
+    them.
     """
     with StorageCounter() as counter:
         loss = compute_loss()
@@ -100,21 +100,21 @@ def count_step(compute_loss: Callable[[], torch.Tensor], parameters: list[nn.Par
 
 @torch.no_grad()
 def count_forward(compute: Callable[[], object]) -> int:
-    """Return the peak in bytes of a forward pass without gradients, its outputs included; else as `count_step`."""
+    """Return the peak bytes of a forward pass without gradients, including its outputs; otherwise as `count_step`."""
     with StorageCounter() as counter:
         compute()
     return counter.peak
 
 
 def weight_bytes(*modules: nn.Module) -> int:
-    """Return the bytes of all weights and buffers, on the meta device too; one that is shared counts once."""
+    """Return the bytes of all weights and buffers, also on the meta device; shared ones count once."""
     tensors = {value for module in modules for value in [*module.parameters(), *module.buffers()]}
     return sum(value.numel() * value.element_size() for value in tensors)
 
 
 def state_bytes(make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer], trained: int) -> int:
-    """Return the bytes that an optimiser keeps for weights of `trained` bytes, by what it keeps for a small one."""
-    weight = nn.Parameter(torch.zeros(FLOOR_OF_STATE, FLOOR_OF_STATE))
+    """Return the bytes of an optimiser's state for weights of `trained` bytes, scaled from a small weight."""
+    weight = nn.Parameter(torch.zeros(PROBE_SIDE, PROBE_SIDE))
     weight.grad = torch.ones_like(weight)
     optimizer = make_optimizer([weight])
     optimizer.step()
@@ -124,15 +124,15 @@ def state_bytes(make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optim
 
 
 def needed_bytes(counted: int) -> int:
-    """Return what a device must have free for a counted peak: 5 % more, and half a GB for the context."""
+    """Return the free memory needed for a counted peak: 5 % more, and half a GB for the context."""
     return round(counted * (1 + MARGIN)) + CONTEXT
 
 
 def available_bytes(device: torch.device) -> tuple[int, str]:
-    """Return the memory of a GPU, or what is free of a CPU's, and words that say so with {} in the place of the GiB."""
+    """Return the memory of a GPU, or the free memory of the machine, and a text about it with {} for the GiB."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return properties.total_memory, f"your GPU ({properties.name}) has {{}}"
-    import psutil  # which accelerate needs
+    import psutil  # a dependency of accelerate
 
     return psutil.virtual_memory().available, "{} are free on this machine"

@@ -1,4 +1,4 @@
-"""What a run needs, as it is printed before it begins: memory by its phases, time, disk."""
+"""What a run needs, printed before it starts: memory by phase, time and disk space."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from utils.cli.tables import print_table
-from utils.forecast.costs import GIB, DiskUse, hours_of
+from utils.forecast.costs import GIB, DiskUse, estimate_hours
 from utils.forecast.memory import CONTEXT, MARGIN, needed_bytes
 
 UNKNOWN = "unknown"
@@ -16,7 +16,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run and the bytes that it holds on the device at its highest."""
+    """A part of a run, and its peak bytes on the device."""
 
     what: str
     weights: int
@@ -26,16 +26,16 @@ class Phase:
 
     @property
     def needed(self) -> int:
-        """What the device must have free for it, with the margin of `needed_bytes`."""
+        """The free device memory that it needs, with the margin of `needed_bytes`."""
         return needed_bytes(self.weights + self.activations + self.gradients + self.optimizer)
 
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """The memory of a run: its training, the other phases, and training with checkpoints the other way round.
+    """The memory of a run: training, the other phases, and training with the opposite --gradient_checkpointing.
 
-    `other_way` is None where the model has no gradient checkpointing. `batch_size` is of images in a forward pass,
-    `batch_flag` the flag that sets it.
+    `other_way` is None if the model has no gradient checkpointing. `batch_size` is the number of images in a forward
+    pass, `batch_flag` the flag for it.
     """
 
     training: Phase
@@ -50,9 +50,9 @@ class MemoryForecast:
         return max(phase.needed for phase in (self.training, *self.others))
 
     def describe(self, available: int, device: str) -> str:
-        """Return in one line what is needed and what there is, and where that is too little what to do.
+        """Return in one line the needed and available memory, and what to do if it is not enough.
 
-        `device` has {} in the place of the GiB.
+        `device` has {} for the GiB.
         """
         line = f"needs about {gib(self.training.needed)} GiB at batch {self.batch_size}"
         if self.other_way is not None:
@@ -61,20 +61,20 @@ class MemoryForecast:
         line += f"; {device.format(gib(available))}."
         more = [phase for phase in self.others if phase.needed > max(self.training.needed, available)]
         for phase in more:
-            line += f" More than that: {phase.what}, {gib(phase.needed)} GiB."
+            line += f" Even more: {phase.what}, {gib(phase.needed)} GiB."
         if self.training.needed > available:
             if self.other_way is not None and not self.is_checkpointed and self.other_way.needed <= available:
-                line += " Too little: add --gradient_checkpointing."
+                line += " Not enough: add --gradient_checkpointing."
             else:
-                line += f" Too little: lower {self.batch_flag} and raise --gradient_accumulation_steps."
+                line += f" Not enough: lower {self.batch_flag} and raise --gradient_accumulation_steps."
         return line
 
 
 @dataclass(frozen=True)
 class TimeForecast:
-    """How long a run takes: images of a kind, how many of them, and how many a second of all processes together.
+    """How long a run takes: a kind of images, their number, and the rate per second of all processes together.
 
-    What is not known is None.
+    Unknown values are None.
     """
 
     what: str
@@ -83,14 +83,14 @@ class TimeForecast:
 
     @property
     def hours(self) -> float | None:
-        return None if None in (self.per_second, self.number) else hours_of(self.number, self.per_second)
+        return None if None in (self.per_second, self.number) else estimate_hours(self.number, self.per_second)
 
 
 def gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f}"
 
 
-def with_unit(num_bytes: int) -> str:
+def format_bytes(num_bytes: int) -> str:
     """Return a size as `1.5 GiB` or `12 MiB`."""
     if num_bytes >= GIB / 10:
         return f"{gib(num_bytes)} GiB"
@@ -107,7 +107,7 @@ def print_forecast(
 ) -> dict:  # fmt: skip
     """Print what a run needs, and return it: `needed_bytes`, `images_per_second`, `hours`, `disk_bytes`.
 
-    `device` is of `available_bytes`. The rate is that of the last kind of images; what is unknown is None.
+    `device` is from `available_bytes`. The rate is that of the last kind of images; unknown values are None.
     """
     if memory is not None:
         say(f"Memory: {memory.describe(*device)}")
@@ -133,27 +133,27 @@ def _three_digits(number: float) -> str:
 
 
 def _print_phases(memory: MemoryForecast) -> None:
-    title = f"memory of the device, by what runs (needed: {MARGIN:.0%} more, and {gib(CONTEXT)} GiB for the context)"
+    title = f"device memory by phase (needed: {MARGIN:.0%} more, and {gib(CONTEXT)} GiB for the context)"
     table = Table("phase", "weights", "activations", "gradients", "optimiser", "needed", title=title)
     for phase in (memory.training, *memory.others):
         parts = phase.weights, phase.activations, phase.gradients, phase.optimizer, phase.needed
-        table.add_row(phase.what, *map(with_unit, parts))
+        table.add_row(phase.what, *map(format_bytes, parts))
     print_table(table, Console())
 
 
 def _print_disk(disk: list[DiskUse], say: Callable[[str], None]) -> None:
     if not disk:
         return
-    table = Table("what is written", "size", "where", "free there", title="disk, of what is not there yet")
+    table = Table("what is written", "size", "where", "free", title="disk space still needed")
     for use in disk:
-        size = UNKNOWN if use.num_bytes is None else with_unit(use.num_bytes)
-        table.add_row(use.what, size, str(Path(use.folder)), with_unit(use.free))
+        size = UNKNOWN if use.num_bytes is None else format_bytes(use.num_bytes)
+        table.add_row(use.what, size, str(Path(use.folder)), format_bytes(use.free))
     print_table(table, Console())
     known = [use.num_bytes for use in disk if use.num_bytes is not None]
-    line = f"Disk: {with_unit(sum(known))} in all"
-    line += f", and what is unknown ({len(disk) - len(known)})." if len(known) < len(disk) else "."
+    line = f"Disk: {format_bytes(sum(known))} in total"
+    line += f", without {len(disk) - len(known)} of unknown size." if len(known) < len(disk) else "."
     for number in {use.disk for use in disk}:
         uses = [use for use in disk if use.disk == number]
         if sum(use.num_bytes or 0 for use in uses) > uses[0].free:
-            line += f" The disk of {uses[0].folder} has too little free; HF_HOME says where downloads and copies go."
+            line += f" The disk of {uses[0].folder} has too little free space; HF_HOME moves downloads and copies."
     say(line)

@@ -1,4 +1,4 @@
-"""What a set's files say of its classes, compared file by file: `datasets` reads all of them as the first says."""
+"""The class names in a dataset's files, compared file by file: `datasets` reads all files by the first one's."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features
 
 from utils.cli.processes import warn_once
 
-HUGGINGFACE = b"huggingface"  # the key of a schema's metadata with the features
+HUGGINGFACE = b"huggingface"  # the metadata key of a schema that holds the features
 
 
 @dataclass(frozen=True)
 class FileLabels:
-    """A file's column of labels: its class names (None where it has none), whether it holds numbers, how many rows."""
+    """A file's label column: its class names (None: it has none), whether it is numeric, and its number of rows."""
 
     names: list[str] | None
     is_numeric: bool
@@ -26,14 +26,14 @@ class FileLabels:
 
 
 def unify_class_names(loaded: DatasetDict, files: Mapping[str, Sequence[str | BinaryIO]], where: str) -> DatasetDict:
-    """Return the splits with labels that mean the same class in every row, found by name; names they lack come last.
+    """Return the splits with one numbering of the classes, matched by name; names missing from the splits come last.
 
-    `files` are the parquet or arrow files of each split, in the order in which their rows were read. Numbers in files
-    without class names are read by the names that the splits have. Where all files agree, and a card names other
-    classes, these are taken by their numbers, and a warning says so. `where` begins it.
+    `files` are the parquet or arrow files of each split, in the order of their rows. Numbers in files without class
+    names stand for the names in the splits. If all files agree and the card has other names, the card's names are used
+    by number, with a warning that begins with `where`.
 
     Raises:
-        ValueError: a column has class names in some files and text in others; files differ, and their rows are not
+        ValueError: a column has class names in some files and text in others, or files differ and their rows are not
             those of the splits.
     """
     for column, feature in next(iter(loaded.values())).features.items():
@@ -52,7 +52,7 @@ def unify_class_names(loaded: DatasetDict, files: Mapping[str, Sequence[str | Bi
         if named.count(named[0]) == len(named) and set(every_name) != set(feature.names):
             warn_once(
                 f"{where}: its card names the classes of '{column}' {', '.join(feature.names[:3])}, ..., its files "
-                f"{', '.join(named[0][:3])}, ...; the card's names are taken, by their numbers."
+                f"{', '.join(named[0][:3])}, ...; the card's names are used, by number."
             )
             continue
         every_name = list(dict.fromkeys([*(name for name in feature.names if name in every_name), *every_name]))
@@ -62,9 +62,9 @@ def unify_class_names(loaded: DatasetDict, files: Mapping[str, Sequence[str | Bi
 
 
 def reordered_names(features: Features, paths: Iterable[str | Path]) -> str | None:
-    """Return a column whose classes a file has in another order than `features`, None where there is none.
+    """Return a column whose classes are in another order in a file than in `features`; None if there is none.
 
-    Files with other classes are passed over: they may be of another configuration.
+    Files with other classes are ignored: they may belong to another configuration.
     """
     columns = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
     for path, column in product(paths, columns):
@@ -75,7 +75,7 @@ def reordered_names(features: Features, paths: Iterable[str | Path]) -> str | No
 
 
 def _read_labels(file: str | BinaryIO, column: str) -> FileLabels:
-    """Return what a file says of a column."""
+    """Return a file's labels of a column."""
     schema, num_rows = _read_schema(file)
     names, is_numeric = None, True
     if column in schema.names:
@@ -105,12 +105,12 @@ def _renumber(images: Dataset, column: str, found: list[FileLabels], every_name:
         raise ValueError(f"its files have the classes of '{column}' in different orders, and other rows than were read")
     places = {name: place for place, name in enumerate(every_name)}
     stored = images.select_columns(column).with_format("arrow")[:][column]
-    numbers = stored.fill_null(-1).to_numpy()  # which is no label either
+    numbers = stored.fill_null(-1).to_numpy()  # also not a label
     renumbered, start = np.array(numbers), 0
     for labels in found:
         rows = slice(start, start + labels.num_rows)
         own = np.array([places.get(name, -1) for name in labels.names or images.features[column].names])
-        known = (numbers[rows] >= 0) & (numbers[rows] < len(own))  # others are told where labels are checked
+        known = (numbers[rows] >= 0) & (numbers[rows] < len(own))  # others are reported when labels are checked
         renumbered[rows][known] = own[numbers[rows][known]]
         start += labels.num_rows
     others, feature = images.remove_columns(column), ClassLabel(names=every_name)

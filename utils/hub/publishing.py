@@ -1,10 +1,10 @@
-"""The one place that writes to the Hub: a folder is published as often as need be until it is there whole.
+"""The only place that writes to the Hub: publishes a folder, with retries until it is complete.
 
-What is there already is not sent again, so an interrupted push goes on when it is started again. No more is sent than
-a script names, no access token, no home folder's path.
+What is on the Hub is not sent again, so an interrupted push resumes when it is repeated. Only files that a script names
+are sent, without access tokens or the path of the home folder.
 
-The client's `upload_folder` is not used (measured with 1.33 and 2.4): only the first of its commits has a parent, so
-that it undoes in silence what others commit before the next, and it holds a gigabyte of 50 MB shards in memory.
+The client's `upload_folder` is not used (tested with 1.33 and 2.4): only its first commit has a parent, so it silently
+reverts commits that others make in between, and it holds a gigabyte of 50 MB shards in memory.
 """
 
 import fnmatch
@@ -25,18 +25,18 @@ from utils.hub.cards import merge_cards, read_card
 from utils.hub.targets import MAX_TRIES, HubUnavailable, Target, check_privacy
 
 CARD = "README.md"
-KEPT = {CARD, ".gitattributes"}  # a person's words, and what the Hub made
+KEPT = {CARD, ".gitattributes"}  # a person's text, and the Hub's own file
 TEXT_SUFFIXES = (".json", ".md", ".txt", ".yaml")
-ANOTHER_COMMIT_CAME_FIRST = (409, 412)
+CONFLICT_STATUSES = (409, 412)
 MAX_FILES_PER_COMMIT = 50
 MAX_BYTES_PER_COMMIT = 5 * 2**30
-# the client may hold in memory what it sends at a time (hf_xet does): a shard and a margin
+# the client may hold a whole call in memory (hf_xet does): one shard and a margin
 MAX_BYTES_AT_A_TIME = 128 * 2**20
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file to publish: its path in the repository, and a local path or the bytes that go in its place."""
+    """A file to publish: its path in the repository, and a local path or bytes."""
 
     path: str
     content: Path | bytes
@@ -46,7 +46,7 @@ class Upload:
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
     def is_stored_as(self, remote: RepoFile) -> bool:
-        """Return whether a repository's file has this content."""
+        """Return whether a file in a repository has this content."""
         addition = CommitOperationAdd(self.path, self.content)
         if remote.lfs is not None:
             return addition.upload_info.sha256.hex() == remote.lfs.sha256
@@ -55,14 +55,15 @@ class Upload:
 
 
 def publish_folder(folder: str | Path, target: Target, patterns: Sequence[str]) -> str:
-    """Publish the files of `folder` that match `patterns` (relative, `*` also matches `/`) and return the commit's URL.
+    """Publish the files of `folder` that match `patterns` (relative, `*` also matches `/`); return the commit's URL.
 
-    Data come first, records and card last, so that a set with a card is whole. Files on the Hub that match `patterns`
-    and are not in the folder are deleted: they are of an earlier run. An existing card is merged, not replaced.
+    Data comes first, records and card last, so that a dataset with a card is complete. Files on the Hub that match
+    `patterns` but are not in the folder are deleted, as leftovers of an earlier run. An existing card is merged, not
+    replaced.
 
     Raises:
-        UserError: a file holds the access token; the repository is public and `target.private` asked for a private
-            one; someone else has changed the same files; the Hub did not answer within the limit of tries.
+        UserError: a file contains the access token; the repository is public although `target.private` is set; someone
+            else changed the same files; the Hub failed until the limit of tries.
     """
     uploads = _collect_uploads(folder, patterns, known_tokens(target.token))
     what = f"publishing {target.repo_id}"
@@ -81,27 +82,27 @@ def publish_folder(folder: str | Path, target: Target, patterns: Sequence[str]) 
                 commit = _commit_batch(target, batch, stale if is_last else [], before, progress)
     except HubUnavailable as error:
         raise UserError(
-            f"{error} All of it is in {folder}; run the same command again to go on, what is on the Hub is not sent "
+            f"{error} Everything is in {folder}; run the same command again to resume: what is on the Hub is not sent "
             "again."
         ) from error
     except HfHubHTTPError as error:
         if error.response.status_code == 403:
-            raise UserError(f"{what}: this access token may not write there (403).") from None
+            raise UserError(f"{what}: this access token has no write access (403).") from None
         raise
     print(f"Published: {commit.commit_url}")
     return commit.commit_url
 
 
 def publish_finished(folder: str | Path, target: Target | None, patterns: Sequence[str]) -> None:
-    """Say that nothing is left to do in a folder, and publish it when there is a target: a push goes on so."""
+    """Report that a folder is finished, and publish it if there is a target, to resume an interrupted push."""
     if is_main_process():
-        print(f"{folder} is finished, nothing is done again (--overwrite_output_dir starts from scratch).")
+        print(f"{folder} is already finished, nothing to do (--overwrite_output_dir starts from scratch).")
         if target is not None:
             publish_folder(folder, target, patterns)
 
 
 def known_tokens(token: str | None) -> list[str]:
-    """Return the access tokens that no published file may hold."""
+    """Return the access tokens that no published file may contain."""
     return [value for value in {token, get_token(), os.environ.get("HF_TOKEN")} if value]
 
 
@@ -110,7 +111,7 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
 
 
 def _collect_uploads(folder: str | Path, patterns: Sequence[str], tokens: Sequence[str]) -> list[Upload]:
-    """Return what of a folder is published, texts cleaned: data before records, the card last."""
+    """Return the files to publish, texts cleaned: data before records, the card last."""
     uploads = []
     for path in Path(folder).rglob("*"):
         name = path.relative_to(folder).as_posix()
@@ -132,19 +133,19 @@ def clean_text(path: Path, tokens: Sequence[str]) -> bytes:
 
 
 def prepare_repository(target: Target) -> None:
-    """Create the repository and the branch where they are not there.
+    """Create the repository and the branch if they do not exist.
 
     Raises:
-        UserError: the repository is public though a private one was asked for.
+        UserError: the repository is public although a private one is wanted.
     """
     target.call(HfApi.create_repo, private=target.private or None, exist_ok=True)
-    check_privacy(target)  # once more: the work may have taken days
+    check_privacy(target)  # again: the work may have taken days
     if target.revision not in (None, "main"):
         target.call(HfApi.create_branch, branch=target.revision, exist_ok=True)
 
 
 def read_branch(target: Target) -> tuple[str, dict[str, RepoFile]]:
-    """Return the commit at which the branch is now, and the files that it has there, by path."""
+    """Return the current commit of the branch, and its files by path."""
 
     def list_files(api: HfApi, **where) -> dict[str, RepoFile]:
         entries = api.list_repo_tree(recursive=True, **where)
@@ -155,12 +156,13 @@ def read_branch(target: Target) -> tuple[str, dict[str, RepoFile]]:
 
 
 def download(target: Target, path: str, commit: str) -> Path:
-    """Return the local path of a repository's file as it is at a commit."""
+    """Return the local path of a repository's file at a commit."""
     return Path(target.call(HfApi.hf_hub_download, filename=path, revision=commit))
 
 
 def split(uploads: Sequence[Upload], max_bytes: int) -> Iterator[list[Upload]]:
-    """Yield the uploads in order, in parts of as many as a commit takes and, unless one has more, of `max_bytes`."""
+    """Yield the uploads in order, in parts of at most `MAX_FILES_PER_COMMIT` files and, except for single files,
+    `max_bytes`."""
     part, num_bytes = [], 0
     for upload in uploads:
         if part and (len(part) == MAX_FILES_PER_COMMIT or num_bytes + upload.num_bytes > max_bytes):
@@ -175,12 +177,12 @@ def split(uploads: Sequence[Upload], max_bytes: int) -> Iterator[list[Upload]]:
 def _commit_batch(
     target: Target, batch: list[Upload], stale: list[str], before: dict[str, RepoFile], progress: tqdm
 ) -> CommitInfo:
-    """Send a batch and commit it, `stale` files deleted with it; when another commit comes first, on top of that."""
+    """Send and commit a batch, and delete `stale` files; if another commit comes first, retry on top of it."""
     num_bytes_before = progress.n
     for _ in range(MAX_TRIES):
         head, there = read_branch(target)
         _check_no_collision(target, batch, before, there)
-        # new operations for every try: the client marks on them what it has done
+        # new operations for every try: the client stores its progress in them
         operations = [CommitOperationDelete(path) for path in stale if there.get(path) == before[path]]
         progress.n = num_bytes_before
         try:
@@ -189,26 +191,26 @@ def _commit_batch(
                 progress.update(sum(upload.num_bytes for upload in part))
             return make_commit(target, batch, operations, head)
         except HfHubHTTPError as error:
-            if error.response.status_code not in ANOTHER_COMMIT_CAME_FIRST:
+            if error.response.status_code not in CONFLICT_STATUSES:
                 raise
-    raise HubUnavailable(f"publishing {target.repo_id}: others commit to it all the time.")
+    raise HubUnavailable(f"publishing {target.repo_id}: other commits keep coming first.")
 
 
 def _check_no_collision(
     target: Target, batch: list[Upload], before: dict[str, RepoFile], there: dict[str, RepoFile]
 ) -> None:
-    """Check that files of a batch are as they were before, or as the batch has them: our commit, its answer lost."""
+    """Check that the batch's files are unchanged, or already as in the batch (our commit, its answer lost)."""
     changed = [upload for upload in batch if there.get(upload.path) not in (None, before.get(upload.path))]
     collisions = [upload.path for upload in changed if not upload.is_stored_as(there[upload.path])]
     if collisions:
         raise UserError(
-            f"publishing {target.repo_id}: someone else has just changed {', '.join(collisions)} there; look at "
+            f"publishing {target.repo_id}: someone else has just changed {', '.join(collisions)}; check "
             "it, then run the same command again to replace it, or choose another repository."
         )
 
 
 def send_contents(target: Target, part: Sequence[Upload]) -> list[CommitOperationAdd]:
-    """Send contents that are not on the Hub, and return the operations that make them files in a commit."""
+    """Send contents that are not on the Hub; return the operations that commit them."""
     additions = [CommitOperationAdd(upload.path, upload.content) for upload in part]
     target.call(HfApi.preupload_lfs_files, additions=additions, free_memory=False, revision=target.revision)
     return additions
@@ -217,7 +219,7 @@ def send_contents(target: Target, part: Sequence[Upload]) -> list[CommitOperatio
 def make_commit(
     target: Target, batch: Sequence[Upload], operations: list[CommitOperationAdd | CommitOperationDelete], parent: str
 ) -> CommitInfo:
-    """Commit a batch whose contents have been sent on `parent`, the branch's head."""
+    """Commit a batch, whose contents have been sent, on top of `parent`, the branch's head."""
     message = f"Publish {batch[-1].path}" + f" and {len(batch) - 1} more" * (len(batch) > 1)
     return target.call(
         HfApi.create_commit, operations=operations, commit_message=message, parent_commit=parent,

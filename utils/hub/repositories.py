@@ -1,4 +1,4 @@
-"""Inputs: a local folder, or a Hub repository at a commit; what is wrong with one is said in one line."""
+"""Inputs: local folders, or Hub repositories at a commit, with one-line errors."""
 
 import os
 import re
@@ -14,15 +14,15 @@ from huggingface_hub import try_to_load_from_cache as find_in_cache
 from utils.cli.contents import describe_files
 from utils.cli.errors import UserError
 
-MAX_REASON = 400  # characters of a library's message, which may list all models that it knows
+MAX_REASON = 400  # characters of a library's message, which may list all known models
 REPO_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
-HUB_TOKEN, HF_TOKEN, LOGIN = "--hub_token", "HF_TOKEN", "of `hf auth login`"
+HUB_TOKEN, HF_TOKEN, LOGIN = "--hub_token", "HF_TOKEN", "from `hf auth login`"
 NEITHER = "neither an existing folder nor a repository id like 'user/name'"
-TYPE_NAMES = {"model": "model", "dataset": "data set", "space": "space"}
+TYPE_NAMES = {"model": "model", "dataset": "dataset", "space": "space"}
 SAVED_SPLITS, SAVED_SPLIT = ["dataset_dict.json"], ["state.json", "dataset_info.json"]
-# HTTPError is the base of the http client's errors, of httpx or httpx2, whichever huggingface_hub uses; OSError has the
-# clients' own connection errors, and those of the cache on disk
+# HTTPError is the base class of the HTTP client's errors (httpx or httpx2, as huggingface_hub uses); OSError covers
+# connection errors and those of the cache on disk
 CLIENT_ERRORS = (
     errors.HTTPError, OSError, errors.EntryNotFoundError, errors.HFValidationError, errors.RevisionResolutionError,
     errors.XetDownloadError,
@@ -31,9 +31,9 @@ CLIENT_ERRORS = (
 
 @dataclass(frozen=True)
 class Source:
-    """An input: a local folder, or a repository at a revision. `flag` is the flag that named it, for messages.
+    """An input: a local folder, or a repository at a revision. `flag` is the flag that names it, for messages.
 
-    What `open_source` returns has the commit for its revision, so that all of its files are of one version.
+    `open_source` sets the revision to a commit, so that all files are of one version.
     """
 
     name: str
@@ -47,10 +47,10 @@ class Source:
         return bool(self.name) and Path(self.name).is_dir()  # Path("") is the working directory
 
     def file(self, filename: str, expected: str | None = None) -> Path:
-        """Return the local path of one file, downloaded if need be. `expected` says what it would be with that file.
+        """Return the local path of one file, downloaded if needed. `expected` says what an input with this file is.
 
         Raises:
-            UserError: there is no such repository or file, it may not be read, or it cannot be reached.
+            UserError: the repository or file does not exist, is not accessible or not reachable.
         """
         if self.is_local:
             path = Path(self.name) / filename
@@ -61,7 +61,7 @@ class Source:
             return Path(hf_hub_download(self.name, filename, **self._where))
 
     def has_one_of(self, filenames: list[str]) -> bool:
-        """Return whether there is one of these files, without downloading it; offline, whether the cache has it.
+        """Return whether one of these files exists, without downloading it; offline, whether the cache has it.
 
         Raises:
             UserError: the repository cannot be read.
@@ -77,7 +77,7 @@ class Source:
             )
 
     def list_files(self) -> list[str]:
-        """Return the names of the files at the top and in the folders there; without a network, those of the cache.
+        """Return the names of the files at the top and one folder below; offline, those in the cache.
 
         Raises:
             UserError: the repository cannot be read.
@@ -92,25 +92,25 @@ class Source:
         return sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file())
 
     def commit(self) -> str | None:
-        """Return the commit of a repository, None for a local folder. Without a network it is the cache's.
+        """Return the commit of a repository, None for a local folder; offline, the commit in the cache.
 
         Raises:
-            UserError: there is no such repository or revision, it may not be read, or it cannot be reached.
+            UserError: the repository or revision does not exist, is not accessible or not reachable.
         """
         if self.is_local:
             return None
         if self.revision and COMMIT.match(self.revision):
             return self.revision
-        with self.reading("its commit is not known"):
-            # warns when it turns to the cache, which nobody needs who has set HF_HUB_OFFLINE
+        with self.reading("its commit cannot be found"):
+            # it warns when it uses the cache, which is expected with HF_HUB_OFFLINE
             return str(
                 HfApi().resolve_revision(self.name, **self._where, local_files_only=constants.HF_HUB_OFFLINE).resolved
             )
 
     def identity(self, list_meant: Callable[[str], Iterable[str]] = list_files) -> str:
-        """Return what tells these contents from others of this name: the commit, or a hash of a folder's files.
+        """Return the identity of the contents: the commit, or a hash of a folder's files.
 
-        `list_meant` lists those that belong to the input, by their paths in the folder.
+        `list_meant` lists the paths in the folder that belong to the input.
 
         Raises:
             UserError: a file cannot be read.
@@ -121,10 +121,10 @@ class Source:
             return describe_files(self.name, list_meant(self.name))
 
     def is_reachable(self) -> bool:
-        """Return whether the Hub answers, without the clients' half minute of new tries where it does not.
+        """Return whether the Hub answers, without the clients' half minute of retries.
 
         Raises:
-            UserError: it answers that there is no such repository or revision, or that it may not be seen.
+            UserError: it answers that the repository or revision does not exist or is not accessible.
         """
         if constants.HF_HUB_OFFLINE:
             return False
@@ -137,16 +137,16 @@ class Source:
         return True
 
     def check_access(self) -> None:
-        """Ask the Hub whether the files may be read.
+        """Check with the Hub that the files are accessible.
 
         Raises:
-            UserError: they may not, or the Hub cannot be reached.
+            UserError: they are not, or the Hub is not reachable.
         """
         with self.reading("cannot be read"):
             HfApi().auth_check(self.name, repo_type=self.repo_type, token=self.token)
 
     def load_options(self) -> dict:
-        """Return the options with which `from_pretrained` loads this very version."""
+        """Return the options with which `from_pretrained` loads exactly this version."""
         options = {"revision": self.revision, "token": self.token}
         return options if self.is_local or self.is_reachable() else {**options, "local_files_only": True}
 
@@ -155,9 +155,9 @@ class Source:
         self, problem: str, filename: str | None = None, expected: str | None = None,
         also: tuple[type[Exception], ...] = (),
     ) -> Iterator[None]:  # fmt: skip
-        """Turn a client's failure within the block into one line; `problem` for those that have none of their own.
+        """Turn a client's failure within the block into one line, by default with `problem`.
 
-        `also` are other errors that mean that what was read cannot be used.
+        `also` are further errors that mean the input is unusable.
         """
         try:
             yield
@@ -186,7 +186,7 @@ class Source:
 
         if caused_by(errors.GatedRepoError):
             origin = _token_origin(self.token)
-            how = f"with the account of the token ({origin})" if origin else f"then {_how_to_log_in(None)}"
+            how = f"with the account of the token ({origin})" if origin else f"then {_login_advice(None)}"
             page = f"{constants.ENDPOINT}/{'' if self.repo_type == 'model' else f'{self.repo_type}s/'}{self.name}"
             return f"is gated; accept its conditions at {page}, {how}"
         if caused_by(errors.RepositoryNotFoundError):
@@ -218,42 +218,42 @@ class Source:
                 HfApi().repo_info(self.name, repo_type=repo_type, token=self.token)
             except CLIENT_ERRORS:
                 continue
-            return f"is a {TYPE_NAMES[repo_type]} repository, a {TYPE_NAMES[self.repo_type]} is wanted"
+            return f"must be a {TYPE_NAMES[self.repo_type]}, but is a {TYPE_NAMES[repo_type]} repository"
         kind = TYPE_NAMES[self.repo_type]
         origin = _token_origin(self.token)
-        seen = f"that the token ({origin}) may read" if origin else "that is public"
-        return f"neither a folder nor a {kind} repository {seen}; for a private one, {_how_to_log_in(origin)}"
+        seen = f"a {kind} repository that the token ({origin}) can read" if origin else f"a public {kind} repository"
+        return f"neither a folder nor {seen}; for a private one, {_login_advice(origin)}"
 
     def _refusal(self, status: int, server_message: str | None) -> str:
         if status == 401:
             origin = _token_origin(self.token)
-            return f"the Hub does not accept the token ({origin}), it is wrong or expired; {_how_to_log_in(origin)}"
+            return f"the Hub rejects the token ({origin}) as wrong or expired; {_login_advice(origin)}"
         detail = f": {server_message}" if server_message else ""
         if status == 403:
-            return f"the token ({_token_origin(self.token)}) may not read it{detail}"
+            return f"the token ({_token_origin(self.token)}) has no read access{detail}"
         later = "; try again later" if status == 429 or status >= 500 else ""
-        return f"the Hub ({constants.ENDPOINT}) answers with error {status}{detail}{later}"
+        return f"the Hub ({constants.ENDPOINT}) returned error {status}{detail}{later}"
 
 
 def open_source(
     name: str, flag: str, repo_type: str = "model", revision: str | None = None, token: str | None = None
 ) -> Source:
-    """Return the input called `name`, a local folder or a repository id, at the commit that `revision` now is.
+    """Return the input `name`, a local folder or a repository id, at the current commit of `revision`.
 
     Raises:
-        UserError: `name` is neither; a revision is given for a folder; what `Source.commit` raises.
+        UserError: `name` is neither, a folder has a revision, or `Source.commit` fails.
     """
-    source = Source(name, flag, repo_type, revision, token or None)  # an empty token would be an illegal header
+    source = Source(name, flag, repo_type, revision, token or None)  # an empty token would make an invalid header
     if source.is_local:
         if revision is not None:
-            raise source._error(f"is a local folder, a revision ('{revision}') only goes with a repository")
+            raise source._error(f"is a local folder; a revision ('{revision}') needs a repository")
     elif not REPO_ID.match(name):
         raise source._error(NEITHER)
     return replace(source, revision=source.commit())
 
 
 def is_saved_to_disk(folder: str) -> bool:
-    """Return whether a folder is what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` of datasets writes."""
+    """Return whether a folder was written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     return any(all((Path(folder) / name).is_file() for name in names) for names in (SAVED_SPLITS, SAVED_SPLIT))
 
 
@@ -268,7 +268,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _token_origin(token: str | None) -> str | None:
-    """Return where the token comes from, None without one."""
+    """Return where the token comes from, or None."""
     if token:
         return HUB_TOKEN
     if os.environ.get(HF_TOKEN, "").strip():
@@ -276,11 +276,11 @@ def _token_origin(token: str | None) -> str | None:
     return LOGIN if get_token() else None
 
 
-def _how_to_log_in(origin: str | None) -> str:
-    # a token that is given hides those below it
+def _login_advice(origin: str | None) -> str:
+    # each token takes precedence over those below it
     return {
         HUB_TOKEN: "give another --hub_token",
         HF_TOKEN: "set another HF_TOKEN or give --hub_token",
-        LOGIN: "log in anew with `hf auth login` or give --hub_token",
+        LOGIN: "log in again with `hf auth login` or give --hub_token",
         None: "log in with `hf auth login` or give --hub_token",
     }[origin]

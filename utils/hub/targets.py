@@ -1,6 +1,6 @@
-"""Where a folder is published: the flags, a repository that the user may write to, and calls that are made again.
+"""Where a folder is published: the flags, a repository that the user can write to, and calls with retries.
 
-The client repeats by itself reads and uploads, but neither commits nor the calls that create or describe a repository.
+The client itself retries reads and uploads, but not commits, nor calls that create or describe a repository.
 """
 
 import logging
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MAX_TRIES = 6
-FIRST_PAUSE = 1.0  # seconds, doubled from try to try
+FIRST_PAUSE = 1.0  # seconds, doubled with every try
 LONGEST_PAUSE = 60.0
-TO_PUBLISH = [with_flag("push_to_hub")]
-PASSING_STATUSES = {408, 429, 500, 502, 503, 504}
+WITH_PUSH_TO_HUB = [with_flag("push_to_hub")]
+TRANSIENT_STATUSES = {408, 429, 500, 502, 503, 504}
 
 
 @dataclass
@@ -34,16 +34,16 @@ class HubArguments:
 
     _argument_group_name = "Hub"
 
-    push_to_hub: bool = option(False, "Publish the output folder on the Hub.", affects_result=False)
+    push_to_hub: bool = option(False, "Push the output folder to the Hub.", affects_result=False)
     hub_private_repo: bool = option(
-        False, "Make the repository private when creating it.", affects_result=False, needs=TO_PUBLISH
+        False, "Create the repository as private.", affects_result=False, needs=WITH_PUSH_TO_HUB
     )
     hub_revision: str | None = option(
-        None, "Branch to publish to, made when it is not there; main when not given.", affects_result=False,
-        needs=TO_PUBLISH,
+        None, "Branch to push to, created if missing (default: main).", affects_result=False,
+        needs=WITH_PUSH_TO_HUB,
     )  # fmt: skip
     hub_token: str | None = option(
-        None, "Access token; HF_TOKEN or `hf auth login` when not given.", affects_result=False
+        None, "Access token (default: HF_TOKEN, else that of `hf auth login`).", affects_result=False
     )
 
 
@@ -55,9 +55,9 @@ def log_and_sleep(problem: str, pause: float) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """A repository of the user's, checked to be writable; `revision` is a branch, made when it is not there.
+    """A repository that the user can write to; `revision` is a branch, created if missing.
 
-    `wait` is called between two tries, with the problem in a line and the seconds to wait.
+    `wait` is called between two tries with a one-line problem and the seconds to wait.
     """
 
     repo_id: str
@@ -82,24 +82,24 @@ def open_target(
     output_dir: str | Path, hub_id: str | None, repo_type: str, private: bool = False, revision: str | None = None,
     token: str | None = None,
 ) -> Target:  # fmt: skip
-    """Return where a folder is to be published, by default under its name in the user's account.
+    """Return where a folder will be published, by default under its name in the user's account.
 
-    Called before any work, so that a missing token costs no training. Nothing is created to find out.
+    Called before any work, so that a missing token does not waste a training. Nothing is created.
 
     Raises:
-        UserError: no token, a bad one, one that may not write there, or the Hub cannot be reached; the repository's
-            name is malformed, or it is public though `private` asks for a private one.
+        UserError: the token is missing, invalid or without write access; the Hub is not reachable; the repository's
+            name is malformed, or it is public although `private` is set.
     """
     what = "--push_to_hub"
     try:
-        account = with_retries(HfApi(token=token or None).whoami, f"{what}: who am I")
+        account = with_retries(HfApi(token=token or None).whoami, f"{what}: checking the account")
     except errors.LocalTokenNotFoundError:
         raise UserError(f"{what}: no access token; log in with `hf auth login` or set HF_TOKEN.") from None
     except errors.OfflineModeIsEnabled:
         raise UserError(f"{what}: HF_HUB_OFFLINE=1 is set; unset it or leave {what} out.") from None
     except errors.HfHubHTTPError as error:
         if error.response.status_code == 401:
-            raise UserError(f"{what}: the Hub does not know this access token; log in with `hf auth login`.") from None
+            raise UserError(f"{what}: the Hub rejects this access token; log in with `hf auth login`.") from None
         raise UserError(f"{what}: the Hub refuses this access token ({error.response.status_code}).") from None
     repo_id = hub_id or Path(output_dir).resolve().name
     if "/" not in repo_id:
@@ -113,7 +113,7 @@ def open_target(
         ) from None
     access_token = account.get("auth", {}).get("accessToken", {})
     if access_token.get("role") == "read":
-        raise UserError(f"{what}: this access token only reads; make one with the role 'write'.")
+        raise UserError(f"{what}: this access token is read-only; create one with the role 'write'.")
     target = Target(repo_id, repo_type, private, revision, token)
     try:
         target.call(HfApi.auth_check, write=True)
@@ -132,7 +132,7 @@ def open_target(
 
 
 def _check_may_create(repo_id: str, account: dict, access_token: dict) -> None:
-    """Check, by what the Hub says of an account and its token, that they may create a repository.
+    """Check, with the Hub's facts on an account and its token, that they may create a repository.
 
     Raises:
         UserError: they may not.
@@ -140,10 +140,10 @@ def _check_may_create(repo_id: str, account: dict, access_token: dict) -> None:
     namespace = repo_id.split("/")[0]
     roles = {account["name"]: None, **{org["name"]: org.get("roleInOrg") for org in account.get("orgs", [])}}
     if namespace not in roles:
-        raise UserError(f"--push_to_hub: '{repo_id}' is not yours to write; you are {' and '.join(roles)}.")
-    what = f"--push_to_hub: '{repo_id}' is not there, and this access token may not create it;"
+        raise UserError(f"--push_to_hub: no write access to '{repo_id}'; you are {' and '.join(roles)}.")
+    what = f"--push_to_hub: '{repo_id}' does not exist, and this access token may not create it;"
     if roles[namespace] == "read":
-        raise UserError(f"{what} your role in '{namespace}' is 'read', at least 'contributor' is needed.")
+        raise UserError(f"{what} your role in '{namespace}' is 'read', but must be at least 'contributor'.")
     writable = [
         scope["entity"].get("name")
         for scope in access_token.get("fineGrained", {}).get("scoped", [])
@@ -154,27 +154,27 @@ def _check_may_create(repo_id: str, account: dict, access_token: dict) -> None:
 
 
 def check_privacy(target: Target) -> None:
-    """Check that a repository that is there is private if a private one is wanted.
+    """Check that an existing repository is private if a private one is wanted.
 
     Raises:
         UserError: it is public.
     """
     if target.private and not target.call(HfApi.repo_info).private:
         raise UserError(
-            f"--hub_private_repo: '{target.repo_id}' is there already, and public; make it private in its settings, or "
+            f"--hub_private_repo: '{target.repo_id}' already exists and is public; make it private in its settings, or "
             f"choose another with --hub_{target.repo_type}_id."
         )
 
 
 class HubUnavailable(UserError):
-    """The Hub did not do what was asked within the limit of tries; asking again later is right."""
+    """The Hub failed until the limit of tries; try again later."""
 
 
 def with_retries(call: Callable[[], Result], what: str, wait: Callable[[str, float], None] = log_and_sleep) -> Result:
-    """Return `call()`, repeated while it fails for reasons that pass: server errors, rate limits, lost connections.
+    """Return `call()`, with retries after transient failures: server errors, rate limits, lost connections.
 
     Raises:
-        HubUnavailable: it failed so `MAX_TRIES` times. Other errors are raised as they are.
+        HubUnavailable: it failed `MAX_TRIES` times. Other errors are raised unchanged.
     """
     attempt = 1
     while True:
@@ -186,18 +186,18 @@ def with_retries(call: Callable[[], Result], what: str, wait: Callable[[str, flo
                 raise
             if attempt == MAX_TRIES:
                 raise HubUnavailable(f"{what}: gave up after {MAX_TRIES} tries ({first_line(error)}).") from error
-            wait(f"{what}: {first_line(error)}; again in {pause:.0f} s ({attempt} of {MAX_TRIES} tries)", pause)
+            wait(f"{what}: {first_line(error)}; retrying in {pause:.0f} s (try {attempt} of {MAX_TRIES})", pause)
             attempt += 1
 
 
 def pause_after(error: BaseException, attempt: int) -> float | None:
-    """Return the seconds to wait before the next try, None when another try would not help."""
+    """Return the seconds to wait before the next try, None if another try would not help."""
     cause = error
-    # how the client wraps a failed upload, and a failed download
+    # the client wraps failed uploads and downloads in these
     while isinstance(cause, (RuntimeError, errors.LocalEntryNotFoundError)) and cause.__cause__ is not None:
         cause = cause.__cause__
     if isinstance(cause, errors.HfHubHTTPError):
-        if cause.response.status_code not in PASSING_STATUSES:
+        if cause.response.status_code not in TRANSIENT_STATUSES:
             return None
         asked = cause.response.headers.get("Retry-After", "")
         if asked.isdigit():

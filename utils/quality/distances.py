@@ -1,4 +1,4 @@
-"""How far two image sets lie apart in the features of a model, as a whole and class by class."""
+"""Distances of two image sets in the features of a model, as a whole and per class."""
 
 import warnings
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from utils.data.splits import evenly_spaced
 from utils.quality.vectors import UnitFeatures
 
 CHUNK = 4096
-MAX_KERNEL_IMAGES = 5000  # the kernel distance holds its images in memory, and more of them hardly change it
+MAX_KERNEL_IMAGES = 5000  # the kernel distance keeps its features in memory, and more hardly change it
 KERNEL_SUBSETS = 50
 MAX_SUBSET_SIZE = 1000
 MAX_CONFUSIONS = 10
 
-Rows = tuple[np.ndarray, np.ndarray]  # features `(n, num_features)`, and which of them
+Rows = tuple[np.ndarray, np.ndarray]  # features `(n, num_features)`, and the selected rows
 
 
 def matched_rows(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sorted rows of two sets with as many images of each class, drawn at random; labels are `(n,)` int.
+    """Return sorted rows of two sets, drawn at random, with the same number of images per class; labels are `(n,)` int.
 
-    Distances depend on the number of images and on how often each class occurs: only such parts are comparable.
+    Distances depend on the number of images and on class frequencies: only such subsets are comparable.
     """
     rng = np.random.default_rng(0)
     chosen = [np.zeros((2, 0), int)]
@@ -35,11 +35,11 @@ def matched_rows(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def frechet_distances(train: Rows, others: dict[str, Rows]) -> dict[str, float]:
-    """Return name -> Frechet distance between training images and others; two or more of each.
+    """Return name -> Frechet distance between training images and others; each needs two or more images.
 
-    Only sums are held in memory.
+    Only sums are kept in memory.
     """
-    features = torch.nn.Identity()  # they are computed already
+    features = torch.nn.Identity()  # they are already computed
     features.num_features = train[0].shape[1]
     metric = FrechetInceptionDistance(features, reset_real_features=False, normalize=True)
     metric.set_dtype(torch.float64)
@@ -53,35 +53,35 @@ def frechet_distances(train: Rows, others: dict[str, Rows]) -> dict[str, float]:
     for name, other in others.items():
         metric.reset()
         update(*other, real=False)
-        distances[name] = max(0.0, metric.compute().item())  # below 0 by rounding only
+        distances[name] = max(0.0, metric.compute().item())  # below 0 only by rounding
     return distances
 
 
 def kernel_distances(train: Rows, others: dict[str, Rows]) -> tuple[dict[str, tuple[float, float]], int]:
     """Return name -> kernel distance (mean and standard deviation over subsets), and the size of the subsets.
 
-    As in `frechet_distances`. The distance is unbiased: it does not depend on the number of images, and may be a
-    little below 0. Of large sets it takes `MAX_KERNEL_IMAGES`, evenly spread.
+    Arguments are those of `frechet_distances`. The distance is unbiased: it does not depend on the number of images,
+    and can be slightly below 0. Of large sets, it uses `MAX_KERNEL_IMAGES`, evenly spaced.
     """
     smallest = min(len(rows) for _, rows in (train, *others.values()))
-    subset_size = max(2, min(MAX_SUBSET_SIZE, smallest // 2))  # halves: subsets of all images would all be the same
+    subset_size = max(2, min(MAX_SUBSET_SIZE, smallest // 2))  # halves, as subsets of all images would be equal
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that features are held in memory
+        warnings.simplefilter("ignore")  # a warning about memory
         metric = KernelInceptionDistance(
             torch.nn.Identity(), KERNEL_SUBSETS, subset_size, reset_real_features=False, normalize=True
         )
 
-    def spread(raw: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+    def select(raw: np.ndarray, rows: np.ndarray) -> torch.Tensor:
         chosen = rows[evenly_spaced(len(rows), MAX_KERNEL_IMAGES)]
         return torch.from_numpy(np.asarray(raw[chosen], np.float32))
 
-    metric.update(spread(*train), real=True)
+    metric.update(select(*train), real=True)
     distances = {}
     with torch.random.fork_rng(devices=[]):
         for name, other in others.items():
-            torch.manual_seed(0)  # subsets are drawn from the global generator
+            torch.manual_seed(0)  # subsets are drawn with the global generator
             metric.reset()
-            metric.update(spread(*other), real=False)
+            metric.update(select(*other), real=False)
             mean, deviation = metric.compute()
             distances[name] = mean.item(), deviation.item()
     return distances, subset_size
@@ -91,7 +91,7 @@ def kernel_distances(train: Rows, others: dict[str, Rows]) -> tuple[dict[str, tu
 class ClassSums:
     """The sums `(classes, num_features)` and counts `(classes,)` of features of length 1.
 
-    They are all that class means, their distances and the classes' diversity need, however many images there are.
+    Class means, their distances and the classes' diversity need nothing else, for any number of images.
     """
 
     sums: np.ndarray
@@ -111,41 +111,41 @@ class ClassSums:
 
     @property
     def diversity(self) -> np.ndarray:
-        """The mean cosine distance `(classes,)` between two images of a class, over all pairs; NaN without any."""
+        """The mean cosine distance `(classes,)` over all pairs of images of a class; NaN without a pair."""
         pairs = np.where(self.counts > 1, self.counts * (self.counts - 1.0), np.nan)
         return 1 - ((self.sums**2).sum(1) - self.counts) / pairs
 
     def squared_distances(self, others: "ClassSums") -> np.ndarray:
-        """Return the squared distances `(classes, classes)` of class means, from these to the others'.
+        """Return the squared distances `(classes, classes)` from these class means to the others'.
 
-        What the means of so few images differ by chance is taken off, so 0 is expected of two parts of one class,
-        however many images they have; values a little below 0 are chance. NaN for a class of fewer than two images.
-        It is the kernel distance with a linear kernel: it needs far fewer images than a covariance does.
+        The expected distance by chance is subtracted, so two subsets of one class have distance 0 on average, for any
+        number of images; values slightly below 0 are chance. NaN for a class of fewer than two images. It is the kernel
+        distance with a linear kernel, which needs far fewer images than a covariance.
         """
         means, other_means = self.means, others.means
         distances = (means**2).sum(1)[:, None] + (other_means**2).sum(1) - 2 * means @ other_means.T
-        # half the mean squared distance of two images, over the number of images: how far a mean is off by chance
+        # half the mean squared distance of two images, over their number: the squared error of a mean by chance
         with np.errstate(invalid="ignore", divide="ignore"):
             return distances - (self.diversity / self.counts)[:, None] - others.diversity / others.counts
 
 
 def class_shifts(others: ClassSums, train: ClassSums) -> np.ndarray:
-    """Return how far each class `(classes,)` lies from the real class of its name.
+    """Return the distance of each class `(classes,)` from its real class.
 
-    The unit is the distance from that real class to the nearest other one: 0 is where real images lie, 1 is as far
-    away as another class. NaN where there are too few images to say.
+    The unit is the distance from that real class to the nearest other one: 0 is as close as real images, 1 as far as
+    another class. NaN with too few images.
     """
     between = np.sqrt(np.maximum(train.squared_distances(train), 0))
     np.fill_diagonal(between, np.nan)
     own = np.sqrt(np.maximum(np.diagonal(others.squared_distances(train)), 0))
     with np.errstate(invalid="ignore", divide="ignore"):
-        nearest = np.fmin.reduce(between, axis=1)  # nan only where all of a row are
+        nearest = np.fmin.reduce(between, axis=1)  # NaN only if a whole row is
         shifts = own / nearest
     return np.where(np.isfinite(shifts), shifts, np.nan)
 
 
 def nearest_class_shares(features: UnitFeatures, labels: np.ndarray, train: ClassSums) -> np.ndarray:
-    """Return `(classes, classes)`: which share of a class's images is nearest to each real class mean.
+    """Return the share of each class's images that is nearest to each real class mean, `(classes, classes)`.
 
     Rows of classes without images are NaN.
     """
@@ -161,9 +161,9 @@ def nearest_class_shares(features: UnitFeatures, labels: np.ndarray, train: Clas
 
 
 def list_confusions(shares: np.ndarray, real_shares: np.ndarray, class_names: list[str]) -> list[dict]:
-    """Return which classes' images are nearest to another class, in the order of what exceeds the real images' share.
+    """Return the pairs of classes that are confused more often than real images, sorted by the excess.
 
-    Both are those of `nearest_class_shares`. Pairs that real images confuse as often are left out.
+    Both shares are results of `nearest_class_shares`.
     """
     known = np.nan_to_num(shares)
     excess = known - np.nan_to_num(real_shares)

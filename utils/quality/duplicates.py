@@ -1,4 +1,4 @@
-"""Which images are alike: to a model, calibrated by real images, and in their pixels, whatever the model."""
+"""Similar images: in the features of a model, calibrated by real images, and in their pixels."""
 
 from dataclasses import dataclass, replace
 
@@ -12,17 +12,17 @@ QUERY_CHUNK = 2048
 TARGET_CHUNK = 8192
 MAX_CALIBRATION_IMAGES = 10_000
 THRESHOLD_QUANTILE = 0.99
-UNCALIBRATED_THRESHOLD = 0.99  # where there are no real images to take it from
-# Of thumbnails. Of 6,000 images of Fashion-MNIST, 644 crops of photos and 1,797 digits none has another one above it,
-# mirrored or not (highest: 0.9973). Of copies that have some contrast, compressed to JPEG quality 75, resized by 10 %
-# or 5 % brighter or darker, 94 to 100 % lie above it; of 32 pixels in strong colours, which JPEG spoils, half.
+UNCALIBRATED_THRESHOLD = 0.99  # without real images to calibrate it
+# Of thumbnails. Among 6,000 images of Fashion-MNIST, 644 crops of photos and 1,797 digits, no pair is above it,
+# mirrored or not (highest: 0.9973). Of copies with some contrast, compressed to JPEG quality 75, resized by 10% or 5%
+# brighter or darker, 94 to 100% are above it; of images of 32 pixels in strong colors, which JPEG distorts, half.
 COPY_CORRELATION = 0.998
-COPY_DIFFERENCE = 10.0  # mean, in levels of 255: images of one gradient correlate, whatever its colours
+COPY_DIFFERENCE = 10.0  # mean, in levels of 255: plain gradients correlate in any colors
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """For each query its most similar target: `rows` `(n,)` int, `similarities` `(n,)` float32 cosines."""
+    """The most similar target of each query: `rows` `(n,)` int, `similarities` `(n,)` float32 cosines."""
 
     rows: np.ndarray
     similarities: np.ndarray
@@ -31,9 +31,9 @@ class Nearest:
 def find_nearest(
     queries: UnitFeatures, targets: UnitFeatures, what: str, device: str | torch.device, query_rows=None
 ) -> Nearest:
-    """Return the nearest target of each query, of the `query_rows` only where they are given.
+    """Return the nearest target of each query (default of `query_rows`: all).
 
-    Where both are of the same images, an image is not its own neighbour.
+    If both are the same images, an image is not its own neighbor.
     """
     query_rows = np.arange(len(queries)) if query_rows is None else query_rows
     rows = np.zeros(len(query_rows), np.int64)
@@ -62,10 +62,10 @@ def find_nearest(
 def find_copies(
     queries: Thumbnails, targets: Thumbnails, what: str, device: str | torch.device, query_rows=None
 ) -> np.ndarray:
-    """Return the row of the target that each query has the pixels of, -1 where there is none; as in `find_nearest`.
+    """Return the row of the target that each query is a copy of, -1 if there is none; arguments as in `find_nearest`.
 
-    Copies in another size, mirrored, compressed or a little brighter are found; cropped ones and those of plain images
-    are not. It costs two searches.
+    Resized, mirrored, compressed or slightly brighter copies are found; cropped copies and copies of plain images are
+    not. It takes two searches.
     """
     query_rows = np.arange(len(queries)) if query_rows is None else query_rows
     copies = np.full(len(query_rows), -1)
@@ -81,14 +81,14 @@ def find_copies(
 
 
 def similarity_threshold(real_similarities: np.ndarray) -> float:
-    """Return the similarity above which two images look alike: 99 % of real images that are no copies stay below it."""
+    """Return the similarity above which two images look alike: 99% of real images that are not copies are below it."""
     if not len(real_similarities):
         return UNCALIBRATED_THRESHOLD
     return float(np.quantile(real_similarities, THRESHOLD_QUANTILE))
 
 
 def closest_pairs(nearest: Nearest, copies: np.ndarray, num_pairs: int, within: bool) -> list[tuple[int, int]]:
-    """Return pairs of query and target, copies first, then the most similar: each query once; `within` one set, each
+    """Return pairs of query and target, copies first, then the most similar; each query once, and `within` a set each
     pair once.
     """
     targets = np.where(copies >= 0, copies, nearest.rows)
@@ -103,7 +103,7 @@ def closest_pairs(nearest: Nearest, copies: np.ndarray, num_pairs: int, within: 
 
 
 def count_similar(nearest: Nearest, copies: np.ndarray, threshold: float) -> dict:
-    """Return how many images have a look-alike, of which those with a copy are some, and how many a copy."""
+    """Return how many images have a look-alike, including copies, and how many have a copy."""
     num_images = len(copies)
     num_similar = int(((nearest.similarities >= threshold) | (copies >= 0)).sum())
     return {

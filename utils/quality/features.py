@@ -1,4 +1,4 @@
-"""The images of a quality report, and their features: a backbone's pooled output, in half precision on disk."""
+"""The images of a quality report, and their features: pooled outputs of a backbone, in half precision on disk."""
 
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -19,14 +19,14 @@ from utils.data.image_set import RealImages, RealImagesRecord
 from utils.data.images import TOO_LARGE, describe_error, to_rgb
 from utils.data.opened_images import map_encoded, open_all
 from utils.data.real_images import load_real_images
-from utils.hub.data_sets import load_data_set
+from utils.hub.image_datasets import load_image_dataset
 from utils.hub.repositories import Source, open_source
 from utils.quality.vectors import THUMBNAIL_LENGTH, make_thumbnail
 
 
 @dataclass(frozen=True)
 class Part:
-    """Images of one kind with their labels `(n,)` in the real set's order; `rows` are those of the whole split."""
+    """Images of one kind with their labels `(n,)` in the real set's order; `rows` are their rows in the whole split."""
 
     images: Dataset
     labels: np.ndarray
@@ -35,14 +35,13 @@ class Part:
 
 
 def load_reference_images(real_images: dict, hub_token: str | None = None) -> RealImages:
-    """Load the real images of a set's record, without its limit to a few: distances need all that there are.
+    """Load all real images of a set's record, without its limit to shots, as distances need many images.
 
-    Each is opened once; damaged ones are left out where the record allows that.
-
-    That is for measuring: whoever chooses settings of a few-shot experiment by it has used more than the shots.
+    Each image is opened once; damaged ones are left out if the record allows that. This is for evaluation: choosing the
+    settings of a few-shot experiment with it uses more than the shots.
 
     Raises:
-        UserError: what `load_real_images` and `open_all` raise.
+        UserError: from `load_real_images` and `open_all`.
     """
     record = replace(RealImagesRecord(**real_images), num_shots=None, max_train_samples=None)
     opened = open_all(load_real_images(record, hub_token))
@@ -53,9 +52,9 @@ def load_reference_images(real_images: dict, hub_token: str | None = None) -> Re
 
 
 def collect_parts(synthetic: Source, real: RealImages, max_images_per_class: int) -> dict[str, Part]:
-    """Return the synthetic images, the real train, held-out and test ones.
+    """Return the synthetic images and the real training, held-out and test images.
 
-    The first `max_images_per_class` of each class, of the test images all.
+    Of each class, the first `max_images_per_class` are used; test images are not limited.
 
     Raises:
         UserError: the synthetic set cannot be loaded, its classes are not the real ones, or a class has no images.
@@ -76,7 +75,7 @@ def collect_parts(synthetic: Source, real: RealImages, max_images_per_class: int
 
 def _load_synthetic(source: Source, class_names: list[str]) -> tuple[Dataset, np.ndarray]:
     """Return the images, and their labels in the order of `class_names`."""
-    images = load_data_set(source, split="train")
+    images = load_image_dataset(source, split="train")
     columns = [
         [name for name, feature in images.features.items() if isinstance(feature, kind)] for kind in (Image, ClassLabel)
     ]
@@ -96,9 +95,9 @@ def _load_synthetic(source: Source, class_names: list[str]) -> tuple[Dataset, np
 
 
 def _wanted_labels(source: Source, places: dict[str, int]) -> list[int]:
-    """Return the classes that a set should have: all, but where its record says that it was made for some only.
+    """Return the classes that a set should have: those in its record, else all.
 
-    The record has the set's own names; `places` are those of the real set by them.
+    The record has the set's own names, which `places` maps to labels of the real set.
     """
     record = read_record(source.file(GENERATION_CONFIG)) if source.has_one_of([GENERATION_CONFIG]) else {}
     return [places[name] for name in record.get("settings", {}).get("classes", places) if name in places]
@@ -117,61 +116,63 @@ def _make_part(images: Dataset, labels: np.ndarray, limit: int | None = None, sp
 
 
 def open_feature_model(name: str, flag: str, revision: str | None = None, token: str | None = None) -> Source:
-    """Return a pretrained image model, its commit pinned, without loading it.
+    """Return a pretrained image model, pinned to a commit, without loading it.
 
     Raises:
-        UserError: neither folder nor repository, no model, or weights in no safetensors file.
+        UserError: it is neither a folder nor a repository, not a model, or has no safetensors weights.
     """
     source = open_source(name, flag, "model", revision, token)
     source.file("config.json", "a checkpoint of transformers or timm")
     if not source.has_one_of([SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]):
-        raise UserError(f"{flag} {name}: has no {SAFE_WEIGHTS_NAME}; features come from safetensors weights only.")
+        raise UserError(f"{flag} {name}: has no {SAFE_WEIGHTS_NAME}; only safetensors weights are loaded.")
     return source
 
 
 class FeatureModel:
-    """A backbone without its classification head, and the image processor that belongs to it."""
+    """A backbone without its classification head, and its image processor."""
 
     def __init__(self, source: Source, device: str | torch.device):
-        """Load the model in float32, so that figures of one report and another can be compared.
+        """Load the model in float32, so that reports can be compared.
 
         Raises:
-            UserError: it has no image processor, is no image model, or lacks weights that its features depend on.
+            UserError: it has no image processor, is not an image model, or lacks weights that its features need.
         """
         self.device = torch.device(device)
         allow_tf32(self.device)
         options = source.load_options()
         with source.reading("has no usable image processor", also=(ValueError, KeyError)):
             self.image_processor = AutoImageProcessor.from_pretrained(source.name, **options)
-        # RuntimeError: weights of other shapes than the configuration says
+        # RuntimeError: the shapes of weights and config differ
         with source.reading("does not load as an image model", also=(ValueError, KeyError, RuntimeError)):
             model, info = AutoModel.from_pretrained(
                 source.name, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
             )
         if model.main_input_name != "pixel_values":
-            raise UserError(f"{source.flag} {source.name}: takes {model.main_input_name} first, no image model.")
+            raise UserError(
+                f"{source.flag} {source.name}: not an image model, as its input is {model.main_input_name}."
+            )
         missing = set(info["missing_keys"])
         pooler = {name for name in missing if name.startswith("pooler.")}
         if missing - pooler:
             raise UserError(
-                f"{source.flag} {source.name}: its weights lack {len(missing - pooler)} of the backbone's, the first "
+                f"{source.flag} {source.name}: lacks {len(missing - pooler)} weights of the backbone, the first "
                 f"{min(missing - pooler)}; choose a trained model."
             )
         self.model = model.to(self.device).eval()
-        # a ViT classifier brings no pooler: AutoModel makes one with random weights
+        # a ViT classifier has no pooler: AutoModel makes one with random weights
         self.has_pooler = not pooler
         self.has_class_token = any(name.endswith("cls_token") for name, _ in model.named_parameters())
         blank = PIL.Image.new("RGB", (64, 64))
         self.num_features = self(self.preprocess(blank)[None]).shape[1]
 
     def preprocess(self, image: PIL.Image.Image) -> torch.Tensor:
-        """Return `(3, height, width)` float32 as the checkpoint's own processor makes it."""
+        """Return `(3, height, width)` float32 from the checkpoint's image processor."""
         return self.image_processor(to_rgb(image), return_tensors="pt")["pixel_values"][0]
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return `(batch, num_features)` float32: the pooled output; where nothing trained pools, the class token,
-        and without one the mean over all places.
+        """Return `(batch, num_features)` float32: the pooled output, or without a trained pooler the class token, or
+        without one the mean over all positions.
         """
         outputs = self.model(pixel_values.to(self.device))
         pooled = outputs.get("pooler_output")
@@ -186,10 +187,10 @@ class FeatureModel:
 def extract_features(
     model: FeatureModel, images: Dataset, what: str, folder: Path, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the features `(len(images), num_features)` float16 and the thumbnails `(len(images), THUMBNAIL_LENGTH)`
-    uint8, memory-mapped from files in a new `folder`.
+    """Return features `(len(images), num_features)` float16 and thumbnails `(len(images), THUMBNAIL_LENGTH)` uint8,
+    memory-mapped from files in a new `folder`.
 
-    Images are decoded and preprocessed in threads, a batch ahead of the model.
+    Threads decode and preprocess images, one batch ahead of the model.
 
     Raises:
         UserError: an image is damaged, or a feature is too large for half precision.
@@ -205,7 +206,7 @@ def extract_features(
             image = Image().decode_example(encoded)
             thumbnails[row] = make_thumbnail(image)
             return model.preprocess(image)
-        except Exception as error:  # on damaged files Pillow raises nearly anything
+        except Exception as error:  # Pillow raises nearly anything for damaged files
             problem = describe_error(error)
             problem = problem if problem.startswith(TOO_LARGE) else f"damaged ({problem})"
             raise UserError(f"{what}: the image in row {row} is {problem}; repair, shrink or remove it.") from None
@@ -214,6 +215,6 @@ def extract_features(
     for start in range(0, len(images), batch_size):
         batch = model(torch.stack(list(islice(prepared, batch_size)))).half().cpu().numpy()
         if not np.isfinite(batch).all():
-            raise UserError(f"{what}: the model gives features that half precision does not hold; choose another.")
+            raise UserError(f"{what}: features are too large for half precision; choose another model.")
         features[start : start + len(batch)] = batch
     return features, thumbnails

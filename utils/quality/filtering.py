@@ -20,7 +20,7 @@ from utils.data.class_names import match_labels
 from utils.data.image_set import RealImagesRecord
 from utils.data.images import to_rgb
 from utils.data.real_images import load_real_images
-from utils.hub.data_sets import load_data_set
+from utils.hub.image_datasets import load_image_dataset
 from utils.hub.repositories import Source
 from utils.quality.features import FeatureModel, extract_features
 from utils.quality.scores import ScoredSet, score_by_classifier, score_by_distance, score_by_probe, score_by_words
@@ -47,7 +47,7 @@ def load_scored_images(source: Source, real_args: RealDataArguments, token: str 
     Raises:
         UserError: the set has no `class_index`; the real images cannot be read, or lack a class of it.
     """
-    images = load_data_set(source, split="train")
+    images = load_image_dataset(source, split="train")
     if "class_index" not in images.column_names:
         raise UserError(
             f"{source.flag} {source.name}: has no column 'class_index', by which images are named; it was made by an "

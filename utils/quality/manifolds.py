@@ -1,4 +1,4 @@
-"""Precision and recall of synthetic images: whether they look real, and whether they cover what is real."""
+"""Precision and recall of synthetic images: whether they look real, and whether they cover the real images."""
 
 import numpy as np
 import torch
@@ -9,11 +9,11 @@ NUM_NEIGHBOURS = 3  # the paper's
 def precision_and_recall(
     real: np.ndarray, synthetic: np.ndarray, num_neighbours: int = NUM_NEIGHBOURS
 ) -> tuple[float, float]:
-    """Return which share of synthetic features lies among the real ones, and of real ones among the synthetic.
+    """Return the share of synthetic features among the real ones, and the share of real ones among the synthetic.
 
-    Both are `(n, num_features)`, with more than `num_neighbours` rows. A feature lies among others if it is within the
-    distance of one of them to its `num_neighbours`-th nearest among themselves. Both shares depend on the numbers of
-    images: compare sets of one size. All pairs are held in memory.
+    Both are `(n, num_features)`, with more than `num_neighbours` rows. A feature is among a set if it is closer to one
+    of the set's features than that one's `num_neighbours`-th nearest neighbor in the set. Both shares depend on the
+    number of images: compare sets of equal size. All pairs are kept in memory.
 
     Source: Improved Precision and Recall Metric for Assessing Generative Models, Kynkäänniemi et al. 2019.
     """
@@ -26,6 +26,6 @@ def precision_and_recall(
 
 
 def _radii(features: torch.Tensor, num_neighbours: int) -> torch.Tensor:
-    """Return the distance `(n,)` of each feature to its neighbour of that number; it is its own, of number 0."""
+    """Return the distance `(n,)` of each feature to its `num_neighbours`-th nearest neighbor, not counting itself."""
     distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
     return distances.kthvalue(num_neighbours + 1, dim=1).values

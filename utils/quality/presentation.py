@@ -1,4 +1,4 @@
-"""What people see of a quality report: a table and verdicts, figures, and the pairs of images most alike."""
+"""The presentation of a quality report: a table and verdicts, plots, and the most similar pairs of images."""
 
 import textwrap
 from pathlib import Path
@@ -23,7 +23,7 @@ KINDS = {"test": "real test", "train": "real training", "synthetic": "other synt
 
 
 def print_quality(record: dict) -> None:
-    """Print the classes that are farthest from their real ones, the verdicts, and what they cannot tell."""
+    """Print the classes that are farthest from their real ones, the verdicts and the caveats."""
     console = Console(markup=False, emoji=False)  # names may have brackets
     classes = record["classes"]
     shown = f"the {MAX_ROWS} farthest of {len(classes)}" if len(classes) > MAX_ROWS else "farthest first"
@@ -34,15 +34,15 @@ def print_quality(record: dict) -> None:
         f"held-out, {counts['test']} test; features of {record['model']['id']}",
     )
     table.add_column("class")
-    for name in ("images", "shift (0: as real)", "diversity", "nearest to own class"):
+    for name in ("images", "shift (0: as close as real images)", "diversity", "nearest to own class"):
         table.add_column(name, justify="right")
     for entry in classes[:MAX_ROWS]:
         table.add_row(
             entry["class"],
             f"{entry['num_images']:,}",
-            _beside(entry["shift"], entry["shift_floor"], ".2f"),
-            _beside(entry["diversity"], entry["real_diversity"], ".2f"),
-            _beside(entry["own_share"], entry["real_own_share"], ".0%"),
+            _with_real(entry["shift"], entry["shift_floor"], ".2f"),
+            _with_real(entry["diversity"], entry["real_diversity"], ".2f"),
+            _with_real(entry["own_share"], entry["real_own_share"], ".0%"),
         )
     print_table(table, console)
     for verdict in record["verdicts"]:
@@ -52,16 +52,17 @@ def print_quality(record: dict) -> None:
         console.print(f"   note  {caveat}", highlight=False, soft_wrap=True)
 
 
-def _beside(value: float | None, real: float | None, form: str) -> str:
+def _with_real(value: float | None, real: float | None, form: str) -> str:
     texts = ["-" if number is None else format(number, form) for number in (value, real)]
     return f"{texts[0]} ({texts[1]})"
 
 
-@rc_context({"text.parse_math": False})  # dollars in a name are no formula
+@rc_context({"text.parse_math": False})  # no formulas: names can have dollar signs
 def plot_quality(path: str | Path, record: dict, similarities: dict[str, dict[str, np.ndarray]]) -> None:
-    """Draw distances, classes, labels, diversity and similarities, each beside what real images reach.
+    """Plot distances, classes, labels, diversity and similarities, each compared with real images.
 
-    `similarities` maps test, train and synthetic to those of `synthetic` and of `real` images to their nearest one.
+    `similarities` maps test, train and synthetic to the similarities of `synthetic` and `real` images to their nearest
+    one.
     """
     figure = Figure(figsize=(17, 10), layout="constrained")
     axes = figure.subplots(2, 3)
@@ -72,18 +73,19 @@ def plot_quality(path: str | Path, record: dict, similarities: dict[str, dict[st
     for axis, kind in zip(axes[1, 1:], ("train", "test")):
         _plot_similarities(axis, kind, similarities.get(kind), record["duplicates"].get(kind))
     figure.suptitle(
-        f"{record['synthetic']['id']} beside the real images, in the features of {record['model']['id']}", fontsize=13
+        f"{record['synthetic']['id']} compared with the real images, in the features of {record['model']['id']}",
+        fontsize=13,
     )
     figure.savefig(path, dpi=100)
 
 
-@rc_context({"text.parse_math": False})  # dollars in a name are no formula
+@rc_context({"text.parse_math": False})  # no formulas: names can have dollar signs
 def plot_pairs(
     path: str | Path, duplicates: dict, positions: dict[str, list[tuple[int, int]]], images: dict[str, Dataset]
 ) -> None:
     """Draw the closest pairs, those with real test images first.
 
-    `duplicates` is the part of the record, `positions` say where in `images` the pairs of each kind are.
+    `duplicates` is from the record; `positions` are the rows of each kind's pairs in `images`.
     """
     kinds = [kind for kind in KINDS if positions.get(kind)]
     num_columns = max((len(positions[kind]) for kind in kinds), default=1)
@@ -92,8 +94,8 @@ def plot_pairs(
     for block, kind in zip(blocks, kinds):
         found = duplicates[kind]
         block.suptitle(
-            f"closest pairs of a synthetic and {KINDS[kind].replace('other', 'another')} image "
-            f"(red: a copy by its pixels, or a look-alike, at or above {found['threshold']:.3f})",
+            f"most similar pairs of a synthetic and {KINDS[kind].replace('other', 'another')} image "
+            f"(red: a copy, or similarity of {found['threshold']:.3f} or more)",
             fontsize=11,
         )
         axes = block.subplots(2, num_columns, squeeze=False)
@@ -125,7 +127,7 @@ def _short(name: str, length: int = NAME_LENGTH) -> str:
 
 
 def _plot_distances(figure, axis, distance: dict) -> None:
-    """Draw both distances beside their floors, each on a scale of its own."""
+    """Plot both distances and their floors, each on its own scale."""
     axis.set_title("distance to the real training images\n(close to the floor is good)")
     if distance["frechet"]["floor"] is None:
         axis.text(0.5, 0.5, "too few held-out real images", ha="center", transform=axis.transAxes)
@@ -133,7 +135,7 @@ def _plot_distances(figure, axis, distance: dict) -> None:
     twin = axis.twinx()
     for place, (side, name) in enumerate(((axis, "frechet"), (twin, "kernel"))):
         values = [distance[name]["synthetic"], distance[name]["floor"]]
-        # from 0: the kernel distance may be a little below it by chance
+        # from 0, as the kernel distance can be slightly negative by chance
         bars = side.bar([3 * place, 3 * place + 1], np.maximum(values, 0), color=[SYNTHETIC, REAL])
         side.bar_label(bars, [format_distance(value) for value in values], padding=3)
         side.set_ylim(0, 1.15 * max(*values, 1e-9))
@@ -153,7 +155,10 @@ def _plot_shifts(axis, classes: list[dict], num_classes: int) -> None:
     axis.set_xlim(left=-0.03)  # room for floors of 0
     axis.set_yticks(places, [_short(entry["class"]) for entry in shown])
     which = f"the {len(shown)} farthest of {num_classes} classes" if len(shown) < num_classes else "each class"
-    axis.set(title=f"shift from the real class, {which}\n(0: as real)", xlabel="distance / nearest other class")
+    axis.set(
+        title=f"shift from the real class, {which}\n(0: as close as real images)",
+        xlabel="distance / nearest other class",
+    )
     axis.legend(fontsize=8, loc="lower right")
 
 
@@ -167,7 +172,7 @@ def _plot_diversity(axis, classes: list[dict]) -> None:
         place = entry["real_diversity"], entry["diversity"]
         axis.annotate(_short(entry["class"]), place, xytext=(4, -10), textcoords="offset points", fontsize=8)
     axis.set(
-        title="diversity: mean distance of two images of a class\n(below the line: less varied than real)",
+        title="diversity: mean distance between two images of a class\n(below the line: less varied than real)",
         xlabel="real training images", ylabel="synthetic images", xlim=(0, 1.1 * top), ylim=(0, top),
     )  # fmt: skip
     axis.legend(fontsize=8, loc="upper left")
@@ -182,13 +187,13 @@ def _plot_confusions(axis, confusions: list[dict]) -> None:
         places, [f"{_short(entry['class'])} near {_short(entry['nearest'])}" for entry in shown], fontsize=8
     )
     axis.set(
-        title="images nearest to another real class,\nmore often than real ones are (short is good)",
+        title="images nearest to another real class, more often\nthan real ones (short bars are good)",
         xlabel="share of the class's images",
     )
     if shown:
         axis.legend(fontsize=8, loc="lower right")
     else:
-        axis.text(0.5, 0.5, "no class more than real images", ha="center", transform=axis.transAxes)
+        axis.text(0.5, 0.5, "no class more often than real images", ha="center", transform=axis.transAxes)
 
 
 def _plot_similarities(axis, kind: str, similarities: dict | None, found: dict | None) -> None:
@@ -200,7 +205,7 @@ def _plot_similarities(axis, kind: str, similarities: dict | None, found: dict |
     bins = np.linspace(low, 1, 51)
     for name, colour, label in (("real", REAL, "real held-out"), ("synthetic", SYNTHETIC, "synthetic")):
         values = similarities[name]
-        if len(values):  # shares: there may be far more of one kind
+        if len(values):  # shares, as there may be far more images of one kind
             axis.hist(values, bins, weights=np.full(len(values), 1 / len(values)), color=colour, alpha=0.6, label=label)
     axis.axvline(found["threshold"], color="tab:red", linestyle="--", label=f"threshold {found['threshold']:.3f}")
     axis.set(xlabel="cosine similarity", ylabel="share of the images")

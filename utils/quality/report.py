@@ -1,4 +1,4 @@
-"""The quality report of a synthetic set: what a model sees of it beside the real images."""
+"""The quality report of a synthetic set: a comparison with real images in the features of a model."""
 
 import tempfile
 from pathlib import Path
@@ -48,12 +48,12 @@ def make_quality_report(
 ) -> dict:  # fmt: skip
     """Compare a synthetic set with real images; write `quality.json`, `quality.png` and `duplicates.png`.
 
-    `synthetic` is a local folder or a data set at a commit, `model` that of `open_feature_model`. The first
-    `max_images_per_class` of each class are looked at, of the test images all. Returns the record that is written.
+    `synthetic` is a local folder or a dataset at a commit, `model` is from `open_feature_model`. The first
+    `max_images_per_class` images per class are compared; test images are not limited. Returns the written record.
 
     Raises:
         UserError: the classes are not those of the real images, a class has no images, an image is damaged, or the
-            model gives no features.
+            model gives no usable features.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     parts = collect_parts(synthetic, real_images, max_images_per_class)
@@ -68,7 +68,7 @@ def make_quality_report(
         thumbnails = {name: Thumbnails(pixels) for name, (_, pixels) in extracted.items()}
         centre = _find_centre(raw["train"], model)
         units = {name: UnitFeatures(features, centre) for name, features in raw.items()}
-        # around the real centre, images of a set that lies elsewhere all point the same way: its own one instead
+        # seen from the real centre, images of a distant set all point the same way, so it has its own centre
         own_unit = UnitFeatures(raw["synthetic"], raw["synthetic"].mean(0, dtype=np.float64).astype(np.float32))
         record = {
             "synthetic": {"id": synthetic.name, "revision": synthetic.revision},
@@ -96,19 +96,19 @@ def _find_centre(train: np.ndarray, model: Source) -> np.ndarray:
     """Return the mean `(num_features,)` of the real training images' features."""
     centre = train.mean(0, dtype=np.float64).astype(np.float32)
     some = np.asarray(train[evenly_spaced(len(train), MAX_CALIBRATION_IMAGES)], np.float32)
-    # smaller differences are rounding: what is on disk is in half precision
+    # smaller differences are rounding, as features on disk are in half precision
     if np.linalg.norm(some - centre, axis=1).max() <= 2 * np.finfo(np.float16).eps * np.linalg.norm(centre):
         raise UserError(
-            f"{model.flag} {model.name}: gives all real images the same features; choose a trained model, and real "
-            "images that are more than one."
+            f"{model.flag} {model.name}: gives all real images the same features; choose a trained model, and two "
+            "or more different real images."
         )
     return centre
 
 
 def measure_distances(raw: dict[str, np.ndarray], parts: dict[str, Part]) -> dict:
-    """Return the distances to the real training images of synthetic and of held-out images, as many of each class."""
+    """Return the distances of synthetic and held-out images to real training images, with equal class counts."""
     rows, floor_rows = matched_rows(parts["synthetic"].labels, parts["held_out"].labels)
-    # classes of which no synthetic images are wanted would count as distance
+    # training images of classes without synthetic images would add to the distance
     train_rows = np.flatnonzero(np.isin(parts["train"].labels, parts["synthetic"].labels))
     sizes = {"num_images": len(rows), "num_train": len(train_rows)}
     if min(sizes.values()) < 2:
@@ -127,7 +127,7 @@ def measure_distances(raw: dict[str, np.ndarray], parts: dict[str, Part]) -> dic
 
 
 def _measure_classes(units: dict[str, UnitFeatures], parts: dict[str, Part], class_names: list[str]) -> dict:
-    """Return the figures of each class, the class farthest from its real one first, and those of all together."""
+    """Return the figures of each class, the one farthest from its real class first, and those of all classes."""
     sums = {name: ClassSums.of(units[name], parts[name].labels, len(class_names)) for name in units}
     shares = {
         name: nearest_class_shares(units[name], parts[name].labels, sums["train"]) for name in ("synthetic", "held_out")
@@ -169,12 +169,11 @@ def _find_duplicates(
     units: dict[str, UnitFeatures], own_unit: UnitFeatures, thumbnails: dict[str, Thumbnails], parts: dict[str, Part],
     class_names: list[str], num_pairs: int, device: str | torch.device,
 ) -> tuple[dict, dict, dict]:  # fmt: skip
-    """Return, for each kind of image, the figures of near-duplicates, the similarities that they come from, and where
-    the closest pairs are.
+    """Return, for each kind of image, the figures of near-duplicates, their similarities, and the closest pairs.
 
-    What counts as a look-alike is taken from real images: what held-out ones reach in the same training or test
-    images, and training images among themselves. What counts as a copy is taken from the pixels, as networks differ in
-    how alike they find real images; how many copies real images have by the same rule is found too.
+    The threshold for look-alikes comes from real images: from the similarities of held-out images to the same training
+    or test images, and of training images among themselves. Copies are found by their pixels, as networks differ in how
+    similar real images are to them; copies among real images are counted by the same rule.
     """
     found, similarities, positions = {}, {}, {}
     for kind, calibrating in (("test", "held_out"), ("train", "held_out"), ("synthetic", "train")):
@@ -184,7 +183,7 @@ def _find_duplicates(
             continue
         real_kind = "train" if within else kind
         rows = evenly_spaced(len(units[calibrating]), MAX_CALIBRATION_IMAGES)
-        what, same = f"nearest {NAMES[kind]}", "the same of real images"
+        what, same = f"nearest {NAMES[kind]}", "the same for real images"
         nearest = find_nearest(queries, targets, what, device)
         copies = find_copies(thumbnails["synthetic"], thumbnails[kind], what, device)
         real = find_nearest(units[calibrating], units[real_kind], same, device, rows).similarities
@@ -220,6 +219,6 @@ def _describe_pair(parts: dict[str, Part], kind: str, query: int, target: int, c
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """Return the mean of what is not NaN as JSON has it, None where nothing is left."""
+    """Return the mean of all values except NaN; None if there are none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else None

@@ -1,4 +1,4 @@
-"""Images as vectors of length 1, whose products say how alike two are: to a model, and in their pixels."""
+"""Images as vectors of length 1, whose products are similarities: in a model's features, and in their pixels."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ import torch
 
 from utils.data.images import to_rgb
 
-BRIGHTNESS_SIZE, COLOUR_SIZE = 16, 8  # pixels a side; JPEG halves colour too
+BRIGHTNESS_SIZE, COLOUR_SIZE = 16, 8  # side in pixels; JPEG halves color too
 THUMBNAIL_SHAPES = ((BRIGHTNESS_SIZE,) * 2, (COLOUR_SIZE,) * 2, (COLOUR_SIZE,) * 2)
 THUMBNAIL_LENGTH = sum(height * width for height, width in THUMBNAIL_SHAPES)
 
 
 @dataclass(frozen=True)
 class UnitFeatures:
-    """Features less `centre`, at length 1, made from those on disk a chunk at a time: products of two are cosines.
+    """Features minus `centre`, scaled to length 1, read from disk in chunks: their products are cosines.
 
-    Features of one model all point to about the same side; less the mean of real images, cosines tell them apart.
+    A model's features all point in similar directions; without the mean of real images, cosines distinguish them.
     `raw` is `(n, num_features)` float16, `centre` `(num_features,)` float32 or 0.
     """
 
@@ -40,7 +40,7 @@ class UnitFeatures:
 
 
 def make_thumbnail(image: PIL.Image.Image) -> np.ndarray:
-    """Return `(THUMBNAIL_LENGTH,)` uint8: an image's brightness and its two colour channels, row by row."""
+    """Return `(THUMBNAIL_LENGTH,)` uint8: an image's brightness and its two color channels, row by row."""
     small = to_rgb(image).resize(THUMBNAIL_SHAPES[0], PIL.Image.Resampling.LANCZOS).convert("YCbCr")
     channels = [channel.resize(shape) for channel, shape in zip(small.split(), THUMBNAIL_SHAPES)]
     return np.concatenate([np.asarray(channel).ravel() for channel in channels])
@@ -48,9 +48,9 @@ def make_thumbnail(image: PIL.Image.Image) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Thumbnails(UnitFeatures):
-    """Thumbnails, whose products are correlations of pixels at any brightness, 0 for a plain image.
+    """Thumbnails, whose products are pixel correlations, regardless of brightness; 0 for a plain image.
 
-    `raw` is `(n, THUMBNAIL_LENGTH)` uint8, as `make_thumbnail` makes them.
+    `raw` is `(n, THUMBNAIL_LENGTH)` uint8, from `make_thumbnail`.
     """
 
     is_mirrored: bool = False
@@ -61,7 +61,7 @@ class Thumbnails(UnitFeatures):
         return _join(channels).astype(np.float32)
 
     def take(self, rows: np.ndarray | slice, device: str | torch.device = "cpu") -> torch.Tensor:
-        """Return `(rows, THUMBNAIL_LENGTH)` float32: each channel around its own mean."""
+        """Return `(rows, THUMBNAIL_LENGTH)` float32: each channel minus its mean."""
         channels = [channel - channel.mean((1, 2), keepdims=True) for channel in _split(self.levels(rows))]
         return torch.nn.functional.normalize(torch.from_numpy(_join(channels)).to(device))
 

@@ -1,10 +1,10 @@
-"""The figures of a quality report in words: what is good, what to look at, and what they cannot tell."""
+"""The figures of a quality report in words: verdicts, and what the figures cannot tell."""
 
 import math
 
 GOOD, LOOK, BAD, UNKNOWN = "good", "look", "bad", "unknown"
 
-# a distance of so many times the floor is no longer chance, and one of so many is plain to see
+# multiples of the floor from which a distance is more than chance, and obvious
 NOTABLE_RATIO, LARGE_RATIO = 2.0, 10.0
 NOTABLE_SHIFT, LARGE_SHIFT = 0.5, 1.0  # in distances to the nearest other class
 NOTABLE_LOSS, LARGE_LOSS = 0.1, 0.3  # share of images nearest to another class, beyond that of real images
@@ -14,7 +14,7 @@ FEW_IMAGES = 500
 
 
 def judge(record: dict) -> list[dict]:
-    """Return the verdicts of a report's record: dicts of `subject`, `level` and `text`."""
+    """Return the verdicts on a report's record: dicts of `subject`, `level` and `text`."""
     findings = {
         "whole set": _judge_distance(record),
         "classes": _judge_shifts(record["classes"]),
@@ -31,12 +31,12 @@ def list_caveats(record: dict) -> list[str]:
     """Return what the figures of this report cannot tell."""
     distance, num_features = record["distance"], record["model"]["num_features"]
     counts = record["num_images"]
-    caveats = ["A model sees what it was trained to see: compare reports made with the same model only."]
+    caveats = ["Features depend on the model: compare only reports made with the same one."]
     size = distance["num_images"] or counts["synthetic"]["used"]
     if size < max(num_features, FEW_IMAGES):
         caveats.append(
-            f"The Frechet distance is biased upwards by few images ({size:,} on a side, {num_features} features): read "
-            "it beside its floor, not beside published values. The kernel distance has no such bias."
+            f"The Frechet distance is biased upwards with few images ({size:,} per side, {num_features} features): "
+            "compare it with its floor, not with published values. The kernel distance has no such bias."
         )
     if counts["held_out"]["used"] < 100:
         caveats.append(
@@ -46,23 +46,23 @@ def list_caveats(record: dict) -> list[str]:
     for name, what in (("synthetic", "synthetic"), ("train", "real training")):
         if counts[name]["used"] < counts[name]["all"]:
             caveats.append(
-                f"Only the first {record['max_images_per_class']:,} images of each class of the {what} images were "
-                f"looked at ({counts[name]['used']:,} of {counts[name]['all']:,}): what lies in the rest is not known."
+                f"Only the first {record['max_images_per_class']:,} {what} images per class were compared "
+                f"({counts[name]['used']:,} of {counts[name]['all']:,}): the others are unknown."
             )
     caveats.append(
-        "Copies that were cropped, turned or compressed hard, or are nearly plain, are not counted: look at the pairs. "
-        "None found is no proof that the generator has not seen the test images."
+        "Copies that are cropped, rotated, strongly compressed or nearly plain are not counted: look at the pairs. "
+        "Finding none does not prove that the generator has not seen the test images."
     )
     return caveats
 
 
 def format_distance(value: float) -> str:
-    """Return a distance with three digits, or as a whole number where it has more."""
+    """Return a distance with three digits, or as a whole number if it has more."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _level(value: float, notable: float, large: float) -> str:
-    """Return the level of a value that is good when small."""
+    """Return the level of a value that should be small."""
     return GOOD if value < notable else LOOK if value < large else BAD
 
 
@@ -70,19 +70,19 @@ def _judge_distance(record: dict) -> tuple[str, str]:
     distance = record["distance"]
     frechet, floor = distance["frechet"]["synthetic"], distance["frechet"]["floor"]
     if frechet is None or not floor:
-        return UNKNOWN, "Too few held-out real images for a floor: the distances say nothing by themselves."
+        return UNKNOWN, "Too few held-out real images for a floor, without which distances cannot be judged."
     kernel = distance["kernel"]
     sides = {
         "Frechet": (frechet, floor),
-        "kernel": (kernel["synthetic"], max(kernel["floor"], 0) + kernel["floor_std"]),  # its floor is 0 but for chance
+        "kernel": (kernel["synthetic"], max(kernel["floor"], 0) + kernel["floor_std"]),  # its expected floor is 0
     }
     levels = {
         name: _level(value, NOTABLE_RATIO * unit, LARGE_RATIO * unit) for name, (value, unit) in sides.items() if unit
     }
     meaning = {
         GOOD: "about as close to the real images as other real images are",
-        LOOK: "the model can tell them from real images",
-        BAD: "to the model they are another kind of image; real images must make up for it",
+        LOOK: "the model can distinguish them from real images",
+        BAD: "to the model they are another kind of image; training on real images must make up for it",
     }
     worst = max(levels, key=lambda name: list(meaning).index(levels[name]))
     judged_by = f"by the {worst} one, " if len(set(levels.values())) > 1 else ""
@@ -100,9 +100,15 @@ def _judge_shifts(classes: list[dict]) -> tuple[str, str]:
     far = [entry for entry in known if entry["shift"] >= LARGE_SHIFT]
     middle = sorted(entry["shift"] for entry in known)[len(known) // 2]
     worst = ", ".join(f"{entry['class']} ({entry['shift']:.2f})" for entry in known[:3])
-    text = f"Median shift {middle:.2f} (0: as real, 1: as far off as the nearest other class); largest: {worst}."
+    text = (
+        f"Median shift {middle:.2f} (0: as close as real images, 1: as far as the nearest other class); largest: "
+        f"{worst}."
+    )
     if far:
-        return BAD, f"{text} {len(far)} of {len(known)} lie farther from their real class than another class does."
+        return (
+            BAD,
+            f"{text} {len(far)} of {len(known)} are farther from their real class than the nearest other class is.",
+        )
     return _level(known[0]["shift"], NOTABLE_SHIFT, LARGE_SHIFT), text
 
 
@@ -110,11 +116,13 @@ def _judge_labels(nearest: dict) -> tuple[str, str]:
     own, real = nearest["own_share"]["synthetic"], nearest["own_share"]["held_out"]
     if real is None:
         return UNKNOWN, f"{own:.0%} of the synthetic images are nearest to the mean of their own real class."
-    text = f"{own:.0%} of the synthetic images are nearest to their own real class, of held-out real ones {real:.0%}."
+    text = (
+        f"{own:.0%} of the synthetic images are nearest to their own real class; of held-out real images, {real:.0%}."
+    )
     if nearest["confusions"]:
         first = nearest["confusions"][0]
         text += (
-            f" Most often beyond the real: {first['class']} near {first['nearest']} ({first['share']:.0%}, real "
+            f" Largest excess over real images: {first['class']} near {first['nearest']} ({first['share']:.0%}, real "
             f"{first['real_share'] or 0:.0%})."
         )
     return _level(real - own, NOTABLE_LOSS, LARGE_LOSS), text
@@ -127,19 +135,17 @@ def _judge_diversity(classes: list[dict], diversity: dict) -> tuple[str, str]:
         if entry["diversity"] is not None and entry["real_diversity"]
     }
     if not ratios:
-        return UNKNOWN, "Too few images of each class."
+        return UNKNOWN, "Too few images per class."
     least = min(ratios, key=ratios.get)
     overall = diversity["synthetic"] / diversity["real"]
     level = GOOD if overall >= NOTABLE_DIVERSITY else LOOK if overall >= SMALL_DIVERSITY else BAD
     if level == GOOD and ratios[least] < SMALL_DIVERSITY:
         level = LOOK
-    text = (
-        f"Images of a class differ {overall:.2f} times as much as real ones do; least: {least} ({ratios[least]:.2f})."
-    )
+    text = f"Images of a class differ {overall:.2f} times as much as real ones; least: {least} ({ratios[least]:.2f})."
     if level != GOOD:
         text += " A lower guidance scale or more varied prompts help."
     elif overall > LARGE_DIVERSITY:
-        text += " Variety that the real images do not have, as of colours or backgrounds, counts too."
+        text += " This includes variety that real images lack, such as other colors or backgrounds."
     return level, text
 
 
@@ -149,12 +155,12 @@ def _judge_duplicates(found: dict | None, kind: str) -> tuple[str, str]:
     if found["num_copies"]:
         text = (
             f"{found['num_copies']:,} of {found['num_images']:,} synthetic images are practically identical to a real "
-            f"{kind} image, of held-out real ones {_count_real_copies(found)}"
+            f"{kind} image; of held-out real images, {_count_real_copies(found)}"
         )
         if not _is_excess(found["num_copies"], _expected_copies(found)):
-            return LOOK, f"{text}: the real images are as alike, or their splits overlap; look at the pictures."
+            return LOOK, f"{text}. Real images are as similar, or their splits overlap; look at the pictures."
         consequence = "; results on the test set cannot be trusted" if kind == "test" else ""
-        return BAD, f"{text}{consequence}: look at the pictures."
+        return BAD, f"{text}{consequence}. Look at the pictures."
     text = (
         f"{found['num_similar']:,} of {found['num_images']:,} synthetic images ({found['share_similar']:.1%}) resemble "
         f"a real {kind} image as closely as only 1% of held-out real images do; none is practically identical."
@@ -167,7 +173,7 @@ def _judge_repetitions(found: dict | None) -> tuple[str, str]:
         return UNKNOWN, "Too few images."
     text = (
         f"{found['share_similar']:.1%} of the synthetic images resemble another one as closely as only 1% of the real "
-        f"ones do; {found['num_copies']:,} are practically identical to another, of real ones "
+        f"ones do; {found['num_copies']:,} are practically identical to another; of the real ones, "
         f"{_count_real_copies(found)}."
     )
     has_many_copies = _is_excess(found["num_copies"], _expected_copies(found))
@@ -181,7 +187,7 @@ def _has_many_similar(found: dict) -> bool:
 
 
 def _expected_copies(found: dict) -> float:
-    """Return how many images would have a copy if as large a share had one as of the real images."""
+    """Return how many images would have a copy if their share were that of the real images."""
     return found["num_images"] * found["num_copies_of_real"] / max(found["num_calibration_images"], 1)
 
 
@@ -190,5 +196,5 @@ def _count_real_copies(found: dict) -> str:
 
 
 def _is_excess(number: int, expected: float) -> bool:
-    """Say whether it is more than chance explains."""
+    """Return whether it is more than chance explains."""
     return number > max(2 * expected, expected + 3 * math.sqrt(expected))

@@ -1,4 +1,4 @@
-"""What a finished token's folder says of the token: its records, its card, and the last lines of the run. No torch."""
+"""The records and the card of a finished token, and the summary that the run prints. No torch."""
 
 import time
 from pathlib import Path
@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from utils.cli.options import absolute_if_local
 from utils.cli.records import DSI_CONFIG, RUN_CONFIG, image_set_name
 from utils.cli.run_folder import RunFolder
+from utils.data.prompts import AS_WRITTEN, render_prompt
 from utils.hub.cards import FUNCTIONS, License, common_license, hub_ids, read_licenses, save_card
 from utils.hub.targets import Target
 from utils.style.base_models import BaseModel
@@ -16,27 +17,29 @@ from utils.style.families import FAMILIES, LEARNED_EMBEDS, OTHER
 STYLE_PICTURE = "style.png"
 TRAINING_PICTURE = "training.png"
 PUBLISHED_FILES = (LEARNED_EMBEDS, TRAINING_PICTURE, STYLE_PICTURE, DSI_CONFIG, RUN_CONFIG, "README.md")
-OUTPUTS = PUBLISHED_FILES[:-1]  # a card may hold what a person wrote
-ARMS = ("no_token", "untrained_token", "trained_token")  # whose losses `health` has
+OUTPUTS = PUBLISHED_FILES[:-1]  # without the card, which may hold a person's text
+ARMS = ("no_token", "untrained_token", "trained_token")  # each has a loss in `health`
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
-def describe_token(base_model: BaseModel, real_images, nouns: list[str], templates: list[str], **settings) -> dict:
-    """Return what `dsi_config.json` holds."""
+def describe_token(
+    base_model: BaseModel, real_images, nouns: list[str], templates: list[str], article: str | None, **settings
+) -> dict:
+    """Return the contents of `dsi_config.json`; without `article`, for a run of an earlier version."""
     return {
         "base_model": {"id": absolute_if_local(base_model.source.name), "revision": base_model.source.revision},
         "pipeline_class": base_model.pipeline_class, "real_images": real_images.record.to_dict(),
         "train_indices": real_images.train_indices.tolist(), "class_names": real_images.class_names,
-        "prompt_nouns": nouns, "prompt_templates": templates, **settings,
+        "prompt_nouns": nouns, "prompt_templates": templates, **({"article": article} if article else {}), **settings,
     }  # fmt: skip
 
 
 def write_records(
     folder: RunFolder, record: dict, started: float, command: str, target: Target | None, token: str | None
 ) -> None:
-    """Write `run_config.json`, the card, and last `dsi_config.json`; print what the token learned.
+    """Write `run_config.json`, the card and, last, `dsi_config.json`; print what the token learned.
 
-    `started` is the `time.time()` at which the run began, `target` where the token is going to be published.
+    `started` is the `time.time()` at the start of the run, `target` the repository that the token is published to.
     """
     base_model, real = record["base_model"], record["real_images"]
     sources = [
@@ -55,11 +58,11 @@ def write_token_card(
 ) -> None:  # fmt: skip
     """Write `README.md` for a token from its `dsi_config.json` and `run_config.json` records.
 
-    `licenses` maps each source's name to its licence; the token gets that of the base model. The code in the card
-    names `hub_id` where the token is published, else the folder. A card that is there already is merged.
+    `licenses` maps each source's name to its license; the token gets that of the base model. The code in the card uses
+    `hub_id` if the token is published, else the folder. An existing card is merged.
 
     Raises:
-        UserError: that card's metadata are malformed.
+        UserError: the existing card's metadata are malformed.
     """
     real = image_set_name(record["real_images"])
     base_models = hub_ids(record["base_model"]["id"])
@@ -70,9 +73,14 @@ def write_token_card(
         datasets=hub_ids(real) or None, library_name="diffusers", pipeline_tag="text-to-image",
         tags=["textual_inversion", "dataset-style-inversion", "bridged-transfer"],
     )  # fmt: skip
+    prompt = render_prompt(
+        record["prompt_templates"][0], record["prompt_nouns"][0], record["placeholder_token"],
+        record.get("article", AS_WRITTEN),
+    )  # fmt: skip
     card = ModelCard.from_template(
         metadata, template_path=str(TEMPLATE), name=hub_id or Path(output_dir).resolve().name, real=real,
-        record=record, run=run, text_encoders=FAMILIES.get(record.get("pipeline_class"), OTHER).text_encoders,
+        is_published=hub_id is not None, record=record, run=run, prompt=prompt,
+        text_encoders=FAMILIES.get(record.get("pipeline_class"), OTHER).text_encoders,
         licenses=licenses, command=command, **FUNCTIONS,
         has_style_picture=(Path(output_dir) / STYLE_PICTURE).is_file(),
     )  # fmt: skip
@@ -80,22 +88,22 @@ def write_token_card(
 
 
 def print_summary(output_dir: Path, health: dict, seconds: float) -> None:
-    """Print what the token learned, where it lies, and the next command."""
+    """Print what the token learned, its folder, and the next command."""
     print(f"Denoising loss on {health['num_images']} {health['images']}, with fixed noise:")
     for arm in ARMS:
         print(f"  {arm.replace('_', ' '):16s} {health[f'loss_{arm}']:.4f}")
     for embedding in health["embeddings"]:
         low, middle, high = embedding["vocabulary_5_50_95"]
         print(
-            f"Embedding norm {embedding['norm']:.3f}; of the vocabulary's 5 % are below {low:.3f}, half below "
-            f"{middle:.3f}, 95 % below {high:.3f}."
+            f"Embedding norm {embedding['norm']:.3f}; in the vocabulary, 5% are below {low:.3f}, half below "
+            f"{middle:.3f} and 95% below {high:.3f}."
         )
     if health["num_skipped_images"]:
         print(f"{health['num_skipped_images']} damaged images were left out.")
     if not health["token_learned"]:
         print(
-            "WARNING: the token learned nothing: the loss with it is not clearly below that with the untrained token. "
-            "Try more steps, a higher --learning_rate, or another --initializer_token."
+            "WARNING: the token learned nothing: its loss is not clearly below that of the untrained token. Try more "
+            "steps, a higher --learning_rate, or another --initializer_token."
         )
     print(f"Style token in {output_dir}, {seconds:.0f} s. Next:")
     print(f"  accelerate launch generate_synthetic.py --learned_embeds {output_dir}")

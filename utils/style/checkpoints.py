@@ -1,6 +1,6 @@
 """Checkpoints of a token's training: all that an exact resume needs, as safetensors and JSON.
 
-What a step trains on is a function of its number (`TrainingSteps`), so no random state is kept.
+The data of a step is a function of its number (`TrainingSteps`), so no random state is saved.
 """
 
 import copy
@@ -20,8 +20,8 @@ from utils.style.families import LEARNED_EMBEDS
 from utils.style.token import load_learned_embeds, save_learned_embeds
 
 TRAINING_STATE, STATE_RECORD = "training_state.safetensors", "training_state.json"
-FITTED = "fitted_to_memory"  # in the state's record: what had to change for want of memory, if anything
-# what the state's record says of how far training is, and with what
+FITTED = "fitted_to_memory"  # in the state's record: what changed because memory ran out, if anything
+# the progress of training in the state's record
 PROGRESS = (
     "options", "inputs", "base_model", "images_per_step", "step", "loss_history", "held_out_losses", "looks",
     "initializer_losses", "num_restarts",
@@ -30,13 +30,13 @@ PROGRESS = (
 
 @dataclass
 class TrainingState:
-    """A token in training: its rows `(num_vectors, dim)` of each text encoder, what moves them, and how far it is.
+    """A token in training: its rows `(num_vectors, dim)` of each text encoder, their optimizer, and the progress.
 
-    `row_names` are those in the file, `inputs` tells images, prompts and VAE from others, `base_model` its contents,
-    `images_per_step` counts all processes, `held_out_losses` has the fixed-noise losses that were measured on the way,
-    by step, and `looks` those of each image. `initializer_losses` maps the words that the token may begin from to the
-    losses with them, the best first; `num_restarts` of them taught it nothing. What `micro_batching` had to change for
-    want of memory is part of the state.
+    `row_names` are the names in the file, `inputs` is a hash of images, prompts and VAE, `base_model` the identity of
+    its contents; `images_per_step` counts all processes. `held_out_losses` maps steps to fixed-noise losses, and
+    `looks` holds those of each image. `initializer_losses` maps the words that the token may start from to their
+    losses, the best first; `num_restarts` of them taught it nothing. What `micro_batching` changed because memory ran
+    out is part of the state.
     """
 
     row_names: list[str]
@@ -61,7 +61,7 @@ class TrainingState:
 
     @property
     def initializer(self) -> str:
-        """The word that the token began from."""
+        """The word that the token started from."""
         return list(self.initializer_losses)[self.num_restarts]
 
     @property
@@ -69,15 +69,15 @@ class TrainingState:
         return len(self.initializer_losses) - self.num_restarts - 1
 
     def describe(self) -> dict:
-        """Return what a token's record holds of how it was trained."""
+        """Return the facts about training in a token's record."""
         return {
             "initializer_token": self.initializer, "initializer_losses": self.initializer_losses,
             "num_restarts": self.num_restarts, "num_train_steps": self.step, "held_out_losses": self.held_out_losses,
             **self.micro_batching.state(),
         }  # fmt: skip
 
-    def begin_again(self) -> None:
-        """Go back to the first step, for the next word; the rows are the caller's."""
+    def restart(self) -> None:
+        """Go back to the first step, for the next word; the caller resets the rows."""
         self.num_restarts += 1
         self.step = 0
         for history in (self.loss_history, self.held_out_losses, self.looks):
@@ -124,25 +124,25 @@ class TrainingState:
         return {FITTED: fitted} if fitted else {}
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint.
+        """Resume from a checkpoint.
 
         Raises:
-            UserError: it was made from other images or another base model, or with another number of processes.
+            UserError: its images, base model or number of processes differ.
         """
         record = read_record(checkpoint / STATE_RECORD)
-        # earlier versions did not note these
+        # earlier versions did not record these
         later = {"base_model": self.base_model, "looks": [], "initializer_losses": {}, "num_restarts": 0}
         progress = later | record["progress"]
         if (progress["inputs"], progress["base_model"]) != (self.inputs, self.base_model):
             raise UserError(
-                f"--resume_from_checkpoint {checkpoint}: the images, the prompts or the base model have changed; give "
-                "the commits of then (--dataset_revision, --revision), or start from scratch with "
+                f"--resume_from_checkpoint {checkpoint}: images, prompts or base model have changed; give their "
+                "commits of that time (--dataset_revision, --revision), or start from scratch with "
                 "--overwrite_output_dir."
             )
         if progress["images_per_step"] != self.images_per_step:
             raise UserError(
-                f"--resume_from_checkpoint {checkpoint}: was made with {progress['images_per_step']} images a step "
-                f"over all processes, this run has {self.images_per_step}; start as many processes as before."
+                f"--resume_from_checkpoint {checkpoint}: was made with {progress['images_per_step']} images per step "
+                f"over all processes, this run has {self.images_per_step}; start the same number of processes."
             )
         for parameter, saved in zip(self.rows, load_learned_embeds(checkpoint / LEARNED_EMBEDS), strict=True):
             parameter.data.copy_(saved)
@@ -160,18 +160,18 @@ class TrainingState:
 
 
 def find_checkpoint(folder: RunFolder, resume: str | None) -> Path | None:
-    """Return the checkpoint to go on from: `resume` is 'latest', a folder, or None for a new run.
+    """Return the checkpoint to resume from: `resume` is 'latest', a folder, or None for a new run.
 
     Raises:
-        UserError: no such checkpoint, one of a run with other options or inputs, or a new run would bury an unfinished
-            one.
+        UserError: there is no such checkpoint, its run had other options or inputs, or a new run would overwrite an
+            unfinished one.
     """
     checkpoints = folder.find_traces()
     if resume is None:
-        folder.is_resumable(False)  # raises where there is something to bury
+        folder.is_resumable(False)  # raises if there is an unfinished run
         return None
     if resume == "latest":
-        folder.warn_of_new_start(True)
+        folder.warn_if_resume_is_ignored(True)
         if folder.overwrite or not checkpoints:
             return None
         checkpoint = checkpoints[-1]
@@ -180,11 +180,11 @@ def find_checkpoint(folder: RunFolder, resume: str | None) -> Path | None:
         if not (checkpoint / STATE_RECORD).is_file():
             have = ", ".join(path.name for path in checkpoints) or "no checkpoint"
             raise UserError(
-                f"--resume_from_checkpoint {resume}: is no checkpoint of train_dsi.py; {folder.path} has {have}."
+                f"--resume_from_checkpoint {resume}: not a checkpoint of train_dsi.py; {folder.path} has {have}."
             )
-    # its own, whatever the folder notes: it may be another run's, or of an earlier version that noted none at the start
+    # the checkpoint's own options: it may be another run's, or the folder may have none, as in earlier versions
     progress = read_record(checkpoint / STATE_RECORD)["progress"]
-    # what names an input may change where its contents are compared
+    # an input may have another name if its contents are compared
     free = folder.free | REVISIONS | set(folder.inputs) if "base_model" in progress else folder.free
     if differing := differing_options(progress["options"], folder.options, free):
         raise UserError(

@@ -1,21 +1,21 @@
-"""Families of text-to-image pipelines: what is true of a whole family and no config says, in one table. No torch.
+"""Families of text-to-image pipelines: facts that no config states, in one table. No torch.
 
-A new family is an entry here. For one that takes style tokens, `base_models.py` loads its parts for training and
-`token.py` encodes prompts as its pipeline does.
+A new family is an entry here. If it takes style tokens, `base_models.py` must load its parts for training and
+`token.py` must encode prompts as its pipeline does.
 """
 
 from dataclasses import dataclass
 
 LEARNED_EMBEDS = "learned_embeds.safetensors"  # the rows of a style token
-OWN_SCHEDULER = "default"  # the one that the pipeline comes with
+OWN_SCHEDULER = "default"  # the pipeline's own
 FAST_SCHEDULER = "DPMSolverMultistepScheduler"
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A text encoder that a style token is learned in: the names of its part and tokenizer, and its class.
+    """A text encoder that a style token is learned for: its part, its tokenizer and its class.
 
-    `rows` is what the token's rows for it are called in a file with those of several encoders, as other trainers do.
+    `rows` is the key of its rows in a file with several encoders, the same as in other trainers.
     """
 
     part: str
@@ -28,13 +28,13 @@ class TextEncoder:
 class Family:
     """Pipelines of one class.
 
-    `text_encoders` are those that a style token is learned in, none where the family takes no tokens.
-    `prompt_embeddings` is what `encode_prompt` returns, in its order, by the names with which the pipeline's call takes
-    it; without them prompts are given as text. `negative_prompts` says whether `guidance_scale` leads away from a
-    negative prompt; None: the parameters of the call tell. `latents_a_side` is the native size where the denoiser's
-    config has none. `default_scheduler` is taken for models that were made for many steps and trained with its noise.
-    `scales_model_input` says whether the pipeline uses a scheduler as Stable Diffusion's do, and
-    `normalizes_latents` whether it uses the mean and deviation of latents that a VAE's config may have.
+    `text_encoders` are those that a style token is learned for; empty if the family takes no tokens.
+    `prompt_embeddings` are the results of `encode_prompt`, in order, by the names of the pipeline's arguments; without
+    them, prompts are passed as text. `negative_prompts` says whether `guidance_scale` applies to a negative prompt;
+    None: the parameters of the call tell. `latents_a_side` is the native size if the denoiser's config has none.
+    `default_scheduler` is used for models that are made for many steps and trained with its noise.
+    `scales_model_input` says whether the pipeline uses its scheduler as Stable Diffusion does, and
+    `normalizes_latents` whether it uses the mean and deviation of latents in a VAE's config.
     """
 
     title: str = "other"
@@ -51,7 +51,7 @@ class Family:
         return bool(self.text_encoders)
 
     def row_names(self, placeholder_token: str) -> list[str]:
-        """Return what the rows of each text encoder are called in a token's file."""
+        """Return the name of each text encoder's rows in a token's file."""
         several = len(self.text_encoders) > 1
         return [encoder.rows if several else placeholder_token for encoder in self.text_encoders]
 
@@ -61,7 +61,7 @@ CLIP_G = TextEncoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjecti
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds")
 POOLED_EMBEDDINGS = (*EMBEDDINGS, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
-# by class of the pipeline
+# by pipeline class
 FAMILIES = {
     "StableDiffusionPipeline": Family(
         title="Stable Diffusion 1.x and 2.x", text_encoders=(CLIP_L,), prompt_embeddings=EMBEDDINGS,
@@ -74,7 +74,7 @@ FAMILIES = {
     "StableDiffusion3Pipeline": Family(
         title="Stable Diffusion 3", prompt_embeddings=POOLED_EMBEDDINGS, negative_prompts=True
     ),
-    # its denoiser takes the guidance scale as an input, and any size: 128 is written into the pipeline
+    # its denoiser takes the guidance scale as an input, and any size: the pipeline hard-codes 128
     "FluxPipeline": Family(
         title="FLUX", prompt_embeddings=("prompt_embeds", "pooled_prompt_embeds"), negative_prompts=False,
         latents_a_side=128,

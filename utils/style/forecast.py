@@ -1,4 +1,5 @@
-"""What learning a style token needs, before its base model is downloaded: memory by shapes, time by random weights."""
+"""Forecast of memory, time and disk for a style token, before its base model is downloaded: memory from tensor shapes,
+time with random weights."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from torch import nn
 
 from utils.forecast.costs import DiskUse, latent_bytes
 from utils.forecast.inputs import model_download
-from utils.forecast.memory import count_forward, count_step, state_bytes, weight_bytes, without_values
+from utils.forecast.memory import count_forward, count_step, shapes_only, state_bytes, weight_bytes
 from utils.forecast.report import MemoryForecast, Phase
 from utils.style.base_models import BaseModel
 from utils.style.latents import BATCH_SIZE
@@ -24,19 +25,19 @@ NUM_TIMED_STEPS = 2
 
 @dataclass(frozen=True)
 class DsiRun:
-    """What memory and time depend on. `batch_size` images go through the U-Net at a time, whose weights are `dtype`."""
+    """What memory and time depend on. `batch_size` images pass the U-Net at once, whose weights have `dtype`."""
 
     resolution: int
     batch_size: int
     dtype: torch.dtype
     num_vectors: int = 1
-    num_copies: int = 2  # of each image in the latent cache: with the mirrored one
+    num_copies: int = 2  # of each image in the latent cache: itself and mirrored
     draws_pictures: bool = True
 
 
 @dataclass(frozen=True)
 class BatchDenoiser(Denoiser):
-    """A denoiser whose batches have a prompt of its own for each image: the most that a step takes."""
+    """A denoiser whose batches have a different prompt for each image: the maximum for a step."""
 
     def encode_distinct(self, templates: torch.Tensor, labels: torch.Tensor) -> Conditioning:
         return self.encoder(self.prompt_ids.training)
@@ -59,7 +60,7 @@ class HalfPrecision(nn.Module):
 def forecast_memory(
     base_model: BaseModel, run: DsiRun, is_checkpointed: bool, compute_loss: Callable
 ) -> MemoryForecast:
-    """Count what a run needs at its highest: a training step, encoding the images, drawing the pictures.
+    """Count the peak memory of a run: of a training step, of encoding images, of drawing pictures.
 
     `compute_loss` takes a batch of `TrainingSteps` and a denoiser, as in training.
     """
@@ -74,14 +75,14 @@ def forecast_memory(
 
 
 def count_training(base_model: BaseModel, run: DsiRun, is_checkpointed: bool, compute_loss: Callable) -> Phase:
-    """Return a step's memory: frozen weights in half precision or float32, the token's rows and states in float32."""
+    """Return a step's memory: frozen weights in the run's precision, the token's rows and states in float32."""
     unet, encoder, batch, prompt_ids = build_on_meta(base_model, run)
     if is_checkpointed:
         unet.enable_gradient_checkpointing()
     weights, rows = weight_bytes(unet, encoder), sum(value.numel() * value.element_size() for value in encoder.rows)
     called = encoder if run.dtype == torch.float32 else HalfPrecision(encoder, run.dtype)
-    scheduler = base_model.load_noise_scheduler()  # of its own: it keeps tensors that have no values here
-    with without_values(unet, encoder):
+    scheduler = base_model.load_noise_scheduler()  # a separate one: its tensors have no values here
+    with shapes_only(unet, encoder):
         ids = torch.zeros(prompt_ids, dtype=torch.long)
         denoiser = BatchDenoiser(
             base_model, unet, scheduler, called, PromptIds(ids, ids, ids[:1]), run.resolution, run.dtype
@@ -94,7 +95,7 @@ def count_training(base_model: BaseModel, run: DsiRun, is_checkpointed: bool, co
 
 
 def count_encoding(base_model: BaseModel, run: DsiRun, num_images: int = BATCH_SIZE) -> Phase:
-    """Return the memory of encoding `num_images` at a time, which a full latent cache makes needless."""
+    """Return the memory of encoding `num_images` at a time, which is not needed with a full latent cache."""
     with torch.device("meta"):
         vae = build_vae(base_model)
 
@@ -104,12 +105,12 @@ def count_encoding(base_model: BaseModel, run: DsiRun, num_images: int = BATCH_S
         return [vae.encode(copy).latent_dist for copy in copies]
 
     weights = weight_bytes(vae)
-    with without_values(vae):
+    with shapes_only(vae):
         return Phase(f"encoding, {num_images} images at a time", weights, count_forward(encode))
 
 
 def count_pictures(base_model: BaseModel, run: DsiRun, other_weights: int) -> Phase:
-    """Return the memory of decoding one picture in float32 beside the weights that training holds."""
+    """Return the memory of decoding one picture in float32, in addition to the weights of training."""
     with torch.device("meta"):
         vae = build_vae(base_model)
     a_side = run.resolution // base_model.vae_scale
@@ -118,12 +119,12 @@ def count_pictures(base_model: BaseModel, run: DsiRun, other_weights: int) -> Ph
         return vae.decode(torch.zeros(1, vae.config.latent_channels, a_side, a_side)).sample
 
     weights = other_weights + weight_bytes(vae)
-    with without_values(vae):
+    with shapes_only(vae):
         return Phase("before/after pictures, one at a time", weights, count_forward(decode))
 
 
 def build_on_meta(base_model: BaseModel, run: DsiRun) -> tuple:
-    """Return U-Net and prompt encoder without weights, and the shapes of a batch's latents and of its prompts' ids."""
+    """Return U-Net and prompt encoder without weights, and the shapes of a batch's latents and prompt ids."""
     with torch.device("meta"):
         unet, encoder = build_unet(base_model, run.dtype), build_encoder(base_model, run)
     length = base_model.config(base_model.family.text_encoders[0].part).get("max_position_embeddings", 77)
@@ -143,14 +144,14 @@ def build_vae(base_model: BaseModel) -> AutoencoderKL:
 
 
 def build_encoder(base_model: BaseModel, run: DsiRun) -> PromptEncoder:
-    """Return text encoders with random weights, and a token's rows behind the end of their tables."""
+    """Return text encoders with random weights and a token's rows."""
     with _default_dtype(run.dtype):
         models = []
         for text_encoder in base_model.family.text_encoders:
             kind = getattr(transformers, text_encoder.class_name)
             models.append(kind(kind.config_class(**base_model.config(text_encoder.part))).eval())
     sizes = [model.get_input_embeddings().num_embeddings for model in models]
-    # only their lengths are asked for
+    # only the lengths of the tokenizers are used
     tokenizers = [range(size + run.num_vectors) for size in sizes]
     return PromptEncoder(models, tokenizers, run.num_vectors, [0] * len(models))
 
@@ -166,7 +167,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def draw_batch(*shape: int) -> dict[str, torch.Tensor]:
-    """Return what `TrainingSteps` would give of images with latents `(batch, channels, height, width)`."""
+    """Return a batch like those of `TrainingSteps`, for latents `(batch, channels, height, width)`."""
     numbers = torch.zeros(shape[0], dtype=torch.long)
     return {
         "latents": torch.randn(shape), "noise": torch.randn(shape),
@@ -177,9 +178,9 @@ def draw_batch(*shape: int) -> dict[str, torch.Tensor]:
 def time_training(
     base_model: BaseModel, run: DsiRun, prepare_unet: Callable, compute_loss: Callable, accelerator
 ) -> float | None:
-    """Return how many images a second two steps train on, in all processes; None where memory is too small.
+    """Return the images per second of training in all processes, timed over two steps; None if memory runs out.
 
-    Weights are random, which costs the same time, so that no base model need be downloaded. Latents are at hand.
+    Weights are random, which takes the same time, so no base model is downloaded. The time to load latents is left out.
     """
     try:
         with accelerator.device:
@@ -198,25 +199,25 @@ def time_training(
             optimizer.step()
             optimizer.zero_grad()
 
-        return accelerator.num_processes * run.batch_size / seconds_of(step)
+        return accelerator.num_processes * run.batch_size / measure_seconds(step)
     except torch.OutOfMemoryError:
         return None
 
 
 def time_encoding(base_model: BaseModel, run: DsiRun, accelerator) -> float | None:
-    """Return how many images a second the VAE encodes in all processes, mirrored ones counted; None as above."""
+    """Return how many images per second the VAE encodes in all processes, mirrored ones included; None as above."""
     try:
         with accelerator.device:
             vae = build_vae(base_model)
             pixel_values = torch.zeros(1, vae.config.in_channels, run.resolution, run.resolution)
         with torch.no_grad():
-            return accelerator.num_processes / seconds_of(lambda: vae.encode(pixel_values))
+            return accelerator.num_processes / measure_seconds(lambda: vae.encode(pixel_values))
     except torch.OutOfMemoryError:
         return None
 
 
-def seconds_of(step: Callable[[], object]) -> float:
-    """Return the seconds that each of two steps takes, after one that warms up."""
+def measure_seconds(step: Callable[[], object]) -> float:
+    """Return the mean seconds of two steps, after one to warm up."""
 
     def wait() -> None:
         if torch.cuda.is_available():
@@ -232,7 +233,7 @@ def seconds_of(step: Callable[[], object]) -> float:
 
 
 def base_model_disk(base_model: BaseModel) -> list[DiskUse]:
-    """Return the download of the base model's weights, as far as they are not in the cache."""
+    """Return the download of the base model's weights that are not in the cache."""
     weights = list_weights(base_model.source, base_model.loaded_parts)
     is_complete = all(part in base_model.variants for part in weights)
     names = [
@@ -242,7 +243,7 @@ def base_model_disk(base_model: BaseModel) -> list[DiskUse]:
 
 
 def latents_disk(base_model: BaseModel, run: DsiRun, num_images: int, cache_dir) -> DiskUse:
-    """Return the latent cache of so many images."""
+    """Return the size of the latent cache for this many images."""
     channels = base_model.config("vae").get("latent_channels", 4)
     number = latent_bytes(num_images, run.resolution, run.num_copies, channels, base_model.vae_scale)
     return DiskUse("latent cache", number, cache_dir)

@@ -1,4 +1,4 @@
-"""The VAE's posteriors of all images: encoded once, kept on disk in shards, read through a memory map."""
+"""The VAE's posteriors of all images: encoded once, stored in shards, read through a memory map."""
 
 import hashlib
 import json
@@ -27,26 +27,26 @@ from utils.data.images import centre_square, to_model_range
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2  # raised by every change of what is encoded or how it is written
+FORMAT_VERSION = 2  # increased with every change in what is encoded or how it is written
 IMAGES_PER_SHARD = 256
-BATCH_SIZE = 16  # batches are cut within a shard: its bytes are the same whichever process encodes it
-# Half the disk of float32. Rounding to 1/2000 of a value is nothing beside the noise of training, and every standard
-# deviation fits: diffusers clamps the log variance to at most 20.
+BATCH_SIZE = 16  # batches stay within a shard, so its bytes do not depend on the process that encodes it
+# Half the disk space of float32. Rounding to 1/2000 of a value is negligible compared with the noise of training, and
+# every standard deviation fits: diffusers clamps the log variance to at most 20.
 DTYPE = torch.float16
-TOO_LARGE = "--resolution: out of memory while one image at a time is encoded; lower it."
+TOO_LARGE = "--resolution: out of memory when encoding one image at a time; lower it."
 
 
 def latent_key(image_digests: Sequence[str], resolution: int, vae_identity: str, num_copies: int) -> str:
-    """Return a hash, 64 hex digits, of all that decides the latents; `image_digests` are of the images, in order."""
+    """Return a hash, 64 hex digits, of all that decides the latents; `image_digests` has one for each image."""
     facts = [FORMAT_VERSION, IMAGES_PER_SHARD, resolution, vae_identity, num_copies, *image_digests]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 class LatentCache:
-    """A folder of shards, each with the posteriors of `IMAGES_PER_SHARD` images, in their order.
+    """A folder of shards, each with the posteriors of `IMAGES_PER_SHARD` images, in order.
 
-    A shard is whole or absent, whatever dies and however many runs write at a time. Copy 0 is of the images as they
-    are, copy 1, where `num_copies` is 2, of the mirrored ones.
+    A shard is whole or absent, even after a crash and with several runs writing at once. Copy 0 is of the images as
+    they are; copy 1, if `num_copies` is 2, of the mirrored ones.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class LatentCache:
         """Return which of the shards `rank::num_parts` are absent or damaged, with a warning for a damaged one."""
         missing = []
         for number in range(self._num_shards)[rank::num_parts]:
-            is_there = os.path.exists(self._path(number))  # asked first: another run may write it any moment
+            is_there = os.path.exists(self._path(number))  # checked first: another run may write it at any moment
             if not self._is_whole(number):
                 missing.append(number)
                 if is_there:
@@ -74,12 +74,12 @@ class LatentCache:
         self, vae, images: Dataset, shard_numbers: list[int], show_progress: bool,
         check: Callable[[range], None] = lambda rows: None,
     ) -> None:  # fmt: skip
-        """Encode the column `image`, centre-cropped, and write these shards, after a `check` of their rows.
+        """Encode the column `image`, centre-cropped, and write these shards after a `check` of their rows.
 
-        A shard that another run is at is left to it, and looked at again in the end: that run may have died.
+        A shard that another run is writing is left to it, and checked at the end, as that run may have died.
 
         Raises:
-            UserError: the folder cannot be written, as when the disk is full; the latents are not finite.
+            UserError: the folder cannot be written, for example because the disk is full; the latents are not finite.
         """
         assert len(images) == self.num_images
         self._start_folder()
@@ -96,7 +96,7 @@ class LatentCache:
         """Map all shards.
 
         Raises:
-            RuntimeError: one is missing, or is no shard at all.
+            RuntimeError: a shard is missing or damaged.
         """
         try:
             return Latents([self._path(number) for number in range(self._num_shards)])
@@ -114,7 +114,7 @@ class LatentCache:
         return range(self.num_images)[number * IMAGES_PER_SHARD : (number + 1) * IMAGES_PER_SHARD]
 
     def _start_folder(self) -> None:
-        """Make the folder, and write for a person who finds it what it is; nothing reads that."""
+        """Make the folder with a file that explains it to people; no program reads that."""
         facts = {name: getattr(self, name) for name in ("num_images", "num_copies", "resolution", "vae_identity")}
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ class LatentCache:
         return metadata == {"sha256": self._digest(number, moments)}
 
     def _digest(self, number: int, moments: dict[str, torch.Tensor]) -> str:
-        """Return a hash of a shard's place and contents, so that one of another place or shape is found, too."""
+        """Return a hash of a shard's place, shapes and contents, so that a misplaced shard is found too."""
         digest = hashlib.sha256(f"{self.folder.name} {number}".encode())
         for name, value in sorted(moments.items()):
             digest.update(f"{name} {tuple(value.shape)}".encode())
@@ -141,7 +141,7 @@ class LatentCache:
     def _encode_shard(
         self, number: int, vae, undecoded: Dataset, progress: tqdm, check: Callable[[range], None], wait: bool
     ) -> bool:
-        """Encode and write a shard unless it is whole; return False when another run holds it and we don't wait."""
+        """Encode and write a shard unless it is whole; return False if another run is writing it and `wait` is off."""
         try:
             with self._writing():
                 lock = FileLock(self._hidden_path(number, "lock")).acquire(blocking=wait)
@@ -158,13 +158,13 @@ class LatentCache:
         return True
 
     def _write(self, number: int, moments: dict[str, torch.Tensor]) -> None:
-        """Write a shard under a temporary name, flush it to disk and rename it; its lock is held."""
+        """Write a shard under a temporary name, flush it to disk and rename it. The caller holds its lock."""
         contents = save(moments, metadata={"sha256": self._digest(number, moments)})
-        # some shared disks lock within a machine only, so runs on two machines must not meet in one temporary
+        # some shared disks lock within a machine only, so runs on two machines must not share a temporary file
         temporary = self._hidden_path(number, f"{platform.node()}.{uuid.uuid4().hex}.tmp")
         with self._writing():
             for leftover in self.folder.glob(self._hidden_path(number, f"{platform.node()}.*.tmp").name):
-                leftover.unlink()  # of a run on this machine that was killed, else it would hold the lock
+                leftover.unlink()  # of a killed run on this machine; a live one would hold the lock
             try:
                 with open(temporary, "wb") as file:
                     file.write(contents)
@@ -186,12 +186,12 @@ class LatentCache:
         except OSError as error:
             raise UserError(
                 f"--latent_cache_dir {self.folder.parent}: cannot be written ({error.strerror}); free some space or "
-                "name another folder."
+                "choose another folder."
             ) from error
 
 
 class Latents:
-    """The posteriors of a cache's images by index, mapped: pages that are not in use cost no memory."""
+    """The posteriors of a cache's images by index, memory-mapped: pages that are not in use cost no memory."""
 
     def __init__(self, shard_paths: list[Path]):
         self._shard_paths = shard_paths
@@ -201,10 +201,10 @@ class Latents:
         self.latent_shape = tuple(means[0].shape[2:])
 
     def __reduce__(self):
-        return Latents, (self._shard_paths,)  # else a spawned worker would be sent all latents
+        return Latents, (self._shard_paths,)  # otherwise all latents would be sent to spawned workers
 
     def mean(self, indices: torch.Tensor) -> torch.Tensor:
-        """Return the unscaled posterior means `(batch, channels, height, width)` float32 of images not mirrored."""
+        """Return the unscaled posterior means `(batch, channels, height, width)` float32 of the unmirrored images."""
         return self._take("mean", indices, torch.zeros_like(indices))
 
     def sample(self, indices: torch.Tensor, copies: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -218,7 +218,7 @@ class Latents:
 
 
 def _load_batches(images: Dataset, rows: range, resolution: int) -> Iterator[torch.Tensor]:
-    """Yield `(batch, 3, height, width)` float32 in [-1, 1]; threads load the next batch while the VAE is at one."""
+    """Yield `(batch, 3, height, width)` float32 in [-1, 1]; threads load the next batch while the VAE encodes one."""
 
     def load(image: dict) -> torch.Tensor:
         square = centre_square(Image().decode_example(image), resolution)
@@ -226,7 +226,7 @@ def _load_batches(images: Dataset, rows: range, resolution: int) -> Iterator[tor
 
     with ThreadPoolExecutor(min(num_cores(), 8)) as pool:
         starts = range(0, len(rows), BATCH_SIZE)
-        # map starts its calls at once, the generator makes it only when asked: one batch is ahead
+        # map starts its calls at once, the generator only on demand: one batch is loaded ahead
         batches = (pool.map(load, images[rows[start : start + BATCH_SIZE]]["image"]) for start in starts)
         for batch, _ in pairwise(chain(batches, [None])):
             yield torch.cat(list(batch))
@@ -253,5 +253,5 @@ def _encode_batches(vae, batches: Iterator[torch.Tensor], num_copies: int, progr
         raise UserError(
             "--pretrained_model_name_or_path: its VAE gives latents that are not finite; its weights are damaged, or "
             "do not work in this precision."
-        )  # else they would stay in the cache, for all later runs
+        )  # otherwise they would stay in the cache for all later runs
     return moments

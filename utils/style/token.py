@@ -1,4 +1,4 @@
-"""The style token: rows of its own in frozen text encoders, prompts that name it, and the U-Net under them."""
+"""The style token: trainable rows in frozen text encoders, prompts that name it, and the U-Net that they condition."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from utils.data.prompts import token_text
 from utils.style.base_models import BaseModel
 from utils.style.families import LEARNED_EMBEDS, ROW_NAMES
 
-AUTO = "auto"  # the value of --initializer_token with which the word is chosen by its loss
+AUTO = "auto"  # value of --initializer_token: choose the word by its loss
 INITIALIZER_WORDS = ("photo", "image", "picture", "style", "painting", "drawing", "object")
 # name -> tensor, batch first: `encoder_hidden_states` (batch, length, dim); Stable Diffusion XL: `text_embeds` as well
 Conditioning = dict[str, torch.Tensor]
-# what a pipeline's call names them
+# their names in a pipeline's call
 PIPELINE_NAMES = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
 
 
 def find_initializers(tokenizers: list, initializer_token: str) -> dict[str, list[int]]:
-    """Return the words that a token may begin from, each with its id in every tokenizer: the one, or those for `auto`.
+    """Return the words that a token may start from, with their ids in every tokenizer: one word, or several for `auto`.
 
     Raises:
-        UserError: the word is not exactly one token; of those for `auto` none is.
+        UserError: the word is not exactly one token; for `auto`, no word is.
     """
     is_auto = initializer_token == AUTO
     found = {}
@@ -36,11 +36,11 @@ def find_initializers(tokenizers: list, initializer_token: str) -> dict[str, lis
             found[word] = [number for [number] in ids]
         elif not is_auto:
             number = max(map(len, ids))
-            raise UserError(f"--initializer_token {word}: is {number} tokens, must be one, such as 'style'.")
+            raise UserError(f"--initializer_token {word}: must be one token, got {number}. Try 'style'.")
     if not found:
         raise UserError(
-            f"--initializer_token {AUTO}: none of {', '.join(INITIALIZER_WORDS)} is one token of this base model; give "
-            "a word that is."
+            f"--initializer_token {AUTO}: none of {', '.join(INITIALIZER_WORDS)} is a single token of this base model; "
+            "give a word that is."
         )
     return found
 
@@ -49,29 +49,29 @@ def add_placeholder_tokens(tokenizers: list, placeholder_token: str, num_vectors
     """Add the placeholder's tokens to each tokenizer, named as `load_textual_inversion` does.
 
     Raises:
-        UserError: the placeholder is in the vocabulary already or not found in a prompt.
+        UserError: the placeholder is already in the vocabulary, or is not found in a prompt.
     """
     names = [name for name in token_text(placeholder_token, num_vectors).split(" ") if name]
     for tokenizer in tokenizers:
         taken = [name for name in names if name in tokenizer.get_vocab()]
         if taken:
             raise UserError(
-                f"--placeholder_token {placeholder_token}: the tokenizer has {taken[0]} already; choose another."
+                f"--placeholder_token {placeholder_token}: {taken[0]} is already in the vocabulary; choose another."
             )
         tokenizer.add_tokens(names)
         new_ids = list(range(len(tokenizer) - num_vectors, len(tokenizer)))
         if tokenizer.encode(" ".join(names), add_special_tokens=False) != new_ids:
             raise UserError(
-                f"--placeholder_token '{placeholder_token}': the tokenizer does not find it in a prompt; choose "
+                f"--placeholder_token '{placeholder_token}': not found by the tokenizer in a prompt; choose "
                 "something like '<my-style>', without spaces."
             )
 
 
 def check_prompt_lengths(tokenizers: list, prompts: list[str]) -> None:
-    """Check that no prompt is cut: the style token is at its end.
+    """Check that no prompt is truncated, as the style token is at its end.
 
     Raises:
-        UserError: a prompt has more tokens than the text encoder takes.
+        UserError: a prompt has more tokens than the text encoder accepts.
     """
     for tokenizer in tokenizers:
         for prompt in prompts:
@@ -79,15 +79,15 @@ def check_prompt_lengths(tokenizers: list, prompts: list[str]) -> None:
             if length > tokenizer.model_max_length:
                 kept = tokenizer.decode(tokenizer(prompt, truncation=True).input_ids, skip_special_tokens=True)
                 raise UserError(
-                    f"--prompt_templates: '{prompt}' is {length} tokens, the text encoder takes "
-                    f"{tokenizer.model_max_length} and would see '{kept}' only; shorten the template or the class name."
+                    f"--prompt_templates: '{prompt}' has {length} tokens, the text encoder takes "
+                    f"{tokenizer.model_max_length} and would only see '{kept}'; shorten the template or the class name."
                 )
 
 
 class StyleTokenEmbedding(nn.Module):
-    """A frozen embedding table with the style token's trainable float32 rows behind its end.
+    """A frozen embedding table, followed by the style token's trainable float32 rows.
 
-    The table is never written, so no other row can move, and an optimiser holds `num_vectors x dim` numbers only.
+    The table is never written, so no other row can change, and the optimizer holds only `num_vectors x dim` numbers.
     Ids from the table's size on are the token's vectors, in order.
     """
 
@@ -107,14 +107,14 @@ class StyleTokenEmbedding(nn.Module):
 def splice_style_token(
     text_encoder: nn.Module, tokenizer, num_vectors: int, initializer_id: int
 ) -> StyleTokenEmbedding:
-    """Freeze `text_encoder`, put a `StyleTokenEmbedding` in place of its token embedding, and return that.
+    """Freeze `text_encoder`, replace its token embedding with a `StyleTokenEmbedding`, and return that.
 
-    `tokenizer` has the placeholder's tokens already. All rows start as the initializer's.
+    `tokenizer` must have the placeholder's tokens. All rows start as copies of the initializer's.
     """
     table = text_encoder.get_input_embeddings()
     first_id = len(tokenizer) - num_vectors
     if first_id != table.num_embeddings:
-        # some text encoders have a table padded beyond their tokenizer; its spare rows are never looked up
+        # the tables of some text encoders are padded; the extra rows are never used
         table = nn.Embedding.from_pretrained(table.weight[:first_id])
     text_encoder.requires_grad_(False)
     embedding = StyleTokenEmbedding(table, table.weight[initializer_id].expand(num_vectors, -1))
@@ -123,11 +123,11 @@ def splice_style_token(
 
 
 class PromptEncoder(nn.Module):
-    """The frozen text encoders of a base model, with the style token's rows as the only parameters that learn.
+    """The frozen text encoders of a base model, with the style token's rows as the only trainable parameters.
 
-    One module for both encoders of Stable Diffusion XL, so that one wrapper synchronises all rows between processes.
-    The placeholder keeps its real token id: an encoder that pools at the largest id of a prompt pools at the style
-    token, here as in the pipeline that loads it.
+    One module for both encoders of Stable Diffusion XL, so that one wrapper covers all rows. The placeholder keeps its
+    real token id: an encoder that pools at the largest id of a prompt pools at the style token, as in the pipeline that
+    loads the token.
     """
 
     def __init__(self, text_encoders: list[nn.Module], tokenizers: list, num_vectors: int, initializer_ids: list[int]):
@@ -141,12 +141,12 @@ class PromptEncoder(nn.Module):
 
     @property
     def rows(self) -> list[nn.Parameter]:
-        """The trained parameters, `(num_vectors, dim)` float32 for each text encoder."""
+        """The trainable parameters, `(num_vectors, dim)` float32 for each text encoder."""
         return [style_token.rows for style_token in self.style_tokens]
 
     @torch.no_grad()
-    def begin_from(self, initializer_ids: list[int]) -> None:
-        """Set all rows to a word's; `initializer_ids` has its id for each text encoder."""
+    def start_from(self, initializer_ids: list[int]) -> None:
+        """Set all rows to the embedding of a word; `initializer_ids` has its id in each text encoder."""
         for style_token, number in zip(self.style_tokens, initializer_ids, strict=True):
             style_token.rows.copy_(style_token.table.weight[number].float().expand_as(style_token.rows))
 
@@ -166,8 +166,8 @@ class PromptEncoder(nn.Module):
 class PromptIds:
     """Token ids `(prompts, encoders, length)` of all prompts, each padded to the encoders' length.
 
-    `training` has the prompts of the first template, a class each, then those of the next; `plain` has a prompt
-    without the token for each class; `empty` is the empty prompt.
+    `training` has the first template's prompts for all classes, then those of the next; `plain` has one prompt per
+    class without the token; `empty` is the empty prompt.
     """
 
     training: torch.Tensor
@@ -190,9 +190,9 @@ class PromptIds:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A frozen U-Net under the prompts of a style token: all that the token's loss depends on besides the images.
+    """A frozen U-Net with the prompts of a style token: all that the token's loss depends on besides the images.
 
-    `dtype` is the U-Net's: to ask it takes milliseconds.
+    `dtype` is the U-Net's, which takes milliseconds to look up.
     """
 
     base_model: BaseModel
@@ -208,9 +208,9 @@ class Denoiser:
         return self.prompt_ids.training.device
 
     def encode_distinct(self, templates: torch.Tensor, labels: torch.Tensor) -> Conditioning:
-        """Return the conditioning of a batch's training prompts, each distinct one encoded once.
+        """Return the conditioning of a batch's training prompts; each distinct prompt is encoded once.
 
-        `templates` and `labels` `(batch,)` are on the CPU: finding the distinct ones would make it wait for a GPU.
+        `templates` and `labels` `(batch,)` are on the CPU, so that finding the distinct ones need not wait for a GPU.
         """
         distinct, places = (templates * len(self.prompt_ids.plain) + labels).unique(return_inverse=True)
         conditioning = self.encoder(self.prompt_ids.training[distinct.to(self.device)])
@@ -219,7 +219,7 @@ class Denoiser:
     def predict(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add noise, and return what the U-Net predicts and what it is trained to predict: velocity, image or noise.
+        """Add noise, and return the U-Net's prediction and its target: velocity, image or noise.
 
         Both are `(batch, channels, height, width)` float32; their mean squared difference is the denoising loss.
         `latents` and `noise` have that shape and are at the U-Net's scale; `timesteps` is `(batch,)`.
@@ -231,7 +231,7 @@ class Denoiser:
         if prediction_type == "v_prediction":
             return model_pred, self.noise_scheduler.get_velocity(latents, noise, timesteps).float()
         if prediction_type == "sample":
-            # weighted by the signal-to-noise ratio the loss of the image is that of the noise; as in diffusers,
+            # weighted by the signal-to-noise ratio, the loss of the image equals that of the noise; as in diffusers,
             # examples/unconditional_image_generation/train_unconditional.py
             alphas = self.noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
             scale = (alphas / (1 - alphas)).sqrt()
@@ -242,7 +242,7 @@ class Denoiser:
 def unet_arguments(conditioning: Conditioning, resolution: int, dtype: torch.dtype) -> dict:
     """Return the U-Net's keyword arguments for a conditioning.
 
-    Stable Diffusion XL is told that images have `resolution` pixels a side and are not cropped, as in its pipeline.
+    For Stable Diffusion XL, they state images of `resolution` pixels a side that are not cropped, as in its pipeline.
     """
     arguments = {"encoder_hidden_states": conditioning["encoder_hidden_states"].to(dtype)}
     if "text_embeds" in conditioning:
@@ -255,9 +255,9 @@ def unet_arguments(conditioning: Conditioning, resolution: int, dtype: torch.dty
 
 @torch.no_grad()
 def norm_in_vocabulary(embedding: StyleTokenEmbedding) -> dict:
-    """Return the token's mean row norm, the share of the vocabulary's rows whose norm is smaller, and their quantiles.
+    """Return the token's mean row norm, the share of the vocabulary below it, and the vocabulary's quantiles.
 
-    A norm far above all words' says that training has diverged.
+    A norm far above those of all words means that training has diverged.
     """
     vocabulary = embedding.table.weight.float().norm(dim=-1)
     norm = embedding.rows.norm(dim=-1).mean()

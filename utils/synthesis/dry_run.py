@@ -1,4 +1,4 @@
-"""What a set will look like and cost, before it is made, and what it would cost with other settings."""
+"""A preview of a set and its cost, and of the cost with other settings."""
 
 import shutil
 import time
@@ -27,7 +27,7 @@ SECONDS_PER_HOUR = 3600
 
 @dataclass(frozen=True)
 class Alternative:
-    """Settings that decide how many passes the denoiser takes."""
+    """Settings that determine the number of passes of the denoiser."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -39,7 +39,7 @@ class Alternative:
         return f"{self.num_inference_steps} steps{adapter}, {guidance}"
 
 
-# the default, half its steps, without guidance, and what is distilled for few steps
+# the default, half its steps, those without guidance, and an adapter distilled for few steps
 ALTERNATIVES = (
     Alternative(25, 3.0), Alternative(12, 3.0), Alternative(12, NO_GUIDANCE),
     Alternative(4, NO_GUIDANCE, with_adapter=True),
@@ -48,9 +48,9 @@ ALTERNATIVES = (
 
 @dataclass
 class BatchCost:
-    """What a batch took: all `seconds`, those of the denoiser, and how often it saw an image of the batch.
+    """The cost of a batch: all `seconds`, those of the denoiser, and the number of images that it computed.
 
-    With guidance it sees each image twice a step.
+    With guidance, it computes each image twice per step.
     """
 
     num_images: int
@@ -60,11 +60,11 @@ class BatchCost:
 
     @property
     def seconds_per_pass(self) -> float:
-        """The denoiser's seconds for one image."""
+        """The denoiser's seconds per image and pass."""
         return self.denoiser_seconds / self.num_seen
 
     def seconds_per_image(self, alternative: Alternative, doubles: bool) -> float:
-        """Return what an image would take; `doubles` says whether guidance takes a second pass."""
+        """Return the seconds per image; `doubles` says whether guidance needs a second pass."""
         num_passes = alternative.num_inference_steps * (2 if doubles and alternative.guidance_scale > 1 else 1)
         rest = (self.seconds - self.denoiser_seconds) / self.num_images
         return rest + num_passes * self.seconds_per_pass
@@ -72,8 +72,8 @@ class BatchCost:
 
 @contextmanager
 def watch_denoiser(sampler: Sampler, cost: BatchCost) -> Iterator[None]:
-    """Add what the denoiser's passes take to `cost`."""
-    holder = sampler.interval or find_denoiser(sampler.pipe)  # an interval calls what is computed
+    """Add the time of the denoiser's passes to `cost`."""
+    holder = sampler.interval or find_denoiser(sampler.pipe)  # an interval calls the denoiser's forward
     forward = holder.forward
 
     def timed(*args, **kwargs):
@@ -91,7 +91,7 @@ def watch_denoiser(sampler: Sampler, cost: BatchCost) -> Iterator[None]:
 
 
 def _now(sampler: Sampler) -> float:
-    if sampler.pipe.device.type != "cpu":  # whose calls return long before they are computed
+    if sampler.pipe.device.type != "cpu":  # calls return long before the GPU is done
         torch.accelerator.synchronize()
     return time.perf_counter()
 
@@ -99,10 +99,10 @@ def _now(sampler: Sampler) -> float:
 def dry_run(
     plan: GenerationPlan, sources: Sources, settings: dict, output_dir: str | Path, accelerator: Accelerator
 ) -> dict:
-    """Print classes and prompts, then draw batches in every process; print and return what the set will take.
+    """Print classes and prompts, draw batches in every process, then print and return the cost of the set.
 
-    That is speed, seconds and disk of the whole set, and the seconds with other settings. Where some of several
-    guidance scales are none, batches of both kinds are drawn: they take one or two passes of the denoiser a step.
+    The cost is the speed, seconds and disk space of the whole set, and the seconds with other settings. If only some of
+    several guidance scales use guidance, batches of both kinds are drawn: they take one or two passes per step.
     """
     if accelerator.is_main_process:
         print_prompts(plan, sources)
@@ -112,7 +112,7 @@ def dry_run(
         scale = next(scale for scale in plan.guidance_scales if (scale > 1) == is_guided)
         for start in (0, plan.batch_size):
             cost = draw_batch(plan, start, scale, sampler, settings, sizes)
-        shares.append((count / kinds.total(), cost))  # of the second batch: the first one also warms up
+        shares.append((count / kinds.total(), cost))  # of the second batch, as the first one warms up
     seconds_per_image = sum(share * cost.seconds for share, cost in shares) / plan.batch_size
     rate = accelerator.num_processes / seconds_per_image
     folder = Path(output_dir).resolve()
@@ -125,7 +125,7 @@ def dry_run(
         disk_text = f"{disk:.1f} GiB" if disk >= 1 else f"{disk * 1024:.1f} MiB"
         print(
             f"{plan.num_images:,} images: {rate:.2f} images/s on {accelerator.num_processes} process(es), "
-            f"{format_time(total)}, {disk_text} of {free:.0f} GiB that are free. No set was written."
+            f"{format_time(total)}, {disk_text} of {free:.0f} GiB free. No set was written."
         )
         print_alternatives({describe_own(plan, settings): total}, others, cost)
     return {"images_per_second": rate, "seconds": total, "disk_gib": disk, "free_gib": free, "alternatives": others}
@@ -134,7 +134,7 @@ def dry_run(
 def draw_batch(
     plan: GenerationPlan, start: int, scale: float, sampler: Sampler, settings: dict, sizes: list[int]
 ) -> BatchCost:
-    """Draw and encode the plan's images from number `start` with a guidance scale; add their bytes to `sizes`."""
+    """Draw and encode a batch of the plan, from image `start` on; append the sizes in bytes to `sizes`."""
     images = [plan.image(index) for index in range(start, start + plan.batch_size)]
     cost, began = BatchCost(len(images)), time.perf_counter()
     with watch_denoiser(sampler, cost):
@@ -145,9 +145,9 @@ def draw_batch(
 
 
 def estimate_alternatives(plan: GenerationPlan, sources: Sources, settings: dict, cost: BatchCost) -> dict[str, float]:
-    """Return the seconds of the whole set in one process with each of `ALTERNATIVES` that is not what was asked for.
+    """Return the seconds of the whole set in one process with each of `ALTERNATIVES`, except the current settings.
 
-    There are none for a generator that is itself distilled for few steps.
+    A generator that is itself distilled for few steps has none.
     """
     if sources.generator.few_steps is not None or not cost.num_seen:
         return {}
@@ -160,22 +160,22 @@ def estimate_alternatives(plan: GenerationPlan, sources: Sources, settings: dict
 
 
 def describe_own(plan: GenerationPlan, settings: dict) -> str:
-    """Return in words the settings of a set that decide how many passes the denoiser takes."""
+    """Describe the settings of a set that determine the number of passes of the denoiser."""
     scales = " ".join(f"{scale:g}" for scale in plan.guidance_scales)
     guidance = "no guidance" if max(plan.guidance_scales) <= 1 else f"guidance {scales}"
     if interval := settings.get(GUIDANCE_INTERVAL):
         guidance += " from {:g} to {:g} of the steps".format(*interval)
-    return f"as asked: {settings['num_inference_steps']} steps, {guidance}"
+    return f"as requested: {settings['num_inference_steps']} steps, {guidance}"
 
 
 def print_alternatives(own: dict[str, float], others: dict[str, float], cost: BatchCost) -> None:
-    """Print what the set takes and would take with other settings, as text -> seconds."""
+    """Print the time of the set with its own and with other settings, given as text -> seconds."""
     if not others:
         return
     rest = (cost.seconds - cost.denoiser_seconds) / cost.num_images
     print(
-        f"With other settings, by {cost.seconds_per_pass:.3g} s for a pass of the denoiser and {rest:.3g} s for the "
-        "rest of an image (other images, too: docs/defaults.md):"
+        f"With other settings, at {cost.seconds_per_pass:.3g} s per pass of the denoiser and {rest:.3g} s for the rest "
+        "of an image (the images differ too: docs/defaults.md):"
     )
     width = max(map(len, {**own, **others}))
     for text, seconds in (own | others).items():
@@ -187,7 +187,7 @@ def format_time(seconds: float) -> str:
 
 
 def print_prompts(plan: GenerationPlan, sources: Sources) -> None:
-    """Print the classes and some prompts of the first ones, with their token counts."""
+    """Print the classes, and example prompts of the first ones with their token counts."""
     names, _ = sources.names_of(plan.labels)
     print(f"{len(names)} classes: {', '.join(names[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''}")
     examples = [prompt for label in plan.labels[:MAX_CLASSES] for prompt in example_prompts(plan.prompts, label)]

@@ -1,4 +1,4 @@
-"""Models and adapters distilled for few steps: how each kind is sampled, by its name, in one table. No torch."""
+"""Models and adapters distilled for few steps: how to sample each kind, by its name, in one table. No torch."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -10,10 +10,10 @@ NO_GUIDANCE = 1.0
 
 @dataclass(frozen=True)
 class FewSteps:
-    """How a distilled model is sampled; `why` says what tells that it is one.
+    """How to sample a distilled model; `why` is the evidence that it is one.
 
-    `scheduler` is a class of diffusers, made from the pipeline's own config but for `scheduler_config`. A
-    `guidance_scale` of None is the user's: the denoiser takes the scale as an input, and no value leaves it out.
+    `scheduler` is a class of diffusers, made from the pipeline's own config updated with `scheduler_config`. With a
+    `guidance_scale` of None the user's applies: the denoiser takes the scale as an input, and no value turns it off.
     """
 
     why: str
@@ -24,14 +24,14 @@ class FewSteps:
 
     @property
     def flags(self) -> dict:
-        """The values of flags that suit it."""
+        """The values of flags that suit the model."""
         scales = {} if self.guidance_scale is None else {"guidance_scale": [self.guidance_scale]}
         return {"num_inference_steps": self.num_inference_steps} | scales
 
     def choose(self, given: dict) -> tuple[dict, str]:
-        """Return the flags that are not `given`, with the values that suit, and in one line what was chosen and why.
+        """Return suitable values for the flags that are not `given`, and a line that says what was chosen and why.
 
-        Where given ones are known to draw noise or burnt images, the line says so.
+        If given values are known to draw noise or oversaturated images, the line warns about them.
         """
         chosen = {name: value for name, value in self.flags.items() if name not in given}
         scheduler = {} if self.scheduler == OWN_SCHEDULER or "scheduler" in given else {"scheduler": self.scheduler}
@@ -42,8 +42,8 @@ class FewSteps:
         if unfit:
             suited = {"scheduler": self.scheduler} | self.flags
             parts.append(
-                f"WARNING: {_as_flags(unfit)}: known to draw noise or burnt images where {self.why}; "
-                f"{_as_flags({name: suited[name] for name in unfit})} suits it"
+                f"WARNING: {_as_flags(unfit)}: known to draw noise or oversaturated images, as {self.why}; "
+                f"try {_as_flags({name: suited[name] for name in unfit})}"
             )
         return chosen, ". ".join(parts)
 
@@ -52,7 +52,7 @@ class FewSteps:
             return False
         if name == "num_inference_steps":
             return given[name] > 4 * self.num_inference_steps
-        # what is distilled without guidance takes a little of it
+        # models distilled without guidance tolerate a little of it
         return self.guidance_scale == NO_GUIDANCE and max(given[name]) > 2
 
 
@@ -64,7 +64,7 @@ def _as_flags(values: dict) -> str:
 
 
 TRAILING = {"timestep_spacing": "trailing"}
-# by what its repository, or the file in it, is called; the first that is found. From the models' own cards
+# by the name of the repository or file; the first match counts. From the models' own cards
 KINDS = (
     # Hyper-SD's with guidance: 8 or 12 steps
     (r"hyper.*cfg", FewSteps("", "DDIMScheduler", 8, 5.0, TRAILING)),
@@ -83,9 +83,9 @@ KINDS = (
 
 
 def find_few_steps(name: str) -> FewSteps | None:
-    """Return how what is called so is sampled, a repository or a file in one; None where no name tells of few steps.
+    """Return how to sample a repository or file of this name; None if the name says nothing about few steps.
 
-    A number of steps in the name is taken: `sdxl_lightning_8step_lora.safetensors`.
+    A number of steps in the name is used: `sdxl_lightning_8step_lora.safetensors`.
     """
     lowered = name.lower()
     for pattern, kind in KINDS:

@@ -1,6 +1,7 @@
-"""What goes with the finished shards of a set: checksums, contact sheet, record and card."""
+"""The files that accompany a set's finished shards: checksums, contact sheet, record and card."""
 
 import io
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils.cli.records import GENERATION_CONFIG, image_set_name, read_record, write_record
 from utils.data.name_doctor import Finding, write_class_names
-from utils.hub.cards import FUNCTIONS, License, common_license, hub_ids, read_licenses, save_card
+from utils.hub.cards import FUNCTIONS, License, code, common_license, hub_ids, read_licenses, save_card
 from utils.hub.targets import Target
 from utils.synthesis.lora import LORA
 from utils.synthesis.output_folder import CLASS_NAMES, PREVIEW, QUALITY_RECORD, report_removed
@@ -31,12 +32,13 @@ GAP = 4
 
 CARD = Path(__file__).with_name("card.md.jinja")
 QUALITY = Path(__file__).with_name("quality.md.jinja")
+MAX_VALUES = 8  # of a list in the card's table of settings
 MAX_CLASSES = 10  # in the card's section on quality
-MARKS = {"good": "good", "look": "**look**", "bad": "**bad**", "unknown": "not known"}
+MARKS = {"good": "good", "look": "**look**", "bad": "**bad**", "unknown": "unknown"}
 
 
 def finish_set(shards: Shards, sources: Sources, findings: list[Finding]) -> dict:
-    """Write what goes with the finished shards, but for the card, and return the set's record.
+    """Write the files that accompany the finished shards, except the card, and return the set's record.
 
     Raises:
         UserError: the set's folder was removed.
@@ -53,9 +55,9 @@ def finish_set(shards: Shards, sources: Sources, findings: list[Finding]) -> dic
 
 
 def draw_contact_sheet(shards: Shards) -> Image.Image:
-    """Return a sheet with the first images of each class, read from the finished shards (of the first 50 classes).
+    """Return a sheet with the first images of the first 50 classes, read from the finished shards.
 
-    It has a row a class, with its name at the left.
+    It has one row per class, with the class name at the left.
     """
     plan = shards.plan
     rows = {label: row for row, label in enumerate(plan.labels[:MAX_ROWS])}
@@ -67,22 +69,22 @@ def draw_contact_sheet(shards: Shards) -> Image.Image:
         drawing.text((GAP, row * (CELL + GAP) + CELL // 2), name, fill="black", font=font, anchor="lm")
     last = num_columns * len(plan.labels) - 1
     for number in range(last // plan.images_per_shard + 1):
-        # a row group at a time: a whole shard of large PNG files would be the largest thing in memory
+        # one row group at a time: a whole shard of large PNG files would dominate memory
         for group in pq.ParquetFile(shards.path(number)).iter_batches(columns=["image", "label", "class_index"]):
             for example in group.to_pylist():
                 row, column = rows.get(example["label"]), example["class_index"]
                 if row is not None and column < num_columns:
-                    # small images are enlarged by whole pixels, so that they stay as they are
+                    # small images are enlarged by whole pixels, which keeps them sharp
                     image = Image.open(io.BytesIO(example["image"]["bytes"])).resize((CELL, CELL), Image.Resampling.BOX)
                     sheet.paste(image, (NAME_WIDTH + column * (CELL + GAP), row * (CELL + GAP)))
     return sheet
 
 
 def write_card(shards: Shards, record: dict, command: str, hub_target: Target | None, hub_token: str | None) -> None:
-    """Write the card of a set, with the licences that its sources' cards name, and the quality report if it has one.
+    """Write the card of a set, with the licenses in its sources' cards, and the quality report if there is one.
 
     Raises:
-        UserError: a card is there whose metadata are malformed.
+        UserError: the existing card's metadata are malformed.
     """
     generator, real = record["generator"], record["real_images"]
     settings, sources = record["settings"], [(generator["id"], "model", generator["revision"])]
@@ -93,7 +95,7 @@ def write_card(shards: Shards, record: dict, command: str, hub_target: Target | 
     path = shards.output_dir / QUALITY_RECORD
     quality = read_record(path) if path.exists() else None
     if quality and quality["num_images"]["synthetic"]["all"] != record["num_images"]:
-        quality = None  # of before the set grew
+        quality = None  # from before the set grew
     prompts = {shards.class_names[label]: shards.plan.prompts.prompt(label, 0) for label in shards.plan.labels}
     write_dataset_card(
         shards.output_dir, synthetic_features(shards.class_names), record, prompts, read_licenses(sources, hub_token),
@@ -107,13 +109,13 @@ def write_dataset_card(
 ) -> None:  # fmt: skip
     """Write `README.md` for a synthetic set from its `generation_config.json` record.
 
-    `prompts` has an example for each class that was drawn; `licenses` maps each source's name to its licence: the set
-    gets theirs where they agree, 'unknown' where not. `quality` is the section on the quality report, in Markdown.
-    Local paths are named in the text only: the Hub takes ids in the metadata. The code in the card names `hub_id`
-    where the set is published, else the folder. A card that is there already is merged.
+    `prompts` has an example for each drawn class; `licenses` maps each source's name to its license: the set gets
+    theirs if they agree, else 'unknown'. `quality` is the section on the quality report, in Markdown. Local paths
+    appear in the text only: metadata on the Hub must be ids. The code in the card uses `hub_id` if the set is
+    published, else the folder. An existing card is merged.
 
     Raises:
-        UserError: that card's metadata are malformed.
+        UserError: the existing card's metadata are malformed.
     """
     output_dir = Path(output_dir)
     models = hub_ids(record["generator"]["id"], record["settings"].get(LORA))
@@ -133,16 +135,26 @@ def write_dataset_card(
     card = DatasetCard.from_template(
         metadata, template_path=str(CARD), name=hub_id or output_dir.resolve().name, record=record,
         real=record["real_images"] and image_set_name(record["real_images"]), settings=record["settings"],
-        prompts=prompts, quality=quality, licenses=licenses, command=command, **FUNCTIONS,
+        prompts=prompts, quality=quality, licenses=licenses, command=command, setting=format_setting, **FUNCTIONS,
     )  # fmt: skip
     save_card(card, output_dir / "README.md")
 
 
-def quality_section(record: dict | None) -> str:
-    """Return the Markdown for the record in `quality.json`, '' when there is none.
+def format_setting(value: object) -> str:
+    """Return a setting in Markdown: booleans as flags take them, lists without brackets, long ones shortened."""
+    if isinstance(value, list):
+        shown = ", ".join(map(format_setting, value[:MAX_VALUES]))
+        return shown if len(value) <= MAX_VALUES else f"{shown}, ... ({len(value):,} in all)"
+    if isinstance(value, dict):
+        return ", ".join(code(f"{key}: {json.dumps(item)}") for key, item in value.items())
+    return code(json.dumps(value) if isinstance(value, bool) else value)
 
-    It has the ten classes that are farthest from their real ones. `quality.png` is linked as a file beside the card,
-    `duplicates.png` is not: it shows real images.
+
+def quality_section(record: dict | None) -> str:
+    """Return the card's section for the record in `quality.json`, in Markdown; empty without one.
+
+    It lists the ten classes that are farthest from their real ones. It shows `quality.png`, but not `duplicates.png`,
+    which has real images.
     """
     if not record:
         return ""
@@ -151,7 +163,7 @@ def quality_section(record: dict | None) -> str:
 
 
 def print_summary(output_dir: str, plan: GenerationPlan, results: dict) -> None:
-    """Print what was made, how fast, where it lies, and the next command."""
+    """Print what was drawn, how fast, the folder, and the next command."""
     print(
         f"{plan.num_images:,} images of {len(plan.labels)} classes in {output_dir}; {results['num_drawn']:,} "
         f"drawn now at {results['images_per_second']:.1f} images/s, {sum(results['num_redraws'].values())} redrawn, "

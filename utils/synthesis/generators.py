@@ -1,4 +1,4 @@
-"""Generators: any text-to-image pipeline of diffusers; what it takes is read from its configs before it loads."""
+"""Generators: any text-to-image pipeline of diffusers, checked by its configs before it loads."""
 
 import inspect
 from dataclasses import replace
@@ -6,41 +6,41 @@ from functools import cached_property
 
 from utils.cli.errors import UserError
 from utils.style.families import FAMILIES, OWN_SCHEDULER
-from utils.style.saved_pipelines import SavedPipeline, open_pipeline, refuse_class
+from utils.style.saved_pipelines import SavedPipeline, open_pipeline, unsupported_class_error
 from utils.style.schedulers import CONSISTENCY_SCHEDULERS
 from utils.synthesis.few_steps import NO_GUIDANCE, FewSteps, find_few_steps
 
-# what the sampler passes to a pipeline besides the prompts
+# arguments that the sampler passes to a pipeline besides the prompts
 CALL_ARGUMENTS = {"height", "width", "num_inference_steps", "guidance_scale", "generator", "output_type"}
-# this one draws noise for the whole batch from a generator of its own, so that images depend on their neighbours
+# it draws noise for the whole batch from its own generator, so images would depend on their batch
 UNFIT_SCHEDULERS = {"DPMSolverSDEScheduler"}
 GUIDANCE_INTERVAL = "guidance_interval"  # among a set's settings
 
 
 class Generator(SavedPipeline):
-    """A text-to-image pipeline, its commit pinned."""
+    """A text-to-image pipeline, pinned to a commit."""
 
     @cached_property
     def default_scheduler(self) -> str:
-        """The family's; the pipeline's own for models with other noise than DDPM's, and those that are distilled."""
+        """The family's scheduler; the pipeline's own for distilled models and those with other noise than DDPM's."""
         wanted = self.family.default_scheduler
         return wanted if wanted == OWN_SCHEDULER or self.scheduler.is_replaceable else OWN_SCHEDULER
 
     @property
     def takes_negative_prompt(self) -> bool:
-        """Whether a negative prompt acts at `guidance_scale`; FLUX and its kin need a scale of their own for it."""
+        """Whether a negative prompt works with `guidance_scale`; FLUX and similar models need a separate scale."""
         if self.family.negative_prompts is not None:
             return self.family.negative_prompts
         return "negative_prompt" in self.call_parameters and "true_cfg_scale" not in self.call_parameters
 
     @property
     def takes_guidance_interval(self) -> bool:
-        """Whether guidance is a second half of each batch, which can be left out of some steps."""
+        """Whether guidance is a second half of each batch, which some steps can leave out."""
         return self.family.negative_prompts is True and not self.denoiser_config.get("time_cond_proj_dim")
 
     @cached_property
     def resolution_step(self) -> int:
-        """What the resolution must be a multiple of: transformers see latents in patches of two by two or more."""
+        """The resolution must be a multiple of this: transformers take latents in patches of 2 x 2 or more."""
         patch_size = max(2, self.denoiser_config.get("patch_size") or 0) if self.has_transformer else 1
         return max(8, self.vae_scale * patch_size)
 
@@ -52,7 +52,7 @@ class Generator(SavedPipeline):
         return dict(inspect.signature(getattr(diffusers, self.pipeline_class).__call__).parameters)
 
     def check(self, settings: dict) -> None:
-        """Check that the generator takes a set's settings, and that its weights can be loaded; it loads none.
+        """Check that the generator accepts a set's settings and has usable weights, without loading them.
 
         Raises:
             UserError: it does not; the message names the flag.
@@ -63,54 +63,56 @@ class Generator(SavedPipeline):
                 f"--resolution {resolution}: must be a multiple of {self.resolution_step} for this generator."
             )
         if negative_prompt and not self.takes_negative_prompt:
-            raise UserError(f"--negative_prompt '{negative_prompt}': {self.pipeline_class} takes none; leave it out.")
+            raise UserError(
+                f"--negative_prompt '{negative_prompt}': not supported by {self.pipeline_class}; leave it out."
+            )
         interval = settings.get(GUIDANCE_INTERVAL)
         if interval is not None and not self.takes_guidance_interval:
             titles = ", ".join(family.title for family in FAMILIES.values() if family.negative_prompts)
             raise UserError(
-                f"--guidance_interval {' '.join(map(str, interval))}: not with {self.source.name}, whose guidance "
-                f"cannot be left out of some steps; that of {titles} can, where the scale is no input of the denoiser."
+                f"--guidance_interval {' '.join(map(str, interval))}: not supported by {self.source.name}, "
+                f"whose guidance cannot be limited to some steps; choose {titles}, not distilled with guidance."
             )
         self.check_scheduler(settings["scheduler"], settings["num_inference_steps"])
         _ = self.variants
 
     def check_scheduler(self, scheduler: str, num_inference_steps: int) -> None:
-        """Check that the generator can sample with a scheduler, and that takes this number of steps.
+        """Check that the generator can sample with a scheduler, and the scheduler with this number of steps.
 
         Raises:
-            UserError: it does not fit the generator's own; the message lists those that do.
+            UserError: it does not fit the generator; the message lists the schedulers that do.
         """
         own = self.scheduler
         compatible = {kind.__name__ for kind in type(own.scheduler)._get_compatibles()}
-        if self.family.scales_model_input:  # made from any config with the noise of DDPM
+        if self.family.scales_model_input:  # works with any config with DDPM's noise
             compatible |= set(CONSISTENCY_SCHEDULERS)
         fitting = [OWN_SCHEDULER, *sorted(compatible - UNFIT_SCHEDULERS)]
         if scheduler not in fitting:
             raise UserError(
-                f"--scheduler {scheduler}: does not fit {self.source.name}, which takes {', '.join(fitting)}."
+                f"--scheduler {scheduler}: does not fit {self.source.name}; must be one of {', '.join(fitting)}."
             )
-        if scheduler != OWN_SCHEDULER and not own.has_noise_of(scheduler):
+        if scheduler != OWN_SCHEDULER and not own.has_same_noise(scheduler):
             raise UserError(
-                f"--scheduler {scheduler}: makes other noise levels of the config of {self.source.name} than its "
-                f"{own.class_name}; {OWN_SCHEDULER} is right."
+                f"--scheduler {scheduler}: has other noise levels than the {own.class_name} of {self.source.name}; try "
+                f"{OWN_SCHEDULER}."
             )
         if self.family.scales_model_input:
             self._try_scheduler(scheduler, num_inference_steps)
 
     @cached_property
     def few_steps(self) -> FewSteps | None:
-        """How the generator is sampled if it is distilled for few steps, by its configs or its name on the Hub."""
+        """How to sample the generator if its configs or its name on the Hub say that it is distilled for few steps."""
         named = None if self.source.is_local else find_few_steps(self.source.name)
         signs = self.scheduler.signs_of_distillation
         if signs is None:
             return named and replace(named, scheduler=OWN_SCHEDULER, scheduler_config={})
         number = named.num_inference_steps if named else 4
-        takes_scale = self.denoiser_config.get("time_cond_proj_dim")  # as an input, and no value leaves it out
+        takes_scale = self.denoiser_config.get("time_cond_proj_dim")  # as an input, which no value turns off
         why = f"{self.source.flag} {self.source.name} looks distilled for few steps ({signs})"
         return FewSteps(why, num_inference_steps=number, guidance_scale=None if takes_scale else NO_GUIDANCE)
 
     def _try_scheduler(self, scheduler: str, num_inference_steps: int) -> None:
-        """Make one step with a scheduler as Stable Diffusion's pipelines do: not all that they load work in them."""
+        """Make one step with a scheduler as Stable Diffusion's pipelines do: they load some that do not work."""
         import torch
 
         is_own = scheduler == OWN_SCHEDULER
@@ -118,12 +120,12 @@ class Generator(SavedPipeline):
         made = self.scheduler.make(class_name)
         try:
             made.set_timesteps(num_inference_steps)
-            if made.timesteps.isnan().any():  # of KDPM2, where few steps begin from pure noise
+            if made.timesteps.isnan().any():  # of KDPM2, if few steps start from pure noise
                 raise ValueError("its timesteps are NaN")
         except ValueError as error:
             raise UserError(
-                f"--num_inference_steps {num_inference_steps}: not with the {class_name} of {self.source.name} "
-                f"({error})"
+                f"--num_inference_steps {num_inference_steps}: does not work with the {class_name} of "
+                f"{self.source.name} ({error})"
             ) from None
         try:
             with torch.random.fork_rng(devices=[]):  # some draw noise
@@ -132,16 +134,16 @@ class Generator(SavedPipeline):
         except (AttributeError, TypeError, ValueError, LookupError, NotImplementedError) as error:
             named = f"{self.prefix} its {class_name}" if is_own else f"--scheduler {scheduler}:"
             raise UserError(
-                f"{named} does not work in a {self.pipeline_class} with the model's config ({error}); one like "
-                "EulerDiscreteScheduler or DDIMScheduler, with the noise of the model, is wanted."
+                f"{named} does not work in a {self.pipeline_class} with the model's config ({error}); try "
+                "EulerDiscreteScheduler or DDIMScheduler."
             ) from None
 
 
 def open_generator(name: str, flag: str, revision: str | None, hub_token: str | None) -> Generator:
-    """Return a text-to-image pipeline, its commit pinned, after a look at its `model_index.json`.
+    """Return a text-to-image pipeline, pinned to a commit, after a check of its `model_index.json`.
 
     Raises:
-        UserError: what `open_pipeline` raises; it is a pipeline of another kind.
+        UserError: from `open_pipeline`; or it is another kind of pipeline.
     """
     source, pipeline_class = open_pipeline(name, flag, revision, hub_token)
     # imported late: it takes seconds
@@ -150,9 +152,9 @@ def open_generator(name: str, flag: str, revision: str | None, hub_token: str | 
     supported = [
         kind.__name__
         for kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()
-        # a ControlNet needs an image beside the prompt
+        # a ControlNet also needs an image
         if "Control" not in kind.__name__ and CALL_ARGUMENTS.issubset(inspect.signature(kind.__call__).parameters)
     ]
     if pipeline_class not in supported:
-        raise refuse_class(source, pipeline_class, supported)
+        raise unsupported_class_error(source, pipeline_class, supported)
     return Generator(source, pipeline_class)

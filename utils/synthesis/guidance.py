@@ -1,4 +1,4 @@
-"""Guidance in the middle of the trajectory alone: outside it, the denoiser sees the prompt and no negative prompt."""
+"""Guidance in a limited interval: outside it, the denoiser computes the prompt without the negative prompt."""
 
 from collections.abc import Callable
 
@@ -13,25 +13,25 @@ def find_denoiser(pipe: DiffusionPipeline) -> torch.nn.Module:
 
 
 class GuidanceInterval:
-    """Leaves the unconditional half out of a pipeline's passes before `low` and from `high` on, of its steps in [0, 1].
+    """Leaves out the unconditional half of a pipeline's passes before `low` and from `high` on, in [0, 1] of its steps.
 
-    The pipeline has to put both halves into one batch, the unconditional one first. Of the conditional half alone both
-    are made, and the guided prediction of two equal halves is that half, whatever the scale: so the pipeline's own loop
-    stays as it is, and what it draws is exact.
+    The pipeline must put both halves into one batch, the unconditional one first. The prediction of the conditional
+    half is returned as both halves; guidance between two equal halves gives that half, whatever the scale. So the
+    pipeline's own loop stays unchanged, and its images are exact.
 
-    Source: Applying Guidance in a Limited Interval, Kynkäänniemi et al. 2024 (arXiv 2404.07724), who give it in noise
-        levels; in shares of the steps as in diffusers' guiders, from noise to image.
+    Source: Applying Guidance in a Limited Interval, Kynkäänniemi et al. 2024 (arXiv 2404.07724), with noise levels; as
+        fractions of the steps, from noise to image, in the guiders of diffusers.
     """
 
     def __init__(self, pipe: DiffusionPipeline, low: float, high: float):
         self.pipe, self.low, self.high = pipe, low, high
-        self._num_passes: int | None = None  # of this call so far; None where it is not guided at all
+        self._num_passes: int | None = None  # in this call so far; None without guidance
         denoiser = find_denoiser(pipe)
         self.forward: Callable = denoiser.forward
         denoiser.forward = self._pass
 
     def begin(self, is_guided: bool) -> None:
-        """Say that the pipeline is called next, and whether with guidance."""
+        """Prepare for the next call of the pipeline, with or without guidance."""
         self._num_passes = 0 if is_guided else None
 
     def _pass(self, sample: torch.Tensor | None = None, *args, **kwargs):
@@ -48,7 +48,7 @@ class GuidanceInterval:
         return tree_map_only(torch.Tensor, lambda half: torch.cat([half, half]), output)
 
     def _is_guided_step(self) -> bool:
-        """Return whether the next pass is within the interval, and count it."""
+        """Return whether this pass is within the interval, and count it."""
         place = self._num_passes / len(self.pipe.scheduler.timesteps)
         self._num_passes += 1
         return self.low <= place < self.high

@@ -1,4 +1,4 @@
-"""LoRA adapters of a generator: found, pinned and checked before anything loads, then fused into its weights."""
+"""LoRA adapters of a generator: pinned and checked before anything loads, then fused into its weights."""
 
 import hashlib
 import json
@@ -21,9 +21,9 @@ from utils.synthesis.few_steps import FewSteps, find_few_steps
 from utils.synthesis.generators import Generator
 
 LORA = "lora"  # among a set's settings
-WEIGHTS = "pytorch_lora_weights.safetensors"  # what diffusers writes
-SAMPLING = "sampling.json"  # beside the weights, of an adapter that says itself how it is sampled
-# what a sampling.json may have, what its values must be, and the test
+WEIGHTS = "pytorch_lora_weights.safetensors"  # the file that diffusers writes
+SAMPLING = "sampling.json"  # next to the weights, if the adapter states its own sampling settings
+# the keys of sampling.json, what their values must be, and the test
 SAMPLING_VALUES = {
     "scheduler": ("the name of a scheduler class", lambda value: isinstance(value, str)),
     "num_inference_steps": ("a whole number above 0", lambda value: type(value) is int and value > 0),
@@ -35,12 +35,12 @@ SAMPLING_VALUES = {
 }
 TEXT_LAYER = re.compile(r"attn2.to_k\W?(lora_A|lora_down|lora\.down|lora_linear_layer\.down)|attn2_to_k\.lora_down")
 MAX_LISTED = 8
-INCONSISTENT, LAYER_NAME = "an inconsistency was discovered", re.compile(r"'([\w.]+)'")  # of peft's warning
+INCONSISTENT, LAYER_NAME = "an inconsistency was discovered", re.compile(r"'([\w.]+)'")  # in the warning of peft
 
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """An adapter: its file in a source whose commit is pinned, and the scale that it is fused with."""
+    """An adapter: its file in a source pinned to a commit, and its scale."""
 
     source: Source
     filename: str
@@ -49,7 +49,7 @@ class LoraAdapter:
     sha256: str
 
     def to_dict(self) -> dict:
-        """Return it as records hold it."""
+        """Return the adapter's entries in a record."""
         return {
             LORA: absolute_if_local(self.source.name), "lora_revision": self.source.revision,
             "lora_filename": self.filename, "lora_sha256": self.sha256, "lora_scale": self.scale,
@@ -57,15 +57,15 @@ class LoraAdapter:
 
     @cached_property
     def few_steps(self) -> FewSteps | None:
-        """How it wants to be sampled, by its own `sampling.json`, else by its name; None where it is for any steps.
+        """How to sample with it, from its `sampling.json`, else by its name; None if it is not for few steps.
 
         Raises:
-            UserError: that file is not as it should be.
+            UserError: that file is malformed.
         """
         folder = str(PurePosixPath(self.filename).parent)
         path = SAMPLING if folder == "." else f"{folder}/{SAMPLING}"
         if not self.source.has_one_of([path]):
-            # not by the folders that a local one lies in
+            # not by the parent folders of a local adapter
             return find_few_steps(self.filename) or find_few_steps(
                 Path(self.source.name).name if self.source.is_local else self.source.name
             )
@@ -75,18 +75,18 @@ class LoraAdapter:
         except ValueError as error:
             raise UserError(f"{prefix} cannot be read as JSON ({error}).") from None
         if not isinstance(values, dict) or values.keys() - SAMPLING_VALUES.keys():
-            raise UserError(f"{prefix} must be a mapping with no other keys than {', '.join(SAMPLING_VALUES)}.")
+            raise UserError(f"{prefix} must be a mapping with keys among {', '.join(SAMPLING_VALUES)}.")
         for name, value in values.items():
             wanted, is_right = SAMPLING_VALUES[name]
             if not is_right(value):
-                raise UserError(f"{prefix} has {name} {value!r}; must be {wanted}.")
+                raise UserError(f"{prefix}: {name} must be {wanted}, got {value!r}.")
         return FewSteps(f"its {SAMPLING} says", **values)
 
     def check(self, generator: Generator) -> None:
-        """Check that it is for this generator, as far as its file tells without loading that.
+        """Check that it fits this generator, as far as its file shows.
 
         Raises:
-            UserError: it is no adapter, was made for text of another width, or has NaN or infinite weights.
+            UserError: it is not an adapter, its text width differs, or it has NaN or infinite weights.
         """
         prefix = f"{self.source.flag} {self.source.name}/{self.filename}:"
         try:
@@ -107,14 +107,14 @@ class LoraAdapter:
         wanted = generator.denoiser_config.get("cross_attention_dim")
         if isinstance(wanted, int) and widths and widths != {wanted}:
             raise UserError(
-                f"{prefix} is for a model whose text is {min(widths)} wide, that of {generator.source.name} is "
-                f"{wanted}; choose an adapter for this generator."
+                f"{prefix} is for a model with text embeddings of {min(widths)} numbers, those of "
+                f"{generator.source.name} have {wanted}; choose an adapter for this generator."
             )
         if self.few_steps is not None and generator.family.scales_model_input:
             self._check_sampling(generator, self.few_steps)
 
     def _check_sampling(self, generator: Generator, few_steps: FewSteps) -> None:
-        """Raise where what the adapter brings does not fit the generator; a flag would be blamed otherwise."""
+        """Raise if the adapter's settings do not fit the generator, as otherwise a flag would be blamed."""
         prefix = f"{self.source.flag} {self.source.name}: wants"
         try:
             generator.check_scheduler(few_steps.scheduler, few_steps.num_inference_steps)
@@ -130,7 +130,7 @@ class LoraAdapter:
             ) from None
 
     def fuse(self, pipe) -> None:
-        """Add it to the weights of a pipeline, and warn where layers of it have names that are not taken.
+        """Fuse it into the weights of a pipeline, and warn if some of its layers are left out.
 
         Raises:
             UserError: it does not fit the pipeline.
@@ -138,7 +138,7 @@ class LoraAdapter:
         with self.source.reading(f"{self.filename} does not fit a {type(pipe).__name__}", also=PROBLEMS):
             with warnings.catch_warnings(record=True) as caught:
                 pipe.load_lora_weights(str(self.path.parent), weight_name=self.path.name)
-            self._pass_on(caught)
+            self._replace_warnings(caught)
             if not pipe.get_list_adapters():
                 raise UserError(
                     f"{self.source.flag} {self.source.name}/{self.filename}: has no weights for any part of a "
@@ -147,8 +147,8 @@ class LoraAdapter:
             pipe.fuse_lora(lora_scale=self.scale)
             pipe.unload_lora_weights()
 
-    def _pass_on(self, caught: list[warnings.WarningMessage]) -> None:
-        """Say in one line what peft says in pages, that layers are left out; warn of all else as it is."""
+    def _replace_warnings(self, caught: list[warnings.WarningMessage]) -> None:
+        """Replace peft's long warning about left-out layers by one line; pass on all other warnings."""
         for warning in caught:
             if INCONSISTENT not in str(warning.message):
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
@@ -156,7 +156,7 @@ class LoraAdapter:
             layers = LAYER_NAME.findall(str(warning.message))
             warn_once(
                 f"{self.source.flag} {self.source.name}/{self.filename}: left out of {len(layers)} layers ("
-                f"{layers[0]}, ...), as the file mixes two ways of naming weights. Save it in one of them."
+                f"{layers[0]}, ...), as the file mixes two naming schemes. Save it with one of them."
             )
 
 
@@ -164,7 +164,7 @@ def open_lora(value: str, revision: str | None, token: str | None) -> LoraAdapte
     """Return the adapter that `ID_OR_FOLDER[/FILE.safetensors][:SCALE]` names.
 
     Raises:
-        UserError: there is none, or several of which none is named.
+        UserError: there is none, or there are several and none is named.
     """
     name, colon, scale = value.rpartition(":")
     if not colon or Path(value).exists():
@@ -174,7 +174,7 @@ def open_lora(value: str, revision: str | None, token: str | None) -> LoraAdapte
     except ValueError:
         number = math.nan
     if not 0 < number < math.inf:
-        raise UserError(f"--lora {value}: the scale behind the colon must be a number above 0, such as {name}:0.8.")
+        raise UserError(f"--lora {value}: the scale after the colon must be a number above 0, such as {name}:0.8.")
     filename = None
     if name.endswith(".safetensors"):
         parts = PurePosixPath(name).parts
@@ -195,10 +195,10 @@ def _find_file(source: Source) -> str:
         return found[0]
     if not found:
         pickled = any(name.endswith((".bin", ".pt", ".ckpt")) for name in names)
-        why = "has weights as pickles only; safetensors alone are loaded" if pickled else "has no .safetensors file"
+        why = "has only pickled weights; only safetensors are loaded" if pickled else "has no .safetensors file"
         raise UserError(f"--lora {source.name}: {why}.")
     listed = ", ".join(found[:MAX_LISTED]) + (", ..." if len(found) > MAX_LISTED else "")
     raise UserError(
-        f"--lora {source.name}: has {len(found)} files of weights ({listed}); name one, as in --lora "
+        f"--lora {source.name}: has {len(found)} weight files ({listed}); name one, as in --lora "
         f"{source.name}/{found[0]}."
     )

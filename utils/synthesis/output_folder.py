@@ -1,4 +1,4 @@
-"""The output folder: which settings its set was made with, and whether a run may add to it."""
+"""The output folder of a set: its settings, and whether a run may add images to it."""
 
 import hashlib
 import json
@@ -19,8 +19,8 @@ from utils.synthesis.sources import Sources
 DATA_DIR = "data"
 SHARD_FILES = f"{DATA_DIR}/train-*.parquet"
 FOOTER_KEY = b"bridged-transfer"  # in the metadata of a shard
-STATE_DIR = ".shards"  # what is known of the shards in it; not published
-CHECKSUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
+STATE_DIR = ".shards"  # notes about the shards; not published
+CHECKSUMS = "SHA256SUMS"  # in the format of `sha256sum -c`
 PREVIEW = "preview.png"
 CLASS_NAMES = "class_names.yaml"
 QUALITY_RECORD, QUALITY_PLOTS = "quality.json", "quality.png"
@@ -30,13 +30,12 @@ PUBLISHED_FILES = (SHARD_FILES, *RECORDS, "README.md")
 
 
 def open_output_folder(output_dir: str, settings: dict, num_images_per_class: int, overwrite: bool) -> RunFolder:
-    """Return the folder, after a check that images of these settings may be added: it is new, or was made with them.
+    """Return the folder, after a check that images with these settings may be added: it is new, or has the same ones.
 
-    A folder without its record counts as made with these settings if its shards were. One that was begun, but in which
-    no image has been drawn, is taken.
+    Without a record, the settings in the shards count. A set that was begun, but has no image yet, may change.
 
     Raises:
-        UserError: it was made with other settings (unless `overwrite`), holds more images, or is no synthetic set.
+        UserError: it has other settings (unless `overwrite`), more images, or is not a synthetic set.
     """
     folder = RunFolder(
         Path(output_dir), "a synthetic set", settings, RUN_CONFIG, (GENERATION_CONFIG, "settings"), overwrite=overwrite
@@ -48,44 +47,43 @@ def open_output_folder(output_dir: str, settings: dict, num_images_per_class: in
         num_there = 0 if overwrite else _count_without_record(folder.path, settings)
         if num_there == 0:
             raise UserError(
-                f"--output_dir {folder.path}: is not empty and has no {GENERATION_CONFIG}, so it is no synthetic set; "
-                "name another folder (--overwrite_output_dir does not delete this one)."
+                f"--output_dir {folder.path}: is not empty and has no {GENERATION_CONFIG}, so it is not a synthetic "
+                "set; choose another folder (--overwrite_output_dir does not delete this one)."
             )
     elif overwrite or not folder.is_begun:
         return folder
     else:
         differing = folder.differing_options()
-        if is_without_images(folder.path):
+        if has_no_images(folder.path):
             if differing:
                 warn_once(
-                    f"--output_dir {folder.path}: no image was drawn in it yet; from now on it has other settings "
-                    f"({'; '.join(differing)})."
+                    f"--output_dir {folder.path}: has no images yet; its settings change ({'; '.join(differing)})."
                 )
             return folder
         if differing:
             raise UserError(
                 f"--output_dir {folder.path}: was made with other settings ({'; '.join(differing)}); "
-                "name another folder, or replace it with --overwrite_output_dir."
+                "choose another folder, or replace it with --overwrite_output_dir."
             )
         num_there = read_record(folder.path / GENERATION_CONFIG)["num_images_per_class"]
     if num_images_per_class < num_there:
         raise UserError(
-            f"--num_images_per_class {num_images_per_class}: '{folder.path}' is a set of {num_there} a class, which "
-            "can only grow; name another folder."
+            f"--num_images_per_class {num_images_per_class}: '{folder.path}' already has {num_there} per class, and a "
+            "set can only grow; choose another folder."
         )
     return folder
 
 
-def is_without_images(output_dir: str | Path) -> bool:
-    """Return whether a set was begun in a folder, and ended before its first shard was there."""
+def has_no_images(output_dir: str | Path) -> bool:
+    """Return whether a set was begun in a folder, but has no shard yet."""
     path = Path(output_dir)
     return not (path / RUN_CONFIG).exists() and not any(path.glob(SHARD_FILES))
 
 
 def _count_without_record(folder: Path, settings: dict) -> int:
-    """Return of how many images per class a folder's shards are, by their footers; 0 if one is of other settings."""
+    """Return the images per class in a folder's shards, from their footers; 0 if one has other settings."""
     num_images = 0
-    for footer, num_rows in filter(None, map(read_footer, folder.glob(SHARD_FILES))):  # torn ones are drawn again
+    for footer, num_rows in filter(None, map(read_footer, folder.glob(SHARD_FILES))):  # incomplete ones are drawn again
         if footer.get("fingerprint") != settings_fingerprint(settings):
             return 0
         num_images = max(num_images, footer["shard"] * settings["images_per_shard"] + num_rows)
@@ -93,7 +91,7 @@ def _count_without_record(folder: Path, settings: dict) -> int:
 
 
 def read_footer(path: Path) -> tuple[dict, int] | None:
-    """Return what a shard's footer says of it, {} for a file of others, and its number of rows; None if it is torn."""
+    """Return a shard's footer ({} for a foreign file) and its number of rows; None if the file is incomplete."""
     import pyarrow as pa  # imported late: it takes a moment
     import pyarrow.parquet as pq
 
@@ -104,33 +102,32 @@ def read_footer(path: Path) -> tuple[dict, int] | None:
     return json.loads((metadata.metadata or {}).get(FOOTER_KEY, b"{}")), metadata.num_rows
 
 
-def began_without(setting: str, output_dir: str, overwrite: bool) -> bool:
-    """Return whether a set is there to go on with of an earlier version, which had no such setting."""
+def lacks_setting(setting: str, output_dir: str, overwrite: bool) -> bool:
+    """Return whether the folder has a set to continue from an earlier version without this setting."""
     path = Path(output_dir) / GENERATION_CONFIG
-    is_there = not overwrite and path.exists() and not is_without_images(output_dir)
+    is_there = not overwrite and path.exists() and not has_no_images(output_dir)
     return is_there and setting not in read_record(path)["settings"]
 
 
 def recorded_setting(setting: str, output_dir: str, overwrite: bool) -> object:
-    """Return a setting of the set that is there to go on with, None where there is none."""
+    """Return a setting of the set to continue; None without one."""
     path = Path(output_dir) / GENERATION_CONFIG
     return None if overwrite or not path.exists() else read_record(path)["settings"].get(setting)
 
 
 def settings_fingerprint(settings: dict) -> str:
-    """Return the hash of all that decides what an image is."""
+    """Return the hash of all settings that decide the images."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def begin_set(folder: RunFolder, plan: GenerationPlan, sources: Sources) -> None:
     """Make the set's folders and write `generation_config.json`, in the main process.
 
-    First remove the temporary files of an interrupted run, with `overwrite` all that a former run has made, and nothing
-    else. The card stays until the new one is merged with it: a person may have written in it. All processes call this,
-    and each sees what was written.
+    First remove the temporary files of an interrupted run and, with `overwrite`, all files of the former run, but no
+    others. The card stays until the new one is merged with it, as a person may have edited it. All processes call this.
 
     Raises:
-        UserError: it does not: it is on another machine, whose folder is another one.
+        UserError: a process does not see what was written, as its machine has another folder.
     """
     from accelerate import PartialState
 
@@ -155,23 +152,23 @@ def begin_set(folder: RunFolder, plan: GenerationPlan, sources: Sources) -> None
     state.wait_for_everyone()
     if not folder.is_begun or read_record(folder.path / GENERATION_CONFIG)["fingerprint"] != fingerprint:
         raise UserError(
-            f"--output_dir {folder.path}: not all processes see the same folder; on several machines it must be on a "
-            "disk that they share."
+            f"--output_dir {folder.path}: not all processes see the same folder; with several machines, it must be on "
+            "a shared disk."
         )
 
 
 def make_folders(output_dir: Path) -> None:
-    """Make the folders of a set. What writes into them later does not, so that a removed set stays away."""
+    """Make the folders of a set. Nothing else makes them, so a removed set is not recreated."""
     for name in (DATA_DIR, STATE_DIR):
         (output_dir / name).mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
 def report_removed(output_dir: Path) -> Iterator[None]:
-    """Turn an error within the block that comes from a set's folder having been removed into one line.
+    """Turn an error within the block into one line if the set's folder was removed.
 
     Raises:
-        UserError: the folder is not there, or has lost those of its shards.
+        UserError: the folder, or the subfolders of its shards, are gone.
     """
     try:
         yield
@@ -179,6 +176,6 @@ def report_removed(output_dir: Path) -> Iterator[None]:
         if all((output_dir / name).is_dir() for name in (DATA_DIR, STATE_DIR)):
             raise
         raise UserError(
-            f"--output_dir {output_dir}: was removed, or part of it, while images were drawn; run the same command "
-            "again to draw what is missing."
+            f"--output_dir {output_dir}: all or part of it was removed while images were drawn; run the same command "
+            "again to draw the missing images."
         ) from None

@@ -1,4 +1,4 @@
-"""The generation plan: which image is made from what. A pure function of the image's number; no torch."""
+"""The generation plan: prompt, seed and guidance of each image, a pure function of its number. No torch."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -8,16 +8,16 @@ from itertools import count, cycle, islice
 from utils.cli.errors import UserError
 from utils.synthesis.prompts import Prompts, digest
 
-# torch's CPU generator uses the lower 32 bits of a seed only: 26 of them for an image's number, 6 for its redraws
+# torch's CPU generator uses only the lower 32 bits of a seed: 26 for an image's number, 6 for its redraws
 NUMBER_BITS = 26
-MAX_IMAGES = 2**NUMBER_BITS // 2  # numbers run on behind the set's end, in the padding of its last batch
+MAX_IMAGES = 2**NUMBER_BITS // 2  # numbers continue after the set's end, in the padding of its last batch
 MAX_REDRAWS = 2 ** (32 - NUMBER_BITS) - 1
 GUIDANCE_SHARES = "guidance_shares"  # among a set's settings
 
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """Image number `index`: the `class_index`-th of the class `label`, drawn from `seed` for the `redraw`-th time."""
+    """Image number `index`: image `class_index` of class `label`, drawn from `seed`; `redraw` counts its redraws."""
 
     index: int
     label: int
@@ -30,17 +30,17 @@ class PlannedImage:
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """All images of a synthetic set, computed when asked for and never held as a list.
+    """All images of a synthetic set, computed on demand and never stored as a list.
 
-    `labels` are those of `num_classes` classes of which images are drawn. The class is the inner order (`index =
+    Images are drawn for `labels`, which are some or all of `num_classes` classes. The class changes fastest (`index =
     class_index * len(labels) + position of the label`), so that a larger `num_images_per_class` only adds images at
     the end.
 
-    Of several guidance scales, each has an equal share of each class's images, to within one. With `scales_by_batch`,
-    for sets that were begun before this was so, each has an equal share of the batches.
+    Several guidance scales have equal shares of each class's images, to within one. With `scales_by_batch`, for sets of
+    earlier versions, they have equal shares of the batches.
 
     Raises:
-        UserError: there are more images than numbers for them.
+        UserError: there are too many images to number.
     """
 
     num_classes: int
@@ -63,35 +63,35 @@ class GenerationPlan:
 
     @property
     def guidance_settings(self) -> dict[str, str]:
-        """What a set's settings say of its guidance scales' shares: nothing for a single one, or `scales_by_batch`."""
+        """The setting for the shares of guidance scales; empty for a single scale, or with `scales_by_batch`."""
         return {} if self.scales_by_batch or len(self.guidance_scales) == 1 else {GUIDANCE_SHARES: "per class"}
 
     def __post_init__(self):
         if self.num_images_per_class * self.num_classes > MAX_IMAGES:
             raise UserError(
-                f"--num_images_per_class {self.num_images_per_class}: at most {MAX_IMAGES // self.num_classes:,} for "
-                f"{self.num_classes} classes."
+                f"--num_images_per_class {self.num_images_per_class}: must be at most "
+                f"{MAX_IMAGES // self.num_classes:,} for {self.num_classes} classes."
             )
 
     def image(self, index: int, redraw: int = 0) -> PlannedImage:
-        """Return image number `index`, which may lie behind the set's end (padding of the last batch)."""
+        """Return image number `index`, which can be after the set's end (padding of the last batch)."""
         class_index, position = divmod(index, len(self.labels))
         label = self.labels[position]
-        # numbered among all classes: an image's seed does not depend on which of them are drawn
+        # numbered among all classes, so a seed does not depend on the classes that are drawn
         number = redraw << NUMBER_BITS | class_index * self.num_classes + label
         prompt, seed = self.prompts.prompt(label, class_index), scramble(self.seed, number)
         return PlannedImage(index, label, class_index, redraw, prompt, seed, self._guidance_scale(index))
 
     def shard(self, number: int) -> range:
-        """Return the image numbers of a shard; only the last one may be short."""
+        """Return the image numbers of a shard; only the last shard may be short."""
         start = number * self.images_per_shard
         return range(start, min(start + self.images_per_shard, self.num_images))
 
     def batches(self, number: int) -> Iterator[list[PlannedImage]]:
-        """Yield a shard's batches, each of exactly `batch_size` images in their order, and of one guidance scale.
+        """Yield a shard's batches, each of exactly `batch_size` images in order, with one guidance scale.
 
-        The last ones of a scale may run past the shard's end: a shorter batch would be computed by other kernels, and
-        its images would change once the set grows. The surplus is drawn and thrown away.
+        The last batch of a scale may continue past the shard's end: other kernels would compute a shorter batch, and
+        its images would change when the set grows. The surplus is drawn and discarded.
         """
         shard = self.shard(number)
         for guidance_scale in dict.fromkeys(self.guidance_scales):
@@ -100,7 +100,7 @@ class GenerationPlan:
                 yield [self.image(index) for index in indices]
 
     def redraw_batches(self, images: Iterable[PlannedImage]) -> Iterator[tuple[list[PlannedImage], int]]:
-        """Yield batches of the next draws of images, and how many of each are wanted: the rest repeats those."""
+        """Yield batches that redraw images, and the number of wanted images in each; the rest repeats them."""
         again = sorted((self.image(image.index, image.redraw + 1) for image in images), key=lambda image: image.index)
         for guidance_scale in dict.fromkeys(self.guidance_scales):
             alike = [image for image in again if image.guidance_scale == guidance_scale]
@@ -111,8 +111,8 @@ class GenerationPlan:
     def _guidance_scale(self, index: int) -> float:
         """Return the guidance scale of an image.
 
-        Every so many images of a class as there are scales, each scale comes once, in an order drawn anew: in turn,
-        scales would go with prompts that alternate with the image's number, too.
+        Of each run of images of a class, as many as there are scales, each has another scale, in random order. In a
+        fixed order, scales would be tied to prompts that alternate with the image's number.
         """
         if len(self.guidance_scales) == 1:
             return self.guidance_scales[0]
@@ -130,9 +130,9 @@ class GenerationPlan:
 
 
 def scramble(seed: int, number: int) -> int:
-    """Return the 32-bit seed of a 32-bit number: another for each number, so no two images start from the same noise.
+    """Return the 32-bit seed of a 32-bit number, different for each number: no two images start from the same noise.
 
-    Source: a Feistel network of four rounds (Luby and Rackoff 1988), which is a permutation whatever its rounds do.
+    Source: a Feistel network of four rounds (Luby and Rackoff 1988), which is a permutation for any round function.
     """
     left, right = number >> 16, number & 0xFFFF
     for round_number in range(4):

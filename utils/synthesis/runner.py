@@ -1,4 +1,4 @@
-"""Shards drawn one after another: bad images are drawn again, and encoding and writing run beside the sampling."""
+"""Drawing of shards: bad images are redrawn, and encoding and writing run in parallel to sampling."""
 
 import io
 import threading
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from utils.cli.errors import UserError
 from utils.cli.precision import allow_tf32, choose_precision
-from utils.cli.processes import check_joined, warn_once
+from utils.cli.processes import check_processes_joined, warn_once
 from utils.cli.threads import report_threads
 from utils.synthesis.output_folder import STATE_DIR, report_removed
 from utils.synthesis.plan import PlannedImage
@@ -28,31 +28,31 @@ from utils.synthesis.shards import Shards
 from utils.synthesis.sources import Sources
 
 NUM_THREADS = 2
-MAX_WAITING = 256  # images before encoding; at 512 pixels a side 200 MB
+MAX_WAITING = 256  # images that wait for encoding; 200 MB at 512 pixels
 MAX_LISTED = 10
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_AT_THE_END = 0.1
 
 
 def start_accelerator(mixed_precision: str | None, recorded: str | None = None, folder: str = "") -> Accelerator:
-    """Return the `Accelerator`: which process this is, on which device, in which precision; say what was chosen.
+    """Return the `Accelerator`; warn about the chosen precision.
 
-    `recorded` is the precision of the set that is in `folder` already.
+    `recorded` is the precision of the existing set in `folder`.
 
     Raises:
-        UserError: the device does not have it; what `check_joined` raises.
+        UserError: the device does not support the precision; or from `check_processes_joined`.
     """
     precision, line = choose_precision(mixed_precision, recorded, folder)
     if line:
         warn_once(line)
     try:
-        # one process may still draw its last shard, or send it, when the others are done
+        # a process may still draw or upload its last shard when the others are done
         accelerator = Accelerator(
             mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))]
         )
-    except ValueError as error:  # fp16 without a GPU, bf16 on one that has none
+    except ValueError as error:  # fp16 without a GPU, bf16 on a GPU without it
         raise UserError(f"--mixed_precision {precision}: {error}") from None
-    check_joined(accelerator.num_processes)
+    check_processes_joined(accelerator.num_processes)
     report_threads(accelerator.device.type)
     allow_tf32(accelerator.device)
     return accelerator
@@ -61,12 +61,12 @@ def start_accelerator(mixed_precision: str | None, recorded: str | None = None, 
 def draw_missing(
     shards: Shards, sources: Sources, settings: dict, max_redraws: int, accelerator: Accelerator
 ) -> tuple[int, float]:
-    """Draw this process's part of the missing shards; return how many images all of them draw, and the seconds here.
+    """Draw this process's share of the missing shards; return the images of all processes, and the seconds of this one.
 
-    Shards are dealt to the processes by number. A set that lacks none loads no generator.
+    Shards are distributed by number. If none is missing, no generator is loaded.
 
     Raises:
-        UserError: what `Runner.make_shards` and `load_pipeline` raise; the set's folder was removed.
+        UserError: from `Runner.make_shards` and `load_pipeline`; or the set's folder was removed.
     """
     [missing] = broadcast_object_list([shards.find_missing() if accelerator.is_main_process else None])
     if not missing:
@@ -75,7 +75,7 @@ def draw_missing(
     mine, num_images = missing[process::num_processes], sum(len(shards.plan.shard(number)) for number in missing)
     sampler = load_sampler(sources, settings, accelerator) if mine else None
     progress = SharedProgress(shards.output_dir / STATE_DIR, process, num_processes, num_images)
-    accelerator.wait_for_everyone()  # counts of an earlier run are gone
+    accelerator.wait_for_everyone()  # all counts of an earlier run are removed
     started = time.perf_counter()
     with report_removed(shards.output_dir), progress.bar:
         with Encoders(settings["image_format"], settings["image_quality"]) as encoders:
@@ -88,7 +88,7 @@ def draw_missing(
 
 
 class Encoders:
-    """Threads that encode images. Who gives them too many waits until some are done."""
+    """Threads that encode images. With too many images waiting, `submit` blocks."""
 
     def __init__(self, image_format: str, quality: int):
         self.image_format = image_format
@@ -103,7 +103,7 @@ class Encoders:
         self._threads.shutdown(cancel_futures=True)
 
     def submit(self, pixels: np.ndarray) -> Future:
-        """Return the future of the encoded `(height, width, 3)` uint8 pixels."""
+        """Return a future of the image file for `(height, width, 3)` uint8 pixels."""
         self._places.acquire()
         future = self._threads.submit(encode_image, pixels, self.image_format, self.quality)
         future.add_done_callback(lambda _: self._places.release())
@@ -113,7 +113,7 @@ class Encoders:
 def encode_image(pixels: np.ndarray, image_format: str, quality: int) -> bytes:
     """Return `(height, width, 3)` uint8 pixels as the bytes of an image file.
 
-    `quality`, 1 to 100, is that of a JPEG or WebP file; PNG is lossless.
+    `quality`, 1 to 100, is for JPEG and WebP; PNG is lossless.
     """
     buffer = io.BytesIO()
     options = {} if image_format == "png" else {"quality": quality}
@@ -122,7 +122,7 @@ def encode_image(pixels: np.ndarray, image_format: str, quality: int) -> bytes:
 
 
 class SharedProgress:
-    """A bar on the main process over what all processes have drawn, of which each keeps its count in a folder."""
+    """A progress bar in the main process for all processes; each process writes its count to a folder."""
 
     def __init__(self, folder: Path, process_index: int, num_processes: int, total: int):
         self.process_index = process_index
@@ -132,37 +132,37 @@ class SharedProgress:
         self.bar = tqdm(total=total, desc="synthetic images", unit="image", disable=process_index != 0)
 
     def update(self, count: int) -> None:
-        """Add images that this process has drawn."""
+        """Count images that this process has drawn."""
         self.num_done += count
         if time.monotonic() - self._looked_at >= SECONDS_BETWEEN_LOOKS:
             self._looked_at = time.monotonic()
             self._show()
 
     def finish(self) -> None:
-        """Say that this process has done its share; the main one shows the others' until they have done theirs."""
+        """Report that this process has drawn its share; the main one waits for the others and shows their progress."""
         self._show()
         while self.process_index == 0 and self.bar.n < self.bar.total:
             time.sleep(SECONDS_AT_THE_END)
             self._show()
 
     def _show(self) -> None:
-        # the main process's, too: if the folder was removed, it must not wait for the others' counts
+        # in the main process too: if the folder was removed, this fails, and it does not wait for the others
         self._counts[self.process_index].write_text(str(self.num_done))
         if self.process_index != 0:
             return
-        # a count is empty while it is written
+        # a count is empty while it is being written
         others = [int(path.read_text() or 0) for path in self._counts[1:] if path.exists()]
         self.bar.update(max(self.num_done + sum(others) - self.bar.n, 0))
 
 
-# of a shard so far, by index: the image and its bytes to come; what is bad, and why
+# the shard so far, by image index: good images with their future bytes; bad images with the reason
 Good = dict[int, tuple[PlannedImage, Future]]
 Bad = dict[int, tuple[PlannedImage, str]]
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Makes shards. `on_drawn` is told how many images are done; `check` raises where they may not be kept."""
+    """Draws shards. `on_drawn` gets the number of images drawn; `check` raises if a shard must not be written."""
 
     sampler: Sampler
     shards: Shards
@@ -172,10 +172,10 @@ class Runner:
     check: Callable[[], None] = lambda: None
 
     def make_shards(self, numbers: Iterable[int]) -> None:
-        """Draw, encode and write shards; the one before is written while the next is drawn.
+        """Draw, encode and write shards; each is written while the next is drawn.
 
         Raises:
-            UserError: images stay bad; the message lists classes and prompts.
+            UserError: images are still bad after all redraws; the message lists classes and prompts.
         """
         with ThreadPoolExecutor(1) as writer:
             writing = None
@@ -192,7 +192,7 @@ class Runner:
         good, bad = {}, {}
         for batch in plan.batches(number):
             self._draw_batch(batch, sum(image.index in kept for image in batch), good, bad)
-        # Bad images are collected and drawn again together: a batch for each of them would cost far more
+        # Bad images are collected and redrawn together: one batch for each would cost far more
         for _ in range(self.max_redraws):
             for batch, num_wanted in plan.redraw_batches([image for image, _ in bad.values()]):
                 self._draw_batch(batch, num_wanted, good, bad)
@@ -201,7 +201,7 @@ class Runner:
         return good
 
     def _draw_batch(self, batch: list[PlannedImage], num_wanted: int, good: Good, bad: Bad) -> None:
-        """Draw a batch and sort its first `num_wanted` images into good and bad; the rest is padding."""
+        """Draw a batch and sort its first `num_wanted` images into good and bad; the others are padding."""
         pixels, problems = self.sampler.draw(
             [image.prompt for image in batch], [image.seed for image in batch], batch[0].guidance_scale
         )
@@ -220,14 +220,14 @@ class Runner:
             redraws[self.shards.class_names[image.label]] += image.redraw
         self.check()
         rows = (make_row(image, encoding.result()) for image, encoding in in_order)
-        self.shards.write(number, rows, dict(+redraws), self.sampler.num_at_a_time)  # + leaves out those of none
+        self.shards.write(number, rows, dict(+redraws), self.sampler.num_at_a_time)  # + drops zero counts
 
     def _describe(self, bad: Bad) -> str:
         names = self.shards.class_names
         listed = sorted({f"{names[image.label]} ('{image.prompt}'): {problem}" for image, problem in bad.values()})
         more = f"; and {len(listed) - MAX_LISTED} more" if len(listed) > MAX_LISTED else ""
         return (
-            f"--max_redraws {self.max_redraws}: after as many redraws {len(bad)} images are still bad: "
+            f"--max_redraws {self.max_redraws}: {len(bad)} images are still bad after as many redraws: "
             f"{'; '.join(listed[:MAX_LISTED])}{more}. The finished shards are kept."
         )
 

@@ -1,4 +1,4 @@
-"""Sampling: the pipeline with its style token loaded, prompts and seeds into checked pixels."""
+"""Sampling: a pipeline with its style token turns prompts and seeds into checked pixels."""
 
 import inspect
 import logging
@@ -28,7 +28,7 @@ CACHE_BYTES = 2**30
 CONVOLUTIONAL = (UNet2DConditionModel, AutoencoderKL)
 MAX_LEVELS_APART = 1  # of 255, in a constant image
 
-# the arguments of a pipeline's call that stand for a prompt, each `(1, ...)`
+# the arguments of a pipeline's call for a prompt, each `(1, ...)`
 Embeddings = dict[str, torch.Tensor]
 
 
@@ -36,12 +36,11 @@ def load_pipeline(
     generator: Generator, token: StyleToken | None, scheduler: str, dtype: torch.dtype, device: torch.device,
     lora: LoraAdapter | None = None, scheduler_config: dict | None = None,
 ) -> DiffusionPipeline:  # fmt: skip
-    """Return the pipeline with the style token in its vocabulary and the scheduler built from its own config.
+    """Return the pipeline with the style token in its vocabulary and a scheduler made from its own config.
 
-    An adapter is fused into its weights. `scheduler_config` are changes to that config. NaN and infinite weights are
-    found here, before an image is drawn: a redraw would not help.
-
-    Its VAE is in float32 where it overflows in float16. A safety checker stays. Only safetensors are loaded.
+    An adapter is fused into the weights. `scheduler_config` updates the scheduler's config. NaN and infinite weights
+    are found here, as redraws would not help. The VAE is in float32 if it overflows in float16. A safety checker stays.
+    Only safetensors are loaded.
 
     Raises:
         UserError: a part of the pipeline cannot be loaded; token or adapter do not fit it; a weight is not finite.
@@ -54,16 +53,16 @@ def load_pipeline(
             f"they are for {' and '.join(titles)}."
         )
     dtypes = {"default": dtype}
-    # the VAE's class says true where its config says nothing; bfloat16 has the range of float32
+    # true is the default of the VAE's class; bfloat16 has the range of float32
     if dtype == torch.float16 and "vae" in generator.parts and generator.config("vae").get("force_upcast", True):
         dtypes["vae"] = torch.float32
-    # of parts that have both, diffusers then loads this one, too
+    # for parts that have both, diffusers loads this variant
     variant = next((variant for variant in generator.variants.values() if variant), None)
     with source.reading("its pipeline cannot be loaded from safetensors", also=PROBLEMS):
         pipe = AutoPipelineForText2Image.from_pretrained(
             source.name, dtype=dtypes, use_safetensors=True, variant=variant, **source.load_options()
         )
-        pipe.to(device)  # of weights that were missing there is nothing to move
+        pipe.to(device)  # fails if weights are missing
     if "vae" in dtypes:
         for part in pipe.vae.children():
             part.register_forward_pre_hook(_in_float32)
@@ -73,12 +72,12 @@ def load_pipeline(
             "file is damaged, or its training diverged."
         )
     if lora is not None:
-        with _quiet(logging.CRITICAL):  # what they log as an error, they raise as well
+        with _quiet(logging.CRITICAL):  # logged errors are also raised
             lora.fuse(pipe)
         if (part := find_broken_part(pipe)) is not None:
             raise UserError(
                 f"{lora.source.flag} {lora.source.name}:{lora.scale:g}: with it the {part} has NaN or infinite "
-                "weights; give a smaller scale behind the colon."
+                "weights; give a smaller scale after the colon."
             )
     if token is not None:
         _add_style_token(pipe, generator.family, token)
@@ -88,11 +87,11 @@ def load_pipeline(
 
 
 def find_broken_part(pipe: DiffusionPipeline) -> str | None:
-    """Return the name of a pipeline's part with NaN or infinite weights, None where no part has any."""
+    """Return the name of a part with NaN or infinite weights; None if there is none."""
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
             weights = [weight for weight in part.parameters() if weight.is_floating_point() and weight.numel()]
-            # NaN is in the extremes, too; on a CPU a tenth of the time of `isfinite`
+            # extremes show NaN too, in a tenth of the time of `isfinite` on a CPU
             extremes = [extreme.float() for weight in weights for extreme in torch.aminmax(weight.detach())]
             if extremes and not torch.stack(extremes).isfinite().all():
                 return name
@@ -100,7 +99,7 @@ def find_broken_part(pipe: DiffusionPipeline) -> str | None:
 
 
 def _in_float32(part, arguments: tuple) -> tuple:
-    """Cast what goes into a part of the VAE: most pipelines hand it latents of their own precision."""
+    """Cast the inputs of a part of the VAE: most pipelines pass latents in their own precision."""
     return tuple(value.float() if value.is_floating_point() else value for value in arguments)
 
 
@@ -110,7 +109,7 @@ def _add_style_token(pipe: DiffusionPipeline, family: Family, token: StyleToken)
     if not all(value.isfinite().all() for value in rows):
         raise UserError(
             f"--learned_embeds {token.id}: has NaN or infinite embeddings: the file is damaged, or its training "
-            "diverged; learn it again."
+            "diverged; train it again."
         )
     shapes = [tuple(value.shape) for value in rows]
     wanted = [(token.num_vectors, text_encoder.config.hidden_size) for _, text_encoder in parts]
@@ -126,11 +125,10 @@ def _add_style_token(pipe: DiffusionPipeline, family: Family, token: StyleToken)
 
 
 class PromptCache:
-    """Prompts into a pipeline's embeddings, each encoded alone, so that they do not depend on a batch.
+    """Encodes prompts, each one alone, so that embeddings do not depend on the batch.
 
-    Embeddings are kept in the host's memory until `max_bytes` are full (8,000 prompts of Stable Diffusion in half
-    precision, 250 of FLUX), and then no others: classes come round in turns, where keeping the latest used would
-    throw each one out just before its next use.
+    The first `max_bytes` of embeddings are kept in host memory (8,000 prompts of Stable Diffusion in half precision,
+    250 of FLUX). As classes alternate, a cache of the latest ones would drop each embedding just before its next use.
     """
 
     def __init__(self, pipe: DiffusionPipeline, negative_prompt: str, max_bytes: int = CACHE_BYTES):
@@ -172,17 +170,17 @@ class PromptCache:
         if "do_classifier_free_guidance" in parameters:
             arguments["do_classifier_free_guidance"] = is_negative
         if is_negative:
-            # None and "" are not the same: Stable Diffusion XL takes zeros for None
+            # None and "" differ: Stable Diffusion XL uses zeros for None
             arguments["negative_prompt"] = self.negative_prompt or None
         values = dict(zip(self.names, self.pipe.encode_prompt(**arguments)))
         return {name: value for name, value in values.items() if name.startswith("negative") == is_negative}
 
 
 class Sampler:
-    """Draws batches with a pipeline, `num_at_a_time` images at a time: fewer from the first time that memory is short.
+    """Draws batches with a pipeline, `num_at_a_time` images at a time, and fewer once memory runs out.
 
-    Every call of the pipeline has just as many images, the last one repeated where there are fewer: another number
-    would be computed by other kernels, and compiled once more.
+    Every call of the pipeline has exactly that number, with the last image repeated if needed: another number would use
+    other kernels, and be compiled again.
     """
 
     def __init__(
@@ -195,28 +193,28 @@ class Sampler:
         self.num_at_a_time = num_at_a_time
         self.settings = {"height": resolution, "width": resolution, "num_inference_steps": num_inference_steps}
         self.family = FAMILIES.get(type(pipe).__name__, OTHER)
-        # what `encode_prompt` returns differs from pipeline to pipeline: others get their prompts as text
+        # results of `encode_prompt` differ between pipelines: unknown ones get their prompts as text
         self.cache = PromptCache(pipe, negative_prompt) if self.family.prompt_embeddings else None
         pipe.set_progress_bar_config(disable=True)
         for part in pipe.components.values():
-            # a gain for convolutions in half precision on a GPU; on a CPU it cost 0 to 5 % of a run
+            # faster for convolutions in half precision on a GPU; on a CPU it was 0 to 5% slower
             if isinstance(part, CONVOLUTIONAL) and pipe.device.type == "cuda":
                 part.to(memory_format=torch.channels_last)
         if compile_model:
-            # Inductor's `freezing` is no faster on a CPU, and costs a copy of the weights
+            # Inductor's `freezing` is not faster on a CPU, and needs a copy of the weights
             denoiser = find_denoiser(pipe)
             denoiser.forward = torch.compile(denoiser.forward, backend=compile_backend, dynamic=False)
-        # outside what is compiled: it counts steps
+        # outside the compiled part, as it counts steps
         self.interval = GuidanceInterval(pipe, *guidance_interval) if guidance_interval else None
 
     def draw(self, prompts: list[str], seeds: list[int], guidance_scale: float) -> tuple[np.ndarray, list[str | None]]:
-        """Return the pixels of images, uint8 `(batch, height, width, 3)`, and what is wrong with each, None if nothing.
+        """Return the pixels of images, uint8 `(batch, height, width, 3)`, and the problem of each (None: a good image).
 
-        An image's noise comes from a CPU generator with its own seed: the same on every device and in every batch.
-        A bad image's pixels mean nothing.
+        An image's noise comes from a CPU generator with its own seed, so it is the same on every device and in every
+        batch. The pixels of bad images are undefined.
 
         Raises:
-            UserError: not even one image at a time fits in memory.
+            UserError: a single image does not fit in memory.
         """
         pixels, problems = [], []
         while len(problems) < len(prompts):
@@ -230,7 +228,7 @@ class Sampler:
         return np.concatenate(pixels), problems
 
     def _try_to_draw(self, prompts: list[str], seeds: list[int], guidance_scale: float):
-        """Return pixels and problems of at most `num_at_a_time` images, None where that is too many for the memory."""
+        """Return pixels and problems of at most `num_at_a_time` images; None if memory runs out."""
         size, padding = len(prompts), self.num_at_a_time - len(prompts)
 
         def draw() -> tuple[np.ndarray, list[str | None]]:
@@ -250,7 +248,7 @@ class Sampler:
                 **self._prompt_arguments(prompts, guidance_scale), **self.settings, guidance_scale=guidance_scale,
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds], output_type="pt",
             )  # fmt: skip
-        # only some pipelines have a safety checker, and not all of those have one loaded
+        # not all pipelines have a safety checker
         return output.images, output.get("nsfw_content_detected") or [False] * len(prompts)
 
     def _prompt_arguments(self, prompts: list[str], guidance_scale: float) -> dict:
@@ -263,16 +261,16 @@ class Sampler:
     def _halve(self) -> None:
         if self.num_at_a_time == 1:
             raise UserError(
-                f"--resolution {self.settings['height']}: not even one image at a time fits in the memory of "
-                f"{self.pipe.device}; lower it, or draw in half precision (accelerate launch --mixed_precision bf16)."
+                f"--resolution {self.settings['height']}: a single image does not fit in the memory of "
+                f"{self.pipe.device}; lower it, or draw in half precision (--mixed_precision bf16)."
             )
         fewer = self.num_at_a_time // 2
-        logger.warning("Out of memory with %d images at a time: from now on %d.", self.num_at_a_time, fewer)
+        logger.warning("Out of memory with %d images at a time; continuing with %d.", self.num_at_a_time, fewer)
         self.num_at_a_time = fewer
 
 
 def load_sampler(sources: Sources, settings: dict, accelerator: Accelerator) -> Sampler:
-    """Load the generator with the style token onto this process's device; `settings` are those of the set."""
+    """Load the generator with the style token on this process's device; `settings` are those of the set."""
     dtype = DTYPES[accelerator.mixed_precision]
     pipe = load_pipeline(
         sources.generator, sources.token, settings["scheduler"], dtype, accelerator.device, sources.lora,
@@ -286,16 +284,16 @@ def load_sampler(sources: Sources, settings: dict, accelerator: Accelerator) -> 
 
 
 def find_problems(pixels: torch.Tensor, flags: list[bool]) -> tuple[torch.Tensor, list[str | None]]:
-    """Return a batch's levels, and for each image what is wrong with it: None for a good one.
+    """Return a batch's levels and the problem of each image (None: a good image).
 
-    `pixels` are `(batch, 3, height, width)` in [0, 1], of any dtype on any device; the levels are uint8 there, rounded
-    to the nearest. `flags` is the safety checker's word. Only an image whose channels are each equal to within one of
-    255 levels counts as constant: dark or pale images are real. An image that is no number has undefined levels.
+    `pixels` are `(batch, 3, height, width)` in [0, 1], of any dtype on any device; the levels are uint8, rounded to the
+    nearest. `flags` are the safety checker's. An image counts as constant only if each channel is equal to within one
+    of 255 levels, as dark and pale images can be real. The levels of an image with NaN are undefined.
     """
     # not in half precision, which has fewer levels than a byte
     levels = (pixels.float() * 255).round()
     highest, lowest = levels.amax((2, 3)), levels.amin((2, 3))
-    # one copy to the host for all figures; NaN and infinity show in the sums of extremes
+    # one copy to the host for all figures; NaN and infinity show in the extremes
     figures = torch.stack([highest.amax(1), (highest - lowest).amax(1)]).tolist()
     problems = [_describe(*values, flagged) for *values, flagged in zip(*figures, flags, strict=True)]
     return levels.nan_to_num(0).to(torch.uint8), problems
@@ -313,7 +311,7 @@ def _describe(highest: float, spread: float, flagged: bool) -> str | None:
 
 @contextmanager
 def _quiet(level: int = logging.ERROR) -> Iterator[None]:
-    """Keep the libraries from a warning at every cut prompt and flagged image: these are told once, and counted."""
+    """Silence the libraries' warnings at every truncated prompt and flagged image, which are counted instead."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     levels = [library.level for library in loggers]
     for library in loggers:

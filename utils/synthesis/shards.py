@@ -1,4 +1,4 @@
-"""Parquet shards that `load_dataset` understands: written whole or not at all, and verified on a restart."""
+"""Parquet shards for `load_dataset`: written whole or not at all, and verified on a restart."""
 
 import hashlib
 import io
@@ -25,12 +25,12 @@ from utils.synthesis.plan import GenerationPlan
 
 logger = logging.getLogger(__name__)
 
-ROW_GROUP_SIZE = 100  # rows that a reader of a stream must load at a time
+ROW_GROUP_SIZE = 100  # rows that a streaming reader must load at once
 NUM_THREADS = min(16, num_cores())
 
 
 def synthetic_features(class_names: list[str]) -> Features:
-    """Return the columns of a synthetic set; the label has the real set's names in the real set's order."""
+    """Return the columns of a synthetic set; labels have the real set's names, in its order."""
     return Features({
         "image": Image(), "label": ClassLabel(names=list(class_names)), "prompt": Value("string"),
         "seed": Value("int64"), "guidance_scale": Value("float32"), "class_index": Value("int64"),
@@ -38,13 +38,13 @@ def synthetic_features(class_names: list[str]) -> Features:
 
 
 def shard_name(number: int) -> str:
-    """Return a shard's path in the set's folder; without a total, so that a set can grow."""
+    """Return a shard's path in the set's folder, without the total number, so that a set can grow."""
     return f"{DATA_DIR}/train-{number:05d}.parquet"
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of one plan in a folder. `fingerprint` is that of all settings; it is in every shard's footer."""
+    """The shards of a plan in a folder. `fingerprint` is that of all settings, and is in every shard's footer."""
 
     output_dir: Path
     plan: GenerationPlan
@@ -57,11 +57,11 @@ class Shards:
     def write(self, number: int, rows: Iterable[dict], num_redraws: dict[str, int], images_at_a_time: int) -> None:
         """Write a shard under a temporary name, flush it to disk, note its checksum and rename it.
 
-        `num_redraws` says how often images of each class were drawn again, `images_at_a_time` in which batches.
+        `num_redraws` counts the redraws of each class; `images_at_a_time` is the actual batch size.
         """
         path = self.path(number)
         temporary = path.with_name(f".{path.name}.tmp")
-        # arrow_schema carries the features in its metadata; without it load_dataset gives dicts and plain integers
+        # the schema's metadata has the features; without them load_dataset gives dicts and plain integers
         schema = synthetic_features(self.class_names).arrow_schema
         footer = {
             "fingerprint": self.fingerprint, "shard": number, "num_redraws": num_redraws,
@@ -76,24 +76,24 @@ class Shards:
                     writer.add_key_value_metadata({FOOTER_KEY: json.dumps(footer, sort_keys=True)})
                 file.flush()
                 os.fsync(file.fileno())
-            # the note comes first: a shard that is there always has one
+            # the note is written first, so that every shard has one
             self._note(number, temporary, _sha256(temporary))
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
     def find_missing(self) -> list[int]:
-        """Return the numbers of the shards that must be made: not there, torn, or not of this plan."""
+        """Return the numbers of the shards to draw: missing, incomplete, or not of this plan."""
         with ThreadPoolExecutor(NUM_THREADS) as threads:  # hashing releases the interpreter
-            if num_taken_up := sum(threads.map(self._take_up, range(self.plan.num_shards))):
-                logger.warning("%d shard(s) without a checksum were read in full and are kept.", num_taken_up)
+            if num_taken_up := sum(threads.map(self._adopt, range(self.plan.num_shards))):
+                logger.warning("%d shard(s) without a checksum are intact and are kept.", num_taken_up)
             finished = threads.map(self.is_finished, range(self.plan.num_shards))
             return [number for number, is_finished in enumerate(finished) if not is_finished]
 
     def is_finished(self, number: int) -> bool:
-        """Say whether a shard holds exactly the plan's images, byte for byte as it was written.
+        """Return whether a shard holds exactly the plan's images, byte for byte as written.
 
-        A file whose size and time are as they were noted is not read again.
+        A file whose size and time match its note is not read again.
         """
         path = self.path(number)
         try:
@@ -110,31 +110,31 @@ class Shards:
         return self._is_of_plan(number)
 
     def find_finished(self) -> list[str]:
-        """Return the paths, in the folder, of the finished shards."""
+        """Return the relative paths of the finished shards."""
         return [shard_name(number) for number in range(self.plan.num_shards) if self.is_finished(number)]
 
     def describe_progress(self) -> str:
-        """Say how many shards are finished."""
+        """Describe how many shards are finished."""
         return f"{len(self.find_finished())} of {self.plan.num_shards} shards are finished and kept"
 
     def check_no_foreign_files(self) -> None:
-        """Check that the folder has no files that `load_dataset` would mix into the set.
+        """Check that the folder has no other files that `load_dataset` would add to the set.
 
         Raises:
-            UserError: it has; the message names the first.
+            UserError: it does; the message names the first.
         """
         ours = {self.path(number) for number in range(self.plan.num_shards)}
         for path in sorted((self.output_dir / DATA_DIR).glob("train-*")):
             if path not in ours:
                 raise UserError(
-                    f"--output_dir {self.output_dir}: {path} is no shard of this set and would be loaded with it; "
+                    f"--output_dir {self.output_dir}: {path} is not a shard of this set and would be loaded with it; "
                     "move it away."
                 )
 
     def summarise(self) -> dict:
-        """Return what the footers of the finished shards say: redraws of each class, and the batches really drawn.
+        """Return the redraws of each class and the actual batch size, from the footers of the finished shards.
 
-        `images_at_a_time` is smaller than the plan's batch size where memory was too small for it.
+        `images_at_a_time` is smaller than the plan's batch size if memory ran out.
         """
         redraws, images_at_a_time = Counter(), self.plan.batch_size
         for number in range(self.plan.num_shards):
@@ -151,13 +151,13 @@ class Shards:
         write_text(self.output_dir / CHECKSUMS, "".join(lines))
 
     def _is_of_plan(self, number: int) -> bool:
-        """Say whether a file has the footer, and as many rows, as this plan's shard."""
+        """Return whether a file has the footer and the number of rows of this plan's shard."""
         footer, num_rows = read_footer(self.path(number)) or ({}, 0)
         expected = self.fingerprint, number, len(self.plan.shard(number))
         return (footer.get("fingerprint"), footer.get("shard"), num_rows) == expected
 
-    def _take_up(self, number: int) -> bool:
-        """Note the checksum of a shard that has none, and of which all can be read; say whether that is so."""
+    def _adopt(self, number: int) -> bool:
+        """Note the checksum of an intact shard without one; return whether there was such a shard."""
         path = self.path(number)
         if self._read_note(number) is not None or not self._is_of_plan(number) or not _is_whole(path):
             return False
@@ -167,7 +167,7 @@ class Shards:
     def _note(self, number: int, path: Path, sha256: str) -> None:
         stat, note_path = path.stat(), self._note_path(number)
         temporary = note_path.with_name(f".{note_path.name}.tmp")
-        # not by write_text, which would make the folder
+        # not with write_text, which would make the folder
         temporary.write_text(json.dumps({"sha256": sha256, "num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}))
         os.replace(temporary, note_path)
 
@@ -175,7 +175,7 @@ class Shards:
         try:
             return json.loads(self._note_path(number).read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
-            # a folder that was downloaded or copied without its hidden files has the list only
+            # a folder that was downloaded or copied without hidden files has only the list
             sha256 = self._listed_checksums.get(shard_name(number))
             return None if sha256 is None else {"sha256": sha256, "num_bytes": None, "mtime_ns": None}
 
@@ -190,12 +190,12 @@ class Shards:
 
 
 def _is_whole(path: Path) -> bool:
-    """Say whether all rows of a shard can be read, and all images in them."""
+    """Return whether all rows of a shard, and all their images, can be read."""
     try:
-        for rows in pq.ParquetFile(path).iter_batches(batch_size=10):  # a few at a time: each thread holds so many
+        for rows in pq.ParquetFile(path).iter_batches(batch_size=10):  # few, as each thread holds this many
             for row in rows.to_pylist():
                 PILImage.open(io.BytesIO(row["image"]["bytes"])).load()
-    except (OSError, pa.ArrowException, SyntaxError):  # the last of Pillow, for a PNG
+    except (OSError, pa.ArrowException, SyntaxError):  # SyntaxError comes from Pillow, for PNG files
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""What a synthetic set is made from: generator, class names, style token. Read from records, before any model loads."""
+"""The sources of a synthetic set: generator, class names, style token. Read from records, before any model loads."""
 
 import hashlib
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from utils.cli.parsing import suggestion
 from utils.cli.records import DSI_CONFIG, read_record
 from utils.data.arguments import RealDataArguments
 from utils.data.class_names import match_class_names, prompt_nouns, read_class_names, read_class_names_file
-from utils.data.prompts import DSI_TEMPLATE, PLAIN_TEMPLATE
+from utils.data.prompts import AS_WRITTEN, AUTO, DSI_TEMPLATE, PLAIN_TEMPLATE
 from utils.hub.repositories import open_source
 from utils.style.families import LEARNED_EMBEDS, OWN_SCHEDULER
 from utils.synthesis.few_steps import FewSteps
@@ -25,7 +25,7 @@ TOKEN = "a style token of train_dsi.py"
 
 @dataclass(frozen=True)
 class StyleToken:
-    """A learned token: its file, and where that came from."""
+    """A learned token: its file and its origin."""
 
     id: str
     revision: str | None
@@ -41,11 +41,11 @@ class StyleToken:
 
 @dataclass(frozen=True)
 class Sources:
-    """Everything the images depend on besides the sampling settings.
+    """Everything that the images depend on, besides the sampling settings.
 
-    `chosen_nouns` are the classes whose noun comes from --class_names_file. `real_images` is the record of the real
-    set, None when only its class names are known; `train_indices` are the rows of it that the token has seen. `lora`
-    is an adapter of the generator.
+    `chosen_nouns` are the classes whose nouns come from --class_names_file. `real_images` is the record of the real
+    set, None if only class names are known; `train_indices` are its rows that the token was trained on. `article` is
+    that of the prompts that the token was trained with. `lora` is an adapter of the generator.
     """
 
     generator: Generator
@@ -55,15 +55,16 @@ class Sources:
     real_images: dict | None
     resolution: int
     prompt_templates: list[str]
+    article: str = AUTO
     token: StyleToken | None = None
     train_indices: list[int] | None = None
     lora: LoraAdapter | None = None
 
     @cached_property
     def few_steps(self) -> FewSteps | None:
-        """How the generator wants to be sampled, with its adapter; None where it is not distilled for few steps."""
+        """How to sample the generator with its adapter; None if they are not distilled for few steps."""
         few_steps = self.lora and self.lora.few_steps
-        if few_steps and not self.generator.family.scales_model_input:  # flow matching has schedulers of its own
+        if few_steps and not self.generator.family.scales_model_input:  # flow matching needs its own schedulers
             few_steps = replace(few_steps, scheduler=OWN_SCHEDULER, scheduler_config={}, guidance_scale=None)
         return few_steps or self.generator.few_steps
 
@@ -74,11 +75,11 @@ class Sources:
 
     @property
     def placeholder(self) -> tuple[str | None, int]:
-        """How the style token is written in a prompt, and its number of vectors; None and 1 without one."""
+        """The style token's placeholder in prompts, and its number of vectors; None and 1 without a token."""
         return (self.token.placeholder_token, self.token.num_vectors) if self.token else (None, 1)
 
     def check_unchanged(self, settings: dict) -> None:
-        """Check that generator and token are still those of a set's settings.
+        """Check that generator, token and adapter still match a set's settings.
 
         Raises:
             UserError: one of them was replaced.
@@ -91,13 +92,13 @@ class Sources:
         for name, value in now.items():
             if settings.get(name, value) != value:
                 raise UserError(
-                    f"{self.generator.prefix} {name} was {settings[name]}, now {value}: was replaced while images were "
-                    "drawn; the finished shards are of what was there before. Put that back to go on, or name another "
+                    f"{self.generator.prefix} {name} was {settings[name]}, now {value}: replaced while images were "
+                    "drawn; the finished shards are from before. Restore it to continue, or choose another "
                     "--output_dir."
                 )
 
     def names_of(self, labels: Iterable[int]) -> tuple[list[str], list[str]]:
-        """Return the names and the nouns of some classes."""
+        """Return the names and nouns of some classes."""
         return [self.class_names[label] for label in labels], [self.prompt_nouns[label] for label in labels]
 
 
@@ -105,12 +106,12 @@ def read_token_sources(
     learned_embeds: str, revision: str | None = None, use_style_token: bool = True, class_names_file: str | None = None,
     hub_token: str | None = None,
 ) -> Sources:  # fmt: skip
-    """Return the sources that a style token's record names; without `use_style_token`, all of them but the token.
+    """Return the sources in a style token's record; without `use_style_token`, all but the token.
 
-    Nouns of `class_names_file` take the place of those that the token was trained with.
+    Nouns in `class_names_file` replace those that the token was trained with.
 
     Raises:
-        UserError: neither folder nor repository, a file or an entry is missing, no class names.
+        UserError: the token is neither a folder nor a repository, or lacks a file, an entry or class names.
     """
     source = open_source(learned_embeds, "--learned_embeds", revision=revision, token=hub_token)
     record = read_record(source.file(DSI_CONFIG, TOKEN))
@@ -128,11 +129,12 @@ def read_token_sources(
         generator = open_generator(base_model["id"], flag, base_model["revision"], hub_token)
         nouns = prompt_nouns(class_names, trained_with | chosen)
         without_token = Sources(
-            generator, class_names, nouns, set(chosen), record["real_images"], record["resolution"], [PLAIN_TEMPLATE]
-        )
+            generator, class_names, nouns, set(chosen), record["real_images"], record["resolution"], [PLAIN_TEMPLATE],
+            record.get("article", AS_WRITTEN),  # earlier versions had no other
+        )  # fmt: skip
         if not use_style_token:
             return without_token
-        # images are drawn for the templates that have a place for the class name
+        # images are drawn only from templates that name the class
         templates = [template for template in record.get("prompt_templates", []) if "{class}" in template]
         return replace(
             without_token, prompt_templates=templates or [DSI_TEMPLATE], token=token,
@@ -146,19 +148,19 @@ def read_plain_sources(
     pretrained_model_name_or_path: str, revision: str | None, real_data: RealDataArguments | None,
     class_names_file: str | None = None, hub_token: str | None = None,
 ) -> Sources:  # fmt: skip
-    """Return the sources for images without a style token: a generator, and class names.
+    """Return the sources for images without a style token: a generator and class names.
 
-    They are those of a real set, or, without one, those of `class_names_file` in the order of their label ids.
+    Class names are those of a real set or, without one, of `class_names_file`, in the order of their label ids.
 
     Raises:
-        UserError: the generator is neither folder nor repository; what `load_labelled_splits` raises.
+        UserError: the generator is neither a folder nor a repository; or from `load_labelled_splits`.
     """
     generator = open_generator(pretrained_model_name_or_path, "--pretrained_model_name_or_path", revision, hub_token)
     if real_data is None:
         chosen = read_class_names(class_names_file)
         class_names, record = list(chosen), None
     else:
-        # not at the top: datasets takes seconds to import, and with a token it is not needed before sampling
+        # imported late: datasets takes seconds, and with a token it is not needed before sampling
         from utils.data.image_set import RealImagesRecord
         from utils.data.real_images import load_labelled_splits
 
@@ -178,10 +180,10 @@ def _sha256(path: Path) -> str:
 
 
 def find_labels(classes: list[str] | None, excluded: list[str] | None, class_names: list[str]) -> tuple[int, ...]:
-    """Return the labels of --classes, of all classes when it is not given, without --exclude_classes; in label order.
+    """Return the labels of --classes (default: all) without --exclude_classes, in label order.
 
     Raises:
-        UserError: there is no such class, or it is not clear which one is meant; a class is in both; none is left.
+        UserError: a class is unknown or ambiguous, or is in both; no class is left.
     """
     left_out = _find_classes(excluded or [], class_names, "--exclude_classes")
     chosen = set(class_names) - left_out
@@ -189,8 +191,8 @@ def find_labels(classes: list[str] | None, excluded: list[str] | None, class_nam
         chosen = _find_classes(classes, class_names, "--classes")
         if chosen & left_out:
             raise UserError(
-                f"--classes {' '.join(sorted(chosen & left_out))}: also in --exclude_classes (of the flags or the "
-                "recipe); name a class in one of the two."
+                f"--classes {' '.join(sorted(chosen & left_out))}: also in --exclude_classes (as a flag or in the "
+                "recipe); name each class in only one of them."
             )
     if not chosen:
         raise UserError(f"--exclude_classes {' '.join(excluded)}: no class is left to draw.")

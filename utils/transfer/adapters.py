@@ -1,4 +1,4 @@
-"""LoRA by peft: one adapter with its head through both stages, saved beside the merged weights, and loaded again."""
+"""LoRA with peft: one adapter and head for both stages, saved next to the merged weights and checked by reloading."""
 
 import copy
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ MAX_RELATIVE_DIFFERENCE = 1e-3  # of logits; merging rounds weights, about 1e-6 
 class LoraSettings:
     """A low-rank update of `r` per layer, scaled by `alpha / r`; `dropout` in [0, 1) acts on its input.
 
-    `target_modules` are full names of layers or the ends of such, as in peft. None takes all linear layers and
-    convolutions outside the head, whatever the architecture.
+    `target_modules` are full names of layers or endings of names, as in peft. None takes all linear layers and
+    convolutions outside the head, for any architecture.
     """
 
     r: int = 16
@@ -34,12 +34,12 @@ class LoraSettings:
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int, *, revision: str | None = None) -> PeftModel:
-    """Return the classifier with a fresh LoRA adapter drawn from `seed`; only that and the whole head are trained.
+    """Return the classifier with a fresh LoRA adapter drawn from `seed`; only the adapter and the head are trained.
 
-    `revision` is that of the checkpoint, which the adapter will need again.
+    `revision` is the checkpoint's; it is saved with the adapter, which loads on this checkpoint.
 
     Raises:
-        UserError: no layer has such a name, or one of them cannot take an adapter.
+        UserError: a name of `target_modules` matches no layer, or a layer that cannot take an adapter.
 
     Source: LoRA, Hu et al. 2022.
     """
@@ -53,10 +53,10 @@ def add_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int, *, revisi
 
 
 def _target_modules(model: PreTrainedModel, ends: list[str] | None) -> list[str]:
-    """Return the layers whose names end so, of those outside the head that peft can both train and merge.
+    """Return the layers outside the head whose names have these endings, if peft can both train and merge them.
 
-    Grouped convolutions cannot be merged; of dilation and padding mode peft knows nothing, and nothing of layers that
-    are torch's but for a forward pass of their own (timm's padding as in TensorFlow, standardised weights).
+    peft cannot merge grouped convolutions, ignores dilation and padding mode, and does not know subclasses of torch
+    layers with their own forward pass (timm's TensorFlow padding, standardised weights).
     """
     head = head_module_names(model)
     adaptable = [name for name, module in model.named_modules() if name not in head and _is_adaptable(module)]
@@ -66,9 +66,9 @@ def _target_modules(model: PreTrainedModel, ends: list[str] | None) -> list[str]
     for end, found in names.items():
         refused = sorted(set(found) - set(adaptable))
         if refused or not found:
-            problem = f"{', '.join(refused)} cannot take an adapter" if refused else "there is no such layer"
+            problem = f"{', '.join(refused)} cannot take an adapter" if refused else "no such layer"
             examples = ", ".join(adaptable[:5])
-            raise UserError(f"--lora_target_modules {end}: {problem}; of those that can, the first are {examples}.")
+            raise UserError(f"--lora_target_modules {end}: {problem}; layers that can: {examples}, ...")
     return [name for found in names.values() for name in found]
 
 
@@ -79,21 +79,21 @@ def _is_adaptable(module: nn.Module) -> bool:
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """Return the classifier with the adapter and the head from a folder, both to be trained on."""
+    """Return the classifier with the adapter and the head from a folder, both trainable."""
     return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
     """Write adapter and head as safetensors, with the base checkpoint's name and commit in `adapter_config.json`."""
     model.save_pretrained(str(folder))
-    (Path(folder) / "README.md").unlink()  # peft's card is a form to fill in
+    (Path(folder) / "README.md").unlink()  # peft's card is an empty form
 
 
 def save_merged(model: PeftModel, image_processor, output_dir: str | Path) -> None:
-    """Write a plain classifier with merged weights, and in `adapter/` what was trained; load both again and compare.
+    """Write a plain classifier with merged weights, and the adapter in `adapter/`; reload both and compare.
 
-    The first loads like any checkpoint. The second goes onto the base checkpoint, whose name and commit are in its
-    `adapter_config.json`, with the classes of the first:
+    The classifier loads like any checkpoint. The adapter loads on the base checkpoint, whose name and commit are in
+    `adapter_config.json`, with the classes of the classifier:
 
         config = AutoConfig.from_pretrained(output_dir)
         base = AutoModelForImageClassification.from_pretrained(base_id, config=config, ignore_mismatched_sizes=True)
@@ -102,18 +102,18 @@ def save_merged(model: PeftModel, image_processor, output_dir: str | Path) -> No
     The model is left in eval mode.
 
     Raises:
-        AssertionError: one of the two does not predict what the model does.
+        AssertionError: one of the two does not predict the same as the model.
     """
     adapter_dir = Path(output_dir) / ADAPTER_DIR
     save_adapter(model, adapter_dir)
-    # of other sizes is the head, and the adapter brings its own; the rest was loaded before
+    # only the head differs in size, and the adapter brings its own; the rest was loaded before
     base = AutoModelForImageClassification.from_pretrained(
         model.get_base_model().name_or_path, config=copy.deepcopy(model.get_base_model().config),
         ignore_mismatched_sizes=True, dtype=torch.float32, revision=model.peft_config["default"].revision,
         local_files_only=True,
     )  # fmt: skip
     adapted = PeftModel.from_pretrained(base, str(adapter_dir))
-    # without the adapter's forward pass, which mixed precision may have wrapped
+    # not through the adapter's forward pass, which mixed precision may have wrapped
     expected = _logits(model.get_base_model(), image_processor)
     _check_same(expected, _logits(adapted.get_base_model(), image_processor), adapter_dir)
     save_classifier(adapted.merge_and_unload(), image_processor, output_dir)
@@ -123,7 +123,7 @@ def save_merged(model: PeftModel, image_processor, output_dir: str | Path) -> No
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, image_processor) -> torch.Tensor:
-    """Return logits of a fixed random batch, on the CPU, where float32 is not rounded to less."""
+    """Return logits of a fixed random batch, on the CPU, which computes in full float32."""
     size = (NUM_CHECKED_IMAGES, 3, *read_image_format(image_processor).size)
     device = model.device
     logits = model.eval().to("cpu")(pixel_values=torch.randn(size, generator=torch.Generator().manual_seed(0))).logits
@@ -134,4 +134,4 @@ def _logits(model: PreTrainedModel, image_processor) -> torch.Tensor:
 def _check_same(expected: torch.Tensor, found: torch.Tensor, folder: str | Path) -> None:
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
     # written so that it fails on NaN
-    assert difference <= MAX_RELATIVE_DIFFERENCE, f"{folder}: loaded again, logits differ by {difference:.2g} of theirs"
+    assert difference <= MAX_RELATIVE_DIFFERENCE, f"{folder}: logits differ by {difference:.2g} after reloading"

@@ -1,9 +1,8 @@
-"""Alignment: a stage on synthetic images that makes their features, and those of unlabelled real ones, alike.
+"""Alignment: a stage on synthetic images that makes their features similar to those of unlabelled real images.
 
-Each synthetic image comes with a real one, whose label is left out. Both are augmented alike, also by Mixup, each kind
-within itself. They go through the model in one forward pass; the classes' loss is that of the synthetic images, and a
-loss on the features that enter the head is added to it. With BatchNorm in `train` mode, both kinds share the statistics
-of the batch.
+Each synthetic image is paired with a real one without its label. Both are augmented in the same way, with Mixup within
+each kind. They go through the model in one forward pass. The classification loss is on the synthetic images; a loss on
+the input features of the head is added. With BatchNorm in `train` mode, both kinds share the batch statistics.
 """
 
 import math
@@ -22,7 +21,7 @@ STEEPNESS = 10.0  # gamma of the paper's schedule
 
 @dataclass(frozen=True)
 class AlignedImages(ImagePair):
-    """The synthetic images of a stage, and the real ones to whose features it aligns theirs."""
+    """The synthetic images of a stage, and the real images to align their features with."""
 
     alignment: Alignment
 
@@ -35,7 +34,7 @@ class AlignedImages(ImagePair):
 
 
 class AlignedItems(PairedItems):
-    """All training items of a stage, in their order: synthetic ones, each with a real one as `real`, without label."""
+    """All training items of a stage in order: synthetic ones, each with an unlabelled real one as `real`."""
 
     def __getitem__(self, position: int) -> dict:
         return self.make(SYNTHETIC, position) | {"real": _unlabelled(self.make(REAL, position))}
@@ -54,11 +53,11 @@ def _unlabelled(item: dict) -> dict:
 
 
 class DomainClassifier(nn.Module):
-    """Tell features of synthetic images from those of real ones, and pull the features to where it cannot.
+    """Classify features as synthetic or real, with a reversed gradient that makes them indistinguishable.
 
-    Its layers are linear, ReLU, linear, with `HIDDEN_FEATURES` between them. It learns at the head's learning rate.
-    What its loss sends back to the features is reversed, times `weight` and the paper's lambda, which grows from 0 to
-    1 with the stage's steps; its own gradients are not weighted.
+    Its layers are linear, ReLU, linear, with `HIDDEN_FEATURES` hidden units. It learns at the head's learning rate. The
+    gradient of its loss on the features is reversed and multiplied by `weight` and the paper's lambda, which grows from
+    0 to 1 over the stage; the gradients of its own weights are not.
 
     Source: Domain-Adversarial Training of Neural Networks, Ganin et al. 2016, sections 4.2 and 5.2.2.
     """
@@ -81,12 +80,12 @@ class DomainClassifier(nn.Module):
 
 
 def reversal_factor(progress: float) -> float:
-    """Return lambda after a part of the steps in [0, 1]: 0 at first, then quickly near 1."""
+    """Return lambda for a progress in [0, 1]: 0 at the start, then quickly close to 1."""
     return 2 / (1 + math.exp(-STEEPNESS * progress)) - 1
 
 
 def reverse_gradient(features: torch.Tensor, factor: float) -> torch.Tensor:
-    """Return the same values, whose gradient reaches `features` times -`factor`."""
+    """Return the same values; their gradient is multiplied by -`factor` on the way back to `features`."""
     reversed_features = features.view_as(features)
     if reversed_features.requires_grad:
         reversed_features.register_hook(lambda gradient: -factor * gradient)
@@ -94,7 +93,7 @@ def reverse_gradient(features: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 class CovarianceDistance(nn.Module):
-    """The distance of the covariances of both kinds of features, of the batch of one process, times `weight`.
+    """The distance between the covariances of both kinds of features, within a process's batch, times `weight`.
 
     So, like Mixup, it depends on how the images of a step are divided into batches and processes.
 
@@ -111,14 +110,14 @@ class CovarianceDistance(nn.Module):
 
 
 def coral_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return ||C_1 - C_2||_F^2 / (4 d^2) of the covariances of features `(images, d)`; 0 where one is of one image."""
+    """Return ||C_1 - C_2||_F^2 / (4 d^2) for the covariances of features `(images, d)`; 0 if one has one image."""
     if min(len(first), len(second)) < 2:
         return 0.0 * (first.sum() + second.sum())
     return (first.T.cov() - second.T.cov()).square().sum() / (4 * first.shape[1] ** 2)
 
 
 def build_alignment(alignment: Alignment, num_features: int, seed: int) -> DomainClassifier | CovarianceDistance:
-    """Return the loss of an alignment; `seed` draws its weights, where it has some."""
+    """Return the loss of an alignment; `seed` draws its weights if it has any."""
     if alignment.kind == "adversarial":
         return DomainClassifier(num_features, alignment.weight, seed)
     return CovarianceDistance(alignment.weight)

@@ -1,8 +1,8 @@
-"""What training sees of an image: a crop, colours and Mixup by numbers drawn from (seed, epoch, index).
+"""Augmentation in training: crop, colours and Mixup, with random numbers drawn from (seed, epoch, index).
 
-The loader's workers decode and crop; colours, detail, noise and Mixup change whole batches on the model's device, by
-numbers that the worker drew. In colour and fine detail, synthetic images differ most from real ones, and a classifier
-must not learn classes by them.
+The loader's workers decode and crop. Colours, sharpness, noise and Mixup are applied to whole batches on the model's
+device, with numbers that the worker drew. Synthetic images differ from real ones most in colour and fine detail, which
+a classifier must not use to recognise classes.
 """
 
 import itertools
@@ -23,8 +23,8 @@ from utils.transfer.decoding import decode, open_image
 from utils.transfer.image_cache import DECODED
 from utils.transfer.image_format import ImageFormat, cut, normalise, process, read_image_format
 
-ROBUST_SCALE = (0.6, 1.0)  # smaller crops of few images miss what they show
-DEFAULT_SCALE = (0.08, 1.0)  # torchvision's, with which the other recipes were made
+ROBUST_SCALE = (0.6, 1.0)  # smaller crops of few images miss the object
+DEFAULT_SCALE = (0.08, 1.0)  # torchvision's, used by the other recipes
 JITTER = 0.4
 GRAY_PROBABILITY = 0.2
 SHARPNESS = 4.0
@@ -33,14 +33,15 @@ NOISE_OFFSETS = 2**20
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision's
 TOWARDS_BLACK, TOWARDS_MEAN, TOWARDS_GRAY = range(3)
 NUM_PASSES = 4
-SHUFFLE_BUFFER = 1_000  # rows of a stream, undecoded: some 50 MB
+SHUFFLE_BUFFER = 1_000  # undecoded rows of a stream: about 50 MB
 
 
 class TrainItems:
-    """Rows with an undecoded image into items: `pixel_values` `(3, height, width)` uint8, `labels` int.
+    """Turn rows with an undecoded image into items: `pixel_values` `(3, height, width)` uint8, `labels` int.
 
-    For `robust` augmentation with the `colours` that `BatchAugmentation` takes, for Mixup with each image's own weight
-    in [0.5, 1]. Where only the image processor can make its pixels, `pixel_values` are those, float32, colours changed.
+    With `robust` augmentation, items have `colours` for `BatchAugmentation`; with Mixup, each image's own weight in
+    [0.5, 1]. If training cannot repeat the image processor, `pixel_values` are its float32 output, after changes of
+    colour.
     """
 
     def __init__(
@@ -59,12 +60,12 @@ class TrainItems:
             item["colours"] = draw_colours(rng)
         if self.mixup_alpha > 0:
             weight = rng.beta(self.mixup_alpha, self.mixup_alpha)
-            # the larger part is the image's own: with independent weights, some images would vanish from the batch
+            # each image keeps the larger part: with independent weights, some images would vanish from the batch
             item["mixup_weight"] = np.float32(max(weight, 1 - weight))
         return item if self.image_format.processor is None else self._process(item)
 
     def _process(self, item: dict) -> dict:
-        """Return the item with what the image processor makes of its crop, which takes colours before it."""
+        """Return the item with the image processor's output for its crop, after changes of colour."""
         pixels = item["pixel_values"]
         if "colours" in item:
             colours = torch.from_numpy(item.pop("colours"))
@@ -74,13 +75,13 @@ class TrainItems:
 
 
 class TrainImages(torch.utils.data.Dataset):
-    """Training items, each drawn from (seed, epoch, index): the same at any batch size, worker and process count."""
+    """Training items drawn from (seed, epoch, index): the same for any batch size and number of workers, processes."""
 
     def __init__(self, images: datasets.Dataset, items: TrainItems, seed: int):
         self.images = undecoded(images)
         self.items = items
         self.seed = seed
-        # shared memory: workers that live on see the new epoch too
+        # shared memory: persistent workers see the new epoch too
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -94,10 +95,10 @@ class TrainImages(torch.utils.data.Dataset):
 
 
 class StreamedTrainImages(torch.utils.data.IterableDataset):
-    """Training items of a stream, without end: epoch after epoch, in each through a shuffle buffer of its own.
+    """Training items of a stream, without end: epoch after epoch, each with its own shuffle buffer.
 
     Processes and their workers divide the stream. Items are drawn from (seed, epoch, process, worker, position): the
-    same again at the same number of processes and workers.
+    same for the same numbers of processes and workers.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class StreamedTrainImages(torch.utils.data.IterableDataset):
 
     @property
     def max_workers(self) -> int:
-        """Return how many workers of a process can have a part of the stream."""
+        """The largest number of workers per process that can share the stream."""
         return self._epoch_images(0).num_shards
 
     def __iter__(self) -> Iterator[dict]:
@@ -119,15 +120,15 @@ class StreamedTrainImages(torch.utils.data.IterableDataset):
         reader = (self.process_index, worker.id if worker else 0)
         for epoch in itertools.count():
             position = -1
-            # datasets itself gives each worker its part
+            # datasets gives each worker its part
             for position, row in enumerate(self._epoch_images(epoch)):
                 try:
                     item = self.items.make(row, self.seed, epoch, *reader, position)
-                except Exception as error:  # on damaged files Pillow raises nearly anything
+                except Exception as error:  # Pillow raises many kinds of errors for damaged files
                     raise UserError(
-                        f"--streaming: a synthetic image is damaged ({describe_error(error)}), number {position} of "
-                        f"epoch {epoch}, file {(row['image'] or {}).get('path')}; without --streaming it is named "
-                        "by its row, or left out by --skip_bad_images."
+                        f"--streaming: a synthetic image is damaged ({describe_error(error)}): number {position} of "
+                        f"epoch {epoch}, file {(row['image'] or {}).get('path')}; without --streaming, its row is "
+                        "named, or --skip_bad_images leaves it out."
                     ) from error
                 yield item
             if position < 0:
@@ -147,10 +148,10 @@ def undecoded(images: datasets.Dataset | datasets.IterableDataset) -> datasets.D
 
 
 class CropAndFlip:
-    """Turn an opened image into a random, perhaps mirrored crop `(3, height, width)` uint8, with a policy on top.
+    """Turn an opened image into a random crop `(3, height, width)` uint8, perhaps mirrored, then apply a policy.
 
     `augmentation` is one of `AUGMENTATIONS`; `trivialaugment` and `randaugment` are torchvision's policies, which never
-    mirror. Without `random_flip` nothing else changes. A crop for the checkpoint's own processor keeps its shape.
+    mirror. `random_flip` affects mirroring only. A crop for the checkpoint's own processor keeps its shape.
 
     Source: torchvision, v2.RandomResizedCrop, TrivialAugmentWide, RandAugment.
     """
@@ -166,15 +167,15 @@ class CropAndFlip:
         self.policy = policies[augmentation]() if augmentation in policies else None
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-        state = torch.get_rng_state()  # a hundredth of the time of torch.random.fork_rng and manual_seed
+        state = torch.get_rng_state()  # takes a hundredth of the time of torch.random.fork_rng and manual_seed
         torch.default_generator.manual_seed(int(rng.integers(2**63)))
         try:
             image = decode(image, self.decoded_for)
             box = self.crop.make_params([image])
             box = tuple(box[name] for name in ("top", "left", "height", "width"))
-            size = tuple(max(3, edge) for edge in box[2:]) if self.keeps_shape else self.size  # 3 are needed to sharpen
+            size = tuple(max(3, edge) for edge in box[2:]) if self.keeps_shape else self.size  # sharpening needs 3
             pixels = cut(image, box, size, self.interpolation)
-            is_mirrored = rng.random() < 0.5  # drawn in any case: what is drawn after it stays the same
+            is_mirrored = rng.random() < 0.5  # always drawn, so later draws stay the same
             if is_mirrored and self.random_flip:
                 pixels = pixels.flip(-1)
             return self.policy(pixels) if self.policy else pixels
@@ -183,10 +184,10 @@ class CropAndFlip:
 
 
 def draw_colours(rng: np.random.Generator) -> np.ndarray:
-    """Return the numbers by which `BatchAugmentation` changes one image, `(11,)` float32.
+    """Return the random numbers of `BatchAugmentation` for one image, `(11,)` float32.
 
-    Brightness, contrast and saturation in a random order, then grey or not: each a blend with black, the mean grey or
-    the grey image (4 kinds, 4 factors); sharpness; the noise's standard deviation and its place in the noise.
+    Brightness, contrast and saturation in a random order, then perhaps grey: each a blend with black, the mean grey or
+    the grey image (4 kinds, 4 factors); sharpness; the standard deviation of the noise and its offset.
 
     Source: torchvision, v2.ColorJitter, RandomGrayscale, RandomAdjustSharpness, GaussianNoise.
     """
@@ -199,10 +200,10 @@ def draw_colours(rng: np.random.Generator) -> np.ndarray:
 
 
 class ColourChange:
-    """Change images by the numbers that `draw_colours` returns.
+    """Change images according to the numbers of `draw_colours`.
 
-    Noise is read from one long row of normal numbers, at a place drawn per image: as everything here, it depends on the
-    image's numbers only, not on the batch, and costs no more than reading memory.
+    Noise is read from one long sequence of normal numbers, at an offset drawn per image. Like everything here, it
+    depends only on the image's numbers, not on the batch, and it costs no more than reading memory.
     """
 
     def __init__(self, seed: int):
@@ -222,18 +223,18 @@ class ColourChange:
             generator = torch.Generator().manual_seed(self.seed)
             self._noise = torch.randn(NOISE_OFFSETS + num_values, generator=generator).to(images.device)
         chosen = sigmas.nonzero().squeeze(1)
-        noise = self._noise.unfold(0, num_values, 1)[offsets[chosen].long()]  # a view at every place, then its rows
+        noise = self._noise.unfold(0, num_values, 1)[offsets[chosen].long()]  # a view at every offset, then its rows
         noise = noise.view(-1, *images.shape[1:])
         images[chosen] = noise.mul_(sigmas[chosen, None, None, None]).add_(images[chosen]).clamp_(0, 1)
         return images
 
 
 class BatchAugmentation:
-    """Turn a loader's batch into what the model and the loss take, on the device where the batch is.
+    """Turn a loader's batch into the inputs of the model and the loss, on the batch's device.
 
-    `pixel_values` `(batch, 3, height, width)` uint8 become float32, augmented where there are `colours`, and
-    normalised; what a checkpoint's own processor made is left as it is. `labels` `(batch,)` become `(batch, classes)`
-    where there is a `mixup_weight`.
+    `pixel_values` `(batch, 3, height, width)` uint8 become float32, augmented if there are `colours`, and normalised;
+    the output of a checkpoint's own processor is not changed. `labels` `(batch,)` become `(batch, classes)` if there is
+    a `mixup_weight`.
     """
 
     def __init__(self, image_format: ImageFormat, num_classes: int, seed: int):
@@ -257,7 +258,7 @@ class BatchAugmentation:
 def adjust_colours(images: torch.Tensor, kinds: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Blend images `(batch, 3, height, width)` in [0, 1] in place, once for each row of kinds and factors.
 
-    A factor of 0 leaves nothing of the image, 1 all of it, one above 1 goes away from what is blended with.
+    A factor of 0 replaces the image, 1 keeps it, above 1 extrapolates away from what it is blended with.
 
     Source: torchvision, v2.functional.adjust_brightness, adjust_contrast, adjust_saturation.
     """
@@ -271,12 +272,12 @@ def adjust_colours(images: torch.Tensor, kinds: torch.Tensor, factors: torch.Ten
 
 
 def sharpen(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Move images `(batch, 3, height, width)` in [0, 1] away from their blurred selves, in place; 1 changes nothing.
+    """Sharpen images `(batch, 3, height, width)` in [0, 1] in place, away from a blurred copy; 1 changes nothing.
 
     Source: torchvision, v2.functional.adjust_sharpness.
     """
     chosen = (factors != 1).nonzero().squeeze(1)
-    sharp = images[chosen].contiguous(memory_format=torch.channels_last)  # a twentieth of the time
+    sharp = images[chosen].contiguous(memory_format=torch.channels_last)  # takes a twentieth of the time
     kernel = images.new_full((3, 1, 3, 3), 1 / 13)
     kernel[:, :, 1, 1] = 5 / 13
     inner = sharp[:, :, 1:-1, 1:-1]
@@ -289,9 +290,9 @@ def sharpen(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 def mix_up(
     images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, num_classes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix each image with the one before it in the batch; return images and labels `(batch, classes)`.
+    """Mix each image with the previous one in the batch; return images and labels `(batch, classes)`.
 
-    `weights` `(batch,)` are each image's own share.
+    `weights` `(batch,)` are the shares of the images themselves.
 
     Source: Mixup, Zhang et al. 2018, with a weight per image.
     """

@@ -1,4 +1,4 @@
-"""Averages of weights: along the steps of one stage (EMA), and between those of two stages (WiSE-FT)."""
+"""Averages of weights: over the steps of one stage (EMA), and of two stages (WiSE-FT)."""
 
 from collections.abc import Mapping
 
@@ -8,15 +8,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def warmed_up_decay(decay: float, num_updates: int) -> float:
-    """Return the decay after so many updates: short runs would else keep much of their first weights."""
+    """Return the decay after `num_updates`; without a warm-up, short runs would keep much of their first weights."""
     return min(decay, (1 + num_updates) / (10 + num_updates))
 
 
 def start_moving_average(model: nn.Module, decay: float) -> AveragedModel:
     """Return a copy of the model that `update_parameters` turns into the exponential moving average of its weights.
 
-    The first update takes the weights as they are. Buffers, such as BatchNorm's statistics, are those of the last
-    update: they are moving averages already.
+    The first update copies the weights. Buffers, such as BatchNorm's statistics, are copied at every update: they are
+    moving averages already.
 
     Source: torch, torch.optim.swa_utils.get_ema_multi_avg_fn; the warm-up of the decay as in TensorFlow's
         ExponentialMovingAverage.
@@ -30,7 +30,7 @@ def start_moving_average(model: nn.Module, decay: float) -> AveragedModel:
 
 @torch.no_grad()
 def swap_weights(first: nn.Module, second: nn.Module) -> None:
-    """Exchange the parameters of two models of one kind, in place and to the bit."""
+    """Exchange the parameters of two models of the same architecture, in place and bit by bit."""
     for own, other in zip(first.parameters(), second.parameters(), strict=True):
         kept = own.clone()
         own.copy_(other)
@@ -39,10 +39,10 @@ def swap_weights(first: nn.Module, second: nn.Module) -> None:
 
 @torch.no_grad()
 def average_weights(model: nn.Module, earlier: Mapping[str, torch.Tensor], share: float) -> None:
-    """Set the model's weights, in place, to `share` of themselves and the rest of `earlier`, a state of its kind.
+    """Set the model's weights, in place, to `share` * weights + (1 - `share`) * `earlier`, a matching state dict.
 
-    All parameters and buffers of floating point are averaged, BatchNorm's running mean and variance among them; frozen
-    statistics are the same in both, and stay. Whole numbers, such as BatchNorm's count of batches, stay as they are.
+    All floating-point parameters and buffers are averaged, including BatchNorm's running mean and variance; frozen
+    statistics are equal in both and stay the same. Integers, such as BatchNorm's count of batches, are not changed.
 
     Source: WiSE-FT, Robust fine-tuning of zero-shot models, Wortsman et al. 2022, section 3.
     """

@@ -1,4 +1,4 @@
-"""Image classifiers of transformers and timm: checked, loaded with a fresh or a kept head, saved for a pipeline."""
+"""Image classifiers of transformers and timm: check them, load them with a fresh or kept head, save them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,13 @@ from utils.transfer.model_parts import batch_norm_modules, head_parameter_names
 from utils.transfer.model_parts import reset_head as draw_head
 
 NO_CLASSIFIER = "does not load as an image classifier"
-# what the base checkpoint was asked for beside logits: it would be given, and gathered, for every image
+# outputs other than logits that a checkpoint may ask for; they would be gathered for every image
 OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
-# peak learning rates of AdamW on real and on synthetic images, where flags give none
+# default peak learning rates of AdamW on real and on synthetic images
 LEARNING_RATES = {
     "part": (2e-4, 5e-4),  # an adapter with the head, or the head alone
-    "batch_norm": (2e-4, 5e-4),  # all weights of a network that normalises by BatchNorm: ResNet, EfficientNet
-    "other": (2e-5, 5e-5),  # all weights of any other: ViT, Swin, ConvNeXt, hybrids, networks without normalisation
+    "batch_norm": (2e-4, 5e-4),  # all weights of a network with BatchNorm: ResNet, EfficientNet
+    "other": (2e-5, 5e-5),  # all weights of others: ViT, Swin, ConvNeXt, hybrids, networks without normalisation
 }
 LOADED_FILES = ("*.json", "*.safetensors", "*.bin", "*.py")
 NOT_LOADED = (ALL_RESULTS, EVAL_RESULTS, BRIDGED_CONFIG, RUN_CONFIG)  # of a classifier that train_bridged.py made
@@ -38,21 +38,20 @@ WEIGHTS = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_IND
 
 
 def open_classifier(name: str, revision: str | None = None, token: str | None = None) -> Source:
-    """Return a classifier at its commit, without loading it.
+    """Return the source of a classifier, at its current commit, without loading it.
 
     Raises:
-        UserError: `name` is neither a folder nor a repository, or one without a checkpoint; it may not be read, or
-            cannot be reached.
+        UserError: `name` is neither a folder nor a repository, has no checkpoint, or cannot be read or reached.
     """
     source = open_source(name, "--model_name_or_path", "model", revision, token)
     source.file("config.json", "a checkpoint of transformers or timm")
     if not source.has_one_of(WEIGHTS):
-        raise UserError(f"--model_name_or_path {name}: has no weights; one of {', '.join(WEIGHTS)} is wanted.")
+        raise UserError(f"--model_name_or_path {name}: has no weights; must contain one of {', '.join(WEIGHTS)}.")
     return source
 
 
 def list_loaded_files(folder: str) -> list[str]:
-    """Return the files of a classifier's folder that loading it may read."""
+    """Return the files in a classifier's folder that loading may read."""
     return sorted(
         path.name for pattern in LOADED_FILES for path in Path(folder).glob(pattern) if path.name not in NOT_LOADED
     )
@@ -60,7 +59,7 @@ def list_loaded_files(folder: str) -> list[str]:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Peak rates on real and on synthetic images, and in words why these."""
+    """Peak learning rates on real and on synthetic images, and the reason for them in words."""
 
     real: float
     synthetic: float
@@ -70,16 +69,16 @@ class LearningRates:
 def default_learning_rates(
     name: str, *, use_peft: bool = False, freeze_backbone: bool = False, **hub_options
 ) -> LearningRates:
-    """Return the rates of `LEARNING_RATES` that suit a checkpoint and what is trained of it, without its weights.
+    """Return the rates of `LEARNING_RATES` for a checkpoint and for what is trained of it, without loading weights.
 
-    The head's own rate is a multiple of them. They are ours, and what a search starts from.
+    The head's rate is a multiple of them. They are our choice, and the starting point of a search.
 
     Raises:
         UserError: the checkpoint does not fit an image classifier.
 
-    Source: 2e-5 is that of transformers' image-classification example (ViT) and of Swin's fine-tuning
-        (configs/swin/*_22kto1k_finetune.yaml, of 512 images a batch); ConvNeXt's is 5e-5, less in lower layers
-        (TRAINING.md, of as many).
+    Source: transformers' image-classification example (ViT) and Swin's fine-tuning (512 images per batch,
+        configs/swin/*_22kto1k_finetune.yaml) use 2e-5; ConvNeXt's uses 5e-5, less in lower layers (512 images per
+        batch, TRAINING.md).
     """
     if use_peft or freeze_backbone:
         trained = "an adapter and the head are" if use_peft else "the head alone is"
@@ -92,7 +91,7 @@ def default_learning_rates(
     if not batch_norm_modules(model):
         kind, why = "other", "has no BatchNorm"
     elif has_layer_norm:
-        kind, why = "other", "has LayerNorm beside BatchNorm"
+        kind, why = "other", "has LayerNorm as well as BatchNorm"
     else:
         kind, why = "batch_norm", "normalises by BatchNorm"
     architecture = config.architecture if config.model_type == "timm_wrapper" else config.model_type
@@ -100,10 +99,10 @@ def default_learning_rates(
 
 
 def load_image_processor(name: str, **hub_options):
-    """Return the image processor that belongs to a checkpoint.
+    """Return the image processor of a checkpoint.
 
     Raises:
-        UserError: the checkpoint has none, or one that does not make `(3, height, width)` of an image.
+        UserError: the checkpoint has none, or its output for an image is not `(3, height, width)`.
     """
     with _reading(name, "no usable image processor", **hub_options):
         image_processor = AutoImageProcessor.from_pretrained(name, **hub_options)
@@ -112,7 +111,7 @@ def load_image_processor(name: str, **hub_options):
 
 
 def load_pretrained(name: str, **hub_options) -> PreTrainedModel | None:
-    """Return a checkpoint with its own head, None when it is a backbone without one.
+    """Return a checkpoint with its own head, or None for a backbone without one.
 
     Raises:
         UserError: the checkpoint does not fit an image classifier.
@@ -130,11 +129,11 @@ def load_classifier(
 ) -> PreTrainedModel:  # fmt: skip
     """Return a checkpoint as a classifier of `class_names`, with a fresh head drawn from `seed` or with its own.
 
-    Weights are float32, in which they are trained, whatever they were saved in. `dropout` and `drop_path_rate`, in
-    [0, 1), are the checkpoint's own when None.
+    Weights are float32, as in training, whatever their dtype in the checkpoint. `dropout` and `drop_path_rate` are in
+    [0, 1); None keeps the checkpoint's.
 
     Raises:
-        UserError: the checkpoint does not fit an image classifier, it has no head that can be found or no such dropout.
+        UserError: the checkpoint does not fit an image classifier, or has no recognizable head or no such dropout.
         AssertionError: the head should be kept and was made for other classes.
     """
     config = _load_config(name, **hub_options)
@@ -142,10 +141,10 @@ def load_classifier(
     config.num_labels = len(class_names)
     config.id2label = dict(enumerate(class_names))
     config.label2id = {class_name: index for index, class_name in enumerate(class_names)}
-    # whatever the base was for: the saved classifier's pipeline gives softmax probabilities (no config says so of one)
+    # so the saved classifier's pipeline returns softmax probabilities for any base (except with one class)
     config.problem_type = "single_label_classification" if len(class_names) > 1 else None
     if config.model_type == "timm_wrapper":
-        config.label_names = class_names  # it would save the old names, and load them in place of id2label
+        config.label_names = class_names  # else the old names would be saved, and loaded instead of id2label
     for flag, rate in (("dropout", dropout), ("drop_path_rate", drop_path_rate)):
         if rate is not None:
             _set_rate(config, flag, rate)
@@ -156,7 +155,7 @@ def load_classifier(
     if not head:
         raise UserError(
             f"--model_name_or_path {name}: no parameter depends on the number of classes, so there is no head to train;"
-            " an image classifier is wanted."
+            " must be an image classifier."
         )
     _check_loaded(name, model, set(info["missing_keys"]) - set(head))
     if reset_head:
@@ -168,10 +167,10 @@ def build_classifier(
     name: str, num_classes: int, device: str | torch.device = "meta", *, dropout: float | None = None,
     drop_path_rate: float | None = None, **hub_options,
 ) -> PreTrainedModel:  # fmt: skip
-    """Return a checkpoint's architecture as a classifier, with random float32 weights, on the meta device with none.
+    """Return a checkpoint's architecture as a classifier with random float32 weights (none on the meta device).
 
     Raises:
-        UserError: the checkpoint's config cannot be read, is no image classifier's, or has no such dropout.
+        UserError: the config cannot be read, is not an image classifier's, or has no such dropout.
     """
     config = _load_config(name, **hub_options)
     config.num_labels = num_classes
@@ -186,18 +185,18 @@ def build_classifier(
 
 
 def _check_loaded(name: str, model: PreTrainedModel, missing: set[str]) -> None:
-    """Say which weights besides the head a checkpoint lacks, which are random; refuse one that lacks most of them."""
+    """Warn about weights outside the head that a checkpoint lacks, which are random; refuse it if most are missing."""
     if not missing:
         return
     num_all = len(model.state_dict())
     words = f"{len(missing)} of {num_all} weights are not in the checkpoint, such as {min(missing)}"
     if len(missing) > num_all / 2:
-        raise UserError(f"--model_name_or_path {name}: {words}; a checkpoint of this very model is wanted.")
-    warn_once(f"Warning: --model_name_or_path {name}: {words}; they begin as random numbers.")
+        raise UserError(f"--model_name_or_path {name}: {words}; must be a checkpoint of this model.")
+    warn_once(f"Warning: --model_name_or_path {name}: {words}; they are initialised at random.")
 
 
 def _set_rate(config: PreTrainedConfig, flag: str, rate: float) -> None:
-    """Set one kind of dropout in the config, so that what is saved says how it was trained."""
+    """Set one kind of dropout in the config, so that the saved config says how the model was trained."""
     kind = {"dropout": "dropout", "drop_path_rate": "drop path"}[flag]
     no_such_rate = UserError(f"--{flag} {rate}: {config.name_or_path} has no {kind}; leave the flag out.")
     if config.model_type == "timm_wrapper":
@@ -218,12 +217,12 @@ def _set_rate(config: PreTrainedConfig, flag: str, rate: float) -> None:
 def _kind_of_rate(key: str) -> str | None:
     if "drop_path" in key or "drop_connect" in key:
         return "drop_path_rate"
-    return "dropout" if "drop" in key and "att" not in key else None  # attention's is a third kind
+    return "dropout" if "drop" in key and "att" not in key else None  # dropout of attention is a third kind
 
 
 def _reading(name: str | Path, problem: str, revision: str | None = None, token: str | None = None, **_):
     source = Source(str(name), "--model_name_or_path", "model", revision, token)
-    # of what the libraries do not know, and of files that are torn
+    # raised for models that the libraries do not know, and for damaged files
     also = (ValueError, KeyError, AssertionError, AttributeError, TypeError, SafetensorError)
     return source.reading(problem, also=also)
 

@@ -1,4 +1,4 @@
-"""How training decodes an image: a large JPEG no larger than its crops need."""
+"""Decoding of training images: large JPEGs only as large as their crops need."""
 
 import io
 from pathlib import Path
@@ -11,12 +11,12 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from utils.data.images import orientation, to_rgb
 
-# of the model's input: the smallest `robust` crop (60 % of the area, 3:4) of so short an edge is no smaller than that
+# times the model's input; then the smallest `robust` crop (60 % of the area, 3:4) is not smaller than the input
 MIN_EDGE = 1.5
 
 
 def open_image(value: dict) -> Image.Image:
-    """Open an image of an undecoded column (`bytes`, `path`), without decoding where it is bytes or a local file."""
+    """Open an image of an undecoded column (`bytes`, `path`); bytes and local files are not decoded yet."""
     if value["bytes"] is not None:
         return Image.open(io.BytesIO(value["bytes"]))
     if Path(value["path"]).is_file():
@@ -27,14 +27,14 @@ def open_image(value: dict) -> Image.Image:
 def decode(image: Image.Image, size: tuple[int, int] | None) -> torch.Tensor:
     """Decode an opened image, upright and in RGB, `(3, height, width)` uint8, for crops that are resized to `size`.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its width and height where both stay at least `MIN_EDGE` times the larger
-    edge of `size` (height, width); whole where `size` is None, and so are other formats.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its width and height if both stay at least `MIN_EDGE` times the larger edge
+    of `size` (height, width). With a `size` of None, and for other formats, the image is decoded at full size.
     """
     if (factor := shrink_factor(image, size)) > 1:
         image.draft(None, (image.width // factor, image.height // factor))
     elif _is_plain_jpeg(image):
         image.fp.seek(0)
-        # by the same library as Pillow's, but without its copies: half as fast again
+        # the same library as Pillow's, without its copies: 1.5 times as fast
         return decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8), ImageReadMode.RGB)
     return pil_to_tensor(to_rgb(image))
 
@@ -44,7 +44,7 @@ def _is_plain_jpeg(image: Image.Image) -> bool:
 
 
 def shrink_factor(image: Image.Image, size: tuple[int, int] | None) -> int:
-    """Return by what `decode` divides an opened image's width and height: 1, 2, 4 or 8."""
+    """Return the factor by which `decode` divides an opened image's width and height: 1, 2, 4 or 8."""
     if size is None or image.format != "JPEG":
         return 1
     room = min(image.size) / (MIN_EDGE * max(size))

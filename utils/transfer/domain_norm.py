@@ -1,7 +1,7 @@
-"""Statistics of BatchNorm by kind of image: synthetic images of a mixed batch are normalised with their own.
+"""BatchNorm statistics per kind of image: synthetic images in a mixed batch are normalised with their own.
 
-The model's running statistics are those of real images, so that nothing of this is left in a saved classifier. An image
-that Mixup has made is of the kind of its larger part.
+The model's running statistics are those of real images, so a saved classifier is a plain one. After Mixup, an image
+counts as the kind of its larger part.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,9 +18,9 @@ from utils.transfer.model_parts import batch_norm_modules, recalibrate_batch_nor
 def measure_statistics(
     model: nn.Module, synthetic: EvalImages, real: EvalImages, device: torch.device, seed: int, batch_size: int = 128
 ) -> dict[str, torch.Tensor]:
-    """Replace BatchNorm's running statistics by those of the real images, and return those of the synthetic ones.
+    """Set BatchNorm's running statistics to those of the real images, and return those of the synthetic ones.
 
-    They are `<module>.running_mean` and `<module>.running_var`; without BatchNorm nothing is done.
+    Their keys are `<module>.running_mean` and `<module>.running_var`. Does nothing without BatchNorm.
     """
     recalibrate_batch_norm(model, synthetic, device, seed, batch_size)
     modules = batch_norm_modules(model)
@@ -36,12 +36,12 @@ def measure_statistics(
 
 @contextmanager
 def normalising_synthetic(model: nn.Module, statistics: Mapping[str, torch.Tensor], state: dict) -> Iterator[None]:
-    """Normalise those images of a batch that `state["is_synthetic"]` `(batch,)` marks with these statistics.
+    """Normalise the images of a batch that `state["is_synthetic"]` `(batch,)` marks with these statistics.
 
-    BatchNorm has to be in eval mode. Where `state` marks none, all images get the running statistics.
+    BatchNorm must be in eval mode. If `state` marks none, all images get the running statistics.
 
-    Source: Domain-Specific Batch Normalization, Chang et al. 2019, for statistics that stay as they were measured, with
-        scale and shift shared by both kinds as in AdaBN, Li et al. 2016.
+    Source: Domain-Specific Batch Normalization, Chang et al. 2019, here with fixed statistics, and with scale
+        and shift shared by both kinds as in AdaBN, Li et al. 2016.
     """
     modules = batch_norm_modules(model)
     hooks = []
@@ -57,7 +57,7 @@ def normalising_synthetic(model: nn.Module, statistics: Mapping[str, torch.Tenso
 
 
 def _move_synthetic(own: list[torch.Tensor], state: dict, module: nn.Module, args: tuple) -> tuple:
-    """Return the input with its synthetic images moved so that the running statistics give what their own would."""
+    """Return the input with synthetic images shifted so that the running statistics normalise them like their own."""
     inputs, is_synthetic = args[0], state.get("is_synthetic")
     if is_synthetic is None:
         return args

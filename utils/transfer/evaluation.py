@@ -1,4 +1,4 @@
-"""What a classifier predicts, divided over the processes; its metrics on test images; LEEP on training images."""
+"""Predictions of a classifier, divided over the processes; its metrics on test images; LEEP on training images."""
 
 import math
 
@@ -23,8 +23,8 @@ ROWS_AT_A_TIME = 8192  # of logits: 33 MB of a thousand classes
 def predict(model: nn.Module, images, batch_size: int = 128, num_workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Return logits `(n, classes)` float32 and labels `(n,)` of `EvalImages` (or a list of its items), in their order.
 
-    The work is divided over the processes, each image is evaluated once; each process returns all of it. `num_workers`
-    processes beside each one decode. The model is left in eval mode, on its device.
+    The processes divide the images, each image is evaluated once, and every process returns all results.
+    `num_workers` decode images for each process. The model is left in eval mode, on its device.
 
     Raises:
         UserError: a logit is not finite.
@@ -41,8 +41,8 @@ def _predict_with_each(
     for model in models:
         model.eval().to(state.device, memory_format=torch.channels_last)
     own = Subset(images, range(state.process_index, len(images), state.num_processes))
-    num_rows = math.ceil(len(images) / state.num_processes)  # where that is more than the own ones, the last is unused
-    all_logits = [torch.empty(num_rows, model.config.num_labels) for model in models]  # no device has room for many
+    num_rows = math.ceil(len(images) / state.num_processes)  # the last row may be unused
+    all_logits = [torch.empty(num_rows, model.config.num_labels) for model in models]  # on the CPU
     labels = torch.empty(num_rows, dtype=torch.int64)
     with torch.inference_mode():
         for number, batch in enumerate(DataLoader(own, batch_size, num_workers=num_workers)):
@@ -55,25 +55,25 @@ def _predict_with_each(
     for model, logits in zip(models, all_logits):
         if not np.isfinite(logits).all():
             raise UserError(
-                f"{model.config.name_or_path}: the classifier's outputs are not finite; its weights are damaged, or "
-                "mean and std of its image processor."
+                f"{model.config.name_or_path}: the classifier's outputs are not finite; its weights, or mean and "
+                "std of its image processor, are damaged."
             )
     return all_logits, labels
 
 
 def _gather_in_turn(own_rows: torch.Tensor, num_rows: int) -> np.ndarray:
-    """Return the `num_rows` rows of all processes, of which process p has the rows p, p + processes, ..."""
+    """Return the `num_rows` rows of all processes; process p holds the rows p, p + num_processes, ..."""
     state = PartialState()
     parts = [gather(part.to(state.device)).cpu() for part in own_rows.split(ROWS_AT_A_TIME)]
     by_process = torch.cat([part.unflatten(0, (state.num_processes, -1)) for part in parts], dim=1)
-    return by_process.transpose(0, 1).flatten(0, 1)[:num_rows].numpy()  # what is unused is at the end
+    return by_process.transpose(0, 1).flatten(0, 1)[:num_rows].numpy()  # unused rows are at the end
 
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Return accuracy, top-5 (above 5 classes), mean per-class accuracy, macro F1 and calibration error, in [0, 1].
 
-    `logits` is `(n, classes)` float, `labels` `(n,)` int. Means over classes are over those that `labels` has. The
-    expected calibration error is the mean distance of confidence and accuracy over 15 bins of confidence.
+    `logits` is `(n, classes)` float, `labels` `(n,)` int. Means over classes are over the classes in `labels`. The
+    expected calibration error is the mean distance between confidence and accuracy over 15 bins of confidence.
     """
     predictions = logits.argmax(1)
     of_each_class = {"average": "macro", "labels": np.unique(labels)}
@@ -94,10 +94,10 @@ def confidences(logits: np.ndarray) -> np.ndarray:
 
 
 def _true_class_ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return how many classes come before the true one; of equal ones the first does, as in argmax."""
+    """Return how many classes rank above the true one; of equal logits the first ranks higher, as in argmax."""
     own = np.take_along_axis(logits, labels[:, None], axis=1)
     at_or_behind = (logits < own) | ((logits == own) & (np.arange(logits.shape[1]) >= labels[:, None]))
-    return (~at_or_behind).sum(1)  # where logits are NaN, all classes do
+    return (~at_or_behind).sum(1)  # with NaN logits, all classes rank above
 
 
 def _calibration_error(confidences: np.ndarray, is_correct: np.ndarray) -> float:
@@ -105,7 +105,7 @@ def _calibration_error(confidences: np.ndarray, is_correct: np.ndarray) -> float
 
     if not np.isfinite(confidences).all():
         return float("nan")
-    # whether the most probable class is right is a question with two answers
+    # binary: the most probable class is right or wrong
     return float(
         binary_calibration_error(
             torch.from_numpy(confidences), torch.from_numpy(is_correct).int(), n_bins=NUM_CALIBRATION_BINS
@@ -114,10 +114,10 @@ def _calibration_error(confidences: np.ndarray, is_correct: np.ndarray) -> float
 
 
 def accuracy_interval(logits: np.ndarray, labels: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the accuracy, in [0, 1]: what other test images would give.
+    """Return the 95 % bootstrap interval of the accuracy over draws of the test images, in [0, 1].
 
-    It does not cover what another training seed or other training images would give. `logits` is `(n, classes)`,
-    `labels` `(n,)` int. A single image says nothing: (0, 1).
+    It does not cover other training seeds or training images. `logits` is `(n, classes)`, `labels` `(n,)` int. For a
+    single image it is (0, 1).
 
     Source: Efron & Tibshirani 1993, section 13.3 (percentile interval).
     """
@@ -131,9 +131,9 @@ def accuracy_interval(logits: np.ndarray, labels: np.ndarray, seed: int = 0) -> 
 
 
 def test_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return what `all_results.json` says of the test images: all metrics, the accuracy's interval, how many there are.
+    """Return the entries of `all_results.json` on the test images: metrics, the accuracy's interval, counts.
 
-    `num_test_classes` are the classes among them, of `num_classes`.
+    `num_test_classes` of the `num_classes` classes have test images.
     """
     low, high = accuracy_interval(logits, labels)
     metrics = classification_metrics(logits, labels) | {"accuracy_low": low, "accuracy_high": high}
@@ -146,12 +146,13 @@ def test_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def leep_results(
     pretrained: str, bridged: nn.Module | None, images, batch_size: int = 128, num_workers: int = 0, **hub_options
 ) -> dict[str, float | int | None]:
-    """Return what `all_results.json` says of LEEP for the labels of `images`: how well a model's own classes tell them.
+    """Return the LEEP entries of `all_results.json`: how well a model's own classes predict the labels of `images`.
 
-    `leep_pretrained` is the checkpoint's, None of a backbone without a head; `leep_bridged` that of `bridged`, the
-    model that synthetic images made of it, None without one. With fewer images (`leep_num_images`) than the checkpoint
-    has classes (`leep_num_source_classes`), its score is too good to compare. An image is decoded once for both models,
-    as in `predict`. Memory is that of their logits: 2.4 GB for 600,000 images of a thousand classes.
+    `leep_pretrained` is the checkpoint's score, None for a backbone without a head. `leep_bridged` is the score of
+    `bridged`, the checkpoint after training on synthetic images; None if there is none. With fewer images
+    (`leep_num_images`) than the checkpoint has classes (`leep_num_source_classes`), its score is too good to compare.
+    Images are decoded once for both models, as in `predict`. Memory is that of the logits: 2.4 GB for 600,000 images
+    and a thousand classes.
 
     Raises:
         UserError: the checkpoint does not fit an image classifier; a logit is not finite.

@@ -1,4 +1,4 @@
-"""Fine-tuning: the Trainer of a stage, with augmentation, soft labels, a head's own learning rate, exact resume."""
+"""Fine-tuning: the Trainer of a stage, with augmentation, soft labels, a head learning rate and exact resume."""
 
 import dataclasses
 import math
@@ -37,14 +37,14 @@ from utils.transfer.model_parts import (
     batch_norm_modules,
     head_parameter_names,
     linear_heads,
-    watching,
+    record_inputs,
 )
 from utils.transfer.replay import PairedItems, ReplayedImages, StreamedPairedItems
 from utils.transfer.training_items import training_items
 from utils.transfer.waiting import WaitingTime
 
 INITIAL_SCALE = 2.0**16  # of torch's GradScaler
-ALIGNMENT_FILE = "alignment.safetensors"  # of a checkpoint: the domain classifier
+ALIGNMENT_FILE = "alignment.safetensors"  # in a checkpoint: the domain classifier
 NO_ALIGNMENT = "--bridge_alignment: the head of {name} is not linear on one feature vector; choose none."
 AVERAGE_NAME = "average.pt"
 FITTED = "fitted_to_memory"  # in a checkpoint's state
@@ -52,10 +52,10 @@ FITTED = "fitted_to_memory"  # in a checkpoint's state
 
 @dataclass(frozen=True)
 class StageResult:
-    """What one stage did, all its runs together; `log_history` is the Trainer's. `num_gpus` is 0 on a CPU.
+    """What a stage did, in all its runs together; `log_history` is the Trainer's. `num_gpus` is 0 on a CPU.
 
-    `fitted` is what had to change for want of memory, of `MicroBatching.state`. Of `seconds`, the main
-    process's device spent `seconds_waiting` idle, for want of images; None for a stage of an earlier version.
+    `fitted` is `MicroBatching.state`: what changed to save memory. `seconds_waiting` is the part of `seconds` in which
+    the main process's device was idle, waiting for images; None for a stage of an earlier version.
     """
 
     num_steps: int
@@ -67,11 +67,11 @@ class StageResult:
     seconds_waiting: float | None = None
 
     def to_dict(self) -> dict:
-        """Return it as records hold it: where memory was enough, without `fitted`."""
+        """Return the entries for records; `fitted` only if something changed."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "fitted" or value}
 
     def summary(self) -> dict:
-        """Return what a table shows of it; GPU-hours are None without a GPU."""
+        """Return the entries for tables; GPU-hours are None without a GPU."""
         return {
             "steps": self.num_steps, "images_seen": self.num_images_seen, "seconds": self.seconds,
             "seconds_waiting": self.seconds_waiting,
@@ -86,28 +86,28 @@ def fine_tune(
 ) -> StageResult:  # fmt: skip
     """Train `model` in place on labelled images (columns `image`, `label`) and return what was done.
 
-    `settings` go before `training_args`, which give the rest: schedule, optimiser, precision, workers, logging, seed.
-    `validation` is evaluated when `training_args.eval_strategy` asks for it. Training goes on from a Trainer's
-    `checkpoint` of the same settings. With `freeze_backbone`, all but the head is left without gradients.
+    `settings` override `training_args`, which give the rest: schedule, optimiser, precision, workers, logging, seed.
+    `validation` is evaluated as `training_args.eval_strategy` says. Training resumes from a Trainer's `checkpoint` with
+    the same settings. With `freeze_backbone`, only the head has gradients afterwards.
 
     Raises:
         UserError: training diverged, or took fewer steps than planned.
     """
     trainer = build_trainer(model, images, image_processor, settings, training_args, output_dir, validation)
-    trainer.train_to_the_end(checkpoint)
+    trainer.train_to_end(checkpoint)
     progress, state = trainer.progress, trainer.state
     result = StageResult(
         state.global_step, int(progress.num_images), round(progress.seconds, 2), count_gpus(trainer.args),
         state.log_history, trainer.micro_batching.state(), round(progress.waiting.seconds, 2),
     )  # fmt: skip
     accelerator = trainer.accelerator
-    del trainer  # which is full of cycles and holds the loader's workers: what follows collects garbage
+    del trainer  # it has reference cycles and the loader's workers; free_memory collects garbage
     accelerator.free_memory()
     return result
 
 
 def count_gpus(training_args: TrainingArguments) -> int:
-    """Return how many GPUs all processes have together, 0 on a CPU."""
+    """Return the number of GPUs of all processes together, 0 on a CPU."""
     return 0 if training_args.device.type == "cpu" else training_args.world_size * max(1, training_args.n_gpu)
 
 
@@ -120,7 +120,7 @@ def build_trainer(
         head = set(head_parameter_names(model))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in head)
-    # channels last: 1.8 times as fast for convolutions on a CPU, without effect on other layers
+    # channels last: convolutions are 1.8 times as fast on a CPU, other layers do not change
     model.to(memory_format=torch.channels_last)
     stage_args = _stage_arguments(settings, training_args, output_dir)
     if stage_args.tf32 is None:
@@ -130,8 +130,8 @@ def build_trainer(
     if isinstance(images, AlignedImages):
         if stage_args.n_gpu > 1:
             raise UserError(
-                f"--bridge_alignment {images.alignment.kind}: not on {stage_args.n_gpu} GPUs in one process; start "
-                "with accelerate launch."
+                f"--bridge_alignment {images.alignment.kind}: not possible on {stage_args.n_gpu} GPUs in one process; "
+                "start with accelerate launch."
             )
         heads = linear_heads(model, NO_ALIGNMENT)
         alignment = build_alignment(images.alignment, sum(head.in_features for head in heads), stage_args.seed)
@@ -148,21 +148,21 @@ def build_trainer(
         ema_decay=settings.ema_decay,
     )  # fmt: skip
     if stage_args.logging_strategy == "no":
-        trainer.remove_callback(PrinterCallback)  # it prints a summary even so
+        trainer.remove_callback(PrinterCallback)  # it prints a summary in any case
     return trainer
 
 
 def _stage_arguments(
     settings: StageSettings, training_args: TrainingArguments, output_dir: str | Path
 ) -> TrainingArguments:
-    # the stage never talks to the Hub, and a saved training_args.bin would hold the token
+    # a stage does not use the Hub, and a saved training_args.bin would contain the token
     return dataclasses.replace(
         training_args, output_dir=str(output_dir), max_steps=settings.max_steps, learning_rate=settings.learning_rate,
         per_device_train_batch_size=settings.per_device_train_batch_size, weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup_steps, remove_unused_columns=False, ignore_data_skip=False,
-        label_smoothing_factor=0.0,  # ours: the Trainer's does not go with a loss of one's own
-        average_tokens_across_devices=True,  # so counts the loss
-        logging_nan_inf_filter=False,  # it hides losses that end training; and to look at each one takes a GPU's time
+        label_smoothing_factor=0.0,  # in our loss; the Trainer's does not work with a custom loss
+        average_tokens_across_devices=True,  # as our loss assumes
+        logging_nan_inf_filter=False,  # it hides losses that must end training, and costs GPU time
         dataloader_persistent_workers=training_args.dataloader_num_workers > 0,
         dataloader_pin_memory=training_args.dataloader_pin_memory and torch.accelerator.is_available(),
         push_to_hub=False, hub_token=None,
@@ -170,15 +170,15 @@ def _stage_arguments(
 
 
 class StageTrainer(MicroBatchTrainer):
-    """A Trainer that augments batches, counts the images that it trained on in `progress`, and ends where it diverges.
+    """A Trainer that augments batches, counts the images it trained on in `progress`, and stops when it diverges.
 
-    Losses are looked at when they are logged, the model before a checkpoint is written and at the end. The arguments
-    have to turn `logging_nan_inf_filter` off, which would put other losses in the place of those that are not finite.
+    Losses are checked when they are logged, the model before each checkpoint and at the end. The arguments must turn
+    off `logging_nan_inf_filter`, which would replace losses that are not finite.
 
-    Where memory is short, a batch is augmented as a whole, and goes through the model in parts.
+    When out of memory, a batch is still augmented as a whole, and goes through the model in parts.
 
-    With `ema_decay` the model ends with the moving average of its weights, and it is this that is evaluated on the way.
-    Checkpoints hold both, the average in `AVERAGE_NAME`.
+    With `ema_decay`, the model ends with the moving average of its weights, which is also what is evaluated during
+    training. Checkpoints contain both, the average in `AVERAGE_NAME`.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class StageTrainer(MicroBatchTrainer):
             self.compute_loss_func = partial(self._aligned_loss, self.compute_loss_func)
             self.watched_heads, self.entered = linear_heads(self.model, NO_ALIGNMENT), {}
             if next(alignment.parameters(), None) is not None:
-                self.align = self.accelerator.prepare_model(alignment)  # its gradients too are those of all processes
+                self.align = self.accelerator.prepare_model(alignment)  # its gradients are averaged over processes too
                 self.add_callback(ZeroGradients(alignment))
         self.augmentation = augmentation
         self.frozen_modules = batch_norm_modules(self.model) if freeze_batch_norm else []
@@ -202,7 +202,7 @@ class StageTrainer(MicroBatchTrainer):
         self.micro_batching = self._plan_micro_batches()
         self.progress = StageProgress(self.args.device, self.micro_batching)
         self.add_callback(self.progress)
-        if isinstance(self.train_dataset, TrainImages):  # a stream counts its own epochs
+        if isinstance(self.train_dataset, TrainImages):  # a stream counts its epochs itself
             self.add_callback(EpochCallback(self.train_dataset))
         # before accelerate wraps the model's forward pass
         self.average = None if ema_decay is None else start_moving_average(self.model, ema_decay)
@@ -216,7 +216,7 @@ class StageTrainer(MicroBatchTrainer):
             enable = partial(model.gradient_checkpointing_enable, {"use_reentrant": False})
         if self._trained_batch_norm:
             parts.append("BatchNorm's statistics are")
-            enable = None  # what is computed once more would count twice in them
+            enable = None  # recomputed activations would count twice in them
         if isinstance(self.alignment, CovarianceDistance):
             parts.append("the covariances of the alignment are")
         caveat = f"a step has the same images, but {' and '.join(parts)} those of each part" if parts else SAME_STEP
@@ -230,14 +230,14 @@ class StageTrainer(MicroBatchTrainer):
     def train(self, *args, **kwargs):
         with ExitStack() as stack:
             if self.alignment is not None:
-                self.entered = stack.enter_context(watching(self.watched_heads))
+                self.entered = stack.enter_context(record_inputs(self.watched_heads))
             if self.synthetic_statistics is not None:
                 own = self.synthetic_statistics
                 stack.enter_context(normalising_synthetic(self.model, own, self.kinds_in_batch))
             return super().train(*args, **kwargs)
 
-    def train_to_the_end(self, checkpoint: str | None) -> None:
-        """Train all steps, or those that a checkpoint leaves, and take the average of the weights where there is one.
+    def train_to_end(self, checkpoint: str | None) -> None:
+        """Train all steps, or those after a checkpoint, and take the average of the weights if there is one.
 
         Raises:
             DivergedError: the loss or the weights are not finite.
@@ -248,41 +248,41 @@ class StageTrainer(MicroBatchTrainer):
             swap_weights(self.model, self.average.module)
 
     def _train_all_steps(self, checkpoint: str | None) -> None:
-        # after the last step, the Trainer would do one more
+        # after the last step, the Trainer would take one more
         if checkpoint is not None:
             state = TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME)
             if state.global_step >= self.args.max_steps:
                 self._load_from_checkpoint(checkpoint)
                 self.state = state
-                self.progress.go_on_from(state)
+                self.progress.restore(state)
                 return
         started_at = self._copy_head()
         try:
             training_loss = self.train(resume_from_checkpoint=checkpoint).training_loss
         except DivergedError:
-            self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes progress bar and tracker
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes progress bar and trackers
             raise
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise self.micro_batching.refuse(
-                "beside the forward and backward pass: for the optimiser, or in an evaluation "
+                "outside the forward and backward pass: in the optimiser, or in an evaluation "
                 f"(--per_device_eval_batch_size {self.args.per_device_eval_batch_size})"
             ) from None
-        except UserError as error:  # a worker of the loader puts its traceback before the message
+        except UserError as error:  # workers of the loader put a traceback before the message
             raise UserError(str(error).rpartition("UserError: ")[2]) from None
         self.check_finite(training_loss)
         if self.state.global_step < self.args.max_steps:
             raise UserError(
                 f"--per_device_train_batch_size {self.args.per_device_train_batch_size}: only {self.state.global_step} "
-                f"of {self.args.max_steps} steps were taken, there are too few images; give fewer images per step."
+                f"of {self.args.max_steps} steps were taken, as there are too few images; give fewer images per step."
             )
-        # fp16 passes over steps with infinite gradients, each of which halves the scale of the loss
+        # fp16 skips steps with infinite gradients, and each halves the scale of the loss
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.get_scale() <= INITIAL_SCALE * 0.5**self.state.global_step:
             raise self._diverged("the gradients of every step are infinite")
         is_still = all(torch.allclose(*pair, rtol=1e-6, atol=1e-10) for pair in zip(started_at, self._copy_head()))
-        if is_still and checkpoint is None and self.args.max_steps > 1:  # the first step of a warm-up has a rate of 0
+        if is_still and checkpoint is None and self.args.max_steps > 1:  # the first step of a warm-up has rate 0
             raise self._diverged("no weight of the head has moved", "higher")
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -291,16 +291,16 @@ class StageTrainer(MicroBatchTrainer):
             raise self._diverged(f"the loss is {logs['loss']}")
 
     def check_finite(self, training_loss: float = 0.0) -> None:
-        """Check weights and losses; every process checks those of all.
+        """Check weights and losses of all processes.
 
-        Among the losses is that of the last batch with the weights as they are: weights of 1e30 are finite.
+        This includes the loss of the last batch with the current weights, as weights of 1e30 are finite.
 
         Raises:
             DivergedError: one of them is not finite.
         """
         tensors = [*self.model.parameters(), *(buffer for buffer in self.model.buffers() if buffer.is_floating_point())]
         values = {"a weight": get_total_norm(tensors, math.inf), "the loss": torch.tensor(training_loss)}
-        if self.last_inputs is not None:  # a stage whose last step was taken before has none
+        if self.last_inputs is not None:  # None if the last step was taken in an earlier run
             self.model.eval()  # training_step sets it back
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = self.model(pixel_values=self.last_inputs["pixel_values"])
@@ -311,12 +311,12 @@ class StageTrainer(MicroBatchTrainer):
                 raise self._diverged(f"{what} is {value}")
 
     def _copy_head(self) -> list[torch.Tensor]:
-        """Return the head's weights as they are: small, and trained in every stage."""
+        """Return copies of the head's weights, which are small and trained in every stage."""
         head = set(head_parameter_names(self.model))
         return [value.detach().cpu().clone() for name, value in self.model.named_parameters() if name in head]
 
     def _diverged(self, what: str, right: str = "lower") -> DivergedError:
-        advice = f"try a {right} one (on synthetic images that is --bridge_learning_rate)"
+        advice = f"try a {right} rate (on synthetic images --bridge_learning_rate)"
         if right == "lower":
             advice += " or more --warmup_steps"
             if self.accelerator.scaler is not None:
@@ -327,7 +327,7 @@ class StageTrainer(MicroBatchTrainer):
         )
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """Evaluate the average of the weights where there is one, for that is what the stage ends with."""
+        """Evaluate the average of the weights if there is one, as the stage ends with it."""
         if self.average is None:
             return super().evaluate(*args, **kwargs)
         swap_weights(self.model, self.average.module)
@@ -337,18 +337,18 @@ class StageTrainer(MicroBatchTrainer):
             swap_weights(self.model, self.average.module)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
-        self.check_finite()  # else it might take the place of a good one
+        self.check_finite()  # else it might replace a good checkpoint
         super()._save_checkpoint(*args, **kwargs)
 
     def get_train_dataloader(self):
-        # Workers get their seeds from it. They are started anew when a stage is resumed: drawn from torch's own
-        # generator, the seeds would move dropout on
+        # Workers get their seeds from this generator. They start again when a stage is resumed; seeds from torch's
+        # global generator would change dropout
         generator = torch.Generator().manual_seed(self.args.seed)
         if not isinstance(self.train_dataset, StreamedTrainImages | StreamedPairedItems):
             loader = super().get_train_dataloader()
             loader.base_dataloader.generator = generator
             return loader
-        # not prepared by accelerate: there, the first process would read for all of them
+        # not prepared by accelerate, with which the first process would read for all
         num_workers = min(self.args.dataloader_num_workers, self.train_dataset.max_workers)
         return DataLoader(
             self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator,
@@ -364,7 +364,7 @@ class StageTrainer(MicroBatchTrainer):
     def get_batch_samples(self, *args, **kwargs):
         with self.progress.waiting:
             batches, num_images = super().get_batch_samples(*args, **kwargs)
-        if num_images is not None:  # one label an image, in all batches of the step on all processes
+        if num_images is not None:  # labels in all batches of the step on all processes
             num_seen = num_images if self.alignment is None else 2 * num_images
             self.progress.num_images = self.progress.num_images + num_seen
         return batches, num_images
@@ -376,42 +376,42 @@ class StageTrainer(MicroBatchTrainer):
         return [buffer for module in self._trained_batch_norm for buffer in module.buffers()]
 
     def try_alone(self, *args) -> None:
-        self.align, wrapped = self.alignment, self.align  # its gradients, too, would wait for other processes
+        self.align, wrapped = self.alignment, self.align  # its gradients would wait for other processes too
         super().try_alone(*args)
         self.align = wrapped
 
     def augment(self, batch: dict) -> dict[str, torch.Tensor]:
         inputs = self._prepare_inputs(batch)
         with self.compute_loss_context_manager():
-            beside = {"is_synthetic": inputs["is_synthetic"]} if "is_synthetic" in inputs else {}
+            extra = {"is_synthetic": inputs["is_synthetic"]} if "is_synthetic" in inputs else {}
             if "real" in inputs:
-                beside["real"] = self._augment_unlabelled(inputs["real"])
-            return self.augmentation(inputs) | beside
+                extra["real"] = self._augment_unlabelled(inputs["real"])
+            return self.augmentation(inputs) | extra
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training:
             real, is_synthetic = inputs.pop("real", None), inputs.pop("is_synthetic", None)
             self.kinds_in_batch["is_synthetic"] = is_synthetic
-            self.last_inputs = dict(inputs)  # the labels of the other one are taken out
+            self.last_inputs = dict(inputs)  # a copy, as labels are removed from the original
             if real is not None:
                 inputs["pixel_values"] = torch.cat([inputs["pixel_values"], real])
-            # here, because training_step calls model.train() after every callback
+            # here, as training_step calls model.train() after all callbacks
             for module in self.frozen_modules:
                 module.eval()
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
         finally:
-            self.kinds_in_batch.clear()  # evaluation knows real images only
+            self.kinds_in_batch.clear()  # evaluation is on real images only
 
     def _augment_unlabelled(self, real: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the pixels of real images, augmented as the synthetic ones; with Mixup, with one another."""
+        """Return the pixels of real images, augmented like the synthetic ones; Mixup is among themselves."""
         no_labels = torch.zeros(len(real["pixel_values"]), dtype=torch.int64, device=real["pixel_values"].device)
         return self.augmentation(real | {"labels": no_labels})["pixel_values"]
 
     def _aligned_loss(
         self, class_loss: Callable, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the classes' loss on the first images, which have labels, plus the alignment's on all of them."""
+        """Return the classification loss on the first images, which have labels, plus the alignment loss on all."""
         loss = class_loss({"logits": outputs["logits"][: len(labels)]}, labels, num_items_in_batch)
         if not self.model.training:
             return loss
@@ -427,7 +427,7 @@ class StageTrainer(MicroBatchTrainer):
         head = set(head_parameter_names(self.model))
         decayed = set(self.get_decay_parameter_names(model))
         parameters = list(model.named_parameters())
-        if self.alignment is not None:  # learns at the head's rate
+        if self.alignment is not None:  # with the head's learning rate
             own = {name: f"alignment.{name}" for name, _ in self.alignment.named_parameters()}
             head |= set(own.values())
             decayed |= {own[name] for name in self.get_decay_parameter_names(self.alignment)}
@@ -446,14 +446,14 @@ class StageTrainer(MicroBatchTrainer):
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)  # before the Trainer's state, which tells a checkpoint whole
+        super()._save(output_dir, state_dict)  # before the Trainer's state, which marks a checkpoint as complete
         if self.alignment is not None and self.args.should_save:
             save_file(self.alignment.state_dict(), Path(output_dir) / ALIGNMENT_FILE)
         if self.average is not None and self.args.should_save:
             torch.save(self.average.state_dict(), Path(output_dir) / AVERAGE_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Restore every tensor: the Trainer's own way leaves those whose names `from_pretrained` converts."""
+        """Restore every tensor; the Trainer would skip those whose names `from_pretrained` converts."""
         if self.alignment is not None:
             self.alignment.load_state_dict(load_file(Path(resume_from_checkpoint) / ALIGNMENT_FILE))
         if self.average is not None:
@@ -471,7 +471,7 @@ class StageTrainer(MicroBatchTrainer):
 
 
 class StageProgress(TrainerCallback, ExportableState):
-    """Seconds and images of a stage over all its runs, and what fitted in memory: checkpoints keep them."""
+    """Seconds and images of a stage over all its runs, and what fits in memory; saved in checkpoints."""
 
     def __init__(self, device: torch.device, micro_batching: MicroBatching | None = None):
         self.micro_batching = micro_batching
@@ -485,11 +485,11 @@ class StageProgress(TrainerCallback, ExportableState):
         return self.seconds_before + (time.perf_counter() - self.started if self.started is not None else 0.0)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.go_on_from(state)
+        self.restore(state)
         self.started = time.perf_counter()
 
-    def go_on_from(self, state: TrainerState) -> None:
-        """Take over what a checkpoint's state kept; a fresh state keeps nothing."""
+    def restore(self, state: TrainerState) -> None:
+        """Restore the values from a checkpoint's state; a fresh state has initial values."""
         earlier = state.stateful_callbacks[type(self).__name__]["attributes"]
         self.num_images, self.seconds_before = earlier["num_images"], earlier["seconds_before"]
         self.waiting.seconds = earlier.get("seconds_waiting", 0.0)
@@ -505,7 +505,7 @@ class StageProgress(TrainerCallback, ExportableState):
 
 
 class ZeroGradients(TrainerCallback):
-    """Forget the gradients of the step before; the Trainer does so for its own model alone."""
+    """Clear the gradients before each step; the Trainer does so only for its model."""
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -515,7 +515,7 @@ class ZeroGradients(TrainerCallback):
 
 
 class AverageCallback(TrainerCallback):
-    """Take the weights after each step into their moving average; the same in every process."""
+    """Update the moving average of the weights after each step, equally in every process."""
 
     def __init__(self, average: AveragedModel):
         self.average = average
@@ -525,13 +525,13 @@ class AverageCallback(TrainerCallback):
 
 
 class EpochCallback(TrainerCallback):
-    """Tell the data set its epoch; accelerate does so in a single process only."""
+    """Set the epoch of the dataset; accelerate does so only in a single process."""
 
     def __init__(self, dataset: TrainImages):
         self.dataset = dataset
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.dataset.set_epoch(int(state.epoch))  # 1.5 where a run is resumed in the middle of epoch 1
+        self.dataset.set_epoch(int(state.epoch))  # 1.5 if a run is resumed in the middle of epoch 1
 
 
 def soft_cross_entropy(
@@ -539,8 +539,8 @@ def soft_cross_entropy(
 ) -> torch.Tensor:
     """Return the cross-entropy summed over the batch, divided by the number of images of the whole optimiser step.
 
-    `labels` are `(batch,)` int or `(batch, classes)` probabilities. `num_items_in_batch` are the images of the step's
-    batches on all processes; the Trainer multiplies by the number of processes itself.
+    `labels` are `(batch,)` int or `(batch, classes)` probabilities. `num_items_in_batch` is the number of images in all
+    batches of the step on all processes; the Trainer multiplies by the number of processes.
     """
     logits = outputs["logits"].float()
     total = nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)

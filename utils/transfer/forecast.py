@@ -1,4 +1,4 @@
-"""What training a classifier needs, before its weights are downloaded: memory by shapes, time by random weights."""
+"""Forecast of what training a classifier needs, without its weights: memory from shapes, time with random weights."""
 
 import dataclasses
 import time
@@ -14,7 +14,7 @@ from utils.cli.errors import UserError
 from utils.data.image_set import RealImages
 from utils.forecast.costs import DiskUse
 from utils.forecast.inputs import model_download
-from utils.forecast.memory import count_forward, count_step, state_bytes, weight_bytes, without_values
+from utils.forecast.memory import count_forward, count_step, shapes_only, state_bytes, weight_bytes
 from utils.forecast.report import MemoryForecast, Phase, TimeForecast
 from utils.hub.repositories import Source
 from utils.transfer.adapters import add_adapter
@@ -23,7 +23,7 @@ from utils.transfer.fine_tuning import build_trainer, soft_cross_entropy
 from utils.transfer.image_format import read_image_format
 from utils.transfer.methods import StagePlan, StageSettings
 from utils.transfer.model_parts import batch_norm_modules, head_parameter_names
-from utils.transfer.rehearsal import naming, trial_arguments
+from utils.transfer.rehearsal import naming_flag, trial_arguments
 from utils.transfer.stage import Pretrained
 
 NUM_TIMED_STEPS = 2
@@ -34,13 +34,13 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def forecast_memory(
     pretrained: Pretrained, num_classes: int, stages: Sequence[StagePlan], training_args: TrainingArguments
 ) -> MemoryForecast:
-    """Count what a run needs at its highest: the step of the stage that takes most, and evaluation.
+    """Count the peak memory of a run: a step of the stage that needs most, and evaluation.
 
-    Weights, gradients and the optimiser's states are float32, activations those of autocast in the run's precision;
-    with an alignment a step has as many real images beside those it trains on.
+    Weights, gradients and optimiser states are float32, activations as under autocast in the run's precision. With an
+    alignment, a step has as many real images in addition to those it trains on.
     """
     is_checkpointed = training_args.gradient_checkpointing
-    trained = {  # of stages alike one is counted
+    trained = {  # equal stages are counted once
         (stage.settings.per_device_train_batch_size, stage.settings.freeze_backbone, stage.settings.ema_decay): stage
         for stage in stages
         if stage.settings.max_steps > 0
@@ -52,7 +52,7 @@ def forecast_memory(
 
     training = count(is_checkpointed)
     if training is None:
-        raise UserError(f"--gradient_checkpointing: {pretrained.name} has none; leave it out.")
+        raise UserError(f"--gradient_checkpointing: {pretrained.name} does not support it; leave the flag out.")
     return MemoryForecast(
         training, [count_evaluation(pretrained, num_classes, training_args)], count(not is_checkpointed),
         is_checkpointed, max(size for size, *_ in trained), "--per_device_train_batch_size",
@@ -62,7 +62,7 @@ def forecast_memory(
 def count_training(
     pretrained: Pretrained, num_classes: int, stage: StagePlan, training_args: TrainingArguments, is_checkpointed: bool
 ) -> Phase | None:
-    """Return a training step's memory, None where the model has no gradient checkpointing and it is asked for."""
+    """Return a training step's memory, or None if it is to be checkpointed and the model does not support that."""
     settings, num_copies = stage.settings, 1 if stage.alignment is None else 2
     model = build(pretrained, num_classes, settings, "meta").train()
     if is_checkpointed:
@@ -82,31 +82,31 @@ def count_training(
             logits = model(pixel_values=images)["logits"]
         return soft_cross_entropy({"logits": logits[:number]}, torch.zeros(number, num_classes))
 
-    weights = weight_bytes(model) * (1 if settings.ema_decay is None else 2)  # and the moving average of them
-    with without_values(model):
+    weights = weight_bytes(model) * (1 if settings.ema_decay is None else 2)  # and their moving average
+    with shapes_only(model):
         counted = count_step(compute_loss, list(model.parameters()))
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
-    with naming(f"--optim {training_args.optim.value}"):
+    with naming_flag(f"--optim {training_args.optim.value}"):
         states = state_bytes(lambda parameters: optimizer_class(parameters, **options), trained)
     title = f"training, {number} images at a time" + (" and as many real ones" if num_copies > 1 else "")
     return Phase(title, weights, counted.peak - counted.gradients, counted.gradients, states)
 
 
 def count_evaluation(pretrained: Pretrained, num_classes: int, training_args: TrainingArguments) -> Phase:
-    """Return the memory of a batch in evaluation, without gradients and without an optimiser."""
+    """Return the memory of a batch in evaluation, without gradients or optimiser."""
     model = build(pretrained, num_classes, StageSettings(1, 0.0), "meta").eval()
     number, (height, width) = (
         training_args.per_device_eval_batch_size,
         read_image_format(pretrained.image_processor).size,
     )
     weights = weight_bytes(model)
-    with without_values(model):
+    with shapes_only(model):
         peak = count_forward(lambda: model(pixel_values=torch.zeros(number, 3, height, width)))
     return Phase(f"evaluation, {number} images at a time", weights, peak)
 
 
 def build(pretrained: Pretrained, num_classes: int, settings: StageSettings, device: str | torch.device) -> nn.Module:
-    """Return the model of a stage with random weights, on the meta device with none, its frozen weights frozen."""
+    """Return the model of a stage with random weights (none on the meta device) and its frozen weights frozen."""
     model = build_classifier(
         pretrained.name, num_classes, device, dropout=settings.dropout, drop_path_rate=settings.drop_path_rate,
         **pretrained.hub_options,
@@ -130,9 +130,9 @@ def forecast_time(
     pretrained: Pretrained, real: RealImages, stages: Sequence[StagePlan], training_args: TrainingArguments,
     is_known: bool,
 ) -> TimeForecast:  # fmt: skip
-    """Return how long all stages take at the rate of the last one on real images.
+    """Return how long all stages take at the speed of the last stage that takes steps.
 
-    Where steps on synthetic images are not known, only the rate is.
+    If the number of steps on synthetic images is unknown, only the speed is returned.
 
     Raises:
         UserError: what `time_training` raises.
@@ -152,10 +152,10 @@ def forecast_time(
 def time_training(
     pretrained: Pretrained, num_classes: int, images: Dataset, settings: StageSettings, training_args: TrainingArguments
 ) -> float | None:
-    """Return how many images a second two steps train on, in all processes; None where memory is too small.
+    """Return the training speed in images per second, all processes together, from two steps; None if out of memory.
 
-    The steps are a stage's, on its images, with random weights. What reading an image takes is measured as well: with
-    `--dataloader_num_workers` it goes on beside the steps.
+    The steps use a stage's settings and images, with random weights. The time to read an image is measured too: with
+    `--dataloader_num_workers`, images are read while steps run.
 
     Raises:
         UserError: an image is damaged, or the model cannot be trained.
@@ -166,7 +166,7 @@ def time_training(
         settings, max_steps=NUM_TIMED_STEPS + 1, warmup_steps=0, head_learning_rate_factor=1.0, ema_decay=None
     )
     try:
-        with TemporaryDirectory() as folder, naming(f"--model_name_or_path {pretrained.name}", "two steps fail"):
+        with TemporaryDirectory() as folder, naming_flag(f"--model_name_or_path {pretrained.name}", "two steps fail"):
             model = build(pretrained, num_classes, settings, "cpu")
             trainer = build_trainer(
                 model, images.select(rows), pretrained.image_processor, settings, trial_arguments(training_args), folder
@@ -187,7 +187,7 @@ def time_training(
 
 
 class StepClock(TrainerCallback):
-    """Measures the seconds of a step, after the first, which warms up."""
+    """Measures the seconds per step, without the first step, which warms up."""
 
     def __init__(self):
         self.ends = []
@@ -203,7 +203,7 @@ class StepClock(TrainerCallback):
 
 
 def classifier_disk(source: Source) -> list[DiskUse]:
-    """Return the download of a checkpoint's weights, as far as they are not in the cache."""
+    """Return the download of a checkpoint's weights that are not in the cache."""
     names = source.list_files() if not source.is_local else []
     chosen = [name for name in names if name.endswith(".safetensors")] or [
         name for name in names if name.endswith(".bin")
@@ -212,7 +212,7 @@ def classifier_disk(source: Source) -> list[DiskUse]:
 
 
 def outputs_disk(training: Phase, num_stages: int, training_args: TrainingArguments) -> DiskUse:
-    """Return the classifier, one of each stage, and the checkpoints that are kept, with the optimiser's states."""
+    """Return the disk space of the classifier, the stages' models and the kept checkpoints with optimiser states."""
     number = (num_stages + 1) * training.weights
     if training_args.save_strategy != "no":
         number += num_stages * (training_args.save_total_limit or 1) * (training.weights + training.optimizer)

@@ -1,8 +1,8 @@
-"""The guard of replay: what synthetic images add to one's own, measured before anything is trained on either.
+"""The guard of replay: measure what synthetic images add to the real ones before anything is trained on either.
 
-A probe of the pretrained features is fitted on real images alone, and on these with the synthetic ones beside them, at
-the weight that replay would give them; both are tested, cross-validated, on real images that they have not seen. That
-takes the features of some images, whatever is trained later and for how many steps.
+A probe of the pretrained features is fitted on real images alone, and on real and synthetic images together, with the
+synthetic ones weighted as in replay. Both are tested by cross-validation on real images that they have not seen. The
+cost is extracting features of some images; it does not depend on what is trained later.
 """
 
 import logging
@@ -25,9 +25,9 @@ from utils.transfer.replay import ReplayedImages
 
 logger = logging.getLogger(__name__)
 
-# what the probe has to gain, in accuracy, for the synthetic images to have the whole share that replay plans
+# the gain of the probe's accuracy at which synthetic images get the whole share that replay plans
 WHOLE_GAIN = 0.06
-# images that are measured: real and synthetic ones of each class, and of either kind in all
+# limits on the images that are measured: per class, and in total for each kind
 MAX_REAL_PER_CLASS, MAX_SYNTHETIC_PER_CLASS, MAX_IMAGES = 50, 100, 5_000
 
 
@@ -35,9 +35,9 @@ MAX_REAL_PER_CLASS, MAX_SYNTHETIC_PER_CLASS, MAX_IMAGES = 50, 100, 5_000
 class Usefulness:
     """Accuracies of probes on `num_images` real training images, means over `num_classes` classes in [0, 1].
 
-    `synthetic_accuracy` is that of one fitted on synthetic images alone, `probe_accuracy` of one on other real images,
-    `joint_accuracy` of one on both; the last two are None where half of the classes have one image, so that no other
-    is left to fit a probe on.
+    The probes are fitted on synthetic images alone (`synthetic_accuracy`), on other real images (`probe_accuracy`), or
+    on both (`joint_accuracy`). The last two are None if half of the classes have one image, so that there are no other
+    images to fit a probe on.
     """
 
     num_images: int
@@ -52,7 +52,7 @@ class Usefulness:
 
     @property
     def weight(self) -> float:
-        """What the synthetic images count, in [0, 1]: their share gets it times the odds that are planned."""
+        """The weight of synthetic images, in [0, 1]: a factor on the planned odds of synthetic to real images."""
         if self.is_guessing:
             return 0.0
         if self.probe_accuracy is None:
@@ -60,9 +60,9 @@ class Usefulness:
         return round(float(np.clip((self.joint_accuracy - self.probe_accuracy) / WHOLE_GAIN, 0.0, 1.0)), 4)
 
     def results(self, planned: float, guarded: float) -> dict:
-        """Return what results say of it, of the share that was planned, and of the one that it leaves.
+        """Return the entries for the results, with the share that was planned and the one that was used.
 
-        `finding` is all of it in words.
+        `finding` describes all of it in words.
         """
         shares = {"planned_share": planned, "synthetic_share": guarded}
         return asdict(self) | shares | {"finding": f"{self._describe()}: {self._conclude(planned, guarded)}."}
@@ -72,14 +72,14 @@ class Usefulness:
         alone = percent(self.synthetic_accuracy)
         if self.probe_accuracy is None:
             return (
-                f"A probe of the pretrained features that is fitted on synthetic images is right on {alone} of "
-                f"{images}; with one real image per class no other can be tested"
+                f"A linear probe of the pretrained features, fitted on synthetic images, is right on {alone} of "
+                f"{images}; with one real image per class no other probe can be tested"
             )
         added = 100 * (self.joint_accuracy - self.probe_accuracy)
         return (
-            f"A probe of the pretrained features is right on {percent(self.probe_accuracy)} of {images} when it is "
-            f"fitted on the others, on {alone} when on synthetic images alone, on {percent(self.joint_accuracy)} when "
-            f"on both ({added:+.1f} points)"
+            f"A linear probe of the pretrained features, tested on {images}, is right on "
+            f"{percent(self.probe_accuracy)} if fitted on other real images, {alone} on synthetic images alone, and "
+            f"{percent(self.joint_accuracy)} on both ({added:+.1f} points)"
         )
 
     def _conclude(self, planned: float, guarded: float) -> str:
@@ -89,7 +89,7 @@ class Usefulness:
             )
         if guarded == 0:
             return "synthetic images are left out"
-        change = f"is cut from {percent(planned)} to" if guarded < planned else "stays"
+        change = f"is cut from {percent(planned)} to" if guarded < planned else "stays at"
         return f"the share of synthetic images {change} {percent(guarded)}"
 
 
@@ -97,16 +97,17 @@ def guard_stages(
     plan: Callable[[float], list[StagePlan]], images: ReplayedImages, pretrained, class_names: list[str], seed: int,
     batch_size: int = 128, num_workers: int = 0,
 ) -> tuple[list[StagePlan], dict]:  # fmt: skip
-    """Return the stages of `plan`, which `plan_stages` makes for a weight, at what the images are worth, and results.
+    """Return the stages for the measured weight of the synthetic images, and the entries for the results.
 
-    A share of less than one image in a batch is none. Without synthetic images the first stage begins with the head of
-    a probe where the network can have one, else with a fresh one.
+    `plan` maps a weight to the stages of `plan_stages`. A share of less than one image per batch is rounded to none.
+    Without synthetic images, the first stage starts from the head of a probe if the network can have one, else from a
+    fresh head.
     """
     base = load_classifier(pretrained.name, class_names, True, seed, **pretrained.hub_options)
     planned = plan(1.0)
     share, images_per_batch = planned[-1].synthetic_share, planned[-1].settings.per_device_train_batch_size
     if share * images_per_batch < 1:
-        finding = "Beside so many real images less than one image of a batch would be synthetic: they are left out."
+        finding = "With this many real images, less than one image per batch would be synthetic: they are left out."
         stages, results = plan(0.0), {"planned_share": share, "synthetic_share": 0.0, "finding": finding}
     else:
         usefulness = measure_usefulness(base, images, share, pretrained.image_processor, batch_size, num_workers)
@@ -132,9 +133,9 @@ def guard_stages(
 def measure_usefulness(
     base, images: ReplayedImages, share: float, image_processor, batch_size: int = 128, num_workers: int = 0
 ) -> Usefulness:
-    """Return how right probes of the features of `base` are on real training images; `share` is that of replay.
+    """Return the accuracy of probes of the features of `base` on real training images; `share` is that of replay.
 
-    Judged are classes that have synthetic images. Features are extracted by all processes, the first one fits.
+    Only classes with synthetic images are tested. All processes extract features, the first one fits.
     """
     synthetic = _choose_synthetic(images)
     labels = np.array(images.real["label"])
@@ -146,7 +147,7 @@ def measure_usefulness(
     found = [None]
     if PartialState().is_main_process:
         found = [_measure(features, labels, others, other_labels, share)]
-    broadcast_object_list(found)  # not fitted by each: they share cores, and must take the same stages
+    broadcast_object_list(found)  # fitted once: processes share cores, and must plan the same stages
     return found[0]
 
 
@@ -172,9 +173,9 @@ def _measure(
         return float(recall_score(labels, predictions, average="macro", zero_division=0, labels=np.unique(labels)))
 
     alone = build_probe().fit(others, other_labels).predict(features) if len(np.unique(other_labels)) > 1 else None
-    beside = others, other_labels, share / (1 - share)
+    extra = others, other_labels, share / (1 - share)
     return Usefulness(
         len(labels), len(np.unique(labels)), accuracy(alone) if alone is not None else 1.0,
         accuracy(cross_validated_predictions(features, labels)),
-        accuracy(cross_validated_predictions(features, labels, beside)),
+        accuracy(cross_validated_predictions(features, labels, extra)),
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Images decoded once for all epochs and runs: uncompressed, in memory-mapped files among those of `datasets`.
+"""Images decoded once for all epochs and runs: uncompressed, in memory-mapped files in the cache of `datasets`.
 
-Training takes the very same pixels from them. Evaluation and probes see the images as they are.
+Training gets the same pixels as without the cache. Evaluation and probes use the original images.
 """
 
 import io
@@ -23,21 +23,22 @@ from utils.data.images import upright_size
 from utils.data.opened_images import map_encoded
 from utils.transfer.decoding import decode, open_image, shrink_factor
 
-DECODED = "decoded"  # the column
+DECODED = "decoded"  # name of the column
 NUM_AT_ONCE = 64  # images in memory while a file is written
-WORTH_CACHING = 2**26  # bytes; fewer are decoded in a moment
+WORTH_CACHING = 2**26  # bytes; less is decoded in a moment
 GIB = 2**30
 
-Size = tuple[int, int] | None  # to which training resizes its crops, `ImageFormat.crop_size`
+Size = tuple[int, int] | None  # `ImageFormat.crop_size`: the size to which training resizes its crops
 
 
 def describe_cache(sets: Sequence[datasets.Dataset], size: Size, is_asked_for: bool) -> str | None:
-    """Return a line that says what the decoded sets take, None where they are not worth it, or do not fit.
+    """Return a line on the size of the decoded sets, or None if caching is not worth it or they do not fit.
 
-    They fit in half of what is free on the disk and in memory. What a user asks for needs room on the disk only.
+    They fit if they take at most half of the free disk and memory. If the user asked for it, they only need to fit on
+    the disk.
 
     Raises:
-        UserError: what is asked for does not fit on the disk.
+        UserError: the user asked for it, and the sets do not fit on the disk.
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE)
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,24 +47,24 @@ def describe_cache(sets: Sequence[datasets.Dataset], size: Size, is_asked_for: b
     if is_asked_for and num_bytes > free:
         raise UserError(
             f"--cache_images: needs {num_bytes / GIB:,.1f} GiB in {folder}, which has {free / GIB:,.1f} GiB free; "
-            "leave it out, or set HF_DATASETS_CACHE to a larger disk."
+            "leave the flag out, or set HF_DATASETS_CACHE to a folder on a larger disk."
         )
     if not missing:
-        return f"Training images are decoded already: {sum(map(len, sets)):,} images, in {folder}."
+        return f"Training images are already decoded: {sum(map(len, sets)):,} images in {folder}."
     if not is_asked_for and not WORTH_CACHING <= num_bytes <= min(free, psutil.virtual_memory().available) / 2:
         return None
     return (
-        f"Training images are decoded once: {sum(map(len, missing)):,} images, {num_bytes / GIB:,.2f} GiB to write in "
-        f"{folder}, which has {free / GIB:,.1f} GiB free."
+        f"Training images are decoded once: {sum(map(len, missing)):,} images, {num_bytes / GIB:,.2f} GiB are written "
+        f"to {folder}, which has {free / GIB:,.1f} GiB free."
     )
 
 
 def cache_images(images: datasets.Dataset, size: Size) -> datasets.Dataset:
-    """Return the images with a column `DECODED`, memory-mapped: what `decode` makes of each, as uncompressed files."""
+    """Return the images with a memory-mapped column `DECODED`: the output of `decode` as uncompressed files."""
     path = cache_path(images, size)
     path.parent.mkdir(parents=True, exist_ok=True)
     encoded = images.cast_column("image", datasets.Image(decode=False))
-    # the others find the file; a state of accelerate for a single process would take up a GPU
+    # other processes find the file; for a single process, a PartialState would occupy a GPU
     with PartialState().local_main_process_first() if num_launched() > 1 else nullcontext():
         decoded = encoded.map(
             partial(_decode_batch, size=size), batched=True, batch_size=NUM_AT_ONCE, writer_batch_size=NUM_AT_ONCE,
@@ -74,13 +75,13 @@ def cache_images(images: datasets.Dataset, size: Size) -> datasets.Dataset:
 
 
 def cache_path(images: datasets.Dataset, size: Size) -> Path:
-    """Return the file of a set's decoded images, by what `datasets` tells its contents from others with."""
+    """Return the file of a set's decoded images, named by the fingerprint of `datasets`."""
     edges = "whole" if size is None else "x".join(map(str, size))
     return Path(datasets.config.HF_DATASETS_CACHE) / "bridged_transfer" / f"{images._fingerprint}-{edges}.arrow"
 
 
 def _decoded_bytes(images: datasets.Dataset, size: Size) -> int:
-    """Return what the decoded images take; only their headers are read."""
+    """Return the size of the decoded images; only their headers are read."""
 
     def count(row: int, encoded: dict) -> int:
         image = open_image(encoded)
@@ -96,5 +97,5 @@ def _decode_batch(batch: dict, size: Size) -> dict:
         to_pil_image(decode(open_image(encoded), size)).save(file, "PPM")
         return {"bytes": file.getvalue(), "path": None}
 
-    with ThreadPoolExecutor(num_cores()) as threads:  # decoding holds no lock of Python
+    with ThreadPoolExecutor(num_cores()) as threads:  # decoding releases Python's lock
         return {DECODED: list(threads.map(decode_one, batch["image"]))}

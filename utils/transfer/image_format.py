@@ -1,7 +1,7 @@
-"""What a checkpoint's image processor shows of an image: its pixels in evaluation, their format in training.
+"""The image processor of a checkpoint: its pixels for evaluation, and their format for training.
 
-The processor is shown pictures of one colour, ramps and noise. Training repeats what it does to them by a crop, a
-resize and a normalisation; where these do not give the same pixels, training calls the processor itself.
+The processor is measured on images of one colour, ramps and noise. Training repeats its work by a crop, a resize and a
+normalisation; if these do not give the same pixels, training calls the processor itself.
 """
 
 import dataclasses
@@ -22,23 +22,23 @@ from utils.data.images import to_rgb
 logger = logging.getLogger(__name__)
 
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "nearest-exact", "box", "hamming")
-OF_PILLOW = ("lanczos", "box", "hamming")  # interpolations of pictures, not of tensors
-# in levels of 255: Pillow and torch round the same value differently by 1, another interpolation differs by 15 and more
+OF_PILLOW = ("lanczos", "box", "hamming")  # interpolations that only PIL images have
+# in levels of 255: Pillow's and torch's rounding differ by 1, another interpolation by 15 and more
 TOLERANCE = 2.0
-# pixels of the result: so near to the edge of a crop, the processor's interpolation takes in what lies beyond it
+# pixels of the result; this close to the edge of a crop, the processor's interpolation includes pixels beyond it
 EDGE = 3
-SCALE = 3  # pixels of a picture to one of the result; odd, so that the nearest one is the middle one
+SCALE = 3  # pixels of a test image per pixel of the result; odd, so that the nearest one is in the middle
 RAMP_NOISE = 8
 COLOURS = 255 * np.array([(0, 0, 0), (1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)], dtype=np.uint8)
-LANDSCAPE, PORTRAIT = (48, 144), (144, 48)  # long: a processor that pads shows it
+LANDSCAPE, PORTRAIT = (48, 144), (144, 48)  # elongated, to detect padding
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What a checkpoint takes (`read_image_format` measures it): the `size` (height, width), how values are normalised.
+    """The input format of a checkpoint, from `read_image_format`: `size` (height, width) and normalisation.
 
-    `mean` and `std` belong to the output's channels, of pixels in [0, 1]; `channels` are the RGB channels that these
-    show. Where a crop cannot be resized and normalised as the image processor does it, there is the `processor` itself.
+    `mean` and `std` are for the output's channels, with pixels in [0, 1]; `channels` are the RGB channels in the
+    output's order. `processor` is set if a crop, a resize and a normalisation do not give the processor's pixels.
     """
 
     size: tuple[int, int]
@@ -50,21 +50,21 @@ class ImageFormat:
 
     @property
     def crop_size(self) -> tuple[int, int] | None:
-        """The size to which training resizes a crop; None where it takes the image's own pixels.
+        """The size to which training resizes a crop; None if it needs the image's own pixels.
 
-        The processor may cut some out, and a smaller image is smoother than single pixels of the whole.
+        That is the case with a `processor`, which may crop, and for nearest neighbours, as a smaller image is smoother.
         """
         return None if self.processor is not None or self.interpolation == "nearest-exact" else self.size
 
 
 def process(image_processor, image: Image.Image) -> torch.Tensor:
-    """Return the pixels that an image processor makes of an RGB image, `(3, height, width)` float32."""
-    # one that neither rescales nor normalises gives bytes, which no convolution takes
+    """Return the output of an image processor for an RGB image, `(3, height, width)` float32."""
+    # without rescaling and normalisation, the output is bytes, which convolutions do not take
     return image_processor(image, return_tensors="pt")["pixel_values"][0].float()
 
 
 def normalise(images: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
-    """Return images `(batch, 3, height, width)` in [0, 1] as the checkpoint takes them, changed in place."""
+    """Normalise images `(batch, 3, height, width)` in [0, 1] for the checkpoint, in place, and return them."""
     if image_format.channels != (0, 1, 2):
         images = images[:, list(image_format.channels)]
     return v2.functional.normalize(images, image_format.mean, image_format.std, inplace=True)
@@ -79,7 +79,7 @@ def cut(image: torch.Tensor, box: tuple[int, int, int, int], size: tuple[int, in
 
 
 class EvalImages(torch.utils.data.Dataset):
-    """Images as the checkpoint's own image processor makes them, so that a pipeline repeats the measured accuracy."""
+    """Images processed by the checkpoint's image processor, so that a pipeline reproduces the measured accuracy."""
 
     def __init__(self, images: datasets.Dataset, image_processor):
         self.images = images
@@ -89,12 +89,12 @@ class EvalImages(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        row = self.images[index]  # raises IndexError at the end, so that iteration stops
+        row = self.images[index]  # IndexError at the end stops iteration
         return {"pixel_values": process(self.image_processor, to_rgb(row["image"])), "labels": row["label"]}
 
 
 def check_image_processor(image_processor, name: str) -> None:
-    """Check that a checkpoint's image processor makes `(3, height, width)` of any picture, always of the same size.
+    """Check that a checkpoint's image processor returns `(3, height, width)`, of the same size for any image.
 
     Raises:
         UserError: it does not.
@@ -102,15 +102,15 @@ def check_image_processor(image_processor, name: str) -> None:
     made = [_describe_result(image_processor, size) for size in (LANDSCAPE, PORTRAIT)]
     if made[0] != made[1] or not made[0].startswith("pixel_values 1 x 3 x"):
         raise UserError(
-            f"--model_name_or_path {name}: its image processor makes {' or '.join(dict.fromkeys(made))} of a picture; "
-            "a model that takes pixel_values 1 x 3 x height x width, of one size, is wanted."
+            f"--model_name_or_path {name}: its image processor returns {' or '.join(dict.fromkeys(made))} for an "
+            "image; must be pixel_values 1 x 3 x height x width, of a fixed size."
         )
 
 
 def _describe_result(image_processor, size: tuple[int, int]) -> str:
     try:
         features = image_processor(Image.fromarray(_noise(size)), return_tensors="pt")
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # its settings do not go together
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # its settings are inconsistent
         return f"nothing ({error})"
     name = "pixel_values" if "pixel_values" in features else next(iter(features))
     return " ".join([name, " x ".join(map(str, np.shape(features[name])))])
@@ -118,16 +118,16 @@ def _describe_result(image_processor, size: tuple[int, int]) -> str:
 
 @functools.lru_cache(maxsize=8)
 def read_image_format(image_processor) -> ImageFormat:
-    """Return how training makes the pixels that an image processor makes; both are compared on a noisy picture.
+    """Return the format with which training repeats an image processor, checked on an image of noise.
 
-    Where they differ, the format holds the processor itself, and a warning says so.
+    If the pixels differ, the format contains the processor itself, and a warning says so.
     """
     size = tuple(process(image_processor, Image.fromarray(_noise(LANDSCAPE))).shape[1:])
     image_format = _measure(image_processor, size)
     if image_format is None:
         logger.warning(
-            f"{type(image_processor).__name__} does more than crop, resize and normalise (it may pad); training calls "
-            "it for every image, which is slower."
+            f"{type(image_processor).__name__} does more than crop, resize and normalise (perhaps padding); training "
+            "calls it for every image, which is slower."
         )
         return ImageFormat(size, processor=image_processor)
     return image_format
@@ -141,7 +141,7 @@ def _measure(image_processor, size: tuple[int, int]) -> ImageFormat | None:
     shown = [_measure_range(image_processor, plain, picture_size, axis) for axis in (0, 1)]
     if not all(edge / 8 < extent < edge + 2 for edge, (_, extent) in zip(picture_size, shown)):
         return None  # turned, or warped
-    # exactly at that scale, whatever is cropped off: the edges of what is shown fall between pixels
+    # at exactly this scale, the edges of the crop fall between pixels
     picture_size = tuple(
         SCALE * round(edge * whole / extent) for edge, whole, (_, extent) in zip(size, picture_size, shown)
     )
@@ -152,7 +152,7 @@ def _measure(image_processor, size: tuple[int, int]) -> ImageFormat | None:
 
 
 def _measure_values(image_processor, size: tuple[int, int]) -> ImageFormat | None:
-    """Return the format by how pictures of one colour are normalised, None where their pixels are not all the same."""
+    """Return the format from images of one colour, or None if the pixels of an output are not all equal."""
     pictures = [Image.fromarray(np.full((*LANDSCAPE, 3), colour)) for colour in COLOURS]
     made = torch.stack([process(image_processor, picture) for picture in pictures]).double()
     black, white, *primaries = made.mean((2, 3))
@@ -160,15 +160,15 @@ def _measure_values(image_processor, size: tuple[int, int]) -> ImageFormat | Non
     scale = white - black
     expected = black + scale * (torch.from_numpy(COLOURS)[:, channels] / 255)
     errors = (made - expected[:, :, None, None]).abs() / scale.abs()[:, None, None]
-    if not errors.max() < 1e-4:  # nor where one is not a number
+    if not errors.max() < 1e-4:  # also if one is NaN
         return None
     mean, std = -black / scale, 1 / scale
     return ImageFormat(size, tuple(mean.tolist()), tuple(std.tolist()), channels=tuple(channels.tolist()))
 
 
 def _measure_range(image_processor, plain: ImageFormat, size: tuple[int, int], axis: int) -> tuple[float, float]:
-    """Return middle and extent of what is shown of one axis of a picture, in its pixels, by a ramp of grey."""
-    # greys are whole numbers, before and after: noise lets their means take every value between
+    """Return middle and extent of the crop on one axis of an image, in its pixels, measured by a ramp of grey."""
+    # greys are integers before and after; with noise, their means take all values in between
     noise = np.random.default_rng(0).random((size[axis], size[1 - axis]), dtype=np.float32)
     first, last = RAMP_NOISE, 255 - RAMP_NOISE
     ramp = np.linspace(first, last, size[axis], dtype=np.float32)[:, None] + RAMP_NOISE * (noise - 0.5)
@@ -185,7 +185,7 @@ def _measure_range(image_processor, plain: ImageFormat, size: tuple[int, int], a
 def _find_interpolation(
     image_processor, plain: ImageFormat, size: tuple[int, int], box: tuple[int, int, int, int]
 ) -> ImageFormat | None:
-    """Return the format whose interpolation makes the processor's pixels of a box of noise, None where none does."""
+    """Return the format with the interpolation that gives the processor's pixels for a box of noise, or None."""
     picture = Image.fromarray(_noise(size))
     wanted, pixels = process(image_processor, picture), pil_to_tensor(picture)
     errors = {}

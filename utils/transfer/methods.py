@@ -1,7 +1,7 @@
-"""The methods: which stages, on which images, from which weights, for how many steps. No torch.
+"""The methods: which stages on which images, from which weights, for how many steps. No torch.
 
-A method is a row of `METHODS`; train_bridged.py and compare_transfer.py know it by its name. From a row and the
-settings of its stages `plan_stages` makes the stages to be trained.
+A method is a row of `METHODS`; train_bridged.py and compare_transfer.py look it up by name. `plan_stages` turns a row
+and the settings of its stages into the stages to be trained.
 """
 
 import math
@@ -11,7 +11,7 @@ from utils.cli.errors import UserError
 
 HEAD_INITS = ("reset", "keep", "imprint", "probe")
 ONE_KIND_NORMS = ("frozen", "train", "recalibrate")
-BATCH_NORM_MODES = (*ONE_KIND_NORMS, "domain")  # the last one where a stage replays
+BATCH_NORM_MODES = (*ONE_KIND_NORMS, "domain")  # "domain" only if a stage replays
 ALIGNMENTS = ("adversarial", "coral", "none")
 AUGMENTATIONS = ("robust", "basic", "trivialaugment", "randaugment")
 REPLAY_IMAGES = 6.0  # real images per class at which half of what is seen is synthetic
@@ -28,10 +28,10 @@ SETTINGS_OF_EACH_STAGE = (
 
 @dataclass(frozen=True)
 class Alignment:
-    """How a stage on synthetic images brings their features and those of unlabelled real ones together.
+    """How a stage on synthetic images aligns their features with those of unlabelled real images.
 
-    `kind` is `adversarial` or `coral`. `weight`, above 0, is that of its gradients on the features, beside those of the
-    classes' loss.
+    `kind` is `adversarial` or `coral`. `weight`, above 0, scales its gradients on the features relative to those of the
+    classification loss.
     """
 
     kind: str
@@ -42,15 +42,15 @@ class Alignment:
 class Stage:
     """One stage of a method.
 
-    `images` is `real`, `synthetic`, `both`, or `replayed`: real ones with a share of synthetic ones in each batch.
+    `images` is `real`, `synthetic`, `both`, or `replayed`: real images with a share of synthetic ones in each batch.
     `start` is the stage whose weights it takes (None: the pretrained checkpoint), `head_init` one of `HEAD_INITS`.
-    `settings` replace those that a stage on such images has otherwise. A stage that `is_matched` takes the steps of one
-    on synthetic images besides its own. One that replays and is `guarded_by_probe` gives synthetic images what share
-    they earn, measured before the first stage begins. `mix_ratio` is synthetic images per real one, where it sees both;
-    None takes each image once. With an `alignment`, a stage on synthetic images sees the real training images too,
-    unlabelled. `average` is the share of its weights in the result, in (0, 1); the rest are those of `start`, whose
-    head it has to keep (WiSE-FT, Wortsman et al. 2022). A stage whose settings have `max_steps` 0 is its head's init
-    alone.
+    `settings` override the defaults for a stage on such images. With `is_matched`, a stage takes the steps of a stage
+    on synthetic images in addition to its own. With `guarded_by_probe`, the share of synthetic images in a stage that
+    replays depends on what they add, measured before the first stage. `mix_ratio` is the number of synthetic images per
+    real one in a stage on both; None takes each image once. With an `alignment`, a stage on synthetic images also sees
+    the real training images, unlabelled. `average` is the share of its weights in the result, in (0, 1); the rest are
+    the weights of `start`, whose head it must keep (WiSE-FT, Wortsman et al. 2022). A stage with `max_steps` 0 only
+    initialises its head.
     """
 
     name: str
@@ -71,14 +71,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: a sentence, and the stages in their order; the last one's model is the result."""
+    """A row of the table: a description and the stages in order; the last stage's model is the result."""
 
     description: str
     stages: tuple[Stage, ...]
 
     @property
     def kinds(self) -> set[str]:
-        """The images that its stages see: of `real`, `synthetic`, `both` and `replayed`."""
+        """The `images` of its stages: `real`, `synthetic`, `both`, `replayed`."""
         return {stage.images for stage in self.stages}
 
     @property
@@ -114,9 +114,9 @@ class Method:
 
     @property
     def without_synthetic(self) -> "Method":
-        """The method where a guard finds its synthetic images worth nothing: real ones, from the head of a probe.
+        """The method if a guard leaves the synthetic images out: on real images, from the head of a probe.
 
-        A head that needs no synthetic images is kept.
+        A head init that needs no synthetic images stays as it is.
         """
         stages = []
         for stage in self.stages:
@@ -127,7 +127,7 @@ class Method:
 
     @property
     def flags(self) -> dict:
-        """What the row says for the flags of train_bridged.py that are about a method as a whole."""
+        """The row's values for the flags of train_bridged.py that concern the whole method."""
         average = self.stages[-1].average  # records of methods without one have no such entry
         return {
             "head_init": self.stages[-1].head_init,
@@ -136,12 +136,11 @@ class Method:
         } | ({} if average is None else {"average": average})
 
     def with_flags(self, given: dict) -> "Method":
-        """Return the method with the flags that are given, as name -> value, in place of what its row says.
+        """Return the method with the given flags, as name -> value, overriding its row.
 
-        `--head_init` is for stages that start from another one, `--match_steps` for methods without a stage on
-        synthetic images alone, `--mix_ratio` for stages on both kinds, `--bridge_alignment` and its weight for stages
-        on synthetic images alone, `--average` for the last stage. What a stage that takes no steps says of itself
-        stays.
+        `--head_init` applies to stages that start from another one, `--match_steps` to methods without a stage on
+        synthetic images alone, `--mix_ratio` to stages on both kinds, `--bridge_alignment` and its weight to stages on
+        synthetic images alone, `--average` to the last stage. The settings of a stage that takes no steps stay.
         """
         stages = []
         for stage in self.stages:
@@ -185,25 +184,26 @@ METHODS = {
         "bridged with a head of class means of features", (STAGE_1, replace(STAGE_2, head_init="imprint"))
     ),
     "bridged_replay": Method(
-        "bridged with the head of stage 1, Mixup 0.2 in both stages, and synthetic images among the real ones; their "
-        "share in both stages falls with the number of real images, and with how little they add to these",
+        "bridged_keep with Mixup 0.2 in both stages and synthetic images among the real ones of stage 2; the more real "
+        "images there are, and the less synthetic ones add, the smaller their share in both stages",
         (STAGE_1, REPLAY),
     ),
     "bridged_unguarded": Method(
-        "bridged_replay whatever the synthetic images add", (STAGE_1, replace(REPLAY, guarded_by_probe=False))
+        "bridged_replay without measuring what the synthetic images add",
+        (STAGE_1, replace(REPLAY, guarded_by_probe=False)),
     ),
     "bridged_domain_norm": Method(
-        "bridged_replay whose stage 2 normalises each kind of images with BatchNorm statistics of its own",
+        "bridged_replay with separate BatchNorm statistics for real and synthetic images in stage 2",
         (STAGE_1, replace(REPLAY, settings=MIXUP | {"batch_norm": "domain"})),
     ),
     "bridged_adversarial": Method(
-        "bridged_keep whose stage 1 also sees the real images, unlabelled, and makes features of both kinds alike, by "
-        "a domain classifier",
+        "bridged_keep whose stage 1 also aligns features with those of the real images, unlabelled, by a domain "
+        "classifier",
         (replace(STAGE_1, alignment=Alignment("adversarial")), replace(STAGE_2, head_init="keep")),
     ),
     "bridged_coral": Method(
-        "bridged_keep whose stage 1 also sees the real images, unlabelled, and makes features of both kinds alike, by "
-        "their covariances",
+        "bridged_keep whose stage 1 also aligns features with those of the real images, unlabelled, by their "
+        "covariances",
         (replace(STAGE_1, alignment=Alignment("coral")), replace(STAGE_2, head_init="keep")),
     ),
     "bridged_head_warmup": Method(
@@ -212,7 +212,7 @@ METHODS = {
     ),
     "bridged_no_mixup": Method("bridged without Mixup", (replace(STAGE_1, settings=NO_MIXUP), STAGE_2)),
     "bridged_plain": Method(
-        "the paper's plain: head of stage 1, no Mixup",
+        "the paper's plain variant: head of stage 1, no Mixup",
         (replace(STAGE_1, settings=NO_MIXUP), replace(STAGE_2, head_init="keep")),
     ),
     "bridged_recalibrate": Method(
@@ -222,21 +222,21 @@ METHODS = {
     "vanilla": Method("real images only, for the steps of stage 2", (VANILLA,)),
     "vanilla_matched": Method("real images only, for the steps of both stages", (MATCHED,)),
     "vanilla_mixup": Method("vanilla_matched with Mixup 0.2", (replace(MATCHED, settings=MIXUP),)),
-    "mix": Method("real and synthetic images in one stage, each once an epoch, for the steps of both stages", (MIX,)),
+    "mix": Method("real and synthetic images in one stage, each once per epoch, for the steps of both stages", (MIX,)),
     "mix_mixup": Method("mix with Mixup 0.2", (replace(MIX, settings=MIXUP),)),
     "mix_balanced": Method(
-        "mix, real images repeated until they are as many as the synthetic", (replace(MIX, mix_ratio=1.0),)
+        "mix with real images repeated to match the number of synthetic ones", (replace(MIX, mix_ratio=1.0),)
     ),
     "synthetic_only": Method("stage 1 alone", (STAGE_1,)),
     "linear_probe": Method(
-        "logistic regression on the features of the pretrained network, which stays as it is", (PROBE,)
+        "logistic regression on the features of the pretrained network, which is not trained", (PROBE,)
     ),
     "lp_ft": Method(
         "vanilla_mixup from the head of linear_probe (LP-FT)",
         (replace(MATCHED, head_init="probe", settings=MIXUP),),
     ),
     "wise_ft": Method(
-        "bridged_keep with the weights half way between those of both stages (WiSE-FT)",
+        "bridged_keep with the mean of the weights of both stages (WiSE-FT)",
         (STAGE_1, replace(STAGE_2, head_init="keep", average=0.5)),
     ),
     "ema": Method(
@@ -249,13 +249,13 @@ DEFAULT_METHOD = "bridged_replay"
 
 
 def describe_methods() -> str:
-    """Return the table as `--help` prints it, a row a line."""
+    """Return the table as `--help` prints it, one row per line."""
     width = max(map(len, METHODS))
     return "\n".join(["Methods:", "", *(f"    {name:{width}}  {row.description}" for name, row in METHODS.items())])
 
 
 def stage_names() -> tuple[str, ...]:
-    """Return the names of all stages that there are, each after that of its head's warm-up."""
+    """Return the names of all stages, each after the name of its head warm-up."""
     names = dict.fromkeys(stage.name for method in METHODS.values() for stage in method.stages)
     return tuple(f"{name}{part}" for name in names for part in ("_head", ""))
 
@@ -264,11 +264,11 @@ def stage_names() -> tuple[str, ...]:
 class StageSettings:
     """How one stage trains.
 
-    `head_learning_rate_factor` multiplies the learning rate for the head; to `plan_stages`, None is `HEAD_FACTOR` for a
-    fresh head and 1 for another. `head_warmup_steps` train the head alone before all the rest (LP-FT, Kumar et al.
-    2022): so many more steps or, below 1, this share of `max_steps`. `warmup_steps` below 1 are a share of all steps.
-    `dropout` and `drop_path_rate` are the checkpoint's own when None. `ema_decay`, in (0, 1), is that of a moving
-    average of the weights over the steps; None keeps those of the last step.
+    `head_learning_rate_factor` multiplies the learning rate for the head; for `plan_stages`, None means `HEAD_FACTOR`
+    for a fresh head and 1 otherwise. `head_warmup_steps` train the head alone first (LP-FT, Kumar et al. 2022): this
+    many additional steps or, below 1, this share of `max_steps`. `warmup_steps` below 1 are a share of all steps. None
+    for `dropout` or `drop_path_rate` keeps the checkpoint's. `ema_decay`, in (0, 1), is the decay of a moving average
+    of the weights; None keeps the weights of the last step.
     """
 
     max_steps: int
@@ -289,16 +289,16 @@ class StageSettings:
     ema_decay: float | None = None
 
     def to_dict(self) -> dict:
-        """Return it as records hold it: those of before there were averages stay the same."""
+        """Return the entries for records; `ema_decay` only if set, so records of earlier versions stay the same."""
         return {name: value for name, value in asdict(self).items() if name != "ema_decay" or value is not None}
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage with its settings, as it is trained; `images`, `head_init` and `start` as of a `Stage`.
+    """A stage with its final settings; `images`, `head_init`, `start` and `average` are as in `Stage`.
 
-    `synthetic_share` is that of each batch, where images are replayed. Where there is an `average`, as of a `Stage`,
-    the rest are the weights of the stage `averaged_with`.
+    `synthetic_share` is the share of each batch if images are replayed. With an `average`, the rest are the weights of
+    the stage `averaged_with`.
     """
 
     name: str
@@ -313,7 +313,7 @@ class StagePlan:
     averaged_with: str | None = None
 
     def to_dict(self) -> dict:
-        """Return it as records hold it: what was added later only where it is used, so older records stay the same."""
+        """Return the entries for records; newer fields only if used, so records of earlier versions stay the same."""
         later = {
             "synthetic_share": None, "alignment": None, "guarded_by_probe": False, "average": None,
             "averaged_with": None,
@@ -328,10 +328,11 @@ def plan_stages(
 ) -> list[StagePlan]:  # fmt: skip
     """Return the stages of a method, in order; the last is the result.
 
-    `bridge_settings` go with synthetic images, `settings` with real ones and with both kinds together; what a row says
-    wins. A head warm-up is a stage of its own, `<name>_head`. A moving average is the last stage's alone. A method that
-    replays takes the steps of both together, and divides them by the number of real images per class and the `weight`
-    of the synthetic ones, in [0, 1]: that of a guard. At 0 it takes all of them on real images.
+    `bridge_settings` are for synthetic images, `settings` for real images and for both kinds together; the settings of
+    a row override them. A head warm-up is a separate stage, `<name>_head`. Only the last stage has a moving average. A
+    method that replays adds up the steps of both settings and divides them according to the number of real images per
+    class and the `weight` of the synthetic ones, in [0, 1], which a guard measures. With weight 0, all steps are on
+    real images.
     """
     stages, share = [], None
     if "replayed" in method.kinds:
@@ -343,13 +344,13 @@ def plan_stages(
         method = method if share > 0 else method.without_synthetic
     for stage in method.stages:
         own = replace(bridge_settings if stage.images == "synthetic" else settings, **stage.settings)
-        if share == 0 and own.batch_norm == "domain":  # there is no other domain
+        if share == 0 and own.batch_norm == "domain":  # only one domain is left
             own = replace(own, batch_norm="frozen")
         if stage.is_matched:
             own = replace(own, max_steps=own.max_steps + sum(_split_steps(bridge_settings)))
         if stage is not method.stages[-1]:
             own = replace(own, ema_decay=None)
-        if not stage.takes_steps:  # of which nothing else counts
+        if not stage.takes_steps:  # other settings have no effect
             own = StageSettings(0, 0.0, batch_norm=own.batch_norm)
         num_warmup_steps, num_steps = _split_steps(own)
         own = replace(own, max_steps=num_steps, head_warmup_steps=0)
@@ -360,7 +361,7 @@ def plan_stages(
         )  # fmt: skip
         if num_warmup_steps > 0:
             own = replace(own, max_steps=num_warmup_steps, freeze_backbone=True, ema_decay=None)
-            # features that stay as they are cannot be aligned
+            # frozen features cannot be aligned
             warmup = replace(
                 plan, name=f"{stage.name}_head", settings=own, alignment=None, average=None, averaged_with=None
             )
@@ -371,12 +372,12 @@ def plan_stages(
 
 
 def replayed_share(images_per_class: float, weight: float = 1.0) -> float:
-    """Return the share of synthetic images at so many real ones per class, in [0, 1), where they weigh so much."""
+    """Return the share of synthetic images in [0, 1), for a number of real images per class and a weight in [0, 1]."""
     return weight * REPLAY_IMAGES / (weight * REPLAY_IMAGES + images_per_class)
 
 
 def describe_shares(stages: list[StagePlan], images_per_class: float) -> str:
-    """Return in words what stages that replay make of a number of real images per class."""
+    """Return in words how a method that replays divides its steps and batches between kinds of images."""
     num_steps = sum(stage.settings.max_steps for stage in stages)
     num_first = sum(stage.settings.max_steps for stage in stages if stage.images == "synthetic")
     images = "image" if images_per_class == 1 else "images"
@@ -395,7 +396,7 @@ def percent(share: float) -> str:
 
 
 def _split_steps(settings: StageSettings) -> tuple[int, int]:
-    """Return the steps of the head's warm-up, and of all weights after it."""
+    """Return the steps of the head warm-up, and the steps of all weights after it."""
     if settings.head_warmup_steps < 1:
         num_steps = int(settings.head_warmup_steps * settings.max_steps)
         return num_steps, settings.max_steps - num_steps
@@ -403,7 +404,7 @@ def _split_steps(settings: StageSettings) -> tuple[int, int]:
 
 
 def with_fresh_head(stage: StagePlan) -> StagePlan:
-    """Return a stage that begins with a fresh head in place of one that was to be made."""
+    """Return the stage with a fresh head instead of its head init."""
     return _with_head_factor(
         replace(stage, head_init="reset", settings=replace(stage.settings, head_learning_rate_factor=None))
     )
@@ -417,9 +418,9 @@ def _with_head_factor(stage: StagePlan) -> StagePlan:
 
 
 def steps_per_epoch(num_images: int, images_per_batch: int, accumulation: int = 1, drop_last: bool = False) -> int:
-    """Return the optimiser steps of one epoch, of `accumulation` batches each; a batch is that of all processes.
+    """Return the optimiser steps of one epoch, with `accumulation` batches per step, over all processes.
 
-    With `drop_last`, an epoch has whole batches only.
+    With `drop_last`, an epoch has only whole batches.
     """
     num_batches = num_images // images_per_batch if drop_last else math.ceil(num_images / images_per_batch)
     return math.ceil(num_batches / accumulation)
@@ -428,7 +429,7 @@ def steps_per_epoch(num_images: int, images_per_batch: int, accumulation: int = 
 def mix_indices(num_real: int, num_synthetic: int, ratio: float | None) -> list[int]:
     """Return the rows of one epoch over real images followed by synthetic ones, `ratio` synthetic for each real one.
 
-    Images of the kind that is too few for the ratio are repeated; a ratio of None takes each image once.
+    Images of the kind with too few for the ratio are repeated; a ratio of None takes each image once.
     """
     num_real_rows, num_synthetic_rows = num_real, num_synthetic
     if ratio is not None:
@@ -441,10 +442,10 @@ def mix_indices(num_real: int, num_synthetic: int, ratio: float | None) -> list[
 def stage_settings(
     method: Method, flags: dict, num_images: dict[str, int], num_processes: int
 ) -> tuple[StageSettings, StageSettings]:
-    """Return the settings on synthetic and on real images (on both kinds, for mix), epochs turned into steps.
+    """Return the settings on synthetic and on real images (for mix, on both kinds), with epochs turned into steps.
 
-    `flags` maps those of train_bridged.py to values; a `bridge_` flag of None that is for both stages has the value of
-    the flag without that prefix. `num_images` counts the images by kind: `real`, `synthetic`, `both`.
+    `flags` maps the flags of train_bridged.py to values; a `bridge_` flag of a setting for both stages defaults to the
+    flag without the prefix. `num_images` counts the images by kind: `real`, `synthetic`, `both`.
     """
     real = {name: flags[name] for name in (*SETTINGS_OF_BOTH_STAGES, *SETTINGS_OF_EACH_STAGE)}
     bridge = {name: flags[f"bridge_{name}"] for name in SETTINGS_OF_EACH_STAGE}
@@ -471,52 +472,52 @@ def stage_settings(
 
 
 def check_average(method: Method, use_peft: bool) -> None:
-    """Check that the weights of a method can be averaged, if they are to be.
+    """Check that a method that averages weights can do so.
 
     Raises:
-        UserError: there are no two stages that share their head, or what is trained is an adapter.
+        UserError: no two stages share their head, or an adapter is trained.
     """
     last = method.stages[-1]
     if last.average is None:
         return
-    flag = f"--average {last.average:g} (of --method wise_ft, or given)"
+    flag = f"--average {last.average:g} (given, or from --method wise_ft)"
     if last.start is None or last.head_init != "keep":
         raise UserError(
-            f"{flag}: needs a second stage that begins with the head of the first; give --method bridged_keep or "
+            f"{flag}: needs a second stage that starts from the head of the first; give --method bridged_keep or "
             "--head_init keep."
         )
     if use_peft:
         raise UserError(
-            f"{flag}: not with --use_peft; the mean of two adapters is not the adapter of the mean. Leave one out."
+            f"{flag}: not possible with --use_peft, as the mean of two adapters is not the adapter of the mean."
         )
 
 
 def check_stages(
     stages: list[StagePlan], flags: dict, num_images: dict[str, int], num_classes: int, num_processes: int
 ) -> None:
-    """Check, before the first stage trains, what depends on the numbers of images, steps and classes.
+    """Check, before the first stage trains, the flags that depend on the numbers of images, steps and classes.
 
     Raises:
-        UserError: a stage has no whole batch or is all warm-up, nothing would be evaluated, or a metric is not there
-            for so few classes.
+        UserError: a stage has no whole batch or only warm-up steps, nothing would be evaluated, or a metric needs more
+            classes.
     """
     for stage in stages:
-        if stage.settings.max_steps == 0:  # its head's init alone
+        if stage.settings.max_steps == 0:  # it only initialises its head
             continue
         batch_size, number = stage.settings.per_device_train_batch_size, num_images[stage.images]
-        # of these every batch is full
+        # endless sources have only full batches
         is_endless = stage.images == "replayed" or stage.alignment is not None
         is_endless |= flags["streaming"] and stage.images == "synthetic"
         if flags["dataloader_drop_last"] and not is_endless and number < batch_size * num_processes:
             raise UserError(
-                f"--dataloader_drop_last: {stage.name} would take no step, its {number} images are less than a batch "
+                f"--dataloader_drop_last: {stage.name} would take no step: its {number} images are less than one batch "
                 f"({batch_size} on each of {num_processes} processes); give a smaller --per_device_train_batch_size."
             )
         warmup_steps, max_steps = stage.settings.warmup_steps, stage.settings.max_steps
         if 1 < max_steps <= warmup_steps:
             raise UserError(
                 f"--warmup_steps {warmup_steps:g}: {stage.name} has {max_steps} steps, so the learning rate never "
-                "reaches its peak; give fewer, or a share below 1."
+                "reaches its peak; give fewer warm-up steps, or a share below 1."
             )
     most_steps = max(stage.settings.max_steps for stage in stages)
     if flags["eval_strategy"] == "steps" and flags["eval_delay"] > most_steps:
@@ -525,4 +526,4 @@ def check_stages(
         )
     metric = flags["metric_for_best_model"]
     if metric is not None and metric.endswith("top5_accuracy") and num_classes <= 5:
-        raise UserError(f"--metric_for_best_model {metric}: needs more than 5 classes, there are {num_classes}.")
+        raise UserError(f"--metric_for_best_model {metric}: needs more than 5 classes, got {num_classes}.")

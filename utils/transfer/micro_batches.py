@@ -1,6 +1,6 @@
-"""A Trainer whose steps take less memory where there is little: batches go through the model in parts.
+"""A Trainer that saves memory when it runs out: batches go through the model in parts.
 
-The batches stay what they are, with their Mixup: a part is cut from a batch that is augmented already.
+The batches stay the same, also with Mixup: the parts are cut from a batch that has been augmented.
 """
 
 from contextlib import nullcontext
@@ -14,16 +14,16 @@ from transformers import Trainer
 from utils.cli.errors import UserError
 from utils.cli.memory import MicroBatching, try_in_memory
 
-# steps before which processes try together what fits: the second is the first with the optimiser's states
+# first steps before which all processes try what fits; from the second on there are optimiser states
 NUM_TRIALS = 2
 ADVICE = "choose a smaller model, train an adapter (--use_peft), or take a GPU with more memory."
 
 
 class MicroBatchTrainer(Trainer):
-    """A Trainer that divides a loader's batches as its `micro_batching` says, and tries again where memory is short.
+    """A Trainer that divides batches as `micro_batching` says, and into smaller parts when out of memory.
 
-    A subclass sets `micro_batching`, and says by `augment` what the model takes of a batch, by `trained_modules` where
-    gradients are, and by `changing_buffers` what a forward pass changes.
+    A subclass sets `micro_batching` and overrides `augment` (the model's inputs for a batch), `trained_modules` (the
+    modules with gradients) and `changing_buffers` (the buffers that a forward pass changes).
     """
 
     micro_batching: MicroBatching
@@ -33,7 +33,7 @@ class MicroBatchTrainer(Trainer):
         self.step_batches, self.before_step, self.num_trials = [], [], 0
 
     def augment(self, batch: dict) -> dict[str, torch.Tensor]:
-        """Return a loader's batch as `compute_loss` takes it, all of it on the model's device, images first."""
+        """Return the inputs of `compute_loss` for a batch, on the model's device, images first."""
         return self._prepare_inputs(batch)
 
     def trained_modules(self) -> list[nn.Module]:
@@ -49,10 +49,10 @@ class MicroBatchTrainer(Trainer):
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Add a batch's gradients, and return its loss; where memory is short, in smaller parts than before.
+        """Accumulate a batch's gradients and return its loss; when out of memory, in smaller parts than before.
 
         Raises:
-            UserError: it does not fit in any way; in several processes, one of them ran out of memory after the trials.
+            UserError: not even one image fits, or one of several processes ran out of memory after the trials.
         """
         if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             return super().training_step(model, self.augment(inputs), num_items_in_batch)
@@ -66,16 +66,17 @@ class MicroBatchTrainer(Trainer):
         def attempt() -> torch.Tensor:
             return [self._accumulate(model, batch, num_items_in_batch) for batch in pending][-1]
 
-        def undo() -> None:  # with the gradients of the batch those of the step's earlier ones are gone
-            self._go_back()
+        def undo() -> None:  # the gradients of the step's earlier batches are cleared too
+            self._restore_state()
             pending[:] = self.step_batches
 
         return self.micro_batching.run(attempt, undo)
 
     def _training_step_of_several(self, model, inputs, num_items_in_batch) -> torch.Tensor:
-        """Be one of several processes: DDP has those that have memory wait for one that has not.
+        """Take a step as one of several processes.
 
-        So it is tried without DDP what fits in all of them, before the first steps.
+        With DDP, the other processes would wait for one that ran out of memory. So before the first steps, every
+        process tries without DDP what fits.
         """
         if len(self.step_batches) == 1 and self.num_trials < NUM_TRIALS:
             self.num_trials += 1
@@ -84,19 +85,19 @@ class MicroBatchTrainer(Trainer):
         if loss is None:
             raise UserError(
                 f"{self.micro_batching.flag}: process {self.args.process_index} is out of memory after step "
-                f"{self.state.global_step}, where the others cannot follow it; run the same command with "
-                "--resume_from_checkpoint latest, which begins by trying what fits."
+                f"{self.state.global_step}, too late to change the size in all processes; run the same command with "
+                "--resume_from_checkpoint latest, which starts by trying what fits."
             )
         return loss
 
     def try_alone(self, model, inputs, num_items_in_batch) -> None:
-        """Find out what fits in all processes, each by itself, and leave no trace of it."""
+        """Find a size that fits in all processes, each on its own, and restore the state."""
         own = self.accelerator.unwrap_model(model)
-        self.micro_batching.run(partial(self._accumulate, own, inputs, num_items_in_batch), self._go_back)
-        self._go_back()
+        self.micro_batching.run(partial(self._accumulate, own, inputs, num_items_in_batch), self._restore_state)
+        self._restore_state()
 
     def _accumulate(self, model, batch: dict, num_items_in_batch) -> torch.Tensor:
-        """Add the gradients of a batch, augmented as a whole, a part after another, and return its loss."""
+        """Accumulate the gradients of a batch, augmented as a whole, part by part, and return its loss."""
         inputs = self.augment(batch)
         num_parts = self.micro_batching.num_parts(len(inputs["labels"]))
         divided = {name: value.tensor_split(num_parts) for name, value in inputs.items()}
@@ -109,15 +110,15 @@ class MicroBatchTrainer(Trainer):
         return sum(losses[1:], losses[0])
 
     def _copy_changing_state(self) -> list[torch.Tensor]:
-        """Return copies of what a forward pass in training changes: random states and buffers."""
+        """Return copies of the state that a forward pass in training changes: random states and buffers."""
         states = [torch.get_rng_state()]
         if self.args.device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self.args.device))
         return states + [buffer.clone() for buffer in self.changing_buffers()]
 
     @torch.no_grad()
-    def _go_back(self) -> None:
-        """Be as before the step, without gradients."""
+    def _restore_state(self) -> None:
+        """Restore the state before the step, and clear gradients."""
         for module in self.trained_modules():
             module.zero_grad()
         state, *states = self.before_step

@@ -1,4 +1,4 @@
-"""Parts of any image classifier, plain or with an adapter: its head, found, drawn again or imprinted; its BatchNorm."""
+"""Parts of an image classifier, with or without an adapter: its head (find, reset, imprint) and its BatchNorm."""
 
 import copy
 import math
@@ -20,20 +20,20 @@ from utils.cli.errors import UserError
 from utils.transfer.image_format import EvalImages
 
 NO_IMPRINT = "--head_init imprint: the head of {name} is not linear on one feature vector; choose reset or keep."
-# at 0.1 the demo's test loss before training is within 0.02 of what the best scale gives, at 1, 4 and 16 shots
+# with 0.1, the demo's test loss before training is within 0.02 of that of the best scale, at 1, 4 and 16 shots
 IMPRINT_SMOOTHING = 0.1
-MAX_LOGIT = 1000.0  # of a class's own mean
+MAX_LOGIT = 1000.0  # of a class's mean for its own class
 
 
 def base_classifier(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Return the transformers model, which is what an adapter is in where there is one."""
+    """Return the transformers model, without the wrapper of an adapter."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def head_parameter_names(model: PreTrainedModel | PeftModel) -> list[str]:
     """Return the names of the parameters whose shape depends on the number of classes, in the model's order.
 
-    With an adapter these are its own, trained ones, not the base model's that they stand for.
+    With an adapter, these are its trained copies, not the base model's parameters that they replace.
     """
     base = base_classifier(model)
     other_config = copy.deepcopy(base.config)
@@ -54,16 +54,16 @@ def head_module_names(model: PreTrainedModel | PeftModel) -> list[str]:
 
 
 def reset_head(model: PreTrainedModel | PeftModel, seed: int) -> None:
-    """Draw the head again from `seed`, as transformers initialises this architecture; all else is left as it is."""
+    """Initialise the head again from `seed`, as transformers does for this architecture; nothing else changes."""
     names = head_parameter_names(model)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name in names:
-            model.get_parameter(name).fill_(torch.nan)  # what is left of it was not initialised
+            model.get_parameter(name).fill_(torch.nan)  # NaN that remains was not initialised
         for module_name in head_module_names(model):
             module = model.get_submodule(module_name)
             for owner in (module, *module.parameters(recurse=False)):
-                # transformers skips what it believes to be loaded
+                # transformers skips modules marked as initialised
                 owner._is_hf_initialized = False
             base_classifier(model)._init_weights(module)
     for name in names:
@@ -74,7 +74,7 @@ def linear_heads(model: PreTrainedModel | PeftModel, problem: str) -> list[nn.Li
     """Return the modules of the head, in the model's order.
 
     Raises:
-        UserError: one is not linear; the message is `problem`, with the model's name.
+        UserError: one is not a linear layer; the message is `problem`, formatted with the model's `name`.
     """
     heads = [model.get_submodule(name) for name in head_module_names(model)]
     if not all(isinstance(head, nn.Linear) for head in heads):
@@ -83,8 +83,8 @@ def linear_heads(model: PreTrainedModel | PeftModel, problem: str) -> list[nn.Li
 
 
 @contextmanager
-def watching(heads: list[nn.Module]) -> Iterator[dict[nn.Module, torch.Tensor]]:
-    """Give, by head, the features that entered it last; they are noted while this lasts."""
+def record_inputs(heads: list[nn.Module]) -> Iterator[dict[nn.Module, torch.Tensor]]:
+    """Yield a mapping that always holds the latest input features of each head."""
     entered = {}
     hooks = [head.register_forward_pre_hook(lambda head, args: entered.update({head: args[0]})) for head in heads]
     try:
@@ -96,16 +96,16 @@ def watching(heads: list[nn.Module]) -> Iterator[dict[nn.Module, torch.Tensor]]:
 
 @torch.no_grad()
 def imprint_head(model: PreTrainedModel | PeftModel, images: EvalImages, batch_size: int = 128) -> None:
-    """Set the head to the class means of the normalised features that enter it, normalised and scaled; no bias.
+    """Set the head's weights to the class means of its normalised input features, normalised and scaled; no bias.
 
-    The method takes normalised features and learns their scale. Here the head gets features as they are, so a scale
-    is chosen that makes the probabilities sensible before any training: at it, the classes' mean features have the
-    smallest cross-entropy with smoothed labels. (The images' plain cross-entropy has no minimum where each class has
-    one image; a fixed scale suits some networks only.) `images`, or a list of their items, are divided over the
-    processes. The model is left in eval mode.
+    The paper normalises features and learns a scale. Here the head gets plain features, and the scale is chosen to give
+    sensible probabilities before training: it minimises the cross-entropy of the classes' mean features with smoothed
+    labels. (The images' plain cross-entropy has no minimum if each class has one image, and no fixed scale suits all
+    networks.) `images` are `EvalImages` or a list of their items, divided over the processes. The model is left in eval
+    mode.
 
     Raises:
-        UserError: a class has no image; the head is not linear, or not on one feature vector an image.
+        UserError: a class has no image, or the head is not a linear layer on one feature vector per image.
 
     Source: Low-Shot Learning with Imprinted Weights, Qi et al. 2018, section 3.2; the scale is our own.
     """
@@ -123,14 +123,14 @@ def imprint_head(model: PreTrainedModel | PeftModel, images: EvalImages, batch_s
 
 
 def _class_sums(model, heads: list[nn.Linear], images, batch_size: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return sums `(2, classes, features)` of each head's input, normalised and as it is, and counts `(classes,)`."""
+    """Return sums `(2, classes, features)` of each head's input, normalised and plain, and counts `(classes,)`."""
     state = PartialState()
     config = base_classifier(model).config
     model.eval().to(state.device, memory_format=torch.channels_last)
     sums = [torch.zeros(2, config.num_labels, head.in_features, device=state.device) for head in heads]
     counts = torch.zeros(config.num_labels, device=state.device)
     loader = DataLoader(Subset(images, range(state.process_index, len(images), state.num_processes)), batch_size)
-    with watching(heads) as entered:
+    with record_inputs(heads) as entered:
         for batch in loader:
             model(pixel_values=batch["pixel_values"].to(state.device, memory_format=torch.channels_last))
             one_hot = nn.functional.one_hot(batch["labels"].to(state.device), config.num_labels).float()
@@ -144,7 +144,7 @@ def _class_sums(model, heads: list[nn.Linear], images, batch_size: int) -> tuple
 
 
 def _logit_scale(class_logits: torch.Tensor) -> float:
-    """Return the factor for `(classes, classes)` logits of the classes' means with the least smoothed cross-entropy."""
+    """Return the factor on the `(classes, classes)` logits of class means that minimises smoothed cross-entropy."""
     class_logits = class_logits.double().cpu()  # in float32 the loss is too flat to find its minimum
     own = class_logits.diagonal().mean()
     logits, labels = class_logits / own, torch.arange(len(class_logits))
@@ -157,16 +157,17 @@ def _logit_scale(class_logits: torch.Tensor) -> float:
 
 
 def batch_norm_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that normalise with statistics of the batch in training and with running ones otherwise."""
+    """Return the modules that normalise with batch statistics in training and running statistics in evaluation."""
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def recalibrate_batch_norm(
     model: nn.Module, images: EvalImages, device: torch.device, seed: int, batch_size: int = 128
 ) -> None:
-    """Replace BatchNorm's running statistics by those of `images`, in place; without BatchNorm nothing is done.
+    """Set BatchNorm's running statistics to those of `images`, in place; does nothing without BatchNorm.
 
-    The batches are as equal as can be, for each counts the same. `seed` is dropout's, which is on.
+    Batches are as equal in size as possible, as each counts the same. `seed` is for the order and for dropout, which is
+    on.
 
     Source: torch, torch.optim.swa_utils.update_bn.
     """

@@ -1,4 +1,4 @@
-"""A trial run of two images before anything long: what the model or the Trainer cannot do shows in seconds."""
+"""A trial run of two images that shows in seconds what the model or the Trainer cannot do."""
 
 import dataclasses
 import gc
@@ -24,9 +24,9 @@ from utils.transfer.probe import probe_head
 from utils.transfer.stage import Pretrained, load_start
 
 CLASS_NAMES = ["first", "second"]
-NUM_STEPS = 100  # that a schedule is made for
+NUM_STEPS = 100  # of the schedule that is tried
 MAX_REASON = 300  # characters of a library's message
-# what libraries raise on a model, a package or a value that does not fit
+# errors that libraries raise for unsuitable models, packages or values
 PROBLEMS = (
     RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError, OSError,
 )  # fmt: skip
@@ -36,22 +36,22 @@ def rehearse(
     pretrained: Pretrained, settings: StageSettings, training_args: TrainingArguments,
     head_inits: Collection[str] = (), alignment: Alignment | None = None,
 ) -> None:  # fmt: skip
-    """Train a checkpoint for one step on two generated pictures, evaluate it, and throw it away.
+    """Train a checkpoint for one step on two generated images, evaluate it, and discard it.
 
-    It is loaded and trained as a stage is, on the same device, in the same precision, with the same optimiser, but not
-    compiled. Of `head_inits`, imprint and probe are tried too; so is an `alignment`. No random state is changed,
-    nothing is written.
+    It is loaded and trained like a stage: on the same device, in the same precision, with the same optimiser, but not
+    compiled. If `head_inits` contains imprint or probe, these are tried too, as is an `alignment`. No random state
+    changes, nothing is written.
 
     Raises:
-        UserError: one of these fails; the message names the flag.
+        UserError: something fails; the message names the flag.
     """
     stage = StagePlan("rehearsal", "real", "reset", dataclasses.replace(settings, max_steps=1))
-    with _nothing_left(training_args.device), TemporaryDirectory() as folder:
+    with _restored_state(training_args.device), TemporaryDirectory() as folder:
         pictures = _generate_pictures(2 * training_args.world_size)
-        with naming(f"--report_to {' '.join(training_args.report_to)}"):
+        with naming_flag(f"--report_to {' '.join(training_args.report_to)}"):
             for callback in get_reporting_integration_callbacks(training_args.report_to):
                 callback()
-        with naming(f"--model_name_or_path {pretrained.name}", "a trial run of two RGB images fails"):
+        with naming_flag(f"--model_name_or_path {pretrained.name}", "a trial run of two RGB images fails"):
             model = load_start(stage, None, pretrained, CLASS_NAMES, seed=0)
             images = list(EvalImages(pictures, pretrained.image_processor))
             predict(model, images)
@@ -69,17 +69,19 @@ def _train_one_step(
     folder: str,
 ) -> None:  # fmt: skip
     trial_args = trial_arguments(training_args)
-    # the head's own learning rate may be left open until a stage is planned
+    # the head's learning rate may be None until a stage is planned
     settings = dataclasses.replace(
         settings, per_device_train_batch_size=2, warmup_steps=0, head_learning_rate_factor=1.0
     )
-    precision = training_args.mixed_precision  # of a flag, or of accelerate launch
-    with naming("training flags" if precision == "no" else f"--{precision}"):
+    precision = training_args.mixed_precision  # from a flag or accelerate launch
+    with naming_flag("training flags" if precision == "no" else f"--{precision}"):
         trainer = build_trainer(model, images, image_processor, settings, trial_args, folder, pictures)
-    with naming(f"--optim {training_args.optim.value}"):
+    with naming_flag(f"--optim {training_args.optim.value}"):
         trainer.create_optimizer()
     schedule = training_args.lr_scheduler_type
-    with naming(f"--lr_scheduler_type {schedule.value} (--lr_scheduler_kwargs {training_args.lr_scheduler_kwargs})"):
+    with naming_flag(
+        f"--lr_scheduler_type {schedule.value} (--lr_scheduler_kwargs {training_args.lr_scheduler_kwargs})"
+    ):
         get_scheduler(
             schedule, trainer.optimizer, num_warmup_steps=0, num_training_steps=NUM_STEPS,
             scheduler_specific_kwargs=training_args.lr_scheduler_kwargs,
@@ -90,7 +92,7 @@ def _train_one_step(
 
 
 def trial_arguments(training_args: TrainingArguments) -> TrainingArguments:
-    """Return the arguments of a trial run: nothing is saved, evaluated, logged, compiled or read ahead."""
+    """Return the arguments of a trial run: without saving, evaluation, logging, compilation or prefetching."""
     return dataclasses.replace(
         training_args,
         per_device_eval_batch_size=2, gradient_accumulation_steps=1, dataloader_drop_last=False,
@@ -102,15 +104,15 @@ def trial_arguments(training_args: TrainingArguments) -> TrainingArguments:
 
 
 def _generate_pictures(number: int) -> Dataset:
-    """Return pictures of noise, as wide as they are not high, with every class among them."""
+    """Return noise images that are not square, with every class among them."""
     pixels = np.random.default_rng(0).integers(0, 256, (number, 48, 64, 3), dtype=np.uint8)
     rows = {"image": list(pixels), "label": [index % len(CLASS_NAMES) for index in range(number)]}
     return Dataset.from_dict(rows, Features({"image": Image(), "label": ClassLabel(names=CLASS_NAMES)}))
 
 
 @contextmanager
-def naming(flag: str, what: str = "") -> Iterator[None]:
-    """Turn what a library raises into an error of one line that names a flag."""
+def naming_flag(flag: str, what: str = "") -> Iterator[None]:
+    """Turn an error of a library into one line that names a flag."""
     try:
         yield
     except UserError:
@@ -121,11 +123,11 @@ def naming(flag: str, what: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def _nothing_left(device: torch.device) -> Iterator[None]:
-    """Set random states back, and free the memory, of what runs in it."""
+def _restored_state(device: torch.device) -> Iterator[None]:
+    """Restore random states and free memory at the end."""
     python, numpy = random.getstate(), np.random.get_state()
     freezes = gc.get_freeze_count() == 0
-    if freezes:  # else each collection, of which a Trainer makes some, goes through all modules: seconds
+    if freezes:  # else each garbage collection, of which a Trainer makes some, takes seconds
         gc.freeze()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -133,7 +135,7 @@ def _nothing_left(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        gc.collect()  # a Trainer is full of cycles
+        gc.collect()  # a Trainer has reference cycles
         if freezes:
             gc.unfreeze()
         if device.type == "cuda":

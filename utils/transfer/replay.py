@@ -1,6 +1,6 @@
-"""Replay: synthetic images among the real ones, a share of each batch that falls with the number of real images.
+"""Replay: synthetic images among the real ones, with a share of each batch that falls with the number of real images.
 
-Which image is at which place of which batch is a function of the seed and the place, whatever ran before it.
+The image at each position of a batch is a function of the seed and the position only.
 """
 
 import math
@@ -19,7 +19,7 @@ REAL, SYNTHETIC = range(2)
 
 @dataclass(frozen=True)
 class ImagePair:
-    """The images of a stage that sees both kinds; `own`, of a subclass, are those that it is about."""
+    """The images of a stage on both kinds; `own`, in subclasses, are the images whose labels it mainly learns."""
 
     real: Dataset
     synthetic: Dataset | IterableDataset
@@ -31,9 +31,9 @@ class ImagePair:
 
 @dataclass(frozen=True)
 class ReplayedImages(ImagePair):
-    """The real images of a stage, and the synthetic ones, of which it sees a share: that of each batch, in [0, 1).
+    """The real images of a stage, and synthetic ones with a `share` of each batch, in [0, 1).
 
-    `statistics` are those of BatchNorm on the synthetic images, where these are normalised with their own.
+    `statistics` are BatchNorm's for the synthetic images, if these are normalised separately.
     """
 
     share: float = 0.0
@@ -48,10 +48,9 @@ class ReplayedImages(ImagePair):
 
 
 class PairedItems(torch.utils.data.Dataset):
-    """Training items of both kinds of images, `num_items` in all; a subclass says which is at which place.
+    """Training items of both kinds of images, `num_items` in all; a subclass decides on their order.
 
-    Each kind comes in epochs of its own, in each of which every image is seen once. Items are drawn from (seed, kind,
-    epoch, index).
+    Each kind has its own epochs, in which every image is seen once. Items are drawn from (seed, kind, epoch, index).
     """
 
     def __init__(self, images: ImagePair, items: TrainItems, seed: int, num_items: int):
@@ -64,7 +63,7 @@ class PairedItems(torch.utils.data.Dataset):
         return self.num_items
 
     def make(self, kind: int, rank: int) -> dict:
-        """Return the item that is the `rank`-th of its kind."""
+        """Return the `rank`-th item of its kind."""
         images = self.images[kind]
         epoch, place = divmod(rank, len(images))
         index = int(order_of_epoch(self.seed, kind, epoch, len(images))[place])
@@ -72,10 +71,10 @@ class PairedItems(torch.utils.data.Dataset):
 
 
 class ReplayedItems(PairedItems):
-    """All training items of a stage, in their order: `num_batches` of `batch_size`, of which a share is synthetic.
+    """All training items of a stage in order: `num_batches` of `batch_size`, of which a share is synthetic.
 
-    A batch is that of an optimiser step, of all processes. Of the items of the first n, `share` are synthetic, rounded
-    down, so batches differ by one at most. They stand at random places of their batch.
+    A batch is one optimiser step over all processes. Of the items in the first n batches, `share` are synthetic,
+    rounded down, so batches differ by at most one. They are at random positions in their batch.
     """
 
     def __init__(self, images: ReplayedImages, items: TrainItems, seed: int, batch_size: int, num_batches: int):
@@ -93,7 +92,7 @@ class ReplayedItems(PairedItems):
 class StreamedPairedItems(torch.utils.data.IterableDataset):
     """Training items of both kinds of images, the synthetic ones from a stream, without end.
 
-    Readers are the loader's workers in all processes: the items are the same at the same number of these.
+    Readers are the loader's workers in all processes; the items are the same for the same number of readers.
     """
 
     def __init__(self, images: ImagePair, items: TrainItems, seed: int, num_processes: int, process_index: int):
@@ -105,7 +104,7 @@ class StreamedPairedItems(torch.utils.data.IterableDataset):
         return self.stream.max_workers
 
     def make_real(self, rank: int) -> dict:
-        """Return the `rank`-th real item of this reader; readers divide each epoch among them."""
+        """Return the `rank`-th real item of this reader; readers divide each epoch."""
         worker = torch.utils.data.get_worker_info()
         worker_index, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         reader = self.stream.process_index * num_workers + worker_index
@@ -113,7 +112,7 @@ class StreamedPairedItems(torch.utils.data.IterableDataset):
 
 
 class StreamedReplayedItems(StreamedPairedItems):
-    """`ReplayedItems` of a stream; each reader makes batches of its own."""
+    """`ReplayedItems` of a stream; each reader makes its own batches."""
 
     def __init__(
         self, images: ReplayedImages, items: TrainItems, seed: int, batch_size: int, num_processes: int,
@@ -132,7 +131,7 @@ class StreamedReplayedItems(StreamedPairedItems):
 
 
 def place_in_kind(position: int, batch_size: int, share: float, seed: int) -> tuple[int, int]:
-    """Return of which kind the item at a place of the row of all batches is, and how many of its kind are before it."""
+    """Return the kind of the item at a position over all batches, and how many of its kind come before it."""
     batch, place = divmod(position, batch_size)
     num_before, num_after = (math.floor(number * batch_size * share) for number in (batch, batch + 1))
     place = int(np.random.default_rng([seed, batch]).permutation(batch_size)[place])

@@ -1,9 +1,10 @@
-"""What people read of a run: curves, confusion matrix and calibration, a table of results and costs, the model card."""
+"""What people read of a run: curves, confusions and calibration, a table of results and costs, the model card."""
 
 import math
 from dataclasses import asdict
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from matplotlib.figure import Figure
@@ -12,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import ConfusionMatrixDisplay
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
 from utils.cli.records import image_set_name
-from utils.cli.tables import print_table
+from utils.cli.tables import print_table, shorten
 from utils.hub.cards import FUNCTIONS, License, code, common_license, hub_ids, save_card
 from utils.transfer.evaluation import NUM_CALIBRATION_BINS, confidences
 from utils.transfer.methods import METHODS, stage_names
@@ -26,33 +27,38 @@ METRIC_NAMES = {
     "macro_f1": "Macro F1", "expected_calibration_error": "Expected calibration error",
 }  # fmt: skip
 MEANS_OVER_CLASSES = ("mean_per_class_accuracy", "macro_f1")
-MAX_CLASSES_WITH_NAMES = 30
-NAME_LENGTH = 22
+MAX_CLASSES_IN_MATRIX = 20  # with more, the names would overlap
+MAX_CONFUSIONS = 20  # in the list that replaces the matrix
+NAME_LENGTH = 20
 CURVES = {
     "loss": ("training loss", True, "tab:blue"),
     "eval_loss": ("validation loss", True, "tab:orange"),
     "eval_accuracy": ("validation accuracy", False, "--g"),
 }
 COSTS = {
-    "steps": "steps", "images_seen": "images seen", "seconds": "seconds", "seconds_waiting": "waiting for images",
+    "steps": "steps", "images_seen": "images seen", "seconds": "seconds", "seconds_waiting": "s waiting",
     "gpu_hours": "GPU-hours",
 }  # fmt: skip
 
 
+@matplotlib.rc_context({"text.parse_math": False, "font.size": 9, "axes.titlesize": 9})  # `$` in a name is no formula
 def plot_report(
     path: str | Path, log_histories: dict[str, list[dict]], logits: np.ndarray, labels: np.ndarray, class_names: list
 ) -> None:
-    """Draw the learning curves of each stage; of the test images, the confusion matrix and the calibration.
+    """Draw the learning curves of each stage; of the test images, what is confused and the calibration.
 
+    Up to `MAX_CLASSES_IN_MATRIX` classes have a confusion matrix, more a list of the most frequent confusions.
     `log_histories` maps a stage's name to its Trainer log; `logits` is `(n, classes)`, `labels` `(n,)`.
     """
     num_columns = 1 if len(log_histories) < 3 else 2
-    figure = Figure(figsize=(4.5 * num_columns + 11.5, 7), layout="constrained")
-    curves, matrix, calibration = figure.subfigures(1, 3, width_ratios=(4.5 * num_columns, 7.5, 4))
+    widths = (3.4 * num_columns, 5.6, 3)
+    figure = Figure(figsize=(sum(widths), 5.4), layout="constrained")
+    curves, confusions, calibration = figure.subfigures(1, 3, width_ratios=widths)
     _plot_curves(curves, log_histories, num_columns)
-    _plot_confusions(matrix.subplots(), logits.argmax(1), labels, class_names)
+    plot_confusions = _plot_matrix if len(class_names) <= MAX_CLASSES_IN_MATRIX else _list_confusions
+    plot_confusions(confusions.subplots(), logits.argmax(1), labels, class_names)
     _plot_calibration(calibration.subplots(2, height_ratios=(3, 2), sharex=True), logits, labels)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=150)
 
 
 def _plot_curves(figure, log_histories: dict[str, list[dict]], num_columns: int) -> None:
@@ -77,23 +83,35 @@ def _plot_curves(figure, log_histories: dict[str, list[dict]], num_columns: int)
         figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2)
 
 
-def _plot_confusions(axis, predictions: np.ndarray, labels: np.ndarray, class_names: list[str]) -> None:
-    named = len(class_names) <= MAX_CLASSES_WITH_NAMES
-    names = [_shorten(name) for name in class_names] if named else None
+def _plot_matrix(axis, predictions: np.ndarray, labels: np.ndarray, class_names: list[str]) -> None:
     ConfusionMatrixDisplay.from_predictions(
-        labels, predictions, labels=np.arange(len(class_names)), display_labels=names, normalize="true",
+        labels, predictions, labels=np.arange(len(class_names)),
+        display_labels=[shorten(name, NAME_LENGTH) for name in class_names], normalize="true",
         include_values=len(class_names) <= 12, values_format=".2f", xticks_rotation="vertical", cmap="Blues", ax=axis,
-        colorbar=False,
+        colorbar=False, text_kw={"fontsize": 8 if len(class_names) <= 10 else 6.5},
     )  # fmt: skip
-    axis.set_title(f"{len(labels)} test images, rows sum to 1")
-    if not named:
-        axis.set(xticks=[], yticks=[])
-        axis.set(xlabel=f"predicted, one of {len(class_names)} classes in their order", ylabel="true")
+    axis.tick_params(labelsize=8)
+    axis.set_title(f"{len(labels):,} test images, rows sum to 1")
 
 
-def _shorten(name: str) -> str:
-    shortened = name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…"
-    return shortened.replace("$", r"\$")  # else matplotlib sets it as a formula
+def _list_confusions(axis, predictions: np.ndarray, labels: np.ndarray, class_names: list[str]) -> None:
+    """Draw a bar per confusion, the most frequent first: how many of a class's images were taken for another class."""
+    matrix = confusion_matrix(labels, predictions, labels=np.arange(len(class_names)))
+    totals, pairs = matrix.sum(1), np.argwhere(matrix * (1 - np.eye(len(matrix), dtype=int)))
+    pairs = sorted(map(tuple, pairs), key=lambda pair: (-matrix[pair], totals[pair[0]]))
+    shown = pairs[:MAX_CONFUSIONS]
+    what = f"the {len(shown)} most frequent of {len(pairs):,}" if len(shown) < len(pairs) else f"all {len(pairs)}"
+    axis.figure.suptitle(  # of the part, which is wider than the bars
+        f"{len(labels):,} test images of {len(class_names)} classes\nconfusions, true → predicted: {what}", fontsize=9
+    )
+    counts = [matrix[pair] for pair in shown]
+    bars = axis.barh(range(len(shown)), counts, color="tab:blue", height=0.6)
+    axis.bar_label(bars, [f"{matrix[pair]} of {totals[pair[0]]}" for pair in shown], padding=3, fontsize=8)
+    names = [" → ".join(shorten(class_names[label], NAME_LENGTH) for label in pair) for pair in shown]
+    axis.set_yticks(range(len(shown)), names, fontsize=8)
+    axis.set(xticks=[], xlim=(0, 1.4 * max(counts, default=1)), ylim=(MAX_CONFUSIONS - 0.4, -0.6))
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
 
 
 def _plot_calibration(axes, logits: np.ndarray, labels: np.ndarray) -> None:

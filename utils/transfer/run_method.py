@@ -1,4 +1,4 @@
-"""One method, from images to a finished classifier: its stages one after another, then the evaluation."""
+"""Run a method, from images to a finished classifier: its stages one after another, then the evaluation."""
 
 import logging
 from collections import Counter
@@ -31,9 +31,9 @@ Images = Mapping[str, Dataset | IterableDataset]
 
 @dataclass(frozen=True)
 class MethodResult:
-    """A trained classifier, what its stages did, and its outputs on the images that it was evaluated on.
+    """A trained classifier, the results of its stages, and its outputs on the evaluated images.
 
-    `results` maps `<stage>_<cost>` to steps, images seen, seconds and GPU-hours, `log_histories` stages to the
+    `results` maps `<stage>_<cost>` to steps, images seen, seconds and GPU-hours; `log_histories` maps stages to the
     Trainer's logs. `logits` is `(n, classes)`, `labels` `(n,)`.
     """
 
@@ -45,9 +45,9 @@ class MethodResult:
 
 
 def select_images(method: Method, real: Dataset | None, synthetic: Dataset | IterableDataset | None) -> Images:
-    """Return the images that a method's stages see, by kind: `real`, `synthetic`, `both`, `replayed`.
+    """Return the images of a method's stages by kind: `real`, `synthetic`, `both`, `replayed`.
 
-    With an alignment, or where synthetic images may be left out, `real` are among them in any case.
+    With an alignment, or if synthetic images may be left out, `real` is always included.
     """
     images = {"real": real, "synthetic": synthetic}
     if "both" in method.kinds:
@@ -60,19 +60,19 @@ def select_images(method: Method, real: Dataset | None, synthetic: Dataset | Ite
 
 
 def images_per_class(images: Dataset) -> float:
-    """Return how many images a class has: the median over the classes that have some."""
+    """Return the median number of images per class, over classes that have some."""
     return float(np.median(list(Counter(images["label"]).values())))
 
 
 def open_real_images(
     real: RealImages, max_eval_samples: int | None, say: Callable[[str], None], parts: tuple[str, ...] = PARTS
 ) -> RealImages:
-    """Return the images, each of `parts` opened once, with at most `max_eval_samples` to validate and to test on.
+    """Return the images after opening each image of `parts` once, with at most `max_eval_samples` per held-out part.
 
-    `say` gets a line for all that a user should know of them.
+    `say` is called with each remark for the user.
 
     Raises:
-        UserError: one is damaged, or none are left in one of `parts`.
+        UserError: an image is damaged, or one of `parts` has no images left.
     """
     for remark in real.remarks:
         say(remark)
@@ -81,7 +81,7 @@ def open_real_images(
     opened = open_all(real, parts)
     for remark in opened.remarks:
         say(remark)
-    check_held_out(opened.images, parts)  # of what was left out, all may have been in one part
+    check_held_out(opened.images, parts)  # all images of a part may have been left out
     return opened.images
 
 
@@ -89,7 +89,7 @@ def average_with_earlier(
     stages: list[StagePlan], model: nn.Module, pretrained: Pretrained, class_names: list[str],
     stage_dir: Callable[[StagePlan], Path],
 ) -> None:  # fmt: skip
-    """Average the last stage's model, in place, with that of an earlier one, if this is planned."""
+    """Average the last stage's weights, in place, with those of an earlier stage, if planned."""
     last = stages[-1]
     if last.average is None:
         return
@@ -97,7 +97,7 @@ def average_with_earlier(
     folder = stage_dir(origin) / origin.name
     earlier = load_classifier(str(folder), class_names, False, 0, **pretrained.hub_options)
     average_weights(model, earlier.state_dict(), last.average)
-    logger.info(f"{last.name}: its weights count {last.average:g}, those of {origin.name} {1 - last.average:g}")
+    logger.info(f"{last.name}: its weights have share {last.average:g}, those of {origin.name} {1 - last.average:g}")
 
 
 def run_method(
@@ -109,11 +109,11 @@ def run_method(
 ) -> MethodResult:  # fmt: skip
     """Train the stages of `plan_stages` on the images of `select_images`, and evaluate the last one's model.
 
-    `evaluated` are `EvalImages`, or a list of their items. `stage_dir` says where a stage is kept; methods that share a
-    first stage name the same folder, and `exclusive` gives a lock for it. With `resume` finished stages are loaded, and
-    unfinished ones gone on with. `inputs` maps flags to what tells the contents of models and images from others, as a
-    `RunFolder` notes them; each stage notes those that it depends on. `after_stage` is called with each trained model.
-    The other arguments are those of `run_stage`.
+    `evaluated` are `EvalImages` or a list of their items. `stage_dir` returns the parent folder of a stage; methods
+    that share a first stage use the same folder, and `exclusive` returns a lock for it. With `resume`, finished stages
+    are loaded and unfinished ones resumed. `inputs` maps flags to what identifies the contents of models and images, as
+    in a `RunFolder`; each stage records those it depends on. `after_stage` is called with each trained model. The other
+    arguments are those of `run_stage`.
 
     Raises:
         UserError: what `run_stage` and `predict` raise.

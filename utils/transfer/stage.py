@@ -1,4 +1,4 @@
-"""One stage of a method, from the weights it starts with to its folder: settings, checkpoints, the trained model."""
+"""One stage of a method, from its start weights to its folder with settings, checkpoints and the trained model."""
 
 import dataclasses
 import json
@@ -43,21 +43,21 @@ from utils.transfer.fine_tuning import StageResult, count_gpus, fine_tune
 from utils.transfer.image_format import EvalImages
 from utils.transfer.methods import StagePlan
 from utils.transfer.model_parts import batch_norm_modules, imprint_head, recalibrate_batch_norm, reset_head
-from utils.transfer.probe import choose_probed, probe_head
+from utils.transfer.probe import choose_probe_images, probe_head
 from utils.transfer.replay import ImagePair, ReplayedImages
 
 logger = logging.getLogger(__name__)
 
 STAGE_RECORD = "stage.json"
 SETTINGS_RECORD = "stage_settings.json"
-SYNTHETIC_STATISTICS = "synthetic_statistics.safetensors"  # of BatchNorm, where it has some for each kind of images
+SYNTHETIC_STATISTICS = "synthetic_statistics.safetensors"  # of BatchNorm, if each kind of images has its own
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The checkpoint that a method adapts: its name, its image processor, and how it is loaded from the Hub.
+    """The checkpoint that a method adapts: its name, image processor, and options for loading it from the Hub.
 
-    With `lora`, an adapter and the head are trained in place of all weights.
+    With `lora`, an adapter and the head are trained instead of all weights.
     """
 
     name: str
@@ -67,12 +67,12 @@ class Pretrained:
 
     @property
     def revision(self) -> str | None:
-        """The commit, None of a folder."""
+        """The commit, or None for a folder."""
         return None if Path(self.name).is_dir() else self.hub_options["revision"]
 
     @property
     def identity(self) -> str:
-        """What tells its contents, as they are now, from others of its name."""
+        """What identifies its current contents."""
         return Source(self.name, "--model_name_or_path", revision=self.revision).identity(list_loaded_files)
 
 
@@ -80,10 +80,10 @@ def open_pretrained(
     model_name_or_path: str, model_revision: str | None, trust_remote_code: bool, token: str | None,
     lora: LoraSettings | None = None,
 ) -> Pretrained:  # fmt: skip
-    """Return the checkpoint that is to be adapted, its commit pinned; its weights are not loaded.
+    """Return the checkpoint to adapt, pinned to a commit, without loading its weights.
 
     Raises:
-        UserError: there is no such classifier, or it has no image processor that can be used.
+        UserError: the classifier does not exist, or has no usable image processor.
     """
     source = open_classifier(model_name_or_path, model_revision, token)
     hub_options = {"revision": source.revision or "main", "trust_remote_code": trust_remote_code, "token": token}
@@ -96,23 +96,23 @@ def run_stage(
     class_names: list[str], training_args: TrainingArguments, output_dir: str | Path, *,
     validation: Dataset | None = None, resume: bool = False, inputs: Mapping[str, str] | None = None,
 ) -> tuple[nn.Module, StageResult]:  # fmt: skip
-    """Fine-tune on `images` as the plan says, and save the trained stage in `output_dir`, `stage.json` last.
+    """Fine-tune on `images` as planned, and save the trained stage in `output_dir`, with `stage.json` last.
 
-    `start` is the folder of the stage whose weights it takes, None for `pretrained` itself. With `resume` it goes on
-    from what `output_dir` holds: a finished stage is loaded, from a checkpoint it is trained on with the same outcome
-    as without a break; else the folder is cleared. `inputs` are those of `run_method`.
+    `start` is the folder of the stage whose weights it takes, None for `pretrained` itself. With `resume`, a finished
+    stage in `output_dir` is loaded, and training continues from a checkpoint with the same result as uninterrupted
+    training; otherwise the folder is cleared. `inputs` are those of `run_method`.
 
     Raises:
-        UserError: the checkpoint is no image classifier; what is to be resumed was begun with other settings or inputs;
-            the settings do not go together; training diverged.
+        UserError: the checkpoint is not an image classifier; the stage to resume has other settings or inputs; the
+            settings are inconsistent; training diverged.
     """
     own_images = images.own if isinstance(images, ImagePair) else images
     _check_stream(stage, own_images)
-    assert stage.settings.batch_norm != "domain" or isinstance(images, ReplayedImages), "of two kinds of images only"
+    assert stage.settings.batch_norm != "domain" or isinstance(images, ReplayedImages), "only with two kinds of images"
     settings = describe_stage(stage, images, pretrained, class_names, training_args)
     folder = stage_folder(output_dir, settings, stage_inputs(stage, start, inputs or {}))
     earlier, checkpoint = find_earlier_run(folder) if resume else (None, None)
-    # the head of a later stage is not that of the first drawn once more, to which the features have come closer
+    # a later stage gets another head than the first, to which the features have adapted
     head_seed = training_args.seed if stage.start is None else zlib.crc32(f"{training_args.seed} {stage.name}".encode())
     if earlier is not None:
         finished = dataclasses.replace(stage, head_init="keep")
@@ -124,7 +124,7 @@ def run_stage(
         if PartialState().is_main_process:
             folder.begin()
         PartialState().wait_for_everyone()
-        # statistics and head, where they are those of the stage's own images
+        # statistics and head that come from the stage's own images
         eval_images = EvalImages(own_images, pretrained.image_processor)
         batch_size = training_args.per_device_eval_batch_size
         if stage.settings.batch_norm == "recalibrate":
@@ -158,9 +158,9 @@ def run_stage(
 
 
 def _probe(model: nn.Module, images: Dataset, image_processor, training_args: TrainingArguments) -> StageResult:
-    """Set the head to a probe's, and return what a stage that is nothing else has done."""
+    """Set the head to a probe, and return the result of a stage that does only this."""
     started = time.perf_counter()
-    images = images.select(choose_probed(np.array(images["label"])))
+    images = images.select(choose_probe_images(np.array(images["label"])))
     loading = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
     how = probe_head(model, EvalImages(images, image_processor), *loading)
     logger.info(f"Head: {how}.")
@@ -181,15 +181,15 @@ def _check_stream(stage: StagePlan, images: Dataset | IterableDataset) -> None:
         ("batch_norm", "recalibrate", "choose frozen or train"),
     ):
         if value in (stage.head_init, stage.settings.batch_norm):
-            raise UserError(f"--{flag} {value}: needs all images at once, which a stream does not give; {rest}.")
+            raise UserError(f"--{flag} {value}: needs all images at once, which a stream does not have; {rest}.")
 
 
 def load_start(
     stage: StagePlan, start: Path | None, pretrained: Pretrained, class_names: list[str], seed: int
 ) -> PreTrainedModel | PeftModel:
-    """Return the model that a stage begins with, on the CPU; for `imprint` and `probe`, with a fresh head still.
+    """Return the model that a stage starts with, on the CPU; for `imprint` and `probe`, still with a fresh head.
 
-    `start` is the folder of an earlier stage, or None for the checkpoint itself; `seed` draws what is fresh.
+    `start` is the folder of an earlier stage, or None for the checkpoint itself; `seed` draws fresh weights.
     """
     keep_head = stage.head_init == "keep"
     load = partial(
@@ -211,7 +211,7 @@ def describe_stage(
     stage: StagePlan, images: Dataset | IterableDataset, pretrained: Pretrained, class_names: list[str],
     training_args: TrainingArguments,
 ) -> dict:  # fmt: skip
-    """Return all that decides a stage's weights, as JSON holds it; a stream's images are not counted."""
+    """Return everything that determines a stage's weights, as JSON values; a stream's images are not counted."""
     trainer_settings = training_args.to_dict()
     precision = training_args.mixed_precision
     description = {
@@ -225,7 +225,7 @@ def describe_stage(
         **{name: trainer_settings[name] for name in OF_EACH_STAGE},
         **({} if stage.synthetic_share is None else {"synthetic_share": stage.synthetic_share}),
         **(_describe_alignment(stage, images) if stage.alignment else {}),
-        "mixed_precision": None if precision == "no" else precision,  # of a flag, or of accelerate launch
+        "mixed_precision": None if precision == "no" else precision,  # from a flag or accelerate launch
         "num_processes": training_args.world_size,
         "class_names": class_names,
     }
@@ -237,7 +237,7 @@ def _describe_alignment(stage: StagePlan, images: AlignedImages) -> dict:
 
 
 def stage_inputs(stage: StagePlan, start: Path | None, inputs: Mapping[str, str]) -> dict[str, str]:
-    """Return what tells the contents that a stage depends on from others: the model, its images, the earlier stage."""
+    """Return what identifies the inputs of a stage: the model, its images, the earlier stage."""
     unused = {"real": ("synthetic_dataset",), "synthetic": PLACES}.get(stage.images, ())
     if stage.alignment is not None:
         unused = ()
@@ -249,7 +249,7 @@ def stage_inputs(stage: StagePlan, start: Path | None, inputs: Mapping[str, str]
 
 
 def stage_folder(folder: str | Path, settings: dict, inputs: Mapping[str, str]) -> RunFolder:
-    """Return the folder of a stage with these settings, of `describe_stage`, and inputs, of `stage_inputs`."""
+    """Return the folder of a stage with the settings of `describe_stage` and the inputs of `stage_inputs`."""
     return RunFolder(
         Path(folder), "a stage", settings, STAGE_RECORD, noted_in=(SETTINGS_RECORD, "settings"),
         traces=CHECKPOINTS, inputs=inputs,
@@ -257,10 +257,10 @@ def stage_folder(folder: str | Path, settings: dict, inputs: Mapping[str, str]) 
 
 
 def find_earlier_run(folder: RunFolder) -> tuple[dict | None, str | None]:
-    """Return the result of the finished stage that a folder holds, and its last whole checkpoint, None where not.
+    """Return the result of the finished stage in a folder, and its last complete checkpoint; None if there is none.
 
     Raises:
-        UserError: they were made with other settings.
+        UserError: they have other settings.
     """
     result, checkpoint = None, None
     if folder.is_begun:
@@ -269,23 +269,23 @@ def find_earlier_run(folder: RunFolder) -> tuple[dict | None, str | None]:
             result = read_record(folder.path / STAGE_RECORD)["result"]
         else:
             checkpoint = _last_checkpoint(folder)
-    PartialState().wait_for_everyone()  # before one of them changes what is there
+    PartialState().wait_for_everyone()  # before one of them changes the folder
     return result, checkpoint
 
 
 def _last_checkpoint(folder: RunFolder) -> str | None:
-    """Return the checkpoint of the most steps among those that were written to the end."""
+    """Return the complete checkpoint with the most steps."""
     whole = None
     for path in folder.find_traces():
-        if _is_whole(path, folder.options["num_processes"]):
+        if _is_complete(path, folder.options["num_processes"]):
             whole = str(path)
         else:
-            warn_once(f"Warning: --resume_from_checkpoint: {path} is not whole, or torn; it is passed over.")
+            warn_once(f"Warning: --resume_from_checkpoint: {path} is incomplete or damaged; it is skipped.")
     return whole
 
 
-def _is_whole(checkpoint: Path, num_processes: int) -> bool:
-    """Say whether a checkpoint has its last file, the Trainer's state, all random states, and no torn file."""
+def _is_complete(checkpoint: Path, num_processes: int) -> bool:
+    """Return whether a checkpoint has the Trainer's state (written last), all random states and no damaged file."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
         for path in checkpoint.glob("*.safetensors"):
@@ -294,5 +294,5 @@ def _is_whole(checkpoint: Path, num_processes: int) -> bool:
     except (OSError, json.JSONDecodeError, SafetensorError):
         return False
     saved = list(checkpoint.glob("rng_state*.pth"))
-    # torch saves archives, of which a torn one has no end
+    # torch saves zip archives; incomplete ones are not valid
     return len(saved) == num_processes and all(map(is_zipfile, [*saved, *checkpoint.glob("*.pt")]))

@@ -1,4 +1,4 @@
-"""A synthetic set for fine-tuning: its record, its labels in the real set's order, and what its token has seen."""
+"""A synthetic set for fine-tuning: its record, its labels in the real set's order, and what its token saw."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,24 +15,24 @@ from datasets.exceptions import DatasetsError
 from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import HfFileSystem
 
-from utils.cli.contents import content_digest, list_files, remembered_digest
+from utils.cli.contents import cached_digest, content_digest, list_files
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.data.class_names import join_names, match_labels
 from utils.data.left_out import LeftOut, read_left_out
-from utils.hub.data_sets import check_path, load_data_set
+from utils.hub.image_datasets import check_path, load_image_dataset
 from utils.hub.repositories import Source, open_source
 
 FLAG = "--synthetic_dataset"
-HOW_TO_ALLOW = "--allow_missing_classes takes a set without some of the classes"
-NUM_THREADS = 16  # they wait for the Hub
-ROWS_AT_A_TIME = 100  # of a stream: as many as generate_synthetic.py puts into a row group
+HOW_TO_ALLOW = "--allow_missing_classes accepts a set that lacks some classes"
+NUM_THREADS = 16  # they mostly wait for the Hub
+ROWS_AT_A_TIME = 100  # of a stream; the size of a row group of generate_synthetic.py
 
 
 @dataclass(frozen=True)
 class SyntheticSource:
-    """A synthetic set before its images are opened: name, pinned commit, its `generation_config.json`, and what of its
-    images is not to be trained on.
+    """A synthetic set whose images are not open yet: name, pinned commit, `generation_config.json`, and the images that
+    training leaves out.
     """
 
     name: str
@@ -44,15 +44,15 @@ class SyntheticSource:
 def open_synthetic(
     name: str, revision: str | None = None, token: str | None = None, use_rejected: bool = False
 ) -> SyntheticSource:
-    """Read the record of a synthetic set, a local folder or a data set id, and, unless `use_rejected`, its verdicts.
+    """Read the record of a synthetic set, a local folder or a dataset id, and its verdicts unless `use_rejected`.
 
     Raises:
-        UserError: there is no such set, it has no record, or fewer images than its record counts; its verdicts are
-            about other images.
+        UserError: the set does not exist, or has no record or fewer images than its record says; its verdicts are about
+            other images.
     """
     source = open_source(name, FLAG, "dataset", revision, token)
     record = read_record(source.file(GENERATION_CONFIG, "a synthetic set of generate_synthetic.py"))
-    # Into a repository the record comes with the first shards; counted redraws come into it once all shards are there
+    # the record is uploaded with the first shards, and gets num_redraws once all shards are there
     if source.is_local or ("num_redraws" not in record and source.is_reachable()):
         _refuse_unfinished(name, record, partial(_count_rows, source))
     left_out = LeftOut() if use_rejected else read_left_out(source, record.get("fingerprint"))
@@ -60,12 +60,12 @@ def open_synthetic(
 
 
 def identify_synthetic(source: SyntheticSource, max_samples_per_class: int | None = None) -> str:
-    """Return what tells the images that `load_synthetic` gives from others: the commit, or their number and hash.
+    """Return what identifies the images of `load_synthetic`: the commit, or their number and hash.
 
-    With a limit it stays the same when a folder grows: the first images of each class do.
+    With a limit it stays the same when a folder grows, as the first images of each class do.
 
     Raises:
-        UserError: the set is gone, or a file of it is torn.
+        UserError: the set is gone, or one of its files is damaged.
     """
     repository = open_source(source.name, FLAG, "dataset", source.revision)
     if not repository.is_local:
@@ -79,11 +79,11 @@ def identify_synthetic(source: SyntheticSource, max_samples_per_class: int | Non
             return f"{num_rows:,} images, sha256 {content_digest(source.name, names)}{without}"
         what = f"first {max_samples_per_class} of a class"
         read = partial(_read_first_images, paths, max_samples_per_class)
-        return f"{what}, sha256 {remembered_digest(source.name, names, read, what)}{without}"
+        return f"{what}, sha256 {cached_digest(source.name, names, read, what)}{without}"
 
 
 def _read_first_images(paths: list[Path], limit: int) -> Iterator[bytes]:
-    """Yield class, place in it and encoded bytes of the images that a limit keeps, in order."""
+    """Yield class, index in the class and encoded bytes of the images within a limit, in order."""
     for path in paths:
         with pq.ParquetFile(path) as file:
             label = Features.from_arrow_schema(file.schema_arrow)["label"]
@@ -94,7 +94,7 @@ def _read_first_images(paths: list[Path], limit: int) -> Iterator[bytes]:
 
 
 def num_images(source: SyntheticSource, max_samples_per_class: int | None = None) -> int | None:
-    """Return how many images `load_synthetic` gives, from the record alone; None where it does not count them."""
+    """Return how many images `load_synthetic` returns, from the record alone; None if it does not say."""
     num_all, num_per_class = source.record.get("num_images"), source.record.get("num_images_per_class")
     if num_all is None or num_per_class is None:
         return None
@@ -109,16 +109,16 @@ def load_synthetic(
 ) -> Dataset | IterableDataset:  # fmt: skip
     """Return the images with the columns `image` and `label`, in the set's order, labels as in `class_names`.
 
-    `max_samples_per_class` keeps those with the lowest `class_index`: they are among those of any higher limit. A set
-    without that column gives the first of each class. `allow_missing_classes` takes a set that lacks some of
-    `class_names`, or has no images of them. With `streaming` nothing is downloaded ahead; which classes have images is
-    then what the record says (`settings.classes`), and where it says nothing only the names are compared.
+    `max_samples_per_class` keeps the images with the lowest `class_index`, so smaller limits are subsets of larger
+    ones; for a set without that column, the first images of each class. `allow_missing_classes` accepts a set that
+    lacks some of `class_names`, or images of them. With `streaming` nothing is downloaded in advance; the record then
+    says which classes have images (`settings.classes`), and if it does not, this is not checked.
 
-    What `source.left_out` names is left out of these; a limit counts it.
+    The images in `source.left_out` are removed after the limit is applied.
 
     Raises:
-        UserError: the set cannot be loaded, or is not whole; its classes are not `class_names` (the message lists what
-            is renamed, missing, extra or empty); a stream is to be limited and has no `class_index`.
+        UserError: the set cannot be loaded or is incomplete; its classes are not `class_names` (the message lists those
+            renamed, missing, extra or empty); a stream with a limit has no `class_index`.
     """
     load = _load_stream if streaming else _load_whole
     repository = Source(source.name, FLAG, "dataset", source.revision, token or None)
@@ -130,13 +130,13 @@ def load_synthetic(
 
 
 def count_leaked_images(record: dict, train_indices: np.ndarray) -> int:
-    """Return how many rows of the real train split the style token saw outside `train_indices`."""
+    """Return how many rows of the real train split outside `train_indices` the style token saw."""
     seen = record.get("train_indices") or []
     return len(set(seen) - set(train_indices.tolist()))
 
 
 def _count_rows(source: Source) -> int:
-    """Return how many rows a set's parquet files hold, by their footers; a torn file holds none."""
+    """Return how many rows a set's parquet files have, by their footers; a damaged file counts as none."""
     filesystem = LocalFileSystem() if source.is_local else HfFileSystem(token=source.token)
     root = source.name if source.is_local else f"datasets/{source.name}@{source.revision}"
 
@@ -151,20 +151,20 @@ def _count_rows(source: Source) -> int:
 
 
 def _refuse_unfinished(name: str, record: dict, count: Callable[[], int]) -> None:
-    """Raise where there are fewer images than the record counts; those of old sets count none."""
+    """Raise if there are fewer images than the record says; records of old sets do not say."""
     expected = record.get("num_images")
     if expected is not None and (there := count()) < expected:
         raise UserError(
-            f"{FLAG} {name}: is not whole, {there:,} of {expected:,} images are there; wait until all are made and "
-            "uploaded, or run the command that makes the set again: it goes on where it stopped."
+            f"{FLAG} {name}: incomplete, with {there:,} of {expected:,} images; wait until all are made and "
+            "uploaded, or run the command that makes the set again: it resumes where it stopped."
         )
 
 
 def _load_whole(
     repository: Source, source: SyntheticSource, class_names: list[str], limit: int | None, allow_missing: bool
 ) -> tuple[Dataset, set[str]]:
-    """Return the images, in a memory map, and which classes have some."""
-    images = load_data_set(repository, split="train")
+    """Return the memory-mapped images, and the classes that have some."""
+    images = load_image_dataset(repository, split="train")
     _refuse_unfinished(repository.name, source.record, lambda: len(images))
     own_names = images.features["label"].names if isinstance(images.features.get("label"), ClassLabel) else []
     real_labels, _ = _match_classes(repository.name, images.features, class_names, allow_missing)
@@ -192,15 +192,15 @@ def _kept_rows(
 def _load_stream(
     repository: Source, source: SyntheticSource, class_names: list[str], limit: int | None, allow_missing: bool
 ) -> tuple[IterableDataset, set[str]]:
-    """Return the images as they come out of the files, and which classes have some as far as the record says."""
+    """Return a stream of the images, and the classes that have some according to the record."""
     if not repository.is_local and not repository.is_reachable():
         raise UserError(
-            f"--streaming: {repository.name} cannot be streamed, the Hub cannot be reached; without --streaming the "
-            "cache is used."
+            f"--streaming: {repository.name} cannot be streamed, as the Hub cannot be reached; leave the flag out to "
+            "use the cache."
         )
     if repository.is_local:
         check_path(repository)
-    # pyarrow passes over what does not fit the filter, and over whole row groups without reading them
+    # pyarrow skips rows that do not match the filter, and whole row groups without reading them
     options = {} if limit is None else {"filters": [("class_index", "<", limit)]}
     with repository.reading("cannot be loaded", also=(DatasetsError, ValueError, RuntimeError)):
         images = load_dataset(
@@ -210,8 +210,8 @@ def _load_stream(
     real_labels, places = _match_classes(repository.name, images.features, class_names, allow_missing)
     if limit is not None and "class_index" not in images.features:
         raise UserError(
-            f"--max_synthetic_samples_per_class {limit}: '{repository.name}' has no column 'class_index', by which a "
-            "stream is limited; leave out one of this and --streaming."
+            f"--max_synthetic_samples_per_class {limit}: '{repository.name}' has no column 'class_index', which "
+            "limiting a stream needs; leave out this flag or --streaming."
         )
     features = Features({"image": Image(), "label": ClassLabel(names=class_names)})
     columns = [*features, "class_index"] if source.left_out else [*features]
@@ -236,7 +236,7 @@ def _relabel(table: pa.Table, real_labels: np.ndarray, own_names: list[str], lef
 def _match_classes(
     name: str, features: Features, class_names: list[str], allow_missing: bool
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Return the place in `class_names` of each of a set's labels, and the same by their names."""
+    """Return the index in `class_names` of each label of a set, as an array and by name."""
     if not isinstance(features.get("label"), ClassLabel) or "image" not in features:
         raise UserError(f"{FLAG} {name}: has no 'image' and 'label' (ClassLabel) columns.")
     names = features["label"].names

@@ -1,4 +1,4 @@
-"""The training items of a stage, by what kind of images it sees."""
+"""The training items of a stage, by the kind of its images."""
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -13,9 +13,9 @@ from utils.transfer.replay import ImagePair, ReplayedImages, ReplayedItems, Stre
 def training_items(
     images: Dataset | IterableDataset | ImagePair, items: TrainItems, settings: StageSettings, args: TrainingArguments
 ) -> torch.utils.data.Dataset:
-    """Return the data set of a stage's training items; its length and order depend on the kind of images."""
+    """Return the dataset of a stage's training items; its length and order depend on the kind of images."""
     processes, batch_size = (args.world_size, args.process_index), settings.per_device_train_batch_size
-    # of pairs, all of a step together: the same images at any number of processes and of accumulated batches
+    # per optimiser step: the same images for any number of processes and accumulated batches
     images_per_step = batch_size * args.world_size * args.gradient_accumulation_steps
     if isinstance(images, IterableDataset):
         return StreamedTrainImages(images, items, args.seed, *processes)

@@ -4,13 +4,13 @@ import time
 
 import torch
 
-MUCH = 0.2  # of a stage's seconds
+MAX_SHARE = 0.2  # of a stage's seconds; more gives a warning
 
 
 class WaitingTime:
-    """For how long a device had nothing to do while its next images were read: all times in the context, together.
+    """The time that a device was idle while its next images were read, summed over all uses of the context.
 
-    A GPU has its own work still when a process begins to wait. Its clock is read when it comes to either end of that.
+    A GPU still has work when the process begins to wait, so the times are taken from events in its queue.
     """
 
     def __init__(self, device: torch.device):
@@ -54,8 +54,8 @@ class WaitingTime:
 
 
 def advise_on_waiting(seconds_waiting: float, seconds: float, num_workers: int) -> str | None:
-    """Return what to do where a device spends more than `MUCH` of a stage waiting, None elsewhere."""
-    if seconds_waiting <= MUCH * seconds:
+    """Return advice if a device waited for more than `MAX_SHARE` of a stage, else None."""
+    if seconds_waiting <= MAX_SHARE * seconds:
         return None
     return (
         f"the GPU waited {seconds_waiting:,.0f} of {seconds:,.0f} s for images; try more --dataloader_num_workers (now "

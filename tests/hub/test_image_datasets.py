@@ -1,4 +1,4 @@
-"""Local data sets that `datasets` reads: saved ones, whole or still being enlarged, and what is wrong in one line."""
+"""Local datasets that `datasets` reads: saved ones, complete or still being extended, and one-line errors."""
 
 import shutil
 from io import BytesIO
@@ -13,8 +13,8 @@ from PIL import Image
 from tests.conftest import save_image_set
 from tests.local_hub import Fault
 from utils.cli.errors import UserError
-from utils.hub.data_sets import load_data_set
 from utils.hub.file_classes import unify_class_names
+from utils.hub.image_datasets import load_image_dataset
 from utils.hub.repositories import open_source
 
 pytest_plugins = ["tests.local_hub.fixtures"]
@@ -28,7 +28,7 @@ def image_set(tmp_path_factory):
 
 
 def load(folder, *args, **kwargs):
-    return load_data_set(open_source(str(folder), "--dataset_name", "dataset"), *args, **kwargs)
+    return load_image_dataset(open_source(str(folder), "--dataset_name", "dataset"), *args, **kwargs)
 
 
 def pixels_of(images) -> list[bytes]:
@@ -36,14 +36,14 @@ def pixels_of(images) -> list[bytes]:
 
 
 def write_card(folder, **counts) -> None:
-    """Write a card that counts the images of splits."""
+    """Write a card with the numbers of images of splits."""
     splits = "".join(
         f"  - name: {split}\n    num_examples: {count}\n    num_bytes: 1\n" for split, count in counts.items()
     )
     (folder / "README.md").write_text(f"---\ndataset_info:\n  splits:\n{splits}---\n")
 
 
-def test_a_saved_data_set_is_read(image_set, tmp_path):
+def test_a_saved_dataset_is_read(image_set, tmp_path):
     splits = load_dataset(str(image_set))
     splits.save_to_disk(str(tmp_path / "my [set]"))
     loaded = load(tmp_path / "my [set]")
@@ -66,16 +66,16 @@ def test_a_damaged_saved_set_is_one_line(tmp_path):
     DatasetDict({"train": Dataset.from_dict({"label": [0]})}).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(UserError, match="--dataset_name .*: has no split 'test'; it has train."):
         load(tmp_path / "saved", split="test")
-    with pytest.raises(UserError, match="is a folder of save_to_disk, which has no configurations"):
+    with pytest.raises(UserError, match="was written by save_to_disk, which has no configurations"):
         load(tmp_path / "saved", "fine")
     [data] = (tmp_path / "saved" / "train").glob("*.arrow")
     whole = data.read_bytes()
     for content in (whole[:100], b""):
         data.write_bytes(content)
-        with pytest.raises(UserError, match="is a folder of save_to_disk that cannot be loaded"):
+        with pytest.raises(UserError, match="was written by save_to_disk and cannot be loaded"):
             load(tmp_path / "saved")
     shutil.rmtree(tmp_path / "saved" / "train")
-    with pytest.raises(UserError, match="is a folder of save_to_disk that cannot be loaded"):
+    with pytest.raises(UserError, match="was written by save_to_disk and cannot be loaded"):
         load(tmp_path / "saved")
 
 
@@ -84,14 +84,14 @@ def test_a_damaged_saved_set_is_one_line(tmp_path):
     [
         (
             {"train": 27, "test": 6},
-            "9 in its files and 27 in its card for split 'train'; wait until the set is whole, or",
+            "9 in its files and 27 in its card for split 'train'; wait until the dataset is complete, or",
         ),
         ({"train": 6, "test": 4}, "'train'; 6 in its files and 4 in its card for split 'test'; wait until"),
-        ({"train": 9, "test": 6, "dev": 3}, "its card names splits of which there are no files: dev; wait until"),
-        ({"train": 9}, "its files have splits that its card does not name: test; wait until"),
+        ({"train": 9, "test": 6, "dev": 3}, "its card lists splits without files: dev; wait until"),
+        ({"train": 9}, "its files have splits that its card does not list: test; wait until"),
     ],
 )
-def test_a_set_that_is_being_enlarged_is_one_line(image_set, tmp_path, counts, message):
+def test_a_dataset_that_is_being_extended_is_one_line(image_set, tmp_path, counts, message):
     shutil.copytree(image_set, tmp_path / "set")
     write_card(tmp_path / "set", **counts)
     with pytest.raises(UserError) as error:
@@ -106,7 +106,7 @@ def test_a_set_that_is_being_enlarged_is_one_line(image_set, tmp_path, counts, m
 @pytest.mark.parametrize("name", ["my set [a]", "a::b", "what?", "all*"])
 def test_a_folder_whose_path_is_a_pattern_to_datasets_is_one_line(image_set, tmp_path, name):
     shutil.copytree(image_set, tmp_path / name)
-    with pytest.raises(UserError, match="datasets does not read folders with .* in their path .*; rename or move"):
+    with pytest.raises(UserError, match="datasets cannot read folders with .* in their path .*; rename or move"):
         load(tmp_path / name)
 
 
@@ -129,13 +129,11 @@ def test_images_of_a_repository_that_file_name_patterns_leave_out_are_counted(
     loaded = load(repo_id)
     assert sum(map(len, loaded.values())) == num_read
     told = [message for message in caplog.messages if message.startswith("--dataset_name")]
-    line = (
-        f"--dataset_name {repo_id}: 1 of its 7 images are read; datasets chooses them by words such as train and test"
-    )
+    line = f"--dataset_name {repo_id}: only 1 of its 7 images are read: datasets selects them by words such as train"
     assert [text[: len(line)] for text in told] == ([] if num_read == 7 else [line])
 
 
-# the same classes, and one more, in another order in each file
+# the same classes, and one more, in a different order in each file
 ORDERS = {"train-0": ["cat", "dog", "owl"], "train-1": ["owl", "cat", "dog"], "test-0": ["dog", "emu", "cat"]}
 
 
@@ -144,7 +142,7 @@ def label_features(names: list[str]) -> Features:
 
 
 def write_labels(folder, files: dict[str, tuple[list[str] | None, list]]):
-    """Write parquet files of labels, with the class names that their numbers have, or without any."""
+    """Write parquet files of labels, with or without class names for their numbers."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for name, (names, labels) in files.items():
         schema = label_features(names or ["?"]).arrow_schema
@@ -203,7 +201,7 @@ def test_numbers_without_names_are_those_of_the_set_and_missing_ones_stay_missin
     assert by_name(load(write_labels(tmp_path / "set", files))) == expected
 
 
-def test_rows_that_are_not_those_of_the_files_are_an_error(tmp_path):
+def test_rows_that_differ_from_the_files_are_an_error(tmp_path):
     folder = write_labels(tmp_path / "set", {"train-0": (["x", "y"], [0, 1]), "train-1": (["y", "x"], [0, 1])})
     paths = {"train": [str(path) for path in sorted((folder / "data").iterdir())]}
     loaded = load_dataset("parquet", data_files={"train": paths["train"][:1]}, cache_dir=str(tmp_path / "cache"))
@@ -227,7 +225,7 @@ def test_files_of_text_and_of_class_names_are_an_error(names, tmp_path):
     ],
     ids=["renamed", "in another order"],
 )
-def test_a_card_that_renames_classes_is_taken_and_told_and_other_orders_are_mapped(
+def test_a_card_that_renames_classes_is_used_and_reported_and_other_orders_are_mapped(
     in_file, labels, line, tmp_path, caplog
 ):
     folder = write_labels(tmp_path / "set", {"train-0": (in_file, [0, 1])})
@@ -247,11 +245,11 @@ def test_files_of_a_repository_with_classes_in_another_order_are_read_by_name(mi
     local_hub.add_user("ann", "hf_ann")
     local_hub.create_repo("ann/mixed", "dataset").commit(files)
     source = open_source("ann/mixed", "--dataset_name", "dataset", token="hf_ann")
-    assert by_name(load_data_set(source)) == MIXED
-    assert by_name(load_data_set(source)) == MIXED  # from the cache of datasets
+    assert by_name(load_image_dataset(source)) == MIXED
+    assert by_name(load_image_dataset(source)) == MIXED  # from the datasets cache
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="the classes of 'label' in different orders, and HF_HUB_OFFLINE is set"):
-        load_data_set(source)
+        load_image_dataset(source)
 
 
 def test_images_of_another_commit_are_not_taken_where_the_hub_fails_in_between(mixed_set, local_hub, monkeypatch):
@@ -262,7 +260,5 @@ def test_images_of_another_commit_are_not_taken_where_the_hub_fails_in_between(m
     repo.commit({"data/train-1.parquet": mixed_set / "data" / "train-1.parquet"})
     source = open_source("ann/changed", "--dataset_name", "dataset")
     local_hub.inject(Fault("status", path="/resolve/", times=None))
-    with pytest.raises(
-        UserError, match=f"the cache has the images of commit {first} last, not those of {source.revision}"
-    ):
-        load_data_set(source)
+    with pytest.raises(UserError, match=f"the cache last stored commit {first}, not {source.revision}"):
+        load_image_dataset(source)
