@@ -23,10 +23,9 @@ from utils.cli.processes import check_single_process
 from utils.cli.records import BRIDGED_CONFIG, GENERATION_CONFIG, read_record
 from utils.cli.run_folder import check_writable
 from utils.data.arguments import RealDataArguments, explain_recorded_name
-from utils.data.left_out import SCORES
+from utils.data.left_out import FILTER_PICTURE, SCORES
 from utils.hub.repositories import Source, open_source
 
-PICTURE = "filter.png"
 PROBE, DISTANCE, WORDS, CLASSIFIER = "probe", "distance", "words", "classifier"
 
 
@@ -198,13 +197,14 @@ def main(argv=None) -> dict:
             "models": {name: {"id": used[name].name, "revision": used[name].revision} for name in score_args.scores},
         }  # fmt: skip
         scored.save(folder, about)
-        draw_filter(folder / PICTURE, images, scored, filter_args.drop_by)
+        draw_filter(folder / FILTER_PICTURE, images, scored, filter_args.drop_by)
     print_filter(scored, filter_args.drop_by)
+    num_images, num_left_out = len(is_left_out), int(is_left_out.sum())
     print(
-        f"Written to {folder}: {SCORES}, {PICTURE}. Training leaves {int(is_left_out.sum()):,} of {len(is_left_out):,} "
-        "images out; remove the files to take all of them again."
+        f"Written to {folder}: {SCORES}, {FILTER_PICTURE}. Training leaves {num_left_out:,} of {num_images:,} images "
+        f"out; to use all of them again, give --use_rejected or remove {SCORES}."
     )
-    return about | {"num_images": len(is_left_out), "num_left_out": int(is_left_out.sum())}
+    return about | {"num_images": num_images, "num_left_out": num_left_out}
 
 
 if __name__ == "__main__":

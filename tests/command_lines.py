@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import compare_transfer
+import filter_synthetic
 import generate_synthetic
 import quality_report
 import train_bridged
@@ -14,7 +15,7 @@ from utils.cli.parsing import ScriptArgumentParser
 
 SCRIPTS = {
     f"{module.__name__}.py": module
-    for module in (train_dsi, generate_synthetic, quality_report, train_bridged, compare_transfer)
+    for module in (train_dsi, generate_synthetic, quality_report, filter_synthetic, train_bridged, compare_transfer)
 }
 
 

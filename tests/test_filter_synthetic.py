@@ -1,5 +1,6 @@
 """filter_synthetic.py end to end, in process, with tiny models of the real classes."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -20,10 +21,12 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+import train_bridged
+from compare_transfer import open_sources
 from filter_synthetic import main
 from tests.conftest import CLASS_NAMES, blank_figures, draw_image, save_image_set
 from utils.cli.errors import UserError
-from utils.cli.records import BRIDGED_CONFIG, GENERATION_CONFIG, write_record
+from utils.cli.records import BRIDGED_CONFIG, GENERATION_CONFIG, read_record, write_record
 from utils.quality.scores import choose_left_out
 from utils.synthesis.shards import shard_name, synthetic_features
 from utils.transfer.synthetic_images import load_synthetic, open_synthetic
@@ -139,6 +142,44 @@ def test_a_model_of_images_and_text_scores_by_the_class_names(run, tmp_path):
     assert np.all((scores > 0) & (scores < 1)) and len(np.unique(scores)) > 50
     means = [scores[label::3].mean() for label in range(3)]
     assert sum(means) == pytest.approx(1, abs=0.05)  # of three classes on about the same images
+
+
+def test_training_leaves_images_out_and_says_and_counts_it_unless_all_are_asked_for(run, model_dir, tmp_path, caplog):
+    run()
+    caplog.set_level(logging.INFO)
+    flags = [
+        "--model_name_or_path",
+        str(model_dir),
+        "--method",
+        "synthetic_only",
+        "--bridge_max_steps",
+        "1",
+        "--use_cpu",
+    ]
+    flags += ["--bridge_per_device_train_batch_size", "4", "--no_leep", "--synthetic_dataset", str(run.folder)]
+    with blank_figures():
+        kept = train_bridged.main([*flags, "--output_dir", str(tmp_path / "kept")])
+        assert "cars-syn: 6 images are left out (6 by their scores in scores.parquet)" in caplog.text
+        every = train_bridged.main([*flags, "--output_dir", str(tmp_path / "all"), "--use_rejected"])
+    assert (kept["num_rejected"], kept["num_filtered"]) == (0, 6) and "num_filtered" not in every
+    assert "0 were rejected by reviewers and 6 left out by their scores" in (tmp_path / "kept/README.md").read_text()
+    records = [read_record(tmp_path / name / BRIDGED_CONFIG)["synthetic_dataset"] for name in ("kept", "all")]
+    assert records[0]["left_out"]["num_filtered"] == 6 and "left_out" not in records[1]
+    (run.folder / "scores.parquet").unlink()
+    with pytest.raises(
+        UserError, match="synthetic_dataset .* was 60 images, sha256 .* without 6 of .*, now 60 images,"
+    ):
+        train_bridged.main([*flags, "--output_dir", str(tmp_path / "kept")])
+
+
+def test_a_comparison_takes_one_set_with_and_without_its_rejected_images(run):
+    run("--scores", "probe")
+    sets = {"kept": str(run.folder), "all": str(run.folder)}
+    sources = open_sources(sets, [0, 1], use_rejected=["all"])
+    assert {key[0]: len(source.left_out) for key, source in sources.items()} == {"kept": 6, "all": 0}
+    assert len({source.key for source in sources.values()}) == 2
+    with pytest.raises(UserError, match=r"--use_rejected other: must be a name of --synthetic_dataset \(kept, all\)"):
+        open_sources(sets, [0], use_rejected=["other"])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from utils.cli.errors import UserError
 from utils.cli.records import read_record
 from utils.hub.repositories import Source
 
-REVIEW, SCORES = "review.json", "scores.parquet"
+REVIEW, SCORES, FILTER_PICTURE = "review.json", "scores.parquet", "filter.png"
 ACCEPT, REJECT = "accept", "reject"
 SCORES_KEY = b"bridged_transfer"  # of the scores' metadata: JSON with `fingerprint` and how they were made
 

@@ -40,6 +40,16 @@ class SyntheticSource:
     record: dict
     left_out: LeftOut = field(default_factory=LeftOut)
 
+    @property
+    def key(self) -> tuple[str, str | None, str]:
+        """What tells the images from those of other sources."""
+        return self.name, self.revision, self.left_out.identity if self.left_out else ""
+
+    def to_dict(self) -> dict:
+        """Return it as records hold it; `left_out` only if images are left out."""
+        left_out = {"left_out": self.left_out.counts() | {"identity": self.left_out.identity}} if self.left_out else {}
+        return {"name": self.name, "revision": self.revision, "record": self.record} | left_out
+
 
 def open_synthetic(
     name: str, revision: str | None = None, token: str | None = None, use_rejected: bool = False
