@@ -19,7 +19,7 @@ from utils.cli.contents import cached_digest, content_digest, list_files
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.data.class_names import join_names, match_labels
-from utils.data.left_out import LeftOut, read_left_out
+from utils.data.left_out import SCORES, LeftOut, read_left_out
 from utils.hub.image_datasets import check_path, load_image_dataset
 from utils.hub.repositories import Source, open_source
 
@@ -80,7 +80,7 @@ def identify_synthetic(source: SyntheticSource, max_samples_per_class: int | Non
     repository = open_source(source.name, FLAG, "dataset", source.revision)
     if not repository.is_local:
         return f"commit {source.revision}"
-    names = [name for name in list_files(source.name) if name.endswith(".parquet")]
+    names = list(filter(_holds_images, list_files(source.name)))
     paths = [Path(source.name, name) for name in names]
     with repository.reading("its images cannot be read", also=(pa.ArrowInvalid,)):
         without = f", {source.left_out.identity}" if source.left_out else ""
@@ -145,6 +145,10 @@ def count_leaked_images(record: dict, train_indices: np.ndarray) -> int:
     return len(set(seen) - set(train_indices.tolist()))
 
 
+def _holds_images(path: str) -> bool:
+    return path.endswith(".parquet") and not path.endswith(SCORES)
+
+
 def _count_rows(source: Source) -> int:
     """Return how many rows a set's parquet files have, by their footers; a damaged file counts as none."""
     filesystem = LocalFileSystem() if source.is_local else HfFileSystem(token=source.token)
@@ -157,7 +161,7 @@ def _count_rows(source: Source) -> int:
             return 0
 
     with source.reading("its images cannot be counted"), ThreadPoolExecutor(NUM_THREADS) as threads:
-        return sum(threads.map(num_rows, (path for path in filesystem.find(root) if path.endswith(".parquet"))))
+        return sum(threads.map(num_rows, filter(_holds_images, filesystem.find(root))))
 
 
 def _refuse_unfinished(name: str, record: dict, count: Callable[[], int]) -> None:
