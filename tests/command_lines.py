@@ -8,14 +8,13 @@ import pytest
 import compare_transfer
 import generate_synthetic
 import quality_report
+import review_synthetic
 import train_bridged
 import train_dsi
 from utils.cli.parsing import ScriptArgumentParser
 
-SCRIPTS = {
-    f"{module.__name__}.py": module
-    for module in (train_dsi, generate_synthetic, quality_report, train_bridged, compare_transfer)
-}
+MODULES = (train_dsi, generate_synthetic, quality_report, review_synthetic, train_bridged, compare_transfer)
+SCRIPTS = {f"{module.__name__}.py": module for module in MODULES}
 
 
 class Parsed(Exception):
