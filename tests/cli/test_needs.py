@@ -28,6 +28,7 @@ LACKS = {
     "with --no_do_train": ("--no_do_train", ""),
     "with --dry_run": ("--dry_run", ""),
     "with --audit": ("--audit", ""),
+    "with --summary": ("--summary", ""),
     "with --classes": ("--classes x", ""),
     "with --prompts_file": ("--prompts_file x", ""),
     "with --max_steps": ("--max_steps 5", ""),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +174,7 @@ def start_page(
         pwa=False, mcp_server=False, enable_monitoring=False, run_history=False,
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
     )  # fmt: skip
-    return [address for address in (local, public) if address], app.close
+    return [address for address in (local, public) if address], partial(app.close, verbose=False)
 
 
 def _plain_function(method: Callable) -> Callable:

@@ -52,7 +52,10 @@ class ClassSummary:
     num_rejected: int
 
     @property
-    def accepted(self) -> Share:
+    def accepted(self) -> Share | None:
+        """The share that is not rejected; None until all are reviewed, as doubtful images may come first."""
+        if self.num_reviewed < self.num_images:
+            return None
         return Share(self.num_reviewed - self.num_rejected, self.num_reviewed)
 
 
@@ -160,7 +163,7 @@ def tabulate_summary(
     heads += ["real: class recognised", "synthetic: class recognised"] if blind else []
     for found in classes:
         row = [found.name, *(f"{value:,}" for value in (found.num_images, found.num_reviewed, found.num_rejected))]
-        row += [str(found.accepted)] if is_sample else []
+        row += [str(found.accepted or "not all reviewed")] if is_sample else []
         rows.append(row + ([str(share) for share in blind.by_class[found.name]] if blind else []))
     num_images, num_reviewed, num_rejected = (
         sum(getattr(found, name) for found in classes) for name in ("num_images", "num_reviewed", "num_rejected")
