@@ -30,6 +30,7 @@ LACKS = {
     "with --audit": ("--audit", ""),
     "with --streaming": ("--streaming --synthetic_dataset x", ""),
     "without --include_class_name": ("--include_class_name false", ""),
+    "with --summary": ("--summary", ""),
     "with --classes": ("--classes x", ""),
     "with --prompts_file": ("--prompts_file x", ""),
     "with --max_steps": ("--max_steps 5", ""),
