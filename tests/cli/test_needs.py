@@ -31,6 +31,8 @@ LACKS = {
     "with --streaming": ("--streaming --synthetic_dataset x", ""),
     "without --include_class_name": ("--include_class_name false", ""),
     "with --summary": ("--summary", ""),
+    "without words among --scores": ("--scores probe", "--scores words"),
+    "without classifier among --scores": ("--scores probe", "--scores classifier"),
     "with --classes": ("--classes x", ""),
     "with --prompts_file": ("--prompts_file x", ""),
     "with --max_steps": ("--max_steps 5", ""),
