@@ -41,7 +41,7 @@ $(VENV)/.installed: requirements.txt constraints.txt demo/requirements.txt demo/
 	@touch $@
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 soak: install
 	$(BIN)/python -m pytest -m soak

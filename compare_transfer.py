@@ -86,7 +86,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list, dict[tuple, Synth
     token = comparison_args.hub_token or None
     if comparison_args.token_per_fold:  # before the records of the sets are read
         prepare_fold_sets(sets, real_args, comparison_args)
-    sources = open_sources(sets, seeds, token, num_folds)
+    sources = open_sources(sets, seeds, token, num_folds, comparison_args.use_rejected)
     given = real_args.dataset_name, real_args.train_dir
     first = next(iter(sources.values()))
     recorded, recorded_in = first.record["real_images"], first.name if given == (None, None) else None
@@ -155,13 +155,18 @@ def check_values(values: dict) -> None:
 
 
 def open_sources(
-    sets: dict[str, str], seeds: list[int], token: str | None = None, num_folds: int | None = None
-) -> dict[tuple, SyntheticSource]:
+    sets: dict[str, str], seeds: list[int], token: str | None = None, num_folds: int | None = None,
+    use_rejected: Sequence[str] = (),
+) -> dict[tuple, SyntheticSource]:  # fmt: skip
     """Return the synthetic sets by name, few-shot seed and, with folds, fold; each is opened once, at one commit.
 
+    `use_rejected` names the sets from which no image is left out.
+
     Raises:
-        UserError: a set does not exist.
+        UserError: a set does not exist, or its verdicts are about other images; a name is not that of a set.
     """
+    if unknown := set(use_rejected) - set(sets):
+        raise UserError(f"--use_rejected {min(unknown)}: must be a name of --synthetic_dataset ({', '.join(sets)}).")
     folds = [None] if num_folds is None else [f"{number}/{num_folds}" for number in range(1, num_folds + 1)]
     paths = {
         source_key(name, seed, fold): path.replace("{seed}", str(seed)).replace("{fold}", str(fold).partition("/")[0])
@@ -170,10 +175,10 @@ def open_sources(
         for fold in folds
     }
     opened = {}
-    for path in dict.fromkeys(paths.values()):
+    for path, uses_rejected in dict.fromkeys((path, key[0] in use_rejected) for key, path in paths.items()):
         name, _, revision = (path, "", "") if Path(path).is_dir() else path.partition("@")
-        opened[path] = open_synthetic(name, revision or None, token)
-    return {key: opened[path] for key, path in paths.items()}
+        opened[path, uses_rejected] = open_synthetic(name, revision or None, token, uses_rejected)
+    return {key: opened[path, key[0] in use_rejected] for key, path in paths.items()}
 
 
 def check_records(sources: list[SyntheticSource]) -> None:
@@ -284,7 +289,8 @@ def identify_inputs(
         named = runner.real.record.to_dict() | {"model_name_or_path": classifier.given}
         inputs |= {f"--{flag} {named[flag]}": identity for flag, identity in runner.shared_inputs.items()}
     for source in runner.sources.values():
-        inputs[f"--synthetic_dataset {source.name}"] = runner.synthetic_identity(source, volumes[-1])
+        what = " without rejected images" if source.left_out else ""
+        inputs[f"--synthetic_dataset {source.name}{what}"] = runner.synthetic_identity(source, volumes[-1])
     path = runner.output_dir / COMPARISON
     before = read_record(path).get("inputs", {}) if path.exists() else {}
     changed = [
@@ -357,6 +363,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     searches = {label: fill_in_learning_rates(search_args, runner) for label, runner in runners.items()}
     first = next(iter(runners.values()))
     first.check(rows, shots, volumes)
+    for source in {source.key: source for source in sources.values() if source.left_out}.values():
+        print(source.left_out.describe(source.name))
     warn_about_leaks(first, shots[0])
     for runner in runners.values():
         if line := runner.decode_once(rows, volumes):

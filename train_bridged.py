@@ -14,7 +14,6 @@
 The real images, their columns and their few-shot subset come from the record of the synthetic set; flags override it.
 """
 
-import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -100,7 +99,10 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
         recorded = read_finished_record(args)["real_images"]
     elif synthetic_args.synthetic_dataset is not None:
         source = open_synthetic(
-            synthetic_args.synthetic_dataset, synthetic_args.synthetic_dataset_revision, training_args.hub_token
+            synthetic_args.synthetic_dataset,
+            synthetic_args.synthetic_dataset_revision,
+            training_args.hub_token,
+            bool(synthetic_args.use_rejected),
         )
         recorded = source.record["real_images"]  # None: made from a list of class names
     elif not is_preview(training_args):
@@ -254,6 +256,8 @@ def load_images(args: SimpleNamespace, source, pretrained) -> tuple:
             counts["synthetic"] = len(synthetic)
             for remark in remarks:
                 logger.warning(remark)
+        if source.left_out:
+            logger.info(source.left_out.describe(source.name))
         num_leaked = count_leaked_images(source.record, real.train_indices)
         if num_leaked and method.uses_synthetic:
             tested = ""
@@ -296,7 +300,7 @@ def describe_run(args: SimpleNamespace, real, source, stages: list[StagePlan], p
         },
         "validation": {"num_images": len(real.validation)},
         "test_split": real.parts["test"].split,
-        "synthetic_dataset": dataclasses.asdict(source) | {"name": absolute_if_local(source.name)} if source else None,
+        "synthetic_dataset": source.to_dict() | {"name": absolute_if_local(source.name)} if source else None,
     }
 
 
@@ -677,7 +681,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         )  # fmt: skip
 
         # results: the only use of the test images
-        results = add_totals(leep | guard | done.results, list(done.log_histories)) | test_metrics(
+        left_out = source.left_out.counts() if source and args.chosen_method.uses_synthetic else {}
+        results = add_totals(leep | guard | left_out | done.results, list(done.log_histories)) | test_metrics(
             done.logits, done.labels
         )
         if is_main_process:

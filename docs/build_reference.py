@@ -17,7 +17,10 @@ from utils.cli.records import write_text
 
 REFERENCE = Path(__file__).with_name("reference.md")
 TRAINER_DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
-ORDER = ("train_dsi.py", "generate_synthetic.py", "train_bridged.py", "compare_transfer.py", "quality_report.py")
+ORDER = (
+    "train_dsi.py", "generate_synthetic.py", "train_bridged.py", "compare_transfer.py", "quality_report.py",
+    "filter_synthetic.py", "review_synthetic.py",
+)  # fmt: skip
 INTRODUCTION = """# All flags
 
 Look up what a flag does and its default. `--help` prints the same for one script.

@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 
 import compare_transfer
+import filter_synthetic
 import generate_synthetic
 import quality_report
+import review_synthetic
 import train_bridged
 import train_dsi
 from utils.cli.parsing import ScriptArgumentParser
 
-SCRIPTS = {
-    f"{module.__name__}.py": module
-    for module in (train_dsi, generate_synthetic, quality_report, train_bridged, compare_transfer)
-}
+MODULES = (
+    train_dsi, generate_synthetic, quality_report, filter_synthetic, review_synthetic, train_bridged, compare_transfer,
+)  # fmt: skip
+SCRIPTS = {f"{module.__name__}.py": module for module in MODULES}
 
 
 class Parsed(Exception):

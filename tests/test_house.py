@@ -14,7 +14,7 @@ FLOORS = (
     ("forecast",),
     ("style",),
     ("synthesis",),
-    ("quality", "transfer"),
+    ("quality", "transfer", "review"),
     ("comparison",),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -11,10 +11,12 @@ from datasets import Features, Image, IterableDataset
 from tests.conftest import CLASS_NAMES
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, write_record
+from utils.data.left_out import REVIEW
 from utils.synthesis.shards import shard_name, synthetic_features
 from utils.transfer.synthetic_images import (
     SyntheticSource,
     count_leaked_images,
+    identify_synthetic,
     load_synthetic,
     num_images,
     open_synthetic,
@@ -256,3 +258,20 @@ def test_a_set_that_is_being_uploaded_is_refused_until_all_shards_are_there(whol
 def test_leak_counts_images_outside_the_subset():
     assert count_leaked_images({"train_indices": [1, 2, 9]}, np.array([1, 2, 3])) == 1
     assert count_leaked_images({"train_indices": None}, np.array([1])) == 0
+
+
+@KINDS
+@pytest.mark.parametrize("limit", [None, 4])
+def test_rejected_images_are_left_out_whatever_the_order_of_the_classes(whole_set, tmp_path, streaming, limit):
+    order = [CLASS_NAMES[index] for index in (2, 0, 1)]
+    record = {**COUNTS, "fingerprint": "abc"}
+    folder = save_set(tmp_path / "reviewed", order, rows_of(order, 6), **record)
+    before = identify_synthetic(open_synthetic(folder), limit)
+    rejected = {CLASS_NAMES[0]: {index: {"ada": {"verdict": "reject"}} for index in ("1", "5")}}
+    write_record(Path(folder, REVIEW), {"fingerprint": "abc", "verdicts": rejected})
+    left_out = {draw(CLASS_NAMES[0], index) for index in (1, 5)}
+    images, every = (pairs_of(load(name, limit, streaming=streaming)) for name in (folder, whole_set))
+    assert sorted(images) == sorted(pair for pair in every if pair[0] not in left_out)
+    source, all_images = open_synthetic(folder), open_synthetic(folder, use_rejected=True)
+    assert num_images(source, limit) == len(images) < num_images(all_images, limit) == len(every)
+    assert identify_synthetic(all_images, limit) == before != identify_synthetic(source, limit)

@@ -27,7 +27,7 @@ RANGES = (
     ("above 0", lambda value: value > 0, (
         # real and synthetic images
         "num_shots", "max_train_samples", "max_synthetic_samples_per_class", "mix_ratio", "max_eval_samples", "volumes",
-        "search_shots", "max_images_per_class", "num_pairs", "num_repeats",
+        "search_shots", "max_images_per_class", "num_pairs", "num_repeats", "sample", "page_size",
         # training
         "learning_rate", "bridge_learning_rate", "head_learning_rate", "bridge_head_learning_rate", "learning_rates",
         "bridge_learning_rates", "head_learning_rate_factors", "bridge_head_learning_rate_factor", "num_train_epochs",
@@ -59,9 +59,10 @@ RANGES = (
     ("from 0 to 1", lambda value: 0 <= value <= 1, ("guidance_interval",)),
     ("above 0 and below 1", lambda value: 0 < value < 1, ("train_val_split", "average", "ema_decay")),
     ("0 or above, and below 2**32", lambda value: 0 <= value < 2**32, (  # the seeds that NumPy accepts
-        "seed", "data_seed", "few_shot_seed", "fold_seed", "seeds", "search_seeds",
+        "seed", "data_seed", "few_shot_seed", "fold_seed", "seeds", "search_seeds", "sample_seed",
     )),
     ("above 0, or left out to train for epochs", lambda value: value > 0 or value == -1, ("max_steps",)),
+    ("from 1 to 65535", lambda value: 1 <= value <= 65535, ("port",)),
     ("from 1 to 100", lambda value: 1 <= value <= 100, ("image_quality",)),
 )  # fmt: skip
 

@@ -134,6 +134,11 @@ class ComparisonArguments:
         "'{fold}' for the number of the fold, from 1.",
     )
     allow_missing_classes: bool = option(False, "Accept synthetic sets that lack some classes of the real set.")
+    use_rejected: list[str] = option(
+        [], "Names of the sets of which all images are used, also those rejected in a review or left out by their "
+        "scores; the same path may have two names, as in --synthetic_dataset kept=A all=A --use_rejected all.",
+        nargs="+",
+    )  # fmt: skip
     methods: list[str] = option(
         DEFAULT_METHODS,
         f"Rows of the table: {', '.join(METHODS)}; method@NAME uses the synthetic set NAME instead of the first.",

@@ -183,7 +183,7 @@ class CellRunner:
         """Return the synthetic sets of these rows, each once; several seeds may share one."""
         used = {row.synthetic for row in rows if row.method.uses_synthetic}
         sources = [source for (name, *_), source in self.sources.items() if name in used]
-        return list({(source.name, source.revision): source for source in sources}.values())
+        return list({source.key: source for source in sources}.values())
 
     @property
     def _crop_size(self) -> tuple[int, int] | None:
@@ -195,7 +195,7 @@ class CellRunner:
 
     def load_synthetic(self, source: SyntheticSource, volume: int | None = None) -> Dataset:
         """Return the images of a set with the real set's labels, at most `volume` per class."""
-        key = source.name, source.revision, volume
+        key = *source.key, volume
         if key not in self._synthetic:
             self.synthetic_identity(source, volume)  # before it is loaded
             self._synthetic[key] = load_synthetic(
@@ -249,7 +249,7 @@ class CellRunner:
     def _synthetic_settings(self, cell: Cell) -> dict:
         source = self.sources[cell.source]
         # not the record of a folder, as it changes when the set grows, and its first images do not
-        described = dataclasses.asdict(source) if source.revision else self.inputs(cell)["synthetic_dataset"]
+        described = source.to_dict() if source.revision else self.inputs(cell)["synthetic_dataset"]
         return {"synthetic_dataset": described, "volume": cell.row.volume}
 
     def inputs(self, cell: Cell) -> dict[str, str]:
@@ -261,7 +261,7 @@ class CellRunner:
 
     def synthetic_identity(self, source: SyntheticSource, volume: int | None) -> str:
         """Return what identifies a set's images, at most `volume` per class, as of the first look."""
-        key = source.name, source.revision, volume
+        key = *source.key, volume
         if key not in self._identities:
             self._identities[key] = identify_synthetic(source, volume)
         return self._identities[key]

@@ -21,6 +21,7 @@ from utils.hub.repositories import CLIENT_ERRORS, Source, is_saved_to_disk
 PATTERN = r"::|[*?]|\[.+\]"  # paths that `datasets` takes for a file in an archive, or for a pattern
 SPLIT_SIZE = r"SplitInfo\(name='(.*?)', num_bytes=\d+, num_examples=(\d+)"
 SPLIT_SIZES = re.compile(f"'expected': {SPLIT_SIZE}.*?'recorded': {SPLIT_SIZE}", re.DOTALL)
+NO_TABLES = ("metadata.parquet", "scores.parquet")  # about images, without holding any
 
 
 def load_image_dataset(
@@ -93,7 +94,7 @@ def list_data_files(folder: str) -> list[str]:
         name for name in list_files(folder)
         if not name.endswith((".md", ".txt", ".lock")) and not fnmatch.fnmatchcase(Path(name).name, "cache-*.arrow")
     ]  # fmt: skip
-    tables = [name for name in names if name.endswith(".parquet") and Path(name).name != "metadata.parquet"]
+    tables = [name for name in names if name.endswith(".parquet") and Path(name).name not in NO_TABLES]
     return names if is_saved_to_disk(folder) else tables or names
 
 

@@ -13,6 +13,7 @@ from utils.cli.options import absolute_if_local
 from utils.cli.processes import warn_once
 from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, package_versions, read_record
 from utils.cli.run_folder import RunFolder, check_writable
+from utils.data.left_out import FILTER_PICTURE, REVIEW, SCORES
 from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.sources import Sources
 
@@ -26,7 +27,8 @@ CLASS_NAMES = "class_names.yaml"
 QUALITY_RECORD, QUALITY_PLOTS = "quality.json", "quality.png"
 DUPLICATE_PAIRS = "duplicates.png"  # not published: it shows real images
 RECORDS = (CHECKSUMS, PREVIEW, CLASS_NAMES, QUALITY_RECORD, QUALITY_PLOTS, GENERATION_CONFIG, RUN_CONFIG)
-PUBLISHED_FILES = (SHARD_FILES, *RECORDS, "README.md")
+VERDICTS = (REVIEW, SCORES, FILTER_PICTURE)
+PUBLISHED_FILES = (SHARD_FILES, *RECORDS, *VERDICTS, "README.md")
 
 
 def open_output_folder(output_dir: str, settings: dict, num_images_per_class: int, overwrite: bool) -> RunFolder:

@@ -166,6 +166,10 @@ class SyntheticDataArguments:
     streaming: bool = option(
         False, "Read the synthetic images from the Hub during training, without storing them.", needs=[WITH_SYNTHETIC]
     )
+    use_rejected: bool | None = option(
+        None, "Train on all synthetic images, also on those rejected in a review or left out by their scores.",
+        needs=[WITH_SYNTHETIC],
+    )  # fmt: skip
 
 
 @dataclass

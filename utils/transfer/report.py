@@ -191,10 +191,10 @@ def write_model_card(
     output_dir: str | Path, model_name: str, base_model: str, config: dict, results: dict,
     licenses: dict[str, License], command: str,
 ) -> None:  # fmt: skip
-    """Write `README.md` with a `model-index`, the data sets and the base model linked.
+    """Write `README.md` with a `model-index`, the datasets and the base model linked.
 
     `config` is what `bridged_config.json` holds, `results` what `all_results.json` holds, `licenses` maps each source's
-    name to its licence, of which the classifier gets that of `base_model`. Local paths are named in the text only: the
+    name to its license, of which the classifier gets that of `base_model`. Local paths are named in the text only: the
     Hub takes ids in the metadata. A card that is there already is merged.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from utils.cli.contents import cached_digest, content_digest, list_files
 from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.data.class_names import join_names, match_labels
+from utils.data.left_out import SCORES, LeftOut, read_left_out
 from utils.hub.image_datasets import check_path, load_image_dataset
 from utils.hub.repositories import Source, open_source
 
@@ -30,25 +31,42 @@ ROWS_AT_A_TIME = 100  # of a stream; the size of a row group of generate_synthet
 
 @dataclass(frozen=True)
 class SyntheticSource:
-    """A synthetic set whose images are not open yet: name, pinned commit and `generation_config.json`."""
+    """A synthetic set whose images are not open yet: name, pinned commit, `generation_config.json`, and the images that
+    training leaves out.
+    """
 
     name: str
     revision: str | None
     record: dict
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    @property
+    def key(self) -> tuple[str, str | None, str]:
+        """What tells the images from those of other sources."""
+        return self.name, self.revision, self.left_out.identity if self.left_out else ""
+
+    def to_dict(self) -> dict:
+        """Return it as records hold it; `left_out` only if images are left out."""
+        left_out = {"left_out": self.left_out.counts() | {"identity": self.left_out.identity}} if self.left_out else {}
+        return {"name": self.name, "revision": self.revision, "record": self.record} | left_out
 
 
-def open_synthetic(name: str, revision: str | None = None, token: str | None = None) -> SyntheticSource:
-    """Read the record of a synthetic set, a local folder or a dataset id.
+def open_synthetic(
+    name: str, revision: str | None = None, token: str | None = None, use_rejected: bool = False
+) -> SyntheticSource:
+    """Read the record of a synthetic set, a local folder or a dataset id, and its verdicts unless `use_rejected`.
 
     Raises:
-        UserError: the set does not exist, or has no record or fewer images than its record says.
+        UserError: the set does not exist, or has no record or fewer images than its record says; its verdicts are about
+            other images.
     """
     source = open_source(name, FLAG, "dataset", revision, token)
     record = read_record(source.file(GENERATION_CONFIG, "a synthetic set of generate_synthetic.py"))
     # the record is uploaded with the first shards, and gets num_redraws once all shards are there
     if source.is_local or ("num_redraws" not in record and source.is_reachable()):
         _refuse_unfinished(name, record, partial(_count_rows, source))
-    return SyntheticSource(name, source.revision, record)
+    left_out = LeftOut() if use_rejected else read_left_out(source, record.get("fingerprint"))
+    return SyntheticSource(name, source.revision, record, left_out)
 
 
 def identify_synthetic(source: SyntheticSource, max_samples_per_class: int | None = None) -> str:
@@ -62,15 +80,16 @@ def identify_synthetic(source: SyntheticSource, max_samples_per_class: int | Non
     repository = open_source(source.name, FLAG, "dataset", source.revision)
     if not repository.is_local:
         return f"commit {source.revision}"
-    names = [name for name in list_files(source.name) if name.endswith(".parquet")]
+    names = list(filter(_holds_images, list_files(source.name)))
     paths = [Path(source.name, name) for name in names]
     with repository.reading("its images cannot be read", also=(pa.ArrowInvalid,)):
+        without = f", {source.left_out.identity}" if source.left_out else ""
         if max_samples_per_class is None or not all("class_index" in pq.read_schema(path).names for path in paths):
             num_rows = sum(pq.read_metadata(path).num_rows for path in paths)
-            return f"{num_rows:,} images, sha256 {content_digest(source.name, names)}"
+            return f"{num_rows:,} images, sha256 {content_digest(source.name, names)}{without}"
         what = f"first {max_samples_per_class} of a class"
         read = partial(_read_first_images, paths, max_samples_per_class)
-        return f"{what}, sha256 {cached_digest(source.name, names, read, what)}"
+        return f"{what}, sha256 {cached_digest(source.name, names, read, what)}{without}"
 
 
 def _read_first_images(paths: list[Path], limit: int) -> Iterator[bytes]:
@@ -89,7 +108,9 @@ def num_images(source: SyntheticSource, max_samples_per_class: int | None = None
     num_all, num_per_class = source.record.get("num_images"), source.record.get("num_images_per_class")
     if num_all is None or num_per_class is None:
         return None
-    return num_all // num_per_class * min(num_per_class, max_samples_per_class or num_per_class)
+    limit = min(num_per_class, max_samples_per_class or num_per_class)
+    num_left_out = sum(int((indices < limit).sum()) for indices in source.left_out.by_class.values())
+    return num_all // num_per_class * limit - num_left_out
 
 
 def load_synthetic(
@@ -103,13 +124,15 @@ def load_synthetic(
     lacks some of `class_names`, or images of them. With `streaming` nothing is downloaded in advance; the record then
     says which classes have images (`settings.classes`), and if it does not, this is not checked.
 
+    The images in `source.left_out` are removed after the limit is applied.
+
     Raises:
         UserError: the set cannot be loaded or is incomplete; its classes are not `class_names` (the message lists those
             renamed, missing, extra or empty); a stream with a limit has no `class_index`.
     """
     load = _load_stream if streaming else _load_whole
     repository = Source(source.name, FLAG, "dataset", source.revision, token or None)
-    images, with_images = load(repository, source.record, class_names, max_samples_per_class, allow_missing_classes)
+    images, with_images = load(repository, source, class_names, max_samples_per_class, allow_missing_classes)
     empty = [name for name in class_names if name not in with_images]
     if empty and not allow_missing_classes:
         raise UserError(f"{FLAG} {source.name}: has no images of {join_names(empty)}; {HOW_TO_ALLOW}.")
@@ -120,6 +143,10 @@ def count_leaked_images(record: dict, train_indices: np.ndarray) -> int:
     """Return how many rows of the real train split outside `train_indices` the style token saw."""
     seen = record.get("train_indices") or []
     return len(set(seen) - set(train_indices.tolist()))
+
+
+def _holds_images(path: str) -> bool:
+    return path.endswith(".parquet") and not path.endswith(SCORES)
 
 
 def _count_rows(source: Source) -> int:
@@ -134,7 +161,7 @@ def _count_rows(source: Source) -> int:
             return 0
 
     with source.reading("its images cannot be counted"), ThreadPoolExecutor(NUM_THREADS) as threads:
-        return sum(threads.map(num_rows, (path for path in filesystem.find(root) if path.endswith(".parquet"))))
+        return sum(threads.map(num_rows, filter(_holds_images, filesystem.find(root))))
 
 
 def _refuse_unfinished(name: str, record: dict, count: Callable[[], int]) -> None:
@@ -148,26 +175,36 @@ def _refuse_unfinished(name: str, record: dict, count: Callable[[], int]) -> Non
 
 
 def _load_whole(
-    repository: Source, record: dict, class_names: list[str], limit: int | None, allow_missing: bool
+    repository: Source, source: SyntheticSource, class_names: list[str], limit: int | None, allow_missing: bool
 ) -> tuple[Dataset, set[str]]:
     """Return the memory-mapped images, and the classes that have some."""
     images = load_image_dataset(repository, split="train")
-    _refuse_unfinished(repository.name, record, lambda: len(images))
+    _refuse_unfinished(repository.name, source.record, lambda: len(images))
+    own_names = images.features["label"].names if isinstance(images.features.get("label"), ClassLabel) else []
     real_labels, _ = _match_classes(repository.name, images.features, class_names, allow_missing)
-    table = images.data  # whole columns of it decode no image and make no list
-    labels = real_labels[table.column("label").to_numpy()]
+    table = images.data  # of its whole columns neither an image is decoded nor a list made
+    own_labels = table.column("label").to_numpy()
+    labels = real_labels[own_labels]
     images = images.select_columns("image").add_column("label", labels, feature=ClassLabel(names=class_names))
-    if limit is not None:
-        if "class_index" in table.column_names:
-            kept = np.flatnonzero(table.column("class_index").to_numpy() < limit)
-        else:
-            kept = np.sort(np.concatenate([np.flatnonzero(labels == label)[:limit] for label in np.unique(labels)]))
+    if limit is not None or source.left_out:
+        kept = _kept_rows(table, own_names, own_labels, limit, source.left_out)
         images, labels = images.select(kept), labels[kept]
     return images, {class_names[label] for label in np.unique(labels)}
 
 
+def _kept_rows(
+    table: pa.Table, own_names: list[str], labels: np.ndarray, limit: int | None, left_out: LeftOut
+) -> np.ndarray:
+    """Return the rows of the first `limit` images of each class, without those that are left out."""
+    if "class_index" not in table.column_names:  # then none can be left out
+        return np.sort(np.concatenate([np.flatnonzero(labels == label)[:limit] for label in np.unique(labels)]))
+    class_indices = table.column("class_index").to_numpy()
+    is_kept = ~left_out.mask(own_names, labels, class_indices)
+    return np.flatnonzero(is_kept if limit is None else is_kept & (class_indices < limit))
+
+
 def _load_stream(
-    repository: Source, record: dict, class_names: list[str], limit: int | None, allow_missing: bool
+    repository: Source, source: SyntheticSource, class_names: list[str], limit: int | None, allow_missing: bool
 ) -> tuple[IterableDataset, set[str]]:
     """Return a stream of the images, and the classes that have some according to the record."""
     if not repository.is_local and not repository.is_reachable():
@@ -191,17 +228,23 @@ def _load_stream(
             "limiting a stream needs; leave out this flag or --streaming."
         )
     features = Features({"image": Image(), "label": ClassLabel(names=class_names)})
-    images = images.select_columns(list(features)).with_format("arrow")  # as tables, so no image is decoded here
-    images = images.map(
-        _relabel, fn_kwargs={"real_labels": real_labels}, batched=True, batch_size=ROWS_AT_A_TIME, features=features
+    columns = [*features, "class_index"] if source.left_out else [*features]
+    relabel = partial(
+        _relabel, real_labels=real_labels, own_names=images.features["label"].names, left_out=source.left_out
     )
-    with_images = record.get("settings", {}).get("classes", places)  # in the set's spelling, like its labels
+    images = images.select_columns(columns).with_format("arrow")  # tables, so that no image is decoded here
+    images = images.map(relabel, batched=True, batch_size=ROWS_AT_A_TIME, features=features, remove_columns=columns[2:])
+    with_images = source.record.get("settings", {}).get("classes", places)  # in the set's spelling, as its labels are
     return images.with_format(None), {class_names[places[name]] for name in with_images if name in places}
 
 
-def _relabel(table: pa.Table, real_labels: np.ndarray) -> pa.Table:
-    labels = pa.array(real_labels[table["label"].to_numpy()])
-    return table.set_column(table.schema.get_field_index("label"), "label", labels)
+def _relabel(table: pa.Table, real_labels: np.ndarray, own_names: list[str], left_out: LeftOut) -> pa.Table:
+    """Return the rows that are not left out, with the real set's labels."""
+    own_labels = table["label"].to_numpy()
+    if left_out:
+        is_kept = ~left_out.mask(own_names, own_labels, table["class_index"].to_numpy())
+        table, own_labels = table.filter(pa.array(is_kept)).drop_columns("class_index"), own_labels[is_kept]
+    return table.set_column(table.schema.get_field_index("label"), "label", pa.array(real_labels[own_labels]))
 
 
 def _match_classes(
