@@ -93,9 +93,7 @@ def check_arguments(score_args: ScoreArguments, filter_args: FilterArguments, gi
     if filter_args.drop_by not in score_args.scores:
         raise UserError(f"--drop_by {filter_args.drop_by}: must be one of --scores ({', '.join(score_args.scores)}).")
     if filter_args.min_score is not None and "drop_share" in given:
-        raise UserError("--min_score: decides in place of --drop_share; give one of them.")
-    if not 0 <= filter_args.drop_share < 1:
-        raise UserError(f"--drop_share {filter_args.drop_share:g}: must be in [0, 1).")
+        raise UserError("--min_score: replaces --drop_share; give one of them.")
     if CLASSIFIER in score_args.scores and score_args.classifier is None:
         raise UserError("--scores classifier: needs --classifier.")
 

@@ -99,8 +99,8 @@ def test_images_that_show_another_class_are_left_out_of_training(run, score, cap
 def test_a_smallest_score_decides_instead_of_a_share_and_leaves_no_class_without_images(run):
     assert run("--scores", "probe", "--min_score", "0.05")["num_left_out"] == 6
     before = (run.folder / "scores.parquet").read_bytes()
-    with pytest.raises(UserError, match=r"--min_score 1.1: would leave no image of red_square, green circle, blue"):
-        run("--scores", "probe", "--min_score", "1.1")
+    with pytest.raises(UserError, match=r"--min_score 1: would leave no image of red_square, green circle, blue"):
+        run("--scores", "probe", "--min_score", "1")
     assert (run.folder / "scores.parquet").read_bytes() == before
 
 
@@ -187,8 +187,8 @@ def test_a_comparison_takes_one_set_with_and_without_its_rejected_images(run):
     [
         ("--scores probe probe", "--scores probe probe: duplicate values"),
         ("--scores probe --drop_by distance", r"--drop_by distance: must be one of --scores \(probe\)"),
-        ("--drop_share 0.2 --min_score 0.1", "--min_score: decides"),
-        ("--drop_share 1", r"--drop_share 1: must be in \[0, 1\)"),
+        ("--drop_share 0.2 --min_score 0.1", "--min_score: replaces"),
+        ("--drop_share 1", "--drop_share 1.0: must be 0 or above, and below 1"),
         ("--scores classifier", "--scores classifier: needs --classifier"),
         ("--words_model clip", "--words_model clip: does nothing without words among --scores"),
         ("--batch_size 0", "--batch_size 0: must be above 0"),

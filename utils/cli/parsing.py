@@ -54,8 +54,9 @@ RANGES = (
     )),
     ("0 or above, and below 1", lambda value: 0 <= value < 1, (
         "label_smoothing_factor", "bridge_label_smoothing_factor", "dropout", "drop_path_rate", "lora_dropout",
-        "adam_beta1", "adam_beta2",
+        "adam_beta1", "adam_beta2", "drop_share",
     )),
+    ("from -1 to 1", lambda value: -1 <= value <= 1, ("min_score",)),
     ("from 0 to 1", lambda value: 0 <= value <= 1, ("guidance_interval",)),
     ("above 0 and below 1", lambda value: 0 < value < 1, ("train_val_split", "average", "ema_decay")),
     ("0 or above, and below 2**32", lambda value: 0 <= value < 2**32, (  # the seeds that NumPy accepts
