@@ -608,8 +608,8 @@ def test_a_revision_goes_with_the_path_of_its_set(monkeypatch, tmp_path):
     monkeypatch.setattr(compare_transfer, "open_synthetic", lambda *arguments: opened.append(arguments))
     (tmp_path / "a@b").mkdir()
     compare_transfer.open_sources({"a": "user/set-{seed}@v1", "b": "user/other", "c": str(tmp_path / "a@b")}, [0, 1])
-    assert opened == [("user/set-0", "v1", None), ("user/set-1", "v1", None), ("user/other", None, None),
-                      (str(tmp_path / "a@b"), None, None)]  # fmt: skip
+    assert opened == [("user/set-0", "v1", None, False), ("user/set-1", "v1", None, False),
+                      ("user/other", None, None, False), (str(tmp_path / "a@b"), None, None, False)]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -87,11 +87,11 @@ def read_left_out(source: Source, fingerprint: str | None) -> LeftOut:
         UserError: a file is about other images, or is none of ours.
     """
     rejected, filtered = frozenset(), frozenset()
-    if source.has_one_of([REVIEW]):
+    if _is_there(source, REVIEW):
         review = read_record(source.file(REVIEW))
         _check_fingerprint(source, REVIEW, review.get("fingerprint"), fingerprint)
         rejected = list_rejected(review["verdicts"])
-    if source.has_one_of([SCORES]):
+    if _is_there(source, SCORES):
         try:
             table = pq.read_table(source.file(SCORES), columns=["class", "class_index", "left_out"])
         except (pa.ArrowInvalid, KeyError) as error:
@@ -103,6 +103,15 @@ def read_left_out(source: Source, fingerprint: str | None) -> LeftOut:
         table = table.filter(table["left_out"])
         filtered = frozenset(zip(table["class"].to_pylist(), table["class_index"].to_pylist()))
     return LeftOut(rejected, filtered)
+
+
+def _is_there(source: Source, filename: str) -> bool:
+    try:
+        return source.has_one_of([filename])
+    except UserError:
+        if source.is_reachable():
+            raise
+        return False  # else the cache would have it since the set was loaded
 
 
 def list_rejected(verdicts: Mapping[str, Mapping[str, Mapping[str, dict]]]) -> frozenset[Key]:
