@@ -20,10 +20,10 @@ from utils.cli.errors import UserError, report_unwritable, run_script
 from utils.cli.options import Need, option
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import check_single_process
-from utils.cli.records import BRIDGED_CONFIG, GENERATION_CONFIG, read_record
+from utils.cli.records import BRIDGED_CONFIG, read_record
 from utils.cli.run_folder import check_writable
 from utils.data.arguments import RealDataArguments, explain_recorded_name
-from utils.data.left_out import FILTER_PICTURE, SCORES
+from utils.data.left_out import FILTER_PICTURE, SCORES, open_judged_set
 from utils.hub.repositories import Source, open_source
 
 PROBE, DISTANCE, WORDS, CLASSIFIER = "probe", "distance", "words", "classifier"
@@ -98,25 +98,6 @@ def check_arguments(score_args: ScoreArguments, filter_args: FilterArguments, gi
         raise UserError("--scores classifier: needs --classifier.")
 
 
-def open_set(name: str | None) -> tuple[Source, dict]:
-    """Return a synthetic set's folder and its record.
-
-    Raises:
-        UserError: it is no folder of generate_synthetic.py that can be written.
-    """
-    if name is None:
-        raise UserError("--synthetic_dataset is missing: a folder of generate_synthetic.py.")
-    if not Path(name).is_dir():
-        raise UserError(
-            f"--synthetic_dataset {name}: not a folder; download a set of the Hub with `hf download {name} --repo-type "
-            "dataset --local-dir FOLDER`."
-        )
-    source = open_source(name, "--synthetic_dataset", "dataset")
-    record = read_record(source.file(GENERATION_CONFIG, "a synthetic set of generate_synthetic.py"))
-    check_writable(Path(name))
-    return source, record
-
-
 def check_classifier(source: Source, record: dict) -> None:
     """Check that a classifier of ours was not trained on the images that it is to score.
 
@@ -138,7 +119,8 @@ def main(argv=None) -> dict:
     set_args, real_args, score_args, filter_args = parser.parse(argv)
     check_single_process("the scores are made by one process; start it with `python filter_synthetic.py`.")
     check_arguments(score_args, filter_args, parser.given)
-    source, record = open_set(set_args.synthetic_dataset)
+    source, record = open_judged_set(set_args.synthetic_dataset)
+    check_writable(Path(source.name))
     recorded = record["real_images"]
     if real_args.dataset_name is None and real_args.train_dir is None:
         if recorded is None:

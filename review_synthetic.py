@@ -21,10 +21,9 @@ from utils.cli.errors import UserError, run_script
 from utils.cli.options import Need, option
 from utils.cli.parsing import ScriptArgumentParser
 from utils.cli.processes import check_single_process
-from utils.cli.records import GENERATION_CONFIG, read_record
 from utils.cli.run_folder import check_writable
 from utils.data.arguments import RealDataArguments, check_real_images_given, explain_recorded_name
-from utils.hub.repositories import open_source
+from utils.data.left_out import open_judged_set
 
 AUTH = "BRIDGED_REVIEW_AUTH"
 WITHOUT_SUMMARY = Need("with --summary", lambda values: not values["summary"])
@@ -72,28 +71,6 @@ class ServerArguments:
 
 
 GROUPS = (ReviewedSetArguments, ReviewArguments, ServerArguments, RealDataArguments)
-
-
-def open_set(name: str | None) -> tuple[Path, dict]:
-    """Return the folder and the record of a synthetic set.
-
-    Raises:
-        UserError: it is not a folder of generate_synthetic.py.
-    """
-    if name is None:
-        raise UserError("--synthetic_dataset is missing: a folder of generate_synthetic.py.")
-    if not Path(name).is_dir():
-        raise UserError(
-            f"--synthetic_dataset {name}: not a folder. Download a set with `hf download {name} --repo-type dataset "
-            "--local-dir FOLDER`."
-        )
-    source = open_source(name, "--synthetic_dataset", "dataset")
-    record = read_record(source.file(GENERATION_CONFIG, "a synthetic set of generate_synthetic.py"))
-    if not {"fingerprint", "class_names", "real_images"} <= set(record):
-        raise UserError(
-            f"--synthetic_dataset {name}: its {GENERATION_CONFIG} is of an old version; draw the set again."
-        )
-    return Path(name), record
 
 
 def find_reviewer(name: str | None) -> str:
@@ -174,7 +151,8 @@ def main(argv=None) -> dict:
     parser = ScriptArgumentParser(GROUPS, description=__doc__)
     set_args, review_args, server_args, real_args = parser.parse(argv)
     check_single_process("the page is served by one process; start it with `python review_synthetic.py`.")
-    folder, record = open_set(set_args.synthetic_dataset)
+    source, record = open_judged_set(set_args.synthetic_dataset)
+    folder = Path(source.name)
     if not review_args.summary:
         if importlib.util.find_spec("gradio") is None:
             raise UserError("the review page needs Gradio: run `pip install -r requirements-review.txt`.")

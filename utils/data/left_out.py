@@ -10,14 +10,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from utils.cli.errors import UserError
-from utils.cli.records import read_record
-from utils.hub.repositories import Source
+from utils.cli.records import GENERATION_CONFIG, read_record
+from utils.hub.repositories import Source, open_source
 
 REVIEW, SCORES, FILTER_PICTURE = "review.json", "scores.parquet", "filter.png"
 ACCEPT, REJECT = "accept", "reject"
@@ -76,6 +77,27 @@ class LeftOut:
                 rows = np.flatnonzero(labels == label)
                 found[rows] = np.isin(class_indices[rows], self.by_class[name])
         return found
+
+
+def open_judged_set(name: str | None) -> tuple[Source, dict]:
+    """Return the folder and the record of a synthetic set whose images are to be judged.
+
+    Raises:
+        UserError: it is not a folder of generate_synthetic.py, or is of an old version.
+    """
+    flag = "--synthetic_dataset"
+    if name is None:
+        raise UserError(f"{flag} is missing: a folder of generate_synthetic.py.")
+    if not Path(name).is_dir():
+        raise UserError(
+            f"{flag} {name}: not a folder; download a set with `hf download {name} --repo-type dataset --local-dir "
+            "FOLDER`."
+        )
+    source = open_source(name, flag, "dataset")
+    record = read_record(source.file(GENERATION_CONFIG, "a synthetic set of generate_synthetic.py"))
+    if not {"fingerprint", "class_names", "real_images"} <= set(record):
+        raise UserError(f"{flag} {name}: its {GENERATION_CONFIG} is of an old version; draw the set again.")
+    return source, record
 
 
 def read_left_out(source: Source, fingerprint: str | None) -> LeftOut:
