@@ -1,6 +1,7 @@
 """Decoding of training images: the same pixels, or a smaller version of the image; and the cache of decoded images."""
 
 import io
+import os
 from collections import namedtuple
 
 import datasets
@@ -13,6 +14,8 @@ from torchvision.transforms import v2
 from tests.transfer.test_augmentation import random_photo
 from utils.cli.errors import UserError
 from utils.data.images import to_rgb
+from utils.hub.image_datasets import load_image_dataset
+from utils.hub.repositories import Source
 from utils.transfer import image_cache
 from utils.transfer.augmentation import ROBUST_SCALE, TrainImages, TrainItems, undecoded
 from utils.transfer.classifiers import load_image_processor
@@ -141,3 +144,16 @@ def test_decoded_images_are_measured_first_and_must_fit(photos, monkeypatch):
     cache_images(photos, size)
     have(0, 0)
     assert "already decoded: 5 images in " in describe_cache([photos], size, is_asked_for=False)  # is there already
+
+
+def test_images_that_were_replaced_and_kept_their_time_are_decoded_again(tmp_path, photos):
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    shard = folder / "data" / "train-00000.parquet"
+    photos.to_parquet(shard)
+    status, source = os.stat(shard), Source(str(folder), "--dataset_name", "dataset")
+    before = cache_images(load_image_dataset(source, split="train"), (32, 32))
+    photos.select([4, 3, 2, 1, 0]).to_parquet(shard)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = cache_images(load_image_dataset(source, split="train"), (32, 32))
+    assert [value["bytes"] for value in after[DECODED]] == [value["bytes"] for value in before[DECODED]][::-1]

@@ -3,7 +3,10 @@
 Training gets the same pixels as without the cache. Evaluation and probes use the original images.
 """
 
+import hashlib
 import io
+import json
+import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -75,9 +78,16 @@ def cache_images(images: datasets.Dataset, size: Size) -> datasets.Dataset:
 
 
 def cache_path(images: datasets.Dataset, size: Size) -> Path:
-    """Return the file of a set's decoded images, named by the fingerprint of `datasets`."""
+    """Return the file of a set's decoded images, named by the fingerprint of `datasets` and by the Arrow files.
+
+    The fingerprint alone stays the same for a file that was replaced and kept its time; its Arrow copy is another one.
+    """
+    files = [
+        (path := file["filename"], os.path.getsize(path), os.stat(path).st_mtime_ns) for file in images.cache_files
+    ]
+    digest = hashlib.sha256(json.dumps([images._fingerprint, files]).encode()).hexdigest()[:32]
     edges = "whole" if size is None else "x".join(map(str, size))
-    return Path(datasets.config.HF_DATASETS_CACHE) / "bridged_transfer" / f"{images._fingerprint}-{edges}.arrow"
+    return Path(datasets.config.HF_DATASETS_CACHE) / "bridged_transfer" / f"{digest}-{edges}.arrow"
 
 
 def _decoded_bytes(images: datasets.Dataset, size: Size) -> int:
