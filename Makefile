@@ -3,11 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install test soak docs bench bench-gpu local-hub demo demo-full reproduce check-recipes quality generator clean-demo
+.PHONY: help install test soak docs bench bench-gpu local-hub demo demo-full bridge reproduce check-recipes quality generator clean-demo
 
 help:
 	@echo "To try it, and for your own work"
 	@echo "  make install        install everything into .venv; PYTHON=python3.12 chooses (3.11 or newer)"
+	@echo "  make bridge         IMAGES=photos (or a dataset id): from your images to a report, resumes when run again;"
+	@echo "                      DRY_RUN=1 prints hours and disk space first. Also NUM_IMAGES=200 DROP_SHARE=0.1 CONFIG=..."
+	@echo "                      DSI=... SYNTHESIS=... COMPARISON=..., files with more flags of the three scripts"
 	@echo "  make demo           run the whole pipeline on real images: minutes on two CPU cores, no network needed"
 	@echo "  make demo-full      compute the demo's table in docs/results.md; up to two hours, resumes when run again"
 	@echo "  make clean-demo     delete what the two above wrote"
@@ -80,6 +83,13 @@ demo: install
 
 demo-full: install
 	$(BIN)/python -m demo.run --full
+
+bridge: install
+	@$(if $(IMAGES),,echo "IMAGES is missing: make bridge IMAGES=photos, a folder with a subfolder per class" >&2; exit 2)
+	$(BIN)/python -m recipes.bridge --images $(IMAGES) $(if $(NUM_IMAGES),--num_images_per_class $(NUM_IMAGES)) \
+		$(if $(DROP_SHARE),--drop_share $(DROP_SHARE)) $(if $(DRY_RUN),--dry_run) \
+		$(if $(DSI),--dsi_recipe $(DSI)) $(if $(SYNTHESIS),--synthesis_recipe $(SYNTHESIS)) \
+		$(if $(COMPARISON),--comparison_recipe $(COMPARISON)) $(if $(CONFIG),--config_file $(CONFIG))
 
 reproduce: install
 	$(BIN)/python -m recipes.reproduce $(if $(RECIPE),--recipe $(RECIPE)) $(if $(MODEL),--model $(MODEL)) \

@@ -34,7 +34,7 @@ from utils.comparison.arguments import GROUPS, SearchArguments, set_precision
 from utils.comparison.cells import CellRunner, run_cells, use_one_gpu, visible_gpus
 from utils.comparison.classifiers import Classifier, parse_classifiers
 from utils.comparison.costs import summarise_all
-from utils.comparison.findings import describe_findings, describe_guards, list_highlights
+from utils.comparison.findings import describe_findings, describe_guards, list_highlights, list_recommendations
 from utils.comparison.fold_sets import check_fold_sets, check_folds, list_steps, make_fold_sets
 from utils.comparison.folds import check_fold_values, choose_seeds, describe_protocol, list_test_indices
 from utils.comparison.gains import plot_gains
@@ -404,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         findings = describe_findings(correct, baseline) + describe_guards(results) + protocol
         comparison = {
             "findings": findings, "baseline": baseline_name, "seeds": seeds, "summary": summary,
-            "settings": join_classifiers(chosen), "inputs": inputs,
+            "settings": join_classifiers(chosen), "inputs": inputs, "recommendations": list_recommendations(correct),
         }  # fmt: skip
         if first.folds is not None:
             comparison |= {"num_folds": first.folds.num_folds, "num_repeats": len(seeds), "protocol": protocol}

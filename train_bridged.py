@@ -350,7 +350,26 @@ def preview_run(args: SimpleNamespace, source) -> dict:
         return {}
     audit = audit_images(real)
     print_audit(audit, real.record.name)
+    print_class_names(real.class_names, args.training.write_class_names)
     return {finding.what: finding.number for finding in list_findings(audit)} | needs
+
+
+def print_class_names(class_names: list[str], path: str | None) -> None:
+    """Print the class names that may mislead a generator; write the nouns to a file, unless it exists.
+
+    Raises:
+        UserError: the file cannot be written, or does not end in .yaml.
+    """
+    from utils.data.class_names import propose_noun
+    from utils.data.name_doctor import diagnose, print_findings, write_class_names
+
+    nouns = list(map(propose_noun, class_names))
+    findings = diagnose(class_names, nouns)
+    print_findings(findings)
+    if path is not None and Path(path).exists():
+        print(f"--write_class_names {path}: exists and is kept.")
+    elif path is not None:
+        write_class_names(path, class_names, nouns, findings)
 
 
 def decode_once(sets: dict, pretrained) -> dict:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from recipes.final_report import Results, write_report
 from recipes.plan import RATES, make_plan, print_plans, read_models, read_rates, read_recipe, read_sets
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import read_mapping
@@ -161,8 +162,12 @@ def main(argv: Sequence[str] | None = None) -> str | None:
         read_record(comparison)["summary"], facts.get("paper", {}) if args.model == "resnet18" else {},
         f"{facts['title']}, {args.model}, {args.num_images_per_class:,} synthetic images per class",
     )  # fmt: skip
-    write_text(comparison.parent.parent / "reproduced.md", table)
-    print(f"\n{table}\n{comparison.parent.parent / 'reproduced.md'}")
+    trained = comparison.parent.parent
+    write_text(trained / "reproduced.md", table)
+    results = Results(folder / "style", folder / "synthetic", comparison.parent, trained / "bridged")
+    command = f"make reproduce RECIPE={args.recipe} MODEL={args.model} NUM_IMAGES={args.num_images_per_class}"
+    write_report(trained / "report.html", f"{facts['title']}, {args.model}", results, runner, command)
+    print(f"\n{table}\n{trained / 'reproduced.md'}, and with pictures and costs {trained / 'report.html'}")
     return table
 
 

@@ -83,3 +83,33 @@ def test_parallel_steps_wait_only_for_those_whose_folders_they_name(tmp_path, ca
     StepRunner(tmp_path, tmp_path / "runs").run_in_parallel(steps)
     finished = [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines() if "finished in" in line]
     assert finished == ["style", "set", "plain", "last"]
+
+
+def test_a_log_is_read_without_progress_bars_and_its_last_line_tells_why_a_step_failed(tmp_path):
+    script = tmp_path / "step.py"
+    script.write_text(
+        "import sys; print('found: 3')\n"
+        "print('\\r 50%|##  | 1/2\\r          \\r'); print('\\n\\nerror: --x 1: wrong')\n"
+        "sys.exit(len(sys.argv) > 2)"
+    )
+    runner = StepRunner(tmp_path, tmp_path / "runs")
+    step = Step("a step", "to see", tmp_path / "step.py", (str(script), "x"), is_launched=False)
+    assert runner.run(step) is True and runner.run(step) is False
+    assert runner.read_log(step) == "found: 3\n\nerror: --x 1: wrong"
+    with pytest.raises(RuntimeError, match=r"a-step.log \(error: --x 1: wrong\); the same make command"):
+        runner.run(replace(step, command=(*step.command, "fail")))
+
+
+def test_a_step_is_run_again_if_something_that_it_also_reads_changed(tmp_path, capsys):
+    script, record = tmp_path / "step.py", tmp_path / "out" / "record.json"
+    script.write_text("import pathlib, sys; pathlib.Path(sys.argv[1], 'done').touch()")
+    record.parent.mkdir()
+    record.write_text("1")
+    step = Step(
+        "later", "to see", tmp_path / "out" / "done", (str(script), str(tmp_path / "out")), False, (), (record,)
+    )  # fmt: skip
+    runner = StepRunner(tmp_path, tmp_path / "runs")
+    assert [runner.run(step), runner.run(step)] == [True, False]
+    record.write_text("2")
+    assert runner.run(step) is True
+    assert "record.json changed; running it again" in capsys.readouterr().out

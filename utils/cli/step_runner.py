@@ -4,6 +4,7 @@ import fnmatch
 import glob
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 import yaml
@@ -21,6 +23,7 @@ from utils.cli.parsing import RECIPE_SUFFIXES
 from utils.cli.records import ALL_RESULTS, RUN_CONFIG, write_text
 
 NUM_LANES = 2
+PROGRESS = re.compile(r"\d%\||\x1b\[A|^\r? +\r?$")
 # files in a step's folder that no later step depends on: times, texts and pictures
 NOT_RESULTS = (RUN_CONFIG, ALL_RESULTS, "*.md", "*.png", "SHA256SUMS", "quality.json")
 
@@ -30,7 +33,8 @@ class Step:
     """A command (a script with its flags), why it is run, and the file that exists once it is finished.
 
     `is_launched` tells whether `accelerate launch` runs the script, or plain Python; `from_scratch` are the flags with
-    which it replaces a result made from other inputs.
+    which it replaces a result made from other inputs; `also_reads` are inputs besides those that the command names,
+    such as a record in the folder that the step writes to.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Step:
     command: tuple[str, ...]
     is_launched: bool = True
     from_scratch: tuple[str, ...] = ("--overwrite_output_dir",)
+    also_reads: tuple[Path, ...] = ()
 
     @property
     def text(self) -> str:
@@ -69,8 +74,10 @@ class StepRunner:
         self.costs = json.loads(self._costs_path.read_text()) if self._costs_path.exists() else {}
         self._lock = threading.Lock()
 
-    def run(self, step: Step, show: bool = False) -> None:
-        """Run one step; its output goes to a log file, or to the terminal with `show`.
+    def run(self, step: Step, show: bool = False) -> bool:
+        """Run one step, and return whether that was needed.
+
+        Its output goes to a log file, or with `show` to the terminal.
 
         Raises:
             RuntimeError: the command failed; the message names the log.
@@ -80,12 +87,12 @@ class StepRunner:
         changed = [name for name in {**noted, **inputs} if noted.get(name) != inputs.get(name)]
         if step.finished.exists() and before.get("command") == asked and not changed:
             self.say(f"{step.name}: already done, in {before['seconds']:.0f} s")
-            return
+            return False
         if step.finished.exists() and changed:
             self.say(f"{step.name}: {', '.join(changed)} changed; running it again")
             step = replace(step, command=(*step.command, *(set(step.from_scratch) - set(step.command))))
         self.say(f"\033[1m{step.name}\033[0m: {step.why}\n  $ {step.text}")
-        log_path = self.runs_dir / "logs" / f"{step.name.replace(' ', '-').replace(',', '')}.log"
+        log_path = self.log_path(step)
         log_path.parent.mkdir(parents=True, exist_ok=True)
         started = time.time()
         with log_path.open("w") as log:
@@ -94,7 +101,7 @@ class StepRunner:
                 stdout=None if show else log, stderr=None if show else subprocess.STDOUT,
             )  # fmt: skip
         if result.returncode:
-            where = "see above" if show else f"see {log_path}"
+            where = "see above" if show else f"see {log_path}{_last_line(log_path)}"
             raise RuntimeError(f"{step.name} failed, {where}; the same make command resumes here")
         seconds = round(time.time() - started, 1)
         run_config = step.finished.parent / RUN_CONFIG
@@ -104,6 +111,17 @@ class StepRunner:
             write_text(self._costs_path, json.dumps(self.costs, indent=2) + "\n")
         if not show:
             self.say(f"  {step.name}: finished in {seconds:.0f} s")
+        return True
+
+    def log_path(self, step: Step) -> Path:
+        """Return the file with the output of a step that was not shown."""
+        return self.runs_dir / "logs" / f"{step.name.replace(' ', '-').replace(',', '')}.log"
+
+    def read_log(self, step: Step) -> str:
+        """Return the output of a step that was not shown, without progress bars."""
+        lines = self.log_path(step).read_text(encoding="utf-8", errors="replace").split("\n")
+        kept = (line.rstrip() for line in lines if not PROGRESS.search(line))
+        return "\n".join(line for line, _ in groupby(kept)).strip("\n")
 
     def run_in_parallel(self, steps: Sequence[Step], num_lanes: int = NUM_LANES) -> None:
         """Run steps, `num_lanes` at a time: always the first one whose inputs are finished."""
@@ -137,6 +155,9 @@ class StepRunner:
             entries = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
             if isinstance(entries, dict):
                 words += [value for value in entries.values() if isinstance(value, str) and "/" in value]
+        for path in step.also_reads:
+            if (self.root / path).exists():
+                inputs[str(path)] = describe_files(self.root / path.parent, [path.name])
         for word in words:
             pattern = "*".join(map(glob.escape, word.rpartition("=")[2].split("{seed}")))
             for path in map(Path, sorted(glob.glob(os.path.join(self.root, pattern)))):
@@ -157,3 +178,10 @@ class StepRunner:
 
 def _is_not_result(name: str) -> bool:
     return "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in NOT_RESULTS)
+
+
+def _last_line(log_path: Path) -> str:
+    """Return the last line of a log in parentheses: the error, if the script reported it in one line."""
+    lines = log_path.read_text(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f" ({last})" if last else ""

@@ -7,7 +7,7 @@ they come from one seed and the searched shots, and are themselves the best of s
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -38,6 +38,12 @@ class Recommendation:
     gain: Gain | None = None
     leader: Row | None = None
 
+    def to_dict(self) -> dict:
+        """Return the entry of `comparison.json`: each row as its label and volume."""
+        rows = {name: getattr(self, name) for name in ("use", "real_only", "synthetic", "leader")}
+        named = {name: row and {"method": row.label, "volume": row.volume} for name, row in rows.items()}
+        return {"num_shots": self.num_shots, **named, "gain": self.gain and asdict(self.gain)}
+
 
 def recommend(correct: Correct) -> list[Recommendation]:
     """Return what to use for each number of images; `correct` is what `stack_correct` returns.
@@ -46,6 +52,11 @@ def recommend(correct: Correct) -> list[Recommendation]:
     """
     top = largest_volume(correct)
     return [_recommend_one(correct, top, num_shots) for num_shots in correct[top[0]]]
+
+
+def list_recommendations(by_classifier: dict[str, Correct]) -> dict[str, list[dict]]:
+    """Return the entries of `comparison.json` by classifier: what to use for each number of images."""
+    return {label: [item.to_dict() for item in recommend(correct)] for label, correct in by_classifier.items()}
 
 
 def _recommend_one(correct: Correct, rows: list[Row], num_shots: int | None) -> Recommendation:

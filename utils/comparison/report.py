@@ -26,7 +26,7 @@ SHOWN_COSTS = {
 
 def print_comparison(summary: list[dict], findings: list[str], baseline: str | None) -> None:
     """Print the findings, then the table."""
-    head, *rows = _accuracy_table(summary, "\n")
+    head, *rows = comparison_table(summary, "\n")
     console = Console(markup=False, emoji=False)
     for sentence in findings:
         console.print(Text(sentence), soft_wrap=True)  # Text: brackets in names and intervals are not markup
@@ -66,7 +66,7 @@ def write_markdown(path: str | Path, summary: list[dict], baseline: str | None, 
         for label, chosen in facts["chosen"].items()
     }
     card = ModelCard.from_template(
-        metadata, template_path=str(TEMPLATE), baseline=baseline, table=_to_markdown(_accuracy_table(summary, "<br>")),
+        metadata, template_path=str(TEMPLATE), baseline=baseline, table=_to_markdown(comparison_table(summary, "<br>")),
         sharing=describe_sharing(summary), has_gains=any("gain" in entry for entry in summary),
         costs=_to_markdown(_cost_table(summary)), recipes=_to_markdown(_recipe_table(methods, facts["chosen"])),
         shots=_shots(summary),
@@ -90,8 +90,11 @@ def _recipe_table(methods: list[str], chosen: dict[str, dict]) -> list[list[str]
     return rows
 
 
-def _accuracy_table(summary: list[dict], separator: str) -> list[list[str]]:
-    """Return head and rows: one row per classifier, method and volume; one column per shot count, then the costs."""
+def comparison_table(summary: list[dict], separator: str) -> list[list[str]]:
+    """Return head and rows: one row per classifier, method and volume; one column per shot count, then the costs.
+
+    `separator` is between an accuracy and its gain.
+    """
     costs = [cost for cost in SHOWN_COSTS if any(cost in entry for entry in summary)]
     rows = []
     for names, entries in group_by_row(summary).items():

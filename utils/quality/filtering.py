@@ -112,7 +112,10 @@ def print_filter(scored: ScoredSet, drop_by: str) -> None:
 
 @rc_context({"text.parse_math": False})
 def draw_filter(path: Path, images: ImagesToScore, scored: ScoredSet, drop_by: str) -> None:
-    """Draw the worst that are kept and the best that are left out, a row per class, of those with the lowest scores."""
+    """Draw the worst that are kept and the best that are left out, a row per class, of those with the lowest scores.
+
+    If none is left out, draw the best instead of those.
+    """
     values = scored.scores[drop_by]
     means = {label: values[scored.labels == label].mean() for label in np.unique(scored.labels)}
     shown = sorted(means, key=means.get)[:MAX_SHOWN_CLASSES]
@@ -124,14 +127,16 @@ def draw_filter(path: Path, images: ImagesToScore, scored: ScoredSet, drop_by: s
         kept, dropped = rows[~scored.is_left_out[rows]], rows[scored.is_left_out[rows]]
         for axis in row_axes:
             axis.axis("off")
-        for axis, row in zip(row_axes, [*dropped[-NUM_SHOWN:]]):
-            _show(axis, images.synthetic[int(row)]["image"], values[row], "tab:red")
+        first, colour = (dropped, "tab:red") if scored.is_left_out.any() else (kept, "black")
+        for axis, row in zip(row_axes, first[-NUM_SHOWN:]):
+            _show(axis, images.synthetic[int(row)]["image"], values[row], colour)
         for axis, row in zip(row_axes[NUM_SHOWN:], kept[:NUM_SHOWN]):
             _show(axis, images.synthetic[int(row)]["image"], values[row], "black")
         row_axes[0].text(
             -0.15, 0.5, scored.class_names[label][:22], transform=row_axes[0].transAxes, ha="right", va="center"
         )
-    figure.suptitle(f"by {drop_by}: left, the best that are left out; right, the worst that are kept")
+    left = "the best that are left out" if scored.is_left_out.any() else "the best"
+    figure.suptitle(f"by {drop_by}: left, {left}; right, the worst that are kept")
     figure.savefig(path, dpi=100)
 
 

@@ -384,8 +384,12 @@ class BridgedTrainingArguments(TrainingArguments):
     output_dir: str | None = option(None, "Output folder (default: '<synthetic set>-<method>').", affects_result=False)
     overwrite_output_dir: bool = option(False, "Start from scratch if there is a result.", affects_result=False)
     audit: bool = option(
-        False, "Look for damaged images, copies and leaks between splits; train and write nothing.",
+        False, "Look for damaged images, copies, leaks between splits and doubtful class names; train nothing.",
         affects_result=False,
+    )  # fmt: skip
+    write_class_names: str | None = option(
+        None, "Write the nouns of the classes to this YAML file, to edit and pass as --class_names_file to the other "
+        "scripts; an existing file is kept.", affects_result=False, needs=[with_flag("audit")],
     )  # fmt: skip
     dry_run: bool = option(
         False, "Show what --audit finds, and the memory, time and disk space that the run needs, from two steps with "

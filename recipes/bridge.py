@@ -1,0 +1,316 @@
+"""From a folder of photos to an answer: `make bridge IMAGES=photos`, resumable; `DRY_RUN=1` gives hours and disk first.
+
+It runs what docs/your_images.md describes, each step a command that you could type: audit, style token, synthetic set,
+quality report and scores, comparison (by cross-validation if images are few), and the recommended classifier. It stops
+after the audit if a class name is doubtful, so that you can edit its noun. All results are on one page, report.html.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from recipes.final_report import Results, read_answer, training_flags, write_report
+from recipes.reproduce import RESUME, ROOT, flags_from_config
+from utils.cli.errors import UserError, run_script
+from utils.cli.parsing import read_mapping
+from utils.cli.records import ALL_RESULTS, COMPARISON, DSI_CONFIG, GENERATION_CONFIG, RUN_CONFIG
+from utils.cli.step_runner import Step, StepRunner
+from utils.cli.tables import print_table
+from utils.data.class_names import list_names, read_class_names
+from utils.data.image_set import PARTS, RealImages, RealImagesRecord
+from utils.data.left_out import SCORES
+from utils.data.name_doctor import diagnose
+from utils.forecast.costs import GIB
+from utils.forecast.report import describe_hours
+from utils.transfer.methods import METHODS, StageSettings, steps_per_epoch
+
+COMPARED = (
+    "vanilla_mixup",
+    "linear_probe",
+    "lp_ft",
+    "mix",
+    "bridged",
+    "bridged_replay",
+)  # real images alone first
+NUM_FOLDS, NUM_REPEATS, NUM_SEEDS = 5, 2, 3
+FEW = 50  # real images per class (median); with fewer, a held-out tenth is too small to tell
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do: `images` are a folder or a dataset id, `folder` takes everything that is made.
+
+    Recipes are files with further flags of a script; `drop_share` is that of filter_synthetic.py. `config_flags` are
+    flags of the comparison, from `flags_from_config`.
+    """
+
+    images: str
+    folder: Path
+    num_images_per_class: int
+    drop_share: float = 0.0
+    dsi_recipe: str | None = None
+    synthesis_recipe: str | None = None
+    comparison_recipe: str | None = None
+    config_flags: tuple[str, ...] = ()
+
+    @cached_property
+    def comparison_options(self) -> dict:
+        """The flags in the comparison's recipe."""
+        return read_mapping(Path(self.comparison_recipe), "recipe") if self.comparison_recipe else {}
+
+    @property
+    def classifier_flags(self) -> tuple[str, ...]:
+        """The flags that name the comparison's first classifier, if its recipe names one."""
+        names = self.comparison_options.get("model_name_or_path", [])
+        return tuple(["--model_name_or_path", *([names] if isinstance(names, str) else names)][:2] if names else [])
+
+    @property
+    def names_file(self) -> Path:
+        return self.folder / "names.yaml"
+
+    @property
+    def results(self) -> Results:
+        places = {name: self.folder / name for name in ("style", "synthetic", "comparison", "model", "quality")}
+        return Results(**places)
+
+    def command(self, script: str, *flags: str, recipe: str | None = None) -> tuple[str, ...]:
+        return (script, *([recipe] if recipe else []), *flags)
+
+
+def audit(job: Job) -> Step:
+    return Step(
+        "audit", "damaged images, copies, leaks between splits, and class names that may mislead the generator",
+        job.names_file,
+        job.command("train_bridged.py", "--dataset_name", job.images, "--audit", "--write_class_names",
+                    str(job.names_file)),
+        is_launched=False, from_scratch=(),
+    )  # fmt: skip
+
+
+def learn_style(job: Job) -> Step:
+    style = job.results.style
+    return Step(
+        "style token", "the style of the training images becomes one token", style / DSI_CONFIG,
+        job.command("train_dsi.py", "--dataset_name", job.images, "--class_names_file", str(job.names_file),
+                    "--output_dir", str(style), *RESUME, recipe=job.dsi_recipe),
+    )  # fmt: skip
+
+
+def draw_set(job: Job) -> Step:
+    images = job.results.synthetic
+    return Step(
+        "synthetic set", f"{job.num_images_per_class:,} images of each class in that style", images / RUN_CONFIG,
+        job.command("generate_synthetic.py", "--learned_embeds", str(job.results.style), "--num_images_per_class",
+                    str(job.num_images_per_class), "--output_dir", str(images), recipe=job.synthesis_recipe),
+    )  # fmt: skip
+
+
+def judge_set(job: Job) -> list[Step]:
+    """Return the scores and the quality report of the synthetic set; both are repeated when it changes."""
+    images, quality = job.results.synthetic, job.results.quality
+    return [  # the scores first, as they are in the set's folder, which the report reads
+        Step(
+            "scores", f"which synthetic images do not show their class? {job.drop_share:.0%} of them are left out",
+            images / SCORES,
+            ("filter_synthetic.py", "--synthetic_dataset", str(images), *job.classifier_flags, "--drop_share",
+             str(job.drop_share)),
+            is_launched=False, from_scratch=(), also_reads=(images / GENERATION_CONFIG,),
+        ),
+        Step(
+            "quality report", "how similar are the synthetic images to the real ones?", quality / "quality.json",
+            ("quality_report.py", "--synthetic_dataset", str(images), *job.classifier_flags, "--output_dir",
+             str(quality)),
+            is_launched=False, from_scratch=(),
+        ),
+    ]  # fmt: skip
+
+
+def compare(job: Job, num_folds: int | None) -> Step:
+    """Return the comparison; flags that its recipe has are left to it."""
+    own = job.comparison_options
+    flags = [] if "methods" in own else ["--methods", *COMPARED]
+    if num_folds and not own.keys() & {"num_folds", "num_shots"}:
+        flags += ["--num_folds", str(num_folds), "--num_repeats", str(NUM_REPEATS)]
+    return Step(
+        "comparison", "which method is best, with synthetic images or without?", job.results.comparison / COMPARISON,
+        job.command("compare_transfer.py", "--synthetic_dataset", str(job.results.synthetic), *flags, "--output_dir",
+                    str(job.results.comparison), *job.config_flags, recipe=job.comparison_recipe),
+        is_launched=False, from_scratch=(),
+    )  # fmt: skip
+
+
+def train_recommended(job: Job) -> Step:
+    """Return the training of the classifier that the finished comparison recommends."""
+    answer = read_answer(job.results.comparison)
+    flags = training_flags(job.results.comparison, answer)
+    uses_synthetic = METHODS[answer.method.partition("@")[0]].uses_synthetic
+    images = ("--synthetic_dataset", str(job.results.synthetic)) if uses_synthetic else ("--dataset_name", job.images)
+    return Step(
+        "classifier", f"{answer.method}, as the comparison trained it", job.results.model / ALL_RESULTS,
+        job.command("train_bridged.py", *images, *flags, "--output_dir", str(job.results.model),
+                    "--overwrite_output_dir"),
+    )  # fmt: skip
+
+
+def choose_num_folds(real: RealImages) -> int | None:
+    """Return the number of folds of the comparison; None if the images have test images of their own, or are many."""
+    if not real.parts["test"].is_carved:
+        return None
+    counts = sum(np.bincount(getattr(real, part)["label"], minlength=len(real.class_names)) for part in PARTS)
+    num_folds = min(NUM_FOLDS, int(counts.min()))
+    return num_folds if np.median(counts) < FEW and num_folds > 1 else None
+
+
+def check_names(job: Job, is_new: bool) -> None:
+    """Stop if a noun in the file of class names is doubtful and the file is new; later, say what was left as it is.
+
+    Raises:
+        UserError: the file is new, and needs a look.
+    """
+    nouns = read_class_names(str(job.names_file))
+    doubtful = {finding.class_name for finding in diagnose(list(nouns), list(nouns.values())) if finding.is_warning}
+    if doubtful and is_new:
+        raise UserError(
+            f"{job.names_file}: doubtful nouns for {list_names(sorted(doubtful))}; edit them there, then run the same "
+            "command again. Nouns that stay are used as they are."
+        )
+    if doubtful:
+        print(f"{job.names_file}: doubtful nouns of {list_names(sorted(doubtful))} are used as they are.")
+
+
+def call_dry_run(module: str, flags: Sequence[str]) -> dict:
+    return importlib.import_module(module).main([*flags, "--dry_run"])
+
+
+def forecast(job: Job, real: RealImages, num_folds: int | None) -> list[tuple[str, float | None, float | None]]:
+    """Return each step's name, hours and GiB on one process, measured by the scripts' dry runs; unknown ones are None.
+
+    The comparison is an upper bound: its runs share their first stages.
+    """
+    base = read_mapping(Path(job.dsi_recipe), "recipe") if job.dsi_recipe else {}
+    from train_dsi import ModelArguments
+
+    generator = base.get("pretrained_model_name_or_path", ModelArguments.pretrained_model_name_or_path)
+    num_drawn = job.num_images_per_class * len(real.class_names)
+    bridge_steps = 5 * steps_per_epoch(num_drawn, StageSettings.per_device_train_batch_size)  # as in the comparison
+    dry_runs = {
+        "train_dsi": [*job.command("", recipe=job.dsi_recipe)[1:], "--dataset_name", job.images],
+        "generate_synthetic": [
+            *job.command("", recipe=job.synthesis_recipe)[1:], "--dataset_name", job.images,
+            "--pretrained_model_name_or_path", generator, "--num_images_per_class", str(job.num_images_per_class),
+        ],
+        "train_bridged": [
+            "--dataset_name", job.images, "--method", "vanilla_matched", "--bridge_max_steps", str(bridge_steps),
+            *job.classifier_flags,
+        ],
+    }  # fmt: skip
+    needs = {}
+    for module, flags in dry_runs.items():
+        print(f"\n\033[1m{module}.py\033[0m {' '.join([*flags, '--dry_run'])}", flush=True)
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # each with a fresh accelerate
+            needs[module] = pool.submit(call_dry_run, module, flags).result()
+    num_runs = len(job.comparison_options.get("methods", COMPARED)) * (
+        num_folds * NUM_REPEATS if num_folds else NUM_SEEDS
+    )
+    token, drawn, trained = needs.values()
+
+    def gib(num_bytes: int | None) -> float | None:
+        return None if num_bytes is None else num_bytes / GIB
+
+    hours = trained["hours"]
+    return [
+        ("style token", token["hours"], gib(token["disk_bytes"])),
+        ("synthetic set", drawn["seconds"] / 3600, drawn["disk_gib"]),
+        (f"comparison, {num_runs} runs at most", hours and num_runs * hours, gib(trained["disk_bytes"])),
+        ("classifier", hours, None),
+    ]
+
+
+def print_plan(steps: list[tuple[str, float | None, float | None]]) -> dict:
+    """Print the hours and disk space of the steps, and return their sums."""
+    table = Table("step", "time", "disk, GiB", title="from photos to an answer, on this machine")
+    for name, hours, gib in steps:
+        table.add_row(name, "unknown" if hours is None else describe_hours(hours), "" if gib is None else f"{gib:.2f}")
+    hours, gib = (sum(step[place] or 0 for step in steps) for place in (1, 2))
+    table.add_row("all", describe_hours(hours), f"{gib:.2f}")
+    print()
+    print_table(table, Console())
+    print("The audit, the quality report and the scores take minutes more. Nothing was written.")
+    return {"hours": hours, "disk_gib": gib}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, help="folder with a subfolder per class, or a dataset id on the Hub")
+    parser.add_argument("--num_images_per_class", type=int, default=200, help="synthetic images per class")
+    parser.add_argument(
+        "--drop_share", type=float, default=0.0, help="share of each class that is left out as its worst"
+    )
+    parser.add_argument("--dsi_recipe", help="file with more flags of train_dsi.py")
+    parser.add_argument("--synthesis_recipe", help="file with more flags of generate_synthetic.py")
+    parser.add_argument("--comparison_recipe", help="file with more flags of compare_transfer.py")
+    parser.add_argument("--dry_run", action="store_true", help="print hours and disk space, write nothing")
+    parser.add_argument("--config_file", help="accelerate configuration (default: accelerate's own)")
+    parser.add_argument("--output_dir", type=Path, help="folder for everything (default: bridged/<name of the images>)")
+    args = parser.parse_args(argv)
+    if args.num_images_per_class < 1:
+        parser.error(f"--num_images_per_class {args.num_images_per_class}: must be above 0")
+    if not 0 <= args.drop_share < 1:
+        parser.error(f"--drop_share {args.drop_share:g}: must be in [0, 1)")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> dict | str:
+    """Print the plan, or run it and return the answer."""
+    args = parse_arguments(argv)
+    path = Path(args.images)
+    images = f"./{path}" if path.is_dir() and len(path.parts) == 1 else args.images  # with a slash: watched for changes
+    folder = args.output_dir or Path("bridged") / path.resolve().name
+    launch, config_flags = (), ()
+    if args.config_file:
+        config = read_mapping(Path(args.config_file), "configuration of accelerate")
+        launch, config_flags = ("--config_file", args.config_file), flags_from_config(config)
+    job = Job(
+        images, folder, args.num_images_per_class, args.drop_share, args.dsi_recipe, args.synthesis_recipe,
+        args.comparison_recipe, config_flags,
+    )  # fmt: skip
+    from utils.data.real_images import load_real_images  # takes seconds
+
+    record = RealImagesRecord(dataset_name=images)
+    real = load_real_images(record)
+    num_folds = choose_num_folds(real)
+    if args.dry_run:
+        return print_plan(forecast(job, real, num_folds))
+
+    runner = StepRunner(ROOT, folder, launch)
+    is_new = not job.names_file.exists()
+    checked = audit(job)
+    if runner.run(checked):
+        print(runner.read_log(checked))
+    check_names(job, is_new)
+    for step in (learn_style(job), draw_set(job), *judge_set(job)):
+        runner.run(step)
+    runner.run(compare(job, num_folds), show=True)
+    runner.run(train_recommended(job))
+    command = f"make bridge IMAGES={args.images}"
+    logs = {"What the audit found": runner.read_log(checked)}
+    answer = write_report(folder / "report.html", f"Bridged transfer: {path.name}", job.results, runner, command, logs)
+    print(f"\n\033[1m{answer.sentence}\033[0m\n{folder / 'report.html'}: this answer with pictures and costs")
+    return answer.sentence
+
+
+if __name__ == "__main__":
+    try:
+        run_script(main)
+    except RuntimeError as error:
+        sys.exit(f"bridge: {error}")
