@@ -86,7 +86,7 @@ demo-full: install
 
 bridge: install
 	@$(if $(IMAGES),,echo "IMAGES is missing: make bridge IMAGES=photos, a folder with a subfolder per class" >&2; exit 2)
-	$(BIN)/python -m recipes.bridge --images $(IMAGES) $(if $(NUM_IMAGES),--num_images_per_class $(NUM_IMAGES)) \
+	$(BIN)/python -m recipes.bridge --images "$(IMAGES)" $(if $(NUM_IMAGES),--num_images_per_class $(NUM_IMAGES)) \
 		$(if $(DROP_SHARE),--drop_share $(DROP_SHARE)) $(if $(DRY_RUN),--dry_run) \
 		$(if $(DSI),--dsi_recipe $(DSI)) $(if $(SYNTHESIS),--synthesis_recipe $(SYNTHESIS)) \
 		$(if $(COMPARISON),--comparison_recipe $(COMPARISON)) $(if $(CONFIG),--config_file $(CONFIG))
