@@ -4,13 +4,14 @@ import re
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 import train_dsi
 from tests.card_code import run_python
 from tests.conftest import read_rows
 from tests.short_memory import limit_memory
-from tests.test_resume_dsi import Killed, kill
+from tests.test_resume_dsi import Killed, kill, read_learned
 from utils.cli.errors import UserError
 from utils.cli.records import read_record
 from utils.style import monitor, token
@@ -33,14 +34,8 @@ def denoisers(monkeypatch) -> list:
     return found
 
 
-def read_files(folder) -> dict[str, torch.Tensor]:
-    """Return all learned weights in a folder, by file and name."""
-    paths = sorted(folder.glob("*.safetensors"))
-    return {f"{path.name}:{name}": value for path in paths for name, value in load_file(path).items()}
-
-
 def assert_same(first, second) -> None:
-    first, second = read_files(first), read_files(second)
+    first, second = read_learned(first), read_learned(second)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -60,11 +55,10 @@ def test_a_pipeline_that_loads_the_files_as_in_the_card_predicts_as_the_trained_
     assert record["class_tokens"]["names"] == ["<dsi-class-0>", "<dsi-class-1>", "<dsi-class-2>"]
     assert record["lora"]["num_parameters"] == num_parameters
     assert f"rank 4 (alpha 10, {num_parameters:,} parameters)" in (card := (style / "README.md").read_text())
-    assert "base_model_relation" in card or "lora" in card.partition("---\n\n")[0]
+    assert "- lora\n---" in card
     assert "token with LoRA" in capsys.readouterr().out
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.Tensor.numpy", torch.Tensor.numpy)
     pipe = run_python(card)["pipe"]
     prompt = "A <dsi-class-1> green circle photo in the style of <dsi-style>"
     assert f'pipe("{prompt.replace("1> green circle", "0> red square")}")' in card
@@ -86,9 +80,8 @@ def test_a_pipeline_that_loads_the_files_as_in_the_card_predicts_as_the_trained_
     assert health["loss_trained_token"] != health["loss_token_without_lora"]
 
 
-def test_only_what_is_asked_for_is_trained(run_dsi, denoisers, monkeypatch, tmp_path):
-    """And the frozen weights stay as they were; class rows start from their noun if it is one token."""
-    monkeypatch.setattr(BaseModel, "load_unet", lambda self, dtype, load=BaseModel.load_unet: load(self, dtype))
+def test_only_what_is_asked_for_is_trained_and_class_rows_start_from_their_noun(run_dsi, denoisers, tmp_path):
+    """If the noun is a single token; else they start from the style token's word."""
     (tmp_path / "names.yaml").write_text("red_square: s\ngreen circle: z\nblue-stripe: two words\n")
     flags = {"class_names_file": tmp_path / "names.yaml", "learning_rate": 1e-12, "max_train_steps": 1}
     run_dsi(class_tokens=True, **flags)
@@ -115,7 +108,11 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_left_alone_and_keeps_i
     monkeypatch.setattr(monitor, "MIN_STEPS_BETWEEN_LOOKS", 2)
     monkeypatch.setattr(monitor, "NUM_LOOKS", 100)
     flags = {"max_train_steps": 9, "checkpointing_steps": 3, "early_stopping": False, "train_batch_size": 4}
-    flags |= ALL | {"lora_learning_rate": 0.06, "lr_scheduler": "linear", "lr_warmup_steps": 9}
+    flags |= ALL | {
+        "lora_learning_rate": 1.0,
+        "lr_scheduler": "linear",
+        "lr_warmup_steps": 9,
+    }
     whole = run_dsi(output_dir=tmp_path / "whole", **flags)
     record = read_record(tmp_path / "whole" / "dsi_config.json")
     assert record["overfitted"]["last_step"] == 9, record["held_out_losses"]
@@ -149,20 +146,21 @@ def test_another_word_starts_with_a_fresh_adapter(run_dsi, monkeypatch, tmp_path
     assert_same(tmp_path / "alone", tmp_path / "style")
 
 
-def test_steps_in_half_precision_or_smaller_parts_keep_the_adapter_in_float32(run_dsi, denoisers, tmp_path):
-    from diffusers import UNet2DConditionModel
-
+def test_a_step_is_the_same_in_smaller_parts_and_with_gradient_checkpointing(run_dsi, tmp_path):
     flags = LORA | {"train_batch_size": 4, "max_train_steps": 2}
     run_dsi(**flags, output_dir=tmp_path / "whole")
     with limit_memory(UNet2DConditionModel, 0.5) as sizes:
         run_dsi(**flags)
     assert sizes[:3] == [4, 2, 1]  # at last with gradient checkpointing
-    first, second = read_files(tmp_path / "whole"), read_files(tmp_path / "style")
+    first, second = read_learned(tmp_path / "whole"), read_learned(tmp_path / "style")
     assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
-    run_dsi(**flags, mixed_precision="bf16", output_dir=tmp_path / "half")
+
+
+def test_the_adapter_is_float32_with_a_model_in_half_precision(run_dsi, denoisers, tmp_path):
+    run_dsi(**ALL, mixed_precision="bf16", max_train_steps=1)
     kinds = {".lora_" in name: value.dtype for name, value in denoisers[-1].unet.named_parameters()}
     assert kinds == {False: torch.bfloat16, True: torch.float32}
-    assert {value.dtype for value in read_files(tmp_path / "half").values()} == {torch.float32}
+    assert {value.dtype for value in read_learned(tmp_path / "style").values()} == {torch.float32}
 
 
 def test_a_run_without_the_flags_records_nothing_of_them_and_is_not_taken_for_one_with_them(run_dsi, tmp_path):

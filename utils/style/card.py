@@ -81,7 +81,7 @@ def write_token_card(
         base_model=base_models[0] if base_models else None,
         base_model_relation="adapter" if base_models else None,
         datasets=hub_ids(real) or None, library_name="diffusers", pipeline_tag="text-to-image",
-        tags=[*(["lora"] if "lora" in record else []), "textual_inversion", "dataset-style-inversion", "bridged-transfer"],
+        tags=["textual_inversion", "dataset-style-inversion", "bridged-transfer"] + ["lora"] * ("lora" in record),
     )  # fmt: skip
     prompt = render_prompt(
         record["prompt_templates"][0], record["prompt_nouns"][0], record["placeholder_token"],

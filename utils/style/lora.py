@@ -1,5 +1,6 @@
 """LoRA adapters of a base model in training: on its U-Net and, if asked, its text encoders, in diffusers' format."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,11 +8,12 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers.training_utils import _collate_lora_metadata, cast_training_params
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils.cli.errors import UserError
@@ -91,15 +93,20 @@ class LoraAdapters:
 
         Its bytes are the same for the same weights, wherever the base model is.
         """
-        metadata = _collate_lora_metadata(self.parts)
-        for config in metadata.values():
-            config["base_model_name_or_path"] = None
-            config.update({key: sorted(value) for key, value in config.items() if isinstance(value, set)})
+        metadata = {}
+        for name, part in self.parts.items():
+            config = part.peft_config["default"].to_dict() | {"base_model_name_or_path": None}
+            metadata |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+
+        def write(weights: dict[str, torch.Tensor], filename: str) -> None:
+            # without "format", which diffusers adds: two entries would be in any order
+            save_file(weights, filename, {LORA_ADAPTER_METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+
         layers = {
             f"{name}_lora_layers": {key: value.detach().cpu().contiguous() for key, value in _state(part).items()}
             for name, part in self.parts.items()
         }
-        getattr(diffusers, pipeline_class).save_lora_weights(str(folder), **layers, **metadata)
+        getattr(diffusers, pipeline_class).save_lora_weights(str(folder), **layers, save_function=write)
         return Path(folder) / LORA_WEIGHTS
 
     @torch.no_grad()
