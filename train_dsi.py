@@ -297,7 +297,7 @@ def open_inputs(groups: list) -> tuple:
     Inputs are identified before they are read, so that a change in between cannot go unnoticed.
 
     Raises:
-        UserError: from `open_base_model`, `identify_inputs` and `LoraSettings.check`.
+        UserError: from `open_base_model` and `identify_inputs`.
     """
     model_args, data_args, token_args, *_, hub_args = groups
     open_model = partial(

@@ -52,11 +52,10 @@ class TrainingState:
     """A token in training: its weights, with those of class tokens and adapters, their optimizer, and the progress.
 
     `inputs` is a hash of images, prompts and VAE, `base_model` the identity of its contents; `images_per_step` counts
-    all processes. `held_out_losses` maps steps to fixed-noise losses, and
-    `looks` holds those of each image. `initializer_losses` maps the words that the token may start from to their
-    losses, the best first; `num_restarts` of them taught it nothing. `best` are the weights with the lowest fixed-noise
-    loss, if they are kept, and `overfitted` says that training returned to them. What `micro_batching` changed because
-    memory ran out is part of the state.
+    all processes. `held_out_losses` maps steps to fixed-noise losses, and `looks` holds those of each image.
+    `initializer_losses` maps the words that the token may start from to their losses, the best first; `num_restarts` of
+    them taught it nothing. `best` are the weights with the lowest fixed-noise loss, if they are kept, and `overfitted`
+    says that training returned to them. What `micro_batching` changed because memory ran out is part of the state.
     """
 
     weights: LearnedWeights
