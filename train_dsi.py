@@ -6,10 +6,12 @@
     accelerate launch train_dsi.py --dataset_name user/cars --resume_from_checkpoint latest
     accelerate launch train_dsi.py --dataset_name user/cars --resolution 1024 --mixed_precision bf16 \\
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --gradient_checkpointing
+    accelerate launch train_dsi.py --dataset_name user/cars --num_shots 16 --use_peft --class_tokens
     accelerate launch train_dsi.py recipe.yaml --output_dir cars-style
 
 The diffusion model stays frozen; only the token's embedding is trained, on the images of all classes, with the class
-name in every prompt (bridged transfer, arXiv 2403.19866).
+name in every prompt (bridged transfer, arXiv 2403.19866). --use_peft trains a LoRA adapter with it, and --class_tokens
+one more token per class.
 """
 
 import dataclasses
@@ -36,10 +38,12 @@ from utils.data.prompts import (
     ARTICLES,
     AS_WRITTEN,
     AUTO,
+    CLASS_TOKEN,
     CLASSLESS_TEMPLATE,
     DSI_TEMPLATE,
     PLAIN_TEMPLATE,
     check_template,
+    dsi_template,
     read_templates_file,
     render_prompt,
     token_text,
@@ -84,6 +88,31 @@ class TokenArguments:
     )
     class_names_file: str | None = option(
         None, "Nouns for the classes in prompts: a JSON or YAML mapping of class names to nouns, or a list."
+    )
+    class_tokens: bool = option(
+        False, "Learn one more token for each class, {class_token} in prompts (default: "
+        f"'{dsi_template([CLASS_TOKEN])}').", needs=[with_flag("include_class_name")],
+    )  # fmt: skip
+
+
+@dataclass
+class LoraArguments:
+    """Named as in train_bridged.py."""
+
+    _argument_group_name = "LoRA"
+
+    use_peft: bool = option(False, "Train a LoRA adapter of the U-Net together with the token.")
+    lora_r: int = option(16, "Rank, above 0.", needs=[with_flag("use_peft")])
+    lora_alpha: int = option(16, "Scale: the adapter is multiplied by alpha / rank.", needs=[with_flag("use_peft")])
+    lora_target_modules: list[str] | None = option(
+        None, "Endings of the names of the U-Net's layers to adapt (default: the attention projections to_q, to_k, "
+        "to_v and to_out.0).", needs=[with_flag("use_peft")],
+    )  # fmt: skip
+    lora_learning_rate: float = option(
+        1e-4, "Peak learning rate of the adapter, above 0.", needs=[with_flag("use_peft")]
+    )
+    lora_text_encoder: bool = option(
+        False, "Adapt the attention of the text encoders too.", needs=[with_flag("use_peft")]
     )
 
 
@@ -175,12 +204,12 @@ class PublishingArguments(HubArguments):
 def parse_arguments(argv: Sequence[str] | None) -> tuple:
     """Return the argument groups, after every check that needs no model and no image."""
     parser = ScriptArgumentParser(
-        (ModelArguments, RealDataArguments, TokenArguments, ImageArguments, TrainingArguments, MonitoringArguments,
-         PublishingArguments),
+        (ModelArguments, RealDataArguments, TokenArguments, LoraArguments, ImageArguments, TrainingArguments,
+         MonitoringArguments, PublishingArguments),
         description=__doc__,
     )  # fmt: skip
     groups = parser.parse(argv)
-    _, data_args, token_args, image_args, training_args, monitoring_args, _ = groups
+    _, data_args, token_args, _, image_args, training_args, monitoring_args, _ = groups
     if image_args.resolution is not None and image_args.resolution % 8:
         raise UserError(f"--resolution {image_args.resolution}: must be a multiple of 8.")
     check_real_images_given(data_args)
@@ -234,11 +263,12 @@ def find_begun_options(
 def read_templates(token_args: TokenArguments) -> list[str]:
     """Return the prompt templates of the flag, then those of the file."""
     with_class, path = token_args.include_class_name, token_args.prompt_templates_file
-    given = token_args.prompt_templates or [DSI_TEMPLATE if with_class else CLASSLESS_TEMPLATE]
+    others = {CLASS_TOKEN: True} if token_args.class_tokens else {}
+    given = token_args.prompt_templates or [dsi_template(others) if with_class else CLASSLESS_TEMPLATE]
     more = read_templates_file(path) if path else []
     for flag, templates in (("--prompt_templates", given), ("--prompt_templates_file", more)):
         for template in templates:
-            check_template(template, flag=flag, needs_token=True, needs_class=with_class)
+            check_template(template, flag=flag, needs_token=True, needs_class=with_class, others=others)
     return [*given, *more]
 
 
@@ -278,15 +308,40 @@ def open_inputs(groups: list) -> tuple:
     return open_model(), real_images, read_templates(token_args), inputs
 
 
+def read_lora(lora_args: LoraArguments, base_model):
+    """Return the settings of the adapter, which fit the base model; None without one.
+
+    Raises:
+        UserError: from `LoraSettings.check`.
+    """
+    from utils.style.lora import UNET_TARGETS, LoraSettings
+
+    if not lora_args.use_peft:
+        return None
+    settings = LoraSettings(
+        lora_args.lora_r, lora_args.lora_alpha, tuple(lora_args.lora_target_modules or UNET_TARGETS),
+        lora_args.lora_learning_rate, lora_args.lora_text_encoder,
+    )  # fmt: skip
+    settings.check(base_model)
+    return settings
+
+
+def record_options(groups: list) -> dict:
+    """Return the options that the run records: class tokens and LoRA only if used, as earlier versions had neither."""
+    _, _, token_args, lora_args, *_ = groups
+    options = resolve_options(groups)
+    unused = [] if lora_args.use_peft else [field.name for field in dataclasses.fields(LoraArguments)]
+    unused += [] if token_args.class_tokens else ["class_tokens"]
+    unused += [] if token_args.article else ["article"]  # a run of an earlier version
+    return {name: value for name, value in options.items() if name not in unused}
+
+
 def open_folder(groups: list, inputs: dict[str, str]) -> tuple:
     """Return the output folder, whether its token is finished, and the Hub repository to publish to, if any."""
-    _, data_args, token_args, _, training_args, _, hub_args = groups
+    _, data_args, *_, training_args, _, hub_args = groups
     check_output_outside(training_args.output_dir, data_args)
-    options = resolve_options(groups)
-    if token_args.article is None:  # a run of an earlier version
-        del options["article"]
     folder = RunFolder(
-        Path(training_args.output_dir), "a style token", options, DSI_CONFIG, traces=CHECKPOINTS,
+        Path(training_args.output_dir), "a style token", record_options(groups), DSI_CONFIG, traces=CHECKPOINTS,
         free=free_options(groups), overwrite=training_args.overwrite_output_dir, inputs=inputs, outputs=OUTPUTS,
     )  # fmt: skip
     is_finished, hub_target = folder.is_finished, None
@@ -334,24 +389,30 @@ def start_accelerator(training_args: TrainingArguments, monitoring_args: Monitor
 
 def prepare_prompts(tokenizers: list, class_names: list[str], templates: list[str], token_args, device) -> tuple:
     """Return the nouns of the classes, and the token ids of all prompts, after a check that none is truncated."""
-    from utils.style.token import PromptIds, check_prompt_lengths
+    from utils.style.token import PromptIds, add_class_tokens, check_prompt_lengths
 
     corrections = read_class_names_file(token_args.class_names_file, class_names) if token_args.class_names_file else {}
     nouns = prompt_nouns(class_names, corrections)
     words = token_text(token_args.placeholder_token, token_args.num_vectors)
     article = token_args.article or AS_WRITTEN
-    prompts = [render_prompt(template, noun, words, article) for template in templates for noun in nouns]
+    own = add_class_tokens(tokenizers, len(nouns)) if token_args.class_tokens else [""] * len(nouns)
+    prompts = [
+        render_prompt(template, noun, words, article, class_token=name)
+        for template in templates
+        for noun, name in zip(nouns, own)
+    ]
     check_prompt_lengths(tokenizers, prompts)
     plain_prompts = [render_prompt(PLAIN_TEMPLATE, noun) for noun in nouns]
     return nouns, PromptIds.tokenize(tokenizers, prompts, plain_prompts, device)
 
 
-def prepare_optimizer(rows: list, training_args: TrainingArguments) -> tuple:
-    """Return AdamW for the token's rows, and its learning rate schedule."""
+def prepare_optimizer(weights, training_args: TrainingArguments) -> tuple:
+    """Return AdamW for the token's rows and the adapter, if any, and its learning rate schedule."""
     import torch
     from diffusers.optimization import get_scheduler
 
-    optimizer = torch.optim.AdamW(rows, lr=training_args.learning_rate, weight_decay=0.0)
+    rate = training_args.learning_rate
+    optimizer = torch.optim.AdamW(weights.optimizer_groups(rate), lr=rate, weight_decay=0.0)
     steps = {"num_warmup_steps": training_args.lr_warmup_steps, "num_training_steps": training_args.max_train_steps}
     return optimizer, get_scheduler(training_args.lr_scheduler, optimizer, **steps)
 
@@ -422,8 +483,10 @@ def accumulate_gradients(batch: dict, denoiser, micro_batching, accelerator):
 
 
 def train(steps, denoiser, state, monitor, accelerator, training_args: TrainingArguments) -> None:
-    """Train the token's rows from the current step of `state` to the last one; report everything to the monitor."""
+    """Train the weights of `state` from its current step to the last one; report everything to the monitor."""
     from torch.utils.data import DataLoader
+
+    from utils.style.learned import average_gradients
 
     micro_batching, optimizer = state.micro_batching, state.optimizer
     while not monitor.is_over:  # again from step 0 if the token learned nothing from its first word
@@ -435,8 +498,7 @@ def train(steps, denoiser, state, monitor, accelerator, training_args: TrainingA
             attempt = partial(accumulate_gradients, batch, denoiser, micro_batching, accelerator)
             loss = micro_batching.run(attempt, undo=optimizer.zero_grad)
             if accelerator.num_processes > 1:  # not with DDP, which would wait for a process that ran out of memory
-                for rows in state.rows:
-                    rows.grad = accelerator.reduce(rows.grad, "mean")
+                average_gradients(state.weights.parameters, accelerator)
             optimizer.step()
             state.lr_scheduler.step()
             optimizer.zero_grad()
@@ -466,7 +528,7 @@ def open_monitor(
     )  # fmt: skip
 
 
-def show_needs(groups: list, base_model, real_images, templates: list[str]) -> dict:
+def show_needs(groups: list, base_model, real_images, templates: list[str], lora) -> dict:
     """Print and return what the run needs, for `--dry_run`: load the real images, but write nothing.
 
     Raises:
@@ -482,7 +544,7 @@ def show_needs(groups: list, base_model, real_images, templates: list[str]) -> d
     from utils.style.style_images import latents_folder
     from utils.style.token import add_placeholder_tokens, find_initializers
 
-    _, data_args, token_args, image_args, training_args, monitoring_args, hub_args = groups
+    _, data_args, token_args, _, image_args, training_args, monitoring_args, hub_args = groups
     accelerator = start_accelerator(training_args, monitoring_args)
     disk = [*forecast.base_model_disk(base_model), *real_set_disk(real_images, hub_args.hub_token)]
     tokenizers = base_model.load_tokenizers()
@@ -495,6 +557,7 @@ def show_needs(groups: list, base_model, real_images, templates: list[str]) -> d
         image_args.resolution or base_model.native_resolution, training_args.train_batch_size,
         {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32),
         token_args.num_vectors, 2 if data_args.random_flip else 1, monitoring_args.num_validation_images > 0,
+        len(real.class_names) if token_args.class_tokens else 0, lora,
     )  # fmt: skip
     memory = forecast.forecast_memory(base_model, run, training_args.gradient_checkpointing, denoising_loss)
     num_encoded = len(real.train) * run.num_copies
@@ -521,10 +584,11 @@ def show_needs(groups: list, base_model, real_images, templates: list[str]) -> d
 def main(argv: Sequence[str] | None = None) -> dict:
     started = time.time()
     groups = parse_arguments(argv)
-    model_args, data_args, token_args, image_args, training_args, monitoring_args, hub_args = groups
+    _, data_args, token_args, lora_args, image_args, training_args, monitoring_args, hub_args = groups
     base_model, real_images, templates, inputs = open_inputs(groups)
+    lora = read_lora(lora_args, base_model)
     if training_args.dry_run:
-        return show_needs(groups, base_model, real_images, templates)
+        return show_needs(groups, base_model, real_images, templates, lora)
     folder, is_finished, hub_target = open_folder(groups, inputs)
     if is_finished:
         publish_finished(folder.path, hub_target, PUBLISHED_FILES)
@@ -534,14 +598,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     import torch
 
     from utils.style.checkpoints import TrainingState, find_checkpoint
+    from utils.style.learned import load_models
     from utils.style.style_images import load_latents, load_style_images
-    from utils.style.token import (
-        Denoiser,
-        PromptEncoder,
-        add_placeholder_tokens,
-        find_initializers,
-        save_learned_embeds,
-    )
+    from utils.style.token import Denoiser, add_placeholder_tokens, find_initializers
 
     # Tokenizers, images and prompts: find every bad input before a model loads
     checkpoint = find_checkpoint(folder, monitoring_args.resume_from_checkpoint)
@@ -560,20 +619,23 @@ def main(argv: Sequence[str] | None = None) -> dict:
         base_model, images, resolution, data_args.random_flip, image_args.latent_cache_dir, accelerator.device
     )
 
-    # The only trainable parameters: the token's rows
+    # The only trainable parameters: the rows of the tokens and, if there is one, the adapter
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    unet = base_model.load_unet(dtype).to(accelerator.device)
-    encoder = PromptEncoder(base_model.load_text_encoders(dtype), tokenizers, num_vectors, next(iter(words.values())))
-    optimizer, lr_scheduler = prepare_optimizer(encoder.rows, training_args)
-    encoder, optimizer = accelerator.prepare_model(encoder, evaluation_mode=True), accelerator.prepare(optimizer)
-    denoiser = Denoiser(base_model, unet, noise_scheduler, encoder, prompt_ids, resolution, dtype)
+    unet, weights = load_models(
+        base_model, tokenizers, dtype, accelerator.device, placeholder_token=token, num_vectors=num_vectors,
+        initializer_ids=next(iter(words.values())), class_nouns=nouns if token_args.class_tokens else None, lora=lora,
+        seed=training_args.seed,
+    )  # fmt: skip
+    optimizer, lr_scheduler = prepare_optimizer(weights, training_args)
+    optimizer = accelerator.prepare(optimizer)
+    encoder = accelerator.prepare_model(weights.encoder, evaluation_mode=True)
+    denoiser = Denoiser(base_model, unet, noise_scheduler, encoder, prompt_ids, resolution, dtype, weights.lora)
     trained = dataclasses.replace(denoiser, unet=prepare_unet(unet, training_args))
 
-    # Step n is a function of the seed and n, so a checkpoint needs only the rows and the optimizer
+    # Step n is a function of the seed and n, so a checkpoint needs only the trained weights and the optimizer
     steps = prepare_steps(latents, images, len(templates), noise_scheduler, accelerator, training_args)
-    row_names = base_model.family.row_names(token)
     state = TrainingState(
-        row_names, encoder.rows, optimizer, lr_scheduler, accelerator.scaler, options=folder.options,
+        weights, optimizer, lr_scheduler, accelerator.scaler, options=folder.options,
         inputs=prompt_ids.key(latents_key), base_model=base_model.identity, images_per_step=steps.images_per_step,
         micro_batching=divide_steps(unet, training_args),
     )  # fmt: skip
@@ -586,12 +648,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
         health = monitor.health | {"num_skipped_images": images.num_skipped}
         if accelerator.is_main_process:
             folder.check_unchanged(lambda: identify_inputs(groups, base_model, real_images)[1])
+            weights.save(folder.path)
             record = describe_token(
                 base_model, images.real, nouns, templates, token_args.article, placeholder_token=token,
                 num_vectors=num_vectors, resolution=resolution, max_train_steps=training_args.max_train_steps,
-                health=health, **state.describe(),
+                health=health, **state.describe(), **weights.describe(folder.path),
             )  # fmt: skip
-            save_learned_embeds(folder.path, row_names, encoder.rows)
             monitor.plot_training()
             write_records(folder, record, started, command, hub_target, hub_args.hub_token)
             if hub_target is not None:

@@ -14,6 +14,8 @@ INPUTS = (
 )  # fmt: skip
 # the recorded commits are compared instead
 REVISIONS = frozenset({"revision", "dataset_revision", "model_revision", "synthetic_dataset_revision"})
+# recorded only by runs that use them, with what depends on them
+SWITCHES = ("use_peft", "class_tokens")
 STYLE_TOKEN_OPTIONS = ("placeholder_token", "initializer_token")  # not access tokens
 
 
@@ -109,6 +111,7 @@ def differing_options(before: dict, now: dict, free: Iterable[str] = ()) -> list
     now = json.loads(json.dumps(now))
     # earlier versions recorded folders as given
     before = before | {name: absolute_if_local(before[name]) for name in INPUTS if isinstance(before.get(name), str)}
+    now = {name: None for name in SWITCHES if before.get(name)} | now
     names = [name for name in now if name not in free and before.get(name) != now[name]]
     return [f"{name} was {_shorten(before.get(name))}, now {_shorten(now[name])}" for name in names]
 

@@ -12,13 +12,17 @@ from utils.data.prompts import AS_WRITTEN, render_prompt
 from utils.hub.cards import FUNCTIONS, License, common_license, hub_ids, read_licenses, save_card
 from utils.hub.targets import Target
 from utils.style.base_models import BaseModel
-from utils.style.families import FAMILIES, LEARNED_EMBEDS, OTHER
+from utils.style.families import CLASS_EMBEDS, FAMILIES, LEARNED_EMBEDS, LORA_WEIGHTS, OTHER
 
 STYLE_PICTURE = "style.png"
 TRAINING_PICTURE = "training.png"
-PUBLISHED_FILES = (LEARNED_EMBEDS, TRAINING_PICTURE, STYLE_PICTURE, DSI_CONFIG, RUN_CONFIG, "README.md")
+PUBLISHED_FILES = (
+    LEARNED_EMBEDS, CLASS_EMBEDS, LORA_WEIGHTS, TRAINING_PICTURE, STYLE_PICTURE, DSI_CONFIG, RUN_CONFIG, "README.md",
+)  # fmt: skip
 OUTPUTS = PUBLISHED_FILES[:-1]  # without the card, which may hold a person's text
-ARMS = ("no_token", "untrained_token", "trained_token")  # each has a loss in `health`
+# each has a loss in `health`; the third only with a LoRA adapter, which is part of the last one
+ARMS = ("no_token", "untrained_token", "token_without_lora", "trained_token")
+ARM_LABELS = {"token_without_lora": "token without LoRA", "trained_token": "token with LoRA"}  # with an adapter
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
@@ -32,6 +36,12 @@ def describe_token(
         "train_indices": real_images.train_indices.tolist(), "class_names": real_images.class_names,
         "prompt_nouns": nouns, "prompt_templates": templates, **({"article": article} if article else {}), **settings,
     }  # fmt: skip
+
+
+def label_arms(health: dict) -> dict[str, str]:
+    """Return the arms in `health` with their labels."""
+    labels = ARM_LABELS if "loss_token_without_lora" in health else {}
+    return {arm: labels.get(arm, arm.replace("_", " ")) for arm in ARMS if f"loss_{arm}" in health}
 
 
 def write_records(
@@ -71,11 +81,11 @@ def write_token_card(
         base_model=base_models[0] if base_models else None,
         base_model_relation="adapter" if base_models else None,
         datasets=hub_ids(real) or None, library_name="diffusers", pipeline_tag="text-to-image",
-        tags=["textual_inversion", "dataset-style-inversion", "bridged-transfer"],
+        tags=["textual_inversion", "dataset-style-inversion", "bridged-transfer"] + ["lora"] * ("lora" in record),
     )  # fmt: skip
     prompt = render_prompt(
         record["prompt_templates"][0], record["prompt_nouns"][0], record["placeholder_token"],
-        record.get("article", AS_WRITTEN),
+        record.get("article", AS_WRITTEN), class_token=next(iter(record.get("class_tokens", {}).get("names", [])), ""),
     )  # fmt: skip
     card = ModelCard.from_template(
         metadata, template_path=str(TEMPLATE), name=hub_id or Path(output_dir).resolve().name, real=real,
@@ -90,8 +100,10 @@ def write_token_card(
 def print_summary(output_dir: Path, health: dict, seconds: float) -> None:
     """Print what the token learned, its folder, and the next command."""
     print(f"Denoising loss on {health['num_images']} {health['images']}, with fixed noise:")
-    for arm in ARMS:
-        print(f"  {arm.replace('_', ' '):16s} {health[f'loss_{arm}']:.4f}")
+    arms = label_arms(health)
+    width = max(16, *map(len, arms.values()))
+    for arm, label in arms.items():
+        print(f"  {label:{width}s} {health[f'loss_{arm}']:.4f}")
     for embedding in health["embeddings"]:
         low, middle, high = embedding["vocabulary_5_50_95"]
         print(

@@ -16,10 +16,10 @@ from utils.cli.memory import MicroBatching
 from utils.cli.options import REVISIONS, differing_options
 from utils.cli.records import read_record, write_record
 from utils.cli.run_folder import RunFolder, remove_folder
-from utils.style.families import LEARNED_EMBEDS
-from utils.style.token import load_learned_embeds, save_learned_embeds
+from utils.style.learned import LearnedWeights
 
 TRAINING_STATE, STATE_RECORD = "training_state.safetensors", "training_state.json"
+BEST_WEIGHTS, BEST = "best_weights.safetensors", "best"  # file, and key in the state's record; once there are any
 FITTED = "fitted_to_memory"  # in the state's record: what changed because memory ran out, if anything
 # the progress of training in the state's record
 PROGRESS = (
@@ -28,19 +28,37 @@ PROGRESS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class BestWeights:
+    """Weights as `LearnedWeights.copy` returns them, their step, and each image's fixed-noise loss with them."""
+
+    step: int
+    losses: list[float]
+    weights: list[torch.Tensor]
+
+    def save(self, folder: Path) -> dict:
+        """Write the weights; return the entry in the state's record."""
+        save_file({str(number): value for number, value in enumerate(self.weights)}, folder / BEST_WEIGHTS)
+        return {BEST: {"step": self.step, "losses": self.losses}}
+
+    @classmethod
+    def load(cls, folder: Path, entry: dict) -> "BestWeights":
+        saved = load_file(folder / BEST_WEIGHTS)
+        return cls(entry["step"], entry["losses"], [saved[str(number)] for number in range(len(saved))])
+
+
 @dataclass
 class TrainingState:
-    """A token in training: its rows `(num_vectors, dim)` of each text encoder, their optimizer, and the progress.
+    """A token in training: its weights, with those of class tokens and adapters, their optimizer, and the progress.
 
-    `row_names` are the names in the file, `inputs` is a hash of images, prompts and VAE, `base_model` the identity of
-    its contents; `images_per_step` counts all processes. `held_out_losses` maps steps to fixed-noise losses, and
-    `looks` holds those of each image. `initializer_losses` maps the words that the token may start from to their
-    losses, the best first; `num_restarts` of them taught it nothing. What `micro_batching` changed because memory ran
-    out is part of the state.
+    `inputs` is a hash of images, prompts and VAE, `base_model` the identity of its contents; `images_per_step` counts
+    all processes. `held_out_losses` maps steps to fixed-noise losses, and `looks` holds those of each image.
+    `initializer_losses` maps the words that the token may start from to their losses, the best first; `num_restarts` of
+    them taught it nothing. `best` are the weights with the lowest fixed-noise loss, if they are kept, and `overfitted`
+    says that training returned to them. What `micro_batching` changed because memory ran out is part of the state.
     """
 
-    row_names: list[str]
-    rows: list[torch.Tensor]
+    weights: LearnedWeights
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler | None
@@ -55,6 +73,8 @@ class TrainingState:
     looks: list[list[float]] = field(default_factory=list)
     initializer_losses: dict[str, float] = field(default_factory=dict)
     num_restarts: int = 0
+    best: BestWeights | None = None
+    overfitted: dict | None = None
 
     def __post_init__(self):
         self._at_start = copy.deepcopy((self.optimizer.state_dict(), self.lr_scheduler.state_dict()))
@@ -73,11 +93,22 @@ class TrainingState:
         return {
             "initializer_token": self.initializer, "initializer_losses": self.initializer_losses,
             "num_restarts": self.num_restarts, "num_train_steps": self.step, "held_out_losses": self.held_out_losses,
-            **self.micro_batching.state(),
+            **self.micro_batching.state(), **({"overfitted": self.overfitted} if self.overfitted else {}),
         }  # fmt: skip
 
+    def keep_best(self, losses: list[float]) -> None:
+        """Keep the current weights as the best; `losses` has the fixed-noise loss of each image."""
+        self.best = BestWeights(self.step, losses, self.weights.copy())
+
+    def return_to_best(self, rise: float) -> None:
+        """Set the weights to the best; `rise` is how much the loss has risen since."""
+        self.weights.restore(self.best.weights)
+        self.overfitted = {"best_step": self.best.step, "last_step": self.step, "rise": round(rise, 5)}
+
     def restart(self) -> None:
-        """Go back to the first step, for the next word; the caller resets the rows."""
+        """Go back to the first step, for the next word, with fresh adapters; the caller resets the rows."""
+        self.weights.reset_adapters()
+        self.best = None
         self.num_restarts += 1
         self.step = 0
         for history in (self.loss_history, self.held_out_losses, self.looks):
@@ -89,7 +120,7 @@ class TrainingState:
     def save(self, folder: RunFolder, total_limit: int | None = None) -> Path:
         """Write `checkpoint-<step>`, whole or not at all, then remove the oldest beyond `total_limit`.
 
-        Its `learned_embeds.safetensors` loads into a pipeline like the finished token.
+        What is learned loads into a pipeline from it like from the finished token's folder.
         """
         final = folder.path / f"checkpoint-{self.step}"
         temporary = final.with_name(f".{final.name}.tmp")
@@ -101,11 +132,12 @@ class TrainingState:
             for parameter, values in optimizer_state["state"].items()
             for name, value in values.items()
         }
-        save_learned_embeds(temporary, self.row_names, self.rows)
+        self.weights.save(temporary)
         save_file(tensors, temporary / TRAINING_STATE)
         record = {
             "progress": {name: getattr(self, name) for name in PROGRESS},
             **self._fitted(),
+            **(self.best.save(temporary) if self.best else {}),
             "param_groups": optimizer_state["param_groups"],
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
@@ -144,8 +176,8 @@ class TrainingState:
                 f"--resume_from_checkpoint {checkpoint}: was made with {progress['images_per_step']} images per step "
                 f"over all processes, this run has {self.images_per_step}; start the same number of processes."
             )
-        for parameter, saved in zip(self.rows, load_learned_embeds(checkpoint / LEARNED_EMBEDS), strict=True):
-            parameter.data.copy_(saved)
+        self.weights.load(checkpoint)
+        self.best = BestWeights.load(checkpoint, record[BEST]) if BEST in record else None
         state = {}
         for name, value in load_file(checkpoint / TRAINING_STATE).items():
             parameter, _, key = name.partition(".")

@@ -7,6 +7,9 @@ A new family is an entry here. If it takes style tokens, `base_models.py` must l
 from dataclasses import dataclass
 
 LEARNED_EMBEDS = "learned_embeds.safetensors"  # the rows of a style token
+CLASS_EMBEDS = "class_embeds.safetensors"  # the rows of the class tokens, by label id
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers names it
+CLASS_TOKENS = "<dsi-class>"  # the key of the rows in a file of one text encoder
 OWN_SCHEDULER = "default"  # the pipeline's own
 FAST_SCHEDULER = "DPMSolverMultistepScheduler"
 

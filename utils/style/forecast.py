@@ -17,6 +17,8 @@ from utils.forecast.memory import count_forward, count_step, shapes_only, state_
 from utils.forecast.report import MemoryForecast, Phase
 from utils.style.base_models import BaseModel
 from utils.style.latents import BATCH_SIZE
+from utils.style.learned import name_parts
+from utils.style.lora import LoraSettings, add_adapters
 from utils.style.saved_pipelines import list_weights
 from utils.style.token import Conditioning, Denoiser, PromptEncoder, PromptIds
 
@@ -25,7 +27,10 @@ NUM_TIMED_STEPS = 2
 
 @dataclass(frozen=True)
 class DsiRun:
-    """What memory and time depend on. `batch_size` images pass the U-Net at once, whose weights have `dtype`."""
+    """What memory and time depend on. `batch_size` images pass the U-Net at once, whose weights have `dtype`.
+
+    `num_classes` is the number of class tokens, `lora` are the settings of adapters that are trained with the token.
+    """
 
     resolution: int
     batch_size: int
@@ -33,6 +38,8 @@ class DsiRun:
     num_vectors: int = 1
     num_copies: int = 2  # of each image in the latent cache: itself and mirrored
     draws_pictures: bool = True
+    num_classes: int = 0
+    lora: LoraSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +82,11 @@ def forecast_memory(
 
 
 def count_training(base_model: BaseModel, run: DsiRun, is_checkpointed: bool, compute_loss: Callable) -> Phase:
-    """Return a step's memory: frozen weights in the run's precision, the token's rows and states in float32."""
+    """Return a step's memory: frozen weights in the run's precision, trained ones and their states in float32."""
     unet, encoder, batch, prompt_ids = build_on_meta(base_model, run)
     if is_checkpointed:
         unet.enable_gradient_checkpointing()
-    weights, rows = weight_bytes(unet, encoder), sum(value.numel() * value.element_size() for value in encoder.rows)
+    weights, trained = weight_bytes(unet, encoder), weight_bytes(nn.ParameterList(list_trained(unet, encoder)))
     called = encoder if run.dtype == torch.float32 else HalfPrecision(encoder, run.dtype)
     scheduler = base_model.load_noise_scheduler()  # a separate one: its tensors have no values here
     with shapes_only(unet, encoder):
@@ -87,10 +94,10 @@ def count_training(base_model: BaseModel, run: DsiRun, is_checkpointed: bool, co
         denoiser = BatchDenoiser(
             base_model, unet, scheduler, called, PromptIds(ids, ids, ids[:1]), run.resolution, run.dtype
         )
-        counted = count_step(lambda: compute_loss(draw_batch(*batch), denoiser), encoder.rows)
+        counted = count_step(lambda: compute_loss(draw_batch(*batch), denoiser), list_trained(unet, encoder))
     return Phase(
         f"training, {run.batch_size} images at a time", weights, counted.peak - counted.gradients, counted.gradients,
-        state_bytes(torch.optim.AdamW, rows),
+        state_bytes(torch.optim.AdamW, trained),
     )  # fmt: skip
 
 
@@ -126,11 +133,23 @@ def count_pictures(base_model: BaseModel, run: DsiRun, other_weights: int) -> Ph
 def build_on_meta(base_model: BaseModel, run: DsiRun) -> tuple:
     """Return U-Net and prompt encoder without weights, and the shapes of a batch's latents and prompt ids."""
     with torch.device("meta"):
-        unet, encoder = build_unet(base_model, run.dtype), build_encoder(base_model, run)
+        unet, encoder = build_trained(base_model, run)
     length = base_model.config(base_model.family.text_encoders[0].part).get("max_position_embeddings", 77)
     a_side = run.resolution // base_model.vae_scale
     batch = run.batch_size, unet.config.in_channels, a_side, a_side
     return unet, encoder, batch, (run.batch_size, len(encoder.text_encoders), length)
+
+
+def build_trained(base_model: BaseModel, run: DsiRun) -> tuple[UNet2DConditionModel, PromptEncoder]:
+    """Return U-Net and prompt encoder with random weights and what the run trains, on torch's current device."""
+    unet, encoder = build_unet(base_model, run.dtype), build_encoder(base_model, run)
+    if run.lora is not None:
+        add_adapters(unet, name_parts(base_model, encoder), run.lora, seed=0)
+    return unet, encoder
+
+
+def list_trained(unet: nn.Module, encoder: nn.Module) -> list[nn.Parameter]:
+    return [value for model in (encoder, unet) for value in model.parameters() if value.requires_grad]
 
 
 def build_unet(base_model: BaseModel, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -152,8 +171,9 @@ def build_encoder(base_model: BaseModel, run: DsiRun) -> PromptEncoder:
             models.append(kind(kind.config_class(**base_model.config(text_encoder.part))).eval())
     sizes = [model.get_input_embeddings().num_embeddings for model in models]
     # only the lengths of the tokenizers are used
-    tokenizers = [range(size + run.num_vectors) for size in sizes]
-    return PromptEncoder(models, tokenizers, run.num_vectors, [0] * len(models))
+    tokenizers = [range(size + run.num_vectors + run.num_classes) for size in sizes]
+    class_ids = [[None] * run.num_classes] * len(models)
+    return PromptEncoder(models, tokenizers, run.num_vectors, [0] * len(models), class_ids)
 
 
 @contextmanager
@@ -184,9 +204,9 @@ def time_training(
     """
     try:
         with accelerator.device:
-            unet, encoder = build_unet(base_model, run.dtype), build_encoder(base_model, run)
+            unet, encoder = build_trained(base_model, run)
         _, _, batch, prompt_ids = build_on_meta(base_model, run)
-        optimizer = torch.optim.AdamW(encoder.rows)
+        optimizer = torch.optim.AdamW(list_trained(unet, encoder))
         called, optimizer = accelerator.prepare(encoder, optimizer)
         ids = torch.zeros(prompt_ids, dtype=torch.long, device=accelerator.device)
         denoiser = BatchDenoiser(

@@ -1,6 +1,7 @@
 """Monitoring of a token in training: losses, its health at fixed noise, pictures, trackers, checkpoints."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from utils.cli.errors import DivergedError
 from utils.cli.memory import run_in_parts
 from utils.cli.run_folder import RunFolder, remove_folder
 from utils.data.images import centre_square
-from utils.style.card import ARMS, STYLE_PICTURE, TRAINING_PICTURE
+from utils.style.card import ARMS, STYLE_PICTURE, TRAINING_PICTURE, label_arms
 from utils.style.checkpoints import TrainingState
 from utils.style.latents import Latents
 from utils.style.style_images import StyleImages
@@ -76,12 +77,11 @@ class Monitor:
         """
         if checkpoint is not None:
             self.state.load(checkpoint)
-        rows = [values.detach().clone() for values in self.state.rows]
+        weights = self.state.weights.copy()
         self.state.initializer_losses = self.state.initializer_losses or self._rank_words()
         self._start_from_word()
         if checkpoint is not None:
-            for values, trained in zip(self.state.rows, rows):
-                values.data.copy_(trained)
+            self.state.weights.restore(weights)
         if self.accelerator.is_main_process:
             self.folder.begin(keep_traces=checkpoint is not None)
         options = {name: str(value) for name, value in self.folder.options.items()}
@@ -132,6 +132,8 @@ class Monitor:
             self._collect_losses()
         if looks and not self._look():
             return False
+        if self.is_over:
+            self._return_to_best()
         if self.is_over or validates:
             self._validate()
         if saves and not self.is_over and self.accelerator.is_main_process:
@@ -145,7 +147,8 @@ class Monitor:
     def _look(self) -> bool:
         """Check whether the token still learns; return False if it starts again from another word."""
         may_begin_again = len(self.state.looks) < LOOKS_OF_A_WORD and self.state.num_words_left > 0
-        if not (self.early_stopping or may_begin_again):
+        keeps_best = self.state.weights.can_overfit
+        if not (self.early_stopping or may_begin_again or keeps_best):
             return True
         start, step = self.health_check.losses["untrained_token"], self.state.step
         losses = self.health_check.measure_token()
@@ -154,7 +157,11 @@ class Monitor:
         has_learned = is_clear_gain(start - losses)
         is_again = may_begin_again and len(self.state.looks) == LOOKS_OF_A_WORD and not has_learned
         is_level = self.early_stopping and has_learned and has_plateaued([start.tolist(), *self.state.looks])
-        [(is_again, self.is_over)] = broadcast_object_list([(is_again, is_level)])  # all processes must agree
+        is_best = keeps_best and (self.state.best is None or losses.mean() < np.mean(self.state.best.losses))
+        # all processes must agree
+        [(is_again, self.is_over, is_best)] = broadcast_object_list([(is_again, is_level, bool(is_best))])
+        if is_best:
+            self.state.keep_best(losses.tolist())
         if is_again:
             self._restart()
         elif self.is_over:
@@ -164,6 +171,23 @@ class Monitor:
                 "(--no_early_stopping trains for all steps)."
             )
         return not is_again
+
+    def _return_to_best(self) -> None:
+        """Return to the best weights if the loss has risen since by more than its standard error: overfitted."""
+        best, step = self.state.best, self.state.step
+        if best is None or best.step == step:
+            return
+        losses = self.health_check.measure_token()
+        self.state.held_out_losses[str(step)] = round(losses.mean().item(), 5)
+        rise = losses - torch.tensor(best.losses)
+        is_risen = rise.mean().item() > _standard_error(rise)
+        [(is_risen, mean)] = broadcast_object_list([(is_risen, rise.mean().item())])
+        if is_risen:
+            self.state.return_to_best(mean)
+            self._say(
+                f"The loss on {self.health_check.name} has risen by {mean:.4f} since step {best.step}, by more than "
+                f"its standard error (overfitted): the weights of step {best.step} are kept."
+            )
 
     def _restart(self) -> None:
         word, step = self.state.initializer, self.state.step
@@ -197,7 +221,8 @@ class Monitor:
         """Measure the current token, and draw its picture."""
         self.health = self.health_check.measure()
         loss, step = self.health["loss_trained_token"], self.state.step
-        self.state.held_out_losses[str(step)] = loss
+        if not self.state.overfitted:  # else the loss is an earlier step's, and known
+            self.state.held_out_losses[str(step)] = loss
         self._check_finite([loss])
         self.accelerator.log({"held_out_loss": loss}, step)
         if self.before_after is not None:
@@ -209,18 +234,19 @@ class Monitor:
                     tracker.log_images({"style": pixels}, step, **PICTURE_OPTIONS[tracker.name])
 
     def _check_finite(self, losses: list[float]) -> None:
-        step, rows = self.state.step, self.state.rows
+        step, weights = self.state.step, self.state.weights
         what = next((f"the loss is {loss}" for loss in losses if not math.isfinite(loss)), None)
-        if what is None and not all(torch.isfinite(row).all() for row in rows):
-            what = "the token's embedding is not finite"
+        if what is None and not all(torch.isfinite(value).all() for value in weights.parameters):
+            what = "the token's embedding is not finite" if weights.lora is None else "a trained weight is not finite"
         if what is not None:
+            other = "" if weights.lora is None else " or --lora_learning_rate"
             raise DivergedError(
-                f"--learning_rate {self.learning_rate:g}: {what} at step {step} or shortly before; try a lower rate, "
-                "or, in half precision, --mixed_precision no. Earlier checkpoints are kept."
+                f"--learning_rate {self.learning_rate:g}: {what} at step {step} or shortly before; try a lower rate"
+                f"{other}, or, in half precision, --mixed_precision no. Earlier checkpoints are kept."
             )
 
     def plot_training(self) -> None:
-        """Plot the training loss, the fixed-noise loss over the steps, and the losses of the three arms."""
+        """Plot the training loss, the fixed-noise loss over the steps, and the losses of the arms."""
         losses, health = self.state.loss_history, self.health
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         curve, bars = figure.subplots(1, 2, width_ratios=[2, 1])
@@ -234,8 +260,10 @@ class Monitor:
         curve.plot(list(measured), list(measured.values()), "o-", color="tab:red", label=label)
         curve.set(xlabel="step", ylabel="denoising loss", title="training")
         curve.legend()
-        values = [health[f"loss_{arm}"] for arm in ARMS]
-        bars.bar([arm.replace("_", "\n") for arm in ARMS], values, color=["0.8", "0.6", "tab:blue"])
+        arms = label_arms(health)
+        values = [health[f"loss_{arm}"] for arm in arms]
+        colors = ["0.8", "0.6", *["tab:cyan"] * (len(arms) - 3), "tab:blue"]
+        bars.bar([label.replace(" ", "\n") for label in arms.values()], values, color=colors)
         bars.bar_label(bars.containers[0], fmt="%.3f")
         bars.margins(y=0.12)  # room for the numbers above the bars
         bars.set(title=f"{health['num_images']} {health['images']},\nfixed noise", ylabel="denoising loss")
@@ -245,8 +273,8 @@ class Monitor:
 class HealthCheck:
     """Did the token learn? Its denoising loss on fixed images, timesteps and noise: only prompts differ between arms.
 
-    The loss without a token is measured at once, that of the untrained token by `measure_start`. `latents` are those of
-    the held-out images.
+    The loss without a token is measured at once, that of the untrained token by `measure_start`, both without adapters.
+    `latents` are those of the held-out images.
     """
 
     def __init__(self, denoiser: Denoiser, images: StyleImages, latents: Latents, batch_size: int):
@@ -257,7 +285,8 @@ class HealthCheck:
         self.name = images.held_out_name
         self.batch_size = batch_size
         self.ids_with_token = denoiser.prompt_ids.training[labels]  # the first template's
-        self.losses = {"no_token": self._losses(denoiser.prompt_ids.plain[labels])}
+        with self._without_lora():
+            self.losses = {"no_token": self._losses(denoiser.prompt_ids.plain[labels])}
 
     def measure_token(self) -> torch.Tensor:
         """Return each image's loss `(images,)` with the current token."""
@@ -265,16 +294,24 @@ class HealthCheck:
 
     def measure_start(self) -> None:
         """Measure the current token as the untrained one."""
-        self.losses["untrained_token"] = self.measure_token()
+        with self._without_lora():
+            self.losses["untrained_token"] = self.measure_token()
 
     def measure(self) -> dict:
         """Return the current token's figures for `dsi_config.json`."""
+        losses = self.losses | {"trained_token": self.measure_token()}
+        if self.denoiser.lora is not None:
+            with self._without_lora():
+                losses["token_without_lora"] = self.measure_token()
         return {
-            **judge(self.losses | {"trained_token": self.measure_token()}),
+            **judge(losses),
             "images": self.name,
             "num_images": len(self.latents),
             "embeddings": [norm_in_vocabulary(style_token) for style_token in self.denoiser.encoder.style_tokens],
         }
+
+    def _without_lora(self) -> AbstractContextManager:
+        return nullcontext() if self.denoiser.lora is None else self.denoiser.lora.turned_off()
 
     @torch.no_grad()
     def _losses(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -301,13 +338,13 @@ class HealthCheck:
 
 
 def judge(losses: dict[str, torch.Tensor]) -> dict:
-    """Return the mean losses of the `ARMS`, and whether the token learned.
+    """Return the mean losses of the `ARMS` that were measured, and whether the token, with adapters if any, learned.
 
     It learned if its loss is lower than that of the untrained token by more than two standard errors over images.
     """
     gain = losses["untrained_token"] - losses["trained_token"]
     return {
-        **{f"loss_{arm}": round(losses[arm].mean().item(), 5) for arm in ARMS},
+        **{f"loss_{arm}": round(losses[arm].mean().item(), 5) for arm in ARMS if arm in losses},
         "gain_standard_error": round(_standard_error(gain), 5),
         "token_learned": is_clear_gain(gain),
     }

@@ -1,4 +1,5 @@
-"""The style token: trainable rows in frozen text encoders, prompts that name it, and the U-Net that they condition."""
+"""The style token and class tokens: trainable rows in text encoders, prompts that name them, and the U-Net that they
+condition."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from utils.cli.errors import UserError
 from utils.data.prompts import token_text
 from utils.style.base_models import BaseModel
 from utils.style.families import LEARNED_EMBEDS, ROW_NAMES
+from utils.style.lora import LoraAdapters
 
 AUTO = "auto"  # value of --initializer_token: choose the word by its loss
 INITIALIZER_WORDS = ("photo", "image", "picture", "style", "painting", "drawing", "object")
@@ -58,13 +60,46 @@ def add_placeholder_tokens(tokenizers: list, placeholder_token: str, num_vectors
             raise UserError(
                 f"--placeholder_token {placeholder_token}: {taken[0]} is already in the vocabulary; choose another."
             )
-        tokenizer.add_tokens(names)
-        new_ids = list(range(len(tokenizer) - num_vectors, len(tokenizer)))
-        if tokenizer.encode(" ".join(names), add_special_tokens=False) != new_ids:
+        if not _add_tokens(tokenizer, names, num_vectors):
             raise UserError(
                 f"--placeholder_token '{placeholder_token}': not found by the tokenizer in a prompt; choose "
                 "something like '<my-style>', without spaces."
             )
+
+
+def class_token_names(num_classes: int) -> list[str]:
+    """Return the name of each class's own token, by label id."""
+    return [f"<dsi-class-{label}>" for label in range(num_classes)]
+
+
+def add_class_tokens(tokenizers: list, num_classes: int) -> list[str]:
+    """Add a token per class to each tokenizer, after the placeholder's; return their names.
+
+    Raises:
+        UserError: one is already in the vocabulary, or is not found in a prompt.
+    """
+    names = class_token_names(num_classes)
+    for tokenizer in tokenizers:
+        is_taken = not tokenizer.get_vocab().keys().isdisjoint(names)
+        if is_taken or not _add_tokens(tokenizer, names, num_classes):
+            raise UserError(
+                f"--class_tokens: the tokenizer has tokens named as {names[0]} already; choose another "
+                "--placeholder_token or base model."
+            )
+    return names
+
+
+def _add_tokens(tokenizer, names: list[str], number: int) -> bool:
+    """Add tokens to a tokenizer; return whether it finds them in a prompt."""
+    tokenizer.add_tokens(names)
+    new_ids = list(range(len(tokenizer) - number, len(tokenizer)))
+    return tokenizer.encode(" ".join(names), add_special_tokens=False) == new_ids
+
+
+def find_noun_ids(tokenizers: list, nouns: list[str]) -> list[list[int | None]]:
+    """Return, for each tokenizer, the ids of the nouns that are a single token, and None for the others."""
+    encoded = [[tokenizer.encode(noun, add_special_tokens=False) for noun in nouns] for tokenizer in tokenizers]
+    return [[ids[0] if len(ids) == 1 else None for ids in of_nouns] for of_nouns in encoded]
 
 
 def check_prompt_lengths(tokenizers: list, prompts: list[str]) -> None:
@@ -85,16 +120,38 @@ def check_prompt_lengths(tokenizers: list, prompts: list[str]) -> None:
 
 
 class StyleTokenEmbedding(nn.Module):
-    """A frozen embedding table, followed by the style token's trainable float32 rows.
+    """A frozen embedding table, followed by trainable float32 rows: the style token's, then one per class, if any.
 
-    The table is never written, so no other row can change, and the optimizer holds only `num_vectors x dim` numbers.
-    Ids from the table's size on are the token's vectors, in order.
+    The table is never written, so no other row can change, and the optimizer holds only `rows`. Ids from the table's
+    size on are the style token's vectors, in order, then the class tokens. All start from the embedding of
+    `initializer_id`, except for class tokens with an id of their own in `class_ids`.
     """
 
-    def __init__(self, table: nn.Embedding, initial_rows: torch.Tensor):
+    def __init__(
+        self, table: nn.Embedding, num_vectors: int, initializer_id: int, class_ids: Sequence[int | None] = ()
+    ):  # fmt: skip
         super().__init__()
         self.table = table.requires_grad_(False)
-        self.rows = nn.Parameter(initial_rows.detach().clone().float())
+        self.num_vectors = num_vectors
+        self.class_ids = list(class_ids)
+        self.rows = nn.Parameter(self._rows_of(initializer_id))
+
+    @property
+    def style_rows(self) -> torch.Tensor:
+        return self.rows[: self.num_vectors]
+
+    @property
+    def class_rows(self) -> torch.Tensor:
+        return self.rows[self.num_vectors :]
+
+    @torch.no_grad()
+    def start_from(self, initializer_id: int) -> None:
+        """Set all rows to where they start with this word."""
+        self.rows.copy_(self._rows_of(initializer_id))
+
+    def _rows_of(self, initializer_id: int) -> torch.Tensor:
+        of_classes = [initializer_id if number is None else number for number in self.class_ids]
+        return self.table.weight.detach()[[initializer_id] * self.num_vectors + of_classes].float()
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return embeddings `(batch, length, dim)` in the table's dtype for `input_ids` `(batch, length)`."""
@@ -105,50 +162,54 @@ class StyleTokenEmbedding(nn.Module):
 
 
 def splice_style_token(
-    text_encoder: nn.Module, tokenizer, num_vectors: int, initializer_id: int
+    text_encoder: nn.Module, tokenizer, num_vectors: int, initializer_id: int, class_ids: Sequence[int | None] = ()
 ) -> StyleTokenEmbedding:
     """Freeze `text_encoder`, replace its token embedding with a `StyleTokenEmbedding`, and return that.
 
-    `tokenizer` must have the placeholder's tokens. All rows start as copies of the initializer's.
+    `tokenizer` must have the placeholder's tokens and, last, those of the classes.
     """
     table = text_encoder.get_input_embeddings()
-    first_id = len(tokenizer) - num_vectors
+    first_id = len(tokenizer) - num_vectors - len(class_ids)
     if first_id != table.num_embeddings:
         # the tables of some text encoders are padded; the extra rows are never used
         table = nn.Embedding.from_pretrained(table.weight[:first_id])
     text_encoder.requires_grad_(False)
-    embedding = StyleTokenEmbedding(table, table.weight[initializer_id].expand(num_vectors, -1))
+    embedding = StyleTokenEmbedding(table, num_vectors, initializer_id, class_ids)
     text_encoder.set_input_embeddings(embedding)
     return embedding
 
 
 class PromptEncoder(nn.Module):
-    """The frozen text encoders of a base model, with the style token's rows as the only trainable parameters.
+    """The frozen text encoders of a base model, with the rows of the style token and of class tokens to train.
 
     One module for both encoders of Stable Diffusion XL, so that one wrapper covers all rows. The placeholder keeps its
-    real token id: an encoder that pools at the largest id of a prompt pools at the style token, as in the pipeline that
-    loads the token.
+    real token id: an encoder that pools at the largest id of a prompt pools at the style token (at the class token, if
+    there is one), as in the pipeline that loads the tokens. `class_ids` are those of `find_noun_ids`, if each class has
+    a token.
     """
 
-    def __init__(self, text_encoders: list[nn.Module], tokenizers: list, num_vectors: int, initializer_ids: list[int]):
+    def __init__(
+        self, text_encoders: list[nn.Module], tokenizers: list, num_vectors: int, initializer_ids: list[int],
+        class_ids: Sequence[Sequence[int | None]] | None = None,
+    ):  # fmt: skip
         super().__init__()
-        parts = zip(text_encoders, tokenizers, initializer_ids, strict=True)
+        parts = zip(text_encoders, tokenizers, initializer_ids, class_ids or [()] * len(tokenizers), strict=True)
         self.style_tokens = [
-            splice_style_token(text_encoder, tokenizer, num_vectors, initializer_id)
-            for text_encoder, tokenizer, initializer_id in parts
+            splice_style_token(text_encoder, tokenizer, num_vectors, initializer_id, of_classes)
+            for text_encoder, tokenizer, initializer_id, of_classes in parts
         ]
         self.text_encoders = nn.ModuleList(text_encoders)
 
     @property
     def rows(self) -> list[nn.Parameter]:
-        """The trainable parameters, `(num_vectors, dim)` float32 for each text encoder."""
+        """The trainable rows, `(num_vectors + num_classes, dim)` float32 for each text encoder; without class tokens,
+        `(num_vectors, dim)`."""
         return [style_token.rows for style_token in self.style_tokens]
 
-    @torch.no_grad()
     def start_from(self, initializer_ids: list[int]) -> None:
-        """Set all rows to the embedding of a word; `initializer_ids` has its id in each text encoder."""
+        """Set all rows to where they start with a word; `initializer_ids` has its id in each text encoder."""
         for style_token, number in zip(self.style_tokens, initializer_ids, strict=True):
-            style_token.rows.copy_(style_token.table.weight[number].float().expand_as(style_token.rows))
+            style_token.start_from(number)
 
     def forward(self, input_ids: torch.Tensor) -> Conditioning:
         """Encode token ids `(batch, encoders, length)` as the base model's own pipeline does."""
@@ -190,9 +251,9 @@ class PromptIds:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A frozen U-Net with the prompts of a style token: all that the token's loss depends on besides the images.
+    """A U-Net with the prompts of a style token: all that the token's loss depends on besides the images.
 
-    `dtype` is the U-Net's, which takes milliseconds to look up.
+    `dtype` is the U-Net's, which takes milliseconds to look up. `lora` are adapters that are trained with the token.
     """
 
     base_model: BaseModel
@@ -202,6 +263,7 @@ class Denoiser:
     prompt_ids: PromptIds
     resolution: int
     dtype: torch.dtype
+    lora: LoraAdapters | None = None
 
     @property
     def device(self) -> torch.device:
@@ -260,7 +322,7 @@ def norm_in_vocabulary(embedding: StyleTokenEmbedding) -> dict:
     A norm far above those of all words means that training has diverged.
     """
     vocabulary = embedding.table.weight.float().norm(dim=-1)
-    norm = embedding.rows.norm(dim=-1).mean()
+    norm = embedding.style_rows.norm(dim=-1).mean()
     quantiles = vocabulary.quantile(vocabulary.new_tensor([0.05, 0.5, 0.95]))
     return {
         "norm": round(norm.item(), 4),
@@ -269,12 +331,14 @@ def norm_in_vocabulary(embedding: StyleTokenEmbedding) -> dict:
     }
 
 
-def save_learned_embeds(output_dir: str | Path, names: Sequence[str], rows: list[torch.Tensor]) -> Path:
+def save_learned_embeds(
+    output_dir: str | Path, names: Sequence[str], rows: list[torch.Tensor], filename: str = LEARNED_EMBEDS
+) -> Path:
     """Write the rows `(num_vectors, dim)` of each text encoder as float32, for `pipe.load_textual_inversion`.
 
     `names` are those of `Family.row_names`, one for each text encoder.
     """
-    path = Path(output_dir) / LEARNED_EMBEDS
+    path = Path(output_dir) / filename
     save_file({name: value.detach().float().cpu().contiguous() for name, value in zip(names, rows, strict=True)}, path)
     return path
 
