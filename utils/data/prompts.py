@@ -1,6 +1,7 @@
-"""Prompts: templates filled with a noun and the style token. No torch."""
+"""Prompts: templates filled with a noun, the style token and what else a run has. No torch."""
 
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from utils.cli.errors import UserError
@@ -9,6 +10,13 @@ from utils.cli.parsing import read_entries
 DSI_TEMPLATE = "A {class} photo in the style of {token}"
 CLASSLESS_TEMPLATE = "A photo in the style of {token}"
 PLAIN_TEMPLATE = "A good photo of the {class}"
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+CLASS_TOKEN = "class_token"
+# the placeholders besides {class} that a run may fill, and why another one does not
+PLACEHOLDERS = {
+    "token": "there is no style token",
+    CLASS_TOKEN: "there are no class tokens (train_dsi.py --class_tokens learns them)",
+}
 
 # values of --article
 AUTO, AS_WRITTEN = "auto", "as_written"
@@ -21,26 +29,36 @@ ARTICLE = re.compile(r"(?<![\w'-])([Aa])n?(?=\s+\{class\})")
 VOWEL_SOUND = re.compile(r"(?!uni(?![dmn])|us[ae]|ute|eu|ewe|one\b|once\b)[aeiou]|hour|honest|heir", re.IGNORECASE)
 
 
+def dsi_template(others: Collection[str] = ()) -> str:
+    """Return the default template for a style token; `others` are the further placeholders that are filled."""
+    subject = f"{{{CLASS_TOKEN}}} {{class}}" if CLASS_TOKEN in others else "{class}"
+    return DSI_TEMPLATE.replace("{class}", subject)
+
+
 def check_template(
-    template: str, *, needs_token: bool, needs_class: bool = True, flag: str = "--prompt_template"
-) -> None:
+    template: str, *, needs_token: bool, needs_class: bool = True, others: Mapping[str, bool] | None = None,
+    flag: str = "--prompt_template",
+) -> None:  # fmt: skip
     """Check that a template has `{class}` and `{token}` if and only if they are filled, and no other placeholder.
+
+    `others` are the further ones of `PLACEHOLDERS` that are filled, and whether the template must have them.
 
     Raises:
         UserError: a placeholder is missing or would not be filled; the message begins with `flag`.
     """
-    name = f"{flag} '{template}':"
-    right = PLAIN_TEMPLATE if not needs_token else DSI_TEMPLATE if needs_class else CLASSLESS_TEMPLATE
+    name, others = f"{flag} '{template}':", others or {}
+    right = PLAIN_TEMPLATE if not needs_token else dsi_template(others) if needs_class else CLASSLESS_TEMPLATE
     if not needs_class and "{class}" in template:
         raise UserError(f"--include_class_name false: template '{template}' has {{class}}; try '{right}'.")
-    if not needs_token and "{token}" in template:
-        raise UserError(f"{name} has {{token}}, but there is no style token.")
-    unknown = [place for place in re.findall(r"\{[^{}]*\}", template) if place not in ("{class}", "{token}")]
-    if unknown:
-        raise UserError(f"{name} has {unknown[0]}, which nothing fills; try '{right}'.")
-    for place, is_needed in (("{class}", needs_class), ("{token}", needs_token)):
-        if is_needed and place not in template:
-            raise UserError(f"{name} has no {place}; try '{right}'.")
+    needed = {"class": needs_class} | ({"token": True} if needs_token else {}) | others
+    for place in re.findall(r"\{[^{}]*\}", template):
+        if (why := PLACEHOLDERS.get(place[1:-1])) and place[1:-1] not in needed:
+            raise UserError(f"{name} has {place}, but {why}.")
+        if place[1:-1] not in needed:
+            raise UserError(f"{name} has {place}, which nothing fills; try '{right}'.")
+    for place, is_needed in needed.items():
+        if is_needed and f"{{{place}}}" not in template:
+            raise UserError(f"{name} has no {{{place}}}; try '{right}'.")
 
 
 def read_templates_file(path: str) -> list[str]:
@@ -61,8 +79,12 @@ def read_templates_file(path: str) -> list[str]:
     return templates
 
 
-def render_prompt(template: str, noun: str, token_text: str = "", article: str = AS_WRITTEN) -> str:
+def render_prompt(
+    template: str, noun: str, token_text: str = "", article: str = AS_WRITTEN, **others: str
+) -> str:  # fmt: skip
     """Return the prompt for a class noun and the text of the style token (all its vectors, separated by spaces).
+
+    `others` fill further placeholders, such as `class_token`.
 
     With `article` 'auto', "a" or "an" directly before `{class}` is chosen to suit the noun. The rule looks at its first
     letters only and knows a few exceptions ("a unicorn", "an hour"), so it can be wrong for abbreviations ("SUV",
@@ -71,7 +93,9 @@ def render_prompt(template: str, noun: str, token_text: str = "", article: str =
     if article == AUTO:
         n = "n" if VOWEL_SOUND.match(noun.strip()) else ""
         template = ARTICLE.sub(lambda match: match[1] + n, template)
-    return template.replace("{class}", noun).replace("{token}", token_text)
+    values = {"class": noun, "token": token_text, **others}
+    # in one pass: what a placeholder is filled with is not filled again
+    return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
 
 
 def token_text(placeholder_token: str, num_vectors: int) -> str:
