@@ -30,7 +30,7 @@ from utils.hub.cards import check_card
 from utils.hub.publishing import publish_folder
 from utils.hub.targets import WITH_PUSH_TO_HUB, HubArguments, open_target
 from utils.synthesis.few_steps import NO_GUIDANCE
-from utils.synthesis.generators import GUIDANCE_INTERVAL
+from utils.synthesis.generators import GUIDANCE_INTERVAL, GUIDANCE_PARAMETER, GUIDANCE_SCALE
 from utils.synthesis.learned import CLASS_EMBEDS
 from utils.synthesis.lora import open_loras, record_adapters
 from utils.synthesis.output_folder import (
@@ -246,7 +246,7 @@ def check_interval(interval: list[float] | None) -> None:
 
 def read_sources(
     source_args: SourceArguments, data_args: RealDataArguments, class_names_file: str | None, output_dir: str,
-    hub_token: str | None,
+    hub_token: str | None, resolution: int | None,
 ) -> Sources:  # fmt: skip
     """Read generator, class names and token from the record of --learned_embeds, or from the flags without one."""
     generator, token = source_args.pretrained_model_name_or_path, source_args.learned_embeds
@@ -274,7 +274,7 @@ def read_sources(
         check_real_images_given(data_args)
         check_output_outside(output_dir, data_args)
     return read_plain_sources(
-        generator, source_args.revision, data_args if real_images else None, class_names_file, hub_token
+        generator, source_args.revision, data_args if real_images else None, class_names_file, hub_token, resolution
     )
 
 
@@ -318,6 +318,8 @@ def collect_settings(sources: Sources, plan: GenerationPlan, prompt_settings: di
     if source.is_local and not lacks_setting(GENERATOR_CONTENTS, *output):
         later[GENERATOR_CONTENTS] = sources.generator.identity
     learned = sources.learned_settings | ({} if plan.prompts.class_tokens else {CLASS_EMBEDS: None})
+    parameter = sources.generator.guidance_parameter
+    learned[GUIDANCE_PARAMETER] = parameter if parameter != GUIDANCE_SCALE and max(plan.guidance_scales) > 1 else None
     later |= {name: value for name, value in learned.items() if value is not None or has_setting(name, *output)}
     return {
         "generator": source.name, "generator_revision": source.revision, **later,
@@ -330,22 +332,36 @@ def collect_settings(sources: Sources, plan: GenerationPlan, prompt_settings: di
     }  # fmt: skip
 
 
-def choose_sampling(sources: Sources, sampling_args: SamplingArguments, given: set[str]) -> str:
-    """Set the flags that are not given as a generator distilled for few steps needs them; return a line about it."""
-    if sources.few_steps is None:
-        return ""
-    values = {name: value for name, value in vars(sampling_args).items() if name in given}
-    chosen, line = sources.few_steps.choose(values)
-    vars(sampling_args).update(chosen)
-    return line
+def choose_sampling(
+    sources: Sources, sampling_args: SamplingArguments, output_args: OutputArguments, given: set[str]
+) -> list[str]:
+    """Set the flags that are not given as a generator distilled for few steps needs them; return lines about it.
+
+    Guidance that has no effect is turned off, except in a set that was begun with it.
+    """
+    lines = []
+    if sources.few_steps is not None:
+        values = {name: value for name, value in vars(sampling_args).items() if name in given}
+        chosen, line = sources.few_steps.choose(values)
+        vars(sampling_args).update(chosen)
+        lines += filter(None, [line])
+    scales, name = sampling_args.guidance_scale, sources.generator.source.name
+    there = recorded_setting(GUIDANCE_SCALE, output_args.output_dir, output_args.overwrite_output_dir)
+    if sources.generator.guidance_parameter is None and max(scales) > 1 and scales != there:
+        sampling_args.guidance_scale = [NO_GUIDANCE]
+        lines.append(
+            f"--guidance_scale {' '.join(f'{scale:g}' for scale in scales)}: no effect on {name}, which "
+            "takes no guidance; the set is recorded without it"
+        )
+    return lines
 
 
 def print_notes(
-    sources: Sources, labels: tuple[int, ...], findings: list, given: set[str], sampling_note: str
+    sources: Sources, labels: tuple[int, ...], findings: list, given: set[str], sampling_notes: list[str]
 ) -> None:  # fmt: skip
     """Print what to know before images are drawn: sampling settings, doubtful class names, excluded classes."""
-    if sampling_note:
-        print(f"{sampling_note}.")
+    for note in sampling_notes:
+        print(f"{note}.")
     print_findings(findings)
     if "exclude_classes" in given and "classes" not in given:
         left_out = [name for label, name in enumerate(sources.class_names) if label not in labels]
@@ -387,11 +403,12 @@ def main(argv=None) -> dict:
         )
 
     # What image number n is made from
-    sources = read_sources(source_args, data_args, prompt_args.class_names_file, output_dir, hub_token)
+    names_file, resolution = prompt_args.class_names_file, sampling_args.resolution
+    sources = read_sources(source_args, data_args, names_file, output_dir, hub_token, resolution)
     if source_args.lora is not None:
         loras = open_loras(source_args.lora, source_args.lora_revision, sources.generator, hub_token)
         sources = replace(sources, loras=loras)
-    sampling_note = choose_sampling(sources, sampling_args, given)
+    sampling_notes = choose_sampling(sources, sampling_args, output_args, given)
     labels = find_labels(prompt_args.classes, prompt_args.exclude_classes, sources.class_names)
     findings = diagnose(*sources.names_of(labels), sources.chosen_nouns)
     if prompt_args.strict_class_names:
@@ -418,7 +435,7 @@ def main(argv=None) -> dict:
     )
     report_quality = open_quality_report(output_args, sources.real_images, source_args.learned_embeds, hub_token)
     if accelerator.is_main_process:
-        print_notes(sources, labels, findings, given, sampling_note)
+        print_notes(sources, labels, findings, given, sampling_notes)
         if prompt_args.write_class_names is not None:
             write_class_names(prompt_args.write_class_names, sources.class_names, sources.prompt_nouns, findings)
     if output_args.dry_run:

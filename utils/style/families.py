@@ -79,6 +79,8 @@ FAMILIES = {
         title="FLUX", prompt_embeddings=("prompt_embeds", "pooled_prompt_embeds"), negative_prompts=False,
         latents_a_side=128,
     ),
+    # the pipeline hard-codes the size
+    "QwenImagePipeline": Family(title="Qwen-Image", latents_a_side=128),
 }  # fmt: skip
 OTHER = Family()
 WITH_STYLE_TOKENS = {kind: family for kind, family in FAMILIES.items() if family.takes_style_tokens}

@@ -16,7 +16,7 @@ from utils.cli.memory import try_in_memory
 from utils.style.families import FAMILIES, OTHER, OWN_SCHEDULER, WITH_STYLE_TOKENS, Family
 from utils.style.saved_pipelines import PROBLEMS
 from utils.style.token import load_learned_embeds
-from utils.synthesis.generators import GUIDANCE_INTERVAL, Generator
+from utils.synthesis.generators import GUIDANCE_INTERVAL, GUIDANCE_SCALE, TRUE_CFG_SCALE, Generator
 from utils.synthesis.guidance import GuidanceInterval, find_denoiser
 from utils.synthesis.learned import CLASS_EMBEDS, ClassTokens
 from utils.synthesis.lora import LoraAdapter
@@ -192,16 +192,17 @@ class Sampler:
     """Draws batches with a pipeline, `num_at_a_time` images at a time, and fewer once memory runs out.
 
     Every call of the pipeline has exactly that number, with the last image repeated if needed: another number would use
-    other kernels, and be compiled again.
+    other kernels, and be compiled again. `guidance_parameter` is the argument of the call that the guidance scale is.
     """
 
     def __init__(
         self, pipe: DiffusionPipeline, *, resolution: int, num_inference_steps: int, num_at_a_time: int,
         negative_prompt: str = "", guidance_interval: tuple[float, float] | None = None, compile_model: bool = False,
-        compile_backend: str = "inductor",
+        compile_backend: str = "inductor", guidance_parameter: str = GUIDANCE_SCALE,
     ):  # fmt: skip
         self.pipe = pipe
         self.negative_prompt = negative_prompt
+        self.guidance_parameter = guidance_parameter
         self.num_at_a_time = num_at_a_time
         self.settings = {"height": resolution, "width": resolution, "num_inference_steps": num_inference_steps}
         self.family = FAMILIES.get(type(pipe).__name__, OTHER)
@@ -257,7 +258,8 @@ class Sampler:
             self.interval.begin(guidance_scale > 1)
         with _quiet():
             output = self.pipe(
-                **self._prompt_arguments(prompts, guidance_scale), **self.settings, guidance_scale=guidance_scale,
+                **self._prompt_arguments(prompts, guidance_scale), **self.settings,
+                **{self.guidance_parameter: guidance_scale},
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds], output_type="pt",
             )  # fmt: skip
         # not all pipelines have a safety checker
@@ -266,8 +268,11 @@ class Sampler:
     def _prompt_arguments(self, prompts: list[str], guidance_scale: float) -> dict:
         if self.cache is not None:
             return self.cache.batch(prompts, with_negative=guidance_scale > 1 and self.family.negative_prompts)
-        if self.negative_prompt:
-            return {"prompt": prompts, "negative_prompt": [self.negative_prompt] * len(prompts)}
+        negative_prompt = self.negative_prompt
+        if self.guidance_parameter == TRUE_CFG_SCALE:  # without a negative prompt, it has no effect
+            negative_prompt = (negative_prompt or " ") if guidance_scale > 1 else ""
+        if negative_prompt:
+            return {"prompt": prompts, "negative_prompt": [negative_prompt] * len(prompts)}
         return {"prompt": prompts}
 
     def _halve(self) -> None:
@@ -292,6 +297,7 @@ def load_sampler(sources: Sources, settings: dict, accelerator: Accelerator) -> 
     return Sampler(
         pipe, **{name: settings[name] for name in names}, num_at_a_time=settings["batch_size"],
         guidance_interval=settings.get(GUIDANCE_INTERVAL), compile_model=settings["torch_compile"],
+        guidance_parameter=sources.generator.guidance_parameter or GUIDANCE_SCALE,
     )  # fmt: skip
 
 

@@ -190,11 +190,12 @@ def read_token_sources(
 
 def read_plain_sources(
     pretrained_model_name_or_path: str, revision: str | None, real_data: RealDataArguments | None,
-    class_names_file: str | None = None, hub_token: str | None = None,
+    class_names_file: str | None = None, hub_token: str | None = None, resolution: int | None = None,
 ) -> Sources:  # fmt: skip
     """Return the sources for images without a style token: a generator and class names.
 
     Class names are those of a real set or, without one, of `class_names_file`, in the order of their label ids.
+    `resolution` is the generator's own by default.
 
     Raises:
         UserError: the generator is neither a folder nor a repository; or from `load_labelled_splits`.
@@ -215,7 +216,7 @@ def read_plain_sources(
         chosen = read_class_names_file(class_names_file, class_names) if class_names_file else {}
     nouns = prompt_nouns(class_names, chosen)
     return Sources(
-        generator, class_names, nouns, set(chosen), record, generator.native_resolution, [PLAIN_TEMPLATE]
+        generator, class_names, nouns, set(chosen), record, resolution or generator.native_resolution, [PLAIN_TEMPLATE]
     )  # fmt: skip
 
 
