@@ -30,7 +30,7 @@ from utils.hub.cards import check_card
 from utils.hub.publishing import publish_folder
 from utils.hub.targets import WITH_PUSH_TO_HUB, HubArguments, open_target
 from utils.synthesis.few_steps import NO_GUIDANCE
-from utils.synthesis.generators import GUIDANCE_INTERVAL, GUIDANCE_PARAMETER, GUIDANCE_SCALE
+from utils.synthesis.generators import GUIDANCE_INTERVAL, GUIDANCE_PARAMETER, GUIDANCE_SCALE, Generator
 from utils.synthesis.learned import CLASS_EMBEDS
 from utils.synthesis.lora import open_loras, record_adapters
 from utils.synthesis.output_folder import (
@@ -278,6 +278,11 @@ def read_sources(
     )
 
 
+def open_adapters(source_args: SourceArguments, generator: Generator, hub_token: str | None) -> tuple:
+    """Return the checked adapters of --lora."""
+    return open_loras(source_args.lora or [], source_args.lora_revision, generator, hub_token)
+
+
 def prepare_prompts(
     sources: Sources, labels: tuple[int, ...], prompt_args: PromptArguments, output_args: OutputArguments
 ) -> tuple[Prompts, dict]:
@@ -405,9 +410,7 @@ def main(argv=None) -> dict:
     # What image number n is made from
     names_file, resolution = prompt_args.class_names_file, sampling_args.resolution
     sources = read_sources(source_args, data_args, names_file, output_dir, hub_token, resolution)
-    if source_args.lora is not None:
-        loras = open_loras(source_args.lora, source_args.lora_revision, sources.generator, hub_token)
-        sources = replace(sources, loras=loras)
+    sources = replace(sources, loras=open_adapters(source_args, sources.generator, hub_token))
     sampling_notes = choose_sampling(sources, sampling_args, output_args, given)
     labels = find_labels(prompt_args.classes, prompt_args.exclude_classes, sources.class_names)
     findings = diagnose(*sources.names_of(labels), sources.chosen_nouns)

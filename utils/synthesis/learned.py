@@ -34,7 +34,7 @@ class ClassTokens:
         prefix = f"{self.source.flag} {self.source.name}: its {self.path.name}"
         try:
             with safe_open(self.path, "np") as rows:
-                tables = [rows.get_tensor(name) for name in sorted(rows.keys())]  # clip_g comes before clip_l
+                tables = [rows.get_tensor(name) for name in sorted(rows.keys())]  # by name
         except (SafetensorError, OSError) as error:
             raise UserError(f"{prefix} cannot be read as safetensors ({error}).") from None
         if not all(abs(table).max(initial=0) < float("inf") for table in tables):
@@ -42,7 +42,7 @@ class ClassTokens:
                 f"{prefix} has NaN or infinite embeddings: the file is damaged, or its training diverged; train it "
                 "again."
             )
-        encoders = sorted(generator.family.text_encoders, key=lambda encoder: encoder.rows)
+        encoders = sorted(generator.family.text_encoders, key=lambda encoder: encoder.rows)  # by name, as well
         shapes = [table.shape for table in tables]
         wanted = [(num_classes, generator.config(encoder.part).get("hidden_size")) for encoder in encoders]
         if len(self.names) != num_classes or shapes != wanted:
