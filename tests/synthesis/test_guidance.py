@@ -10,7 +10,10 @@ from generate_synthetic import main
 from tests.synthesis.test_sampling import assert_same, draw_alone, load
 from tests.synthesis.tokens import open_folder
 from utils.cli.errors import UserError
+from utils.hub.repositories import Source
 from utils.synthesis.generators import Generator
+from utils.synthesis.lora import LoraAdapter
+from utils.synthesis.sources import Sources
 
 pytest_plugins = ["tests.synthesis.fixtures"]
 
@@ -31,7 +34,9 @@ def draw(tmp_path):
 
 
 @pytest.mark.parametrize("negative_prompt", ["", "ugly"])
-def test_true_cfg_scale_gets_the_guidance_with_a_negative_prompt(negative_prompt, tiny_qwen_pipeline_dir, draw):
+def test_true_cfg_scale_gets_the_guidance_with_a_negative_prompt(
+    negative_prompt, tiny_qwen_pipeline_dir, draw, monkeypatch
+):  # fmt: skip
     flags = ["--negative_prompt", negative_prompt] if negative_prompt else []
     settings, rows = draw(tiny_qwen_pipeline_dir, "--guidance_scale", "40", *flags)
     assert (settings["guidance_parameter"], settings["guidance_scale"]) == ("true_cfg_scale", [40.0])
@@ -45,6 +50,11 @@ def test_true_cfg_scale_gets_the_guidance_with_a_negative_prompt(negative_prompt
         settings, rows = draw(tiny_qwen_pipeline_dir, "--guidance_scale", "1", name="unguided")
         assert "guidance_parameter" not in settings
         assert_same(rows[1]["image"], unguided)
+        # an adapter for few steps turns it off, as its scale is not an input of the denoiser
+        lora = LoraAdapter(Source("user/qwen-lightning-4steps", "--lora"), "x.safetensors", 1.0, None, "")
+        monkeypatch.setattr(Source, "has_one_of", lambda *_: False)
+        sources = Sources(open_folder(tiny_qwen_pipeline_dir), [], [], set(), None, 32, [], loras=(lora,))
+        assert (sources.few_steps.num_inference_steps, sources.few_steps.guidance_scale) == (4, 1.0)
 
 
 def test_where_guidance_has_no_effect_it_is_said_and_not_recorded(copy_pipeline, tiny_flux_pipeline_dir, draw, capsys):

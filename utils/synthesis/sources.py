@@ -16,7 +16,7 @@ from utils.data.prompts import AS_WRITTEN, AUTO, CLASS_TOKEN, PLAIN_TEMPLATE, ds
 from utils.hub.repositories import open_source
 from utils.style.families import LEARNED_EMBEDS, OWN_SCHEDULER
 from utils.synthesis.few_steps import FewSteps
-from utils.synthesis.generators import Generator, open_generator
+from utils.synthesis.generators import TRUE_CFG_SCALE, Generator, open_generator
 from utils.synthesis.learned import (
     CLASS_EMBEDS,
     LEARNED_LORA,
@@ -80,7 +80,8 @@ class Sources:
         """How to sample the generator with its adapters; None if they are not distilled for few steps."""
         few_steps = next((lora.few_steps for lora in self.loras if lora.few_steps), None)
         if few_steps and not self.generator.family.scales_model_input:  # flow matching needs its own schedulers
-            few_steps = replace(few_steps, scheduler=OWN_SCHEDULER, scheduler_config={}, guidance_scale=None)
+            scale = few_steps.guidance_scale if self.generator.guidance_parameter == TRUE_CFG_SCALE else None
+            few_steps = replace(few_steps, scheduler=OWN_SCHEDULER, scheduler_config={}, guidance_scale=scale)
         return few_steps or self.generator.few_steps
 
     @property
