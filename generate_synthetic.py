@@ -4,6 +4,7 @@
     accelerate launch generate_synthetic.py --learned_embeds cars-style --num_images_per_class 200 --dry_run
     accelerate launch generate_synthetic.py --learned_embeds cars-style --prompt_set diverse --guidance_scale 2 3 4
     accelerate launch generate_synthetic.py --learned_embeds cars-style --use_style_token false --output_dir cars-plain
+    accelerate launch generate_synthetic.py --learned_embeds cars-style --lora user/watercolour:0.6 user/lcm-lora
     accelerate launch generate_synthetic.py --class_names_file names.yaml \\
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium --mixed_precision bf16
     accelerate launch --multi_gpu --num_processes 8 generate_synthetic.py recipe.yaml --output_dir cars-syn
@@ -29,11 +30,13 @@ from utils.hub.cards import check_card
 from utils.hub.publishing import publish_folder
 from utils.hub.targets import WITH_PUSH_TO_HUB, HubArguments, open_target
 from utils.synthesis.few_steps import NO_GUIDANCE
-from utils.synthesis.generators import GUIDANCE_INTERVAL
-from utils.synthesis.lora import LORA, open_lora
+from utils.synthesis.generators import GUIDANCE_INTERVAL, GUIDANCE_PARAMETER, GUIDANCE_SCALE, Generator
+from utils.synthesis.learned import CLASS_EMBEDS
+from utils.synthesis.lora import open_loras, record_adapters
 from utils.synthesis.output_folder import (
     PUBLISHED_FILES,
     begin_set,
+    has_setting,
     lacks_setting,
     open_output_folder,
     recorded_setting,
@@ -56,6 +59,7 @@ SETTINGS = (
     "images_per_shard", "image_format", "image_quality",
 )  # fmt: skip
 WITH_TOKEN = [with_flag("learned_embeds")]
+WITH_STYLE_TOKEN = Need("with --use_style_token false", lambda values: values["use_style_token"])
 WITH_IMAGES = Need(
     "without --dataset_name or --train_dir",
     lambda values: any(values[name] for name in ("learned_embeds", "dataset_name", "train_dir")), "add one or ",
@@ -74,18 +78,25 @@ class SourceArguments:
     learned_embeds: str | None = option(None, "Style token of train_dsi.py: a folder or a repository id.")
     learned_embeds_revision: str | None = option(None, "Branch, tag or commit of the style token.", needs=WITH_TOKEN)
     use_style_token: bool = option(
-        True, "Whether prompts have the style token; false takes everything else from its record.", needs=WITH_TOKEN
-    )
+        True, "Whether the style token is used, with what was learned along with it; false takes everything else from "
+        "its record.", needs=WITH_TOKEN,
+    )  # fmt: skip
+    use_learned_lora: bool = option(
+        True, "Whether the LoRA that was learned with the style token is fused into the generator.",
+        needs=[*WITH_TOKEN, WITH_STYLE_TOKEN],
+    )  # fmt: skip
     pretrained_model_name_or_path: str | None = option(
         None, "Text-to-image pipeline to use without --learned_embeds: a repository id or a folder."
     )
     revision: str | None = option(None, "Branch, tag or commit of that pipeline.")
-    lora: str | None = option(
-        None, "LoRA adapter to fuse into the generator: ID_OR_FOLDER[/FILE.safetensors][:SCALE], such as "
+    lora: list[str] | None = option(
+        None, "LoRA adapters to fuse into the generator, each as ID_OR_FOLDER[/FILE.safetensors][:SCALE], such as "
         "latent-consistency/lcm-lora-sdv1-5. An adapter distilled for few steps (LCM, Hyper-SD, Lightning, TCD, DMD2, "
         "PCM, Turbo) also sets scheduler, steps and guidance, unless their flags are given.",
     )  # fmt: skip
-    lora_revision: str | None = option(None, "Branch, tag or commit of the adapter.", needs=[with_flag("lora")])
+    lora_revision: list[str] | None = option(
+        None, "Branch, tag or commit of each adapter, in their order.", needs=[with_flag("lora")]
+    )
 
 
 @dataclass
@@ -235,7 +246,7 @@ def check_interval(interval: list[float] | None) -> None:
 
 def read_sources(
     source_args: SourceArguments, data_args: RealDataArguments, class_names_file: str | None, output_dir: str,
-    hub_token: str | None,
+    hub_token: str | None, resolution: int | None,
 ) -> Sources:  # fmt: skip
     """Read generator, class names and token from the record of --learned_embeds, or from the flags without one."""
     generator, token = source_args.pretrained_model_name_or_path, source_args.learned_embeds
@@ -251,8 +262,9 @@ def read_sources(
                     "real images."
                 )
         return read_token_sources(
-            token, source_args.learned_embeds_revision, source_args.use_style_token, class_names_file, hub_token
-        )
+            token, source_args.learned_embeds_revision, source_args.use_style_token, class_names_file, hub_token,
+            source_args.use_learned_lora,
+        )  # fmt: skip
     if generator is None or not (real_images or class_names_file):
         raise UserError(
             "--learned_embeds is missing: a style token's folder or repository id; or, without a token, both "
@@ -262,8 +274,13 @@ def read_sources(
         check_real_images_given(data_args)
         check_output_outside(output_dir, data_args)
     return read_plain_sources(
-        generator, source_args.revision, data_args if real_images else None, class_names_file, hub_token
+        generator, source_args.revision, data_args if real_images else None, class_names_file, hub_token, resolution
     )
+
+
+def open_adapters(source_args: SourceArguments, generator: Generator, hub_token: str | None) -> tuple:
+    """Return the checked adapters of --lora."""
+    return open_loras(source_args.lora or [], source_args.lora_revision, generator, hub_token)
 
 
 def prepare_prompts(
@@ -298,13 +315,17 @@ def collect_settings(sources: Sources, plan: GenerationPlan, prompt_settings: di
     source, output = sources.generator.source, (options["output_dir"], options["overwrite_output_dir"])
     few_steps = sources.few_steps if options["scheduler"] is None else None
     later = {
-        GUIDANCE_INTERVAL: options[GUIDANCE_INTERVAL], **(sources.lora.to_dict() if sources.lora else {LORA: None}),
+        GUIDANCE_INTERVAL: options[GUIDANCE_INTERVAL], **record_adapters(sources.loras),
         SCHEDULER_CONFIG: few_steps and few_steps.scheduler_config or None,
     }  # fmt: skip
     later = {name: value for name, value in later.items() if value is not None or not lacks_setting(name, *output)}
     # a repository is identified by its commit
     if source.is_local and not lacks_setting(GENERATOR_CONTENTS, *output):
         later[GENERATOR_CONTENTS] = sources.generator.identity
+    learned = sources.learned_settings | ({} if plan.prompts.class_tokens else {CLASS_EMBEDS: None})
+    parameter = sources.generator.guidance_parameter
+    learned[GUIDANCE_PARAMETER] = parameter if parameter != GUIDANCE_SCALE and max(plan.guidance_scales) > 1 else None
+    later |= {name: value for name, value in learned.items() if value is not None or has_setting(name, *output)}
     return {
         "generator": source.name, "generator_revision": source.revision, **later,
         "learned_embeds_sha256": sources.token.sha256 if sources.token else None,
@@ -316,22 +337,36 @@ def collect_settings(sources: Sources, plan: GenerationPlan, prompt_settings: di
     }  # fmt: skip
 
 
-def choose_sampling(sources: Sources, sampling_args: SamplingArguments, given: set[str]) -> str:
-    """Set the flags that are not given as a generator distilled for few steps needs them; return a line about it."""
-    if sources.few_steps is None:
-        return ""
-    values = {name: value for name, value in vars(sampling_args).items() if name in given}
-    chosen, line = sources.few_steps.choose(values)
-    vars(sampling_args).update(chosen)
-    return line
+def choose_sampling(
+    sources: Sources, sampling_args: SamplingArguments, output_args: OutputArguments, given: set[str]
+) -> list[str]:
+    """Set the flags that are not given as a generator distilled for few steps needs them; return lines about it.
+
+    Guidance that has no effect is turned off, except in a set that was begun with it.
+    """
+    lines = []
+    if sources.few_steps is not None:
+        values = {name: value for name, value in vars(sampling_args).items() if name in given}
+        chosen, line = sources.few_steps.choose(values)
+        vars(sampling_args).update(chosen)
+        lines += filter(None, [line])
+    scales, name = sampling_args.guidance_scale, sources.generator.source.name
+    there = recorded_setting(GUIDANCE_SCALE, output_args.output_dir, output_args.overwrite_output_dir)
+    if sources.generator.guidance_parameter is None and max(scales) > 1 and scales != there:
+        sampling_args.guidance_scale = [NO_GUIDANCE]
+        lines.append(
+            f"--guidance_scale {' '.join(f'{scale:g}' for scale in scales)}: no effect on {name}, which "
+            "takes no guidance; the set is recorded without it"
+        )
+    return lines
 
 
 def print_notes(
-    sources: Sources, labels: tuple[int, ...], findings: list, given: set[str], sampling_note: str
+    sources: Sources, labels: tuple[int, ...], findings: list, given: set[str], sampling_notes: list[str]
 ) -> None:  # fmt: skip
     """Print what to know before images are drawn: sampling settings, doubtful class names, excluded classes."""
-    if sampling_note:
-        print(f"{sampling_note}.")
+    for note in sampling_notes:
+        print(f"{note}.")
     print_findings(findings)
     if "exclude_classes" in given and "classes" not in given:
         left_out = [name for label, name in enumerate(sources.class_names) if label not in labels]
@@ -373,11 +408,10 @@ def main(argv=None) -> dict:
         )
 
     # What image number n is made from
-    sources = read_sources(source_args, data_args, prompt_args.class_names_file, output_dir, hub_token)
-    if source_args.lora is not None:
-        sources = replace(sources, lora=open_lora(source_args.lora, source_args.lora_revision, hub_token))
-        sources.lora.check(sources.generator)
-    sampling_note = choose_sampling(sources, sampling_args, given)
+    names_file, resolution = prompt_args.class_names_file, sampling_args.resolution
+    sources = read_sources(source_args, data_args, names_file, output_dir, hub_token, resolution)
+    sources = replace(sources, loras=open_adapters(source_args, sources.generator, hub_token))
+    sampling_notes = choose_sampling(sources, sampling_args, output_args, given)
     labels = find_labels(prompt_args.classes, prompt_args.exclude_classes, sources.class_names)
     findings = diagnose(*sources.names_of(labels), sources.chosen_nouns)
     if prompt_args.strict_class_names:
@@ -399,10 +433,12 @@ def main(argv=None) -> dict:
     folder = open_output_folder(output_dir, settings, plan.num_images_per_class, output_args.overwrite_output_dir)
     check_card(folder.path / "README.md")
     sources.generator.check(settings)
-    check_prompts_fit(sources.generator, prompts.longest(), *sources.placeholder, prompts.flag)
+    check_prompts_fit(
+        sources.generator, prompts.longest(), *sources.placeholder, prompts.flag, sources.class_token_names
+    )
     report_quality = open_quality_report(output_args, sources.real_images, source_args.learned_embeds, hub_token)
     if accelerator.is_main_process:
-        print_notes(sources, labels, findings, given, sampling_note)
+        print_notes(sources, labels, findings, given, sampling_notes)
         if prompt_args.write_class_names is not None:
             write_class_names(prompt_args.write_class_names, sources.class_names, sources.prompt_nouns, findings)
     if output_args.dry_run:

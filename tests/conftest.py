@@ -100,6 +100,7 @@ tiny_pipeline_dir = pipeline_fixture("tiny-pipeline", "stable_diffusion")
 tiny_xl_pipeline_dir = pipeline_fixture("tiny-xl-pipeline", "stable_diffusion_xl")
 tiny_sd3_pipeline_dir = pipeline_fixture("tiny-sd3-pipeline", "stable_diffusion_3")
 tiny_flux_pipeline_dir = pipeline_fixture("tiny-flux-pipeline", "flux")
+tiny_qwen_pipeline_dir = pipeline_fixture("tiny-qwen-pipeline", "qwen_image")
 
 
 @contextmanager

@@ -129,4 +129,28 @@ def flux(tokenizer: CLIPTokenizer) -> diffusers.FluxPipeline:
     )  # fmt: skip
 
 
-PIPELINES = {build.__name__: build for build in (stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux)}
+def qwen_image(tokenizer: CLIPTokenizer) -> diffusers.QwenImagePipeline:
+    """Return one whose guidance is `true_cfg_scale`, with a negative prompt; its tokenizer is that of CLIP."""
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 512,
+            "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return diffusers.QwenImagePipeline(
+        transformer=diffusers.QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=diffusers.AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+            latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        ),
+        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config), tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+PIPELINES = {
+    build.__name__: build for build in (stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux, qwen_image)
+}

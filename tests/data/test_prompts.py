@@ -4,10 +4,12 @@ from utils.cli.errors import UserError
 from utils.data.prompts import (
     AS_WRITTEN,
     AUTO,
+    CLASS_TOKEN,
     CLASSLESS_TEMPLATE,
     DSI_TEMPLATE,
     PLAIN_TEMPLATE,
     check_template,
+    dsi_template,
     read_templates_file,
     render_prompt,
     token_text,
@@ -37,6 +39,14 @@ def test_the_article_before_the_class_follows_the_noun(template, noun, expected)
     assert render_prompt(template, noun, "<s>", AS_WRITTEN) == as_written
 
 
+def test_further_placeholders_are_filled_once():
+    template = dsi_template([CLASS_TOKEN])
+    check_template(template, needs_token=True, others={CLASS_TOKEN: True})
+    prompt = render_prompt(template, "{token}", "<s>", class_token="<c-3>")
+    assert prompt == "A <c-3> {token} photo in the style of <s>"
+    assert dsi_template() == DSI_TEMPLATE
+
+
 def test_check_template_accepts_the_default_templates():
     check_template(DSI_TEMPLATE, needs_token=True)
     check_template(PLAIN_TEMPLATE, needs_token=False)
@@ -50,6 +60,12 @@ def test_check_template_accepts_the_default_templates():
         ("a {class}", {}, "has no {token}; try '" + DSI_TEMPLATE),
         ("a {class} in {token}", {"needs_token": False}, "has {token}, but there is no style token"),
         ("a photo", {"needs_token": False}, "has no {class}; try '" + PLAIN_TEMPLATE),
+        ("a {class_token} {class} in {token}", {}, "has {class_token}, but there are no class tokens .train_dsi"),
+        (
+            "a {class} in {token}",
+            {"others": {CLASS_TOKEN: True}},
+            "has no {class_token}; try 'A {class_token} {class} photo in the style of {token}'",
+        ),
         ("a {klass} in {token}", {}, "has {klass}, which nothing fills"),
         ("a {class} in {token} {}", {}, "has {}, which nothing fills"),
         ("a {class} in {token}", {"needs_class": False}, "--include_class_name false: template .* has {class}"),

@@ -1,12 +1,16 @@
 """The weights that are loaded for a pipeline's parts."""
 
 import logging
+import re
+import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from utils.cli.errors import UserError
 from utils.hub.repositories import Source
-from utils.style.saved_pipelines import find_variants, read_config
+from utils.style.saved_pipelines import find_variants, open_pipeline, read_config
 
 pytest_plugins = ["tests.local_hub.fixtures"]
 PARTS = ("text_encoder", "vae", "unet")
@@ -93,3 +97,39 @@ def test_a_repositorys_files_are_known_on_line_and_from_the_cache(local_hub, mon
     hf_hub_download("ann/half", HALF[0], revision=revision)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert find_variants(source, PARTS) == {"text_encoder": "fp16"}
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("conditioner.embedders.1.model.x", "single file; .* StableDiffusionXLPipeline.from_single_file.'{}'."),
+        ("cond_stage_model.transformer.x", "single file; .* StableDiffusionPipeline.from_single_file.'{}'."),
+        ("model.diffusion_model.x", "is a file, but no checkpoint of Stable Diffusion 1.x and 2.x or Stable Diffusion"),
+        (None, "cannot be read as safetensors"),
+    ],
+)
+def test_a_single_file_is_one_line_that_says_how_to_convert_it(key, message, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({key: np.zeros(1)}, path) if key else path.write_bytes(b"x")
+    with pytest.raises(UserError, match=f"^--model {path}: .*{message.format(re.escape(str(path)))}"):
+        open_pipeline(str(path), "--model", None, None)
+    if key:  # the folder of such a file
+        with pytest.raises(
+            UserError, match=f"^--model {tmp_path}: has no model_index.json; its model.safetensors is a"
+        ):
+            open_pipeline(str(tmp_path), "--model", None, None)
+
+
+def test_a_denoiser_alone_is_one_line_whose_command_makes_a_pipeline(tiny_pipeline_dir, tmp_path, local_hub):
+    shutil.copytree(tiny_pipeline_dir / "unet", tmp_path / "unet")
+    for folder in (tmp_path, tmp_path / "unet"):
+        with pytest.raises(UserError, match=f"^--model {folder}: is a UNet2DConditionModel alone; put it") as error:
+            open_pipeline(str(folder), "--model", None, None)
+        code = str(error.value).split('"')[1].replace("BASE_MODEL", str(tiny_pipeline_dir))
+        exec(code.replace("FOLDER", str(tmp_path / "made")))
+        assert open_pipeline(str(tmp_path / "made"), "--model", None, None)[1] == "StableDiffusionPipeline"
+        shutil.rmtree(tmp_path / "made")
+    local_hub.create_repo("ann/photo", "model").commit({"photo.ckpt": b"x", "README.md": b"x"})
+    url = "https://huggingface.co/ann/photo/blob/[0-9a-f]{40}/photo.ckpt"
+    with pytest.raises(UserError, match=f"its photo.ckpt is a checkpoint .*PIPELINE.from_single_file.'{url}'.*XLPipe"):
+        open_pipeline("ann/photo", "--model", None, None)

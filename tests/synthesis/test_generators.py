@@ -15,7 +15,7 @@ from utils.style.families import FAMILIES, Family
 from utils.style.token import save_learned_embeds
 from utils.synthesis.generators import open_generator
 from utils.synthesis.sampling import Sampler, load_pipeline
-from utils.synthesis.sources import StyleToken
+from utils.synthesis.sources import StyleToken, read_plain_sources
 
 pytest_plugins = ["tests.synthesis.fixtures", "tests.local_hub.fixtures"]
 KINDS = ["tiny_pipeline_dir", "tiny_xl_pipeline_dir", "tiny_sd3_pipeline_dir", "tiny_flux_pipeline_dir"]
@@ -47,10 +47,13 @@ def test_the_arguments_of_a_generator_are_known_before_it_loads(
     assert generator.takes_negative_prompt is takes_negative_prompt
 
 
-def test_a_generator_without_a_resolution_in_its_config_needs_the_flag(copy_pipeline):
+def test_a_generator_without_a_resolution_in_its_config_needs_the_flag(copy_pipeline, tmp_path):
     generator = open_folder(copy_pipeline("tiny_flux_pipeline_dir", index={"_class_name": "ChromaPipeline"}))
     with pytest.raises(UserError, match="^--model .*copied: its configs do not give .*; add --resolution.$"):
         _ = generator.native_resolution
+    (tmp_path / "names.txt").write_text("dog\n")
+    sources = read_plain_sources(generator.source.name, None, None, str(tmp_path / "names.txt"), resolution=48)
+    assert sources.resolution == 48
 
 
 @pytest.mark.parametrize(

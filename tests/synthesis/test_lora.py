@@ -6,8 +6,10 @@ import logging
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from datasets import load_dataset
 from diffusers import DiffusionPipeline, LCMScheduler
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -26,13 +28,13 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 CPU = torch.device("cpu")
 
 
-def save_lora(pipeline_dir, folder):
+def save_lora(pipeline_dir, folder, seed=0):
     """Write a large random adapter of the denoiser's attention, as diffusers' scripts do."""
     pipe = DiffusionPipeline.from_pretrained(pipeline_dir)
     part = "unet" if "unet" in pipe.components else "transformer"
     denoiser = pipe.components[part]
     denoiser.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v"]))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     for name, parameter in denoiser.named_parameters():
         if "lora" in name:
             torch.nn.init.normal_(parameter)
@@ -58,7 +60,7 @@ def test_images_are_those_that_the_pipeline_draws_with_the_adapter(kind, request
     folder = request.getfixturevalue(kind)
     lora = open_lora(f"{save_lora(folder, tmp_path / 'lora')}:0.5", None, None)
     lora.check(open_folder(folder))
-    pipe = load_pipeline(open_folder(folder), None, "default", torch.float32, CPU, lora)
+    pipe = load_pipeline(open_folder(folder), None, "default", torch.float32, CPU, [lora])
     pixels, _ = Sampler(pipe, resolution=32, num_inference_steps=2, num_at_a_time=3).draw(PROMPTS, SEEDS, 4.0)
     assert not hasattr(pipe.components.get("unet", pipe.components.get("transformer")), "peft_config")
     user = DiffusionPipeline.from_pretrained(folder)
@@ -104,6 +106,44 @@ def test_a_distilled_adapter_brings_its_scheduler_steps_and_guidance(flags, lora
         with pytest.raises(UserError, match=f"was made with other settings .*{difference}"):
             main([*flags, *other])
     assert shard_hashes(tmp_path / "set") == before
+
+
+def test_several_adapters_are_fused_and_recorded_as_lists(tiny_pipeline_dir, flags, lora_dir, tmp_path):
+    other = save_lora(tiny_pipeline_dir, tmp_path / "other", seed=1)
+    main([*flags, "--num_inference_steps", "2", "--lora", f"{lora_dir}:0.5", str(other)])
+    settings = json.loads((tmp_path / "set/generation_config.json").read_text())["settings"]
+    lists = {"lora": [str(lora_dir), str(other)], "lora_scale": [0.5, 1.0], "lora_filename": [WEIGHTS] * 2}
+    assert settings == settings | lists | {"scheduler": "LCMScheduler"}
+    card = (tmp_path / "set/README.md").read_text()
+    assert card.count("with the LoRA adapter") == 2 and "of the adapters and of the real" in card
+    assert f"- `{other}`: " in card
+    row = load_dataset(str(tmp_path / "set"), split="train")[1]
+    user = DiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+    user.scheduler = LCMScheduler.from_config(user.scheduler.config)
+    user.load_lora_weights(lora_dir, adapter_name="a")
+    user.load_lora_weights(other, adapter_name="b")
+    user.set_adapters(["a", "b"], [0.5, 1.0])
+    expected = draw_alone(user, row["prompt"], row["seed"], guidance_scale=1.0)
+    user.set_adapters(["a"], [0.5])
+    of_one = draw_alone(user, row["prompt"], row["seed"], guidance_scale=1.0)
+    assert abs(np.asarray(row["image"]) - expected).max() <= 4 < 20 < abs(of_one - expected).max()
+    with pytest.raises(UserError, match="lora_scale was .0.5, 1.0., now .0.5, 2.0."):
+        main([*flags, "--num_inference_steps", "2", "--lora", f"{lora_dir}:0.5", f"{other}:2"])
+    with pytest.raises(UserError, match="2 of them set how to sample .*: the name lcm-lora says; .*; give only one"):
+        main([*flags, "--lora", str(lora_dir), f"{lora_dir}:0.5"])
+    with pytest.raises(UserError, match="--lora_revision main: has 1 values for 2 adapters; give one for each"):
+        main([*flags, "--lora", str(lora_dir), str(other), "--lora_revision", "main"])
+
+
+def test_an_adapter_for_other_channels_is_one_line_before_a_model_loads(lora_dir, flags, copy_pipeline, monkeypatch):
+    from diffusers import AutoPipelineForText2Image
+
+    monkeypatch.setattr(AutoPipelineForText2Image, "from_pretrained", lambda *_, **__: pytest.fail("loaded a model"))
+    wider = copy_pipeline(unet={"block_out_channels": [12, 24]})
+    with pytest.raises(
+        UserError, match=r"^--lora .*: is for another model: attention of down_blocks.0 has 8 channels in it, 12 in "
+    ):
+        main([*flags, "--pretrained_model_name_or_path", str(wider), "--lora", str(lora_dir)])
 
 
 def test_flags_override_the_adapters_settings(flags, lora_dir, tmp_path, capsys):
@@ -247,7 +287,7 @@ def test_nan_weights_are_found_before_an_image_is_drawn(
 
 def test_an_adapter_of_another_architecture_gives_only_our_line(lora_dir, flags):
     weights = load_file(lora_dir / WEIGHTS)
-    others = {name: torch.zeros(2, 7) for name in weights if "to_q.lora_A" in name}
+    others = {name: torch.zeros(2, 7) for name in weights if "to_v.lora_A" in name}
     save_file(weights | others, lora_dir / WEIGHTS)
     said = []
     (handler := logging.Handler()).emit = lambda record: said.append(record.getMessage())

@@ -36,6 +36,7 @@ class Family:
     them, prompts are passed as text. `negative_prompts` says whether `guidance_scale` applies to a negative prompt;
     None: the parameters of the call tell. `latents_a_side` is the native size if the denoiser's config has none.
     `default_scheduler` is used for models that are made for many steps and trained with its noise.
+    `checkpoint_key` begins the names of some weights in a single-file checkpoint, and in no other family's.
     `scales_model_input` says whether the pipeline uses its scheduler as Stable Diffusion does, and
     `normalizes_latents` whether it uses the mean and deviation of latents in a VAE's config.
     """
@@ -46,6 +47,7 @@ class Family:
     negative_prompts: bool | None = None
     latents_a_side: int | None = None
     default_scheduler: str = OWN_SCHEDULER
+    checkpoint_key: str | None = None
     scales_model_input: bool = False
     normalizes_latents: bool = False
 
@@ -69,10 +71,12 @@ FAMILIES = {
     "StableDiffusionPipeline": Family(
         title="Stable Diffusion 1.x and 2.x", text_encoders=(CLIP_L,), prompt_embeddings=EMBEDDINGS,
         negative_prompts=True, default_scheduler=FAST_SCHEDULER, scales_model_input=True,
+        checkpoint_key="cond_stage_model.",
     ),
     "StableDiffusionXLPipeline": Family(
         title="Stable Diffusion XL", text_encoders=(CLIP_L, CLIP_G), prompt_embeddings=POOLED_EMBEDDINGS,
         negative_prompts=True, default_scheduler=FAST_SCHEDULER, scales_model_input=True, normalizes_latents=True,
+        checkpoint_key="conditioner.embedders.1.",
     ),
     "StableDiffusion3Pipeline": Family(
         title="Stable Diffusion 3", prompt_embeddings=POOLED_EMBEDDINGS, negative_prompts=True
@@ -82,6 +86,8 @@ FAMILIES = {
         title="FLUX", prompt_embeddings=("prompt_embeds", "pooled_prompt_embeds"), negative_prompts=False,
         latents_a_side=128,
     ),
+    # the pipeline hard-codes the size
+    "QwenImagePipeline": Family(title="Qwen-Image", latents_a_side=128),
 }  # fmt: skip
 OTHER = Family()
 WITH_STYLE_TOKENS = {kind: family for kind, family in FAMILIES.items() if family.takes_style_tokens}

@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from utils.cli.contents import list_files
 from utils.cli.errors import UserError
@@ -20,6 +21,8 @@ SHARD = r"(?:-\d{5}-of-\d{5})?"
 # files of diffusers and transformers, whole or in shards: model.safetensors, model.fp16-00001-of-00002.safetensors
 SAFETENSORS = re.compile(rf"(?:diffusion_pytorch_)?model(?:\.(\w+))?{SHARD}(?:\.(\w+))?\.safetensors")
 PICKLED = re.compile(r"(?:diffusion_)?pytorch_model.*\.(?:bin|ckpt|pt|pth)")
+SINGLE_FILES = (".safetensors", ".ckpt")
+DENOISERS = ("UNet2DConditionModel", "Transformer2DModel")
 VARIANT = "fp16"
 INDEX = "model_index.json"
 # raised by the libraries for configs and weights that do not match
@@ -130,15 +133,78 @@ def open_pipeline(name: str, flag: str, revision: str | None, token: str | None)
 
     Raises:
         UserError: it is neither a folder nor a repository, cannot be read, or is not a pipeline. For a repository that
-            was removed, the message names its mirror.
+            was removed, the message names its mirror; for a single file or a denoiser alone, it says how to make a
+            pipeline of it.
     """
+    if Path(name).is_file():
+        is_checkpoint = name.endswith(SINGLE_FILES)
+        advice = _advise_single_file(name, Path(name)) if is_checkpoint else f"is a file, not a folder of {EXPECTED}"
+        raise UserError(f"{flag} {name}: {advice}.")
     try:
         source = open_source(name, flag, revision=revision, token=token)
     except UserError:
         if name not in MIRRORS:
             raise
         raise UserError(f"{flag} {name}: was removed from the Hub; its mirror is {MIRRORS[name]}.") from None
-    return source, read_config(source, INDEX).get("_class_name")
+    try:
+        index = read_config(source, INDEX)
+    except UserError:
+        if advice := _advise_other_contents(source):
+            raise UserError(f"{flag} {name}: {advice}.") from None
+        raise
+    return source, index.get("_class_name")
+
+
+def _advise_single_file(name: str, weights: Path | None) -> str:
+    """Say how to convert a checkpoint in a single file: its path or URL, and the file if it is here."""
+    kinds = [kind for kind, family in FAMILIES.items() if family.checkpoint_key]
+    if weights is not None and weights.suffix == ".safetensors":
+        try:
+            with safe_open(weights, "np") as opened:
+                keys = list(opened.keys())
+        except (SafetensorError, OSError) as error:
+            return f"cannot be read as safetensors ({error})"
+        kinds = [kind for kind in kinds if any(key.startswith(FAMILIES[kind].checkpoint_key) for key in keys)]
+        if not kinds:
+            titles = " or ".join(family.title for family in FAMILIES.values() if family.checkpoint_key)
+            return (
+                f"is a file, but no checkpoint of {titles} with its text encoders; give a folder or repository of "
+                f"{EXPECTED} (a LoRA adapter goes to --lora)"
+            )
+    kind = kinds[0] if len(kinds) == 1 else "PIPELINE"
+    choice = "" if len(kinds) == 1 else f" (PIPELINE: {' or '.join(kinds)})"
+    return (
+        f"is a checkpoint in a single file; convert it once, with network access for its configs: python -c "
+        f"\"from diffusers import {kind}; {kind}.from_single_file('{name}').save_pretrained('FOLDER')\"{choice}, and "
+        "give FOLDER"
+    )
+
+
+def _advise_other_contents(source: Source) -> str | None:
+    """Say how to make a pipeline of a folder or repository that has none; None if that is not known."""
+    try:
+        names = source.list_files()
+    except UserError:
+        return None
+    if INDEX in names:
+        return None
+    for part in ("", "unet/", "transformer/"):
+        config = read_config(source, f"{part}config.json") if f"{part}config.json" in names else {}
+        kind = str(config.get("_class_name"))
+        if kind.endswith(DENOISERS):
+            place = f"'{source.name}'" + (f", subfolder='{part.rstrip('/')}'" if part else "")
+            role = "unet" if kind.startswith("UNet") else "transformer"
+            return (
+                f'is a {kind} alone; put it into its base model once: python -c "from diffusers import '
+                f"DiffusionPipeline, {kind}; DiffusionPipeline.from_pretrained('BASE_MODEL', {role}={kind}"
+                f".from_pretrained({place})).save_pretrained('FOLDER')\", and give FOLDER"
+            )
+    single = [name for name in names if name.endswith(SINGLE_FILES) and "/" not in name and "lora" not in name.lower()]
+    if not single:
+        return None
+    path = Path(source.name) / single[0] if source.is_local else None
+    where = str(path or f"https://huggingface.co/{source.name}/blob/{source.revision}/{single[0]}")
+    return f"has no {INDEX}; its {single[0]} {_advise_single_file(where, path)}"
 
 
 def unsupported_class_error(source: Source, pipeline_class, supported: list[str]) -> UserError:

@@ -191,5 +191,6 @@ def print_prompts(plan: GenerationPlan, sources: Sources) -> None:
     names, _ = sources.names_of(plan.labels)
     print(f"{len(names)} classes: {', '.join(names[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''}")
     examples = [prompt for label in plan.labels[:MAX_CLASSES] for prompt in example_prompts(plan.prompts, label)]
-    for prompt, count in zip(examples, count_prompt_tokens(sources.generator, examples, *sources.placeholder)):
+    counts = count_prompt_tokens(sources.generator, examples, *sources.placeholder, sources.class_token_names)
+    for prompt, count in zip(examples, counts):
         print(f"  {prompt!r} ({count} tokens)")

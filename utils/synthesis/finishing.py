@@ -17,7 +17,7 @@ from utils.cli.records import GENERATION_CONFIG, image_set_name, read_record, wr
 from utils.data.name_doctor import Finding, write_class_names
 from utils.hub.cards import FUNCTIONS, License, code, common_license, hub_ids, read_licenses, save_card
 from utils.hub.targets import Target
-from utils.synthesis.lora import LORA
+from utils.synthesis.lora import LORA, recorded_adapters
 from utils.synthesis.output_folder import CLASS_NAMES, PREVIEW, QUALITY_RECORD, report_removed
 from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.shards import Shards, synthetic_features
@@ -88,8 +88,7 @@ def write_card(shards: Shards, record: dict, command: str, hub_target: Target | 
     """
     generator, real = record["generator"], record["real_images"]
     settings, sources = record["settings"], [(generator["id"], "model", generator["revision"])]
-    if settings.get(LORA) is not None:
-        sources.append((settings[LORA], "model", settings["lora_revision"]))
+    sources += [(adapter[LORA], "model", adapter["lora_revision"]) for adapter in recorded_adapters(settings)]
     if real is not None:
         sources.append((image_set_name(real), "dataset", real["dataset_revision"]))
     path = shards.output_dir / QUALITY_RECORD
@@ -118,7 +117,8 @@ def write_dataset_card(
         UserError: the existing card's metadata are malformed.
     """
     output_dir = Path(output_dir)
-    models = hub_ids(record["generator"]["id"], record["settings"].get(LORA))
+    adapters = recorded_adapters(record["settings"])
+    models = hub_ids(record["generator"]["id"], *(adapter[LORA] for adapter in adapters))
     num_bytes = sum(path.stat().st_size for path in output_dir.glob("data/train-*.parquet"))
     metadata = DatasetCardData(
         **common_license(licenses.values()).to_metadata(),
@@ -135,7 +135,8 @@ def write_dataset_card(
     card = DatasetCard.from_template(
         metadata, template_path=str(CARD), name=hub_id or output_dir.resolve().name, record=record,
         real=record["real_images"] and image_set_name(record["real_images"]), settings=record["settings"],
-        prompts=prompts, quality=quality, licenses=licenses, command=command, setting=format_setting, **FUNCTIONS,
+        adapters=adapters, prompts=prompts, quality=quality, licenses=licenses, command=command, setting=format_setting,
+        **FUNCTIONS,
     )  # fmt: skip
     save_card(card, output_dir / "README.md")
 

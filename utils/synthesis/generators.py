@@ -1,6 +1,7 @@
 """Generators: any text-to-image pipeline of diffusers, checked by its configs before it loads."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -11,7 +12,10 @@ from utils.style.schedulers import CONSISTENCY_SCHEDULERS
 from utils.synthesis.few_steps import NO_GUIDANCE, FewSteps, find_few_steps
 
 # arguments that the sampler passes to a pipeline besides the prompts
-CALL_ARGUMENTS = {"height", "width", "num_inference_steps", "guidance_scale", "generator", "output_type"}
+CALL_ARGUMENTS = {"height", "width", "num_inference_steps", "generator", "output_type"}
+# those that guidance goes to
+GUIDANCE_SCALE, TRUE_CFG_SCALE = "guidance_scale", "true_cfg_scale"
+GUIDANCE_PARAMETER = "guidance_parameter"  # among a set's settings, if it is another one than guidance_scale
 # it draws noise for the whole batch from its own generator, so images would depend on their batch
 UNFIT_SCHEDULERS = {"DPMSolverSDEScheduler"}
 GUIDANCE_INTERVAL = "guidance_interval"  # among a set's settings
@@ -28,10 +32,25 @@ class Generator(SavedPipeline):
 
     @property
     def takes_negative_prompt(self) -> bool:
-        """Whether a negative prompt works with `guidance_scale`; FLUX and similar models need a separate scale."""
+        """Whether a negative prompt works with guidance; FLUX and similar models take the scale as an input."""
         if self.family.negative_prompts is not None:
             return self.family.negative_prompts
-        return "negative_prompt" in self.call_parameters and "true_cfg_scale" not in self.call_parameters
+        if TRUE_CFG_SCALE in self.call_parameters and self.guidance_parameter != TRUE_CFG_SCALE:
+            return False
+        return "negative_prompt" in self.call_parameters
+
+    @cached_property
+    def guidance_parameter(self) -> str | None:
+        """The parameter of the pipeline's call that the guidance scale goes to; None if guidance has no effect.
+
+        A pipeline with `true_cfg_scale` guides by a negative prompt, which it then needs, and ignores `guidance_scale`,
+        unless its denoiser takes that as an input (`guidance_embeds`), as FLUX.1-dev does, but not FLUX.1-schnell.
+        """
+        if self._index.get("is_distilled") is True:  # of FLUX.2-klein
+            return None
+        if TRUE_CFG_SCALE not in self.call_parameters or self.denoiser_config.get("guidance_embeds"):
+            return GUIDANCE_SCALE
+        return None if self.family.negative_prompts is False else TRUE_CFG_SCALE
 
     @property
     def takes_guidance_interval(self) -> bool:
@@ -139,6 +158,10 @@ class Generator(SavedPipeline):
             ) from None
 
 
+def _takes_all_arguments(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return parameters.keys() >= CALL_ARGUMENTS and bool(parameters.keys() & {GUIDANCE_SCALE, TRUE_CFG_SCALE})
+
+
 def open_generator(name: str, flag: str, revision: str | None, hub_token: str | None) -> Generator:
     """Return a text-to-image pipeline, pinned to a commit, after a check of its `model_index.json`.
 
@@ -153,7 +176,7 @@ def open_generator(name: str, flag: str, revision: str | None, hub_token: str | 
         kind.__name__
         for kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()
         # a ControlNet also needs an image
-        if "Control" not in kind.__name__ and CALL_ARGUMENTS.issubset(inspect.signature(kind.__call__).parameters)
+        if "Control" not in kind.__name__ and _takes_all_arguments(inspect.signature(kind.__call__).parameters)
     ]
     if pipeline_class not in supported:
         raise unsupported_class_error(source, pipeline_class, supported)

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -33,20 +34,28 @@ SAMPLING_VALUES = {
     ),
     "scheduler_config": ("a mapping", lambda value: isinstance(value, dict)),
 }
+DOWN = r"\W?(?:lora_A|lora_down|lora\.down|_lora\.down|lora_linear_layer\.down)"
 TEXT_LAYER = re.compile(r"attn2.to_k\W?(lora_A|lora_down|lora\.down|lora_linear_layer\.down)|attn2_to_k\.lora_down")
+# attention of a U-Net: its block, and the block's number
+UNET_LAYER = re.compile(rf"(down_blocks|up_blocks|mid_block)[._](\d*).*attn[12]\W?(?:processor\.)?_?to_q{DOWN}")
+ENCODER_LAYER = re.compile(rf"(text_encoder(?:_2)?)\..*q_proj{DOWN}")
 MAX_LISTED = 8
 INCONSISTENT, LAYER_NAME = "an inconsistency was discovered", re.compile(r"'([\w.]+)'")  # in the warning of peft
 
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """An adapter: its file in a source pinned to a commit, and its scale."""
+    """An adapter: its file in a source pinned to a commit, and its scale.
+
+    One that `is_learned` belongs to a style token, and is not for few steps, whatever the token is called.
+    """
 
     source: Source
     filename: str
     scale: float
     path: Path
     sha256: str
+    is_learned: bool = False
 
     def to_dict(self) -> dict:
         """Return the adapter's entries in a record."""
@@ -62,6 +71,8 @@ class LoraAdapter:
         Raises:
             UserError: that file is malformed.
         """
+        if self.is_learned:
+            return None
         folder = str(PurePosixPath(self.filename).parent)
         path = SAMPLING if folder == "." else f"{folder}/{SAMPLING}"
         if not self.source.has_one_of([path]):
@@ -86,7 +97,7 @@ class LoraAdapter:
         """Check that it fits this generator, as far as its file shows.
 
         Raises:
-            UserError: it is not an adapter, its text width differs, or it has NaN or infinite weights.
+            UserError: it is not an adapter, is for a model of another size, or has NaN or infinite weights.
         """
         prefix = f"{self.source.flag} {self.source.name}/{self.filename}:"
         try:
@@ -110,6 +121,13 @@ class LoraAdapter:
                 f"{prefix} is for a model with text embeddings of {min(widths)} numbers, those of "
                 f"{generator.source.name} have {wanted}; choose an adapter for this generator."
             )
+        for key, shape in shapes.items():
+            for layer, size in _find_sizes(key, generator):
+                if len(shape) == 2 and shape[1] != size:
+                    raise UserError(
+                        f"{prefix} is for another model: {layer} has {shape[1]} channels in it, {size} in "
+                        f"{generator.source.name}; choose an adapter for this generator."
+                    )
         if self.few_steps is not None and generator.family.scales_model_input:
             self._check_sampling(generator, self.few_steps)
 
@@ -158,6 +176,66 @@ class LoraAdapter:
                 f"{self.source.flag} {self.source.name}/{self.filename}: left out of {len(layers)} layers ("
                 f"{layers[0]}, ...), as the file mixes two naming schemes. Save it with one of them."
             )
+
+
+def _find_sizes(key: str, generator: Generator) -> Iterator[tuple[str, int]]:
+    """Yield the layer of a weight and its size in the generator; nothing if the configs do not state it."""
+    config, match = generator.denoiser_config, UNET_LAYER.search(key)
+    if match and not generator.has_transformer:
+        side, number = match[1], int(match[2] or 0)
+        sizes, kinds = config.get("block_out_channels") or [], config.get(f"{side.removesuffix('s')}_types") or []
+        if side == "mid_block":
+            sizes, kinds = sizes[-1:], ["CrossAttn"]
+        elif side == "up_blocks":
+            sizes = sizes[::-1]
+        if number < min(len(sizes), len(kinds)) and "CrossAttn" in kinds[number]:
+            yield f"attention of {'.'.join(filter(None, match.groups()))}", sizes[number]
+    match = ENCODER_LAYER.match(key)
+    if match and match[1] in generator.parts:
+        size = generator.config(match[1]).get("hidden_size")
+        if isinstance(size, int):
+            yield f"attention of {match[1]}", size
+
+
+def open_loras(
+    values: Sequence[str], revisions: Sequence[str] | None, generator: Generator, token: str | None
+) -> tuple[LoraAdapter, ...]:
+    """Return the adapters that the values of `--lora` name, each at its own revision, if any, and checked.
+
+    Raises:
+        UserError: from `open_lora` and `LoraAdapter.check`; there is not one revision for each adapter, or two adapters
+            set how to sample.
+    """
+    if revisions and len(revisions) != len(values):
+        raise UserError(
+            f"--lora_revision {' '.join(revisions)}: has {len(revisions)} values for {len(values)} adapters; give one "
+            "for each, in their order."
+        )
+    loras = tuple(open_lora(*each, token) for each in zip(values, revisions or [None] * len(values)))
+    for lora in loras:
+        lora.check(generator)
+    sampling = [lora for lora in loras if lora.few_steps is not None]
+    if len(sampling) > 1:
+        why = "; ".join(f"{lora.source.name}: {lora.few_steps.why}" for lora in sampling)
+        raise UserError(f"--lora {' '.join(values)}: {len(sampling)} of them set how to sample ({why}); give only one.")
+    return loras
+
+
+def record_adapters(loras: Sequence[LoraAdapter]) -> dict:
+    """Return the entries of adapters in a record: values of a single one, lists of several."""
+    entries = [lora.to_dict() for lora in loras]
+    if len(entries) > 1:
+        return {name: [entry[name] for entry in entries] for name in entries[0]}
+    return entries[0] if entries else {LORA: None}
+
+
+def recorded_adapters(settings: dict) -> list[dict]:
+    """Return the entries of each adapter in the settings that `record_adapters` wrote."""
+    if settings.get(LORA) is None:
+        return []
+    names = [name for name in settings if name == LORA or name.startswith("lora_")]
+    values = [settings[name] if isinstance(settings[name], list) else [settings[name]] for name in names]
+    return [dict(zip(names, of_one)) for of_one in zip(*values)]
 
 
 def open_lora(value: str, revision: str | None, token: str | None) -> LoraAdapter:

@@ -111,6 +111,12 @@ def lacks_setting(setting: str, output_dir: str, overwrite: bool) -> bool:
     return is_there and setting not in read_record(path)["settings"]
 
 
+def has_setting(setting: str, output_dir: str, overwrite: bool) -> bool:
+    """Return whether the folder has a set to continue that was begun with this setting."""
+    is_recorded = recorded_setting(setting, output_dir, overwrite) is not None
+    return is_recorded and not has_no_images(output_dir)
+
+
 def recorded_setting(setting: str, output_dir: str, overwrite: bool) -> object:
     """Return a setting of the set to continue; None without one."""
     path = Path(output_dir) / GENERATION_CONFIG

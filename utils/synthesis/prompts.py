@@ -14,7 +14,7 @@ from utils.cli.errors import UserError
 from utils.cli.parsing import read_text, suggestion
 from utils.cli.processes import warn_once
 from utils.data.class_names import list_names, match_class_names
-from utils.data.prompts import AS_WRITTEN, check_template, render_prompt, token_text
+from utils.data.prompts import AS_WRITTEN, CLASS_TOKEN, check_template, render_prompt, token_text
 from utils.synthesis.generators import Generator
 from utils.synthesis.sources import Sources
 
@@ -54,7 +54,8 @@ class TemplatePrompts:
     """Prompts from templates with `{class}` and, for a style token, `{token}`.
 
     `nouns` are those of all classes in the order of the label ids; `token_text` is the placeholder, empty without one.
-    `article` is that of `render_prompt`.
+    `article` is that of `render_prompt`. `class_tokens` fill `{class_token}`, in the order of the label ids; empty if
+    no prompt has it.
     """
 
     flag: ClassVar[str] = "--prompt_templates"
@@ -62,6 +63,7 @@ class TemplatePrompts:
     nouns: tuple[str, ...]
     token_text: str = ""
     article: str = AS_WRITTEN
+    class_tokens: tuple[str, ...] = ()
 
     def prompt(self, label: int, class_index: int) -> str:
         """Return the prompt of the `class_index`-th image of a class.
@@ -72,20 +74,22 @@ class TemplatePrompts:
         turn, place = divmod(class_index, len(self.templates))
         start = int.from_bytes(digest(f"{self.nouns[label]}:{turn}"))
         template = self._order[(start + place) % len(self._order)]
-        return render_prompt(template, self.nouns[label], self.token_text, self.article)
+        others = _of_class(label, self.class_tokens)
+        return render_prompt(template, self.nouns[label], self.token_text, self.article, **others)
 
     def longest(self) -> Iterator[tuple[str, int]]:
         """Yield prompts to check against a text encoder's limit, with the number of characters that must be read.
 
-        They end with the class noun or the token, whichever is later. Each template is combined with the longest noun,
-        and each noun with the longest template, which covers all combinations.
+        They end with the class noun or the last token, whichever is later. Each template is combined with the longest
+        noun, and each noun with the longest template, which covers all combinations.
         """
-        longest_noun = max(self.nouns, key=_size)
+        labels = range(len(self.nouns))
+        longest = max(labels, key=lambda label: _size(self.nouns[label]))
         longest_template = max(self.templates, key=lambda template: _size(_needed_part(template, "{class}")))
-        for template in self.templates:
-            yield _measure(template, longest_noun, self.token_text, self.article)
-        for noun in self.nouns:
-            yield _measure(longest_template, noun, self.token_text, self.article)
+        combined = [(template, longest) for template in self.templates]
+        for template, label in (*combined, *((longest_template, label) for label in labels)):
+            others = _of_class(label, self.class_tokens)
+            yield _measure(template, self.nouns[label], self.token_text, self.article, **others)
 
     @cached_property
     def _order(self) -> list[str]:
@@ -97,36 +101,44 @@ class TemplatePrompts:
 class CaptionPrompts:
     """Prompts from a file: image n of a class has caption n modulo the number of captions.
 
-    `captions` maps label ids to captions, which can have `{class}` and `{token}`.
+    `captions` maps label ids to captions, which can have `{class}`, `{token}` and `{class_token}`.
     """
 
     flag: ClassVar[str] = "--prompts_file"
     captions: dict[int, tuple[str, ...]]
     nouns: tuple[str, ...]
     token_text: str = ""
+    class_tokens: tuple[str, ...] = ()
 
     def prompt(self, label: int, class_index: int) -> str:
         """Return the prompt of the `class_index`-th image of a class."""
-        captions = self.captions[label]
-        return render_prompt(captions[class_index % len(captions)], self.nouns[label], self.token_text)
+        captions, others = self.captions[label], _of_class(label, self.class_tokens)
+        return render_prompt(captions[class_index % len(captions)], self.nouns[label], self.token_text, **others)
 
     def longest(self) -> Iterator[tuple[str, int]]:
         """Yield all prompts, with the number of characters that the text encoder must read.
 
-        They end with the class noun or the token, whichever is later; without the noun, the whole caption counts.
+        They end with the class noun or the last token, whichever is later; without the noun, the whole caption counts.
         """
         for label, captions in self.captions.items():
             for caption in captions:
-                yield _measure(caption, self.nouns[label], self.token_text)
+                others = _of_class(label, self.class_tokens)
+                yield _measure(caption, self.nouns[label], self.token_text, **others)
 
     @property
     def sha256(self) -> str:
         """The digest of everything that decides the prompts."""
         facts = {"captions": sorted(self.captions.items()), "nouns": self.nouns, "token_text": self.token_text}
+        facts |= {"class_tokens": self.class_tokens} if self.class_tokens else {}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 Prompts = TemplatePrompts | CaptionPrompts
+
+
+def _of_class(label: int, class_tokens: Sequence[str]) -> dict[str, str]:
+    """Return what fills the further placeholders of a class's prompts."""
+    return {CLASS_TOKEN: class_tokens[label]} if class_tokens else {}
 
 
 def example_prompts(prompts: Prompts, label: int) -> list[str]:
@@ -145,31 +157,49 @@ def make_prompts(
     """
     # the placeholder alone: diffusers expands it to all vectors
     placeholder, _ = sources.placeholder
+    class_tokens = sources.class_token_names
     if prompts_file is not None:
-        prompts = read_prompts_file(prompts_file, sources.class_names, sources.prompt_nouns, labels, placeholder)
+        prompts = read_prompts_file(
+            prompts_file, sources.class_names, sources.prompt_nouns, labels, placeholder, class_tokens
+        )
+        _warn_of_unused(class_tokens, prompts)
         return prompts, {"prompts_file_sha256": prompts.sha256}
-    varied = []
+    varied, others = [], {CLASS_TOKEN: False} if class_tokens else {}
     for template in templates or sources.prompt_templates:
-        check_template(template, needs_token=placeholder is not None, flag="--prompt_templates")
+        check_template(template, needs_token=placeholder is not None, others=others, flag="--prompt_templates")
         varied += build_templates(prompt_set, template)
-    prompts = TemplatePrompts(tuple(varied), tuple(sources.prompt_nouns), placeholder or "", article)
+    class_tokens_used = class_tokens if any(_has_class_token(template) for template in varied) else ()
+    prompts = TemplatePrompts(
+        tuple(varied), tuple(sources.prompt_nouns), placeholder or "", article, class_tokens_used
+    )  # fmt: skip
+    _warn_of_unused(class_tokens, prompts)
     return prompts, {"prompt_templates": varied, ARTICLE: article}
 
 
+def _has_class_token(template: str) -> bool:
+    return f"{{{CLASS_TOKEN}}}" in template
+
+
+def _warn_of_unused(class_tokens: Sequence[str], prompts: Prompts) -> None:
+    if class_tokens and not prompts.class_tokens:
+        warn_once(f"{prompts.flag}: no prompt has {{{CLASS_TOKEN}}}, so the class tokens have no effect.")
+
+
 def read_prompts_file(
-    path: str, class_names: Sequence[str], nouns: Sequence[str], labels: Sequence[int], placeholder: str | None
-) -> CaptionPrompts:
+    path: str, class_names: Sequence[str], nouns: Sequence[str], labels: Sequence[int], placeholder: str | None,
+    class_tokens: Sequence[str] = (),
+) -> CaptionPrompts:  # fmt: skip
     """Return the captions of a JSON Lines file, with lines like `{"label": "suv", "prompt": "a suv in the rain"}`.
 
     `label` is a class name, in any spelling that `match_class_names` accepts; captions of classes not in `labels` are
-    checked and left out. `nouns` fill `{class}`. With a style token, each caption must have `{token}`, which its
-    `placeholder` fills.
+    checked and left out. `nouns` fill `{class}`, and `class_tokens`, if any, `{class_token}`. With a style token, each
+    caption must have `{token}`, which its `placeholder` fills.
 
     Raises:
         UserError: the file cannot be read; a line is not such an object, or its caption has a wrong placeholder; a
             class of `labels` has no caption.
     """
-    flag = f"--prompts_file {path}:"
+    flag, others = f"--prompts_file {path}:", {CLASS_TOKEN: False} if class_tokens else {}
     entries: list[tuple[str, str, str]] = []  # location, class name, caption
     # not splitlines(), which also splits at characters that JSON strings may have
     for number, line in enumerate(read_text(Path(path), flag).split("\n"), 1):
@@ -177,7 +207,8 @@ def read_prompts_file(
             continue
         where = f"{flag} line {number}:"
         name, caption = _read_caption(where, line)
-        check_template(caption, needs_token=placeholder is not None, needs_class="{class}" in caption, flag=where)
+        needs = {"needs_token": placeholder is not None, "needs_class": "{class}" in caption}
+        check_template(caption, **needs, others=others, flag=where)
         entries.append((where, name, caption))
     matched = match_class_names([name for _, name, _ in entries], class_names, flag, is_unique=False)
     label_ids = {name: label for label, name in enumerate(class_names)}
@@ -191,7 +222,8 @@ def read_prompts_file(
     if missing:
         raise UserError(f"{flag} has no prompt for {list_names(missing)}; each class needs at least one.")
     in_order = {label: tuple(captions[label]) for label in sorted(captions)}
-    return CaptionPrompts(in_order, tuple(nouns), placeholder or "")
+    is_used = any(_has_class_token(caption) for of_class in in_order.values() for caption in of_class)
+    return CaptionPrompts(in_order, tuple(nouns), placeholder or "", tuple(class_tokens) if is_used else ())
 
 
 def _read_caption(where: str, line: str) -> tuple[str, str]:
@@ -211,16 +243,17 @@ def _read_caption(where: str, line: str) -> tuple[str, str]:
 
 def check_prompts_fit(
     generator: Generator, prompts: Iterable[tuple[str, int]], placeholder: str | None, num_vectors: int,
-    flag: str = "--prompt_templates",
+    flag: str = "--prompt_templates", class_tokens: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Check that the text encoder reads each prompt up to a position, counted in characters.
 
-    One warning counts the prompts that are truncated after it. `placeholder` counts as `num_vectors` tokens.
+    One warning counts the prompts that are truncated after it. `placeholder` counts as `num_vectors` tokens, each of
+    `class_tokens` as one.
 
     Raises:
         UserError: a prompt is truncated before its position; the message begins with `flag` and shows the rest.
     """
-    tokenizer, limit, expand = _load_prompt_tokenizer(generator, placeholder, num_vectors)
+    tokenizer, limit, expand = _load_prompt_tokenizer(generator, placeholder, num_vectors, class_tokens)
     prompts, num_cut, example = iter(prompts), 0, ""
     while batch := list(islice(prompts, PROMPTS_AT_A_TIME)):
         texts = [expand(prompt) for prompt, _ in batch]
@@ -242,14 +275,17 @@ def check_prompts_fit(
 
 
 def count_prompt_tokens(
-    generator: Generator, prompts: Sequence[str], placeholder: str | None, num_vectors: int
-) -> list[int]:
+    generator: Generator, prompts: Sequence[str], placeholder: str | None, num_vectors: int,
+    class_tokens: Sequence[str] = (),
+) -> list[int]:  # fmt: skip
     """Return the number of tokens of each prompt, with start and end; every vector of the style token counts."""
-    tokenizer, _, expand = _load_prompt_tokenizer(generator, placeholder, num_vectors)
+    tokenizer, _, expand = _load_prompt_tokenizer(generator, placeholder, num_vectors, class_tokens)
     return [len(ids) for ids in tokenizer([expand(prompt) for prompt in prompts], verbose=False).input_ids]
 
 
-def _load_prompt_tokenizer(generator: Generator, placeholder: str | None, num_vectors: int) -> tuple:
+def _load_prompt_tokenizer(
+    generator: Generator, placeholder: str | None, num_vectors: int, class_tokens: Sequence[str]
+) -> tuple:
     """Return the tokenizer whose text encoder reads the most tokens, their number, and a function that expands the
     placeholder in a prompt to all its vectors, as the pipeline does."""
     import transformers
@@ -270,6 +306,7 @@ def _load_prompt_tokenizer(generator: Generator, placeholder: str | None, num_ve
     if not tokenizers:
         raise UserError(f"{source.flag} {source.name}: has no tokenizer with a text encoder.")
     tokenizer, limit = max(tokenizers, key=lambda pair: pair[1])
+    tokenizer.add_tokens(list(class_tokens))
     if placeholder is None:
         return tokenizer, limit, str
     vectors = token_text(placeholder, num_vectors)
@@ -288,8 +325,9 @@ def _cut_text(tokenizer, text: str, limit: int) -> str:
 
 
 def _needed_part(template: str, noun: str) -> str:
-    """Return the beginning of a template up to class and token; all of it if the class is not named."""
-    ends = [template.index(place) + len(place) for place in ("{class}", "{token}") if place in template]
+    """Return the beginning of a template up to class and tokens; all of it if the class is not named."""
+    places = ("{class}", "{token}", f"{{{CLASS_TOKEN}}}")
+    ends = [template.index(place) + len(place) for place in places if place in template]
     if "{class}" not in template:
         # a whole word, and not the placeholder '{token}' for a class of that name
         named = re.search(rf"(?<![\w{{]){re.escape(noun)}(?!\w)", template, re.IGNORECASE)
@@ -297,10 +335,12 @@ def _needed_part(template: str, noun: str) -> str:
     return template[: max(ends)]
 
 
-def _measure(template: str, noun: str, token_text: str, article: str = AS_WRITTEN) -> tuple[str, int]:
+def _measure(
+    template: str, noun: str, token_text: str, article: str = AS_WRITTEN, **others: str
+) -> tuple[str, int]:  # fmt: skip
     """Return a prompt, and the number of its first characters that a text encoder must read."""
-    needed = render_prompt(_needed_part(template, noun), noun, token_text, article)
-    return render_prompt(template, noun, token_text, article), len(needed)
+    needed = render_prompt(_needed_part(template, noun), noun, token_text, article, **others)
+    return render_prompt(template, noun, token_text, article, **others), len(needed)
 
 
 def _size(text: str) -> int:

@@ -3,7 +3,7 @@
 import inspect
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,8 +16,9 @@ from utils.cli.memory import try_in_memory
 from utils.style.families import FAMILIES, OTHER, OWN_SCHEDULER, WITH_STYLE_TOKENS, Family
 from utils.style.saved_pipelines import PROBLEMS
 from utils.style.token import load_learned_embeds
-from utils.synthesis.generators import GUIDANCE_INTERVAL, Generator
+from utils.synthesis.generators import GUIDANCE_INTERVAL, GUIDANCE_SCALE, TRUE_CFG_SCALE, Generator
 from utils.synthesis.guidance import GuidanceInterval, find_denoiser
+from utils.synthesis.learned import CLASS_EMBEDS, ClassTokens
 from utils.synthesis.lora import LoraAdapter
 from utils.synthesis.sources import SCHEDULER_CONFIG, Sources, StyleToken
 
@@ -34,16 +35,16 @@ Embeddings = dict[str, torch.Tensor]
 
 def load_pipeline(
     generator: Generator, token: StyleToken | None, scheduler: str, dtype: torch.dtype, device: torch.device,
-    lora: LoraAdapter | None = None, scheduler_config: dict | None = None,
+    loras: Sequence[LoraAdapter] = (), scheduler_config: dict | None = None, class_tokens: ClassTokens | None = None,
 ) -> DiffusionPipeline:  # fmt: skip
     """Return the pipeline with the style token in its vocabulary and a scheduler made from its own config.
 
-    An adapter is fused into the weights. `scheduler_config` updates the scheduler's config. NaN and infinite weights
-    are found here, as redraws would not help. The VAE is in float32 if it overflows in float16. A safety checker stays.
-    Only safetensors are loaded.
+    Adapters are fused into the weights, one after another. Class tokens follow the style token in the vocabulary.
+    `scheduler_config` updates the scheduler's config. NaN and infinite weights are found here, as redraws would not
+    help. The VAE is in float32 if it overflows in float16. A safety checker stays. Only safetensors are loaded.
 
     Raises:
-        UserError: a part of the pipeline cannot be loaded; token or adapter do not fit it; a weight is not finite.
+        UserError: a part of the pipeline cannot be loaded; tokens or adapters do not fit it; a weight is not finite.
     """
     source = generator.source
     if token is not None and not generator.family.takes_style_tokens:
@@ -71,16 +72,19 @@ def load_pipeline(
             f"{generator.prefix} its {part} has NaN or infinite weights in {str(dtype).removeprefix('torch.')}: the "
             "file is damaged, or its training diverged."
         )
-    if lora is not None:
+    for lora in loras:
         with _quiet(logging.CRITICAL):  # logged errors are also raised
             lora.fuse(pipe)
         if (part := find_broken_part(pipe)) is not None:
+            remedy = "train it again" if lora.is_learned else "give a smaller scale after the colon"
             raise UserError(
-                f"{lora.source.flag} {lora.source.name}:{lora.scale:g}: with it the {part} has NaN or infinite "
-                "weights; give a smaller scale after the colon."
+                f"{lora.source.flag} {lora.source.name}{'' if lora.is_learned else f':{lora.scale:g}'}: with it the "
+                f"{part} has NaN or infinite weights; {remedy}."
             )
     if token is not None:
         _add_style_token(pipe, generator.family, token)
+    if class_tokens is not None:
+        _add_class_tokens(pipe, generator.family, class_tokens)
     if scheduler != OWN_SCHEDULER:
         pipe.scheduler = generator.scheduler.make(scheduler, **(scheduler_config or {}))
     return pipe.to(device)
@@ -122,6 +126,14 @@ def _add_style_token(pipe: DiffusionPipeline, family: Family, token: StyleToken)
         pipe.load_textual_inversion(
             value, token=token.placeholder_token, tokenizer=tokenizer, text_encoder=text_encoder
         )
+
+
+def _add_class_tokens(pipe: DiffusionPipeline, family: Family, class_tokens: ClassTokens) -> None:
+    for encoder, rows in zip(family.text_encoders, load_learned_embeds(class_tokens.path), strict=True):
+        pipe.load_textual_inversion(
+            list(rows), token=list(class_tokens.names), tokenizer=getattr(pipe, encoder.tokenizer),
+            text_encoder=getattr(pipe, encoder.part),
+        )  # fmt: skip
 
 
 class PromptCache:
@@ -180,16 +192,17 @@ class Sampler:
     """Draws batches with a pipeline, `num_at_a_time` images at a time, and fewer once memory runs out.
 
     Every call of the pipeline has exactly that number, with the last image repeated if needed: another number would use
-    other kernels, and be compiled again.
+    other kernels, and be compiled again. `guidance_parameter` is the argument of the call that the guidance scale is.
     """
 
     def __init__(
         self, pipe: DiffusionPipeline, *, resolution: int, num_inference_steps: int, num_at_a_time: int,
         negative_prompt: str = "", guidance_interval: tuple[float, float] | None = None, compile_model: bool = False,
-        compile_backend: str = "inductor",
+        compile_backend: str = "inductor", guidance_parameter: str = GUIDANCE_SCALE,
     ):  # fmt: skip
         self.pipe = pipe
         self.negative_prompt = negative_prompt
+        self.guidance_parameter = guidance_parameter
         self.num_at_a_time = num_at_a_time
         self.settings = {"height": resolution, "width": resolution, "num_inference_steps": num_inference_steps}
         self.family = FAMILIES.get(type(pipe).__name__, OTHER)
@@ -245,7 +258,8 @@ class Sampler:
             self.interval.begin(guidance_scale > 1)
         with _quiet():
             output = self.pipe(
-                **self._prompt_arguments(prompts, guidance_scale), **self.settings, guidance_scale=guidance_scale,
+                **self._prompt_arguments(prompts, guidance_scale), **self.settings,
+                **{self.guidance_parameter: guidance_scale},
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds], output_type="pt",
             )  # fmt: skip
         # not all pipelines have a safety checker
@@ -254,8 +268,11 @@ class Sampler:
     def _prompt_arguments(self, prompts: list[str], guidance_scale: float) -> dict:
         if self.cache is not None:
             return self.cache.batch(prompts, with_negative=guidance_scale > 1 and self.family.negative_prompts)
-        if self.negative_prompt:
-            return {"prompt": prompts, "negative_prompt": [self.negative_prompt] * len(prompts)}
+        negative_prompt = self.negative_prompt
+        if self.guidance_parameter == TRUE_CFG_SCALE:  # without a negative prompt, it has no effect
+            negative_prompt = (negative_prompt or " ") if guidance_scale > 1 else ""
+        if negative_prompt:
+            return {"prompt": prompts, "negative_prompt": [negative_prompt] * len(prompts)}
         return {"prompt": prompts}
 
     def _halve(self) -> None:
@@ -273,13 +290,14 @@ def load_sampler(sources: Sources, settings: dict, accelerator: Accelerator) -> 
     """Load the generator with the style token on this process's device; `settings` are those of the set."""
     dtype = DTYPES[accelerator.mixed_precision]
     pipe = load_pipeline(
-        sources.generator, sources.token, settings["scheduler"], dtype, accelerator.device, sources.lora,
-        settings.get(SCHEDULER_CONFIG),
+        sources.generator, sources.token, settings["scheduler"], dtype, accelerator.device, sources.adapters,
+        settings.get(SCHEDULER_CONFIG), sources.class_tokens if settings.get(CLASS_EMBEDS) else None,
     )  # fmt: skip
     names = ("resolution", "num_inference_steps", "negative_prompt")
     return Sampler(
         pipe, **{name: settings[name] for name in names}, num_at_a_time=settings["batch_size"],
         guidance_interval=settings.get(GUIDANCE_INTERVAL), compile_model=settings["torch_compile"],
+        guidance_parameter=sources.generator.guidance_parameter or GUIDANCE_SCALE,
     )  # fmt: skip
 
 

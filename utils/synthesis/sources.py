@@ -12,15 +12,22 @@ from utils.cli.parsing import suggestion
 from utils.cli.records import DSI_CONFIG, read_record
 from utils.data.arguments import RealDataArguments
 from utils.data.class_names import match_class_names, prompt_nouns, read_class_names, read_class_names_file
-from utils.data.prompts import AS_WRITTEN, AUTO, DSI_TEMPLATE, PLAIN_TEMPLATE
+from utils.data.prompts import AS_WRITTEN, AUTO, CLASS_TOKEN, PLAIN_TEMPLATE, dsi_template
 from utils.hub.repositories import open_source
 from utils.style.families import LEARNED_EMBEDS, OWN_SCHEDULER
 from utils.synthesis.few_steps import FewSteps
-from utils.synthesis.generators import Generator, open_generator
-from utils.synthesis.lora import LoraAdapter
+from utils.synthesis.generators import TRUE_CFG_SCALE, Generator, open_generator
+from utils.synthesis.learned import (
+    CLASS_EMBEDS,
+    LEARNED_LORA,
+    TOKEN,
+    ClassTokens,
+    open_class_tokens,
+    open_learned_lora,
+)
+from utils.synthesis.lora import LoraAdapter, record_adapters
 
 GENERATOR_CONTENTS, SCHEDULER_CONFIG = "generator_contents", "scheduler_config"  # among a set's settings
-TOKEN = "a style token of train_dsi.py"
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,8 @@ class Sources:
 
     `chosen_nouns` are the classes whose nouns come from --class_names_file. `real_images` is the record of the real
     set, None if only class names are known; `train_indices` are its rows that the token was trained on. `article` is
-    that of the prompts that the token was trained with. `lora` is an adapter of the generator.
+    that of the prompts that the token was trained with. `learned_lora` and `class_tokens` were learned with it. `loras`
+    are further adapters of the generator.
     """
 
     generator: Generator
@@ -58,14 +66,22 @@ class Sources:
     article: str = AUTO
     token: StyleToken | None = None
     train_indices: list[int] | None = None
-    lora: LoraAdapter | None = None
+    learned_lora: LoraAdapter | None = None
+    class_tokens: ClassTokens | None = None
+    loras: tuple[LoraAdapter, ...] = ()
+
+    @property
+    def adapters(self) -> list[LoraAdapter]:
+        """All adapters, in the order in which they are fused."""
+        return [*filter(None, [self.learned_lora]), *self.loras]
 
     @cached_property
     def few_steps(self) -> FewSteps | None:
-        """How to sample the generator with its adapter; None if they are not distilled for few steps."""
-        few_steps = self.lora and self.lora.few_steps
+        """How to sample the generator with its adapters; None if they are not distilled for few steps."""
+        few_steps = next((lora.few_steps for lora in self.loras if lora.few_steps), None)
         if few_steps and not self.generator.family.scales_model_input:  # flow matching needs its own schedulers
-            few_steps = replace(few_steps, scheduler=OWN_SCHEDULER, scheduler_config={}, guidance_scale=None)
+            scale = few_steps.guidance_scale if self.generator.guidance_parameter == TRUE_CFG_SCALE else None
+            few_steps = replace(few_steps, scheduler=OWN_SCHEDULER, scheduler_config={}, guidance_scale=scale)
         return few_steps or self.generator.few_steps
 
     @property
@@ -78,8 +94,20 @@ class Sources:
         """The style token's placeholder in prompts, and its number of vectors; None and 1 without a token."""
         return (self.token.placeholder_token, self.token.num_vectors) if self.token else (None, 1)
 
+    @property
+    def class_token_names(self) -> tuple[str, ...]:
+        return self.class_tokens.names if self.class_tokens else ()
+
+    @property
+    def learned_settings(self) -> dict[str, str | None]:
+        """The settings for what was learned with the token."""
+        return {
+            LEARNED_LORA: self.learned_lora and self.learned_lora.sha256,
+            CLASS_EMBEDS: self.class_tokens and self.class_tokens.sha256,
+        }
+
     def check_unchanged(self, settings: dict) -> None:
-        """Check that generator, token and adapter still match a set's settings.
+        """Check that generator, token and adapters still match a set's settings.
 
         Raises:
             UserError: one of them was replaced.
@@ -87,8 +115,13 @@ class Sources:
         now = {GENERATOR_CONTENTS: self.generator.identity}
         if self.token is not None:
             now["learned_embeds_sha256"] = _sha256(self.token.path)
-        if self.lora is not None:
-            now["lora_sha256"] = _sha256(self.lora.path)
+        if self.learned_lora is not None:
+            now[LEARNED_LORA] = _sha256(self.learned_lora.path)
+        if self.class_tokens is not None:
+            now[CLASS_EMBEDS] = _sha256(self.class_tokens.path)
+        if self.loras:
+            hashes = [replace(lora, sha256=_sha256(lora.path)) for lora in self.loras]
+            now["lora_sha256"] = record_adapters(hashes)["lora_sha256"]
         for name, value in now.items():
             if settings.get(name, value) != value:
                 raise UserError(
@@ -104,9 +137,11 @@ class Sources:
 
 def read_token_sources(
     learned_embeds: str, revision: str | None = None, use_style_token: bool = True, class_names_file: str | None = None,
-    hub_token: str | None = None,
+    hub_token: str | None = None, use_learned_lora: bool = True,
 ) -> Sources:  # fmt: skip
-    """Return the sources in a style token's record; without `use_style_token`, all but the token.
+    """Return the sources in a style token's record; without `use_style_token`, all but what was learned.
+
+    Without `use_learned_lora`, the LoRA that was learned with the token is left out.
 
     Nouns in `class_names_file` replace those that the token was trained with.
 
@@ -134,23 +169,34 @@ def read_token_sources(
         )  # fmt: skip
         if not use_style_token:
             return without_token
+        class_tokens, learned_lora = record.get("class_tokens"), record.get("lora")
         # images are drawn only from templates that name the class
         templates = [template for template in record.get("prompt_templates", []) if "{class}" in template]
-        return replace(
-            without_token, prompt_templates=templates or [DSI_TEMPLATE], token=token,
-            train_indices=record.get("train_indices"),
+        sources = replace(
+            without_token, prompt_templates=templates or [dsi_template([CLASS_TOKEN] if class_tokens else [])],
+            token=token, train_indices=record.get("train_indices"),
+            class_tokens=open_class_tokens(source, class_tokens) if class_tokens else None,
+            learned_lora=open_learned_lora(source, learned_lora) if learned_lora and use_learned_lora else None,
         )  # fmt: skip
     except KeyError as error:
         raise UserError(f"--learned_embeds {learned_embeds}: its {DSI_CONFIG} has no {error}.") from None
+    if not (use_learned_lora or learned_lora):
+        raise UserError(f"--use_learned_lora false: {learned_embeds} has no LoRA; leave --use_learned_lora out.")
+    if sources.learned_lora is not None:
+        sources.learned_lora.check(generator)
+    if sources.class_tokens is not None:
+        sources.class_tokens.check(generator, len(class_names))
+    return sources
 
 
 def read_plain_sources(
     pretrained_model_name_or_path: str, revision: str | None, real_data: RealDataArguments | None,
-    class_names_file: str | None = None, hub_token: str | None = None,
+    class_names_file: str | None = None, hub_token: str | None = None, resolution: int | None = None,
 ) -> Sources:  # fmt: skip
     """Return the sources for images without a style token: a generator and class names.
 
     Class names are those of a real set or, without one, of `class_names_file`, in the order of their label ids.
+    `resolution` is the generator's own by default.
 
     Raises:
         UserError: the generator is neither a folder nor a repository; or from `load_labelled_splits`.
@@ -171,7 +217,7 @@ def read_plain_sources(
         chosen = read_class_names_file(class_names_file, class_names) if class_names_file else {}
     nouns = prompt_nouns(class_names, chosen)
     return Sources(
-        generator, class_names, nouns, set(chosen), record, generator.native_resolution, [PLAIN_TEMPLATE]
+        generator, class_names, nouns, set(chosen), record, resolution or generator.native_resolution, [PLAIN_TEMPLATE]
     )  # fmt: skip
 
 
