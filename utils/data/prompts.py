@@ -9,6 +9,8 @@ from utils.cli.parsing import read_entries
 DSI_TEMPLATE = "A {class} photo in the style of {token}"
 CLASSLESS_TEMPLATE = "A photo in the style of {token}"
 PLAIN_TEMPLATE = "A good photo of the {class}"
+CONTEXT_PLACE = "{context}"
+PLACES = ("{class}", "{token}", CONTEXT_PLACE)
 
 # values of --article
 AUTO, AS_WRITTEN = "auto", "as_written"
@@ -22,23 +24,27 @@ VOWEL_SOUND = re.compile(r"(?!uni(?![dmn])|us[ae]|ute|eu|ewe|one\b|once\b)[aeiou
 
 
 def check_template(
-    template: str, *, needs_token: bool, needs_class: bool = True, flag: str = "--prompt_template"
-) -> None:
-    """Check that a template has `{class}` and `{token}` if and only if they are filled, and no other placeholder.
+    template: str, *, needs_token: bool, needs_class: bool = True, needs_context: bool = False,
+    flag: str = "--prompt_template",
+) -> None:  # fmt: skip
+    """Check that a template has `{class}`, `{token}` and `{context}` if and only if they are filled, and no others.
 
     Raises:
         UserError: a placeholder is missing or would not be filled; the message begins with `flag`.
     """
     name = f"{flag} '{template}':"
     right = PLAIN_TEMPLATE if not needs_token else DSI_TEMPLATE if needs_class else CLASSLESS_TEMPLATE
+    right = add_context(right) if needs_context else right
     if not needs_class and "{class}" in template:
         raise UserError(f"--include_class_name false: template '{template}' has {{class}}; try '{right}'.")
     if not needs_token and "{token}" in template:
         raise UserError(f"{name} has {{token}}, but there is no style token.")
-    unknown = [place for place in re.findall(r"\{[^{}]*\}", template) if place not in ("{class}", "{token}")]
+    if not needs_context and CONTEXT_PLACE in template:
+        raise UserError(f"{name} has {{context}}, which needs --contexts_file.")
+    unknown = [place for place in re.findall(r"\{[^{}]*\}", template) if place not in PLACES]
     if unknown:
         raise UserError(f"{name} has {unknown[0]}, which nothing fills; try '{right}'.")
-    for place, is_needed in (("{class}", needs_class), ("{token}", needs_token)):
+    for place, is_needed in (("{class}", needs_class), ("{token}", needs_token), (CONTEXT_PLACE, needs_context)):
         if is_needed and place not in template:
             raise UserError(f"{name} has no {place}; try '{right}'.")
 
@@ -72,6 +78,19 @@ def render_prompt(template: str, noun: str, token_text: str = "", article: str =
         n = "n" if VOWEL_SOUND.match(noun.strip()) else ""
         template = ARTICLE.sub(lambda match: match[1] + n, template)
     return template.replace("{class}", noun).replace("{token}", token_text)
+
+
+def add_context(template: str) -> str:
+    """Return a template with `{context}` before its style, or else at its end."""
+    before, style, after = template.partition(" in the style of {token}")
+    return f"{before}, {CONTEXT_PLACE},{style}{after}" if style else f"{template}, {CONTEXT_PLACE}"
+
+
+def fill_context(prompt: str, context: str) -> str:
+    """Return a prompt with `{context}` filled; an empty context also takes the commas around it away."""
+    if context:
+        return prompt.replace(CONTEXT_PLACE, context)
+    return re.sub(r"\s*,?\s*\{context\},?", "", prompt).strip()
 
 
 def token_text(placeholder_token: str, num_vectors: int) -> str:
