@@ -103,7 +103,8 @@ def write_contexts(path: str | Path, contexts: Contexts) -> None:
     """Write the file that `read_contexts` reads, whole or not at all."""
     names = {"key": KEY, "label": LABEL, "context": CONTEXT}
     lines = [{names[name]: value for name, value in asdict(image).items()} for image in contexts.images]
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [contexts.about, *lines]))
+    everything = [contexts.about, *lines] if contexts.about else lines
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in everything))
 
 
 def clean_answer(answer: str, noun: str, max_words: int) -> tuple[str, bool]:

@@ -196,8 +196,9 @@ def _show_progress(batches: list[list[Question]], state: PartialState) -> Iterat
 
 def describe_settings(source: Source, batch_size: int, resolution: int, max_new_tokens: int) -> dict:
     """Return all that an answer depends on, besides image and question."""
+    contents = source.identity(list_files) if source.is_local else f"{source.name}, commit {source.revision}"
     return {
-        "model_contents": source.identity(list_files) if source.is_local else f"{source.name}, commit {source.revision}",
+        "model_contents": contents,
         "batch_size": batch_size, "resolution": resolution, "max_new_tokens": max_new_tokens,
         "precision": device_precision(),
     }  # fmt: skip

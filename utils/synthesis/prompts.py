@@ -14,7 +14,15 @@ from utils.cli.errors import UserError
 from utils.cli.parsing import read_text, suggestion
 from utils.cli.processes import warn_once
 from utils.data.class_names import list_names, match_class_names
-from utils.data.prompts import AS_WRITTEN, check_template, render_prompt, token_text
+from utils.data.prompts import (
+    AS_WRITTEN,
+    CONTEXT_PLACE,
+    add_context,
+    check_template,
+    fill_context,
+    render_prompt,
+    token_text,
+)
 from utils.synthesis.generators import Generator
 from utils.synthesis.sources import Sources
 
@@ -136,9 +144,11 @@ def example_prompts(prompts: Prompts, label: int) -> list[str]:
 
 def make_prompts(
     sources: Sources, labels: Sequence[int], templates: Sequence[str] | None, prompt_set: str, prompts_file: str | None,
-    article: str,
+    article: str, with_contexts: bool = False,
 ) -> tuple[Prompts, dict]:  # fmt: skip
     """Return the prompts, from a file or from templates (default: those of the sources), and their settings.
+
+    `with_contexts` keeps `{context}` in the templates, to be filled later.
 
     Raises:
         UserError: a template or the file is wrong.
@@ -149,11 +159,20 @@ def make_prompts(
         prompts = read_prompts_file(prompts_file, sources.class_names, sources.prompt_nouns, labels, placeholder)
         return prompts, {"prompts_file_sha256": prompts.sha256}
     varied = []
-    for template in templates or sources.prompt_templates:
-        check_template(template, needs_token=placeholder is not None, flag="--prompt_templates")
+    for template in templates or _with_or_without_context(sources.prompt_templates, with_contexts):
+        check_template(
+            template, needs_token=placeholder is not None, needs_context=with_contexts, flag="--prompt_templates"
+        )
         varied += build_templates(prompt_set, template)
     prompts = TemplatePrompts(tuple(varied), tuple(sources.prompt_nouns), placeholder or "", article)
     return prompts, {"prompt_templates": varied, ARTICLE: article}
+
+
+def _with_or_without_context(templates: Sequence[str], with_context: bool) -> list[str]:
+    """Return a style token's own templates with `{context}` or without it, whatever it was trained with."""
+    if with_context:
+        return [template if CONTEXT_PLACE in template else add_context(template) for template in templates]
+    return [fill_context(template, "") if CONTEXT_PLACE in template else template for template in templates]
 
 
 def read_prompts_file(
@@ -220,7 +239,7 @@ def check_prompts_fit(
     Raises:
         UserError: a prompt is truncated before its position; the message begins with `flag` and shows the rest.
     """
-    tokenizer, limit, expand = _load_prompt_tokenizer(generator, placeholder, num_vectors)
+    tokenizer, limit, expand = load_prompt_tokenizer(generator, placeholder, num_vectors)
     prompts, num_cut, example = iter(prompts), 0, ""
     while batch := list(islice(prompts, PROMPTS_AT_A_TIME)):
         texts = [expand(prompt) for prompt, _ in batch]
@@ -245,11 +264,11 @@ def count_prompt_tokens(
     generator: Generator, prompts: Sequence[str], placeholder: str | None, num_vectors: int
 ) -> list[int]:
     """Return the number of tokens of each prompt, with start and end; every vector of the style token counts."""
-    tokenizer, _, expand = _load_prompt_tokenizer(generator, placeholder, num_vectors)
+    tokenizer, _, expand = load_prompt_tokenizer(generator, placeholder, num_vectors)
     return [len(ids) for ids in tokenizer([expand(prompt) for prompt in prompts], verbose=False).input_ids]
 
 
-def _load_prompt_tokenizer(generator: Generator, placeholder: str | None, num_vectors: int) -> tuple:
+def load_prompt_tokenizer(generator: Generator, placeholder: str | None, num_vectors: int) -> tuple:
     """Return the tokenizer whose text encoder reads the most tokens, their number, and a function that expands the
     placeholder in a prompt to all its vectors, as the pipeline does."""
     import transformers
