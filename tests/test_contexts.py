@@ -14,6 +14,7 @@ import describe_images
 import generate_synthetic
 import train_dsi
 from tests.conftest import CLASS_NAMES, save_class_folders
+from tests.processes import start_script
 from tests.synthesis.tokens import NOUNS, PLACEHOLDER, save_token
 from tests.vision_language import save_vision_language_model
 from utils.cli.errors import UserError
@@ -106,6 +107,20 @@ def test_copies_are_asked_about_once_and_count(describe, count_questions, tmp_pa
     result = describe(dataset_name=None, train_dir=folder, num_shots=2)
     assert result["num_images"] == result["num_asked"] == len(count_questions) == 5
     assert result["num_duplicates"] == 1
+
+
+@pytest.mark.soak
+def test_two_processes_write_the_file_of_one(describe, model_dir, real_images_dir, tmp_path):
+    describe(num_shots=4)
+    written = (tmp_path / "contexts.jsonl").read_text()
+    argv = ["--dataset_name", real_images_dir, "--num_shots", 4, "--model", model_dir, "--max_new_tokens", 8,
+            "--output_file", tmp_path / "two.jsonl", "--answer_cache_dir", tmp_path / "others"]  # fmt: skip
+    program = "import describe_images\ndescribe_images.run_script(describe_images.main)"
+    output, errors = (child := start_script(program, argv, tmp_path, num_processes=2)).communicate()
+    assert child.returncode == 0, errors[-2000:]
+    assert "MULTI_CPU 2 processes" in output and output.count("12 contexts in") == 1
+    assert (tmp_path / "two.jsonl").read_text() == written
+    assert {path.name for path in (tmp_path / "others").glob("*/*")} == {"0.jsonl", "1.jsonl"}
 
 
 def test_no_answer_is_lost_after_an_incomplete_line(tmp_path):
@@ -270,7 +285,7 @@ def test_a_token_trained_with_contexts_draws_without_them_too(tiny_pipeline_dir,
 
 
 def test_contexts_are_shortened_for_the_longest_class_name(draw, tmp_path, capsys, caplog):
-    images = tuple(ImageContext(str(i), label, "on a long gravel road") for i, label in enumerate(CLASS_NAMES))
+    images = tuple(ImageContext(str(i), label, "on a long gravel road " * 3) for i, label in enumerate(CLASS_NAMES))
     write_contexts(tmp_path / "contexts.jsonl", Contexts(images, {"model": {}, "real_images": {"num_shots": 4}}))
     warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
