@@ -109,7 +109,7 @@ def print_contexts(path: Path, contexts: Contexts, class_names: list[str]) -> No
     empty = sum(not image.context for image in contexts.images)
     print(
         f"{len(contexts.images):,} contexts in {path}. {contexts.about.get('num_named', 0):,} answers named the class, "
-        f"which was cut out; {empty:,} say nothing else and have no context. Read them, and edit what is wrong."
+        f"which was cut out; {empty:,} images have no context. Read them, and edit what is wrong."
     )
     if empty == len(contexts.images):
         raise UserError(f"--output_file {path}: all contexts are empty; try another --model or --question.")
@@ -141,6 +141,7 @@ def main(argv=None) -> dict:
     # these take seconds to import: only once the arguments are known to be good
     import transformers
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
     from utils.data.image_set import RealImagesRecord
     from utils.data.opened_images import open_all
@@ -155,7 +156,8 @@ def main(argv=None) -> dict:
 
     transformers.utils.logging.set_verbosity_error()
     source = open_vision_language_model(args.model, "--model", args.model_revision, args.hub_token)
-    state = PartialState(timeout=timedelta(days=7))  # processes that are done wait for the others
+    # processes that are done wait for the others
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=7))
     check_processes_joined(state.num_processes)
     real = load_real_images(RealImagesRecord.from_arguments(real_args), args.hub_token)
     opened = open_all(real, ("train",), with_digests=True)

@@ -8,6 +8,7 @@ from collections import Counter
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import load_dataset
 from transformers import CLIPTokenizer
 
 import describe_images
@@ -16,12 +17,13 @@ import train_dsi
 from tests.conftest import CLASS_NAMES, save_class_folders
 from tests.processes import start_script
 from tests.synthesis.tokens import NOUNS, PLACEHOLDER, save_token
-from tests.vision_language import save_vision_language_model
+from tests.vision_language import MODELS, save_vision_language_model
 from utils.cli.errors import UserError
 from utils.cli.processes import warn_once
 from utils.cli.records import read_record
 from utils.data.contexts import Contexts, ImageContext, read_contexts, write_contexts
 from utils.data.vision_language import AnswerCache, Question, VisionLanguageModel
+from utils.hub.repositories import Source
 from utils.synthesis.contexts import ContextPrompts
 from utils.synthesis.prompts import TemplatePrompts
 
@@ -87,13 +89,12 @@ def test_a_run_that_was_killed_in_a_line_continues_with_the_same_result(describe
     assert (tmp_path / "contexts.jsonl").read_text() == written
 
 
-def test_answers_do_not_depend_on_the_batch(model_dir, real_images_dir):
-    from datasets import load_dataset
-
-    from utils.hub.repositories import Source
-
-    images = load_dataset(str(real_images_dir), split="test")["image"][:4]
-    model = VisionLanguageModel(Source(str(model_dir), "--model"), torch.device("cpu"), 32, 6)
+@pytest.mark.parametrize("kind", MODELS)
+def test_answers_do_not_depend_on_the_batch(kind, real_images_dir, tmp_path):
+    images = load_dataset(str(real_images_dir), split="test")["image"][:3]
+    images.append(images[0].resize((60, 20)))
+    source = Source(str(save_vision_language_model(tmp_path / kind, kind)), "--model")
+    model = VisionLanguageModel(source, torch.device("cpu"), 32, 6)
     texts = ["a road", "on a gravel road seen from the side", "a circle", "in light"]
     together = model.ask(images, texts)
     assert together == [model.ask([image], [text])[0] for image, text in zip(images, texts)]

@@ -20,9 +20,11 @@ MIN_WORDS = 2  # of a part that named the class: less is left over from words ab
 
 # marks that mean something in prompts, or belong to Markdown
 MARKS = re.compile(r"[{}<>*_`#\"“”|]+")
+# 'Background: a field. View: from above'
+HEADING = re.compile(r"(^|[\n.,;]\s*)[A-Z]\w*(?: \w+)?:\s")
 # what a part of an answer may begin with, before it says anything
 OPENING = re.compile(
-    r"(?:[-–•]\s*|\d+[.)]\s+|answer:\s*|background:\s*|(?:in|of) (?:the|this) (?:image|photo|picture)\b,?\s*"
+    r"(?:[-–•]\s*|\d+[.)]\s+|(?:in|of) (?:the|this) (?:image|photo|picture)\b,?\s*"
     r"|(?:the|this) (?:image|photo|picture|scene|background|setting|view|viewpoint|pose) (?:is|shows|has|features)\b\s*"
     r"|(?:there|it) (?:is|are)\b\s*|and\b\s*|which\b\s*)+",
     re.IGNORECASE,
@@ -115,7 +117,7 @@ def clean_answer(answer: str, noun: str, max_words: int) -> tuple[str, bool]:
     """
     named, kept = _naming_pattern(noun), []
     is_named = False
-    for part in re.split(r"\n+|[,;:.!?]+(?=\s|$)", MARKS.sub(" ", answer)):
+    for part in re.split(r"\n+|[,;:.!?]+(?=\s|$)", HEADING.sub(r"\1", MARKS.sub(" ", answer))):
         least, found = 1, named.search(part)
         while found is not None:
             is_named, least = True, MIN_WORDS
@@ -125,8 +127,7 @@ def clean_answer(answer: str, noun: str, max_words: int) -> tuple[str, bool]:
         if _num_words(part) >= least and part not in kept:
             kept.append(part)
     words = ", ".join(kept).split()
-    context = " ".join(words[:max_words])
-    return (_tidy(context) if len(words) > max_words else context), is_named
+    return _cut(words, min(max_words, len(words))), is_named
 
 
 def _naming_pattern(noun: str) -> re.Pattern:
@@ -146,11 +147,21 @@ def _naming_pattern(noun: str) -> re.Pattern:
 def _tidy(part: str) -> str:
     """Return a part of an answer without empty words at its ends, in lower case at its start."""
     part = OPENING.sub("", " ".join(part.split()), count=1) if OPENING.match(part.strip()) else " ".join(part.split())
-    part = part.strip(" ,;:.-'")
-    while shorter := DANGLING.search(part):
-        part = part[: shorter.start()].rstrip(" ,;:-")
+    part = _drop_ending(part.strip(" ,;:.-'"))
     # 'On a road' continues a prompt, but 'USA' and 'X-ray' stay
     return part[0].lower() + part[1:] if re.match(r"[A-Z](?:[a-z]|\s)", part) else part
+
+
+def _cut(words: list[str], number: int) -> str:
+    """Return the first words of a context, without what the cut leaves dangling."""
+    text = " ".join(words[:number])
+    return text if number == len(words) else _drop_ending(text.rstrip(" ,;:-"))
+
+
+def _drop_ending(text: str) -> str:
+    while shorter := DANGLING.search(text):
+        text = text[: shorter.start()].rstrip(" ,;:-")
+    return text
 
 
 def _num_words(text: str) -> int:
@@ -167,16 +178,16 @@ def fill_contexts(
     words = [context.split() for context in contexts]
     left = [len(each) for each in words]
 
-    def fill(row: int) -> str:
-        return fill_context(prompts[row], " ".join(words[row][: left[row]]).rstrip(",;"))
+    def cut(row: int) -> str:
+        return _cut(words[row], left[row])
 
-    filled = [fill(row) for row in range(len(prompts))]
+    filled = [fill_context(prompt, cut(row)) for row, prompt in enumerate(prompts)]
     open_rows = list(range(len(prompts)))
     while open_rows:
         fitting = fits([filled[row] for row in open_rows])
         open_rows = [row for row, is_fitting in zip(open_rows, fitting, strict=True) if not is_fitting and left[row]]
         for row in open_rows:
             left[row] -= 1
-            filled[row] = fill(row)
-    used = [" ".join(each[:number]).rstrip(",;") for each, number in zip(words, left)]
+            filled[row] = fill_context(prompts[row], cut(row))
+    used = [cut(row) for row in range(len(prompts))]
     return filled, used, sum(number < len(each) for each, number in zip(words, left))
