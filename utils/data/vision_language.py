@@ -14,13 +14,13 @@ from datasets import Dataset
 from huggingface_hub import constants
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin, pipeline
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from utils.cli.contents import list_files
 from utils.cli.errors import UserError
-from utils.cli.memory import try_in_memory
+from utils.cli.memory import is_out_of_memory, try_in_memory
 from utils.cli.precision import device_precision
 from utils.data.images import to_rgb
 from utils.hub.repositories import Source, open_source
@@ -84,11 +84,14 @@ class VisionLanguageModel:
         # ImportError: a processor needs a package that is not installed
         with source.reading("has no usable processor", also=(ValueError, KeyError, TypeError, ImportError)):
             processor = AutoProcessor.from_pretrained(source.name, **options)
-        if getattr(processor, "chat_template", None) is None:
+        if not isinstance(processor, ProcessorMixin):  # without a processor's config, it is a tokenizer
+            raise UserError(f"{source.flag} {source.name}: has no processor of images and text.")
+        if processor.chat_template is None:
             raise UserError(f"{source.flag} {source.name}: has no chat template; choose a model made for instructions.")
-        if hasattr(processor.image_processor, "do_image_splitting"):
+        if hasattr(processor.image_processor, "do_image_splitting"):  # of Idefics, SmolVLM and LFM2
             processor.image_processor.do_image_splitting = False
         processor.tokenizer.padding_side = "left"  # of a batch; answers continue the questions
+        processor.tokenizer.pad_token = processor.tokenizer.pad_token or processor.tokenizer.eos_token
         with source.reading("does not load as a model", also=(ValueError, KeyError, RuntimeError)):
             model = AutoModelForImageTextToText.from_pretrained(
                 source.name, use_safetensors=True, dtype=DTYPES[device_precision()], **options
@@ -97,14 +100,26 @@ class VisionLanguageModel:
         self.generate_kwargs = GREEDY | {"max_new_tokens": max_new_tokens}
 
     def ask(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
-        """Return the answer to a question about each image, all in one batch."""
+        """Return the answer to a question about each image, all in one batch.
+
+        Raises:
+            UserError: the model does not take these images in one batch.
+        """
         chats = []
         for image, question in zip(images, questions, strict=True):
             image = to_rgb(image)
             image.thumbnail((self.resolution, self.resolution))
             content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
             chats.append([{"role": "user", "content": content}])
-        answers = self.pipe(chats, batch_size=len(chats), return_full_text=False, generate_kwargs=self.generate_kwargs)
+        options = {"batch_size": len(chats), "return_full_text": False, "generate_kwargs": self.generate_kwargs}
+        try:
+            answers = self.pipe(chats, **options)
+        except (RuntimeError, ValueError) as error:
+            if len(chats) == 1 or is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"--batch_size {len(chats)}: the model does not take these images at once ({error}); try 1."
+            ) from None
         # a list for each chat, or for each of a list of one
         return [answer[0]["generated_text"] if isinstance(answer, list) else answer["generated_text"]
                 for answer in answers]  # fmt: skip
