@@ -70,11 +70,12 @@ def add_contexts(
         raise UserError(f"{flag} all contexts are empty.")
     texts = _shorten([context for *_, context in pairs], prompts, sources, flag)
     if contexts_of == OWN:
-        lists = {label: tuple(text for (_, of, _), text in zip(pairs, texts) if of == label) for label in labels}
-        lacking = [sources.class_names[label] for label, own in lists.items() if not own]
-        if lacking:
+        own: dict[int, tuple[str, ...]] = {}
+        for (_, label, _), text in zip(pairs, texts):
+            own[label] = (*own.get(label, ()), text)
+        if lacking := [sources.class_names[label] for label in labels if label not in own]:
             raise UserError(f"--contexts_of {OWN}: {path} has no contexts of {list_names(lacking)}; try {ALL}.")
-        starts = dict.fromkeys(labels, 0)
+        lists, starts = {label: own[label] for label in labels}, dict.fromkeys(labels, 0)
     else:
         lists = dict.fromkeys(labels, tuple(texts))
         starts = {label: label * len(texts) // len(sources.class_names) for label in labels}
