@@ -29,6 +29,7 @@ from utils.data.prompts import ARTICLE_HELP, ARTICLES, AS_WRITTEN
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_folder
 from utils.hub.targets import WITH_PUSH_TO_HUB, HubArguments, open_target
+from utils.synthesis.contexts import ALL, OWN, add_contexts
 from utils.synthesis.few_steps import NO_GUIDANCE
 from utils.synthesis.generators import GUIDANCE_INTERVAL, GUIDANCE_PARAMETER, GUIDANCE_SCALE, Generator
 from utils.synthesis.learned import CLASS_EMBEDS
@@ -143,6 +144,14 @@ class PromptArguments:
     prompts_file: str | None = option(
         None, 'Instead of templates: a JSONL file of captions, {"label": class name, "prompt": text}.'
     )
+    contexts_file: str | None = option(
+        None, "File of describe_images.py: the context of a real image fills {context} in each prompt.",
+        needs=[without_flag("prompts_file"), with_value("prompt_set", "single")],
+    )  # fmt: skip
+    contexts_of: str = option(
+        ALL, "all: contexts of images of all classes, so that class and context are independent; own: of the image's "
+        "own class, for comparison.", choices=[ALL, OWN], needs=[with_flag("contexts_file")],
+    )  # fmt: skip
     negative_prompt: str = option("", "What the images should not show, in words.", needs=[GUIDED])
 
 
@@ -290,8 +299,12 @@ def prepare_prompts(
     has_no_article = lacks_setting(ARTICLE, output_args.output_dir, output_args.overwrite_output_dir)
     article = prompt_args.article or (AS_WRITTEN if has_no_article else sources.article)
     prompts, settings = make_prompts(
-        sources, labels, prompt_args.prompt_templates, prompt_args.prompt_set, prompt_args.prompts_file, article
-    )
+        sources, labels, prompt_args.prompt_templates, prompt_args.prompt_set, prompt_args.prompts_file, article,
+        with_contexts=prompt_args.contexts_file is not None,
+    )  # fmt: skip
+    if prompt_args.contexts_file is not None:
+        prompts, more = add_contexts(prompts, sources, labels, prompt_args.contexts_file, prompt_args.contexts_of)
+        settings |= more
     if has_no_article and article == AS_WRITTEN:
         settings.pop(ARTICLE, None)
     return prompts, settings

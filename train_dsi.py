@@ -33,6 +33,7 @@ from utils.cli.run_folder import CHECKPOINTS, RunFolder
 from utils.cli.threads import report_threads
 from utils.data.arguments import RealDataArguments, check_output_outside, check_real_images_given
 from utils.data.class_names import prompt_nouns, read_class_names_file
+from utils.data.contexts import read_contexts
 from utils.data.prompts import (
     ARTICLE_HELP,
     ARTICLES,
@@ -40,13 +41,16 @@ from utils.data.prompts import (
     AUTO,
     CLASS_TOKEN,
     CLASSLESS_TEMPLATE,
+    CONTEXT,
     DSI_TEMPLATE,
     PLAIN_TEMPLATE,
+    add_context,
     check_template,
-    dsi_template,
+    fill_context,
     read_templates_file,
     render_prompt,
     token_text,
+    with_others,
 )
 from utils.hub.cards import check_card
 from utils.hub.publishing import publish_finished, publish_folder
@@ -83,6 +87,10 @@ class TokenArguments:
     )
     prompt_templates_file: str | None = option(None, "File with more prompts: one per line, or a JSON or YAML list.")
     article: str | None = option(AUTO, ARTICLE_HELP, choices=ARTICLES, needs=[with_flag("include_class_name")])
+    contexts_file: str | None = option(
+        None, "File of describe_images.py: each image's own context fills {context} in its prompts, such as its "
+        "background (default of templates: '" + add_context(DSI_TEMPLATE) + "').",
+    )  # fmt: skip
     include_class_name: bool = option(
         True, "Whether prompts name the class; false is plain textual inversion, for comparison."
     )
@@ -91,7 +99,7 @@ class TokenArguments:
     )
     class_tokens: bool = option(
         False, "Learn one more token for each class, {class_token} in prompts (default: "
-        f"'{dsi_template([CLASS_TOKEN])}').", needs=[with_flag("include_class_name")],
+        f"'{with_others(DSI_TEMPLATE, [CLASS_TOKEN])}').", needs=[with_flag("include_class_name")],
     )  # fmt: skip
 
 
@@ -214,6 +222,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple:
         raise UserError(f"--resolution {image_args.resolution}: must be a multiple of 8.")
     check_real_images_given(data_args)
     read_templates(token_args)
+    if token_args.contexts_file is not None:
+        read_contexts(token_args.contexts_file)
     keep_choices(token_args, training_args, monitoring_args, parser.given)
     return groups
 
@@ -263,8 +273,10 @@ def find_begun_options(
 def read_templates(token_args: TokenArguments) -> list[str]:
     """Return the prompt templates of the flag, then those of the file."""
     with_class, path = token_args.include_class_name, token_args.prompt_templates_file
-    others = {CLASS_TOKEN: True} if token_args.class_tokens else {}
-    given = token_args.prompt_templates or [dsi_template(others) if with_class else CLASSLESS_TEMPLATE]
+    with_context = token_args.contexts_file is not None
+    others = ({CLASS_TOKEN: True} if token_args.class_tokens else {}) | ({CONTEXT: True} if with_context else {})
+    usual = with_others(DSI_TEMPLATE if with_class else CLASSLESS_TEMPLATE, others)
+    given = token_args.prompt_templates or [usual]
     more = read_templates_file(path) if path else []
     for flag, templates in (("--prompt_templates", given), ("--prompt_templates_file", more)):
         for template in templates:
@@ -284,7 +296,7 @@ def identify_inputs(groups: list, base_model, real_images) -> tuple:
     _, _, token_args, *_, hub_args = groups
     real_images, inputs = identify_real_images(RealImagesRecord.from_arguments(real_images), hub_args.hub_token)
     inputs["pretrained_model_name_or_path"] = base_model.identity
-    for name in ("prompt_templates_file", "class_names_file"):
+    for name in ("prompt_templates_file", "class_names_file", "contexts_file"):
         path = getattr(token_args, name)
         if path is not None and Path(path).is_file():  # otherwise reading it raises the error
             inputs[name] = describe_files(Path(path).parent, [Path(path).name])
@@ -388,7 +400,11 @@ def start_accelerator(training_args: TrainingArguments, monitoring_args: Monitor
 
 
 def prepare_prompts(tokenizers: list, class_names: list[str], templates: list[str], token_args, device) -> tuple:
-    """Return the nouns of the classes, and the token ids of all prompts, after a check that none is truncated."""
+    """Return the nouns of the classes, their prompts from all templates, and the token ids of all prompts, after a
+    check that none is truncated.
+
+    `{context}` stays in the prompts; the ids are without contexts.
+    """
     from utils.style.token import PromptIds, add_class_tokens, check_prompt_lengths
 
     corrections = read_class_names_file(token_args.class_names_file, class_names) if token_args.class_names_file else {}
@@ -401,9 +417,33 @@ def prepare_prompts(tokenizers: list, class_names: list[str], templates: list[st
         for template in templates
         for noun, name in zip(nouns, own)
     ]
-    check_prompt_lengths(tokenizers, prompts)
+    without_contexts = [fill_context(prompt, "") for prompt in prompts]
+    check_prompt_lengths(tokenizers, without_contexts)
     plain_prompts = [render_prompt(PLAIN_TEMPLATE, noun) for noun in nouns]
-    return nouns, PromptIds.tokenize(tokenizers, prompts, plain_prompts, device)
+    return nouns, prompts, PromptIds.tokenize(tokenizers, without_contexts, plain_prompts, device)
+
+
+def prepare_all_prompts(tokenizers: list, images, templates: list[str], token_args, device) -> tuple:
+    """Return the nouns of the classes, the token ids of their prompts, and the prompts of the training images.
+
+    An image has the prompts of its class. With --contexts_file, it has its own, which also have its context.
+
+    Raises:
+        UserError: the file lacks an image; or from `prepare_prompts`.
+    """
+    from utils.style.token import ImagePrompts, tokenize_image_prompts
+
+    labels, path = images.real.train["label"][:], token_args.contexts_file
+    nouns, prompts, prompt_ids = prepare_prompts(tokenizers, images.real.class_names, templates, token_args, device)
+    if path is None:
+        return nouns, prompt_ids, ImagePrompts(prompt_ids, labels, {})
+    contexts = read_contexts(path)
+    of_images = contexts.of_images(images.digests, f"--contexts_file {path}:")
+    ids, line = tokenize_image_prompts(tokenizers, prompts, labels, of_images, prompt_ids)
+    if line:
+        warn_once(f"--contexts_file {path}: {line}")
+    record = {"contexts": {"sha256": contexts.sha256, "num_images": len(labels)}}
+    return nouns, prompt_ids, ImagePrompts(ids, list(range(len(labels))), record)
 
 
 def prepare_optimizer(weights, training_args: TrainingArguments) -> tuple:
@@ -441,15 +481,15 @@ def denoising_loss(batch: dict, denoiser):
     return F.mse_loss(model_pred, target)
 
 
-def prepare_steps(latents, images, num_templates: int, noise_scheduler, accelerator, training_args: TrainingArguments):
-    """Return this process's share of each training step."""
+def prepare_steps(latents, labels, num_templates: int, noise_scheduler, accelerator, training_args: TrainingArguments):
+    """Return this process's share of each training step; `labels` are the numbers of the images' prompts."""
     import torch
 
     from utils.style.style_images import TrainingSteps
 
     images_per_process = training_args.train_batch_size * training_args.gradient_accumulation_steps
     return TrainingSteps(
-        latents=latents, labels=torch.tensor(images.real.train["label"]), seed=training_args.seed,
+        latents=latents, labels=torch.tensor(labels), seed=training_args.seed,
         images_per_step=images_per_process * accelerator.num_processes, num_templates=num_templates,
         num_train_timesteps=noise_scheduler.config.num_train_timesteps, rank=accelerator.process_index,
         num_parts=accelerator.num_processes,
@@ -611,7 +651,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     add_placeholder_tokens(tokenizers, token, num_vectors)
     images = load_style_images(real_images, hub_args.hub_token)
     accelerator.print("\n".join(images.real.remarks))
-    nouns, prompt_ids = prepare_prompts(tokenizers, images.real.class_names, templates, token_args, accelerator.device)
+    nouns, prompt_ids, of_images = prepare_all_prompts(tokenizers, images, templates, token_args, accelerator.device)
 
     # Latents are encoded once, into memory-mapped files; the VAE is not needed after that
     resolution = image_args.resolution or base_model.native_resolution
@@ -630,13 +670,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
     optimizer = accelerator.prepare(optimizer)
     encoder = accelerator.prepare_model(weights.encoder, evaluation_mode=True)
     denoiser = Denoiser(base_model, unet, noise_scheduler, encoder, prompt_ids, resolution, dtype, weights.lora)
-    trained = dataclasses.replace(denoiser, unet=prepare_unet(unet, training_args))
+    trained = dataclasses.replace(denoiser, unet=prepare_unet(unet, training_args), prompt_ids=of_images.ids)
 
     # Step n is a function of the seed and n, so a checkpoint needs only the trained weights and the optimizer
-    steps = prepare_steps(latents, images, len(templates), noise_scheduler, accelerator, training_args)
+    steps = prepare_steps(latents, of_images.labels, len(templates), noise_scheduler, accelerator, training_args)
     state = TrainingState(
         weights, optimizer, lr_scheduler, accelerator.scaler, options=folder.options,
-        inputs=prompt_ids.key(latents_key), base_model=base_model.identity, images_per_step=steps.images_per_step,
+        inputs=of_images.ids.key(latents_key), base_model=base_model.identity, images_per_step=steps.images_per_step,
         micro_batching=divide_steps(unet, training_args),
     )  # fmt: skip
     monitor = open_monitor(
@@ -652,7 +692,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             record = describe_token(
                 base_model, images.real, nouns, templates, token_args.article, placeholder_token=token,
                 num_vectors=num_vectors, resolution=resolution, max_train_steps=training_args.max_train_steps,
-                health=health, **state.describe(), **weights.describe(folder.path),
+                health=health, **state.describe(), **weights.describe(folder.path), **of_images.record,
             )  # fmt: skip
             monitor.plot_training()
             write_records(folder, record, started, command, hub_target, hub_args.hub_token)

@@ -19,7 +19,7 @@ REFERENCE = Path(__file__).with_name("reference.md")
 TRAINER_DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 ORDER = (
     "train_dsi.py", "generate_synthetic.py", "train_bridged.py", "compare_transfer.py", "quality_report.py",
-    "filter_synthetic.py", "review_synthetic.py",
+    "filter_synthetic.py", "review_synthetic.py", "describe_images.py",
 )  # fmt: skip
 INTRODUCTION = """# All flags
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import compare_transfer
+import describe_images
 import filter_synthetic
 import generate_synthetic
 import quality_report
@@ -16,6 +17,7 @@ from utils.cli.parsing import ScriptArgumentParser
 
 MODULES = (
     train_dsi, generate_synthetic, quality_report, filter_synthetic, review_synthetic, train_bridged, compare_transfer,
+    describe_images,
 )  # fmt: skip
 SCRIPTS = {f"{module.__name__}.py": module for module in MODULES}
 

@@ -9,10 +9,10 @@ from utils.data.prompts import (
     DSI_TEMPLATE,
     PLAIN_TEMPLATE,
     check_template,
-    dsi_template,
     read_templates_file,
     render_prompt,
     token_text,
+    with_others,
 )
 
 
@@ -40,11 +40,11 @@ def test_the_article_before_the_class_follows_the_noun(template, noun, expected)
 
 
 def test_further_placeholders_are_filled_once():
-    template = dsi_template([CLASS_TOKEN])
+    template = with_others(DSI_TEMPLATE, [CLASS_TOKEN])
     check_template(template, needs_token=True, others={CLASS_TOKEN: True})
     prompt = render_prompt(template, "{token}", "<s>", class_token="<c-3>")
     assert prompt == "A <c-3> {token} photo in the style of <s>"
-    assert dsi_template() == DSI_TEMPLATE
+    assert with_others(DSI_TEMPLATE, []) == DSI_TEMPLATE
 
 
 def test_check_template_accepts_the_default_templates():

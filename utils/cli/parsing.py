@@ -34,7 +34,8 @@ RANGES = (
         "bridge_num_train_epochs", "bridge_max_steps", "step_counts", "bridge_step_counts", "max_train_steps",
         "per_device_train_batch_size", "bridge_per_device_train_batch_size", "per_device_eval_batch_size",
         "train_batch_size", "batch_size", "gradient_accumulation_steps", "eval_accumulation_steps", "lora_r",
-        "lora_alpha", "lora_learning_rate", "num_vectors", "resolution", "bridge_alignment_weight",
+        "lora_alpha", "lora_learning_rate", "num_vectors", "resolution", "bridge_alignment_weight", "max_words",
+        "max_new_tokens",
         # logging, checkpoints and processes
         "logging_steps", "eval_steps", "save_steps", "save_total_limit", "checkpointing_steps",
         "checkpoints_total_limit", "validation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor",

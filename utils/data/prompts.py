@@ -11,11 +11,13 @@ DSI_TEMPLATE = "A {class} photo in the style of {token}"
 CLASSLESS_TEMPLATE = "A photo in the style of {token}"
 PLAIN_TEMPLATE = "A good photo of the {class}"
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
-CLASS_TOKEN = "class_token"
+CLASS_TOKEN, CONTEXT = "class_token", "context"
+CONTEXT_PLACE = f"{{{CONTEXT}}}"
 # the placeholders besides {class} that a run may fill, and why another one does not
 PLACEHOLDERS = {
     "token": "there is no style token",
     CLASS_TOKEN: "there are no class tokens (train_dsi.py --class_tokens learns them)",
+    CONTEXT: "there are no contexts (--contexts_file gives them)",
 }
 
 # values of --article
@@ -29,10 +31,11 @@ ARTICLE = re.compile(r"(?<![\w'-])([Aa])n?(?=\s+\{class\})")
 VOWEL_SOUND = re.compile(r"(?!uni(?![dmn])|us[ae]|ute|eu|ewe|one\b|once\b)[aeiou]|hour|honest|heir", re.IGNORECASE)
 
 
-def dsi_template(others: Collection[str] = ()) -> str:
-    """Return the default template for a style token; `others` are the further placeholders that are filled."""
-    subject = f"{{{CLASS_TOKEN}}} {{class}}" if CLASS_TOKEN in others else "{class}"
-    return DSI_TEMPLATE.replace("{class}", subject)
+def with_others(template: str, others: Collection[str]) -> str:
+    """Return a default template with those of `PLACEHOLDERS` that are filled as well, besides `{token}`."""
+    if CLASS_TOKEN in others:
+        template = template.replace("{class}", f"{{{CLASS_TOKEN}}} {{class}}")
+    return add_context(template) if CONTEXT in others else template
 
 
 def check_template(
@@ -47,7 +50,8 @@ def check_template(
         UserError: a placeholder is missing or would not be filled; the message begins with `flag`.
     """
     name, others = f"{flag} '{template}':", others or {}
-    right = PLAIN_TEMPLATE if not needs_token else dsi_template(others) if needs_class else CLASSLESS_TEMPLATE
+    usual = PLAIN_TEMPLATE if not needs_token else DSI_TEMPLATE if needs_class else CLASSLESS_TEMPLATE
+    right = with_others(usual, others)
     if not needs_class and "{class}" in template:
         raise UserError(f"--include_class_name false: template '{template}' has {{class}}; try '{right}'.")
     needed = {"class": needs_class} | ({"token": True} if needs_token else {}) | others
@@ -96,6 +100,19 @@ def render_prompt(
     values = {"class": noun, "token": token_text, **others}
     # in one pass: what a placeholder is filled with is not filled again
     return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
+
+
+def add_context(template: str) -> str:
+    """Return a template with `{context}` before its style, or else at its end."""
+    before, style, after = template.partition(" in the style of {token}")
+    return f"{before}, {CONTEXT_PLACE},{style}{after}" if style else f"{template}, {CONTEXT_PLACE}"
+
+
+def fill_context(prompt: str, context: str) -> str:
+    """Return a prompt with `{context}` filled; an empty context also takes the commas around it away."""
+    if context:
+        return prompt.replace(CONTEXT_PLACE, context)
+    return re.sub(r"\s*,?\s*\{context\},?", "", prompt).strip()
 
 
 def token_text(placeholder_token: str, num_vectors: int) -> str:

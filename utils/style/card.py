@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from utils.cli.options import absolute_if_local
 from utils.cli.records import DSI_CONFIG, RUN_CONFIG, image_set_name
 from utils.cli.run_folder import RunFolder
-from utils.data.prompts import AS_WRITTEN, render_prompt
+from utils.data.prompts import AS_WRITTEN, fill_context, render_prompt
 from utils.hub.cards import FUNCTIONS, License, common_license, hub_ids, read_licenses, save_card
 from utils.hub.targets import Target
 from utils.style.base_models import BaseModel
@@ -84,7 +84,7 @@ def write_token_card(
         tags=["textual_inversion", "dataset-style-inversion", "bridged-transfer"] + ["lora"] * ("lora" in record),
     )  # fmt: skip
     prompt = render_prompt(
-        record["prompt_templates"][0], record["prompt_nouns"][0], record["placeholder_token"],
+        fill_context(record["prompt_templates"][0], ""), record["prompt_nouns"][0], record["placeholder_token"],
         record.get("article", AS_WRITTEN), class_token=next(iter(record.get("class_tokens", {}).get("names", [])), ""),
     )  # fmt: skip
     card = ModelCard.from_template(

@@ -3,7 +3,7 @@ condition."""
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils.cli.errors import UserError
+from utils.data.contexts import fill_contexts
 from utils.data.prompts import token_text
 from utils.style.base_models import BaseModel
 from utils.style.families import LEARNED_EMBEDS, ROW_NAMES
@@ -247,6 +248,51 @@ class PromptIds:
     def key(self, latents_key: str) -> str:
         """Return a hash of the latents' key and the training prompts."""
         return hashlib.sha256(latents_key.encode() + self.training.cpu().numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ImagePrompts:
+    """The prompts of the training images: `labels` has each image's place among `ids.plain`, its class or its own.
+
+    `record` is what a token's record says about them.
+    """
+
+    ids: PromptIds
+    labels: list[int]
+    record: dict
+
+
+def tokenize_image_prompts(
+    tokenizers: list, prompts: Sequence[str], labels: Sequence[int], contexts: Sequence[str], prompt_ids: PromptIds
+) -> tuple[PromptIds, str]:
+    """Return the token ids of each image's own prompts, and a line on contexts that are empty or too long, if any.
+
+    `prompts` has the first template's prompts for all classes, then those of the next; the context of an image fills
+    `{context}`, shortened if it does not fit. The ids are like `prompt_ids`, with each image as a class of its own.
+    """
+
+    def fits(texts: list[str]) -> list[bool]:
+        is_fitting = [True] * len(texts)
+        for tokenizer in tokenizers:
+            lengths = map(len, tokenizer(texts, verbose=False).input_ids)
+            is_fitting = [fit and length <= tokenizer.model_max_length for fit, length in zip(is_fitting, lengths)]
+        return is_fitting
+
+    num_classes, filled, num_short, notes = len(prompt_ids.plain), [], 0, []
+    for start in range(0, len(prompts), num_classes):
+        texts, _, number = fill_contexts([prompts[start + label] for label in labels], contexts, fits)
+        filled, num_short = [*filled, *texts], max(num_short, number)
+    if num_empty := sum(not context for context in contexts):
+        notes.append(f"{num_empty:,} of {len(contexts):,} training images have no context, so their prompts have none")
+    if num_short:
+        limit = min(tokenizer.model_max_length for tokenizer in tokenizers)
+        notes.append(
+            f"{num_short:,} of {len(contexts):,} contexts are shortened: the text encoder takes {limit} tokens, with "
+            "class and token"
+        )
+    training = PromptIds.tokenize(tokenizers, filled, [""], prompt_ids.training.device).training
+    plain = prompt_ids.plain[torch.as_tensor(labels, device=prompt_ids.plain.device)]
+    return replace(prompt_ids, training=training, plain=plain), f"{'; '.join(notes)}." if notes else ""
 
 
 @dataclass(frozen=True)

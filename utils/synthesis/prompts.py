@@ -14,7 +14,17 @@ from utils.cli.errors import UserError
 from utils.cli.parsing import read_text, suggestion
 from utils.cli.processes import warn_once
 from utils.data.class_names import list_names, match_class_names
-from utils.data.prompts import AS_WRITTEN, CLASS_TOKEN, check_template, render_prompt, token_text
+from utils.data.prompts import (
+    AS_WRITTEN,
+    CLASS_TOKEN,
+    CONTEXT,
+    CONTEXT_PLACE,
+    add_context,
+    check_template,
+    fill_context,
+    render_prompt,
+    token_text,
+)
 from utils.synthesis.generators import Generator
 from utils.synthesis.sources import Sources
 
@@ -148,9 +158,11 @@ def example_prompts(prompts: Prompts, label: int) -> list[str]:
 
 def make_prompts(
     sources: Sources, labels: Sequence[int], templates: Sequence[str] | None, prompt_set: str, prompts_file: str | None,
-    article: str,
+    article: str, with_contexts: bool = False,
 ) -> tuple[Prompts, dict]:  # fmt: skip
     """Return the prompts, from a file or from templates (default: those of the sources), and their settings.
+
+    `with_contexts` keeps `{context}` in the templates, to be filled later.
 
     Raises:
         UserError: a template or the file is wrong.
@@ -164,8 +176,8 @@ def make_prompts(
         )
         _warn_of_unused(class_tokens, prompts)
         return prompts, {"prompts_file_sha256": prompts.sha256}
-    varied, others = [], {CLASS_TOKEN: False} if class_tokens else {}
-    for template in templates or sources.prompt_templates:
+    varied, others = [], ({CLASS_TOKEN: False} if class_tokens else {}) | ({CONTEXT: True} if with_contexts else {})
+    for template in templates or _with_or_without_context(sources.prompt_templates, with_contexts):
         check_template(template, needs_token=placeholder is not None, others=others, flag="--prompt_templates")
         varied += build_templates(prompt_set, template)
     class_tokens_used = class_tokens if any(_has_class_token(template) for template in varied) else ()
@@ -183,6 +195,13 @@ def _has_class_token(template: str) -> bool:
 def _warn_of_unused(class_tokens: Sequence[str], prompts: Prompts) -> None:
     if class_tokens and not prompts.class_tokens:
         warn_once(f"{prompts.flag}: no prompt has {{{CLASS_TOKEN}}}, so the class tokens have no effect.")
+
+
+def _with_or_without_context(templates: Sequence[str], with_context: bool) -> list[str]:
+    """Return a style token's own templates with `{context}` or without it, whatever it was trained with."""
+    if with_context:
+        return [template if CONTEXT_PLACE in template else add_context(template) for template in templates]
+    return [fill_context(template, "") if CONTEXT_PLACE in template else template for template in templates]
 
 
 def read_prompts_file(
@@ -253,7 +272,7 @@ def check_prompts_fit(
     Raises:
         UserError: a prompt is truncated before its position; the message begins with `flag` and shows the rest.
     """
-    tokenizer, limit, expand = _load_prompt_tokenizer(generator, placeholder, num_vectors, class_tokens)
+    tokenizer, limit, expand = load_prompt_tokenizer(generator, placeholder, num_vectors, class_tokens)
     prompts, num_cut, example = iter(prompts), 0, ""
     while batch := list(islice(prompts, PROMPTS_AT_A_TIME)):
         texts = [expand(prompt) for prompt, _ in batch]
@@ -279,12 +298,12 @@ def count_prompt_tokens(
     class_tokens: Sequence[str] = (),
 ) -> list[int]:  # fmt: skip
     """Return the number of tokens of each prompt, with start and end; every vector of the style token counts."""
-    tokenizer, _, expand = _load_prompt_tokenizer(generator, placeholder, num_vectors, class_tokens)
+    tokenizer, _, expand = load_prompt_tokenizer(generator, placeholder, num_vectors, class_tokens)
     return [len(ids) for ids in tokenizer([expand(prompt) for prompt in prompts], verbose=False).input_ids]
 
 
-def _load_prompt_tokenizer(
-    generator: Generator, placeholder: str | None, num_vectors: int, class_tokens: Sequence[str]
+def load_prompt_tokenizer(
+    generator: Generator, placeholder: str | None, num_vectors: int, class_tokens: Sequence[str] = ()
 ) -> tuple:
     """Return the tokenizer whose text encoder reads the most tokens, their number, and a function that expands the
     placeholder in a prompt to all its vectors, as the pipeline does."""

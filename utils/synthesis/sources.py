@@ -12,7 +12,7 @@ from utils.cli.parsing import suggestion
 from utils.cli.records import DSI_CONFIG, read_record
 from utils.data.arguments import RealDataArguments
 from utils.data.class_names import match_class_names, prompt_nouns, read_class_names, read_class_names_file
-from utils.data.prompts import AS_WRITTEN, AUTO, CLASS_TOKEN, PLAIN_TEMPLATE, dsi_template
+from utils.data.prompts import AS_WRITTEN, AUTO, CLASS_TOKEN, DSI_TEMPLATE, PLAIN_TEMPLATE, with_others
 from utils.hub.repositories import open_source
 from utils.style.families import LEARNED_EMBEDS, OWN_SCHEDULER
 from utils.synthesis.few_steps import FewSteps
@@ -173,7 +173,7 @@ def read_token_sources(
         # images are drawn only from templates that name the class
         templates = [template for template in record.get("prompt_templates", []) if "{class}" in template]
         sources = replace(
-            without_token, prompt_templates=templates or [dsi_template([CLASS_TOKEN] if class_tokens else [])],
+            without_token, prompt_templates=templates or [with_others(DSI_TEMPLATE, [CLASS_TOKEN] if class_tokens else [])],
             token=token, train_indices=record.get("train_indices"),
             class_tokens=open_class_tokens(source, class_tokens) if class_tokens else None,
             learned_lora=open_learned_lora(source, learned_lora) if learned_lora and use_learned_lora else None,
