@@ -17,6 +17,7 @@ from utils.hub.repositories import open_source
 from utils.style.families import LEARNED_EMBEDS, OWN_SCHEDULER
 from utils.synthesis.few_steps import FewSteps
 from utils.synthesis.generators import Generator, open_generator
+from utils.synthesis.init_images import InitImages
 from utils.synthesis.lora import LoraAdapter
 
 GENERATOR_CONTENTS, SCHEDULER_CONFIG = "generator_contents", "scheduler_config"  # among a set's settings
@@ -45,7 +46,8 @@ class Sources:
 
     `chosen_nouns` are the classes whose nouns come from --class_names_file. `real_images` is the record of the real
     set, None if only class names are known; `train_indices` are its rows that the token was trained on. `article` is
-    that of the prompts that the token was trained with. `lora` is an adapter of the generator.
+    that of the prompts that the token was trained with. `lora` is an adapter of the generator. `init_images` are the
+    real images that synthetic ones are made from.
     """
 
     generator: Generator
@@ -59,6 +61,7 @@ class Sources:
     token: StyleToken | None = None
     train_indices: list[int] | None = None
     lora: LoraAdapter | None = None
+    init_images: InitImages | None = None
 
     @cached_property
     def few_steps(self) -> FewSteps | None:
