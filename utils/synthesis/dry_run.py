@@ -111,8 +111,9 @@ def dry_run(
     kinds = Counter((scale > 1, strength) for scale, strength in plan.kinds)
     for (is_guided, strength), count in kinds.items():
         scale = next(scale for scale in plan.guidance_scales if (scale > 1) == is_guided)
+        of_strength = {} if strength is None else {"strength": strength}
         for start in (0, plan.batch_size):
-            cost = draw_batch(plan, start, (scale, strength), sampler, settings, sizes)
+            cost = draw_batch(plan, start, scale, sampler, settings, sizes, **of_strength)
         shares.append((count / kinds.total(), cost))  # of the second batch, as the first one warms up
     seconds_per_image = sum(share * cost.seconds for share, cost in shares) / plan.batch_size
     rate = accelerator.num_processes / seconds_per_image
@@ -133,14 +134,13 @@ def dry_run(
 
 
 def draw_batch(
-    plan: GenerationPlan, start: int, kind: tuple[float, float | None], sampler: Sampler, settings: dict,
-    sizes: list[int],
+    plan: GenerationPlan, start: int, scale: float, sampler: Sampler, settings: dict, sizes: list[int],
+    strength: float | None = None,
 ) -> BatchCost:  # fmt: skip
-    """Draw and encode a batch of the plan, from image `start` on, all with the guidance scale and strength of `kind`.
+    """Draw and encode a batch of the plan, from image `start` on, all with one guidance scale and strength.
 
     Append the sizes in bytes to `sizes`.
     """
-    scale, strength = kind
     images = [plan.image(index) for index in range(start, start + plan.batch_size)]
     images = [replace(image, guidance_scale=scale, strength=strength) for image in images]
     cost, began = BatchCost(len(images)), time.perf_counter()
