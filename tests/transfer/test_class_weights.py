@@ -10,7 +10,7 @@ from tests.transfer.test_fine_tuning import train
 from utils.transfer.alignment import AlignedImages
 from utils.transfer.class_weights import balanced_weights, stage_weights
 from utils.transfer.fine_tuning import soft_cross_entropy
-from utils.transfer.methods import METHODS, Alignment, StageSettings, as_setting, plan_stages
+from utils.transfer.methods import METHODS, Alignment, StageSettings, plan_stages
 from utils.transfer.replay import ReplayedImages
 
 pytest_plugins = ["tests.transfer.fixtures"]
@@ -82,11 +82,10 @@ def test_a_weighted_stage_trains_alike_in_small_batches(classifiers, images, tmp
 
 
 def test_class_weights_are_recorded_for_each_stage_that_trains_and_only_where_used():
-    weighted = StageSettings(10, 1e-3, class_weights=as_setting("balanced"))
+    weighted = StageSettings(10, 1e-3, class_weights="balanced")
     stages = plan_stages(METHODS["bridged_head_warmup"], weighted, weighted)
     assert [stage.to_dict()["settings"]["class_weights"] for stage in stages] == ["balanced"] * 3
-    plain = StageSettings(10, 1e-3, class_weights=as_setting("none"))
-    assert all(
-        "class_weights" not in stage.to_dict()["settings"] for stage in plan_stages(METHODS["mix"], plain, plain)
-    )
+    plain = StageSettings(10, 1e-3)
+    (mix,) = plan_stages(METHODS["mix"], plain, plain)
+    assert "class_weights" not in mix.to_dict()["settings"]
     assert plan_stages(METHODS["linear_probe"], weighted, weighted)[0].settings.class_weights is None
