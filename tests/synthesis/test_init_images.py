@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,12 +19,13 @@ from tests.conftest import CLASS_NAMES, save_class_folders
 from tests.style.pipelines import change_config
 from tests.synthesis.test_plan import all_images, make_plan
 from tests.synthesis.test_sampling import assert_same, make_sampler
-from tests.synthesis.tokens import save_token, shard_hashes
+from tests.synthesis.tokens import open_folder, save_token, shard_hashes
 from utils.cli.errors import UserError
 from utils.data.image_set import RealImagesRecord
 from utils.data.images import centre_square
 from utils.data.real_images import load_real_images
 from utils.synthesis.init_images import open_init_images
+from utils.synthesis.sampling import load_pipeline
 
 pytest_plugins = ["tests.synthesis.fixtures"]
 PROMPTS, SEEDS = ["a red square", "a green circle", "a red square"], [3, 4, 5]
@@ -59,7 +61,13 @@ def finished(tmp_path_factory, flags):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["tiny_pipeline_dir", "tiny_xl_pipeline_dir"])
+@pytest.fixture(scope="session")
+def demo_dir():
+    """The demo's generator, whose latents have eight channels."""
+    return Path(__file__).parents[2] / "demo" / "generator"
+
+
+@pytest.mark.parametrize("kind", ["tiny_pipeline_dir", "tiny_xl_pipeline_dir", "demo_dir"])
 def test_images_are_those_of_the_image_to_image_pipeline_of_diffusers(kind, request, real, tmp_path):
     folder = shutil.copytree(request.getfixturevalue(kind), tmp_path / "pipeline")
     if kind == "tiny_xl_pipeline_dir":  # as in XL models of others
@@ -83,6 +91,19 @@ def test_images_are_those_of_the_image_to_image_pipeline_of_diffusers(kind, requ
     for one, drawn in zip(alone, pixels):
         assert_same(one, drawn)
     assert np.abs(sampler.draw(PROMPTS[:1], SEEDS[:1], 4.0, 0.5, rows[1:2])[0][0].astype(int) - pixels[0]).mean() > 1
+
+
+@pytest.mark.parametrize("kind", ["tiny_pipeline_dir", "tiny_xl_pipeline_dir"])
+def test_half_precision_draws_about_the_same(kind, request, real):
+    images, drawn = open_init_images(real, [0], [0.5]), []
+    generator = open_folder(request.getfixturevalue(kind))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        pipe = load_pipeline(generator, None, "DDIMScheduler", dtype, torch.device("cpu"))
+        sampler = make_sampler(pipe, 1, init_images=images)
+        rows = list(images.rows[0][:1])
+        # a second time, as parts must keep their precision
+        drawn += [sampler.draw(PROMPTS[:1], SEEDS[:1], 4.0, 0.5, rows)[0].astype(int) for _ in range(2)]
+    assert all(np.abs(levels - drawn[0]).mean() < 2 for levels in drawn)
 
 
 def test_guidance_is_limited_to_an_interval_of_all_steps(tiny_pipeline_dir, real):

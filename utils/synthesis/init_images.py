@@ -15,8 +15,8 @@ from utils.data.class_names import list_names
 from utils.style.families import FAMILIES, OWN_SCHEDULER
 
 if TYPE_CHECKING:  # datasets and torch take seconds to import
-    import torch
     from datasets import Dataset
+    from PIL.Image import Image
 
     from utils.data.image_set import RealImages
     from utils.synthesis.generators import Generator
@@ -48,21 +48,18 @@ class InitImages:
         digest = hashlib.sha256(json.dumps(used).encode()).hexdigest()
         return {INIT_IMAGES: "real", STRENGTH: list(self.strengths), "init_images_sha256": digest}
 
-    def pixels(self, row: int, resolution: int) -> "torch.Tensor":
-        """Return a real image as `(1, 3, height, width)` float32 in [-1, 1], cut as for the training of a style token.
+    def square(self, row: int, resolution: int) -> "Image":
+        """Return the square of a real image that the training of a style token takes, of `resolution` pixels a side.
 
         Raises:
             UserError: the image was replaced since the set was begun.
         """
-        import torch
-
-        from utils.data.images import centre_square, to_model_range
+        from utils.data.images import centre_square
         from utils.data.opened_images import check_digests
 
         place = self.places[row]
         check_digests(self.images, self.digests, range(place, place + 1), self.where)
-        square = centre_square(self.images[place]["image"], resolution)
-        return torch.from_numpy(to_model_range([square]))
+        return centre_square(self.images[place]["image"], resolution)
 
 
 def num_steps(num_inference_steps: int, strength: float) -> int:

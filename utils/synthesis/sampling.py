@@ -204,9 +204,8 @@ class Sampler:
         self.cache = PromptCache(pipe, negative_prompt) if self.family.prompt_embeddings else None
         pipe.set_progress_bar_config(disable=True)
         self.init_images, self.image_pipe = init_images, None
-        if init_images is not None:  # a pipeline of the same parts
-            self.image_pipe = AutoPipelineForImage2Image.from_pipe(pipe)
-            self.image_pipe.set_progress_bar_config(disable=True)
+        if init_images is not None:
+            self.image_pipe = image_to_image_pipeline(pipe)
         for part in pipe.components.values():
             # faster for convolutions in half precision on a GPU; on a CPU it was 0 to 5% slower
             if isinstance(part, CONVOLUTIONAL) and pipe.device.type == "cuda":
@@ -267,7 +266,7 @@ class Sampler:
         if strength is not None:
             num = self.settings["num_inference_steps"]
             pipe, num_skipped = self.image_pipe, (num - num_steps(num, strength)) * self.pipe.scheduler.order
-            image = self._encode_images(rows, generators)
+            image = [self.init_images.square(row, self.settings["height"]) for row in rows]
             settings = {"num_inference_steps": num, "strength": strength, "image": image}
         if self.interval is not None:
             self.interval.begin(scale > 1, num_skipped)
@@ -278,25 +277,6 @@ class Sampler:
             )  # fmt: skip
         # not all pipelines have a safety checker
         return output.images, output.get("nsfw_content_detected") or [False] * len(prompts)
-
-    def _encode_images(self, rows: list[int], generators: list[torch.Generator]) -> torch.Tensor:
-        """Return the scaled latents `(batch, channels, height, width)` of real images, each drawn with its generator.
-
-        Each image is encoded alone, so its latents do not depend on the batch. The pipeline would do the same, but
-        convert the weights of Stable Diffusion XL's VAE for each batch.
-
-        Source: diffusers, `prepare_latents` of the image-to-image pipelines.
-        """
-        vae, resolution = self.pipe.vae, self.settings["height"]
-        latents = []
-        for row, generator in zip(rows, generators):
-            pixels = self.init_images.pixels(row, resolution).to(vae.device, vae.dtype)
-            latents.append(vae.encode(pixels).latent_dist.sample(generator))
-        latents, config = torch.cat(latents), vae.config
-        if self.family.normalizes_latents and config.get("latents_mean") and config.get("latents_std"):
-            mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-            latents = (latents - mean) / std
-        return latents * config.scaling_factor
 
     def _prompt_arguments(self, prompts: list[str], guidance_scale: float) -> dict:
         if self.cache is not None:
@@ -314,6 +294,21 @@ class Sampler:
         fewer = self.num_at_a_time // 2
         logger.warning("Out of memory with %d images at a time; continuing with %d.", self.num_at_a_time, fewer)
         self.num_at_a_time = fewer
+
+
+def image_to_image_pipeline(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Return the image-to-image pipeline of the same parts; it also works with a VAE in float32 beside float16."""
+    if pipe.vae.dtype == torch.float32:  # else that of XL would convert it to half precision after each batch
+        pipe.vae.register_to_config(force_upcast=False)
+    image_pipe = AutoPipelineForImage2Image.from_pipe(pipe)
+    image_pipe.set_progress_bar_config(disable=True)
+    prepare_latents, dtype = image_pipe.prepare_latents, find_denoiser(pipe).dtype
+
+    def in_own_precision(*args, **kwargs) -> torch.Tensor:
+        return prepare_latents(*args, **kwargs).to(dtype)
+
+    image_pipe.prepare_latents = in_own_precision
+    return image_pipe
 
 
 def load_sampler(sources: Sources, settings: dict, accelerator: Accelerator) -> Sampler:
