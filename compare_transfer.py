@@ -57,7 +57,12 @@ from utils.transfer.methods import StageSettings, describe_methods
 from utils.transfer.rehearsal import rehearse
 from utils.transfer.run_method import open_real_images
 from utils.transfer.stage import open_pretrained
-from utils.transfer.synthetic_images import SyntheticSource, count_leaked_images, open_synthetic
+from utils.transfer.synthetic_images import (
+    SyntheticSource,
+    count_leaked_images,
+    describe_seeing,
+    open_synthetic,
+)
 
 SETTINGS = "chosen_settings.json"
 BASELINES = ("vanilla_matched", "vanilla")  # the first of these that is compared
@@ -214,8 +219,9 @@ def warn_about_leaks(runner: CellRunner, num_shots: int | None) -> None:
         num_leaked = count_leaked_images(source.record, rows)
         if num_leaked:
             print(
-                f"Warning: {source.name}: its style token has seen {num_leaked} real images that the runs of seed "
-                f"{seed} with {shots_title(num_shots)} do not train on; vanilla sees fewer real images."
+                f"Warning: {source.name}: {describe_seeing(source.record).replace('the ', 'its ', 1)} "
+                f"{num_leaked} real images that the runs of seed {seed} with {shots_title(num_shots)} do not train on; "
+                "vanilla sees fewer real images."
             )
 
 
@@ -237,7 +243,7 @@ def build_runners(
         max_steps=0, learning_rate=0.0, mixup_alpha=shared_args.mixup_alpha, batch_norm=shared_args.batch_norm,
         label_smoothing_factor=shared_args.label_smoothing_factor, augmentation=shared_args.augmentation,
         random_flip=real_args.random_flip, per_device_train_batch_size=shared_args.per_device_train_batch_size,
-        weight_decay=shared_args.weight_decay,
+        weight_decay=shared_args.weight_decay, class_weights=shared_args.class_weights,
     )  # fmt: skip
     from transformers import TrainingArguments  # imported late, as it loads torch
 
@@ -365,6 +371,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     first.check(rows, shots, volumes)
     for source in {source.key: source for source in sources.values() if source.left_out}.values():
         print(source.left_out.describe(source.name))
+    for line in first.describe_limits(rows, volumes):
+        print(line)
     warn_about_leaks(first, shots[0])
     for runner in runners.values():
         if line := runner.decode_once(rows, volumes):

@@ -5,6 +5,7 @@
     accelerate launch generate_synthetic.py --learned_embeds cars-style --prompt_set diverse --guidance_scale 2 3 4
     accelerate launch generate_synthetic.py --learned_embeds cars-style --use_style_token false --output_dir cars-plain
     accelerate launch generate_synthetic.py --learned_embeds cars-style --lora user/watercolour:0.6 user/lcm-lora
+    accelerate launch generate_synthetic.py --learned_embeds cars-style --init_images real --strength 0.5 0.7
     accelerate launch generate_synthetic.py --class_names_file names.yaml \\
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium --mixed_precision bf16
     accelerate launch --multi_gpu --num_processes 8 generate_synthetic.py recipe.yaml --output_dir cars-syn
@@ -30,8 +31,18 @@ from utils.hub.cards import check_card
 from utils.hub.publishing import publish_folder
 from utils.hub.targets import WITH_PUSH_TO_HUB, HubArguments, open_target
 from utils.synthesis.contexts import ALL, OWN, add_contexts
+from utils.synthesis.counts import BALANCE, FLAG, missing_to_largest, parse_number, split_number
 from utils.synthesis.few_steps import NO_GUIDANCE
 from utils.synthesis.generators import GUIDANCE_INTERVAL, GUIDANCE_PARAMETER, GUIDANCE_SCALE, Generator
+from utils.synthesis.init_images import FLAG as INIT_FLAG
+from utils.synthesis.init_images import (
+    INIT_IMAGES,
+    STRENGTH,
+    check_image_to_image,
+    count_by_class,
+    load_training_images,
+    open_init_images,
+)
 from utils.synthesis.learned import CLASS_EMBEDS
 from utils.synthesis.lora import open_loras, record_adapters
 from utils.synthesis.output_folder import (
@@ -159,7 +170,20 @@ class PromptArguments:
 class SamplingArguments:
     _argument_group_name = "sampling"
 
-    num_images_per_class: int = option(1000, "Images per class; can be raised later.")
+    num_images_per_class: str = option(
+        1000, "Images per class; can be raised later. balance:500 draws 500 or more: as many as bring real training "
+        "images and synthetic ones together to the same number for each class.",
+    )  # fmt: skip
+    init_images: str = option(
+        "none", "real: image-to-image from the real training images of the class, each used about equally often.",
+        choices=["none", "real"],
+    )  # fmt: skip
+    strength: list[float] = option(
+        [0.5, 0.7],
+        "How much of a real image is replaced by noise, above 0 and at most 1; this share of the steps is taken. "
+        "Several strengths are used for equal shares of each class's images, to within one.",
+        needs=[with_value("init_images", "real")],
+    )
     guidance_scale: list[float] = option(
         [3.0],
         "Guidance scale; lower is more varied, 1 (or 0) is no guidance and takes half the time. Several scales are "
@@ -235,6 +259,7 @@ def parse_arguments(argv) -> tuple[tuple, set[str]]:
     _, _, _, sampling_args, _, _ = groups
     if sampling_args.max_redraws > MAX_REDRAWS:
         raise UserError(f"--max_redraws {sampling_args.max_redraws}: must be at most {MAX_REDRAWS}.")
+    sampling_args.num_images_per_class = parse_number(sampling_args.num_images_per_class)
     sampling_args.guidance_scale = [scale or NO_GUIDANCE for scale in sampling_args.guidance_scale]
     check_interval(sampling_args.guidance_interval)
     return groups, parser.given
@@ -310,16 +335,36 @@ def prepare_prompts(
     return prompts, settings
 
 
-def make_plan(
+def plan_images(
     sources: Sources, labels: tuple[int, ...], prompts: Prompts, sampling_args: SamplingArguments,
-    output_args: OutputArguments,
-) -> GenerationPlan:  # fmt: skip
-    """Return the plan of the set; an existing set keeps the rule for guidance scales that it was begun with."""
-    return GenerationPlan(
+    output_args: OutputArguments, recorded_in: str | None, hub_token: str | None,
+) -> tuple[Sources, GenerationPlan]:  # fmt: skip
+    """Return the sources, with the real images if the set is made from them, and the plan of the set.
+
+    An existing set keeps the rule for guidance scales that it was begun with. `recorded_in` is the style token whose
+    record names the real images.
+    """
+    number, is_balanced = split_number(sampling_args.num_images_per_class)
+    from_real, extra = sampling_args.init_images == "real", ()
+    if from_real:
+        steps, strengths = sampling_args.num_inference_steps, tuple(sampling_args.strength)
+        scheduler = sampling_args.scheduler or sources.default_scheduler
+        check_image_to_image(sources.generator, scheduler, steps, strengths)
+    if from_real or is_balanced:
+        flag = INIT_FLAG if from_real else f"{FLAG} {sampling_args.num_images_per_class}"
+        real = load_training_images(sources.real_images, sources.class_names, flag, recorded_in, hub_token)
+        if is_balanced:
+            extra = missing_to_largest(count_by_class(real), labels)
+        if from_real:
+            opened = open_init_images(real, labels, strengths, sources.train_indices)
+            sources = replace(sources, init_images=opened)
+    init = sources.init_images
+    return sources, GenerationPlan(
         num_classes=len(sources.class_names), labels=labels, prompts=prompts,
-        guidance_scales=tuple(sampling_args.guidance_scale), num_images_per_class=sampling_args.num_images_per_class,
+        guidance_scales=tuple(sampling_args.guidance_scale), num_images_per_class=number,
         seed=sampling_args.seed, batch_size=sampling_args.batch_size, images_per_shard=output_args.images_per_shard,
         scales_by_batch=lacks_setting(GUIDANCE_SHARES, output_args.output_dir, output_args.overwrite_output_dir),
+        extra_images=extra, **({"strengths": init.strengths, "init_rows": init.rows} if init else {}),
     )  # fmt: skip
 
 
@@ -332,6 +377,12 @@ def collect_settings(sources: Sources, plan: GenerationPlan, prompt_settings: di
         SCHEDULER_CONFIG: few_steps and few_steps.scheduler_config or None,
     }  # fmt: skip
     later = {name: value for name, value in later.items() if value is not None or not lacks_setting(name, *output)}
+    newest = plan.count_settings | (sources.init_images.settings if sources.init_images else {})
+    # of a set that has them, so that it does not go on without
+    newest |= {
+        name: None for name in (BALANCE, INIT_IMAGES, STRENGTH)
+        if name not in newest and recorded_setting(name, *output) is not None
+    }  # fmt: skip
     # a repository is identified by its commit
     if source.is_local and not lacks_setting(GENERATOR_CONTENTS, *output):
         later[GENERATOR_CONTENTS] = sources.generator.identity
@@ -346,7 +397,7 @@ def collect_settings(sources: Sources, plan: GenerationPlan, prompt_settings: di
         "classes": [sources.class_names[label] for label in plan.labels], **prompt_settings,
         "resolution": options["resolution"] or sources.resolution,
         "scheduler": options["scheduler"] or sources.default_scheduler,
-        "mixed_precision": precision, **{name: options[name] for name in SETTINGS}, **plan.guidance_settings,
+        "mixed_precision": precision, **{name: options[name] for name in SETTINGS}, **plan.guidance_settings, **newest,
     }  # fmt: skip
 
 
@@ -430,7 +481,6 @@ def main(argv=None) -> dict:
     if prompt_args.strict_class_names:
         check_strict(findings)
     prompts, prompt_settings = prepare_prompts(sources, labels, prompt_args, output_args)
-    plan = make_plan(sources, labels, prompts, sampling_args, output_args)
 
     # these take seconds to import: only once the arguments are known to be good
     from utils.hub.growing import GrowingUpload
@@ -442,6 +492,9 @@ def main(argv=None) -> dict:
     # Find every bad input before a model loads
     there = recorded_setting("mixed_precision", output_dir, output_args.overwrite_output_dir)
     accelerator, options = start_accelerator(sampling_args.mixed_precision, there, output_dir), resolve_options(groups)
+    sources, plan = plan_images(
+        sources, labels, prompts, sampling_args, output_args, source_args.learned_embeds, hub_token
+    )
     settings = collect_settings(sources, plan, prompt_settings, accelerator.mixed_precision, options)
     folder = open_output_folder(output_dir, settings, plan.num_images_per_class, output_args.overwrite_output_dir)
     check_card(folder.path / "README.md")

@@ -233,7 +233,14 @@ def load_images(args: SimpleNamespace, source, pretrained) -> tuple:
     from utils.data.opened_images import open_synthetic
     from utils.data.real_images import describe_small_parts
     from utils.transfer.run_method import select_images
-    from utils.transfer.synthetic_images import count_leaked_images, load_synthetic, num_images
+    from utils.transfer.synthetic_images import (
+        count_leaked_images,
+        describe_limit,
+        describe_seeing,
+        load_synthetic,
+        num_images,
+        seen_rows,
+    )
 
     real, synthetic, method = load_real(args), None, args.chosen_method
     counts = {"real": len(real.train)}
@@ -258,15 +265,17 @@ def load_images(args: SimpleNamespace, source, pretrained) -> tuple:
                 logger.warning(remark)
         if source.left_out:
             logger.info(source.left_out.describe(source.name))
+        if line := describe_limit(source, limit):
+            logger.warning(line)
         num_leaked = count_leaked_images(source.record, real.train_indices)
         if num_leaked and method.uses_synthetic:
             tested = ""
             if real.record.fold:
-                number = len(set(source.record["train_indices"]) & set(real.parts["test"].rows))
+                number = len(seen_rows(source.record) & set(real.parts["test"].rows))
                 tested = f", {number} of them test images of --fold {real.record.fold}" if number else ""
             logger.warning(
-                f"Warning: the style token has seen {num_leaked} real images outside the {len(real.train)} that this "
-                f"run trains on{tested}; a method without synthetic images sees fewer real images."
+                f"Warning: {describe_seeing(source.record)} {num_leaked} real images outside the {len(real.train)} "
+                f"that this run trains on{tested}; a method without synthetic images sees fewer real images."
             )
     trained_on = {"real": real.train, "synthetic": synthetic}
     if args.training.cache_images:

@@ -9,6 +9,7 @@ import pytest
 from datasets import load_dataset
 
 from generate_synthetic import main
+from tests.conftest import CLASS_NAMES, save_class_folders
 from tests.processes import start_script
 from tests.synthesis.tokens import shard_hashes
 
@@ -125,6 +126,25 @@ def test_two_processes_draw_the_set_of_one_and_three_finish_it(many_shards, whol
     status, output, errors = run(argv, tmp_path, num_processes=3)
     assert status == 0, errors[-3000:]
     assert re.findall(r"MULTI_CPU \d+ processes", output) == ["MULTI_CPU 3 processes"] * 3
+    assert shard_hashes(tmp_path / "killed") == whole
+
+
+@pytest.mark.soak
+def test_a_balanced_set_from_real_images_is_the_same_after_a_kill_and_with_two_processes(tiny_pipeline_dir, tmp_path):
+    photos = save_class_folders(tmp_path / "photos", dict(zip(CLASS_NAMES, (7, 4, 12))))
+    flags = [
+        "--pretrained_model_name_or_path", str(tiny_pipeline_dir), "--train_dir", str(photos), "--resolution", "32",
+        "--init_images", "real", "--strength", "0.5", "1", "--num_images_per_class", "balance:5", "--batch_size", "3",
+        "--num_inference_steps", "2", "--images_per_shard", "4",
+    ]  # fmt: skip
+    main([*flags, "--output_dir", str(tmp_path / "whole")])
+    whole, argv = shard_hashes(tmp_path / "whole"), [*flags, "--output_dir", str(tmp_path / "killed")]
+    status, _, errors = run(argv, tmp_path, num_processes=2, die_at="rename 2 1")
+    assert status != 0, errors[-2000:]
+    assert 1 <= len([name for name in shard_hashes(tmp_path / "killed") if name.startswith("train")]) < len(whole)
+    status, output, errors = run(argv, tmp_path, num_processes=2)
+    assert status == 0, errors[-3000:]
+    assert re.findall(r"MULTI_CPU \d+ processes", output) == ["MULTI_CPU 2 processes"] * 2
     assert shard_hashes(tmp_path / "killed") == whole
 
 

@@ -60,6 +60,7 @@ LACKS = {
         for name in ("learning_rate", "weight_decay", "warmup_steps", "per_device_train_batch_size")
     },
     "with --image_format {image_format}": ("--image_format png", "--image_format webp"),
+    "with --init_images {init_images}": ("", "--init_images real"),
     "with --guidance_scale {guidance_scale}, which turns guidance off": (
         "--guidance_scale 0.5 1", "--guidance_scale 1 2",
     ),

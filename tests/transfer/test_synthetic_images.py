@@ -16,6 +16,8 @@ from utils.synthesis.shards import shard_name, synthetic_features
 from utils.transfer.synthetic_images import (
     SyntheticSource,
     count_leaked_images,
+    describe_limit,
+    describe_seeing,
     identify_synthetic,
     load_synthetic,
     num_images,
@@ -50,7 +52,7 @@ def rows_of(class_names, num_per_class: int) -> list[dict]:
 
 def save_set(folder: Path, class_names, rows: list[dict], **record) -> str:
     """Write rows as a synthetic set with four images per shard."""
-    features = synthetic_features(class_names)
+    features = synthetic_features(class_names, has_init_images=True)
     schema = Features({name: features[name] for name in features if name in rows[0]}).arrow_schema
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, len(rows), 4)):
@@ -258,6 +260,27 @@ def test_a_set_that_is_being_uploaded_is_refused_until_all_shards_are_there(whol
 def test_leak_counts_images_outside_the_subset():
     assert count_leaked_images({"train_indices": [1, 2, 9]}, np.array([1, 2, 3])) == 1
     assert count_leaked_images({"train_indices": None}, np.array([1])) == 0
+    from_images = {"train_indices": [1, 2], "init_image_rows": [2, 8, 9]}
+    assert count_leaked_images(from_images, np.array([1, 2, 3])) == 2
+    assert describe_seeing(from_images, "syn") == "the style token and image-to-image of syn have seen"
+    assert describe_seeing(from_images | {"train_indices": None}) == "image-to-image has seen"
+
+
+@KINDS
+def test_a_set_with_more_images_of_rare_classes_loads_with_and_without_a_limit(tmp_path, streaming):
+    counts = dict(zip(CLASS_NAMES, (2, 6, 4)))
+    rows = [row for row in rows_of(CLASS_NAMES, 6) if row["class_index"] < list(counts.values())[row["label"]]]
+    rows = [row | {"strength": 0.5, "init_image": 7} for row in rows]  # further columns do no harm
+    record = {"num_images": 12, "num_images_per_class": 2, "num_images_of_class": counts, "num_redraws": {}}
+    folder = save_set(tmp_path / "balanced", CLASS_NAMES, rows, **record)
+    source = open_synthetic(folder)
+    for limit, expected in ((None, [2, 6, 4]), (5, [2, 5, 4]), (2, [2, 2, 2])):
+        images = pairs_of(load(folder, limit, streaming=streaming))
+        assert [sum(label == own for _, own in images) for label in range(3)] == expected
+        assert num_images(source, limit) == sum(expected)
+    assert describe_limit(source, None) is None and describe_limit(source, 6) is None
+    assert "at most 5 per class leaves 2 to 5, so" in describe_limit(source, 5)
+    assert "at most 2 per class leaves 2, so" in describe_limit(source, 2)
 
 
 @KINDS

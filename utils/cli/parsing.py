@@ -41,7 +41,7 @@ RANGES = (
         "checkpoints_total_limit", "validation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor",
         "ddp_bucket_cap_mb", "ddp_timeout", "num_workers",
         # generating
-        "num_images_per_class", "num_inference_steps", "images_per_shard",
+        "num_inference_steps", "images_per_shard",
     )),
     ("2 or above", lambda value: value >= 2, ("num_folds",)),
     ("0 or above", lambda value: value >= 0, (
@@ -59,6 +59,7 @@ RANGES = (
     )),
     ("from -1 to 1", lambda value: -1 <= value <= 1, ("min_score",)),
     ("from 0 to 1", lambda value: 0 <= value <= 1, ("guidance_interval",)),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1, ("strength",)),
     ("above 0 and below 1", lambda value: 0 < value < 1, ("train_val_split", "average", "ema_decay")),
     ("0 or above, and below 2**32", lambda value: 0 <= value < 2**32, (  # the seeds that NumPy accepts
         "seed", "data_seed", "few_shot_seed", "fold_seed", "seeds", "search_seeds", "sample_seed",

@@ -9,7 +9,7 @@ from utils.cli.precision import TITLES, choose_precision, device_precision
 from utils.cli.records import read_record
 from utils.data.arguments import RealDataArguments
 from utils.transfer.arguments import ModelArguments, default_num_workers, has_stage_1_steps
-from utils.transfer.methods import AUGMENTATIONS, METHODS, ONE_KIND_NORMS, Method
+from utils.transfer.methods import AUGMENTATIONS, CLASS_WEIGHTS, METHODS, ONE_KIND_NORMS, Method
 
 DEFAULT_METHODS = [
     "vanilla", "vanilla_matched", "vanilla_mixup", "linear_probe", "mix", "bridged", "bridged_keep", "bridged_replay",
@@ -254,6 +254,12 @@ class SharedStageArguments:
     batch_norm: str = option("frozen", "BatchNorm statistics, as in train_bridged.py.", choices=ONE_KIND_NORMS)
     augmentation: str = option("robust", "Augmentation, as in train_bridged.py.", choices=AUGMENTATIONS)
     label_smoothing_factor: float = option(0.0, "Label smoothing, in [0, 1).")
+    class_weights: str | None = option(
+        None,
+        "Weights of classes in the loss, as in train_bridged.py (default: equal weights).",
+        choices=CLASS_WEIGHTS,
+        needs=[TRAINED],
+    )
     per_device_train_batch_size: int = option(32, "Images per step.")
     weight_decay: float = option(0.01, "Weight decay.")
     use_cpu: bool = option(False, "Train on the CPU, even if there is a GPU.")

@@ -41,7 +41,7 @@ from utils.transfer.image_format import EvalImages, read_image_format
 from utils.transfer.methods import StagePlan, StageSettings
 from utils.transfer.run_method import images_per_class, run_method, select_images
 from utils.transfer.stage import Pretrained
-from utils.transfer.synthetic_images import SyntheticSource, identify_synthetic, load_synthetic
+from utils.transfer.synthetic_images import SyntheticSource, describe_limit, identify_synthetic, load_synthetic
 
 MAX_BYTES_IN_MEMORY = 2**30  # of images that cells are evaluated on repeatedly
 _runner: "CellRunner | None" = None  # of a worker process
@@ -162,6 +162,11 @@ class CellRunner:
             smallest = _smallest_class(images)
             if most > smallest:
                 raise UserError(f"--volumes {most}: {source.name} has only {smallest} images of a class.")
+
+    def describe_limits(self, rows: list[Row], volumes: list[int | None]) -> list[str]:
+        """Return warnings about volumes that take images from sets with more images of rare classes."""
+        lines = [describe_limit(source, volume) for source in self._used_sources(rows) for volume in volumes]
+        return [line for line in lines if line is not None]
 
     def decode_once(self, rows: list[Row], volumes: list[int | None]) -> str | None:
         """Decode all training images if `caches_images` is true, or None and they fit; return a line if so, else None.

@@ -8,7 +8,7 @@ from utils.comparison.arguments import SEARCHED
 from utils.comparison.cells import CellRunner
 from utils.comparison.grid import shots_title
 from utils.data.real_images import is_same_image_set
-from utils.transfer.synthetic_images import count_leaked_images
+from utils.transfer.synthetic_images import count_leaked_images, describe_seeing
 
 PLACEHOLDER = "{fold}"
 
@@ -77,11 +77,13 @@ def describe_protocol(runner: CellRunner, seeds: list[int], shots: list[int | No
 def _describe_leaks(runner: CellRunner, num_shots: int | None) -> list[str]:
     """Return a sentence for each set whose style token saw test images, or images beyond the fewest shots."""
     rows, record = runner.real.train_indices, runner.real.record
-    seen, tested, beyond = {}, {}, {}
+    seen, tested, beyond, seeing = {}, {}, {}, {}
     for (name, seed, fold), source in runner.sources.items():
         recorded = source.record["real_images"]
         if not recorded or not is_same_image_set(recorded, record.dataset_name, record.train_dir):
             continue
+        saw = describe_seeing(source.record, name)
+        seeing[name] = saw[0].upper() + saw[1:]
         trained_here, tested_here = runner.folds.split(fold, seed)
         num_elsewhere = count_leaked_images(source.record, rows)
         num_seen = count_leaked_images(source.record, rows[trained_here]) - num_elsewhere
@@ -94,12 +96,12 @@ def _describe_leaks(runner: CellRunner, num_shots: int | None) -> list[str]:
         if seen[name]:
             number = "all" if seen[name] == tested[name] else f"{seen[name]:,} of the {tested[name]:,}"
             sentences.append(
-                f"The style token of {name} has seen {number} test images of the models that use its images: their "
+                f"{seeing[name]} {number} test images of the models that use its images: their "
                 "gains may be too high; --token_per_fold learns one token per fold."
             )
         if beyond[name]:
             sentences.append(
-                f"The style token of {name} has seen up to {beyond[name]:,} real images that the runs with "
+                f"{seeing[name]} up to {beyond[name]:,} real images that the runs with "
                 f"{shots_title(num_shots)} do not train on: vanilla has seen fewer images."
             )
     return sentences

@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from utils.synthesis.generators import GUIDANCE_INTERVAL
 from utils.synthesis.guidance import find_denoiser
 from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.prompts import count_prompt_tokens, example_prompts
-from utils.synthesis.runner import encode_image
+from utils.synthesis.runner import draw_planned, encode_image
 from utils.synthesis.sampling import Sampler, load_sampler
 from utils.synthesis.sources import Sources
 
@@ -102,16 +102,18 @@ def dry_run(
     """Print classes and prompts, draw batches in every process, then print and return the cost of the set.
 
     The cost is the speed, seconds and disk space of the whole set, and the seconds with other settings. If only some of
-    several guidance scales use guidance, batches of both kinds are drawn: they take one or two passes per step.
+    several guidance scales use guidance, batches of both kinds are drawn: they take one or two passes per step. So are
+    batches of each strength, which take other numbers of steps.
     """
     if accelerator.is_main_process:
         print_prompts(plan, sources)
     sampler, sizes, shares = load_sampler(sources, settings, accelerator), [], []
-    kinds = Counter(scale > 1 for scale in plan.guidance_scales)
-    for is_guided, count in kinds.items():
+    kinds = Counter((scale > 1, strength) for scale, strength in plan.kinds)
+    for (is_guided, strength), count in kinds.items():
         scale = next(scale for scale in plan.guidance_scales if (scale > 1) == is_guided)
+        of_strength = {} if strength is None else {"strength": strength}
         for start in (0, plan.batch_size):
-            cost = draw_batch(plan, start, scale, sampler, settings, sizes)
+            cost = draw_batch(plan, start, scale, sampler, settings, sizes, **of_strength)
         shares.append((count / kinds.total(), cost))  # of the second batch, as the first one warms up
     seconds_per_image = sum(share * cost.seconds for share, cost in shares) / plan.batch_size
     rate = accelerator.num_processes / seconds_per_image
@@ -132,13 +134,18 @@ def dry_run(
 
 
 def draw_batch(
-    plan: GenerationPlan, start: int, scale: float, sampler: Sampler, settings: dict, sizes: list[int]
-) -> BatchCost:
-    """Draw and encode a batch of the plan, from image `start` on; append the sizes in bytes to `sizes`."""
+    plan: GenerationPlan, start: int, scale: float, sampler: Sampler, settings: dict, sizes: list[int],
+    strength: float | None = None,
+) -> BatchCost:  # fmt: skip
+    """Draw and encode a batch of the plan, from image `start` on, all with one guidance scale and strength.
+
+    Append the sizes in bytes to `sizes`.
+    """
     images = [plan.image(index) for index in range(start, start + plan.batch_size)]
+    images = [replace(image, guidance_scale=scale, strength=strength) for image in images]
     cost, began = BatchCost(len(images)), time.perf_counter()
     with watch_denoiser(sampler, cost):
-        pixels, _ = sampler.draw([image.prompt for image in images], [image.seed for image in images], scale)
+        pixels, _ = draw_planned(sampler, images)
     sizes += [len(encode_image(one, settings["image_format"], settings["image_quality"])) for one in pixels]
     cost.seconds = time.perf_counter() - began
     return cost
@@ -147,9 +154,9 @@ def draw_batch(
 def estimate_alternatives(plan: GenerationPlan, sources: Sources, settings: dict, cost: BatchCost) -> dict[str, float]:
     """Return the seconds of the whole set in one process with each of `ALTERNATIVES`, except the current settings.
 
-    A generator that is itself distilled for few steps has none.
+    A generator that is itself distilled for few steps has none, nor have images that are made from real ones.
     """
-    if sources.generator.few_steps is not None or not cost.num_seen:
+    if sources.generator.few_steps is not None or plan.has_init_images or not cost.num_seen:
         return {}
     doubles = sources.generator.takes_guidance_interval or sources.generator.family.negative_prompts is None
     scales, with_adapter = set(plan.guidance_scales), sources.few_steps is not None

@@ -61,13 +61,14 @@ def draw_contact_sheet(shards: Shards) -> Image.Image:
     """
     plan = shards.plan
     rows = {label: row for row, label in enumerate(plan.labels[:MAX_ROWS])}
-    num_columns = min(plan.num_images_per_class, MAX_COLUMNS)
+    num_columns = min(plan.counts.most, MAX_COLUMNS)
     sheet = Image.new("RGB", (NAME_WIDTH + num_columns * (CELL + GAP), len(rows) * (CELL + GAP)), "white")
     drawing, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for label, row in rows.items():
         name = shards.class_names[label]
         drawing.text((GAP, row * (CELL + GAP) + CELL // 2), name, fill="black", font=font, anchor="lm")
-    last = num_columns * len(plan.labels) - 1
+    # if classes have different numbers of images, the first ones of the class with fewest come last
+    last = plan.counts.last_index(min(num_columns, plan.num_images_per_class))
     for number in range(last // plan.images_per_shard + 1):
         # one row group at a time: a whole shard of large PNG files would dominate memory
         for group in pq.ParquetFile(shards.path(number)).iter_batches(columns=["image", "label", "class_index"]):
@@ -97,8 +98,9 @@ def write_card(shards: Shards, record: dict, command: str, hub_target: Target | 
         quality = None  # from before the set grew
     prompts = {shards.class_names[label]: shards.plan.prompts.prompt(label, 0) for label in shards.plan.labels}
     write_dataset_card(
-        shards.output_dir, synthetic_features(shards.class_names), record, prompts, read_licenses(sources, hub_token),
-        command, hub_target.repo_id if hub_target else None, quality_section(quality),
+        shards.output_dir, synthetic_features(shards.class_names, shards.plan.has_init_images), record, prompts,
+        read_licenses(sources, hub_token), command, hub_target.repo_id if hub_target else None,
+        quality_section(quality),
     )  # fmt: skip
 
 

@@ -30,9 +30,9 @@ class GuidanceInterval:
         self.forward: Callable = denoiser.forward
         denoiser.forward = self._pass
 
-    def begin(self, is_guided: bool) -> None:
-        """Prepare for the next call of the pipeline, with or without guidance."""
-        self._num_passes = 0 if is_guided else None
+    def begin(self, is_guided: bool, num_skipped: int = 0) -> None:
+        """Prepare for the next call of the pipeline, with or without guidance, which skips its first steps."""
+        self._num_passes = num_skipped if is_guided else None
 
     def _pass(self, sample: torch.Tensor | None = None, *args, **kwargs):
         sample = kwargs.pop("hidden_states") if sample is None else sample

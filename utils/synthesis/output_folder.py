@@ -14,6 +14,7 @@ from utils.cli.processes import warn_once
 from utils.cli.records import GENERATION_CONFIG, RUN_CONFIG, package_versions, read_record
 from utils.cli.run_folder import RunFolder, check_writable
 from utils.data.left_out import FILTER_PICTURE, REVIEW, SCORES
+from utils.synthesis.counts import BALANCE
 from utils.synthesis.plan import GenerationPlan
 from utils.synthesis.sources import Sources
 
@@ -69,9 +70,10 @@ def open_output_folder(output_dir: str, settings: dict, num_images_per_class: in
             )
         num_there = read_record(folder.path / GENERATION_CONFIG)["num_images_per_class"]
     if num_images_per_class < num_there:
+        balance, least = (f"{BALANCE}:", "at least ") if settings.get(BALANCE) else ("", "")
         raise UserError(
-            f"--num_images_per_class {num_images_per_class}: '{folder.path}' already has {num_there} per class, and a "
-            "set can only grow; choose another folder."
+            f"--num_images_per_class {balance}{num_images_per_class}: '{folder.path}' already has {least}{num_there} "
+            "per class, and a set can only grow; choose another folder."
         )
     return folder
 
@@ -89,7 +91,8 @@ def _count_without_record(folder: Path, settings: dict) -> int:
         if footer.get("fingerprint") != settings_fingerprint(settings):
             return 0
         num_images = max(num_images, footer["shard"] * settings["images_per_shard"] + num_rows)
-    return math.ceil(num_images / len(settings["classes"]))
+    num_extra = sum(settings.get(BALANCE, []))  # they come first
+    return math.ceil((num_images - num_extra) / len(settings["classes"])) if num_images else 0
 
 
 def read_footer(path: Path) -> tuple[dict, int] | None:
@@ -152,7 +155,7 @@ def begin_set(folder: RunFolder, plan: GenerationPlan, sources: Sources) -> None
         for path in (folder.path / DATA_DIR).glob(".*.tmp"):
             path.unlink()
         folder.begin(
-            fingerprint=fingerprint, num_images_per_class=plan.num_images_per_class, num_images=plan.num_images,
+            fingerprint=fingerprint, **plan.to_dict(sources.class_names),
             generator={"id": absolute_if_local(generator.name), "revision": generator.revision},
             token=sources.token and sources.token.to_dict(), real_images=sources.real_images,
             class_names=sources.class_names, train_indices=sources.train_indices, package_versions=package_versions(),

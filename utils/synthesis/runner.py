@@ -202,9 +202,7 @@ class Runner:
 
     def _draw_batch(self, batch: list[PlannedImage], num_wanted: int, good: Good, bad: Bad) -> None:
         """Draw a batch and sort its first `num_wanted` images into good and bad; the others are padding."""
-        pixels, problems = self.sampler.draw(
-            [image.prompt for image in batch], [image.seed for image in batch], batch[0].guidance_scale
-        )
+        pixels, problems = draw_planned(self.sampler, batch)
         for image, image_pixels, problem in list(zip(batch, pixels, problems))[:num_wanted]:
             if problem is None:
                 bad.pop(image.index, None)
@@ -232,7 +230,15 @@ class Runner:
         )
 
 
+def draw_planned(sampler: Sampler, batch: list[PlannedImage]) -> tuple[np.ndarray, list[str | None]]:
+    """Return the pixels and problems of a batch of the plan, as `Sampler.draw` does."""
+    prompts, seeds, (guidance_scale, strength) = *zip(*((image.prompt, image.seed) for image in batch)), batch[0].kind
+    from_images = () if strength is None else (strength, [image.init_image for image in batch])
+    return sampler.draw(list(prompts), list(seeds), guidance_scale, *from_images)
+
+
 def make_row(image: PlannedImage, image_bytes: bytes) -> dict:
     """Return a row of the set."""
     planned = ("label", "prompt", "seed", "guidance_scale", "class_index")
+    planned += () if image.strength is None else ("strength", "init_image")
     return {"image": {"bytes": image_bytes, "path": None}} | {name: getattr(image, name) for name in planned}

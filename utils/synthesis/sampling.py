@@ -9,7 +9,13 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, AutoPipelineForText2Image, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoPipelineForImage2Image,
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
+    UNet2DConditionModel,
+)
 
 from utils.cli.errors import UserError
 from utils.cli.memory import try_in_memory
@@ -18,6 +24,7 @@ from utils.style.saved_pipelines import PROBLEMS
 from utils.style.token import load_learned_embeds
 from utils.synthesis.generators import GUIDANCE_INTERVAL, GUIDANCE_SCALE, TRUE_CFG_SCALE, Generator
 from utils.synthesis.guidance import GuidanceInterval, find_denoiser
+from utils.synthesis.init_images import InitImages, num_steps
 from utils.synthesis.learned import CLASS_EMBEDS, ClassTokens
 from utils.synthesis.lora import LoraAdapter
 from utils.synthesis.sources import SCHEDULER_CONFIG, Sources, StyleToken
@@ -193,12 +200,14 @@ class Sampler:
 
     Every call of the pipeline has exactly that number, with the last image repeated if needed: another number would use
     other kernels, and be compiled again. `guidance_parameter` is the argument of the call that the guidance scale is.
+    With `init_images`, images can be made from real ones.
     """
 
     def __init__(
         self, pipe: DiffusionPipeline, *, resolution: int, num_inference_steps: int, num_at_a_time: int,
         negative_prompt: str = "", guidance_interval: tuple[float, float] | None = None, compile_model: bool = False,
         compile_backend: str = "inductor", guidance_parameter: str = GUIDANCE_SCALE,
+        init_images: InitImages | None = None,
     ):  # fmt: skip
         self.pipe = pipe
         self.negative_prompt = negative_prompt
@@ -209,6 +218,9 @@ class Sampler:
         # results of `encode_prompt` differ between pipelines: unknown ones get their prompts as text
         self.cache = PromptCache(pipe, negative_prompt) if self.family.prompt_embeddings else None
         pipe.set_progress_bar_config(disable=True)
+        self.init_images, self.image_pipe = init_images, None
+        if init_images is not None:
+            self.image_pipe = image_to_image_pipeline(pipe)
         for part in pipe.components.values():
             # faster for convolutions in half precision on a GPU; on a CPU it was 0 to 5% slower
             if isinstance(part, CONVOLUTIONAL) and pipe.device.type == "cuda":
@@ -220,11 +232,15 @@ class Sampler:
         # outside the compiled part, as it counts steps
         self.interval = GuidanceInterval(pipe, *guidance_interval) if guidance_interval else None
 
-    def draw(self, prompts: list[str], seeds: list[int], guidance_scale: float) -> tuple[np.ndarray, list[str | None]]:
+    def draw(
+        self, prompts: list[str], seeds: list[int], guidance_scale: float, strength: float | None = None,
+        init_rows: list[int] | None = None,
+    ) -> tuple[np.ndarray, list[str | None]]:  # fmt: skip
         """Return the pixels of images, uint8 `(batch, height, width, 3)`, and the problem of each (None: a good image).
 
         An image's noise comes from a CPU generator with its own seed, so it is the same on every device and in every
-        batch. The pixels of bad images are undefined.
+        batch. With a `strength`, image-to-image starts from the real images in `init_rows` of the training split. The
+        pixels of bad images are undefined.
 
         Raises:
             UserError: a single image does not fit in memory.
@@ -232,7 +248,8 @@ class Sampler:
         pixels, problems = [], []
         while len(problems) < len(prompts):
             part = slice(len(problems), len(problems) + self.num_at_a_time)
-            drawn = self._try_to_draw(prompts[part], seeds[part], guidance_scale)
+            rows = init_rows[part] if init_rows is not None else None
+            drawn = self._try_to_draw(prompts[part], seeds[part], guidance_scale, strength, rows)
             if drawn is None:
                 self._halve()
                 continue
@@ -240,27 +257,38 @@ class Sampler:
             problems += drawn[1]
         return np.concatenate(pixels), problems
 
-    def _try_to_draw(self, prompts: list[str], seeds: list[int], guidance_scale: float):
+    def _try_to_draw(
+        self, prompts: list[str], seeds: list[int], scale: float, strength: float | None, rows: list[int] | None
+    ):
         """Return pixels and problems of at most `num_at_a_time` images; None if memory runs out."""
         size, padding = len(prompts), self.num_at_a_time - len(prompts)
 
         def draw() -> tuple[np.ndarray, list[str | None]]:
-            pixels, flags = self._call(prompts + prompts[-1:] * padding, seeds + seeds[-1:] * padding, guidance_scale)
+            padded = [values and values + values[-1:] * padding for values in (prompts, seeds, rows)]
+            pixels, flags = self._call(*padded[:2], scale, strength, padded[2])
             levels, problems = find_problems(pixels[:size], flags[:size])
             return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy(), problems
 
         return try_in_memory(draw)
 
     @torch.inference_mode()
-    def _call(self, prompts: list[str], seeds: list[int], guidance_scale: float) -> tuple[torch.Tensor, list[bool]]:
+    def _call(
+        self, prompts: list[str], seeds: list[int], scale: float, strength: float | None, rows: list[int] | None
+    ) -> tuple[torch.Tensor, list[bool]]:
         """Return pixels `(batch, 3, height, width)` in [0, 1] on the device, and the safety checker's flags."""
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        pipe, settings, num_skipped = self.pipe, self.settings, 0
+        if strength is not None:
+            num = self.settings["num_inference_steps"]
+            pipe, num_skipped = self.image_pipe, (num - num_steps(num, strength)) * self.pipe.scheduler.order
+            image = [self.init_images.square(row, self.settings["height"]) for row in rows]
+            settings = {"num_inference_steps": num, "strength": strength, "image": image}
         if self.interval is not None:
-            self.interval.begin(guidance_scale > 1)
+            self.interval.begin(scale > 1, num_skipped)
         with _quiet():
-            output = self.pipe(
-                **self._prompt_arguments(prompts, guidance_scale), **self.settings,
-                **{self.guidance_parameter: guidance_scale},
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds], output_type="pt",
+            output = pipe(
+                **self._prompt_arguments(prompts, scale), **settings, **{self.guidance_parameter: scale},
+                generator=generators, output_type="pt",
             )  # fmt: skip
         # not all pipelines have a safety checker
         return output.images, output.get("nsfw_content_detected") or [False] * len(prompts)
@@ -286,6 +314,21 @@ class Sampler:
         self.num_at_a_time = fewer
 
 
+def image_to_image_pipeline(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Return the image-to-image pipeline of the same parts; it also works with a VAE in float32 beside float16."""
+    if pipe.vae.dtype == torch.float32:  # else that of XL would convert it to half precision after each batch
+        pipe.vae.register_to_config(force_upcast=False)
+    image_pipe = AutoPipelineForImage2Image.from_pipe(pipe)
+    image_pipe.set_progress_bar_config(disable=True)
+    prepare_latents, dtype = image_pipe.prepare_latents, find_denoiser(pipe).dtype
+
+    def in_own_precision(*args, **kwargs) -> torch.Tensor:
+        return prepare_latents(*args, **kwargs).to(dtype)
+
+    image_pipe.prepare_latents = in_own_precision
+    return image_pipe
+
+
 def load_sampler(sources: Sources, settings: dict, accelerator: Accelerator) -> Sampler:
     """Load the generator with the style token on this process's device; `settings` are those of the set."""
     dtype = DTYPES[accelerator.mixed_precision]
@@ -297,7 +340,7 @@ def load_sampler(sources: Sources, settings: dict, accelerator: Accelerator) -> 
     return Sampler(
         pipe, **{name: settings[name] for name in names}, num_at_a_time=settings["batch_size"],
         guidance_interval=settings.get(GUIDANCE_INTERVAL), compile_model=settings["torch_compile"],
-        guidance_parameter=sources.generator.guidance_parameter or GUIDANCE_SCALE,
+        guidance_parameter=sources.generator.guidance_parameter or GUIDANCE_SCALE, init_images=sources.init_images,
     )  # fmt: skip
 
 

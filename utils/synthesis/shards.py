@@ -29,11 +29,15 @@ ROW_GROUP_SIZE = 100  # rows that a streaming reader must load at once
 NUM_THREADS = min(16, num_cores())
 
 
-def synthetic_features(class_names: list[str]) -> Features:
-    """Return the columns of a synthetic set; labels have the real set's names, in its order."""
+def synthetic_features(class_names: list[str], has_init_images: bool = False) -> Features:
+    """Return the columns of a synthetic set; labels have the real set's names, in its order.
+
+    A set that is made from real images also has the strength, and the row of the image in the real training split.
+    """
+    from_images = {"strength": Value("float32"), "init_image": Value("int64")} if has_init_images else {}
     return Features({
         "image": Image(), "label": ClassLabel(names=list(class_names)), "prompt": Value("string"),
-        "seed": Value("int64"), "guidance_scale": Value("float32"), "class_index": Value("int64"),
+        "seed": Value("int64"), "guidance_scale": Value("float32"), "class_index": Value("int64"), **from_images,
     })  # fmt: skip
 
 
@@ -62,7 +66,7 @@ class Shards:
         path = self.path(number)
         temporary = path.with_name(f".{path.name}.tmp")
         # the schema's metadata has the features; without them load_dataset gives dicts and plain integers
-        schema = synthetic_features(self.class_names).arrow_schema
+        schema = synthetic_features(self.class_names, self.plan.has_init_images).arrow_schema
         footer = {
             "fingerprint": self.fingerprint, "shard": number, "num_redraws": num_redraws,
             "images_at_a_time": images_at_a_time,

@@ -17,6 +17,7 @@ from utils.hub.repositories import open_source
 from utils.style.families import LEARNED_EMBEDS, OWN_SCHEDULER
 from utils.synthesis.few_steps import FewSteps
 from utils.synthesis.generators import TRUE_CFG_SCALE, Generator, open_generator
+from utils.synthesis.init_images import InitImages
 from utils.synthesis.learned import (
     CLASS_EMBEDS,
     LEARNED_LORA,
@@ -53,7 +54,7 @@ class Sources:
     `chosen_nouns` are the classes whose nouns come from --class_names_file. `real_images` is the record of the real
     set, None if only class names are known; `train_indices` are its rows that the token was trained on. `article` is
     that of the prompts that the token was trained with. `learned_lora` and `class_tokens` were learned with it. `loras`
-    are further adapters of the generator.
+    are further adapters of the generator. `init_images` are the real images that synthetic ones are made from.
     """
 
     generator: Generator
@@ -69,6 +70,7 @@ class Sources:
     learned_lora: LoraAdapter | None = None
     class_tokens: ClassTokens | None = None
     loras: tuple[LoraAdapter, ...] = ()
+    init_images: InitImages | None = None
 
     @property
     def adapters(self) -> list[LoraAdapter]:
@@ -172,9 +174,10 @@ def read_token_sources(
         class_tokens, learned_lora = record.get("class_tokens"), record.get("lora")
         # images are drawn only from templates that name the class
         templates = [template for template in record.get("prompt_templates", []) if "{class}" in template]
+        usual = with_others(DSI_TEMPLATE, [CLASS_TOKEN] if class_tokens else [])
         sources = replace(
-            without_token, prompt_templates=templates or [with_others(DSI_TEMPLATE, [CLASS_TOKEN] if class_tokens else [])],
-            token=token, train_indices=record.get("train_indices"),
+            without_token, prompt_templates=templates or [usual], token=token,
+            train_indices=record.get("train_indices"),
             class_tokens=open_class_tokens(source, class_tokens) if class_tokens else None,
             learned_lora=open_learned_lora(source, learned_lora) if learned_lora and use_learned_lora else None,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from utils.transfer.methods import (
     ALIGNMENTS,
     AUGMENTATIONS,
     BATCH_NORM_MODES,
+    CLASS_WEIGHTS,
     DEFAULT_METHOD,
     HEAD_INITS,
     METHODS,
@@ -247,6 +248,13 @@ class StageArguments:
     dropout: float | None = option(None, "Dropout in both stages, in [0, 1) (default: the model's).", needs=[TRAINED])
     drop_path_rate: float | None = option(
         None, "Drop path in both stages, in [0, 1) (default: the model's).", needs=[TRAINED]
+    )
+    class_weights: str | None = option(
+        None,
+        "balanced: each stage weights the loss of an image by the inverse frequency of its class among the images of "
+        "the stage, so that rare classes count as much as common ones (default: equal weights).",
+        choices=CLASS_WEIGHTS,
+        needs=[TRAINED],
     )
     ema_decay: float | None = option(
         None,

@@ -27,6 +27,7 @@ from utils.cli.precision import allow_tf32
 from utils.transfer.alignment import AlignedImages, CovarianceDistance, build_alignment
 from utils.transfer.augmentation import BatchAugmentation, StreamedTrainImages, TrainImages, TrainItems
 from utils.transfer.averaging import start_moving_average, swap_weights
+from utils.transfer.class_weights import stage_weights
 from utils.transfer.domain_norm import normalising_synthetic
 from utils.transfer.evaluation import classification_metrics
 from utils.transfer.image_format import EvalImages
@@ -139,7 +140,12 @@ def build_trainer(
         model=model, args=stage_args, train_dataset=training_items(images, items, settings, stage_args),
         eval_dataset=EvalImages(validation, image_processor) if validation is not None else None,
         data_collator=default_collate,
-        compute_loss_func=partial(soft_cross_entropy, label_smoothing=settings.label_smoothing_factor),
+        compute_loss_func=partial(
+            soft_cross_entropy, label_smoothing=settings.label_smoothing_factor,
+            **({} if settings.class_weights is None else {
+                "class_weights": stage_weights(images, model.config.num_labels)
+            }),
+        ),  # fmt: skip
         compute_metrics=lambda prediction: classification_metrics(prediction.predictions, prediction.label_ids),
         augmentation=BatchAugmentation(items.image_format, model.config.num_labels, stage_args.seed),
         freeze_batch_norm=settings.batch_norm != "train" or settings.freeze_backbone,
@@ -535,13 +541,18 @@ class EpochCallback(TrainerCallback):
 
 
 def soft_cross_entropy(
-    outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None, label_smoothing: float = 0.0
-) -> torch.Tensor:
+    outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None, label_smoothing: float = 0.0,
+    class_weights: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Return the cross-entropy summed over the batch, divided by the number of images of the whole optimiser step.
 
     `labels` are `(batch,)` int or `(batch, classes)` probabilities. `num_items_in_batch` is the number of images in all
-    batches of the step on all processes; the Trainer multiplies by the number of processes.
+    batches of the step on all processes; the Trainer multiplies by the number of processes. The loss is divided by this
+    number also with `class_weights` `(classes,)`, whose mean over all images is 1: so it does not matter how a step is
+    divided into batches.
     """
     logits = outputs["logits"].float()
-    total = nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    if class_weights is not None:
+        class_weights = class_weights.to(logits.device)
+    total = nn.functional.cross_entropy(logits, labels, class_weights, reduction="sum", label_smoothing=label_smoothing)
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)

@@ -14,6 +14,7 @@ ONE_KIND_NORMS = ("frozen", "train", "recalibrate")
 BATCH_NORM_MODES = (*ONE_KIND_NORMS, "domain")  # "domain" only if a stage replays
 ALIGNMENTS = ("adversarial", "coral", "none")
 AUGMENTATIONS = ("robust", "basic", "trivialaugment", "randaugment")
+CLASS_WEIGHTS = ("balanced",)
 REPLAY_IMAGES = 6.0  # real images per class at which half of what is seen is synthetic
 HEAD_FACTOR = 10.0  # a fresh head's learning rate over the rest's
 SETTINGS_OF_BOTH_STAGES = (
@@ -269,7 +270,7 @@ class StageSettings:
     for a fresh head and 1 otherwise. `head_warmup_steps` train the head alone first (LP-FT, Kumar et al. 2022): this
     many additional steps or, below 1, this share of `max_steps`. `warmup_steps` below 1 are a share of all steps. None
     for `dropout` or `drop_path_rate` keeps the checkpoint's. `ema_decay`, in (0, 1), is the decay of a moving average
-    of the weights; None keeps the weights of the last step.
+    of the weights; None keeps the weights of the last step. `class_weights` is `balanced`, or None for equal weights.
     """
 
     max_steps: int
@@ -288,10 +289,12 @@ class StageSettings:
     weight_decay: float = 0.01
     warmup_steps: float = 0.1
     ema_decay: float | None = None
+    class_weights: str | None = None
 
     def to_dict(self) -> dict:
-        """Return the entries for records; `ema_decay` only if set, so records of earlier versions stay the same."""
-        return {name: value for name, value in asdict(self).items() if name != "ema_decay" or value is not None}
+        """Return the entries for records; newer ones only if set, so records of earlier versions stay the same."""
+        later = ("ema_decay", "class_weights")
+        return {name: value for name, value in asdict(self).items() if name not in later or value is not None}
 
 
 @dataclass(frozen=True)
@@ -454,6 +457,7 @@ def stage_settings(
         value = flags.get(f"bridge_{name}")
         bridge[name] = real[name] if value is None else value
     real["ema_decay"] = flags.get("ema_decay")
+    real["class_weights"] = bridge["class_weights"] = flags.get("class_weights")
     kind = "real"
     if "both" in method.kinds and not method.flags["match_steps"]:
         kind = "both"

@@ -22,6 +22,8 @@ from utils.data.class_names import join_names, match_labels
 from utils.data.left_out import SCORES, LeftOut, read_left_out
 from utils.hub.image_datasets import check_path, load_image_dataset
 from utils.hub.repositories import Source, open_source
+from utils.synthesis.counts import NUM_OF_CLASS
+from utils.synthesis.plan import INIT_IMAGE_ROWS
 
 FLAG = "--synthetic_dataset"
 HOW_TO_ALLOW = "--allow_missing_classes accepts a set that lacks some classes"
@@ -108,9 +110,25 @@ def num_images(source: SyntheticSource, max_samples_per_class: int | None = None
     num_all, num_per_class = source.record.get("num_images"), source.record.get("num_images_per_class")
     if num_all is None or num_per_class is None:
         return None
-    limit = min(num_per_class, max_samples_per_class or num_per_class)
+    per_class = source.record.get(NUM_OF_CLASS)  # of sets with more images of some classes
+    counts = list(per_class.values()) if per_class else [num_per_class] * (num_all // num_per_class)
+    limit = max_samples_per_class or max(counts, default=0)
     num_left_out = sum(int((indices < limit).sum()) for indices in source.left_out.by_class.values())
-    return num_all // num_per_class * limit - num_left_out
+    return sum(min(count, limit) for count in counts) - num_left_out
+
+
+def describe_limit(source: SyntheticSource, max_samples_per_class: int | None) -> str | None:
+    """Return a warning if a limit takes images from a set that has more of rare classes, else None."""
+    counts = source.record.get(NUM_OF_CLASS)
+    if not counts or max_samples_per_class is None or max_samples_per_class >= max(counts.values()):
+        return None
+    kept = {min(count, max_samples_per_class) for count in counts.values()}
+    numbers = f"{min(kept):,}" if len(kept) == 1 else f"{min(kept):,} to {max(kept):,}"
+    return (
+        f"Warning: {source.name} has {min(counts.values()):,} to {max(counts.values()):,} images per class, more of "
+        f"those with fewer real images; at most {max_samples_per_class:,} per class leaves {numbers}, so real and "
+        "synthetic images together are no longer as many of each class."
+    )
 
 
 def load_synthetic(
@@ -140,9 +158,23 @@ def load_synthetic(
 
 
 def count_leaked_images(record: dict, train_indices: np.ndarray) -> int:
-    """Return how many rows of the real train split outside `train_indices` the style token saw."""
-    seen = record.get("train_indices") or []
-    return len(set(seen) - set(train_indices.tolist()))
+    """Return how many rows of the real train split outside `train_indices` the generation of a set has seen."""
+    return len(seen_rows(record) - set(train_indices.tolist()))
+
+
+def seen_rows(record: dict) -> set[int]:
+    """Return the rows of the real train split that a set's style token was trained on, or its images are made from."""
+    return {*(record.get("train_indices") or []), *(record.get(INIT_IMAGE_ROWS) or [])}
+
+
+def describe_seeing(record: dict, name: str | None = None) -> str:
+    """Return what has seen real images in the making of a set, with a verb: "the style token of cars-syn has seen"."""
+    of_set = f" of {name}" if name else ""
+    if record.get(INIT_IMAGE_ROWS) is None:
+        return f"the style token{of_set} has seen"
+    if record.get("train_indices"):
+        return f"the style token and image-to-image{of_set} have seen"
+    return f"image-to-image{of_set} has seen"
 
 
 def _holds_images(path: str) -> bool:
