@@ -18,7 +18,7 @@ pytest_plugins = ["tests.cli.fixtures", "tests.style.fixtures", "tests.synthesis
 
 
 def parse_dsi(folder, *flags):
-    return train_dsi.parse_arguments(["--dataset_name", "x", "--output_dir", str(folder), *flags])[4].mixed_precision
+    return train_dsi.parse_arguments(["--dataset_name", "x", "--output_dir", str(folder), *flags])[5].mixed_precision
 
 
 def test_train_dsi_uses_the_gpus_precision_or_that_of_the_resumed_run(gpu, tmp_path, caplog):
