@@ -20,6 +20,7 @@ LACKS = {
     "without --torch_compile": ("", "--torch_compile"),
     "without --quality_report": ("", "--quality_report"),
     "without --learned_embeds": ("", "--learned_embeds x"),
+    "with --use_style_token false": ("--use_style_token false", ""),
     "without --synthetic_dataset": ("", "--synthetic_dataset x"),
     "without --num_shots or --max_train_samples": ("", "--dataset_name x --num_shots 4"),
     "without --metric_for_best_model": ("", "--eval_strategy epoch --metric_for_best_model loss"),
