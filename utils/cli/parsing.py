@@ -154,7 +154,7 @@ class ScriptArgumentParser(HfArgumentParser):
         field.metadata |= {"nargs": "?", "const": True} if is_open else {}
         HfArgumentParser._parse_dataclass_field(parser, field)
         if parse is not None:
-            parser._actions[-1].parse = parse
+            parser._actions[-1].type = parser._actions[-1].parse = parse
         if field.type is bool and field.default is True:  # it has added --no_name
             if field.metadata.get("help") != argparse.SUPPRESS:
                 parser._actions[-1].help = f"The opposite of --{field.name}."
