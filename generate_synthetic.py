@@ -170,9 +170,9 @@ class PromptArguments:
 class SamplingArguments:
     _argument_group_name = "sampling"
 
-    num_images_per_class: str = option(
+    num_images_per_class: int | str = option(
         1000, "Images per class; can be raised later. balance:500 draws 500 or more: as many as bring real training "
-        "images and synthetic ones together to the same number for each class.",
+        "images and synthetic ones together to the same number for each class.", parse=parse_number,
     )  # fmt: skip
     init_images: str = option(
         "none", "real: image-to-image from the real training images of the class, each used about equally often.",
@@ -259,7 +259,6 @@ def parse_arguments(argv) -> tuple[tuple, set[str]]:
     _, _, _, sampling_args, _, _ = groups
     if sampling_args.max_redraws > MAX_REDRAWS:
         raise UserError(f"--max_redraws {sampling_args.max_redraws}: must be at most {MAX_REDRAWS}.")
-    sampling_args.num_images_per_class = parse_number(sampling_args.num_images_per_class)
     sampling_args.guidance_scale = [scale or NO_GUIDANCE for scale in sampling_args.guidance_scale]
     check_interval(sampling_args.guidance_interval)
     return groups, parser.given

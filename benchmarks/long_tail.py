@@ -129,15 +129,16 @@ def class_accuracies(classifier: Path) -> np.ndarray:
     return 100 * np.array([is_right[labels == label].mean() for label in range(len(names))])
 
 
-def describe_row(row: Row, accuracies: dict[int, np.ndarray]) -> dict[str, str]:
-    """Return a row of the table from the accuracies of each class, by seed."""
+def describe_row(row: Row, accuracies: dict[int, np.ndarray], reference: dict[int, np.ndarray]) -> dict[str, str]:
+    """Return a row of the table from the accuracies of each class, by seed; gains are over those of `reference`."""
     parts = {"all classes": [], f"the {NUM_RARE} rare ones": [], f"the {NUM_RARE} others": []}
     for seed, of_class in accuracies.items():
         rarest_first = np.argsort(class_counts(seed), kind="stable")
         for part, labels in zip(parts, (rarest_first, rarest_first[:NUM_RARE], rarest_first[NUM_RARE:])):
             parts[part].append(of_class[labels].mean())
     shown = {part: f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" for part, values in parts.items()}
-    return {"mean accuracy of": row.title, **shown}
+    gains = [f"{(of_class - reference[seed]).mean():+.1f}" for seed, of_class in accuracies.items()]
+    return {"mean accuracy of": row.title, **shown, "gain by seed": ", ".join(gains)}
 
 
 def main():
@@ -154,7 +155,7 @@ def main():
         for row, step in zip(rows, trained):
             accuracies[row][seed] = class_accuracies(ROOT / step.finished.parent)
     if len(args.seeds) > 1:
-        print(format_table([describe_row(row, accuracies[row]) for row in rows]))
+        print(format_table([describe_row(row, accuracies[row], accuracies[ROWS[0]]) for row in rows]))
 
 
 if __name__ == "__main__":

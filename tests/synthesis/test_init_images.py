@@ -103,7 +103,8 @@ def test_half_precision_draws_about_the_same(kind, request, real):
         rows = list(images.rows[0][:1])
         # a second time, as parts must keep their precision
         drawn += [sampler.draw(PROMPTS[:1], SEEDS[:1], 4.0, 0.5, rows)[0].astype(int) for _ in range(2)]
-    assert all(np.abs(levels - drawn[0]).mean() < 2 for levels in drawn)
+    assert all(np.array_equal(*pair) for pair in zip(drawn[::2], drawn[1::2]))
+    assert all(np.abs(levels - drawn[0]).mean() < 8 for levels in drawn)  # random weights amplify rounding
 
 
 def test_guidance_is_limited_to_an_interval_of_all_steps(tiny_pipeline_dir, real):

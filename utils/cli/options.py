@@ -57,7 +57,8 @@ def option(
     """Return the dataclass field of a flag. A list or function as default gives each run its own list or value.
 
     A flag without `affects_result` may differ between runs with the same result. A flag whose `needs` are not met has
-    no effect and is refused. `options` are those of `ArgumentParser.add_argument`, such as `choices`.
+    no effect and is refused. `options` are those of `ArgumentParser.add_argument`, such as `choices`, and
+    `parse`, a function from the flag's text to its value, which may raise a `UserError`.
     """
     metadata = {"help": help_text, "affects_result": affects_result, "needs": needs, **options}
     if isinstance(default, list):

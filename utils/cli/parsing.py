@@ -149,9 +149,13 @@ class ScriptArgumentParser(HfArgumentParser):
         """
         is_open = field.type == (bool | None) and field.default is None
         field = copy.copy(field)
-        field.metadata = {key: value for key, value in field.metadata.items() if key not in ("affects_result", "needs")}
+        ours = ("affects_result", "needs", "parse")
+        parse = field.metadata.get("parse")
+        field.metadata = {key: value for key, value in field.metadata.items() if key not in ours}
         field.metadata |= {"nargs": "?", "const": True} if is_open else {}
         HfArgumentParser._parse_dataclass_field(parser, field)
+        if parse is not None:
+            parser._actions[-1].type = parser._actions[-1].parse = parse
         if field.type is bool and field.default is True:  # it has added --no_name
             if field.metadata.get("help") != argparse.SUPPRESS:
                 parser._actions[-1].help = f"The opposite of --{field.name}."
@@ -221,6 +225,8 @@ class ScriptArgumentParser(HfArgumentParser):
                     setattr(group, field.name, values[field.name])
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> object:
+        if (parse := getattr(action, "parse", None)) is not None:  # argparse would replace its message
+            return parse(arg_string)
         value = super()._get_value(action, arg_string)
         if isinstance(value, float) and not abs(value) <= MAX_FLOAT:  # written this way, it refuses NaN too
             raise argparse.ArgumentError(action, f"must be a finite number of at most {MAX_FLOAT:g}, got {value}")
