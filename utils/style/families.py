@@ -38,7 +38,8 @@ class Family:
     `default_scheduler` is used for models that are made for many steps and trained with its noise.
     `checkpoint_key` begins the names of some weights in a single-file checkpoint, and in no other family's.
     `scales_model_input` says whether the pipeline uses its scheduler as Stable Diffusion does, and
-    `normalizes_latents` whether it uses the mean and deviation of latents in a VAE's config.
+    `normalizes_latents` whether it uses the mean and deviation of latents in a VAE's config. `draws_from_images` says
+    whether its image-to-image pipeline is supported.
     """
 
     title: str = "other"
@@ -50,6 +51,7 @@ class Family:
     checkpoint_key: str | None = None
     scales_model_input: bool = False
     normalizes_latents: bool = False
+    draws_from_images: bool = False
 
     @property
     def takes_style_tokens(self) -> bool:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:  # datasets and torch take seconds to import
 
 FLAG = "--init_images real"
 INIT_IMAGES, STRENGTH = "init_images", "strength"  # among a set's settings; the second is a column too
-# by pipeline class: those whose image-to-image pipelines are tested
-IMAGE_TO_IMAGE = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +76,8 @@ def check_image_to_image(
     Raises:
         UserError: it is of another family, its scheduler cannot start between two steps, or a strength leaves no step.
     """
-    if generator.pipeline_class not in IMAGE_TO_IMAGE:
-        titles = " and ".join(FAMILIES[name].title for name in IMAGE_TO_IMAGE)
+    if not generator.family.draws_from_images:
+        titles = " and ".join(family.title for family in FAMILIES.values() if family.draws_from_images)
         raise UserError(
             f"{FLAG}: not supported by {generator.source.name}, a {generator.pipeline_class}; it is for {titles}."
         )
