@@ -72,13 +72,13 @@ POOLED_EMBEDDINGS = (*EMBEDDINGS, "pooled_prompt_embeds", "negative_pooled_promp
 FAMILIES = {
     "StableDiffusionPipeline": Family(
         title="Stable Diffusion 1.x and 2.x", text_encoders=(CLIP_L,), prompt_embeddings=EMBEDDINGS,
-        negative_prompts=True, default_scheduler=FAST_SCHEDULER, scales_model_input=True,
+        negative_prompts=True, default_scheduler=FAST_SCHEDULER, scales_model_input=True, draws_from_images=True,
         checkpoint_key="cond_stage_model.",
     ),
     "StableDiffusionXLPipeline": Family(
         title="Stable Diffusion XL", text_encoders=(CLIP_L, CLIP_G), prompt_embeddings=POOLED_EMBEDDINGS,
         negative_prompts=True, default_scheduler=FAST_SCHEDULER, scales_model_input=True, normalizes_latents=True,
-        checkpoint_key="conditioner.embedders.1.",
+        draws_from_images=True, checkpoint_key="conditioner.embedders.1.",
     ),
     "StableDiffusion3Pipeline": Family(
         title="Stable Diffusion 3", prompt_embeddings=POOLED_EMBEDDINGS, negative_prompts=True
