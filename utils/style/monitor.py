@@ -155,7 +155,10 @@ class Monitor:
         self.state.looks.append(losses.tolist())
         self.state.held_out_losses[str(step)] = round(losses.mean().item(), 5)
         has_learned = is_clear_gain(start - losses)
-        is_again = may_begin_again and len(self.state.looks) == LOOKS_OF_A_WORD and not has_learned
+        is_again = may_begin_again and len(self.state.looks) == LOOKS_OF_A_WORD
+        if is_again:  # unless the token learned something; an adapter's gain would hide that it did not
+            alone = losses if self.state.weights.lora is None else self.health_check.measure_token(with_lora=False)
+            is_again = not is_clear_gain(start - alone)
         is_level = self.early_stopping and has_learned and has_plateaued([start.tolist(), *self.state.looks])
         is_best = keeps_best and (self.state.best is None or losses.mean() < np.mean(self.state.best.losses))
         # all processes must agree
@@ -288,21 +291,20 @@ class HealthCheck:
         with self._without_lora():
             self.losses = {"no_token": self._losses(denoiser.prompt_ids.plain[labels])}
 
-    def measure_token(self) -> torch.Tensor:
-        """Return each image's loss `(images,)` with the current token."""
-        return self._losses(self.ids_with_token)
+    def measure_token(self, with_lora: bool = True) -> torch.Tensor:
+        """Return each image's loss `(images,)` with the current token, and with the adapters if there are any."""
+        with nullcontext() if with_lora else self._without_lora():
+            return self._losses(self.ids_with_token)
 
     def measure_start(self) -> None:
         """Measure the current token as the untrained one."""
-        with self._without_lora():
-            self.losses["untrained_token"] = self.measure_token()
+        self.losses["untrained_token"] = self.measure_token(with_lora=False)
 
     def measure(self) -> dict:
         """Return the current token's figures for `dsi_config.json`."""
         losses = self.losses | {"trained_token": self.measure_token()}
         if self.denoiser.lora is not None:
-            with self._without_lora():
-                losses["token_without_lora"] = self.measure_token()
+            losses["token_without_lora"] = self.measure_token(with_lora=False)
         return {
             **judge(losses),
             "images": self.name,
