@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 import describe_images
 import generate_synthetic
 import train_dsi
-from tests.conftest import CLASS_NAMES, save_class_folders
+from tests.conftest import CLASS_NAMES, read_rows, save_class_folders
 from tests.processes import start_script
 from tests.synthesis.tokens import NOUNS, PLACEHOLDER, save_token
 from tests.vision_language import MODELS, save_vision_language_model
@@ -179,6 +179,36 @@ def test_training_prompts_have_the_contexts_of_their_images(
     assert record["prompt_templates"] == ["A {class} photo, {context}, in the style of {token}"]
     card = (tmp_path / "style" / "README.md").read_text()
     assert "prompts of 6 images also described" in card and "{context}" not in card.split("## How")[0]
+
+
+def test_a_killed_run_with_contexts_is_resumed_exactly_and_not_with_other_contexts(
+    run_dsi, describe, tiny_xl_pipeline_dir, monkeypatch, tmp_path
+):
+    describe()
+    flags = {
+        "num_shots": 2, "max_train_steps": 3, "checkpointing_steps": 1, "early_stopping": False,
+        "pretrained_model_name_or_path": tiny_xl_pipeline_dir, "contexts_file": tmp_path / "contexts.jsonl",
+    }  # fmt: skip
+    run_dsi(output_dir=tmp_path / "left-alone", **flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        losses, original = [], train_dsi.denoising_loss
+
+        def die(*args):
+            losses.append(None)
+            if len(losses) == 3:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        patch.setattr(train_dsi, "denoising_loss", die)
+        run_dsi(**flags)
+    assert (tmp_path / "style" / "checkpoint-2").is_dir()
+    run_dsi(resume_from_checkpoint="latest", **flags)
+    for alone, resumed in zip(read_rows(tmp_path / "left-alone"), read_rows(tmp_path / "style"), strict=True):
+        assert torch.equal(alone, resumed)
+    contexts = read_contexts(tmp_path / "contexts.jsonl")
+    write_contexts(tmp_path / "contexts.jsonl", Contexts(contexts.images, {}))
+    with pytest.raises(UserError, match="made from other inputs .*contexts_file"):
+        run_dsi(**flags)
 
 
 def test_long_contexts_are_shortened_and_class_and_token_stay(run_dsi, describe, monkeypatch, tmp_path, caplog):
