@@ -83,11 +83,14 @@ class Judge:
         """Return the SCORES of a set, and as a floor those of the same number of real training images per class."""
         path = self.path(each)
         if not path.exists():
-            images = load_synthetic(open_synthetic(str(each.folder)), self.real.class_names)
-            of_set = self._look_at(images, f"{each.setting.name}, seed {each.seed}")
-            write_record(path, compare_features(of_set, self.reference, self.floor, len(self.real.class_names)))
+            write_record(path, self.compare(each.folder, f"{each.setting.name}, seed {each.seed}"))
         scores = read_record(path)
         return scores["set"], scores["floor"]
+
+    def compare(self, folder: Path, what: str) -> dict[str, dict[str, float]]:
+        """Return the SCORES of the `set` in a folder and of the `floor`; `what` names it in the progress bar."""
+        of_set = self._look_at(load_synthetic(open_synthetic(str(folder)), self.real.class_names), what)
+        return compare_features(of_set, self.reference, self.floor, len(self.real.class_names))
 
 
 def open_judge(
