@@ -28,6 +28,7 @@ from tests.conftest import CLASS_NAMES, blank_figures, draw_image, save_image_se
 from utils.cli.errors import UserError
 from utils.cli.records import BRIDGED_CONFIG, GENERATION_CONFIG, read_record, write_record
 from utils.quality.scores import choose_left_out
+from utils.synthesis.finishing import left_out_section
 from utils.synthesis.shards import shard_name, synthetic_features
 from utils.transfer.synthetic_images import load_synthetic, open_synthetic
 
@@ -93,6 +94,8 @@ def test_images_that_show_another_class_are_left_out_of_training(run, score, cap
     assert {path.name: path.read_bytes() for path in (run.folder / "data").iterdir()} == images
     source = open_synthetic(str(run.folder))
     assert source.left_out.counts() == {"num_rejected": 0, "num_filtered": 6}
+    section = left_out_section(run.folder, source.record | {"num_images": 60})
+    assert "leaves 6 of 60 images out: 0 were rejected by people" in section and "(filter.png)" in section
     assert len(load_synthetic(source, CLASS_NAMES)) == 54
 
 

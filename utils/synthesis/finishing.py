@@ -14,8 +14,10 @@ from jinja2 import Template
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.cli.records import GENERATION_CONFIG, image_set_name, read_record, write_record
+from utils.data.left_out import FILTER_PICTURE, REVIEW, SCORES, read_left_out
 from utils.data.name_doctor import Finding, write_class_names
 from utils.hub.cards import FUNCTIONS, License, code, common_license, hub_ids, read_licenses, save_card
+from utils.hub.repositories import Source
 from utils.hub.targets import Target
 from utils.synthesis.lora import LORA, recorded_adapters
 from utils.synthesis.output_folder import CLASS_NAMES, PREVIEW, QUALITY_RECORD, report_removed
@@ -100,7 +102,7 @@ def write_card(shards: Shards, record: dict, command: str, hub_target: Target | 
     write_dataset_card(
         shards.output_dir, synthetic_features(shards.class_names, shards.plan.has_init_images), record, prompts,
         read_licenses(sources, hub_token), command, hub_target.repo_id if hub_target else None,
-        quality_section(quality),
+        quality_section(quality) + left_out_section(shards.output_dir, record),
     )  # fmt: skip
 
 
@@ -111,9 +113,9 @@ def write_dataset_card(
     """Write `README.md` for a synthetic set from its `generation_config.json` record.
 
     `prompts` has an example for each drawn class; `licenses` maps each source's name to its license: the set gets
-    theirs if they agree, else 'unknown'. `quality` is the section on the quality report, in Markdown. Local paths
-    appear in the text only: metadata on the Hub must be ids. The code in the card uses `hub_id` if the set is
-    published, else the folder. An existing card is merged.
+    theirs if they agree, else 'unknown'. `quality` are the sections on the quality report and on what is left out, in
+    Markdown. Local paths appear in the text only: metadata on the Hub must be ids. The code in the card uses `hub_id`
+    if the set is published, else the folder. An existing card is merged.
 
     Raises:
         UserError: the existing card's metadata are malformed.
@@ -163,6 +165,19 @@ def quality_section(record: dict | None) -> str:
         return ""
     template = Template(QUALITY.read_text(encoding="utf-8"), keep_trailing_newline=True)
     return template.render(**record, marks=MARKS, max_classes=MAX_CLASSES, **FUNCTIONS)
+
+
+def left_out_section(folder: Path, record: dict) -> str:
+    """Return the card's section on images that training leaves out, in Markdown; empty without any."""
+    left_out = read_left_out(Source(str(folder), "--output_dir", "dataset"), record["fingerprint"])
+    if not left_out:
+        return ""
+    picture = f"\n![the best that are left out, the worst that are kept]({FILTER_PICTURE})\n"
+    return (
+        f"\n## Left out\n\nTraining leaves {len(left_out):,} of {record['num_images']:,} images out: "
+        f"{len(left_out.rejected):,} were rejected by people (`{REVIEW}`), {len(left_out.filtered):,} have low scores "
+        f"(`{SCORES}`). `--use_rejected` takes all.\n{picture if (folder / FILTER_PICTURE).exists() else ''}"
+    )
 
 
 def print_summary(output_dir: str, plan: GenerationPlan, results: dict) -> None:
