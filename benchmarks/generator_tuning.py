@@ -25,16 +25,10 @@ ROOT = Path(__file__).parents[1]
 CLASSIFIER = ROOT / "demo" / "classifier"
 WORK = Path("benchmarks/work/generator-tuning")
 NUM_PER_CLASS = 60
-# what had the lowest loss of a few settings on the 16-shot images of seed 0: other layers too, a higher rate, all steps
-LONG_LORA = (
-    "--use_peft", "--lora_learning_rate", "1e-3", "--lora_target_modules", "to_q", "to_k", "to_v", "to_out.0", "conv1",
-    "conv2", "conv_in", "conv_out", "--max_train_steps", "1000", "--no_early_stopping",
-)  # fmt: skip
 # kind of set -> flags of train_dsi.py, flags of generate_synthetic.py; a kind without the former uses the first token
 KINDS = {
     "dsi": ((), ()),
     "lora": (("--use_peft",), ()),
-    "lora_convolutions": (LONG_LORA, ()),
     "class_tokens": (("--class_tokens",), ()),
     "from_images": (None, ("--init_images", "real", "--strength", "0.5", "0.7")),
 }
