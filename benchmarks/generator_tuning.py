@@ -33,7 +33,7 @@ KINDS = {
     "from_images": (None, ("--init_images", "real", "--strength", "0.5", "0.7")),
 }
 METHODS = ("synthetic_only", "bridged_replay")
-REAL_ONLY = ("vanilla_mixup", "lp_ft")
+REAL_ONLY = ("vanilla_matched", "vanilla_mixup")
 
 
 def place(work_dir: Path, num_shots: int, kind: str, seed: int | str) -> Path:
