@@ -10,7 +10,7 @@ help:
 	@echo "  make install        install everything into .venv; PYTHON=python3.12 chooses (3.11 or newer)"
 	@echo "  make bridge         IMAGES=photos (or a dataset id): from your images to a report, resumes when run again;"
 	@echo "                      DRY_RUN=1 prints hours and disk space first. Also NUM_IMAGES=200 DROP_SHARE=0.1 CONFIG=..."
-	@echo "                      DSI=... SYNTHESIS=... COMPARISON=..., files with more flags of the three scripts"
+	@echo "                      OUTPUT=..., and DSI=... SYNTHESIS=... COMPARISON=...: files with more flags"
 	@echo "  make demo           run the whole pipeline on real images: minutes on two CPU cores, no network needed"
 	@echo "  make demo-full      compute the demo's table in docs/results.md; up to two hours, resumes when run again"
 	@echo "  make clean-demo     delete what the two above wrote"
@@ -84,12 +84,14 @@ demo: install
 demo-full: install
 	$(BIN)/python -m demo.run --full
 
+# as environment variables, which may hold any character
 bridge: install
 	@$(if $(IMAGES),,echo "IMAGES is missing: make bridge IMAGES=photos, a folder with a subfolder per class" >&2; exit 2)
-	$(BIN)/python -m recipes.bridge --images "$(IMAGES)" $(if $(NUM_IMAGES),--num_images_per_class $(NUM_IMAGES)) \
-		$(if $(DROP_SHARE),--drop_share $(DROP_SHARE)) $(if $(DRY_RUN),--dry_run) \
-		$(if $(DSI),--dsi_recipe $(DSI)) $(if $(SYNTHESIS),--synthesis_recipe $(SYNTHESIS)) \
-		$(if $(COMPARISON),--comparison_recipe $(COMPARISON)) $(if $(CONFIG),--config_file $(CONFIG))
+	$(BIN)/python -m recipes.bridge --images "$$IMAGES" $(if $(NUM_IMAGES),--num_images_per_class "$$NUM_IMAGES") \
+		$(if $(DROP_SHARE),--drop_share "$$DROP_SHARE") $(if $(DRY_RUN),--dry_run) \
+		$(if $(DSI),--dsi_recipe "$$DSI") $(if $(SYNTHESIS),--synthesis_recipe "$$SYNTHESIS") \
+		$(if $(COMPARISON),--comparison_recipe "$$COMPARISON") $(if $(CONFIG),--config_file "$$CONFIG") \
+		$(if $(OUTPUT),--output_dir "$$OUTPUT")
 
 reproduce: install
 	$(BIN)/python -m recipes.reproduce $(if $(RECIPE),--recipe $(RECIPE)) $(if $(MODEL),--model $(MODEL)) \

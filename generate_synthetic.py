@@ -261,6 +261,9 @@ def parse_arguments(argv) -> tuple[tuple, set[str]]:
         raise UserError(f"--max_redraws {sampling_args.max_redraws}: must be at most {MAX_REDRAWS}.")
     sampling_args.guidance_scale = [scale or NO_GUIDANCE for scale in sampling_args.guidance_scale]
     check_interval(sampling_args.guidance_interval)
+    strengths = sampling_args.strength
+    if len(set(strengths)) < len(strengths):
+        raise UserError(f"--strength {' '.join(map(str, strengths))}: duplicate values.")
     return groups, parser.given
 
 
@@ -473,7 +476,7 @@ def main(argv=None) -> dict:
     # What image number n is made from
     names_file, resolution = prompt_args.class_names_file, sampling_args.resolution
     sources = read_sources(source_args, data_args, names_file, output_dir, hub_token, resolution)
-    sources = replace(sources, loras=open_adapters(source_args, sources.generator, hub_token))
+    sources = sources.with_loras(open_adapters(source_args, sources.generator, hub_token))
     sampling_notes = choose_sampling(sources, sampling_args, output_args, given)
     labels = find_labels(prompt_args.classes, prompt_args.exclude_classes, sources.class_names)
     findings = diagnose(*sources.names_of(labels), sources.chosen_nouns)

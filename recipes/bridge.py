@@ -7,6 +7,8 @@ after the audit if a class name is doubtful, so that you can edit its noun. All 
 
 import argparse
 import importlib
+import math
+import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,10 +25,18 @@ from recipes.final_report import Results, read_answer, training_flags, write_rep
 from recipes.reproduce import RESUME, ROOT, flags_from_config
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import read_mapping
-from utils.cli.records import ALL_RESULTS, COMPARISON, DSI_CONFIG, GENERATION_CONFIG, RUN_CONFIG
+from utils.cli.records import (
+    ALL_RESULTS,
+    COMPARISON,
+    DSI_CONFIG,
+    GENERATION_CONFIG,
+    RUN_CONFIG,
+    read_record,
+    write_record,
+)
 from utils.cli.step_runner import Step, StepRunner
 from utils.cli.tables import print_table
-from utils.data.class_names import list_names, read_class_names
+from utils.data.class_names import list_names, propose_noun, read_class_names
 from utils.data.image_set import PARTS, RealImages, RealImagesRecord
 from utils.data.left_out import SCORES
 from utils.data.name_doctor import diagnose
@@ -42,7 +52,7 @@ COMPARED = (
     "bridged",
     "bridged_replay",
 )  # real images alone first
-NUM_FOLDS, NUM_REPEATS, NUM_SEEDS = 5, 2, 3
+NUM_FOLDS, NUM_REPEATS = 5, 2
 FEW = 50  # real images per class (median); with fewer, a held-out tenth is too small to tell
 
 
@@ -87,6 +97,11 @@ class Job:
         return (script, *([recipe] if recipe else []), *flags)
 
 
+def with_slash(path: str | None) -> str | None:
+    """Return a path in this folder as `./path`: the runner looks at words with a slash for changes."""
+    return f"./{path}" if path and Path(path).exists() and len(Path(path).parts) == 1 and path[0] not in "/." else path
+
+
 def audit(job: Job) -> Step:
     return Step(
         "audit", "damaged images, copies, leaks between splits, and class names that may mislead the generator",
@@ -107,11 +122,15 @@ def learn_style(job: Job) -> Step:
 
 
 def draw_set(job: Job) -> Step:
-    images = job.results.synthetic
+    images, number = job.results.synthetic, job.num_images_per_class
+    there = read_record(images / GENERATION_CONFIG) if (images / GENERATION_CONFIG).exists() else {}
+    if there.get("num_images_per_class", 0) > number:
+        number = there["num_images_per_class"]
+        print(f"{images}: has {number:,} images per class; a set can only grow, so all of them are used.")
     return Step(
-        "synthetic set", f"{job.num_images_per_class:,} images of each class in that style", images / RUN_CONFIG,
+        "synthetic set", f"{number:,} images of each class in that style", images / RUN_CONFIG,
         job.command("generate_synthetic.py", "--learned_embeds", str(job.results.style), "--num_images_per_class",
-                    str(job.num_images_per_class), "--output_dir", str(images), recipe=job.synthesis_recipe),
+                    str(number), "--output_dir", str(images), recipe=job.synthesis_recipe),
     )  # fmt: skip
 
 
@@ -171,21 +190,39 @@ def choose_num_folds(real: RealImages) -> int | None:
     return num_folds if np.median(counts) < FEW and num_folds > 1 else None
 
 
-def check_names(job: Job, is_new: bool) -> None:
-    """Stop if a noun in the file of class names is doubtful and the file is new; later, say what was left as it is.
+def check_names(job: Job, class_names: list[str]) -> None:
+    """Stop once for each class whose noun is doubtful; later, say which of these were left as they are.
 
     Raises:
-        UserError: the file is new, and needs a look.
+        UserError: there are some that no earlier run has stopped for.
     """
-    nouns = read_class_names(str(job.names_file))
-    doubtful = {finding.class_name for finding in diagnose(list(nouns), list(nouns.values())) if finding.is_warning}
-    if doubtful and is_new:
+    chosen = read_class_names(str(job.names_file))
+    nouns = [chosen.get(name) or propose_noun(name) for name in class_names]  # a class may be new
+    findings = diagnose(class_names, nouns)
+    doubtful = sorted({finding.class_name for finding in findings if finding.is_warning})
+    seen_file = job.folder / "names_seen.json"
+    seen = read_record(seen_file)["class_names"] if seen_file.exists() else []
+    if set(doubtful) - set(seen):
+        write_record(seen_file, {"class_names": sorted({*seen, *doubtful})})
         raise UserError(
-            f"{job.names_file}: doubtful nouns for {list_names(sorted(doubtful))}; edit them there, then run the same "
-            "command again. Nouns that stay are used as they are."
+            f"{job.names_file}: doubtful nouns for {list_names(doubtful)}; edit them there, then run the same command "
+            "again. Nouns that stay are used as they are."
         )
     if doubtful:
-        print(f"{job.names_file}: doubtful nouns of {list_names(sorted(doubtful))} are used as they are.")
+        print(f"{job.names_file}: doubtful nouns of {list_names(doubtful)} are used as they are.")
+
+
+def check_comparable(images: str, real: RealImages, num_folds: int | None) -> None:
+    """Check that there are images to test on, before hours of training.
+
+    Raises:
+        UserError: there are none.
+    """
+    if num_folds is None and not len(real.test):
+        raise UserError(
+            f"--images {images}: {len(real.train):,} images of {len(real.class_names)} classes leave none to test on; "
+            "add some: two per class at least, twenty to learn something."
+        )
 
 
 def call_dry_run(module: str, flags: Sequence[str]) -> dict:
@@ -195,14 +232,16 @@ def call_dry_run(module: str, flags: Sequence[str]) -> dict:
 def forecast(job: Job, real: RealImages, num_folds: int | None) -> list[tuple[str, float | None, float | None]]:
     """Return each step's name, hours and GiB on one process, measured by the scripts' dry runs; unknown ones are None.
 
-    The comparison is an upper bound: its runs share their first stages.
+    The comparison is likely less: its runs share their first stages.
     """
-    base = read_mapping(Path(job.dsi_recipe), "recipe") if job.dsi_recipe else {}
     from train_dsi import ModelArguments
 
+    base = read_mapping(Path(job.dsi_recipe), "recipe") if job.dsi_recipe else {}
+    own = {key: value if isinstance(value, list) else [value] for key, value in job.comparison_options.items()}
     generator = base.get("pretrained_model_name_or_path", ModelArguments.pretrained_model_name_or_path)
     num_drawn = job.num_images_per_class * len(real.class_names)
     bridge_steps = 5 * steps_per_epoch(num_drawn, StageSettings.per_device_train_batch_size)  # as in the comparison
+    steps = ("--max_steps", str(max(own["step_counts"]))) if "step_counts" in own else ()
     dry_runs = {
         "train_dsi": [*job.command("", recipe=job.dsi_recipe)[1:], "--dataset_name", job.images],
         "generate_synthetic": [
@@ -210,18 +249,21 @@ def forecast(job: Job, real: RealImages, num_folds: int | None) -> list[tuple[st
             "--pretrained_model_name_or_path", generator, "--num_images_per_class", str(job.num_images_per_class),
         ],
         "train_bridged": [
-            "--dataset_name", job.images, "--method", "vanilla_matched", "--bridge_max_steps", str(bridge_steps),
-            *job.classifier_flags,
+            "--dataset_name", job.images, "--method", "vanilla_matched", "--bridge_max_steps",
+            str(max(own.get("bridge_step_counts", [bridge_steps]))), *steps, *job.classifier_flags,
         ],
     }  # fmt: skip
     needs = {}
     for module, flags in dry_runs.items():
-        print(f"\n\033[1m{module}.py\033[0m {' '.join([*flags, '--dry_run'])}", flush=True)
+        print(
+            f"\n\033[1m{module}\033[0m\n  $ {shlex.join(['python', f'{module}.py', *flags, '--dry_run'])}", flush=True
+        )
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # each with a fresh accelerate
             needs[module] = pool.submit(call_dry_run, module, flags).result()
-    num_runs = len(job.comparison_options.get("methods", COMPARED)) * (
-        num_folds * NUM_REPEATS if num_folds else NUM_SEEDS
-    )
+    num_folds = own.get("num_folds", [None if "num_shots" in own else num_folds])[0]
+    num_draws = num_folds * own.get("num_repeats", [NUM_REPEATS])[0] if num_folds else len(own.get("seeds", [0, 1, 2]))
+    num_rows = math.prod(len(own.get(name, [None])) for name in ("num_shots", "volumes", "model_name_or_path"))
+    num_runs = len(own.get("methods", COMPARED)) * num_draws * num_rows
     token, drawn, trained = needs.values()
 
     def gib(num_bytes: int | None) -> float | None:
@@ -231,7 +273,7 @@ def forecast(job: Job, real: RealImages, num_folds: int | None) -> list[tuple[st
     return [
         ("style token", token["hours"], gib(token["disk_bytes"])),
         ("synthetic set", drawn["seconds"] / 3600, drawn["disk_gib"]),
-        (f"comparison, {num_runs} runs at most", hours and num_runs * hours, gib(trained["disk_bytes"])),
+        (f"comparison, {num_runs} runs", hours and num_runs * hours, gib(trained["disk_bytes"])),
         ("classifier", hours, None),
     ]
 
@@ -273,38 +315,46 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict | str:
     """Print the plan, or run it and return the answer."""
     args = parse_arguments(argv)
-    path = Path(args.images)
-    images = f"./{path}" if path.is_dir() and len(path.parts) == 1 else args.images  # with a slash: watched for changes
-    folder = args.output_dir or Path("bridged") / path.resolve().name
+    images, name = with_slash(args.images), Path(args.images).resolve().name
+    folder = args.output_dir or Path("bridged") / name
     launch, config_flags = (), ()
     if args.config_file:
         config = read_mapping(Path(args.config_file), "configuration of accelerate")
         launch, config_flags = ("--config_file", args.config_file), flags_from_config(config)
-    job = Job(
-        images, folder, args.num_images_per_class, args.drop_share, args.dsi_recipe, args.synthesis_recipe,
-        args.comparison_recipe, config_flags,
-    )  # fmt: skip
+    recipes = [with_slash(path) for path in (args.dsi_recipe, args.synthesis_recipe, args.comparison_recipe)]
+    for path in filter(None, recipes):
+        read_mapping(Path(path), "recipe")  # now, not when its step begins
+    job = Job(images, folder, args.num_images_per_class, args.drop_share, *recipes, config_flags)
     from utils.data.real_images import load_real_images  # takes seconds
 
     record = RealImagesRecord(dataset_name=images)
     real = load_real_images(record)
     num_folds = choose_num_folds(real)
+    check_comparable(args.images, real, num_folds)
     if args.dry_run:
         return print_plan(forecast(job, real, num_folds))
 
     runner = StepRunner(ROOT, folder, launch)
-    is_new = not job.names_file.exists()
     checked = audit(job)
+    if (before := runner.costs.get(checked.name)) and before["command"] != checked.text:
+        raise UserError(
+            f"--images {args.images}: {folder} is of other images ({before['command']}); choose another folder with "
+            "--output_dir (make bridge: OUTPUT=)."
+        )
     if runner.run(checked):
         print(runner.read_log(checked))
-    check_names(job, is_new)
-    for step in (learn_style(job), draw_set(job), *judge_set(job)):
+    check_names(job, real.class_names)
+    runner.run(learn_style(job))
+    for step in (draw_set(job), *judge_set(job)):
         runner.run(step)
     runner.run(compare(job, num_folds), show=True)
     runner.run(train_recommended(job))
-    command = f"make bridge IMAGES={args.images}"
-    logs = {"What the audit found": runner.read_log(checked)}
-    answer = write_report(folder / "report.html", f"Bridged transfer: {path.name}", job.results, runner, command, logs)
+    command = shlex.join(["python", "-m", "recipes.bridge", *(sys.argv[1:] if argv is None else argv)])
+    logs = {
+        "What the audit found": runner.read_log(checked),
+        "Nouns in prompts": job.names_file.read_text(encoding="utf-8"),
+    }
+    answer = write_report(folder / "report.html", f"Bridged transfer: {name}", job.results, runner, command, logs)
     print(f"\n\033[1m{answer.sentence}\033[0m\n{folder / 'report.html'}: this answer with pictures and costs")
     return answer.sentence
 

@@ -106,9 +106,10 @@ def read_answer(comparison_dir: Path) -> Answer:
             f"Use {use['method']}: {accuracy(use)} where real images alone give {accuracy(real_only)} "
             f"({real_only['method']}): {with_interval}."
         )
-    if len(recommendations) > 1:
+    if found["num_shots"] is not None:
         sentence = f"With {shots_title(found['num_shots'])}: {sentence[0].lower()}{sentence[1:]}"
-    sentence += f" ± is the standard deviation over {runs}, brackets are a 95 % interval." if "±" in sentence else ""
+    sentence += f" ± is the standard deviation over {runs}." if "±" in sentence else ""
+    sentence += " Brackets are a 95 % interval." if "[" in sentence else ""
     return Answer(sentence, use["method"] if use else DEFAULT_METHOD, found["num_shots"], label)
 
 

@@ -65,7 +65,7 @@ def save_comparison(folder: Path, use: str | None, means: dict[str, float], gain
 def test_the_answer_is_a_sentence_and_a_method(use, sentence, tmp_path):
     answer = read_answer(save_comparison(tmp_path, use, {"vanilla": 78.0, "mix": 83.0}, (5.0, 2.0, 8.0, 99)))
     assert answer.sentence.startswith(sentence)
-    assert "± is the standard deviation over seeds" in answer.sentence
+    assert answer.sentence.endswith("± is the standard deviation over seeds. Brackets are a 95 % interval.")
     assert answer.method == (use or "bridged_replay")
 
 
@@ -130,6 +130,8 @@ def test_photos_become_an_answer_and_a_page_and_a_doubtful_name_stops_first(
     with pytest.raises(UserError, match="names.yaml: doubtful nouns for 'crane'; edit them there, then run the same"):
         bridge.main(argv)
     assert in_process == ["audit"]
+    with pytest.raises(UserError, match="is of other images .python train_bridged.py .*choose another folder"):
+        bridge.main(["--images", str(save_photos(tmp_path / "others")), *argv[2:]])
     names = tmp_path / "out" / "names.yaml"
     names.write_text(names.read_text().replace("crane: crane", "crane: crane bird"))
     sentence = bridge.main(argv)
@@ -161,6 +163,29 @@ def test_folds_are_for_few_images_without_test_images_of_their_own(tmp_path):
     save_photos(tmp_path / "own" / "train", number=12)
     save_photos(tmp_path / "own" / "test", number=4)
     assert choose(tmp_path / "own") is None
+
+
+def test_images_that_leave_none_to_test_on_and_recipes_that_are_none_are_named_first(tmp_path):
+    argv = ["--images", str(save_photos(tmp_path / "single", number=1)), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="^--images .*single: 2 images of 2 classes leave none to test on; add some"):
+        bridge.main(argv)
+    (tmp_path / "list.yaml").write_text("- a")
+    for name in ("list.yaml", "missing.yaml"):
+        with pytest.raises(UserError, match=name):
+            bridge.main([*argv, "--comparison_recipe", str(tmp_path / name)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_of_this_folder_are_watched_and_a_set_only_grows(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("dsi.yaml").write_text("seed: 1")
+    assert [bridge.with_slash(path) for path in ("dsi.yaml", "user/cars", "cars", "/", None)] == [
+        "./dsi.yaml", "user/cars", "cars", "/", None
+    ]  # fmt: skip
+    write_record(tmp_path / "out" / "synthetic" / "generation_config.json", {"num_images_per_class": 9})
+    step = bridge.draw_set(bridge.Job("photos", tmp_path / "out", 5))
+    assert "--num_images_per_class 9" in step.text
+    assert "has 9 images per class; a set can only grow" in capsys.readouterr().out
 
 
 def test_a_large_picture_is_embedded_as_a_small_one(tmp_path):

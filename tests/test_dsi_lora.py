@@ -180,9 +180,10 @@ def test_a_run_without_the_flags_records_nothing_of_them_and_is_not_taken_for_on
 @pytest.mark.parametrize(("flags", "message"), [
     ({"lora_r": 8}, "--lora_r 8: does nothing without --use_peft"),
     ({"use_peft": True, "lora_r": 0}, "--lora_r 0: must be above 0"),
-    ({"use_peft": True, "lora_target_modules": "to_z"}, "--lora_target_modules to_z: no such layer in the U-Net; "
+    ({"use_peft": True, "lora_target_modules": "to_z"}, "--lora_target_modules 'to_z': no such layer in the U-Net; "
      "layers that can: conv_in, linear_1, linear_2, .*to_q, to_k, to_v, to_out.0,"),
-    ({"use_peft": True, "lora_target_modules": "attn1"}, "modules attn1: .*attn1 cannot take an adapter; layers that"),
+    ({"use_peft": True, "lora_r": 100_000}, "^--lora_r 100000: above the rank of every layer to adapt .at most "),
+    ({"use_peft": True, "lora_target_modules": "attn1"}, "'attn1': .*attn1 cannot take an adapter; layers that"),
     ({"class_tokens": True, "prompt_templates": "{class} {token}"}, "has no {class_token}; try 'A {class_token} "),
     ({"prompt_templates": "{class_token} {class} {token}"}, "has {class_token}, but there are no class tokens"),
     ({"class_tokens": True, "placeholder_token": "<dsi-class-1>"}, "--class_tokens: the tokenizer has tokens named as"),

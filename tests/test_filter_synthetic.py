@@ -96,6 +96,7 @@ def test_images_that_show_another_class_are_left_out_of_training(run, score, cap
     assert source.left_out.counts() == {"num_rejected": 0, "num_filtered": 6}
     section = left_out_section(run.folder, source.record | {"num_images": 60})
     assert "leaves 6 of 60 images out: 0 were rejected by people" in section and "(filter.png)" in section
+    assert left_out_section(run.folder, source.record | {"fingerprint": "of another set"}) == ""
     assert len(load_synthetic(source, CLASS_NAMES)) == 54
 
 

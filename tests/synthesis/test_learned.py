@@ -187,6 +187,13 @@ def test_flags_and_placeholders_without_effect_are_refused(token_dir, learned, t
         (learned, ["--use_learned_lora", "false", "--use_style_token", "false"], "does nothing with --use_style_token"),
         (token_dir, ["--prompt_templates", TEMPLATE], r"has \{class_token\}, but there are no class tokens"),
         (learned, ["--prompt_templates", TEMPLATE, "--use_style_token", "false"], "there are no class tokens"),
+        (learned, ["--lora", str(learned)], "^--lora .* is the LoRA of --learned_embeds .*, which is fused already"),
+        (learned, ["--init_images", "real", "--strength", "0.5", "0.5"], "^--strength 0.5 0.5: duplicate values"),
+        (
+            token_dir,
+            ["--num_inference_steps", "7", "--init_images", "real", "--strength", "0.1"],
+            "^--strength 0.1: less than one of --num_inference_steps 7; must be at least 0.15.",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             draw(token, tmp_path / "set", *flags)

@@ -181,7 +181,7 @@ def _is_not_result(name: str) -> bool:
 
 
 def _last_line(log_path: Path) -> str:
-    """Return the last line of a log in parentheses: the error, if the script reported it in one line."""
-    lines = log_path.read_text(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    """Return what went wrong by a log, in parentheses: a script's line about its error, else the last line."""
+    lines = [line.strip() for line in log_path.read_text(errors="replace").split("\n") if line.strip()]
+    last = next((line for line in reversed(lines) if ".py: error: " in line), lines[-1] if lines else "")
     return f" ({last})" if last else ""

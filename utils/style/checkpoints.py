@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from utils.cli.errors import UserError
@@ -159,7 +160,7 @@ class TrainingState:
         """Resume from a checkpoint.
 
         Raises:
-            UserError: its images, base model or number of processes differ.
+            UserError: its images, base model or number of processes differ; a file is damaged.
         """
         record = read_record(checkpoint / STATE_RECORD)
         # earlier versions did not record these
@@ -176,12 +177,18 @@ class TrainingState:
                 f"--resume_from_checkpoint {checkpoint}: was made with {progress['images_per_step']} images per step "
                 f"over all processes, this run has {self.images_per_step}; start the same number of processes."
             )
-        self.weights.load(checkpoint)
-        self.best = BestWeights.load(checkpoint, record[BEST]) if BEST in record else None
         state = {}
-        for name, value in load_file(checkpoint / TRAINING_STATE).items():
-            parameter, _, key = name.partition(".")
-            state.setdefault(int(parameter), {})[key] = value
+        try:
+            self.weights.load(checkpoint)
+            self.best = BestWeights.load(checkpoint, record[BEST]) if BEST in record else None
+            for name, value in load_file(checkpoint / TRAINING_STATE).items():
+                parameter, _, key = name.partition(".")
+                state.setdefault(int(parameter), {})[key] = value
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint}: is damaged ({error}); resume from an earlier one, by its "
+                "folder."
+            ) from None
         self.optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})
         self.lr_scheduler.load_state_dict(record["lr_scheduler"])
         if self.scaler:

@@ -42,18 +42,25 @@ class LoraSettings:
         """Check, before any weights load, that each name of `target_modules` matches a layer of the U-Net.
 
         Raises:
-            UserError: one matches none, or a layer that cannot take an adapter.
+            UserError: one matches none, or a layer that cannot take an adapter; the rank is above that of all of them.
         """
         with torch.device("meta"):
             unet = diffusers.UNet2DConditionModel.from_config(base_model.config("unet"))
         layers = {name: type(module) in (nn.Linear, nn.Conv2d) for name, module in unet.named_modules()}
+        ranks = []
         for end in self.target_modules:
             found = [name for name in layers if f".{name}".endswith(f".{end}")]
             refused = [name for name in found if not layers[name]]
             if refused or not found:
                 problem = f"{refused[0]} cannot take an adapter" if refused else "no such layer in the U-Net"
                 endings = dict.fromkeys(_ending(name) for name, is_adaptable in layers.items() if is_adaptable)
-                raise UserError(f"--lora_target_modules {end}: {problem}; layers that can: {', '.join(endings)}.")
+                raise UserError(f"--lora_target_modules '{end}': {problem}; layers that can: {', '.join(endings)}.")
+            ranks += [min(unet.get_submodule(name).weight.flatten(1).shape) for name in found]
+        if self.r > max(ranks):
+            raise UserError(
+                f"--lora_r {self.r}: above the rank of every layer to adapt (at most {max(ranks):,}); an adapter is "
+                "useful far below it, such as 16."
+            )
 
 
 def _ending(name: str) -> str:

@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from jinja2 import Template
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.cli.errors import UserError
 from utils.cli.records import GENERATION_CONFIG, image_set_name, read_record, write_record
 from utils.data.left_out import FILTER_PICTURE, REVIEW, SCORES, read_left_out
 from utils.data.name_doctor import Finding, write_class_names
@@ -168,8 +169,14 @@ def quality_section(record: dict | None) -> str:
 
 
 def left_out_section(folder: Path, record: dict) -> str:
-    """Return the card's section on images that training leaves out, in Markdown; empty without any."""
-    left_out = read_left_out(Source(str(folder), "--output_dir", "dataset"), record["fingerprint"])
+    """Return the card's section on images that training leaves out, in Markdown; empty without any.
+
+    Verdicts on other images, of a set that was here before, say nothing about this one; training refuses them.
+    """
+    try:
+        left_out = read_left_out(Source(str(folder), "--output_dir", "dataset"), record["fingerprint"])
+    except UserError:
+        return ""
     if not left_out:
         return ""
     picture = f"\n![the best that are left out, the worst that are kept]({FILTER_PICTURE})\n"

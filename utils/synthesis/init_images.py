@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,7 +86,7 @@ def check_image_to_image(
         if num_steps(num_inference_steps, strength) < 1:
             raise UserError(
                 f"--strength {strength:g}: less than one of --num_inference_steps {num_inference_steps}; must be at "
-                f"least {1 / num_inference_steps:.2g}."
+                f"least {math.ceil(100 / num_inference_steps) / 100:g}."
             )
     generator.check_scheduler(scheduler, num_inference_steps)
     import torch

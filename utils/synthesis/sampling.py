@@ -91,7 +91,8 @@ def load_pipeline(
     if token is not None:
         _add_style_token(pipe, generator.family, token)
     if class_tokens is not None:
-        _add_class_tokens(pipe, generator.family, class_tokens)
+        with _quiet():  # transformers describes how the new rows start
+            _add_class_tokens(pipe, generator.family, class_tokens)
     if scheduler != OWN_SCHEDULER:
         pipe.scheduler = generator.scheduler.make(scheduler, **(scheduler_config or {}))
     return pipe.to(device)

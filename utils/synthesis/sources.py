@@ -72,6 +72,20 @@ class Sources:
     loras: tuple[LoraAdapter, ...] = ()
     init_images: InitImages | None = None
 
+    def with_loras(self, loras: tuple[LoraAdapter, ...]) -> "Sources":
+        """Return the sources with further adapters.
+
+        Raises:
+            UserError: one of them is the LoRA that was learned with the style token, and would be fused twice.
+        """
+        for lora in loras:
+            if self.learned_lora is not None and lora.sha256 == self.learned_lora.sha256:
+                raise UserError(
+                    f"--lora {lora.source.name}: is the LoRA of --learned_embeds {self.token.id}, which is fused "
+                    "already; leave it out, or add --use_learned_lora false to give it a scale."
+                )
+        return replace(self, loras=loras)
+
     @property
     def adapters(self) -> list[LoraAdapter]:
         """All adapters, in the order in which they are fused."""
