@@ -1,6 +1,7 @@
 """`make bridge`: its steps, the stop at doubtful names, the answer, and the flags that train what it recommends."""
 
 import contextlib
+import json
 import re
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def in_process(monkeypatch):
         with log.open("w") as file, contextlib.redirect_stdout(file), blank_figures():
             SCRIPTS[script].main(flags)
         runner.costs[step.name] = {"seconds": 1.0, "peak_memory_gib": None, "command": step.text}
+        (runner.runs_dir / "steps.json").write_text(json.dumps(runner.costs))
         assert step.finished.exists()
         names.append(step.name)
         return True
