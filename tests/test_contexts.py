@@ -234,7 +234,7 @@ def test_a_file_of_other_images_is_one_line_before_a_model_loads(run_dsi, monkey
     write_contexts(tmp_path / "contexts.jsonl", other)
     with pytest.raises(UserError, match=r"has no context for 6 of the 6 training images, so it is of other images"):
         run_dsi(num_shots=2, contexts_file=tmp_path / "contexts.jsonl")
-    with pytest.raises(UserError, match=r"has \{context\}, which needs --contexts_file"):
+    with pytest.raises(UserError, match=r"has \{context\}, but there are no contexts .--contexts_file"):
         run_dsi(prompt_templates="A {class}, {context}, in the style of {token}")
     with pytest.raises(UserError, match=r"has no \{context\}; try 'A \{class\} photo, \{context\}, in the style"):
         run_dsi(contexts_file=tmp_path / "contexts.jsonl", prompt_templates="A {class} in the style of {token}")

@@ -148,9 +148,7 @@ def test_a_checkpoint_given_by_path_is_resumed_in_another_folder(run_dsi, tmp_pa
     assert torch.equal(*(read_rows(tmp_path / folder)[0] for folder in ("whole", "style")))
     assert read_record(whole / "checkpoint-9" / checkpoints.STATE_RECORD)["progress"]["step"] == 9
     (whole / "checkpoint-9" / checkpoints.TRAINING_STATE).write_bytes(b"cut")
-    with pytest.raises(
-        UserError, match="^--resume_from_checkpoint .*checkpoint-9: is damaged .*; resume from an"
-    ):
+    with pytest.raises(UserError, match="^--resume_from_checkpoint .*checkpoint-9: is damaged .*; resume from an"):
         run_dsi(output_dir=tmp_path / "other", resume_from_checkpoint=whole / "checkpoint-9", **flags)
 
 

@@ -144,6 +144,15 @@ def test_class_tokens_fill_captions_and_diverse_templates(learned, tmp_path, cap
     assert f"'{NAMES[0]} red square {PLACEHOLDER}, from" in printed
 
 
+def test_class_tokens_and_contexts_are_in_the_same_prompts(learned, tmp_path):
+    contexts = [{"image_sha256": f"{n}", "label": CLASS_NAMES[n], "context": f"place {n}"} for n in range(2)]
+    (tmp_path / "contexts.jsonl").write_text("\n".join(map(json.dumps, contexts)))
+    draw(learned, tmp_path / "set", "--contexts_file", str(tmp_path / "contexts.jsonl"))
+    prompts = load_dataset(str(tmp_path / "set"), split="train")["prompt"]
+    assert {name for name in NAMES if any(name in prompt for prompt in prompts)} == set(NAMES)
+    assert all(", place " in prompt and PLACEHOLDER in prompt for prompt in prompts)
+
+
 def damage(folder, name: str, change) -> None:
     """Change the tensors of a file, and its hash in the record as well."""
     save_file({key: change(value) for key, value in load_file(folder / name).items()}, folder / name)

@@ -36,6 +36,10 @@ class ContextPrompts:
     def flag(self) -> str:
         return self.prompts.flag
 
+    @property
+    def class_tokens(self) -> tuple[str, ...]:
+        return self.prompts.class_tokens
+
     def prompt(self, label: int, class_index: int) -> str:
         """Return the prompt of the `class_index`-th image of a class."""
         contexts = self.contexts[label]
