@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.final_report import Results, write_report
 from recipes.plan import RATES, make_plan, print_plans, read_models, read_rates, read_recipe, read_sets
 from utils.cli.errors import UserError, run_script
 from utils.cli.parsing import read_mapping
@@ -162,6 +161,8 @@ def main(argv: Sequence[str] | None = None) -> str | None:
         read_record(comparison)["summary"], facts.get("paper", {}) if args.model == "resnet18" else {},
         f"{facts['title']}, {args.model}, {args.num_images_per_class:,} synthetic images per class",
     )  # fmt: skip
+    from recipes.final_report import Results, write_report  # takes seconds, which a dry run does not need
+
     trained = comparison.parent.parent
     write_text(trained / "reproduced.md", table)
     results = Results(folder / "style", folder / "synthetic", comparison.parent, trained / "bridged")

@@ -211,6 +211,7 @@ def test_compiling_pays_off_when_it_has_saved_what_it_cost():
     assert "never pays off" in generate_speed.describe_compiling(compiled, plain)
 
 
+@pytest.mark.soak
 def test_a_real_runs_figures_are_read(case):
     run = generate_speed.run_program(Program("ours"), case, "cpu")
     # an eighth of the import of the libraries, about a second on an idle machine

@@ -127,6 +127,7 @@ def test_a_second_run_trains_nothing_and_gives_the_same_results(finished, run, m
     assert not trained
 
 
+@pytest.mark.soak  # a short form with folds is below
 def test_workers_give_the_same_results_as_one_process(finished, run, tmp_path):
     output_dir, comparison, _ = finished
     flags = "--num_shots", "1", "--methods", "vanilla_matched", "bridged", "bridged_keep", "--num_workers", "2"

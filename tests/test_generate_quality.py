@@ -186,6 +186,7 @@ def test_other_inputs_give_another_set(tokens, tmp_path):
     assert replace(drawn).name != before
 
 
+@pytest.mark.soak  # the tests above are about its parts
 def test_a_whole_run_draws_measures_and_trains_and_repeats_nothing(
     tokens, real_images_dir, classifiers, tmp_path, monkeypatch, capsys
 ):

@@ -117,7 +117,10 @@ def upload(name: str, folder: Path, local_hub) -> str:
     return local_hub.repo(dataset_name, "dataset").commit(files)
 
 
-@pytest.mark.parametrize("name", SETS)
+SLOW = ("aircraft", "cub200", "dogs", "sun397")  # many classes, and nothing that the others do not have
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.soak] * (name in SLOW)) for name in SETS])
 def test_a_miniature_of_each_set_goes_through_all_three_steps(
     name, local_hub, tiny_pipeline_dir, classifiers, tmp_path, caplog, monkeypatch
 ):

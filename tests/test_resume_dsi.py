@@ -95,7 +95,9 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_left_alone(
     assert {path.name for path in style.iterdir() if path.name.startswith(".")} == set()
 
 
-@pytest.mark.parametrize("call", [12, 24, 36])  # with the first word, with the second, after its checkpoint
+@pytest.mark.parametrize(  # killed with the first word, with the second, after its checkpoint
+    "call", [pytest.param(12, marks=pytest.mark.soak), 24, pytest.param(36, marks=pytest.mark.soak)]
+)
 def test_a_run_that_restarted_from_another_word_is_resumed_exactly(run_dsi, kill, call, monkeypatch, tmp_path):
     monkeypatch.setattr(token, "INITIALIZER_WORDS", ("style", "s"))
     flags = {"max_train_steps": 25, "learning_rate": 1e-12, "checkpointing_steps": 8}
