@@ -98,6 +98,7 @@ def test_the_demo_ends_with_the_method_to_use_then_costs_figures_and_pictures(tm
     assert "Another sentence." not in text
 
 
+@pytest.mark.soak  # in `make test`, the test of the demo's style checks the loss on its own images
 def test_the_token_lowers_the_loss_of_images_that_it_has_not_seen(in_root, tmp_path):
     health = train_dsi.main(
         ["--pretrained_model_name_or_path", "demo/generator", "--dataset_name", "demo/fashion-mnist",

@@ -138,6 +138,7 @@ def test_images_are_encoded_and_measured_in_smaller_parts_with_the_same_outcome(
     assert_close(tmp_path / "whole", tmp_path / "style")
 
 
+@pytest.mark.soak  # the same of train_bridged.py is in tests/transfer/test_micro_batches.py
 def test_of_two_processes_both_take_smaller_parts_where_one_is_short_of_memory(
     run_dsi, tiny_pipeline_dir, real_images_dir, tmp_path
 ):
