@@ -117,7 +117,7 @@ def upload(name: str, folder: Path, local_hub) -> str:
     return local_hub.repo(dataset_name, "dataset").commit(files)
 
 
-SLOW = ("aircraft", "cub200", "dogs", "dtd", "flowers", "sun397")  # many classes, and nothing that the others do not have
+SLOW = ("aircraft", "cub200", "dogs", "dtd", "flowers", "sun397")  # many classes
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.soak] * (name in SLOW)) for name in SETS])
