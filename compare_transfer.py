@@ -336,6 +336,22 @@ def run_table(runner: CellRunner, table: dict, num_workers: int) -> dict[Row, di
     }
 
 
+def prepare_images(
+    runners: dict[str, CellRunner], sources: dict[tuple, SyntheticSource], rows: list[Row], shots: list[int | None],
+    volumes: list[int | None],
+) -> None:  # fmt: skip
+    """Decode the images once if it pays, after what to know of them: those left out, limits, leaks."""
+    first = next(iter(runners.values()))
+    for source in {source.key: source for source in sources.values() if source.left_out}.values():
+        print(source.left_out.describe(source.name))
+    for line in first.describe_limits(rows, volumes):
+        print(line)
+    warn_about_leaks(first, shots[0])
+    for runner in runners.values():
+        if line := runner.decode_once(rows, volumes):
+            print(line)
+
+
 def draw_pictures(output_dir: Path, summary: list[dict], correct: dict, findings: list[str], baseline: Row | None):
     """Draw comparison.png and, if there is a reference with other rows, gain.png."""
     panels = make_panels(summary, list(correct), findings)
@@ -369,14 +385,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     searches = {label: fill_in_learning_rates(search_args, runner) for label, runner in runners.items()}
     first = next(iter(runners.values()))
     first.check(rows, shots, volumes)
-    for source in {source.key: source for source in sources.values() if source.left_out}.values():
-        print(source.left_out.describe(source.name))
-    for line in first.describe_limits(rows, volumes):
-        print(line)
-    warn_about_leaks(first, shots[0])
-    for runner in runners.values():
-        if line := runner.decode_once(rows, volumes):
-            print(line)
+    prepare_images(runners, sources, rows, shots, volumes)
     inputs = identify_inputs(classifiers, runners, volumes)
     protocol = describe_protocol(first, seeds, shots, search_args.settings) if first.folds is not None else []
 

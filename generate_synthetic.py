@@ -33,7 +33,7 @@ from utils.hub.targets import WITH_PUSH_TO_HUB, HubArguments, open_target
 from utils.synthesis.contexts import ALL, OWN, add_contexts
 from utils.synthesis.counts import BALANCE, FLAG, missing_to_largest, parse_number, split_number
 from utils.synthesis.few_steps import NO_GUIDANCE
-from utils.synthesis.generators import GUIDANCE_INTERVAL, GUIDANCE_PARAMETER, GUIDANCE_SCALE, Generator
+from utils.synthesis.generators import GUIDANCE_INTERVAL, GUIDANCE_PARAMETER, GUIDANCE_SCALE
 from utils.synthesis.init_images import FLAG as INIT_FLAG
 from utils.synthesis.init_images import (
     INIT_IMAGES,
@@ -314,9 +314,10 @@ def read_sources(
     )
 
 
-def open_adapters(source_args: SourceArguments, generator: Generator, hub_token: str | None) -> tuple:
-    """Return the checked adapters of --lora."""
-    return open_loras(source_args.lora or [], source_args.lora_revision, generator, hub_token)
+def add_adapters(sources: Sources, source_args: SourceArguments, hub_token: str | None) -> Sources:
+    """Return the sources with the checked adapters of --lora."""
+    loras = open_loras(source_args.lora or [], source_args.lora_revision, sources.generator, hub_token)
+    return sources.with_loras(loras)
 
 
 def prepare_prompts(
@@ -476,7 +477,7 @@ def main(argv=None) -> dict:
     # What image number n is made from
     names_file, resolution = prompt_args.class_names_file, sampling_args.resolution
     sources = read_sources(source_args, data_args, names_file, output_dir, hub_token, resolution)
-    sources = sources.with_loras(open_adapters(source_args, sources.generator, hub_token))
+    sources = add_adapters(sources, source_args, hub_token)
     sampling_notes = choose_sampling(sources, sampling_args, output_args, given)
     labels = find_labels(prompt_args.classes, prompt_args.exclude_classes, sources.class_names)
     findings = diagnose(*sources.names_of(labels), sources.chosen_nouns)

@@ -44,14 +44,8 @@ from utils.forecast.costs import GIB
 from utils.forecast.report import describe_hours
 from utils.transfer.methods import METHODS, StageSettings, steps_per_epoch
 
-COMPARED = (
-    "vanilla_mixup",
-    "linear_probe",
-    "lp_ft",
-    "mix",
-    "bridged",
-    "bridged_replay",
-)  # real images alone first
+# real images alone first
+COMPARED = ("vanilla_mixup", "linear_probe", "lp_ft", "mix", "bridged", "bridged_replay")
 NUM_FOLDS, NUM_REPEATS = 5, 2
 FEW = 50  # real images per class (median); with fewer, a held-out tenth is too small to tell
 
@@ -93,8 +87,10 @@ class Job:
         places = {name: self.folder / name for name in ("style", "synthetic", "comparison", "model", "quality")}
         return Results(**places)
 
-    def command(self, script: str, *flags: str, recipe: str | None = None) -> tuple[str, ...]:
-        return (script, *([recipe] if recipe else []), *flags)
+
+def recipe_word(path: str | None) -> tuple[str, ...]:
+    """Return what a command has of a recipe: its path, or nothing."""
+    return () if path is None else (path,)
 
 
 def with_slash(path: str | None) -> str | None:
@@ -106,8 +102,7 @@ def audit(job: Job) -> Step:
     return Step(
         "audit", "damaged images, copies, leaks between splits, and class names that may mislead the generator",
         job.names_file,
-        job.command("train_bridged.py", "--dataset_name", job.images, "--audit", "--write_class_names",
-                    str(job.names_file)),
+        ("train_bridged.py", "--dataset_name", job.images, "--audit", "--write_class_names", str(job.names_file)),
         is_launched=False, from_scratch=(),
     )  # fmt: skip
 
@@ -116,8 +111,8 @@ def learn_style(job: Job) -> Step:
     style = job.results.style
     return Step(
         "style token", "the style of the training images becomes one token", style / DSI_CONFIG,
-        job.command("train_dsi.py", "--dataset_name", job.images, "--class_names_file", str(job.names_file),
-                    "--output_dir", str(style), *RESUME, recipe=job.dsi_recipe),
+        ("train_dsi.py", *recipe_word(job.dsi_recipe), "--dataset_name", job.images, "--class_names_file",
+         str(job.names_file), "--output_dir", str(style), *RESUME),
     )  # fmt: skip
 
 
@@ -129,8 +124,8 @@ def draw_set(job: Job) -> Step:
         print(f"{images}: has {number:,} images per class; a set can only grow, so all of them are used.")
     return Step(
         "synthetic set", f"{number:,} images of each class in that style", images / RUN_CONFIG,
-        job.command("generate_synthetic.py", "--learned_embeds", str(job.results.style), "--num_images_per_class",
-                    str(number), "--output_dir", str(images), recipe=job.synthesis_recipe),
+        ("generate_synthetic.py", *recipe_word(job.synthesis_recipe), "--learned_embeds", str(job.results.style),
+         "--num_images_per_class", str(number), "--output_dir", str(images)),
     )  # fmt: skip
 
 
@@ -162,8 +157,8 @@ def compare(job: Job, num_folds: int | None) -> Step:
         flags += ["--num_folds", str(num_folds), "--num_repeats", str(NUM_REPEATS)]
     return Step(
         "comparison", "which method is best, with synthetic images or without?", job.results.comparison / COMPARISON,
-        job.command("compare_transfer.py", "--synthetic_dataset", str(job.results.synthetic), *flags, "--output_dir",
-                    str(job.results.comparison), *job.config_flags, recipe=job.comparison_recipe),
+        ("compare_transfer.py", *recipe_word(job.comparison_recipe), "--synthetic_dataset", str(job.results.synthetic),
+         *flags, "--output_dir", str(job.results.comparison), *job.config_flags),
         is_launched=False, from_scratch=(),
     )  # fmt: skip
 
@@ -176,8 +171,7 @@ def train_recommended(job: Job) -> Step:
     images = ("--synthetic_dataset", str(job.results.synthetic)) if uses_synthetic else ("--dataset_name", job.images)
     return Step(
         "classifier", f"{answer.method}, as the comparison trained it", job.results.model / ALL_RESULTS,
-        job.command("train_bridged.py", *images, *flags, "--output_dir", str(job.results.model),
-                    "--overwrite_output_dir"),
+        ("train_bridged.py", *images, *flags, "--output_dir", str(job.results.model), "--overwrite_output_dir"),
     )  # fmt: skip
 
 
@@ -243,9 +237,9 @@ def forecast(job: Job, real: RealImages, num_folds: int | None) -> list[tuple[st
     bridge_steps = 5 * steps_per_epoch(num_drawn, StageSettings.per_device_train_batch_size)  # as in the comparison
     steps = ("--max_steps", str(max(own["step_counts"]))) if "step_counts" in own else ()
     dry_runs = {
-        "train_dsi": [*job.command("", recipe=job.dsi_recipe)[1:], "--dataset_name", job.images],
+        "train_dsi": [*recipe_word(job.dsi_recipe), "--dataset_name", job.images],
         "generate_synthetic": [
-            *job.command("", recipe=job.synthesis_recipe)[1:], "--dataset_name", job.images,
+            *recipe_word(job.synthesis_recipe), "--dataset_name", job.images,
             "--pretrained_model_name_or_path", generator, "--num_images_per_class", str(job.num_images_per_class),
         ],
         "train_bridged": [
@@ -255,9 +249,8 @@ def forecast(job: Job, real: RealImages, num_folds: int | None) -> list[tuple[st
     }  # fmt: skip
     needs = {}
     for module, flags in dry_runs.items():
-        print(
-            f"\n\033[1m{module}\033[0m\n  $ {shlex.join(['python', f'{module}.py', *flags, '--dry_run'])}", flush=True
-        )
+        command = shlex.join(["python", f"{module}.py", *flags, "--dry_run"])
+        print(f"\n\033[1m{module}\033[0m\n  $ {command}", flush=True)
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # each with a fresh accelerate
             needs[module] = pool.submit(call_dry_run, module, flags).result()
     num_folds = own.get("num_folds", [None if "num_shots" in own else num_folds])[0]

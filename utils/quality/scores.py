@@ -117,7 +117,7 @@ def score_by_classifier(
     """Return the probability `(n,)` of each image's own class, by a classifier of these classes.
 
     Raises:
-        UserError: it is no image classifier, or one of other classes.
+        UserError: it is not an image classifier, or its classes are others.
     """
     with source.reading("does not load as an image classifier", also=(ValueError, KeyError, RuntimeError)):
         model: nn.Module = AutoModelForImageClassification.from_pretrained(

@@ -46,7 +46,7 @@ def missing_to_largest(num_real: Sequence[int], labels: Sequence[int]) -> tuple[
 
 @dataclass(frozen=True)
 class Counts:
-    """`per_class` images of each class and, with `extra`, so many more of it, in the order of the drawn classes.
+    """`per_class` images of each class; `extra` are the further ones of each, in the order of the drawn classes.
 
     The extra images come first, in rounds of one image of each class that still lacks some; then come rounds of one
     image of each class. So a larger `per_class` only adds images at the end.
